@@ -1,0 +1,404 @@
+"""Configuration: frozen dataclasses for model, gates, loss, data and training, with YAML in and out.
+
+The same dataclasses feed the Python API, the YAML files and the command-line flags. Nothing here imports torch, reads a
+file at construction, or chooses a device (the device is an argument of the functions that need one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+Scope = Literal["none", "local", "global", "both"]
+Stream = Literal["clean", "ablated"]
+
+_C = TypeVar("_C")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_choice(name: str, value: object, annotation: Any) -> None:
+    choices = typing.get_args(annotation)
+    _check(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a transformer trained from scratch; `core` turns it into a `HookedTransformerConfig`.
+
+    The defaults are the model of the paper (arXiv 2505.00509): a GPT-Neo-like decoder without attention scale.
+    """
+
+    n_layers: int = 8
+    """Number of layers."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    n_heads: int = 16
+    """Attention heads per layer."""
+    d_head: int | None = None
+    """Width of a head; None: d_model / n_heads."""
+    d_mlp: int | None = None
+    """Neurons per layer; None: 4 * d_model. 0: attention only."""
+    n_ctx: int = 256
+    """Longest sequence, in tokens."""
+    d_vocab: int | None = None
+    """Vocabulary size; None: taken from the tokenizer."""
+    act_fn: str = "gelu_new"
+    """Activation of the MLP, by TransformerLens's name."""
+    eps: float = 1e-5
+    """Epsilon of LayerNorm."""
+    attn_scale: bool = False
+    """Divide attention scores by sqrt(d_head). The reference does not."""
+    tied_embedding: bool = True
+    """One matrix for embedding and unembedding."""
+    qkv_bias: bool = False
+    """Train biases of query, key and value; otherwise they stay zero."""
+    unembed_bias: bool = False
+    """Train a bias on the logits; otherwise it stays zero."""
+    init: Literal["reference", "gpt2"] = "reference"
+    """`reference`: uniform +-1/sqrt(fan_in), positions N(0, 1). `gpt2`: TransformerLens's N(0, 0.8/sqrt(d_model))."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "n_ctx"):
+            value = getattr(self, name)
+            _check(value >= 1, f"model.{name}={value} must be at least 1")
+        _check(
+            self.d_head is not None or self.d_model % self.n_heads == 0,
+            f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}; set model.d_head",
+        )
+        _check(self.d_head is None or self.d_head >= 1, f"model.d_head={self.d_head} must be at least 1")
+        _check(self.d_mlp is None or self.d_mlp >= 0, f"model.d_mlp={self.d_mlp} must be 0 (no MLP) or more")
+        _check(self.d_vocab is None or self.d_vocab >= 2, f"model.d_vocab={self.d_vocab} must be at least 2")
+        _check(self.eps > 0, f"model.eps={self.eps} must be above 0")
+        _check_choice("model.init", self.init, Literal["reference", "gpt2"])
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The gates of a self-ablating transformer (paper, section 3)."""
+
+    scope: Scope = "local"
+    """What the gates read. `local`: each layer's own clean input. `global`: the end of a clean pass. `both`: the two
+    scores add. `none`: no gates, a plain transformer (the baseline)."""
+    k_attn: int = 8
+    """Attention units that stay, per token and layer (whole heads if attn_unit is `head`)."""
+    k_mlp: int = 8
+    """Neurons that stay, per token and layer."""
+    kind: Literal["hard", "soft"] = "hard"
+    """`hard`: the forward value is the 0/1 mask, its gradient the surrogate's. `soft`: the surrogate weights forward too."""
+    surrogate: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Soft weights that give the gradient. `sigmoid`: the reference's code. `softmax`: the paper's text."""
+    temperature: float = 1.0
+    """Temperature T of the surrogate: its width is T times the gap between the k-th and the next score."""
+    attn_unit: Literal["channel", "head"] = "channel"
+    """Unit of attention gates: one of n_heads * d_head channels of z (the paper's), or a whole head."""
+
+    def __post_init__(self) -> None:
+        _check_choice("gates.scope", self.scope, Scope)
+        _check_choice("gates.kind", self.kind, Literal["hard", "soft"])
+        _check_choice("gates.surrogate", self.surrogate, Literal["sigmoid", "softmax"])
+        _check_choice("gates.attn_unit", self.attn_unit, Literal["channel", "head"])
+        for name in ("k_attn", "k_mlp"):
+            value = getattr(self, name)
+            _check(
+                isinstance(value, int) and value >= 1,
+                f"gates.{name}={value!r} must be a whole number from 1 to the units of a layer",
+            )
+        _check(self.temperature > 0, f"gates.temperature={self.temperature} must be above 0")
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are gates at all."""
+        return self.scope != "none"
+
+    @property
+    def reads_local(self) -> bool:
+        """Whether scores depend on each layer's own clean input."""
+        return self.scope in ("local", "both")
+
+    @property
+    def reads_global(self) -> bool:
+        """Whether scores depend on the end of a clean pass."""
+        return self.scope in ("global", "both")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Coefficients of the two-stream loss `clean * CE(clean) + ablated * CE(ablated) + reconstruction * R`.
+
+    With `gates.scope="none"` the loss is CE(clean) with coefficient 1 whatever stands here.
+    """
+
+    clean: float = 1.0
+    """Coefficient of the clean stream's cross-entropy."""
+    ablated: float = 1.0
+    """Coefficient of the ablated stream's cross-entropy."""
+    reconstruction: float = 0.0
+    """Coefficient of R, the distance between the normalised residual streams."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _check(value >= 0, f"loss.{f.name}={value} must be 0 or more")
+        _check(self.clean + self.ablated + self.reconstruction > 0, "loss: at least one coefficient must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer and packing."""
+
+    source: str = "stories"
+    """`stories` (generated, see sa_lens.data.stories), a local parquet / jsonl / txt / arrow file or folder, or a
+    dataset id on the Hub."""
+    validation: str | None = None
+    """File or dataset id of the validation text; None: a split of the source."""
+    column: str = "text"
+    """Column that holds the text."""
+    split: str = "train"
+    """Split to train on."""
+    validation_split: str | None = None
+    """Split to validate on; None: `validation_fraction` of the training documents, chosen by seed."""
+    validation_fraction: float = 0.02
+    """Share of documents held out when no validation text is named."""
+    streaming: bool = False
+    """Read a Hub dataset without downloading it whole."""
+    max_documents: int | None = None
+    """Use at most so many documents; None: all. Required when streaming."""
+    n_stories: int = 20_000
+    """Number of stories when source is `stories`."""
+    stories_seed: int = 0
+    """Seed of the generated stories and of the validation split."""
+    tokenizer: str = "bpe"
+    """`bpe` (a byte-level BPE trained on the source), a tokenizer folder, or a Hub id."""
+    vocab_size: int = 4096
+    """Vocabulary of a trained BPE."""
+    keep_whole: str | None = None
+    """Text file (one word a line) or IOI JSON whose words stay single tokens, with their leading space."""
+    cache_dir: str | None = None
+    """Folder for tokens on disk; None: `$SA_LENS_CACHE`, else `~/.cache/sa_lens`."""
+
+    def __post_init__(self) -> None:
+        _check(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1",
+        )
+        _check(self.n_stories >= 100, f"data.n_stories={self.n_stories} must be at least 100")
+        _check(self.vocab_size >= 300, f"data.vocab_size={self.vocab_size} must be at least 300 (256 bytes and more)")
+        _check(
+            self.max_documents is None or self.max_documents >= 2,
+            f"data.max_documents={self.max_documents} must be at least 2",
+        )
+        _check(
+            not self.streaming or self.max_documents is not None,
+            "data.streaming needs data.max_documents: say how many documents to take",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, evaluation and checkpoints."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Sequences of n_ctx tokens per optimizer step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches a step is split into; batch_size must be a multiple of accumulate times the processes."""
+    lr: float = 1e-3
+    """Peak learning rate; cosine to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up before the cosine."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Weight decay of the matrices; never of biases, LayerNorm or gates."""
+    clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of matrix products in training; parameters, optimizer and losses stay float32."""
+    path: Literal["auto", "fused", "hooked"] = "auto"
+    """Path of the training loss: fused kernels, or the readable hooked one; `auto`: fused where it can."""
+    compile: bool = False
+    """Compile the training loss with torch.compile."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    freeze: Literal["none", "base"] = "none"
+    """`base`: train only the gates of a frozen model; `none`: train everything."""
+    init: str | None = None
+    """Start from this model instead of random weights: a run folder, a Hub id, or a TransformerLens model name."""
+    eval_every: int = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    eval_tokens: int = 100_000
+    """Validation tokens per evaluation, always the same ones."""
+    sample_tokens: int = 60
+    """Tokens of the text sampled from each stream at the end; 0: no sample."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved, the last two are kept."""
+    log_every: int = 10
+    """Steps between records in metrics.jsonl."""
+    workers: int = 0
+    """Data-loading processes."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Experiment tracker, through Accelerate; metrics.jsonl is always written."""
+    seed: int = 0
+    """Seed of initialisation and of the order of blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "save_every", "log_every"):
+            value = getattr(self, name)
+            _check(value >= 1, f"train.{name}={value} must be at least 1")
+        for name in ("warmup_steps", "weight_decay", "clip", "sample_tokens", "workers", "seed"):
+            value = getattr(self, name)
+            _check(value >= 0, f"train.{name}={value} must be 0 or more")
+        _check(self.lr > 0, f"train.lr={self.lr} must be above 0")
+        _check(
+            self.warmup_steps < self.steps,
+            f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}",
+        )
+        _check(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate}",
+        )
+        _check_choice("train.precision", self.precision, Literal["fp32", "bf16"])
+        _check_choice("train.path", self.path, Literal["auto", "fused", "hooked"])
+        _check_choice("train.freeze", self.freeze, Literal["none", "base"])
+        _check_choice("train.tracker", self.tracker, Literal["none", "wandb", "tensorboard"])
+        _check(
+            self.freeze == "none" or self.init is not None,
+            "train.freeze='base' trains gates on an existing model: name it in train.init",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    gates: GateConfig = field(default_factory=GateConfig)
+    """The gates."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Coefficients of the loss."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and tokenizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation."""
+
+
+PRESETS: dict[str, RunConfig] = {
+    "paper-2024-10": RunConfig(
+        loss=LossConfig(clean=0.5, ablated=0.5),
+        data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),
+        train=TrainConfig(
+            steps=400_000, batch_size=24, lr=1.4e-3, eval_every=2_000, eval_tokens=500_000, save_every=2_000, log_every=50
+        ),
+    ),
+    "paper-head": RunConfig(
+        gates=GateConfig(temperature=0.1),
+        loss=LossConfig(clean=0.1, ablated=0.9, reconstruction=0.1),
+        data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),
+        train=TrainConfig(
+            steps=200_000, batch_size=32, lr=1e-3, eval_every=2_000, eval_tokens=500_000, save_every=2_000, log_every=50
+        ),
+    ),
+    "laptop": RunConfig(
+        model=ModelConfig(n_layers=4, d_model=128, n_heads=8, init="gpt2", attn_scale=True),
+        train=TrainConfig(steps=2_000, batch_size=16, lr=3e-3, warmup_steps=50),
+    ),
+}
+"""Named starting points. `paper-*` are the recipes of the paper's code; `laptop` trains in minutes on two CPU cores."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, lists, strings and numbers."""
+    plain = dataclasses.asdict(config)
+
+    def listed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: listed(item) for key, item in value.items()}
+        return [listed(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return listed(plain)
+
+
+def from_dict(cls: type[_C], values: dict[str, Any], *, base: _C | None = None, where: str = "") -> _C:
+    """Builds the dataclass `cls` from nested dictionaries, starting from `base` (default: the defaults).
+
+    Raises:
+        ValueError: an unknown key (with the known ones), a value of the wrong type, or one out of range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or cls.__name__} must be a mapping, not {values!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown key {where}{unknown[0]!r}; known keys: {', '.join(known)}")
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        path = f"{where}{name}"
+        if dataclasses.is_dataclass(hint):
+            start = getattr(base, name) if base is not None else None
+            changes[name] = from_dict(hint, value, base=start, where=f"{path}.")  # type: ignore[type-var]
+        else:
+            changes[name] = _converted(path, value, hint)
+    return dataclasses.replace(base, **changes) if base is not None else cls(**changes)  # type: ignore[type-var]
+
+
+def _converted(path: str, value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None and type(None) in args:
+            return None
+        hint = next(a for a in args if a is not type(None))
+        return _converted(path, value, hint)
+    if origin is Literal:
+        _check_choice(path, value, hint)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise ValueError(f"{path}={value!r} must be a list of {len(args)} numbers")
+        return tuple(_converted(path, item, arg) for item, arg in zip(value, args, strict=True))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads `1e-3` as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{path}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+def read_yaml(path: str | Path, *, base: RunConfig | None = None) -> RunConfig:
+    """Reads a run configuration; keys that the file leaves out keep the value of `base` (default: the defaults).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown key, or a value out of range.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return from_dict(RunConfig, values, base=base)
+
+
+def write_yaml(config: RunConfig, path: str | Path) -> None:
+    """Writes a run configuration so that `read_yaml` gives an equal one."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
