@@ -301,7 +301,13 @@ PRESETS: dict[str, RunConfig] = {
         loss=LossConfig(clean=0.5, ablated=0.5),
         data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),
         train=TrainConfig(
-            steps=400_000, batch_size=24, lr=1.4e-3, eval_every=2_000, eval_tokens=500_000, save_every=2_000, log_every=50
+            steps=400_000,
+            batch_size=24,
+            lr=1.4e-3,
+            eval_every=2_000,
+            eval_tokens=500_000,
+            save_every=2_000,
+            log_every=50,
         ),
     ),
     "paper-head": RunConfig(

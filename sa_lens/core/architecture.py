@@ -1,0 +1,180 @@
+"""What the transformer under the gates may look like: configurations, their limits, initial and processed weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.utilities.activation_functions import apply_softcap
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from sa_lens.config import GateConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from sa_lens.core.model import SelfAblatingTransformer
+
+
+def hooked_config(
+    cfg: ModelConfig, *, tokenizer: Any = None, device: str | torch.device | None = None
+) -> HookedTransformerConfig:
+    """TransformerLens's configuration of a `ModelConfig`.
+
+    Raises:
+        ValueError: no vocabulary size, neither in the configuration nor from a tokenizer.
+    """
+    d_vocab = cfg.d_vocab if cfg.d_vocab is not None else (len(tokenizer) if tokenizer is not None else None)
+    if d_vocab is None:
+        raise ValueError("model.d_vocab=None: give the vocabulary size, or a tokenizer to take it from")
+    d_head = cfg.d_head if cfg.d_head is not None else cfg.d_model // cfg.n_heads
+    d_mlp = 4 * cfg.d_model if cfg.d_mlp is None else cfg.d_mlp
+    return HookedTransformerConfig(
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        n_heads=cfg.n_heads,
+        d_head=d_head,
+        d_mlp=d_mlp or None,
+        attn_only=d_mlp == 0,
+        n_ctx=cfg.n_ctx,
+        d_vocab=d_vocab,
+        act_fn=cfg.act_fn,
+        eps=cfg.eps,
+        use_attn_scale=cfg.attn_scale,
+        normalization_type="LN",
+        tie_word_embeddings=cfg.tied_embedding,
+        init_weights=cfg.init == "gpt2",
+        device=None if device is None else str(device),
+    )
+
+
+def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
+    """Refuses what the ablated stream would not be exact for, and gates that do not fit.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reasons = {
+        "encoder or bidirectional attention: the ablated stream is defined for causal decoders": cfg.attention_dir
+        != "causal",
+        "a soft cap on attention scores: scores are hooked after the cap, so clean keys cannot be put in": (
+            cfg.attn_scores_soft_cap > 0
+        ),
+        "attention sinks: not shown to be exact": cfg.use_attention_sinks,
+        "normalised queries and keys: not shown to be exact": cfg.use_qk_norm,
+        "clipped queries, keys and values: they are hooked before the clip": cfg.clip_qkv is not None,
+        "log-n attention: queries are scaled after their hook": cfg.use_logn_attn,
+        "dynamic NTK rotary embeddings: not shown to be exact": cfg.use_dynamic_ntk_rope,
+        "relative position bias: not shown to be exact": cfg.positional_embedding_type == "relative_positional_bias",
+        "normalisation after the layers: not shown to be exact": cfg.use_normalization_before_and_after
+        or cfg.original_architecture in POST_NORM_ARCHITECTURES
+        or cfg.original_architecture == "OlmoeForCausalLM",
+        "mixture of experts: its neurons have no single hook": bool(cfg.num_experts),
+        "4-bit weights: gates cannot read them exactly": bool(getattr(cfg, "load_in_4bit", False)),
+        "several devices (n_devices > 1): not tested": cfg.n_devices > 1,
+    }
+    if gates.gated:
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"no gates on this model: {reason}")
+        n_attn = cfg.n_heads * (cfg.d_head if gates.attn_unit == "channel" else 1)
+        limits = [("k_attn", gates.k_attn, n_attn)]
+        if not cfg.attn_only:
+            assert cfg.d_mlp is not None
+            limits.append(("k_mlp", gates.k_mlp, cfg.d_mlp))
+        for name, k, n in limits:
+            if k > n:
+                raise ValueError(f"gates.{name}={k} is more than the {n} units of a layer: choose from 1 to {n}")
+
+
+def soft_capped(logits: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    """Logits after the model's soft cap, if it has one."""
+    return apply_softcap(logits, cfg.output_logits_soft_cap)
+
+
+@torch.no_grad()
+def initialise_as_reference(model: nn.Module, generator: torch.Generator) -> None:
+    """Initial weights as the paper's code draws them.
+
+    Matrices and the biases that go with them uniform in +-1/sqrt(fan_in), the embedding with fan_in d_model,
+    positions N(0, 1), LayerNorm 1 and 0; biases of query, key, value and logits zero.
+    """
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        draw = torch.rand(parameter.shape, generator=generator) * 2 - 1
+        if leaf == "W_pos":
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        elif leaf in ("w", "b") or leaf in ("b_Q", "b_K", "b_V", "b_U"):
+            continue
+        else:
+            parameter.copy_(draw / math.sqrt(_fan_in(model, name, parameter)))
+
+
+def _fan_in(model: nn.Module, name: str, parameter: Tensor) -> int:
+    leaf = name.rsplit(".", 1)[-1]
+    cfg: Any = model.cfg
+    if leaf in ("W_O", "b_O"):
+        return cfg.n_heads * cfg.d_head
+    if leaf in ("W_out", "b_out"):
+        return cfg.d_mlp
+    return cfg.d_model
+
+
+_CHANGES_ABLATED = {
+    "center_writing_weights": "the gates read the residual stream before LayerNorm, and its mean would be gone",
+    "refactor_factored_attn_matrices": "it mixes the channels of each head, which are the units of the gates",
+}
+
+
+def check_processing(
+    state: dict[str, Tensor],
+    *,
+    center_writing_weights: bool,
+    fold_value_biases: bool,
+    refactor_factored_attn_matrices: bool,
+) -> None:
+    """Refuses weight processing that would change the ablated stream of a gated model.
+
+    Raises:
+        ValueError: naming the option, the reason and the way out.
+    """
+    asked = {
+        "center_writing_weights": center_writing_weights,
+        "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+    }
+    way_out = "process model.to_hooked_transformer() instead"
+    for option, reason in _CHANGES_ABLATED.items():
+        if asked[option]:
+            raise ValueError(
+                f"{option}=True would change the ablated stream: {reason}. Pass {option}=False, or {way_out}"
+            )
+    value_biases = [v for key, v in state.items() if key.endswith(("attn.b_V", "attn._b_V"))]
+    if fold_value_biases and any(bool(b.any()) for b in value_biases):
+        raise ValueError(
+            "fold_value_biases=True would change the ablated stream: a masked unit must lose its value bias too, and "
+            f"b_V is not zero. Pass fold_value_biases=False, or {way_out}"
+        )
+
+
+def fold_final_norm_into_gates(state: dict[str, Tensor]) -> None:
+    """Moves the final LayerNorm's weight and bias into the global gates, in place."""
+    if "ln_final.w" not in state:
+        return
+    w = state["ln_final.w"]
+    b = state.get("ln_final.b")
+    for key in [k for k in state if k.endswith("_gate.W_global")]:
+        bias_key = key.replace("W_global", "b_global")
+        if b is not None:
+            state[bias_key] = state[bias_key] + b @ state[key]
+        state[key] = w[:, None] * state[key]
+
+
+def named_gates(model: SelfAblatingTransformer) -> list[tuple[int, str]]:
+    """(layer, name) of every gate, `attn_gate` before `mlp_gate`."""
+    return [
+        (layer, name)
+        for layer, block in enumerate(model.blocks)
+        for name in ("attn_gate", "mlp_gate")
+        if hasattr(block, name)
+    ]

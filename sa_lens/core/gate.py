@@ -1,0 +1,192 @@
+"""The gate: scores, the top-k mask, and the surrogate weights that give the mask its gradient.
+
+Everything here is the readable definition (paper, section 3; DESIGN of the mask and gradient in docs/method.md).
+Which residual stream a gate reads, and where its mask acts, is decided in `streams.py`.
+
+Axes: `unit` is one attention unit or one neuron of a layer, flattened to a single axis.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from sa_lens.config import GateConfig
+
+EPS = 1e-12
+"""Added to the surrogate's width T * D, as in the reference."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32 if its type is narrower, else unchanged."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... unit"]:
+    """True for the k largest scores of each row; among equal scores the lowest unit index wins.
+
+    Exactly k entries of every row are True, whatever the ties.
+    """
+    kth = scores.topk(k, dim=-1).values[..., -1:]
+    above = scores > kth
+    tied = scores == kth
+    free = k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= free))
+
+
+def surrogate_weights(
+    scores: Float[Tensor, "... unit"],
+    k: int,
+    surrogate: Literal["sigmoid", "softmax"] = "sigmoid",
+    temperature: float = 1.0,
+) -> Float[Tensor, "... unit"]:
+    """Soft weights around the threshold between the k-th and the next score.
+
+    With threshold g = (s_(k) + s_(k+1)) / 2 and width D = s_(k) - s_(k+1), both differentiated through:
+
+        sigmoid:  w = k v / sum(v),  v = sigmoid((s - g) / (T D + eps))
+        softmax:  w = softmax((s - g) / (T D + eps))
+
+    A row with D = 0 gets the same value but passes no gradient. For k equal to the number of units the weights are
+    ones and pass no gradient.
+
+    Source: sigmoid, the reference's code; softmax, the paper (section 3).
+    """
+    if k == scores.shape[-1]:
+        return torch.ones_like(scores)
+    top = scores.topk(k + 1, dim=-1).values
+    upper, lower = top[..., k - 1 : k], top[..., k : k + 1]
+    width = upper - lower
+    shifted = (scores - (upper + lower) / 2) / (temperature * width + EPS)
+    if surrogate == "sigmoid":
+        v = torch.sigmoid(shifted)
+        weights = k * v / v.sum(-1, keepdim=True)
+    else:
+        weights = torch.softmax(shifted, dim=-1)
+    return torch.where(width == 0, weights.detach(), weights)
+
+
+def gate_mask(scores: Float[Tensor, "... unit"], k: int, cfg: GateConfig) -> Float[Tensor, "... unit"]:
+    """The mask of a gate: 0/1 with the surrogate's gradient (`hard`), or the surrogate weights (`soft`).
+
+    `scores` must be float32 or wider.
+    """
+    weights = surrogate_weights(scores, k, cfg.surrogate, cfg.temperature)
+    if cfg.kind == "soft":
+        return weights
+    hard = top_k_mask(scores, k).to(scores.dtype)
+    return hard + (weights - weights.detach())
+
+
+class Gate(nn.Module):
+    """Decides, token by token, which k units of one layer stay in the ablated stream.
+
+    Parameters `W_local`, `b_local` read the clean residual stream that enters the layer; `W_global`, `b_global` read
+    the final LayerNorm's output of a clean pass. Which of them exist follows from the scope.
+
+    Hook points, in the order in which they fire in an ablated pass: `hook_in` (the values before the mask),
+    `hook_scores`, `hook_mask`. Shapes: `[batch, pos, head, d_head]` for channels of attention, `[batch, pos, head, 1]`
+    for scores and mask of whole heads, `[batch, pos, d_mlp]` for neurons.
+    """
+
+    def __init__(
+        self,
+        cfg: GateConfig,
+        k: int,
+        d_model: int,
+        unit_shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.k = k
+        self.unit_shape = unit_shape
+        self.n_units = math.prod(unit_shape)
+        for source, present in (("local", cfg.reads_local), ("global", cfg.reads_global)):
+            if present:
+                weight = torch.empty(d_model, self.n_units, dtype=dtype, device=device)
+                bias = torch.empty(self.n_units, dtype=dtype, device=device)
+                setattr(self, f"W_{source}", nn.Parameter(weight))
+                setattr(self, f"b_{source}", nn.Parameter(bias))
+        self.hook_in = HookPoint()
+        self.hook_scores = HookPoint()
+        self.hook_mask = HookPoint()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws every weight and bias uniformly from +-1/sqrt(d_model), as the reference does; never zero."""
+        for _, parameter in sorted(self.named_parameters()):
+            bound = 1 / math.sqrt(self.d_model)
+            fresh = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.copy_((2 * fresh - 1) * bound)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that the gate reads."""
+        return next(p for name, p in self.named_parameters() if name.startswith("W")).shape[0]
+
+    def project(
+        self, local: Float[Tensor, "batch pos d_model"] | None, final: Float[Tensor, "batch pos d_model"] | None
+    ) -> Float[Tensor, "batch pos ..."]:
+        """Scores before the top-k, shaped as units, in float32 or wider whatever autocast says.
+
+        Args:
+            local: clean residual stream entering the layer; needed if the scope is local or both.
+            final: final LayerNorm's output of the clean pass; needed if the scope is global or both.
+        """
+        read = []
+        with torch.autocast(self.hook_device_type, enabled=False):
+            if self.cfg.reads_local:
+                assert local is not None
+                read.append(_affine(local, self.W_local, self.b_local))
+            if self.cfg.reads_global:
+                assert final is not None
+                read.append(_affine(final, self.W_global, self.b_global))
+        scores = read[0] if len(read) == 1 else read[0] + read[1]
+        return scores.unflatten(-1, self.unit_shape)
+
+    @property
+    def hook_device_type(self) -> str:
+        """Type of the device that holds the gate's parameters."""
+        return next(self.parameters()).device.type
+
+    def select(self, scores: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
+        """The mask for scores that are shaped as units."""
+        flat = at_least_float32(scores).flatten(2)
+        return gate_mask(flat, self.k, self.cfg).unflatten(-1, self.unit_shape)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos ..."],
+        scores: Float[Tensor, "batch pos ..."] | None,
+        mask: Float[Tensor, "batch pos ..."] | None = None,
+        where: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "batch pos ..."]:
+        """Masks the units `x`, firing the gate's hooks.
+
+        Args:
+            x: values of the units.
+            scores: scores of the units; unused, and `hook_scores` silent, if a mask is given.
+            mask: a given mask.
+            where: positions at which the mask acts; None: at all.
+        """
+        x = self.hook_in(x)
+        if mask is None:
+            assert scores is not None
+            mask = self.select(self.hook_scores(scores))
+        masked = x * self.hook_mask(mask.to(x.dtype))
+        if where is None:
+            return masked
+        return torch.where(where.reshape(*where.shape, *[1] * (x.ndim - 2)), masked, x)
+
+
+def _affine(
+    x: Float[Tensor, "batch pos d_model"], weight: Float[Tensor, "d_model unit"], bias: Float[Tensor, " unit"]
+) -> Float[Tensor, "batch pos unit"]:
+    return at_least_float32(x) @ at_least_float32(weight) + at_least_float32(bias)

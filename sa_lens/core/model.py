@@ -1,0 +1,599 @@
+"""`SelfAblatingTransformer`: a HookedTransformer with learned top-k gates and two streams.
+
+What makes the ablated stream is in `streams.py`, what a gate computes in `gate.py`. Saving, loading and exchange with
+other formats are in `checkpoints.py`, `reference.py` and `export.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.utilities import get_attention_mask
+
+from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.core import architecture, embedding
+from sa_lens.core.gate import Gate
+from sa_lens.core.streams import (
+    Ablation,
+    CleanPass,
+    Hooks,
+    StreamState,
+    ablated_hooks,
+    copy_cache,
+    gated_points,
+    position_mask,
+    run_clean_pass,
+    silenced,
+    torch_hooks,
+)
+
+log = logging.getLogger(__name__)
+
+_FORWARD_ARGUMENTS = (
+    "loss_per_token",
+    "prepend_bos",
+    "padding_side",
+    "start_at_layer",
+    "tokens",
+    "shortformer_pos_embed",
+    "attention_mask",
+    "stop_at_layer",
+    "past_kv_cache",
+)
+"""Positional order of `HookedTransformer.forward` after `input` and `return_type`."""
+
+
+class Streams(NamedTuple):
+    """Both streams of one batch, from `SelfAblatingTransformer.run_streams`.
+
+    With `gates.scope="none"` every field of the ablated stream is None.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    """What was run."""
+    clean_logits: Float[Tensor, "batch pos d_vocab"]
+    """Logits of the clean stream."""
+    ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
+    """Logits of the ablated stream."""
+    mask_attn: Float[Tensor, "layer batch pos head d_head"] | None
+    """Masks of the attention units; last axis 1 where the unit is a head."""
+    mask_mlp: Float[Tensor, "layer batch pos d_mlp"] | None
+    """Masks of the neurons; None in an attention-only model."""
+    clean_loss: Float[Tensor, ""]
+    """Cross-entropy of the clean stream, mean nats per predicted token."""
+    ablated_loss: Float[Tensor, ""] | None
+    """Cross-entropy of the ablated stream, mean nats per predicted token."""
+    reconstruction: Float[Tensor, ""] | None
+    """R: mean over the layer outputs and the final LayerNorm of the mean squared difference between the L2-normalised
+    clean and ablated vectors."""
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Masks by hook name, as `model.ablated(masks=...)` takes them."""
+        named = {}
+        for gate_name, stacked in (("attn_gate", self.mask_attn), ("mlp_gate", self.mask_mlp)):
+            for layer, mask in enumerate(stacked if stacked is not None else ()):
+                named[f"blocks.{layer}.{gate_name}.hook_mask"] = mask
+        return named
+
+
+class SelfAblatingTransformer(HookedTransformer):
+    """A HookedTransformer whose gates decide, token by token, which units stay in its ablated stream.
+
+    By default everything runs on the clean stream, bit for bit as `HookedTransformer` does; inside
+    `with model.ablated():` the same calls run on the ablated one.
+
+    Args:
+        cfg: shape of the transformer, TransformerLens's or sa_lens's own.
+        gates: the gates; default: local, k = 8.
+        tokenizer: a Hugging Face tokenizer, for strings.
+        seed: seed of the initial weights and gates; None: `cfg.seed`, else 0. The global random state is left alone.
+        device: where the model lives; None: `cfg.device`, else TransformerLens's choice.
+        default_padding_side: as in HookedTransformer.
+
+    Raises:
+        ValueError: k larger than the units of a layer, or an architecture whose ablated stream would not be exact.
+
+    Source: arXiv 2505.00509, section 3.
+    """
+
+    gates: GateConfig
+
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig | ModelConfig,
+        gates: GateConfig | None = None,
+        tokenizer: Any = None,
+        *,
+        seed: int | None = None,
+        device: str | torch.device | None = None,
+        default_padding_side: Literal["left", "right"] | None = None,
+    ) -> None:
+        gates = gates if gates is not None else GateConfig()
+        own = cfg if isinstance(cfg, ModelConfig) else None
+        tl_cfg = (
+            architecture.hooked_config(cfg, tokenizer=tokenizer, device=device)
+            if isinstance(cfg, ModelConfig)
+            else copy.deepcopy(cfg)
+        )
+        if device is not None:
+            tl_cfg.device = str(device)
+        architecture.check_supported(tl_cfg, gates)
+        seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
+        tl_cfg.seed = None
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+            torch.manual_seed(seed)
+            super().__init__(tl_cfg, tokenizer=tokenizer, default_padding_side=default_padding_side)
+        self.cfg.seed = seed
+        self.gates = gates
+        self._streams = StreamState()
+        generator = torch.Generator().manual_seed(seed + 1)
+        if own is not None and own.init == "reference":
+            architecture.initialise_as_reference(self, torch.Generator().manual_seed(seed))
+        if gates.gated:
+            self._attach_gates(generator)
+        self.qkv_bias = own.qkv_bias if own is not None else True
+        self.unembed_bias = own.unembed_bias if own is not None else True
+        self._freeze_unused_biases()
+        if self.cfg.tie_word_embeddings:
+            self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed.b_U)
+        self.setup()
+
+    def _attach_gates(self, generator: torch.Generator) -> None:
+        cfg = self.cfg
+        attn_shape = (cfg.n_heads, cfg.d_head if self.gates.attn_unit == "channel" else 1)
+        for block in self.blocks:
+            shapes = {"attn_gate": (self.gates.k_attn, attn_shape)}
+            if not cfg.attn_only:
+                assert cfg.d_mlp is not None
+                shapes["mlp_gate"] = (self.gates.k_mlp, (cfg.d_mlp,))
+            for name, (k, shape) in shapes.items():
+                gate = Gate(self.gates, k, cfg.d_model, shape, cfg.dtype, block.attn.b_O.device)
+                gate.reset_parameters(generator)
+                block.add_module(name, gate)
+
+    def _freeze_unused_biases(self) -> None:
+        for name in self.zero_biases:
+            self.get_parameter(name).requires_grad_(False)
+
+    @property
+    def zero_biases(self) -> list[str]:
+        """Names of the biases that TransformerLens creates but this model does not have; they stay zero."""
+        unused = set() if self.qkv_bias else {"b_Q", "b_K", "b_V", "_b_K", "_b_V"}
+        if not self.unembed_bias:
+            unused.add("b_U")
+        return [name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in unused]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and unembedding are one parameter."""
+        return isinstance(self.unembed, embedding.TiedUnembed)
+
+    # ------------------------------------------------------------------------------------------------------ streams
+
+    @contextmanager
+    def ablated(
+        self,
+        position: int | Sequence[int] | Tensor | None = None,
+        *,
+        gates: Literal["frozen", "live"] = "frozen",
+        masks: Mapping[str, Tensor] | None = None,
+        clean_hooks: Hooks = (),
+    ) -> Iterator[SelfAblatingTransformer]:
+        """Inside the context, this model and thread run the ablated stream.
+
+        Without a position, all positions are ablated at once: each attends to the clean keys and values of earlier
+        ones, so an edit at a position changes the logits there alone. With a position, the pass is an ordinary one in
+        which the masks act at that position only; its logits there are the ablated stream's, and information flows
+        between positions as in any transformer. Use this form for patching and circuits.
+
+        Contexts nest; the innermost one counts. Gradients follow the caller's grad mode and flow through the clean
+        pass too.
+
+        Args:
+            position: where the masks act: one for all prompts or one for each; negative ones count from the end.
+            gates: `frozen`: masks of a clean pass on the same tokens in which no user hook fires. `live`: the user's
+                hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice). Only with a
+                position.
+            masks: given masks by hook name (`run_streams(...).masks`, or any cache that holds them). Where they cover
+                every gate, `hook_scores` stays silent; with a position the clean pass is then skipped.
+            clean_hooks: hooks of the clean pass, in TransformerLens's form.
+
+        Raises:
+            ValueError: a model without gates, an unknown choice, masks of another model.
+        """
+        self._require_gates("model.ablated()")
+        if gates not in ("frozen", "live"):
+            raise ValueError(f"gates={gates!r} must be 'frozen' or 'live'")
+        if gates == "live" and position is None:
+            raise ValueError(
+                "gates='live' needs a position; to edit the clean pass at all positions use clean_hooks=[(name, fn)]"
+            )
+        if gates == "live" and (masks is not None or clean_hooks):
+            raise ValueError("gates='live' recomputes the masks under your hooks: do not give masks or clean_hooks too")
+        chosen = None if masks is None else self._checked_masks(masks)
+        with self._streams.entered(Ablation(position, gates, chosen, tuple(clean_hooks))):
+            yield self
+
+    @contextmanager
+    def clean(self) -> Iterator[SelfAblatingTransformer]:
+        """Inside the context, this model and thread run the clean stream, also within `ablated()`."""
+        with self._streams.entered(None):
+            yield self
+
+    def _require_gates(self, what: str) -> None:
+        if not self.gates.gated:
+            raise ValueError(
+                f"{what} needs gates, but this model has none (gates.scope='none'): it has a clean stream only. "
+                "Put gates on it with SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
+            )
+
+    def _checked_masks(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        chosen = {}
+        for layer, block in enumerate(self.blocks):
+            for gate_name, _ in gated_points(block):
+                name = f"blocks.{layer}.{gate_name}.hook_mask"
+                if name not in masks:
+                    continue
+                expected = getattr(block, gate_name).unit_shape
+                found = tuple(masks[name].shape[2:])
+                if found != expected:
+                    raise ValueError(f"masks[{name!r}] has units of shape {found}, this model's are {expected}")
+                chosen[name] = masks[name]
+        if not chosen:
+            raise ValueError(
+                f"masks holds no mask of this model: its keys are hook names such as {name!r}; "
+                "take them from model.run_streams(tokens).masks"
+            )
+        return chosen
+
+    def forward(self, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any) -> Any:
+        """As `HookedTransformer.forward`, on the stream that this thread has chosen.
+
+        In the ablated stream `start_at_layer` must be None or 0; all else is as in TransformerLens.
+        """
+        kwargs.update(zip(_FORWARD_ARGUMENTS, args, strict=False))
+        with self._streams.lock:
+            ablation = self._streams.current
+            if ablation is None:
+                return super().forward(input, return_type, **kwargs)
+            return self._ablated_forward(input, return_type, kwargs, ablation)
+
+    def _ablated_forward(self, input: Any, return_type: str | None, kwargs: dict[str, Any], ablation: Ablation) -> Any:
+        if kwargs.get("start_at_layer") not in (None, 0):
+            raise ValueError(
+                f"start_at_layer={kwargs['start_at_layer']} is not possible in the ablated stream: its keys and values "
+                "come from a clean pass from layer 0. Use start_at_layer=0, or the clean stream"
+            )
+        stop = kwargs.get("stop_at_layer")
+        if stop is not None:
+            stop = stop + self.cfg.n_layers if stop < 0 else stop
+        cache = kwargs.get("past_kv_cache")
+        if cache is not None and ablation.position is not None:
+            raise ValueError(
+                "past_kv_cache does not fit ablated(position=...): its keys would depend on the masks. "
+                "Generate with model.ablated(), or run without a cache"
+            )
+        cache_before = copy_cache(cache) if cache is not None else None
+        clean = None
+        if ablation.position is None or not self._covers_every_gate(ablation.masks):
+            clean = self._clean_pass(input, kwargs, ablation, stop_at_layer=stop, want_keys=ablation.position is None)
+            if ablation.position is not None and clean.resid_post is not None:
+                position_mask(ablation.position, *clean.resid_post.shape[:2])
+        if cache is not None:
+            kwargs = {**kwargs, "past_kv_cache": cache_before}
+        with torch_hooks(ablated_hooks(self, clean, ablation, stop)):
+            return super().forward(input, return_type, **kwargs)
+
+    def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
+        return run_clean_pass(self, super().forward, input, kwargs, ablation, **wants)
+
+    def _covers_every_gate(self, masks: Mapping[str, Tensor] | None) -> bool:
+        return masks is not None and all(
+            f"blocks.{layer}.{name}.hook_mask" in masks
+            for layer, block in enumerate(self.blocks)
+            for name, _ in gated_points(block)
+        )
+
+    def run_streams(
+        self,
+        input: str | list[str] | Int[Tensor, "batch pos"],
+        targets: Int[Tensor, "batch pos"] | None = None,
+        *,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> Streams:
+        """Both streams of the same tokens in one record.
+
+        The caller's hooks fire in the ablated pass alone, as in `ablated()`; without gates, in the clean one.
+
+        Args:
+            targets: the token to predict at each position; None: the next token of the input, T - 1 predictions.
+            attention_mask: 1 for tokens, 0 for padding; None: as TransformerLens (computed when padding is on the
+                left). Padding is left out of the losses.
+            prepend_bos: for strings; None: the model's default.
+            padding_side: for strings; None: the tokenizer's.
+        """
+        from sa_lens.core.losses import cross_entropy, reconstruction_loss
+
+        if not isinstance(input, Tensor):
+            options = {"prepend_bos": prepend_bos} if prepend_bos is not None else {}
+            side = {"padding_side": padding_side} if padding_side is not None else {}
+            input = self.to_tokens(input, **options, **side)
+        tokens = input[None] if input.ndim == 1 else input
+        tokens = tokens.to(self.embed.W_E.device)
+        if attention_mask is None and self.tokenizer is not None and self.tokenizer.padding_side == "left":
+            bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+            attention_mask = get_attention_mask(self.tokenizer, tokens, bos)
+        both = self.run_both_passes(tokens, attention_mask)
+
+        def loss(logits: Tensor) -> Tensor:
+            return cross_entropy(logits, tokens, targets, attention_mask)
+
+        gated = both.ablated_logits is not None
+        return Streams(
+            tokens=tokens,
+            clean_logits=both.clean_logits,
+            ablated_logits=both.ablated_logits,
+            mask_attn=torch.stack(both.masks["attn_gate"]) if gated else None,
+            mask_mlp=torch.stack(both.masks["mlp_gate"]) if gated and both.masks["mlp_gate"] else None,
+            clean_loss=loss(both.clean_logits),
+            ablated_loss=loss(both.ablated_logits) if both.ablated_logits is not None else None,
+            reconstruction=reconstruction_loss(both.clean_outputs, both.ablated_outputs) if gated else None,
+        )
+
+    def run_both_passes(
+        self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
+    ) -> BothPasses:
+        """A clean and an ablated pass by hooks, with everything that the loss terms need."""
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask}
+        with self._streams.lock, self.clean():
+            if not self.gates.gated:
+                return BothPasses(super().forward(tokens, **kwargs), None, {}, [], [])
+            ablation = Ablation()
+            clean = self._clean_pass(tokens, kwargs, ablation, want_final=True)
+            assert clean.resid_post is not None
+            assert clean.final is not None
+            with silenced(self.hook_dict):
+                clean_logits = self.logits_from_final(clean.final)
+            masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
+            outputs: list[Tensor] = []
+            readers: list[Any] = [(block.hook_resid_post, outputs.append, False) for block in self.blocks]
+            for block in self.blocks:
+                for gate_name, _ in gated_points(block):
+                    readers.append((getattr(block, gate_name).hook_mask, masks[gate_name].append, False))
+            with torch_hooks(ablated_hooks(self, clean, ablation, None)), torch_hooks(readers):
+                resid = super().forward(tokens, stop_at_layer=self.cfg.n_layers, **kwargs)
+                final = self.ln_final(resid) if self.cfg.normalization_type is not None else resid
+                ablated_logits = self.logits_from_final(final)
+        return BothPasses(
+            clean_logits,
+            ablated_logits,
+            masks,
+            [*clean.resid_pre[1:], clean.resid_post, clean.final],
+            [*outputs, final],
+        )
+
+    def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits from the final LayerNorm's output."""
+        return architecture.soft_capped(self.unembed(final), self.cfg)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `HookedTransformer.generate`, from the stream that this thread has chosen; train or eval mode is kept."""
+        with self._mode_kept():
+            return super().generate(*args, **kwargs)
+
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As `HookedTransformer.generate_stream`; train or eval mode is kept."""
+        with self._mode_kept():
+            yield from super().generate_stream(*args, **kwargs)
+
+    @contextmanager
+    def _mode_kept(self) -> Iterator[None]:
+        training = {module: module.training for module in self.modules()}
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    @classmethod
+    def from_hooked(
+        cls, model: HookedTransformer, gates: GateConfig | None = None, *, seed: int = 0
+    ) -> SelfAblatingTransformer:
+        """A copy of a decoder-only HookedTransformer with fresh gates on it.
+
+        Embeddings are tied only if the configuration says so and the weights agree.
+
+        Args:
+            gates: the gates; default: local, k = 8.
+            seed: seed of the gates' initial weights.
+
+        Raises:
+            ValueError: an architecture whose ablated stream would not be exact, with the reason.
+        """
+        if not isinstance(model, HookedTransformer):
+            raise ValueError(f"from_hooked takes a HookedTransformer, not a {type(model).__name__}")
+        cfg = copy.deepcopy(model.cfg)
+        cfg.init_weights = False
+        cfg.tie_word_embeddings = embedding.agree(model) and bool(cfg.tie_word_embeddings)
+        cfg.tokenizer_name = None
+        copied = cls(cfg, gates, seed=seed)
+        copied.cfg.tokenizer_name = model.cfg.tokenizer_name
+        if model.tokenizer is not None:
+            copied.tokenizer = model.tokenizer
+        base = {key: value for key, value in model.state_dict().items() if "_gate." not in key}
+        copied.load_base(base)
+        if isinstance(model, SelfAblatingTransformer):
+            copied.qkv_bias, copied.unembed_bias = model.qkv_bias, model.unembed_bias
+            copied._freeze_unused_biases()
+        return copied
+
+    def load_base(self, state: Mapping[str, Tensor]) -> None:
+        """Loads everything but the gates.
+
+        Raises:
+            ValueError: a missing or unknown weight.
+        """
+        result = self.load_state_dict(dict(state), strict=False)
+        parameters = dict(self.named_parameters())
+        missing = [key for key in result.missing_keys if key in parameters and "_gate." not in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"weights do not fit: missing {missing}, unknown {result.unexpected_keys}")
+
+    def to_hooked_transformer(self) -> HookedTransformer:
+        """A plain HookedTransformer with a copy of the clean stream's weights and no gates."""
+        cfg = copy.deepcopy(self.cfg)
+        cfg.init_weights = False
+        cfg.tie_word_embeddings = False
+        name, cfg.tokenizer_name = cfg.tokenizer_name, None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+            plain = HookedTransformer(cfg)
+        plain.cfg.tokenizer_name = name
+        plain.tokenizer = self.tokenizer
+        plain.load_state_dict({k: v for k, v in self.state_dict().items() if "_gate." not in k})
+        plain.train(self.training)
+        return plain
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; with tied embeddings, refuses a state whose W_U is not the transpose of its W_E.
+
+        Raises:
+            ValueError: W_U and W_E differ although the embeddings are tied. Nothing is loaded then.
+        """
+        if self.tied:
+            embedding.check_tied(state_dict, self.embed.W_E)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def untie(self) -> None:
+        """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
+        if self.tied:
+            self.unembed = embedding.untied(self.unembed)
+            self.cfg.tie_word_embeddings = False
+            self.setup()
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """As in TransformerLens, refusing what would change the ablated stream; see `load_and_process_state_dict`.
+
+        Value biases are left where they are.
+        """
+        self.load_and_process_state_dict(
+            self.state_dict(),
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=not self.gates.gated,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """As in TransformerLens. On a gated model `fold_ln` and `center_unembed` keep both streams as they are.
+
+        Raises:
+            ValueError: a processing that keeps the clean stream but changes the ablated one.
+        """
+        if self.gates.gated:
+            architecture.check_processing(
+                state_dict,
+                center_writing_weights=center_writing_weights,
+                fold_value_biases=fold_value_biases,
+                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            )
+        state_dict = {key: value.clone() for key, value in state_dict.items()}
+        if self.tied and (fold_ln or center_unembed):
+            log.warning("embedding and unembedding are untied: weight processing changes W_U alone")
+            self.untie()
+        if fold_ln and self.gates.reads_global:
+            architecture.fold_final_norm_into_gates(state_dict)
+        super().load_and_process_state_dict(
+            state_dict,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes config.json, model.safetensors and the tokenizer, whole or not at all. See `checkpoints.save`."""
+        from sa_lens.core import checkpoints
+
+        return checkpoints.save(self, folder)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        which: Literal["best", "last"] = "best",
+        device: str | torch.device | None = None,
+        **unknown: Any,
+    ) -> SelfAblatingTransformer:
+        """Loads a run folder, or a model on the Hub.
+
+        Args:
+            name: folder, or Hub id `owner/name`.
+            which: `best`: the weights with the lowest validation loss; `last`: those of the latest checkpoint.
+            device: where the model lives.
+
+        Raises:
+            FileNotFoundError: no such folder, or no model in it.
+            ValueError: TransformerLens's own keywords or model names, a damaged or foreign file.
+        """
+        from sa_lens.core import checkpoints
+
+        checkpoints.refuse_transformer_lens_arguments(name, unknown)
+        return checkpoints.load(name, which=which, device=device)
+
+    @classmethod
+    def from_reference(
+        cls, source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16
+    ) -> SelfAblatingTransformer:
+        """Loads weights of the paper's code. See `reference.load`."""
+        from sa_lens.core import reference
+
+        return reference.load(source, gates, n_heads)
+
+
+class BothPasses(NamedTuple):
+    """A clean and an ablated pass; the ablated parts are None or empty without gates."""
+
+    clean_logits: Float[Tensor, "batch pos d_vocab"]
+    ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
+    masks: dict[str, list[Tensor]]
+    """Masks by kind of gate, a tensor a layer."""
+    clean_outputs: list[Float[Tensor, "batch pos d_model"]]
+    """Each layer's output, then the final LayerNorm's, of the clean stream."""
+    ablated_outputs: list[Float[Tensor, "batch pos d_model"]]
+    """The same of the ablated stream."""

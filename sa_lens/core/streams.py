@@ -1,0 +1,353 @@
+"""The two streams of an unmodified transformer: a recorded clean pass, and hooks that make an ablated pass of it.
+
+The ablated stream at position t takes its query, its own key and its own value from itself, and the keys and values
+of earlier positions from the clean stream. Two corrections by hooks turn an ordinary pass into that:
+
+    scores  += q^a . (k^c - k^a) / scale     off the diagonal
+    z       += pattern . (v^c - v^a)         off the diagonal
+
+after which the gates mask `z` and `post`. Hooks that write (scores, z, post) run before the user's hooks, hooks that
+read (q, k, v, pattern) after them, so a user sees and may edit the final values.
+
+Nothing here knows about tokenizers, losses or files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.hook_points import HookPoint
+
+from sa_lens.core.gate import Gate
+
+if TYPE_CHECKING:
+    from sa_lens.core.model import SelfAblatingTransformer
+
+Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
+"""Hooks as TransformerLens takes them: (name or filter of names, function of the activation and `hook=`)."""
+
+AttachedHook = tuple[HookPoint, Callable[[Tensor], Tensor | None], bool]
+"""(hook point, function of the activation, whether it runs before the user's hooks)."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What `model.ablated(...)` was asked for; see there."""
+
+    position: int | Sequence[int] | Tensor | None = None
+    gates: Literal["frozen", "live"] = "frozen"
+    masks: Mapping[str, Tensor] | None = None
+    clean_hooks: Hooks = ()
+
+
+class StreamState:
+    """Which stream each thread runs on one model, and a lock that keeps passes of different threads apart.
+
+    Copies of a model start with a fresh state on the clean stream.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._local = threading.local()
+
+    @property
+    def stack(self) -> list[Ablation | None]:
+        """This thread's nested contexts, innermost last; None stands for the clean stream."""
+        if not hasattr(self._local, "stack"):
+            self._local.stack = []
+        return self._local.stack
+
+    @property
+    def current(self) -> Ablation | None:
+        """The innermost context of this thread; None: the clean stream."""
+        stack = self.stack
+        return stack[-1] if stack else None
+
+    @contextmanager
+    def entered(self, ablation: Ablation | None) -> Iterator[None]:
+        """Makes `ablation` the innermost context of this thread."""
+        self.stack.append(ablation)
+        try:
+            yield
+        finally:
+            self.stack.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamState:
+        return StreamState()
+
+    def __reduce__(self) -> tuple[type[StreamState], tuple[()]]:
+        return StreamState, ()
+
+
+@dataclass
+class CleanPass:
+    """What the ablated pass needs of the clean one; lists have an entry a layer."""
+
+    keys: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
+    values: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
+    resid_pre: list[Float[Tensor, "batch pos d_model"]] = field(default_factory=list)
+    resid_post: Float[Tensor, "batch pos d_model"] | None = None
+    """Residual stream where the pass stopped."""
+    final: Float[Tensor, "batch pos d_model"] | None = None
+    """Output of the final LayerNorm; None if the pass stopped early and no gate asked for it."""
+
+
+@contextmanager
+def torch_hooks(hooks: Sequence[AttachedHook]) -> Iterator[None]:
+    """Attaches (point, function, prepend) hooks for the duration of the context.
+
+    They are attached to torch's hook table, not to TransformerLens's list of hooks, so `reset_hooks` and the caching
+    machinery do not see them.
+    """
+    with ExitStack() as stack:
+        for point, function, prepend in hooks:
+
+            def hook(_module: Any, _inputs: Any, output: Tensor, function: Any = function) -> Tensor | None:
+                return function(output)
+
+            stack.callback(point.register_forward_hook(hook, prepend=prepend).remove)
+        yield
+
+
+@contextmanager
+def silenced(points: Mapping[str, HookPoint]) -> Iterator[None]:
+    """Within the context no hook of the caller fires."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    saved = [
+        (point, name, getattr(point, name)) for point in points.values() for name in tables if getattr(point, name)
+    ]
+    for point, name, _ in saved:
+        setattr(point, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for point, name, table in saved:
+            setattr(point, name, table)
+
+
+def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[AttachedHook]:
+    """The hook points that TransformerLens-style hooks name.
+
+    Raises:
+        ValueError: a name that is no hook point, or a filter that matches none, or a gate's hook point (gates do not
+            run in the clean pass).
+    """
+    resolved = []
+    for name, function in hooks:
+        matches = [n for n in points if (n == name if isinstance(name, str) else name(n))]
+        if not matches:
+            raise ValueError(f"clean_hooks: no hook point matches {name!r}; see model.hook_dict for the names")
+        for match in matches:
+            if match.rsplit(".", 1)[0].endswith("_gate"):
+                raise ValueError(
+                    f"clean_hooks: {match!r} never fires in the clean pass; edit it with model.run_with_hooks instead"
+                )
+            point = points[match]
+            resolved.append((point, lambda x, f=function, p=point: f(x, hook=p), False))
+    return resolved
+
+
+def run_clean_pass(
+    model: SelfAblatingTransformer,
+    forward: Callable[..., Any],
+    inputs: Any,
+    kwargs: dict[str, Any],
+    ablation: Ablation,
+    *,
+    stop_at_layer: int | None = None,
+    want_keys: bool = True,
+    want_final: bool = False,
+) -> CleanPass:
+    """Runs the clean stream and records what the ablated pass needs of it.
+
+    Args:
+        forward: the plain forward of the transformer.
+        stop_at_layer: layer at which the caller's pass stops; honoured unless a gate needs the end.
+        want_keys: whether keys and values are needed (they are, unless the ablation is at one position).
+        want_final: whether the final LayerNorm's output is needed whatever the gates read.
+    """
+    record = CleanPass()
+    n_layers = model.cfg.n_layers
+    to_the_end = want_final or model.gates.reads_global or stop_at_layer is None
+    stop = n_layers if to_the_end else stop_at_layer
+
+    def keep(into: list[Tensor]) -> Callable[[Tensor], None]:
+        return lambda x: into.append(x)
+
+    readers: list[AttachedHook] = []
+    for block in model.blocks:
+        readers.append((block.hook_resid_pre, keep(record.resid_pre), False))
+        if want_keys:
+            key_point, _ = rotated_key_and_query(block.attn)
+            readers.append((key_point, keep(record.keys), False))
+            readers.append((block.attn.hook_v, keep(record.values), False))
+    plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
+    with ExitStack() as stack:
+        if ablation.gates == "frozen":
+            stack.enter_context(silenced(model.hook_dict))
+            stack.enter_context(torch_hooks(resolve_hooks(model.hook_dict, ablation.clean_hooks)))
+        stack.enter_context(torch_hooks(readers))
+        record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
+        if want_final or model.gates.reads_global:
+            normed = model.cfg.normalization_type is not None
+            record.final = model.ln_final(record.resid_post) if normed else record.resid_post
+    return record
+
+
+class _KeyValueMix:
+    """Replaces, in one attention layer of an ablated pass, the keys and values of earlier positions by clean ones."""
+
+    def __init__(
+        self,
+        attn: Any,
+        clean_keys: Float[Tensor, "batch key kv_head d_head"],
+        clean_values: Float[Tensor, "batch pos kv_head d_head"],
+    ) -> None:
+        self.attn = attn
+        self.clean_keys = clean_keys
+        self.clean_values = clean_values
+        self.seen: dict[str, Tensor] = {}
+
+    def hooks(self) -> list[AttachedHook]:
+        key_point, query_point = rotated_key_and_query(self.attn)
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            return lambda x: self.seen.__setitem__(name, x)
+
+        return [
+            (query_point, keep("q"), False),
+            (key_point, keep("k"), False),
+            (self.attn.hook_v, keep("v"), False),
+            (self.attn.hook_attn_scores, self.correct_scores, True),
+            (self.attn.hook_pattern, keep("pattern"), False),
+        ]
+
+    def correct_scores(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Scores of earlier positions against their clean keys."""
+        q = self.seen["q"]
+        difference = self._per_head(self.clean_keys - self.seen["k"], q.shape[1])
+        correction = torch.einsum("bqhd,bkhd->bhqk", q, difference) / self.attn.attn_scale
+        return _add_to_new_keys(scores, _off_diagonal(correction))
+
+    def correct_z(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+        """`z` with the clean values of earlier positions; forgets what was recorded."""
+        new = z.shape[1]
+        difference = self._per_head(self.clean_values - self.seen["v"], new)
+        pattern = self.seen["pattern"][..., -new:].to(difference.dtype)
+        self.seen.clear()
+        return z + torch.einsum("bhqk,bkhd->bqhd", _off_diagonal(pattern), difference)
+
+    def _per_head(
+        self, x: Float[Tensor, "batch key kv_head d_head"], new: int
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """The last `new` positions, grouped keys or values repeated for each head that shares them."""
+        return x[:, -new:].repeat_interleave(self.attn.cfg.n_heads // x.shape[2], dim=2)
+
+
+def _off_diagonal(x: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+    eye = torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)
+    return x.masked_fill(eye, 0)
+
+
+def _add_to_new_keys(
+    scores: Float[Tensor, "batch head query key"], correction: Float[Tensor, "batch head query new"]
+) -> Float[Tensor, "batch head query key"]:
+    """Adds the correction to the last columns; earlier ones hold cached keys, which are clean already."""
+    cached = scores.shape[-1] - correction.shape[-1]
+    return scores + torch.nn.functional.pad(correction, (cached, 0))
+
+
+def rotated_key_and_query(attn: Any) -> tuple[HookPoint, HookPoint]:
+    """Hook points of the keys and queries that enter the dot product."""
+    if attn.cfg.positional_embedding_type == "rotary":
+        return attn.hook_rot_k, attn.hook_rot_q
+    return attn.hook_k, attn.hook_q
+
+
+def position_mask(position: int | Sequence[int] | Tensor, batch: int, length: int) -> Bool[Tensor, "batch pos"]:
+    """True at the position of each prompt.
+
+    Raises:
+        ValueError: a position outside the prompt, or not one a prompt.
+    """
+    chosen = torch.as_tensor(position).reshape(-1).cpu()
+    if chosen.dtype.is_floating_point or chosen.dtype == torch.bool:
+        raise ValueError(f"position={position!r} must be a whole number, or one for each prompt")
+    if len(chosen) not in (1, batch):
+        raise ValueError(f"position has {len(chosen)} entries, but there are {batch} prompts: give one, or one each")
+    outside = (chosen < -length) | (chosen >= length)
+    if outside.any():
+        raise ValueError(
+            f"position={int(chosen[outside][0])} lies outside the prompt of {length} tokens: "
+            f"it must be from {-length} to {length - 1}"
+        )
+    return (torch.arange(length) == chosen.remainder(length)[:, None]).expand(batch, length)
+
+
+def ablated_hooks(
+    model: SelfAblatingTransformer,
+    clean: CleanPass | None,
+    ablation: Ablation,
+    stop_at_layer: int | None,
+) -> list[AttachedHook]:
+    """The hooks that turn an ordinary pass into the ablated one.
+
+    Args:
+        clean: the recorded clean pass; None if all masks are given and the ablation is at one position.
+    """
+    hooks: list[AttachedHook] = []
+    given = ablation.masks or {}
+    for layer, block in list(enumerate(model.blocks))[:stop_at_layer]:
+        local = clean.resid_pre[layer] if clean else None
+        final = clean.final if clean else None
+        mix = None
+        if ablation.position is None and clean is not None:
+            mix = _KeyValueMix(block.attn, clean.keys[layer], clean.values[layer])
+            hooks += mix.hooks()
+        for gate_name, point in gated_points(block):
+            gate = getattr(block, gate_name)
+            mask = given.get(f"blocks.{layer}.{gate_name}.hook_mask")
+            scores = gate.project(local, final) if mask is None else None
+            correct = mix.correct_z if mix is not None and gate_name == "attn_gate" else None
+            hooks.append((point, _gate_hook(gate, scores, mask, correct, ablation.position), True))
+    return hooks
+
+
+def _gate_hook(
+    gate: Gate,
+    scores: Tensor | None,
+    mask: Tensor | None,
+    correct: Callable[[Tensor], Tensor] | None,
+    position: int | Sequence[int] | Tensor | None,
+) -> Callable[[Tensor], Tensor]:
+    def masked(x: Tensor) -> Tensor:
+        if correct is not None:
+            x = correct(x)
+        where = None if position is None else position_mask(position, *x.shape[:2]).to(x.device)
+        return gate(x, scores, mask, where)
+
+    return masked
+
+
+def gated_points(block: Any) -> list[tuple[str, HookPoint]]:
+    """(name of the gate, hook point that it masks) of a layer."""
+    points = [("attn_gate", block.attn.hook_z)]
+    if hasattr(block, "mlp_gate"):
+        points.append(("mlp_gate", block.mlp.hook_post))
+    return points
+
+
+def copy_cache(cache: TransformerLensKeyValueCache) -> TransformerLensKeyValueCache:
+    """A key-value cache that starts with the same entries and may be appended to without touching the original."""
+    entries = [TransformerLensKeyValueCacheEntry(e.past_keys, e.past_values, e.frozen) for e in cache.entries]
+    return TransformerLensKeyValueCache(entries, cache.previous_attention_mask, cache.frozen)

@@ -1,0 +1,118 @@
+"""Batches for the training loop: which process reads which blocks at which step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sa_lens.data.order import BlockOrder
+from sa_lens.data.tokens import TokenFile
+
+
+class BlockDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Blocks by position in the endless shuffled stream: `dataset[position]` is `(tokens[n_ctx], targets[n_ctx])`."""
+
+    def __init__(self, file: TokenFile, n_ctx: int, order: BlockOrder) -> None:
+        if order.n_blocks > file.n_blocks(n_ctx):
+            raise ValueError(f"the order has {order.n_blocks} blocks, the file only {file.n_blocks(n_ctx)}")
+        self.file = file
+        self.n_ctx = n_ctx
+        self.order = order
+
+    def __getitem__(self, position: int) -> tuple[Int64[Tensor, " pos"], Int64[Tensor, " pos"]]:
+        block = torch.from_numpy(self.file.block(int(self.order.indices(position, 1)[0]), self.n_ctx))
+        return block[:-1], block[1:]
+
+
+class ProcessPositions(Sampler[list[int]]):
+    """The positions of one process, a list a micro-batch.
+
+    Step s of the run uses positions `s * batch_size` to `(s + 1) * batch_size - 1`, cut into `accumulate`
+    micro-batches; process `rank` takes the `rank`-th contiguous share of each. What a step reads is thus the same for any number of
+    processes.
+    """
+
+    def __init__(
+        self,
+        start_step: int,
+        stop_step: int,
+        batch_size: int,
+        *,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % (accumulate * world_size) != 0:
+            raise ValueError(
+                f"train.batch_size={batch_size} is not a multiple of train.accumulate={accumulate} times {world_size} "
+                "processes"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be from 0 to {world_size - 1}")
+        self.start_step = start_step
+        self.stop_step = stop_step
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return max(0, self.stop_step - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro = self.batch_size // self.accumulate
+        share = micro // self.world_size
+        for step in range(self.start_step, self.stop_step):
+            for part in range(self.accumulate):
+                first = step * self.batch_size + part * micro + self.rank * share
+                yield list(range(first, first + share))
+
+
+def training_loader(
+    file: TokenFile,
+    n_ctx: int,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int,
+    stop_step: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Micro-batches `(tokens, targets)` of this process, both `batch pos`, `accumulate` of them a step.
+
+    It is a pure function of its arguments: begun again at a later step it goes on with the same blocks, whatever the
+    number of workers, and it draws nothing from torch's global random state. It is sharded already, so Accelerate must
+    not shard it again.
+
+    Args:
+        file: training tokens.
+        seed: seed of the order.
+        batch_size: sequences an optimizer step, over all processes.
+        start_step: first step.
+        stop_step: step to stop before.
+        accumulate: micro-batches a step.
+        rank: this process.
+        world_size: all processes.
+        workers: data-loading processes.
+        pin_memory: page-locked memory, for copies to a GPU.
+    """
+    dataset = BlockDataset(file, n_ctx, BlockOrder(file.n_blocks(n_ctx), seed))
+    positions = ProcessPositions(
+        start_step, stop_step, batch_size, accumulate=accumulate, rank=rank, world_size=world_size
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=positions,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),
+        persistent_workers=False,
+    )

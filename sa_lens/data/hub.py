@@ -1,0 +1,90 @@
+"""The Hub, asked once and briefly: whether it answers, and which revision of a dataset is current.
+
+Every access goes through `require_hub` first, because the libraries behind it retry for half a minute where there is no
+network. Nothing here downloads text; `sources` does.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from sa_lens.data.disk import write_atomically
+
+PROBE_SECONDS = 3.0
+"""Longest wait for an answer of the Hub, in seconds, name lookup included."""
+
+
+class HubUnreachable(ConnectionError):
+    """The Hub is needed and does not answer."""
+
+
+def probe(seconds: float = PROBE_SECONDS) -> str | None:
+    """None if the Hub answers within `seconds`, else the reason why it does not."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        from huggingface_hub.utils import get_session
+
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+            outcome.append(None)
+        except Exception as error:  # whatever the transport raises, the answer is the same
+            outcome.append(f"{type(error).__name__}: {error}")
+
+    # A name lookup obeys no socket timeout, so the clock is kept outside; a daemon thread never delays the exit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else f"no answer within {seconds:g} s"
+
+
+def require_hub(what: str, instead: str) -> None:
+    """Returns if the Hub answers.
+
+    Args:
+        what: what is wanted from it, for the message.
+        instead: the local alternative, for the message.
+
+    Raises:
+        HubUnreachable: no answer within `PROBE_SECONDS`.
+    """
+    reason = probe()
+    if reason is not None:
+        raise HubUnreachable(f"{what} has to come from the Hub, which cannot be reached ({reason}). Offline: {instead}")
+
+
+def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
+    """The commit that a dataset's default branch points at; without network, the one seen last.
+
+    Raises:
+        HubUnreachable: no network, and the dataset was never used with this cache.
+        ValueError: the Hub knows no such dataset, or will not show it.
+    """
+    record = cache / "hub" / f"{dataset_id.replace('/', '--')}.json"
+    try:
+        require_hub(f"dataset {dataset_id!r}", instead)
+    except HubUnreachable:
+        if record.is_file():
+            return json.loads(record.read_text(encoding="utf-8"))["revision"]
+        raise
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        revision = HfApi().dataset_info(dataset_id, timeout=10).sha
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"the Hub has no dataset {dataset_id!r} that you may read, and there is no such local file or folder "
+            f"either: {error}"
+        ) from error
+    if revision is None:
+        raise ValueError(f"the Hub names no revision of dataset {dataset_id!r}")
+    write_atomically(record, json.dumps({"revision": revision}))
+    return revision

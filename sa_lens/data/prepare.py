@@ -1,0 +1,196 @@
+"""From a data configuration to tokens on disk: sources, the validation split, the tokenizer, two token files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sa_lens.config import DataConfig
+from sa_lens.data.disk import cache_folder, key_of, locked
+from sa_lens.data.sources import Source, open_source, stories_source, story_names
+from sa_lens.data.tokenizers import fetch_tokenizer, load_tokenizer, read_words, tokenizer_fingerprint, train_bpe
+from sa_lens.data.tokens import FORMAT, TokenFile, check_blocks, vocabulary_of, write_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Text made ready for training."""
+
+    train: TokenFile
+    """Training tokens."""
+    validation: TokenFile
+    """Validation tokens."""
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer that made them."""
+    tokenizer_folder: Path
+    """A full Hugging Face folder of it."""
+
+    @property
+    def d_vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.train.d_vocab
+
+
+def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedData:
+    """Token files and tokenizer for a data configuration, made on the first call and found in the cache later.
+
+    Any number of processes may call it at once: one makes each file, the others wait for it. Files are keyed by the
+    content of the text, the tokenizer and the settings; they do not depend on `n_ctx`.
+
+    Args:
+        data: text and tokenizer. Without a named validation text, `validation_fraction` of the distinct documents are
+            held out by `stories_seed`; equal documents fall on the same side, and the choice does not depend on their
+            order.
+        n_ctx: predictions a block; both texts must hold at least one block.
+        progress: show progress bars.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        HubUnreachable: a Hub dataset or tokenizer and no network; raised within seconds.
+        ValueError: wrong column or split, empty text, text shorter than one block, a tokenizer without an end-of-text
+            token, a damaged token file.
+    """
+    cache = cache_folder(data.cache_dir)
+    keep_whole = _kept_words(data)
+    texts = _texts(data, cache, progress)
+    if data.tokenizer == "bpe":
+        folder = _trained_tokenizer(data, texts["train"], keep_whole, cache, progress)
+    else:
+        folder = fetch_tokenizer(data.tokenizer, cache)
+    tokenizer = load_tokenizer(folder)
+    files = {name: _token_file(text, tokenizer, name, cache, progress) for name, text in texts.items()}
+    for name, file in files.items():
+        check_blocks(file, n_ctx, name)
+    return PreparedData(files["train"], files["validation"], tokenizer, folder)
+
+
+def _kept_words(data: DataConfig) -> list[str]:
+    words = read_words(data.keep_whole) if data.keep_whole is not None else []
+    if data.tokenizer != "bpe":
+        if words:
+            raise ValueError(
+                f"data.keep_whole applies to data.tokenizer='bpe', not to {data.tokenizer!r}; leave it out"
+            )
+        return []
+    return sorted({*words, *story_names()}) if data.source == "stories" else words
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One side of the data: a whole source, or the part of it on one side of the split."""
+
+    source: Source
+    split: _Split | None = None
+    held_out: bool = False
+
+    @property
+    def key(self) -> str:
+        side = None if self.split is None else [self.split.fraction, self.split.seed, self.held_out]
+        return key_of([self.source.fingerprint, side])
+
+    def read(self) -> Iterator[str]:
+        texts, split = self.source.read(), self.split
+        if split is None:
+            return texts
+        limit = split.threshold
+        return (text for text in texts if (split.lot(text) <= limit) == self.held_out)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Holds out the documents that draw the smallest lots; a lot is a hash of seed and text."""
+
+    source: Source
+    fraction: float
+    seed: int
+
+    def lot(self, text: str) -> int:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(self.seed).encode())
+        return int.from_bytes(digest.digest(), "little")
+
+    @functools.cached_property
+    def threshold(self) -> int:
+        lots = np.unique(np.fromiter((self.lot(text) for text in self.source.read()), dtype=np.uint64))
+        if len(lots) == 0:
+            raise ValueError(f"the text of {self.source.name} is empty")
+        if len(lots) == 1:
+            raise ValueError(
+                f"{self.source.name} is a single document, so no validation text can be held out; name one in "
+                "data.validation"
+            )
+        count = min(max(1, round(self.fraction * len(lots))), len(lots) - 1)
+        return int(lots[count - 1])
+
+
+def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
+    """The training and the validation text."""
+
+    def opened(name: str, split: str | None) -> Source:
+        return open_source(
+            name,
+            column=data.column,
+            split=split,
+            max_documents=data.max_documents,
+            streaming=data.streaming,
+            cache=cache,
+            progress=progress,
+        )
+
+    whole = data.source == "stories" or Path(data.source).expanduser().is_file()
+    if whole and data.validation is None and data.validation_split is not None:
+        raise ValueError(
+            f"data.source={data.source!r} has no splits, so no data.validation_split={data.validation_split!r}; "
+            "leave it out to hold out data.validation_fraction, or name a text in data.validation"
+        )
+    if whole and data.split != "train":
+        raise ValueError(f"data.source={data.source!r} has no splits, so no data.split={data.split!r}; leave it out")
+    if data.source == "stories":
+        source = stories_source(data.n_stories, data.stories_seed, data.max_documents)
+    else:
+        source = opened(data.source, data.split)
+    if data.validation is None and data.validation_split is None:
+        split = _Split(source, data.validation_fraction, data.stories_seed)
+        return {"train": _Text(source, split), "validation": _Text(source, split, held_out=True)}
+    if data.validation == "stories":
+        raise ValueError(
+            "data.validation='stories' is not a text of its own; leave it out to hold out generated stories"
+        )
+    validation = opened(data.validation or data.source, data.validation_split)
+    if validation.fingerprint == source.fingerprint:
+        raise ValueError(f"the validation text {validation.name} is the training text; name another, or leave it out")
+    return {"train": _Text(source), "validation": _Text(validation)}
+
+
+def _trained_tokenizer(data: DataConfig, text: _Text, words: list[str], cache: Path, progress: bool) -> Path:
+    import tokenizers
+
+    key = key_of([FORMAT, text.key, data.vocab_size, words, tokenizers.__version__])
+    folder = cache / "tokenizers" / f"bpe-{key[:32]}"
+    if not folder.is_dir():
+        with locked(folder):
+            if not folder.is_dir():
+                train_bpe(text.read(), folder, vocab_size=data.vocab_size, keep_whole=words, progress=progress)
+    return folder
+
+
+def _token_file(text: _Text, tokenizer: PreTrainedTokenizerBase, name: str, cache: Path, progress: bool) -> TokenFile:
+    key = key_of([FORMAT, text.key, tokenizer_fingerprint(tokenizer), vocabulary_of(tokenizer)])
+    path = cache / "tokens" / f"{key[:32]}.bin"
+
+    def exists() -> bool:
+        return path.is_file() and path.with_suffix(".json").is_file()
+
+    if not exists():
+        with locked(path):
+            if not exists():
+                return write_tokens(path, text.read(), tokenizer, name=name, progress=progress)
+    return TokenFile.open(path)

@@ -1,0 +1,226 @@
+"""The words of the generated stories: names, objects, places, feelings, and the part of speech of everything else.
+
+Entities are NamedTuples whose fields are the surface forms that a sentence pattern may ask for (`{x.he}`, `{o.a}`), so a
+pattern is filled by `str.format` alone. No plural objects: `it` always agrees.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+from typing import Literal, NamedTuple
+
+Gender = Literal["girl", "boy"]
+
+_GIRLS = (
+    "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Clara Sophie Alice Julia Laura Nora Eva "
+    "Tina Helen"
+)
+_BOYS = (
+    "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Toby Felix Hugo Oliver Martin Kevin Jacob "
+    "Lucas George"
+)
+
+NAMES: dict[str, Gender] = {**dict.fromkeys(_GIRLS.split(), "girl"), **dict.fromkeys(_BOYS.split(), "boy")}
+"""Every name with its gender. None of them is also a common word, and each is one word, so prompts stay aligned."""
+
+
+class Character(NamedTuple):
+    """A named character and the words that can stand for it."""
+
+    name: str
+    girl: Gender
+    he: str
+    him: str
+    his: str
+    He: str
+    I: str = "I"  # noqa: E741
+    you: str = "you"
+
+
+class Thing(NamedTuple):
+    """An object; `a` is its first mention (with the adjective, if it has one), `the` every later one."""
+
+    noun: str
+    kind: str
+    a: str
+    the: str
+    The: str
+    it: str = "it"
+
+
+class Place(NamedTuple):
+    """A place with its preposition (`at the beach`)."""
+
+    noun: str
+    at: str
+    outdoors: bool
+    sells: bool
+    the: str
+    The: str
+
+
+class Spot(NamedTuple):
+    """Where in a place something can lie (`under the bench`)."""
+
+    noun: str
+    under: str
+    the: str
+
+
+class Animal(NamedTuple):
+    """An animal that walks by; never a character."""
+
+    noun: str
+
+
+class Feeling(NamedTuple):
+    """An adjective of feeling."""
+
+    word: str
+
+
+Entity = Character | Thing | Place | Spot | Animal | Feeling
+
+
+@cache
+def character(name: str) -> Character:
+    """The character of that name."""
+    if NAMES[name] == "girl":
+        return Character(name, "girl", "she", "her", "her", "She")
+    return Character(name, "boy", "he", "him", "his", "He")
+
+
+OBJECTS: dict[str, tuple[str, ...]] = {
+    "ball": ("ball", "balloon", "stick", "plane"),
+    "toy": ("kite", "doll", "drum", "truck", "robot", "boat", "train", "puzzle", "car", "wagon", "whistle", "bear"),
+    "food": (
+        *(
+            "apple",
+            "cake",
+            "cookie",
+            "orange",
+            "banana",
+            "sandwich",
+            "pear",
+            "muffin",
+            "carrot",
+            "pie",
+            "peach",
+            "plum",
+        ),
+        "melon",
+    ),
+    "reading": ("book", "letter", "map", "card", "poem", "note"),
+    "clothing": ("hat", "scarf", "coat", "crown", "cap", "necklace", "ring"),
+    "thing": (
+        *("cup", "shell", "flower", "box", "key", "lamp", "coin", "basket", "blanket", "umbrella", "bell", "stone"),
+        *("feather", "leaf", "brush", "pencil", "bucket", "mirror", "candle", "spoon", "picture", "jar"),
+    ),
+}
+"""Objects by kind; the kind decides what can be done with one."""
+
+KIND_OF: dict[str, str] = {noun: kind for kind, nouns in OBJECTS.items() for noun in nouns}
+BREAKABLE = frozenset("kite doll drum truck robot boat train car wagon plane whistle".split())
+ADJECTIVES: dict[str, tuple[str, ...]] = {
+    "ball": ("red", "blue", "yellow", "big", "small", "new"),
+    "toy": ("red", "blue", "green", "old", "new", "small", "pretty", "tiny", "orange"),
+    "food": ("big", "small", "sweet", "fresh", "tasty"),
+    "reading": ("old", "short", "long", "new", "funny"),
+    "clothing": ("red", "purple", "warm", "new", "old", "pretty", "shiny"),
+    "thing": ("white", "black", "green", "shiny", "old", "little", "pretty", "big"),
+}
+
+
+@cache
+def thing(noun: str, adjective: str = "") -> Thing:
+    """The object of that noun, its first mention with the adjective."""
+    phrase = f"{adjective} {noun}" if adjective else noun
+    article = "an" if phrase[0] in "aeiou" else "a"
+    return Thing(noun, KIND_OF[noun], f"{article} {phrase}", f"the {noun}", f"The {noun}")
+
+
+def _places(at: str, nouns: str, *, outdoors: bool, sells: bool = False) -> list[Place]:
+    return [Place(n, at, outdoors, sells, f"the {n}", f"The {n}") for n in nouns.split()]
+
+
+PLACES: tuple[Place, ...] = (
+    *_places("in", "park garden forest field yard meadow", outdoors=True),
+    *_places("at", "beach zoo farm lake river playground pond fair", outdoors=True),
+    *_places("on", "hill", outdoors=True),
+    *_places("in", "kitchen library museum barn attic classroom", outdoors=False),
+    *_places("at", "school station", outdoors=False),
+    *_places("at", "market", outdoors=True, sells=True),
+    *_places("at", "shop store", outdoors=False, sells=True),
+)
+
+
+def _spots(spots: str) -> tuple[Spot, ...]:
+    pairs = [spot.split() for spot in spots.split(",")]
+    return tuple(Spot(noun, under, f"the {noun}") for under, noun in pairs)
+
+
+OUTDOOR_SPOTS = _spots(
+    "under bench, under tree, behind tree, behind rock, near gate, behind bush, near fence, in grass, behind wall"
+)
+INDOOR_SPOTS = _spots(
+    "under table, behind door, under chair, on shelf, near window, behind curtain, in corner, on floor, behind wall"
+)
+ANIMALS = tuple(map(Animal, "dog cat bird duck rabbit frog squirrel butterfly fox pony mouse goat turtle".split()))
+GLAD = tuple(map(Feeling, "happy glad proud excited cheerful pleased".split()))
+SAD = tuple(map(Feeling, "sad upset worried unhappy".split()))
+NEEDY = tuple(map(Feeling, "hungry tired thirsty cold sleepy".split()))
+
+PART_OF_SPEECH: dict[str, str] = {
+    word: tag
+    for tag, words in {
+        "DET": "a the every that",
+        "PRON": "it everywhere",
+        "ADP": "to in at on near with for of from upon by after down up",
+        "AUX": "was were is are can could be had",
+        "VERB": (
+            "went walked ran met played sat lived loved liked held holding brought carried found saw bought took gave "
+            "handed passed lent offered decided give wanted threw showed read said told asked thanked tried put looked "
+            "lost dropped find help fixed broke felt play sing dance draw swim shared ate sang danced laughed talked "
+            "jumped smiled waved dreamed slept learned named singing picked have see hold try like love thank sharing "
+            "helping"
+        ),
+        "NOUN": (
+            "day morning afternoon evening night time friend friends children house sun sky wind birds lunch school end "
+            "home game song story bag fun lot course"
+        ),
+        "ADJ": (
+            "sunny warm bright windy cool lovely little young kind clever brave small big white good best blue soft brown "
+            "funny wonderful great beautiful gone broken welcome next full quiet long sad"
+        ),
+        "ADV": (
+            "once together outside yesterday then so later soon very kindly quickly gently happily slowly carefully "
+            "suddenly ago back well please not there much"
+        ),
+        "SCONJ": "when while because where",
+        "CCONJ": "and but",
+        "NUM": "one two",
+        "INTJ": "yes hello",
+    }.items()
+    for word in words.split()
+}
+"""Universal part of speech of each fixed word of the patterns; a pattern marks an exception as `word/TAG`."""
+
+PARTS_OF_SPEECH = (
+    *("NOUN", "PROPN", "PRON", "VERB", "AUX", "ADJ", "ADV", "ADP", "DET", "CCONJ", "SCONJ", "PART", "NUM", "INTJ"),
+    "PUNCT",
+)
+
+
+def held_out_pairs(seed: int = 0, share: float = 0.2) -> frozenset[frozenset[str]]:
+    """Pairs of names that no generated story holds together, in either order: a random `share` of all pairs.
+
+    Raises:
+        ValueError: share outside [0, 0.5].
+    """
+    if not 0 <= share <= 0.5:
+        raise ValueError(f"share={share} of held-out name pairs must lie between 0 and 0.5")
+    pairs = [frozenset(pair) for pair in itertools.combinations(NAMES, 2)]
+    random.Random(seed).shuffle(pairs)
+    return frozenset(pairs[: round(share * len(pairs))])
