@@ -32,8 +32,8 @@ class ProcessPositions(Sampler[list[int]]):
     """The positions of one process, a list a micro-batch.
 
     Step s of the run uses positions `s * batch_size` to `(s + 1) * batch_size - 1`, cut into `accumulate`
-    micro-batches; process `rank` takes the `rank`-th contiguous share of each. What a step reads is thus the same for any number of
-    processes.
+    micro-batches; process `rank` takes the `rank`-th contiguous share of each. What a step reads is thus
+    the same for any number of processes.
     """
 
     def __init__(
