@@ -91,9 +91,7 @@ def _label(story: Story) -> Iterator[Word]:
             if not piece.var:
                 end = offset + len(piece.text)
                 if piece.pos:
-                    yield Word(
-                        piece.text, offset, end, index, line.sentence.pattern, piece.role, "none", piece.pos
-                    )
+                    yield Word(piece.text, offset, end, index, line.sentence.pattern, piece.role, "none", piece.pos)
                 offset = end
                 continue
             entity = line.entities[piece.var]
@@ -118,7 +116,9 @@ def _slot_words(
         referent = (
             referents[entity.noun]
             if isinstance(entity, Thing)
-            else places[entity.noun] if isinstance(entity, Place) else "spot"
+            else places[entity.noun]
+            if isinstance(entity, Place)
+            else "spot"
         )
         words = getattr(entity, piece.text).split(" ")
         for word in words[:-1]:

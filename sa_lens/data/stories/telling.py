@@ -43,9 +43,7 @@ _SHORTEST, _LONGEST = 48, 88
 _TOO_LONG = 95
 
 
-def generate(
-    n: int, seed: int = 0, *, held_out_pairs: Collection[frozenset[str]] | None = None
-) -> Iterator[Story]:
+def generate(n: int, seed: int = 0, *, held_out_pairs: Collection[frozenset[str]] | None = None) -> Iterator[Story]:
     """Yields n different stories; story i depends on the seed and the held-out pairs alone, not on n.
 
     Args:
@@ -226,9 +224,7 @@ class _Telling:
         elif self.chance(0.16):
             g = self.pick((x, y))
             o = self.new_thing()
-            self.say(
-                self.pick(("give_when", "give_after")), x=x, y=y, p=place, g=g, r=self.scene.other(g), o=o
-            )
+            self.say(self.pick(("give_when", "give_after")), x=x, y=y, p=place, g=g, r=self.scene.other(g), o=o)
             self.owned(o, self.scene.other(g), first=g)
         else:
             self.say("go" if self.chance(0.65) else "at", x=x, y=y, p=place)
