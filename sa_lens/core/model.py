@@ -145,7 +145,7 @@ class SelfAblatingTransformer(HookedTransformer):
             self._attach_gates(generator)
         self.qkv_bias = own.qkv_bias if own is not None else True
         self.unembed_bias = own.unembed_bias if own is not None else True
-        self._freeze_unused_biases()
+        self.freeze_unused_biases()
         if self.cfg.tie_word_embeddings:
             self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed.b_U)
         self.setup()
@@ -163,7 +163,7 @@ class SelfAblatingTransformer(HookedTransformer):
                 gate.reset_parameters(generator)
                 block.add_module(name, gate)
 
-    def _freeze_unused_biases(self) -> None:
+    def freeze_unused_biases(self) -> None:
         for name in self.zero_biases:
             self.get_parameter(name).requires_grad_(False)
 
@@ -440,7 +440,7 @@ class SelfAblatingTransformer(HookedTransformer):
         copied.load_base(base)
         if isinstance(model, SelfAblatingTransformer):
             copied.qkv_bias, copied.unembed_bias = model.qkv_bias, model.unembed_bias
-            copied._freeze_unused_biases()
+            copied.freeze_unused_biases()
         return copied
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:

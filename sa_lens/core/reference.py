@@ -37,7 +37,7 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
     cfg = _config(state, n_heads)
     model = SelfAblatingTransformer(cfg, gates, device="cpu")
     model.qkv_bias = model.unembed_bias = False
-    model._freeze_unused_biases()
+    model.freeze_unused_biases()
     converted = _to_hooked(state, cfg)
     expected = {name: p.shape for name, p in model.named_parameters() if name not in model.zero_biases}
     for name, shape in expected.items():

@@ -1,0 +1,166 @@
+"""Models in formats that other programs read. The gates stay behind unless the format has a place for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import einops
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sa_lens.core import reference
+from sa_lens.core.checkpoints import CONFIG, WEIGHTS, atomic_write, describe, save_tokenizer
+from sa_lens.core.model import SelfAblatingTransformer
+
+_HF_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+
+
+def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
+    """Writes the clean stream as a plain HookedTransformer: config JSON, safetensors, tokenizer.
+
+    Returns:
+        Five lines of Python that load it without sa_lens.
+    """
+    folder = _empty(folder)
+    plain = model.to_hooked_transformer()
+    described = describe(model)
+    known = {f.name for f in dataclasses.fields(plain.cfg)}
+    cfg = {k: v for k, v in described["model"].items() if k in known} | {"tie_word_embeddings": False}
+    cfg["init_weights"] = False
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()}
+    atomic_write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    atomic_write(folder / CONFIG, json.dumps(cfg, indent=2).encode())
+    tokenizer = ""
+    if model.tokenizer is not None:
+        save_tokenizer(model.tokenizer, folder)
+        tokenizer = f', tokenizer=__import__("transformers").AutoTokenizer.from_pretrained("{folder}")'
+    dtype = "" if described["dtype"] == "float32" else f", dtype=torch.{described['dtype']}"
+    return "\n".join(
+        [
+            "import json, torch, safetensors.torch",
+            "from transformer_lens import HookedTransformer, HookedTransformerConfig",
+            f'cfg = HookedTransformerConfig(**json.load(open("{folder}/{CONFIG}")){dtype})',
+            f"model = HookedTransformer(cfg{tokenizer})",
+            f'model.load_state_dict(safetensors.torch.load_file("{folder}/{WEIGHTS}"))',
+        ]
+    )
+
+
+def to_reference(model: SelfAblatingTransformer, path: str | Path) -> Path:
+    """Writes a state dict with the reference's names, which `from_reference` and the paper's code read.
+
+    Raises:
+        ValueError: an architecture or a nonzero bias that the reference does not have.
+        IsADirectoryError: the path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a .pt file")
+    state = reference.save(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: torch.save(state, temporary))
+    return path
+
+
+def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
+    """Writes the clean stream as a GPT-2 folder that `AutoModelForCausalLM` loads offline with the same logits.
+
+    A model without attention scale has sqrt(d_head) folded into its queries.
+
+    Raises:
+        ValueError: an architecture, or a nonzero bias of the logits, that GPT-2 does not have.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    cfg = model.cfg
+    for requirement, holds in {
+        "LayerNorm": cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms,
+        "learned positions added to the embedding": cfg.positional_embedding_type == "standard",
+        "an MLP in every layer, not gated": not cfg.attn_only and not cfg.gated_mlp,
+        "attention and MLP in sequence": not cfg.parallel_attn_mlp,
+        "ungrouped keys and values": cfg.n_key_value_heads is None,
+        "attention over all earlier positions": not cfg.use_local_attn,
+        "heads that add up to the residual stream, n_heads * d_head = d_model": cfg.n_heads * cfg.d_head == cfg.d_model,
+        f"one of the activations {', '.join(_HF_ACTIVATIONS)}": cfg.act_fn in _HF_ACTIVATIONS,
+        "no soft cap": cfg.output_logits_soft_cap <= 0 and cfg.attn_scores_soft_cap <= 0,
+        "no LayerNorm after the embedding": not cfg.post_embedding_ln,
+        "the same attention scale in every layer": not cfg.scale_attn_by_inverse_layer_idx,
+        "no bias on the logits": not bool(model.unembed.b_U.any()),
+    }.items():
+        if not holds:
+            raise ValueError(f"GPT-2 cannot express this model: it needs {requirement}. Use --to hooked")
+    folder = _empty(folder)
+    eos = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    hf = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=cfg.d_vocab,
+            n_positions=cfg.n_ctx,
+            n_embd=cfg.d_model,
+            n_layer=cfg.n_layers,
+            n_head=cfg.n_heads,
+            n_inner=cfg.d_mlp,
+            activation_function=_HF_ACTIVATIONS[cfg.act_fn],
+            layer_norm_epsilon=cfg.eps,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=eos,
+            eos_token_id=eos,
+            tie_word_embeddings=model.tied,
+            dtype=cfg.dtype,
+        )
+    ).to(cfg.dtype)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    hf.load_state_dict(_gpt2_state(model, state), strict=True)
+    hf.save_pretrained(folder)
+    if model.tokenizer is not None:
+        save_tokenizer(model.tokenizer, folder)
+    return folder
+
+
+def _gpt2_state(model: SelfAblatingTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    cfg = model.cfg
+    scale = math.sqrt(cfg.d_head)
+    divisor = float(model.blocks[0].attn.attn_scale)
+    ones, zeros = torch.ones(cfg.d_model, dtype=cfg.dtype), torch.zeros(cfg.d_model, dtype=cfg.dtype)
+
+    def norm(ours: str, theirs: str) -> dict[str, Tensor]:
+        return {f"{theirs}.weight": state.get(f"{ours}.w", ones), f"{theirs}.bias": state.get(f"{ours}.b", zeros)}
+
+    out = {
+        "transformer.wte.weight": state["embed.W_E"],
+        "transformer.wpe.weight": state["pos_embed.W_pos"],
+        "lm_head.weight": state["unembed.W_U"].T.contiguous(),
+        **norm("ln_final", "transformer.ln_f"),
+    }
+    for layer in range(cfg.n_layers):
+        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
+        out |= norm(f"{ours}.ln1", f"{theirs}.ln_1") | norm(f"{ours}.ln2", f"{theirs}.ln_2")
+        factor = {"Q": scale / divisor, "K": 1.0, "V": 1.0}
+        weights = [einops.rearrange(state[f"{ours}.attn.W_{x}"], "h m d -> m (h d)") * f for x, f in factor.items()]
+        biases = [state[f"{ours}.attn.b_{x}"].flatten() * f for x, f in factor.items()]
+        out[f"{theirs}.attn.c_attn.weight"] = torch.cat(weights, dim=1)
+        out[f"{theirs}.attn.c_attn.bias"] = torch.cat(biases)
+        out[f"{theirs}.attn.c_proj.weight"] = einops.rearrange(state[f"{ours}.attn.W_O"], "h d m -> (h d) m")
+        out[f"{theirs}.attn.c_proj.bias"] = state[f"{ours}.attn.b_O"]
+        for matrix, name in (("in", "c_fc"), ("out", "c_proj")):
+            out[f"{theirs}.mlp.{name}.weight"] = state[f"{ours}.mlp.W_{matrix}"]
+            out[f"{theirs}.mlp.{name}.bias"] = state[f"{ours}.mlp.b_{matrix}"]
+    return out
+
+
+def _empty(folder: str | Path) -> Path:
+    """A folder that may be written to: one that does not exist yet, or an empty one.
+
+    Raises:
+        FileExistsError: it holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
