@@ -26,7 +26,7 @@ class Word(NamedTuple):
     pattern: str
     """Sentence pattern."""
     role: str
-    """Part that what it names plays in the sentence; `action` for verbs, `property` for an object's adjective, else `none`."""
+    """Part played by what it names; `action` for verbs, `property` for an object's adjective, otherwise `none`."""
     referent: str
     """What it names: `character-i`, `object-i` and `place-i` count in order of first mention, `group` is the pair."""
     pos: str

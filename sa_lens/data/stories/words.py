@@ -1,7 +1,7 @@
 """The words of the generated stories: names, objects, places, feelings, and the part of speech of everything else.
 
-Entities are NamedTuples whose fields are the surface forms that a sentence pattern may ask for (`{x.he}`, `{o.a}`), so a
-pattern is filled by `str.format` alone. No plural objects: `it` always agrees.
+Entities are NamedTuples whose fields are the surface forms that a sentence pattern may ask for (`{x.he}`, `{o.a}`), so
+a pattern is filled by `str.format` alone. No plural objects: `it` always agrees.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 Gender = Literal["girl", "boy"]
 
 _GIRLS = (
-    "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Clara Sophie Alice Julia Laura Nora Eva "
-    "Tina Helen"
+    "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Clara Sophie Alice Julia Laura Nora "
+    "Eva Tina Helen"
 )
 _BOYS = (
-    "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Toby Felix Hugo Oliver Martin Kevin Jacob "
-    "Lucas George"
+    "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Toby Felix Hugo Oliver Martin Kevin "
+    "Jacob Lucas George"
 )
 
 NAMES: dict[str, Gender] = {**dict.fromkeys(_GIRLS.split(), "girl"), **dict.fromkeys(_BOYS.split(), "boy")}
@@ -94,7 +94,7 @@ def character(name: str) -> Character:
 
 OBJECTS: dict[str, tuple[str, ...]] = {
     "ball": ("ball", "balloon", "stick", "plane"),
-    "toy": ("kite", "doll", "drum", "truck", "robot", "boat", "train", "puzzle", "car", "wagon", "whistle", "bear"),
+    "toy": ("kite", "doll", "drum", "truck", "robot", "boat", "train", "puzzle", "car", "wagon", "whistle"),
     "food": (
         *(
             "apple",
@@ -122,12 +122,12 @@ OBJECTS: dict[str, tuple[str, ...]] = {
 """Objects by kind; the kind decides what can be done with one."""
 
 KIND_OF: dict[str, str] = {noun: kind for kind, nouns in OBJECTS.items() for noun in nouns}
-BREAKABLE = frozenset("kite doll drum truck robot boat train car wagon plane whistle".split())
+BREAKABLE = frozenset(("kite", "doll", "drum", "truck", "robot", "boat", "train", "car", "wagon", "plane", "whistle"))
 ADJECTIVES: dict[str, tuple[str, ...]] = {
     "ball": ("red", "blue", "yellow", "big", "small", "new"),
-    "toy": ("red", "blue", "green", "old", "new", "small", "pretty", "tiny", "orange"),
+    "toy": ("red", "blue", "green", "old", "new", "small", "pretty", "tiny"),
     "food": ("big", "small", "sweet", "fresh", "tasty"),
-    "reading": ("old", "short", "long", "new", "funny"),
+    "reading": ("old", "new", "funny", "pretty"),
     "clothing": ("red", "purple", "warm", "new", "old", "pretty", "shiny"),
     "thing": ("white", "black", "green", "shiny", "old", "little", "pretty", "big"),
 }
@@ -167,10 +167,11 @@ OUTDOOR_SPOTS = _spots(
 INDOOR_SPOTS = _spots(
     "under table, behind door, under chair, on shelf, near window, behind curtain, in corner, on floor, behind wall"
 )
-ANIMALS = tuple(map(Animal, "dog cat bird duck rabbit frog squirrel butterfly fox pony mouse goat turtle".split()))
-GLAD = tuple(map(Feeling, "happy glad proud excited cheerful pleased".split()))
-SAD = tuple(map(Feeling, "sad upset worried unhappy".split()))
-NEEDY = tuple(map(Feeling, "hungry tired thirsty cold sleepy".split()))
+_ANIMALS = "dog cat bird duck rabbit frog squirrel butterfly fox pony mouse goat turtle"
+ANIMALS = tuple(Animal(noun) for noun in _ANIMALS.split())
+GLAD = tuple(map(Feeling, ("happy", "glad", "proud", "excited", "cheerful", "pleased")))
+SAD = tuple(map(Feeling, ("sad", "upset", "worried", "unhappy")))
+NEEDY = tuple(map(Feeling, ("hungry", "tired", "thirsty", "cold", "sleepy")))
 
 PART_OF_SPEECH: dict[str, str] = {
     word: tag
@@ -187,15 +188,15 @@ PART_OF_SPEECH: dict[str, str] = {
             "helping"
         ),
         "NOUN": (
-            "day morning afternoon evening night time friend friends children house sun sky wind birds lunch school end "
-            "home game song story bag fun lot course"
+            "day morning afternoon evening night time friend friends children house sun sky wind birds lunch school "
+            "end home game song story bag fun lot course"
         ),
         "ADJ": (
-            "sunny warm bright windy cool lovely little young kind clever brave small big white good best blue soft brown "
-            "funny wonderful great beautiful gone broken welcome next full quiet long sad"
+            "sunny warm bright windy cool lovely little young kind clever brave small big white good best blue soft "
+            "brown funny wonderful great beautiful gone broken welcome next quiet long sad"
         ),
         "ADV": (
-            "once together outside yesterday then so later soon very kindly quickly gently happily slowly carefully "
+            "once together outside then so later soon very kindly quickly gently happily slowly carefully "
             "suddenly ago back well please not there much"
         ),
         "SCONJ": "when while because where",
