@@ -32,8 +32,9 @@ def probe(seconds: float = PROBE_SECONDS) -> str | None:
         from huggingface_hub.utils import get_session
 
         try:
-            get_session().head(constants.ENDPOINT, timeout=seconds)
-            outcome.append(None)
+            status = get_session().head(constants.ENDPOINT, timeout=seconds).status_code
+            # 407 and 5xx are a proxy or gateway speaking; any other answer is the Hub's
+            outcome.append(f"HTTP status {status}" if status == 407 or status >= 500 else None)
         except Exception as error:  # whatever the transport raises, the answer is the same
             outcome.append(f"{type(error).__name__}: {error}")
 
@@ -68,7 +69,7 @@ def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
     """
     record = cache / "hub" / f"{dataset_id.replace('/', '--')}.json"
     try:
-        require_hub(f"dataset {dataset_id!r}", instead)
+        require_hub(f"{dataset_id!r}, no local file or folder but a dataset id,", instead)
     except HubUnreachable:
         if record.is_file():
             return json.loads(record.read_text(encoding="utf-8"))["revision"]

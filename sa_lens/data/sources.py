@@ -6,6 +6,7 @@ once. Blank documents are left out everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -21,6 +22,9 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text
 """Kinds of files, by suffix, with their names in `datasets`."""
 
 LOCAL_TEXT = "name a local parquet, jsonl, txt or arrow file or folder in data.source, or `stories`"
+
+BATCH = 1000
+"""Documents read at a time."""
 
 SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _SPLIT_WORDS = {"train", "validation", "test", *SPLIT_NAMES}
@@ -78,8 +82,8 @@ def open_source(
     key = key_of({"hub": source, "revision": revision, "split": split, "streaming": streaming, **limits})
 
     def read_hub() -> Iterator[str]:
-        rows = _hub_rows(source, revision, split, streaming)
-        texts = _cleaned(_column(rows, column, source), max_documents)
+        batches = _hub_batches(source, revision, split, streaming)
+        texts = _cleaned(_column(batches, column, source), max_documents)
         return _spooled(texts, cache / "documents" / f"{key}.jsonl", max_documents, progress) if streaming else texts
 
     return Source(source, key, read_hub)
@@ -111,13 +115,13 @@ def _cleaned(texts: Iterable[Any], max_documents: int | None) -> Iterator[str]:
     return itertools.islice((text for text in texts if text and text.strip()), max_documents)
 
 
-def _column(rows: Any, column: str, name: str) -> Iterator[str | None]:
-    """The texts of one column of a `datasets` dataset, streamed or not.
+def _column(batches: Iterable[dict[str, list[Any]]], column: str, name: str) -> Iterator[str | None]:
+    """The texts of one column.
 
     Raises:
         ValueError: no such column, or it holds no text.
     """
-    for batch in rows.iter(batch_size=1000):
+    for batch in batches:
         if column not in batch:
             raise ValueError(f"{name} has no column {column!r}; its columns: {', '.join(map(repr, batch))}")
         for text in batch[column]:
@@ -129,7 +133,7 @@ def _column(rows: Any, column: str, name: str) -> Iterator[str | None]:
 def _local_reader(path: Path, split: str | None, column: str) -> Callable[[], Iterator[str | None]]:
     """Finds the files of a local source; reading begins when the result is called."""
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
-        return lambda: _column(_saved_dataset(path, split), column, str(path))
+        return lambda: _column(_saved_batches(path, split), column, str(path))
     files = _files(path, split)
     kinds = {KINDS[file.suffix.lower()] for file in files}
     if len(kinds) > 1:
@@ -139,7 +143,9 @@ def _local_reader(path: Path, split: str | None, column: str) -> Callable[[], It
         if column != "text":
             raise ValueError(f"{path} is plain text and has no column {column!r}; its columns: 'text'")
         return lambda: itertools.chain.from_iterable(_text_documents(file) for file in files)
-    return lambda: itertools.chain.from_iterable(_column_of_file(file, kind, column) for file in files)
+    return lambda: itertools.chain.from_iterable(
+        _column(_file_batches(file, kind), column, str(file)) for file in files
+    )
 
 
 def _files(path: Path, split: str | None) -> list[Path]:
@@ -173,21 +179,41 @@ def _chosen_split(split: str | None, splits: list[str], name: str) -> str:
     return split
 
 
-def _saved_dataset(path: Path, split: str | None) -> Any:
+def _saved_batches(path: Path, split: str | None) -> Iterator[dict[str, list[Any]]]:
     """A dataset written by `save_to_disk`."""
     import datasets
 
     loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
-        return loaded[_chosen_split(split, list(loaded), str(path))]
-    return loaded
+        loaded = loaded[_chosen_split(split, list(loaded), str(path))]
+    return loaded.iter(batch_size=BATCH)
 
 
-def _rows_of_file(file: Path, kind: str, **options: Any) -> Any:
+def _file_batches(file: Path, kind: str, **options: Any) -> Iterator[dict[str, list[Any]]]:
+    """The rows of a local file; every failure to read it is a ValueError that names it."""
     import datasets
 
-    # Streamed, so that no second copy of the text is written to the cache of `datasets`.
-    return datasets.load_dataset(kind, data_files=[_literal(file)], split="train", streaming=True, **options)
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty")
+    try:
+        # Streamed, so that no second copy of the text is written to the cache of `datasets`.
+        with _without_counting():
+            rows = datasets.load_dataset(kind, data_files=[_literal(file)], split="train", streaming=True, **options)
+        yield from rows.iter(batch_size=BATCH)
+    except Exception as error:  # the readers' own errors have no common base
+        raise ValueError(f"cannot read {file} as {kind}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_counting() -> Iterator[None]:
+    """Keeps `datasets` from reporting the use of its file readers over the network, which hangs where there is none."""
+    from datasets import config
+
+    counting, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
 def _literal(file: Path) -> str:
@@ -195,29 +221,13 @@ def _literal(file: Path) -> str:
     return re.sub(r"([*?\[])", r"[\1]", str(file))
 
 
-def _column_of_file(file: Path, kind: str, column: str) -> Iterator[str | None]:
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
-    try:
-        yield from _column(_rows_of_file(file, kind), column, str(file))
-    except ValueError:
-        raise
-    except Exception as error:  # the readers' own errors have no common base
-        raise ValueError(f"cannot read {file} as {kind}: {type(error).__name__}: {error}") from error
-
-
 def _text_documents(file: Path) -> Iterator[str]:
     r"""The documents of a txt file: between lines `<|endoftext|>` if there are any, else between blank lines if there
     are any, else one a line."""
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
 
     def lines() -> Iterator[str]:
-        try:
-            for row in _rows_of_file(file, "text", keep_linebreaks=True).iter(batch_size=1000):
-                yield from row["text"]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        for batch in _file_batches(file, "text", keep_linebreaks=True):
+            yield from batch["text"]
 
     seen = {line.strip() for line in lines() if line.strip() in ("", "<|endoftext|>")}
     separator = "<|endoftext|>" if "<|endoftext|>" in seen else "" if seen else None
@@ -233,14 +243,15 @@ def _text_documents(file: Path) -> Iterator[str]:
     yield "".join(document).strip("\r\n")
 
 
-def _hub_rows(dataset_id: str, revision: str, split: str | None, streaming: bool) -> Any:
+def _hub_batches(dataset_id: str, revision: str, split: str | None, streaming: bool) -> Iterator[dict[str, list[Any]]]:
+    """The rows of a Hub dataset; nothing is asked of the Hub before the first is wanted."""
     require_hub(f"dataset {dataset_id!r}", LOCAL_TEXT)
     import datasets
 
     if split is None:
         splits = datasets.get_dataset_split_names(dataset_id, revision=revision)
         split = _chosen_split(None, list(splits), dataset_id)
-    return datasets.load_dataset(dataset_id, split=split, revision=revision, streaming=streaming)
+    yield from datasets.load_dataset(dataset_id, split=split, revision=revision, streaming=streaming).iter(BATCH)
 
 
 def _spooled(texts: Iterable[str], path: Path, total: int | None, progress: bool) -> Iterator[str]:

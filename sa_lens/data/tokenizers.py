@@ -81,7 +81,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
         # not in the Hugging Face cache
-        require_hub(f"tokenizer {name!r}", LOCAL_TOKENIZER)
+        require_hub(f"tokenizer {name!r}, no local folder but an id,", LOCAL_TOKENIZER)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -70,6 +70,8 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
     files = {name: _token_file(text, tokenizer, name, cache, progress) for name, text in texts.items()}
     for name, file in files.items():
         check_blocks(file, n_ctx, name)
+    if files["train"].fingerprint == files["validation"].fingerprint:
+        raise ValueError("the validation text equals the training text; name another in data.validation")
     return PreparedData(files["train"], files["validation"], tokenizer, folder)
 
 
@@ -119,6 +121,7 @@ class _Split:
 
     @functools.cached_property
     def threshold(self) -> int:
+        """The largest lot that is held out."""
         lots = np.unique(np.fromiter((self.lot(text) for text in self.source.read()), dtype=np.uint64))
         if len(lots) == 0:
             raise ValueError(f"the text of {self.source.name} is empty")
@@ -145,6 +148,7 @@ def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
             progress=progress,
         )
 
+    named = (data.source, data.validation)
     whole = data.source == "stories" or Path(data.source).expanduser().is_file()
     if whole and data.validation is None and data.validation_split is not None:
         raise ValueError(
@@ -153,6 +157,8 @@ def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
         )
     if whole and data.split != "train":
         raise ValueError(f"data.source={data.source!r} has no splits, so no data.split={data.split!r}; leave it out")
+    if data.streaming and all(name is None or name == "stories" or Path(name).expanduser().exists() for name in named):
+        raise ValueError("data.streaming is for datasets on the Hub; leave it out for local or generated text")
     if data.source == "stories":
         source = stories_source(data.n_stories, data.stories_seed, data.max_documents)
     else:
@@ -192,5 +198,7 @@ def _token_file(text: _Text, tokenizer: PreTrainedTokenizerBase, name: str, cach
     if not exists():
         with locked(path):
             if not exists():
-                return write_tokens(path, text.read(), tokenizer, name=name, progress=progress)
+                # Reading costs a tenth of encoding: a price worth a bar that knows how long it has to go.
+                total = sum(1 for _ in text.read()) if progress else None
+                return write_tokens(path, text.read(), tokenizer, name=name, total=total, progress=progress)
     return TokenFile.open(path)
