@@ -1,0 +1,61 @@
+# Each target makes .venv if it is missing and installs what it needs; the second call starts at once.
+# PYTHON=... chooses the interpreter of a new environment, VENV=... another place for it,
+# PYTEST_ARGS="..." adds arguments to pytest.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/installed
+
+.PHONY: help venv demo test check format-check lint types format docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train a small self-ablating model on generated stories and patch both of its streams"
+	@echo "make test    run the tests"
+	@echo "make check   formatter, linter, type checker, tests"
+	@echo "make format  rewrite the code as the formatter wants it"
+	@echo "make docs    build the documentation into site/, warnings being errors"
+	@echo "make venv    only make $(VENV) with everything in it"
+	@echo "make clean   remove what was built, and $(VENV)"
+
+venv: $(READY)
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); sys.exit(None if ok else \
+	  "Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp is newer than both files, or everything is installed again.
+$(READY): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m sa_lens demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: format-check lint types test
+
+format-check: $(READY)
+	$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "the documentation is in site/: open site/index.html"
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .mypy_cache
