@@ -1,0 +1,278 @@
+"""`PromptPairs`: pairs of prompts whose tokens align, with a right and a wrong next token.
+
+Prompts of several lengths are stored side by side, padded on the left, but padding never reaches a model: everything
+that runs goes through `by_length()`, whose groups hold prompts of one length and no padding. So no attention mask is
+needed, results equal those of the prompts one by one, and the last position is -1 for all. Named positions count from
+the end (-1 is the last) and hold with and without padding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MINIMUM = 64
+"""Pairs below which a task is refused unless the caller says otherwise: shares and means of fewer say little."""
+
+
+class Draft(NamedTuple):
+    """A pair of prompts as text, not yet checked against a tokenizer."""
+
+    clean: str
+    corrupt: str
+    answer: str
+    """Right next word after the clean prompt, with its leading space."""
+    wrong_answer: str
+    """Word that the right one is compared with."""
+    marks: tuple[tuple[str, str | None, int], ...] = ()
+    """Positions worth a name, as (name, word, index): the mention of that index of the word in the clean prompt, or,
+    where word is None, of the tokens in which the two prompts differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs:
+    """Clean and corrupt prompts, equal in length within a pair, with answers that are single tokens.
+
+    The metric position is the last one, -1.
+    """
+
+    task: str
+    """Name of the task."""
+    clean: Int[Tensor, "pair pos"]
+    """Clean prompts with their begin-of-text token, padded on the left with `pad_id`."""
+    corrupt: Int[Tensor, "pair pos"]
+    """Corrupt prompts, aligned token by token with the clean ones."""
+    answers: Int[Tensor, " pair"]
+    """Token that should follow the clean prompt."""
+    wrong_answers: Int[Tensor, " pair"]
+    """Token that the answer is compared with."""
+    lengths: Int[Tensor, " pair"]
+    """Tokens of each prompt, begin-of-text included, padding not."""
+    positions: Mapping[str, Int[Tensor, " pair"]]
+    """Named positions, counted from the end; `end` is -1. Only names that every pair has."""
+    clean_texts: tuple[str, ...]
+    """Clean prompts as text."""
+    corrupt_texts: tuple[str, ...]
+    """Corrupt prompts as text."""
+    token_texts: tuple[tuple[str, ...], ...]
+    """Each token of the clean prompts as text."""
+    pad_id: int
+    """Token that fills the left of shorter prompts; it never enters a model."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Pairs left out when these were made, by reason."""
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all prompts have the same length."""
+        return bool((self.lengths == self.lengths[0]).all())
+
+    def report(self) -> str:
+        """How many pairs were kept and why others were not."""
+        offered = len(self) + sum(self.dropped.values())
+        reasons = "".join(f"; {count} dropped: {reason}" for reason, count in self.dropped.items())
+        return f"{self.task}: kept {len(self)} of {offered} pairs{reasons}"
+
+    def subset(self, rows: Sequence[int] | Int[Tensor, " chosen"]) -> PromptPairs:
+        """The chosen pairs, in that order, padded no more than they need."""
+        index = torch.as_tensor(rows, dtype=torch.long).reshape(-1)
+        if not len(index):
+            raise ValueError(f"no pair of {self.task} chosen: a set of pairs holds at least one")
+        lengths = self.lengths[index]
+        longest = int(lengths.max())
+        return replace(
+            self,
+            clean=self.clean[index, -longest:],
+            corrupt=self.corrupt[index, -longest:],
+            answers=self.answers[index],
+            wrong_answers=self.wrong_answers[index],
+            lengths=lengths,
+            positions={name: at[index] for name, at in self.positions.items()},
+            clean_texts=tuple(self.clean_texts[i] for i in index),
+            corrupt_texts=tuple(self.corrupt_texts[i] for i in index),
+            token_texts=tuple(self.token_texts[i] for i in index),
+        )
+
+    def by_length(self, at_most: int | None = None) -> Iterator[tuple[Int[Tensor, " group"], PromptPairs]]:
+        """Groups of pairs of one length, shortest first, each with its rows in this set.
+
+        Args:
+            at_most: largest number of pairs in a group; None: no limit.
+        """
+        for length in self.lengths.unique(sorted=True):
+            rows = (self.lengths == length).nonzero()[:, 0]
+            for part in rows.split(at_most or len(rows)):
+                yield part, self.subset(part)
+
+    def split(self, seed: int = 0, share: float = 0.5) -> tuple[PromptPairs, PromptPairs]:
+        """Two disjoint random sets: pairs to find a circuit with, pairs to report on. See `split`."""
+        return split(self, seed, share)
+
+
+def split(pairs: PromptPairs, seed: int = 0, share: float = 0.5) -> tuple[PromptPairs, PromptPairs]:
+    """Two disjoint random sets, in which no clean prompt is shared.
+
+    Args:
+        share: part of the pairs that the first set gets.
+
+    Raises:
+        ValueError: share outside (0, 1), or too few pairs for two sets.
+    """
+    first = round(share * len(pairs))
+    if not 0 < share < 1 or not 0 < first < len(pairs):
+        raise ValueError(f"share={share} of {len(pairs)} pairs leaves one of the two sets empty")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    return pairs.subset(order[:first].sort().values), pairs.subset(order[first:].sort().values)
+
+
+class _Encoder:
+    """Turns drafts into rows of tokens, and says why one cannot be used."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if bos is None:
+            raise ValueError(
+                "the tokenizer has neither a begin-of-text nor an end-of-text token to begin a prompt with; "
+                "set tokenizer.bos_token"
+            )
+        self.bos: int = bos
+
+    def __call__(self, text: str) -> list[int]:
+        ids: Any = self.tokenizer.encode(text, add_special_tokens=False)
+        return list(ids)
+
+    def next_token(self, prompt: str, prompt_ids: list[int], word: str) -> int | None:
+        """The single token that `word` is after the prompt; None if it is more, or unknown."""
+        ids = self(prompt + word)
+        if ids[:-1] != prompt_ids or ids[-1] == self.tokenizer.unk_token_id:
+            return None
+        return ids[-1]
+
+    def pieces(self, word: str) -> str:
+        return " + ".join(repr(self.tokenizer.decode([i])) for i in self(word))
+
+
+class _Row(NamedTuple):
+    draft: Draft
+    clean: list[int]
+    corrupt: list[int]
+    answer: int
+    wrong_answer: int
+    positions: dict[str, int]
+
+
+def encode(
+    task: str,
+    drafts: Iterable[Draft],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    minimum: int = 1,
+    wanted: int | None = None,
+    length: int | None = None,
+) -> PromptPairs:
+    """Pairs of the drafts that the tokenizer allows: aligned, of equal length, answers single tokens, no clean prompt
+    twice. What was left out is in `.dropped` and `.report()`.
+
+    Args:
+        minimum: fewest pairs to be content with.
+        wanted: stop when so many are kept; None: take all drafts.
+        length: keep only prompts of so many tokens, the begin-of-text token included; None: all.
+
+    Raises:
+        ValueError: fewer pairs than `minimum`, with the reasons and an offending word of each; or a tokenizer without
+            begin- and end-of-text token.
+    """
+    encoder = _Encoder(tokenizer)
+    rows: list[_Row] = []
+    seen: set[str] = set()
+    dropped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for draft in drafts:
+        if wanted is not None and len(rows) == wanted:
+            break
+        if draft.clean in seen:
+            reason, example = "clean prompt already there", repr(draft.clean)
+        else:
+            found = _row(draft, encoder, length)
+            if isinstance(found, _Row):
+                seen.add(draft.clean)
+                rows.append(found)
+                continue
+            reason, example = found
+        dropped[reason] += 1
+        examples.setdefault(reason, example)
+    if len(rows) < max(minimum, 1):
+        why = "".join(f"\n  {count} dropped: {reason}, such as {examples[reason]}" for reason, count in dropped.items())
+        raise ValueError(
+            f"{task}: {len(rows)} usable pairs with this tokenizer, {max(minimum, 1)} needed{why}\n"
+            "Use a tokenizer that keeps these words whole (data.keep_whole), other words, or a smaller `minimum`"
+        )
+    return _stacked(task, rows, encoder, dict(dropped))
+
+
+def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[str, str]:
+    """The row of a draft, or the reason why there is none and an example."""
+    clean, corrupt = encoder(draft.clean), encoder(draft.corrupt)
+    if len(clean) != len(corrupt):
+        return (
+            "clean and corrupt differ in length",
+            f"{draft.clean!r} ({len(clean)}) and {draft.corrupt!r} ({len(corrupt)})",
+        )
+    if length is not None and len(clean) + 1 != length:
+        return f"not {length} tokens long", f"{draft.clean!r} ({len(clean) + 1})"
+    if clean == corrupt:
+        return "clean and corrupt are the same", repr(draft.clean)
+    answer = encoder.next_token(draft.clean, clean, draft.answer)
+    if answer is None:
+        return "answer is not one token", f"{draft.answer!r} ({encoder.pieces(draft.answer)})"
+    wrong = encoder.next_token(draft.clean, clean, draft.wrong_answer)
+    if wrong is None:
+        return "wrong answer is not one token", f"{draft.wrong_answer!r} ({encoder.pieces(draft.wrong_answer)})"
+    if answer == wrong:
+        return "answer and wrong answer are the same", repr(draft.answer)
+    positions = {}
+    for name, word, index in draft.marks:
+        if word is None:
+            places = [i for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)) if a != b]
+        else:
+            ids = encoder(word)
+            places = [i for i, token in enumerate(clean) if [token] == ids]
+        if -len(places) <= index < len(places):
+            positions[name] = places[index] - len(clean)
+    positions["end"] = -1
+    return _Row(draft, [encoder.bos, *clean], [encoder.bos, *corrupt], answer, wrong, positions)
+
+
+def _stacked(task: str, rows: list[_Row], encoder: _Encoder, dropped: dict[str, int]) -> PromptPairs:
+    longest = max(len(row.clean) for row in rows)
+
+    def padded(side: list[list[int]]) -> Int[Tensor, "pair pos"]:
+        return torch.tensor([[encoder.bos] * (longest - len(ids)) + ids for ids in side])
+
+    shared = [name for name in rows[0].positions if all(name in row.positions for row in rows)]
+    return PromptPairs(
+        task=task,
+        clean=padded([row.clean for row in rows]),
+        corrupt=padded([row.corrupt for row in rows]),
+        answers=torch.tensor([row.answer for row in rows]),
+        wrong_answers=torch.tensor([row.wrong_answer for row in rows]),
+        lengths=torch.tensor([len(row.clean) for row in rows]),
+        positions={name: torch.tensor([row.positions[name] for row in rows]) for name in shared},
+        clean_texts=tuple(row.draft.clean for row in rows),
+        corrupt_texts=tuple(row.draft.corrupt for row in rows),
+        token_texts=tuple(tuple(str(encoder.tokenizer.decode([i])) for i in row.clean) for row in rows),
+        pad_id=encoder.bos,
+        dropped=dropped,
+    )

@@ -1,0 +1,137 @@
+"""The little that analyses ask of a model, and the choice of its stream.
+
+Circuits, units and views speak to a model through `Host` and the functions here alone, so that another kind of host
+can stand in for `HookedTransformer` without a change to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+
+Hook = tuple[str, Callable[..., Tensor | None]]
+"""(name of a hook point, function of the activation and `hook=`)."""
+
+
+@runtime_checkable
+class Host(Protocol):
+    """A model with hook points, such as any `HookedTransformer`."""
+
+    cfg: Any
+    """Shape: `n_layers`, `d_model`, `n_heads`, `d_head`, `d_mlp`, `d_vocab`, `n_ctx`, `attn_only`, ..."""
+    hook_dict: Any
+    """Hook points by name."""
+    tokenizer: Any
+    """Hugging Face tokenizer, or None."""
+
+    def __call__(self, input: Any, **kwargs: Any) -> Any:
+        """Logits `[batch pos d_vocab]` of tokens or text."""
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits and the cached activations."""
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits under `fwd_hooks`."""
+
+
+def has_ablated_stream(model: Host) -> bool:
+    """Whether the model has gates, and so an ablated stream."""
+    gates = getattr(model, "gates", None)
+    return gates is not None and bool(gates.gated)
+
+
+def in_stream(
+    model: Host,
+    stream: Stream,
+    position: int | Sequence[int] | Tensor | None = None,
+    *,
+    gates: Literal["frozen", "live"] = "frozen",
+    masks: Mapping[str, Tensor] | None = None,
+    clean_hooks: Sequence[Any] = (),
+) -> AbstractContextManager[Any]:
+    """A context in which the model runs the stream.
+
+    Args:
+        position: where the masks act in the ablated stream; None: at all positions. See `model.ablated`.
+        gates: `frozen` or `live`, as in `model.ablated`.
+        masks: given masks, as in `model.ablated`.
+        clean_hooks: hooks of the clean pass, as in `model.ablated`.
+
+    The last four mean nothing in the clean stream, so one call serves both.
+
+    Raises:
+        ValueError: an unknown stream, or the ablated one of a model without gates.
+    """
+    if stream == "clean":
+        return model.clean() if hasattr(model, "clean") else nullcontext(model)
+    if stream != "ablated":
+        raise ValueError(f"stream={stream!r} must be 'clean' or 'ablated'")
+    if not has_ablated_stream(model):
+        raise ValueError(
+            f"stream='ablated' needs gates, but this {type(model).__name__} has none: use stream='clean', or put gates "
+            "on it with SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
+        )
+    ablated: Callable[..., AbstractContextManager[Any]] = model.ablated  # type: ignore[attr-defined]
+    return ablated(position=position, gates=gates, masks=masks, clean_hooks=clean_hooks)
+
+
+def gate_hook_names(model: Host, what: Literal["in", "scores", "mask"] = "mask") -> list[str]:
+    """Names of one hook point of every gate, layer by layer, attention first; empty without gates."""
+    kinds = [f"{gate}.hook_{what}" for gate in ("attn_gate", "mlp_gate")]
+    names = [f"blocks.{layer}.{kind}" for layer in range(model.cfg.n_layers) for kind in kinds]
+    return [name for name in names if name in model.hook_dict]
+
+
+def require_hooks(model: Host, names: Iterable[str]) -> None:
+    """Checks that the model has these hook points.
+
+    Raises:
+        ValueError: the first one that it lacks.
+    """
+    for name in names:
+        if name not in model.hook_dict:
+            raise ValueError(f"this {type(model).__name__} has no hook point {name!r}; see model.hook_dict")
+
+
+def weight(model: Host, name: str) -> Tensor:
+    """A weight by its TransformerLens name, such as `blocks.0.attn.W_O`; grouped keys and values come repeated.
+
+    Raises:
+        ValueError: no such weight.
+    """
+    try:
+        found = reduce(getattr, name.split("."), model)
+    except AttributeError as error:
+        raise ValueError(f"this {type(model).__name__} has no weight {name!r}") from error
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{name!r} of this {type(model).__name__} is no weight but a {type(found).__name__}")
+    return found
+
+
+def device_of(model: Host) -> torch.device:
+    """Where tokens must be to enter the model."""
+    return weight(model, "embed.W_E").device
+
+
+def run_to_last(
+    model: Host, tokens: Int[Tensor, "batch pos"], fwd_hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits at the last position, without unembedding the others.
+
+    With a large vocabulary most of the time and memory of a short prompt go into logits that nobody reads. Not for
+    `gates="live"`, whose clean pass runs these hooks too and would lose the other positions.
+    """
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+
+    def keep_last(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch 1 d_model"]:
+        return resid[:, -1:]
+
+    return model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1]
