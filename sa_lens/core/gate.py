@@ -21,6 +21,9 @@ from sa_lens.config import GateConfig
 EPS = 1e-12
 """Added to the surrogate's width T * D, as in the reference."""
 
+LARGEST = 1e12
+"""Scores beyond it count as it in the surrogate, so that infinite ones (a unit forced in or out) give no NaN."""
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32 if its type is narrower, else unchanged."""
@@ -59,6 +62,7 @@ def surrogate_weights(
     """
     if k == scores.shape[-1]:
         return torch.ones_like(scores)
+    scores = scores.clamp(-LARGEST, LARGEST)
     top = scores.topk(k + 1, dim=-1).values
     upper, lower = top[..., k - 1 : k], top[..., k : k + 1]
     width = upper - lower
@@ -76,10 +80,12 @@ def gate_mask(scores: Float[Tensor, "... unit"], k: int, cfg: GateConfig) -> Flo
 
     `scores` must be float32 or wider.
     """
-    weights = surrogate_weights(scores, k, cfg.surrogate, cfg.temperature)
     if cfg.kind == "soft":
-        return weights
+        return surrogate_weights(scores, k, cfg.surrogate, cfg.temperature)
     hard = top_k_mask(scores, k).to(scores.dtype)
+    if not (torch.is_grad_enabled() and scores.requires_grad):
+        return hard
+    weights = surrogate_weights(scores, k, cfg.surrogate, cfg.temperature)
     return hard + (weights - weights.detach())
 
 
@@ -93,6 +99,11 @@ class Gate(nn.Module):
     `hook_scores`, `hook_mask`. Shapes: `[batch, pos, head, d_head]` for channels of attention, `[batch, pos, head, 1]`
     for scores and mask of whole heads, `[batch, pos, d_mlp]` for neurons.
     """
+
+    W_local: nn.Parameter
+    b_local: nn.Parameter
+    W_global: nn.Parameter
+    b_global: nn.Parameter
 
     def __init__(
         self,

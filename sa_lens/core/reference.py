@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,16 @@ from sa_lens.config import GateConfig, Scope
 from sa_lens.core.model import SelfAblatingTransformer
 
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.")
+_ATTENTION_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)")
+
+_OUTSIDE_LAYERS = {
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "transformer.ln_f.weight",
+    "transformer.ln_f.bias",
+    "lm_head.weight",
+    *(f"{head}_ablations_head.{part}" for head in ("attention", "neuron") for part in ("weight", "bias")),
+}
 
 
 def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> SelfAblatingTransformer:
@@ -28,7 +39,8 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: weights missing or of the wrong shape, another scope, heads that do not divide d_model.
+        ValueError: weights missing, unknown or of the wrong shape, another scope, heads that do not divide d_model,
+            a file that holds more than weights or is damaged.
     """
     state = _opened(source)
     scope = _scope(state)
@@ -118,7 +130,10 @@ def _opened(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}: from_reference takes a .pt file or a state dict")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is not a file of weights alone, or is damaged: {error}") from error
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -169,9 +184,12 @@ def _to_hooked(state: Mapping[str, Tensor], cfg: HookedTransformerConfig) -> dic
         "unembed.W_U": state.get("lm_head.weight", state["transformer.wte.weight"]).T,
     }
     names = {"ln_1.weight": "ln1.w", "ln_1.bias": "ln1.b", "ln_2.weight": "ln2.w", "ln_2.bias": "ln2.b"}
+    unknown = []
     for name, tensor in state.items():
         match = _LAYER.match(name)
         if match is None:
+            if name not in _OUTSIDE_LAYERS:
+                unknown.append(name)
             continue
         rest, ours = name[match.end() :], f"blocks.{match.group(1)}"
         if rest in names:
@@ -191,13 +209,23 @@ def _to_hooked(state: Mapping[str, Tensor], cfg: HookedTransformerConfig) -> dic
             gate = "attn_gate" if found[1] == "attention" else "mlp_gate"
             key = f"{ours}.{gate}.{'W' if found[2] == 'weight' else 'b'}_local"
             out[key] = tensor.T if found[2] == "weight" else tensor
-    if "transformer.ln_f.weight" in state:
-        out["ln_final.w"], out["ln_final.b"] = state["transformer.ln_f.weight"], state["transformer.ln_f.bias"]
-    for head, gate in (("attention", "attn_gate"), ("neuron", "mlp_gate")):
-        if f"{head}_ablations_head.weight" not in state:
-            continue
-        weights = state[f"{head}_ablations_head.weight"].chunk(cfg.n_layers)
-        biases = state[f"{head}_ablations_head.bias"].chunk(cfg.n_layers)
-        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            out[f"blocks.{layer}.{gate}.W_global"], out[f"blocks.{layer}.{gate}.b_global"] = weight.T, bias
+        else:
+            unknown.append(name)
+    unknown = [name for name in unknown if not _ATTENTION_BUFFER.fullmatch(name)]
+    if unknown:
+        raise ValueError(f"the reference has no weight {unknown[0]!r}: it would be lost")
+    for letter in ("weight", "bias"):
+        if f"transformer.ln_f.{letter}" in state:
+            out[f"ln_final.{letter[0]}"] = state[f"transformer.ln_f.{letter}"]
+        for head, gate in (("attention", "attn_gate"), ("neuron", "mlp_gate")):
+            name = f"{head}_ablations_head.{letter}"
+            if name not in state:
+                continue
+            if len(state[name]) % cfg.n_layers:
+                raise ValueError(
+                    f"{name} has {len(state[name])} rows, which {cfg.n_layers} layers cannot share equally"
+                )
+            for layer, part in enumerate(state[name].chunk(cfg.n_layers)):
+                key = f"blocks.{layer}.{gate}.{'W' if letter == 'weight' else 'b'}_global"
+                out[key] = part.T if letter == "weight" else part
     return out
