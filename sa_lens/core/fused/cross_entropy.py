@@ -1,0 +1,131 @@
+"""Unembedding and cross-entropy in one, a chunk of rows at a time, with the gradients computed on the way forward.
+
+The logits of a chunk are made, turned into their gradient and used up before the next chunk, so all logits never exist
+at once. Matrix products run in `dtype`; the softmax, its statistics and the loss in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.core.gate import at_least_float32
+
+CHUNK_ELEMENTS = 1 << 25
+"""Logits that a chunk may hold."""
+
+IGNORED = -100
+"""Target of positions that are left out, as in `torch.nn.functional.cross_entropy`."""
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "row d_model"],
+    weight: Float[Tensor, "d_model d_vocab"],
+    bias: Float[Tensor, " d_vocab"] | None,
+    targets: Int[Tensor, " row"],
+    dtype: torch.dtype,
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the logits `x @ weight + bias`, nats per row whose target is not -100.
+
+    Differentiable once in `x`, `weight` and `bias`.
+    """
+    # inside the function grad mode is always off, so what is wanted has to be asked here
+    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, dtype, wants)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        wants: tuple[bool, bool, bool],
+    ) -> Tensor:
+        loss, *gradients = _loss_and_gradients(x, weight, bias, targets, dtype, wants)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        return (*scaled, None, None, None)
+
+
+def _loss_and_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dtype: torch.dtype,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    want_x, want_weight, want_bias = wants
+    rows, n_words = x.shape[0], weight.shape[1]
+    size = max(1, min(rows, CHUNK_ELEMENTS // n_words))
+    kept = targets != IGNORED
+    share = kept.to(at_least_float32(x).dtype) / kept.sum()
+    targets = targets.clamp(min=0)[:, None]
+
+    # the weight lies as the embedding does where the two are tied; its gradient follows
+    table = weight.T.to(dtype).contiguous() if weight.stride(0) == 1 else weight.to(dtype).contiguous().T
+    inputs = x.to(dtype)
+    logits = x.new_empty(size, n_words, dtype=dtype)
+    losses = torch.empty_like(share)
+    grad_x = torch.empty_like(x) if want_x else None
+    grad_table = torch.zeros_like(table, dtype=weight.dtype) if want_weight else None
+    partial = torch.empty_like(table) if want_weight and dtype != weight.dtype else None
+    grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
+
+    for start in range(0, rows, size):
+        chunk = slice(start, min(start + size, rows))
+        p = logits[: chunk.stop - start]
+        torch.mm(inputs[chunk], table.T, out=p)
+        if bias is not None:
+            p.add_(bias.to(dtype))
+        losses[chunk] = _softmax_minus_target_(p, targets[chunk])
+        if grad_x is not None:
+            torch.mul(torch.mm(p, table), share[chunk, None], out=grad_x[chunk])
+        if grad_table is not None:
+            _add_product_(grad_table, p, (x[chunk] * share[chunk, None]).to(dtype), partial)
+        if grad_bias is not None:
+            grad_bias.add_(torch.mv(p.T, share[chunk].to(dtype)))
+    loss = torch.dot(losses, share)
+    if grad_table is None:
+        return loss, grad_x, None, grad_bias
+    return loss, grad_x, grad_table.T, grad_bias
+
+
+def _softmax_minus_target_(
+    logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 1"]
+) -> Float[Tensor, " row"]:
+    """Cross-entropy of each row; turns the logits, in place, into its gradient by them."""
+    wide = at_least_float32(logits)
+    at_target = wide.gather(1, targets)
+    largest = wide.amax(1, keepdim=True)
+    p = torch.softmax(wide, 1, out=wide)
+    log_sum = largest - p.amax(1, keepdim=True).log()
+    if p is not logits:
+        logits.copy_(p)
+    logits.scatter_(1, targets, p.gather(1, targets).sub_(1).to(logits.dtype))
+    return (log_sum - at_target).squeeze(1)
+
+
+def _add_product_(
+    into: Float[Tensor, "d_vocab d_model"],
+    p: Float[Tensor, "row d_vocab"],
+    x: Float[Tensor, "row d_model"],
+    partial: Float[Tensor, "d_vocab d_model"] | None,
+) -> None:
+    """`into += p.T @ x`, the product in the precision of `p`, the sum in that of `into`."""
+    if partial is None:
+        into.addmm_(p.T, x)
+    else:
+        into.add_(torch.mm(p.T, x, out=partial))

@@ -1,0 +1,223 @@
+"""The two streams without hooks, layer by layer, from tokens to loss terms.
+
+With local gates and a base that trains, both streams share one doubled batch (axis `stream`: clean, ablated), so each
+weight is read once. With global gates the ablated stream starts when the clean one has ended; with a frozen base they
+run one after the other too, so that nothing is computed backwards through the clean stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sa_lens.config import LossConfig
+from sa_lens.core.fused.attention import stream_attention
+from sa_lens.core.fused.cross_entropy import linear_cross_entropy
+from sa_lens.core.fused.selection import masked_units
+
+if TYPE_CHECKING:
+    from sa_lens.core.model import SelfAblatingTransformer
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class StreamLosses(NamedTuple):
+    """What the fused path computes; None without gates, R also if it is not asked for."""
+
+    clean: Float[Tensor, ""]
+    ablated: Float[Tensor, ""] | None
+    reconstruction: Float[Tensor, ""] | None
+
+
+def fused_loss(
+    model: SelfAblatingTransformer,
+    cfg: LossConfig,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, "batch pos"] | None,
+    *,
+    dtype: torch.dtype,
+    recompute: bool = False,
+) -> StreamLosses:
+    """Loss terms of both streams.
+
+    Args:
+        targets: the token to predict at each position; None: the next token, T - 1 predictions.
+        dtype: of the matrix products; scores, top-k, surrogate, softmax and losses are float32 or wider.
+        recompute: keep only each layer's input and compute the layer again in the backward pass.
+    """
+    from sa_lens.core.losses import reconstruction_loss
+
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
+    passes = _Passes(model, dtype, recompute and torch.is_grad_enabled())
+    embedded = F.embedding(tokens, model.embed.W_E) + model.pos_embed.W_pos[: tokens.shape[1]]
+    if not model.gates.gated:
+        outputs = passes.clean(embedded)
+        return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
+    base_trains = any(p.requires_grad for name, p in model.named_parameters() if "_gate." not in name)
+    if model.gates.reads_global or not base_trains:
+        clean, ablated = passes.one_after_the_other(embedded)
+    else:
+        clean, ablated = passes.together(embedded)
+    reconstruction = reconstruction_loss(clean, ablated) if cfg.reconstruction else None
+    return StreamLosses(
+        passes.cross_entropy(clean[-1], tokens, targets),
+        passes.cross_entropy(ablated[-1], tokens, targets),
+        reconstruction,
+    )
+
+
+class _Clean(NamedTuple):
+    """What the ablated stream needs of a clean layer."""
+
+    resid_pre: Float[Tensor, "stream batch pos d_model"]
+    k: Float[Tensor, "batch pos head d_head"]
+    v: Float[Tensor, "batch pos head d_head"]
+
+
+class _Passes:
+    """Runs the layers of one model in one precision."""
+
+    def __init__(self, model: SelfAblatingTransformer, dtype: torch.dtype, recompute: bool) -> None:
+        self.model = model
+        self.cfg = model.cfg
+        self.dtype = dtype
+        self.recompute = recompute
+
+    # ------------------------------------------------------------------------------------------------------ streams
+
+    def clean(self, embedded: Tensor) -> list[Float[Tensor, "1 batch pos d_model"]]:
+        """Each layer's output and the final normalised one, of the clean stream alone."""
+        return self._clean_layers(embedded[None])[0]
+
+    def together(self, embedded: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Layer outputs and final output of both streams, in one doubled batch; local gates only."""
+        resid = torch.stack([embedded, embedded])
+        outputs = []
+        for block in self.model.blocks:
+            resid = self._run(self._joint_layer, block, resid)
+            outputs.append(resid)
+        outputs.append(self.normalised(getattr(self.model, "ln_final", None), resid))
+        clean, ablated = zip(*(x.unbind(0) for x in outputs), strict=True)
+        return list(clean), list(ablated)
+
+    def one_after_the_other(self, embedded: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Layer outputs and final output of both streams, the clean one first."""
+        clean, records = self._clean_layers(embedded[None])
+        resid = embedded[None]
+        ablated = []
+        for block, record in zip(self.model.blocks, records, strict=True):
+            resid = self._run(self._ablated_layer, block, resid, *record, clean[-1])
+            ablated.append(resid)
+        ablated.append(self.normalised(getattr(self.model, "ln_final", None), resid))
+        return [x[0] for x in clean], [x[0] for x in ablated]
+
+    def _clean_layers(self, resid: Tensor) -> tuple[list[Tensor], list[_Clean]]:
+        outputs, records = [], []
+        for block in self.model.blocks:
+            before = resid
+            resid, k, v = self._run(self._clean_layer, block, resid)
+            records.append(_Clean(before, k, v))
+            outputs.append(resid)
+        outputs.append(self.normalised(getattr(self.model, "ln_final", None), resid))
+        return outputs, records
+
+    def _run(self, layer: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
+
+    # ------------------------------------------------------------------------------------------------------- layers
+
+    def _clean_layer(self, block: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._qkv(block, resid)
+        z = stream_attention(q, k[0], v[0], None, None, 1 / block.attn.attn_scale)
+        return self._rest(block, resid, z, lambda z: z, lambda post: post), k[0], v[0]
+
+    def _joint_layer(self, block: Any, resid: Tensor) -> Tensor:
+        q, k, v = self._qkv(block, resid)
+        (k_clean, k_own), (v_clean, v_own) = k.unbind(0), v.unbind(0)
+        z = stream_attention(q, k_clean, v_clean, k_own, v_own, 1 / block.attn.attn_scale)
+        return self._rest(block, resid, z, *self._gates(block, resid[0], None))
+
+    def _ablated_layer(
+        self, block: Any, resid: Tensor, clean_pre: Tensor, k: Tensor, v: Tensor, final: Tensor
+    ) -> Tensor:
+        q, own_k, own_v = self._qkv(block, resid)
+        z = stream_attention(q, k, v, own_k[0], own_v[0], 1 / block.attn.attn_scale)
+        return self._rest(block, resid, z, *self._gates(block, clean_pre[0], final[0]))
+
+    def _gates(self, block: Any, local: Tensor, final: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """Functions that mask `z` and `post` of the last stream."""
+
+        def masking(gate: Any) -> Callable[[Tensor], Tensor]:
+            def masked(units: Tensor) -> Tensor:
+                scores = gate.project(local, final).flatten(0, 1).flatten(1)
+                ablated = masked_units(units[-1].flatten(0, 1), scores, gate.k, gate.cfg).view_as(units[-1])
+                return torch.stack([units[0], ablated]) if len(units) == 2 else ablated[None]
+
+            return masked
+
+        return masking(block.attn_gate), masking(block.mlp_gate) if hasattr(block, "mlp_gate") else lambda x: x
+
+    def _qkv(self, block: Any, resid: Tensor) -> tuple[Tensor, ...]:
+        attn = block.attn
+        weight = torch.stack([attn.W_Q, attn.W_K, attn.W_V]).permute(2, 0, 1, 3).flatten(1)
+        bias = torch.stack([attn.b_Q, attn.b_K, attn.b_V]).flatten() if self.model.qkv_bias else None
+        qkv = self.linear(self.normalised(block.ln1, resid), weight, bias)
+        return qkv.unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(3)
+
+    def _rest(
+        self,
+        block: Any,
+        resid: Tensor,
+        z: Tensor,
+        mask_z: Callable[[Tensor], Tensor],
+        mask_post: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The layer from `z` on."""
+        attn = block.attn
+        after = resid + self.linear(mask_z(z.flatten(-2)), attn.W_O.flatten(0, 1), attn.b_O)
+        if self.cfg.attn_only:
+            return after
+        reads = resid if self.cfg.parallel_attn_mlp else after
+        pre = self.linear(self.normalised(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
+        post = mask_post(_ACTIVATIONS[str(self.cfg.act_fn)](pre))
+        return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
+
+    # ------------------------------------------------------------------------------------------------------- pieces
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight + bias` in the precision of the matrix products."""
+        bias = None if bias is None else bias.to(self.dtype)
+        return F.linear(x.to(self.dtype), weight.to(self.dtype).T, bias)
+
+    def normalised(self, norm: Any, x: Tensor) -> Tensor:
+        """What the model's normalisation module computes."""
+        kind, eps = self.cfg.normalization_type, self.cfg.eps
+        if kind is None:
+            return x
+        weight = norm.w if kind in ("LN", "RMS") else None
+        if kind in ("LN", "LNPre"):
+            return F.layer_norm(x, x.shape[-1:], weight, norm.b if kind == "LN" else None, eps)
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def cross_entropy(self, final: Tensor, tokens: Tensor, targets: Tensor | None) -> Tensor:
+        """Mean cross-entropy of a stream's final output."""
+        if targets is None:
+            final, targets = final[:, :-1], tokens[:, 1:]
+        unembed = self.model.unembed
+        bias = unembed.b_U if self.model.unembed_bias else None
+        return linear_cross_entropy(final.flatten(0, 1), unembed.W_U, bias, targets.flatten(), self.dtype)
