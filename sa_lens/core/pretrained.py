@@ -1,0 +1,43 @@
+"""The model that a training run starts from, when it does not start from random weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from transformer_lens import HookedTransformer
+
+from sa_lens.config import GateConfig
+from sa_lens.core import checkpoints
+from sa_lens.core.model import SelfAblatingTransformer
+
+
+def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> SelfAblatingTransformer:
+    """A model on the CPU with the weights of another one and the gates that are asked for.
+
+    Gate weights are kept if the other model has gates of the same scope and units (k, surrogate and temperature may
+    differ); otherwise the gates are fresh.
+
+    Args:
+        name: a run folder, a Hub id of a model that sa_lens saved, or a name that TransformerLens knows (its weights
+            are taken unprocessed).
+        gates: the gates of the returned model.
+        seed: seed of fresh gates.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a damaged or foreign file, or an architecture that gates do not fit.
+    """
+    path = Path(name)
+    if not path.exists() and checkpoints._is_transformer_lens_name(str(name)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+            base: HookedTransformer = HookedTransformer.from_pretrained_no_processing(str(name), device="cpu")
+    else:
+        base = checkpoints.load(name, device="cpu")
+    model = SelfAblatingTransformer.from_hooked(base, gates, seed=seed)
+    kept = {key: value for key, value in base.state_dict().items() if "_gate." in key}
+    fresh = {key: value for key, value in model.state_dict().items() if "_gate." in key}
+    if kept and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in fresh.items()}:
+        model.load_state_dict({**model.state_dict(), **kept})
+    return model

@@ -1,0 +1,150 @@
+"""Losses of both streams on a fixed validation text, and how the gates use their units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.gate import Gate
+from sa_lens.core.losses import cross_entropy
+from sa_lens.data import TokenFile
+
+LOGITS_AT_ONCE = 2**25
+"""Largest number of logits of one stream that an evaluation holds in memory (float32: 128 MiB)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation; those of the ablated stream are None without gates."""
+
+    tokens: int
+    """Predicted tokens."""
+    clean_loss: float
+    """Cross-entropy of the clean stream, mean nats per predicted token, end-of-text targets included."""
+    clean_perplexity: float
+    """exp(clean_loss)."""
+    clean_bits_per_byte: float
+    """clean_loss in bits per byte of text, by the bytes per token of the whole validation file."""
+    ablated_loss: float | None = None
+    """Cross-entropy of the ablated stream, mean nats per predicted token."""
+    ablated_perplexity: float | None = None
+    """exp(ablated_loss)."""
+    ablated_bits_per_byte: float | None = None
+    """ablated_loss in bits per byte of text."""
+    units_used: float | None = None
+    """Share of all units that stay at least once in the text."""
+    attn_units_used: float | None = None
+    """The same of attention units alone."""
+    mlp_units_used: float | None = None
+    """The same of neurons alone; None in an attention-only model."""
+    mask_overlap: float | None = None
+    """Share of a token's kept units that the next token keeps too; mean over tokens, layers and both kinds of unit."""
+
+    @property
+    def selection_loss(self) -> float:
+        """The loss by which the best model is chosen: ablated; clean without gates."""
+        return self.clean_loss if self.ablated_loss is None else self.ablated_loss
+
+
+def evaluate(
+    model: SelfAblatingTransformer,
+    blocks: Int64[np.ndarray, "batch pos_and_next"],
+    *,
+    bytes_per_token: float,
+    share: tuple[int, int] = (0, 1),
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Evaluation:
+    """Evaluates both streams in float32.
+
+    A mask entry counts as kept above one half, which is exact for hard gates.
+
+    Args:
+        blocks: validation text; position t of a block predicts position t + 1.
+        bytes_per_token: bytes of text per token, for bits per byte.
+        share: (rank, processes): this process takes every so many-th block from its rank on.
+        total: sums a tensor over all processes.
+    """
+    rank, processes = share
+    n_ctx = blocks.shape[1] - 1
+    at_once = max(1, LOGITS_AT_ONCE // (n_ctx * model.cfg.d_vocab))
+    device = model.W_E.device
+    losses, overlaps = _Sum(), _Sum()
+    ablated_losses = _Sum()
+    kept = {"attn": _unit_counts(model, "attn_gate"), "mlp": _unit_counts(model, "mlp_gate")}
+    mine = torch.from_numpy(blocks[rank::processes]).to(device)
+    with torch.no_grad():
+        for batch in mine.split(at_once):
+            if len(batch) == 0:
+                continue
+            both = model.run_both_passes(batch[:, :-1])
+            losses.add(cross_entropy(both.clean_logits, batch, batch[:, 1:]), len(batch))
+            if both.ablated_logits is None:
+                continue
+            ablated_losses.add(cross_entropy(both.ablated_logits, batch, batch[:, 1:]), len(batch))
+            for kind, counts in kept.items():
+                for layer, mask in enumerate(both.masks[f"{kind}_gate"]):
+                    flat = mask.flatten(2).float()
+                    counts[layer] += (flat > 0.5).sum((0, 1))
+                    if n_ctx > 1:
+                        both_keep = torch.minimum(flat[:, :-1], flat[:, 1:]).sum(-1) / flat[:, :-1].sum(-1)
+                        overlaps.add(both_keep.mean(), len(batch))
+    clean = losses.mean(total)
+    bits = 1 / math.log(2) / bytes_per_token
+    if not model.gates.gated:
+        return Evaluation(blocks.shape[0] * n_ctx, clean, _exp(clean), clean * bits)
+    ablated = ablated_losses.mean(total)
+    used = {kind: torch.cat([total(c) for c in counts]) > 0 for kind, counts in kept.items() if counts}
+    return Evaluation(
+        tokens=blocks.shape[0] * n_ctx,
+        clean_loss=clean,
+        clean_perplexity=_exp(clean),
+        clean_bits_per_byte=clean * bits,
+        ablated_loss=ablated,
+        ablated_perplexity=_exp(ablated),
+        ablated_bits_per_byte=ablated * bits,
+        units_used=_share(torch.cat(list(used.values()))),
+        attn_units_used=_share(used["attn"]),
+        mlp_units_used=_share(used["mlp"]) if "mlp" in used else None,
+        mask_overlap=overlaps.mean(total) if n_ctx > 1 else None,
+    )
+
+
+class _Sum:
+    """A weighted sum on the CPU, and its weight."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, value: Float[Tensor, ""], weight: int) -> None:
+        self.sums += torch.tensor([float(value) * weight, weight], dtype=torch.float64)
+
+    def mean(self, total: Callable[[Tensor], Tensor]) -> float:
+        value, weight = total(self.sums).tolist()
+        return value / weight
+
+
+def _unit_counts(model: SelfAblatingTransformer, gate_name: str) -> list[Int64[Tensor, " unit"]]:
+    """A counter of kept tokens for every unit, a tensor a layer."""
+    gates = [(n, m) for n, m in model.named_modules() if isinstance(m, Gate) and n.endswith(gate_name)]
+    return [torch.zeros(gate.n_units, dtype=torch.int64, device=model.W_E.device) for _, gate in gates]
+
+
+def _share(used: Bool[Tensor, " unit"]) -> float:
+    return float(used.double().mean())
+
+
+def _exp(loss: float) -> float:
+    """exp(loss), infinity where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bytes_per_token(file: TokenFile) -> float:
+    """Bytes of text per token of a file, end-of-text tokens counted as tokens without bytes."""
+    return file.n_bytes / file.n_tokens

@@ -1,0 +1,299 @@
+"""The training loop, read from top to bottom: evaluate, save, stop test, the step, log."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sa_lens.config import RunConfig, to_dict
+from sa_lens.core import SelfAblatingTransformer, checkpoints
+from sa_lens.core.checkpoints import complete_steps
+from sa_lens.data import ProcessPositions, training_loader, validation_blocks
+from sa_lens.training import run_folder, state
+from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
+from sa_lens.training.interruption import Interrupted, StopRequest, stop_requests
+from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term_names, term_row
+from sa_lens.training.processes import accelerator_for, check_device, check_tracker
+from sa_lens.training.sampling import Sample, sample
+from sa_lens.training.schedule import learning_rate
+from sa_lens.training.start import Start, start
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    folder: Path
+    """The run folder; `SelfAblatingTransformer.from_pretrained(folder)` loads its best model."""
+    model: SelfAblatingTransformer
+    """The model after the last step, on the training device."""
+    steps: int
+    """Optimizer steps taken, those before a resume included."""
+    best_loss: float
+    """Lowest validation loss of the ablated stream (clean without gates), nats per token."""
+    best_step: int
+    """Step at which it was reached."""
+    evaluation: Evaluation
+    """The last evaluation."""
+    sample: Sample | None
+    """Text from both streams; None if `train.sample_tokens` is 0."""
+    seconds: float
+    """Time spent in the loop, that before a resume included."""
+
+
+def train(
+    run: RunConfig, out: str | Path, *, device: str = "auto", resume: bool = False, progress: bool = True
+) -> TrainResult:
+    """Trains a model and leaves a run folder.
+
+    Under `accelerate launch` every process calls this; `train.batch_size` is shared among them and one of them writes.
+
+    Args:
+        run: the configuration.
+        out: the run folder; new, unless the run in it is to be resumed.
+        device: auto, cpu, cuda or mps.
+        resume: go on from the last complete checkpoint in `out`, bit for bit as if the run had not been interrupted (on
+            the same machine, versions, threads and processes); from the beginning if there is none yet.
+        progress: show progress on standard error.
+
+    Raises:
+        ValueError, FileNotFoundError: settings that do not fit each other, the data, or the run to be resumed.
+        FileExistsError: `out` holds a run and `resume` is False.
+        OSError: `out` cannot be written.
+        TrainingDiverged: a loss, gradient or weight is not finite; the last good checkpoint stays.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    out = Path(out)
+    check_device(device)
+    check_tracker(run.train.tracker)
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(accelerator_for(run, out, device))
+        ProcessPositions(
+            0, 0, run.train.batch_size, accumulate=run.train.accumulate, world_size=accelerator.num_processes
+        )
+        if accelerator.is_main_process:
+            run_folder.check_free(out, resume)
+            stack.enter_context(run_folder.sole_trainer(out))
+        accelerator.wait_for_everyone()
+        try:
+            return _train(run, out, accelerator, resume=resume, progress=progress and accelerator.is_main_process)
+        except TrainingDiverged as error:
+            steps = complete_steps(out)
+            kept = f"The last good checkpoint, {steps[-1]}, is kept" if steps else "There is no checkpoint yet"
+            raise TrainingDiverged(f"training stopped: {error}. {kept}. Try a lower train.lr or train.clip") from None
+
+
+def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainResult:
+    cfg, main = run.train, accelerator.is_main_process
+    begun = start(run, out, accelerator, resume=resume, progress=progress)
+    at, model, module, optimizer = begun.at, begun.model, begun.module, begun.optimizer
+    metrics = MetricsFile(out / run_folder.METRICS)
+    validation = validation_blocks(begun.data.validation, run.model.n_ctx, cfg.eval_tokens)
+    batches = _batches(run, begun, accelerator)
+    window = Window(term_names(run), lambda x: accelerator.reduce(x, "mean"))
+    window.fetched = list(at.window)
+    step = at.step
+    tokens_a_step = cfg.batch_size * run.model.n_ctx
+    began = time.perf_counter() - at.seconds
+    logged_step, logged_at = step, time.perf_counter()
+
+    def record(kind: str, values: dict[str, Any]) -> None:
+        if main:
+            with run_folder.explained(out):
+                metrics.append({"kind": kind, "step": step, **values})
+            accelerator.log({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    with stop_requests() as stop, _bar(cfg.steps, step, out, progress) as bar:
+        while True:
+            last, paused_at = step == cfg.steps, time.perf_counter()
+            stopping = _agreed(stop, step, cfg.log_every, accelerator)
+
+            # -------------------------------------------------------------------------------------------- evaluate
+            if step > at.step and (last or step % cfg.eval_every == 0):
+                window.fetch(step)
+                evaluation = evaluate(
+                    model,
+                    validation,
+                    bytes_per_token=bytes_per_token(begun.data.validation),
+                    share=(accelerator.process_index, accelerator.num_processes),
+                    total=lambda x: accelerator.reduce(x, "sum"),
+                )
+                _check_evaluation(evaluation, step)
+                found = dataclasses.asdict(evaluation)
+                at = dataclasses.replace(at, evaluation=found)
+                record("eval", found)
+                if at.best_loss is None or evaluation.selection_loss < at.best_loss:
+                    at = dataclasses.replace(at, best_loss=evaluation.selection_loss, best_step=step)
+                    if main:
+                        extra = {"run": to_dict(run), "step": step, "validation": found}
+                        with run_folder.explained(out):
+                            checkpoints.save(model, out, extra)
+                if progress:
+                    bar.write(_evaluation_line(step, evaluation, best=at.best_step == step), file=sys.stderr)
+
+            # ------------------------------------------------------------------------------------------------ save
+            if step > at.step and (last or stopping or step % cfg.save_every == 0):
+                window.fetch(step)
+                at = dataclasses.replace(
+                    at,
+                    step=step,
+                    position=step * cfg.batch_size,
+                    lr=learning_rate(step, cfg),
+                    seconds=time.perf_counter() - began,
+                    window=window.fetched,
+                )
+                _save(out, at, begun, accelerator)
+
+            # ------------------------------------------------------------------------------------------- stop test
+            if stopping and not last:
+                raise Interrupted(out, step)
+            if last:
+                break
+
+            # ----------------------------------------------------------------------------------------- *** step ***
+            logged_at += time.perf_counter() - paused_at
+            lr = learning_rate(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            rows: list[Tensor] = []
+            for part in range(1, cfg.accumulate + 1):
+                tokens, targets = next(batches)
+                with nullcontext() if part == cfg.accumulate else accelerator.no_sync(module):
+                    terms = module(tokens, targets)
+                    accelerator.backward(terms.total / cfg.accumulate)
+                rows.append(term_row(terms))
+            norm = accelerator.clip_grad_norm_(module.parameters(), cfg.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            window.add(torch.cat([torch.stack(rows).mean(0), norm.detach().float().reshape(1)]))
+            step += 1
+            bar.update()
+
+            # ------------------------------------------------------------------------------------------------- log
+            if step % cfg.log_every == 0 or step == cfg.steps:
+                window.fetch(step)
+                means, now = window.means(), time.perf_counter()
+                speed = (step - logged_step) * tokens_a_step / (now - logged_at)
+                logged_step, logged_at = step, now
+                figures = {"tokens": step * tokens_a_step, **means, "lr": lr, "tokens_per_s": round(speed)}
+                record("train", {**figures, "seconds": round(now - began, 1)})
+                bar.set_postfix_str(_status(means, speed))
+
+    assert at.best_loss is not None
+    assert at.best_step is not None
+    assert at.evaluation is not None
+    drawn = _final_sample(run, model, metrics, record) if main else None
+    return TrainResult(
+        out, model, step, at.best_loss, at.best_step, Evaluation(**at.evaluation), drawn, time.perf_counter() - began
+    )
+
+
+def _batches(run: RunConfig, begun: Start, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's micro-batches from where the run stands, on its device."""
+    device = accelerator.device
+    loader = training_loader(
+        begun.data.train,
+        run.model.n_ctx,
+        seed=run.train.seed,
+        batch_size=run.train.batch_size,
+        start_step=begun.at.step,
+        stop_step=run.train.steps,
+        accumulate=run.train.accumulate,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=run.train.workers,
+        pin_memory=device.type == "cuda",
+    )
+    for tokens, targets in loader:
+        yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def _agreed(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
+    """Whether to stop. Several processes must agree on the step, so they ask one another every so many steps."""
+    if accelerator.num_processes == 1:
+        return stop.made
+    if step % every != 0:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(stop.made), device=accelerator.device), "sum") > 0)
+
+
+def _check_evaluation(evaluation: Evaluation, step: int) -> None:
+    for name in ("clean_loss", "ablated_loss"):
+        value = getattr(evaluation, name)
+        if value is not None and not math.isfinite(value):
+            raise TrainingDiverged(f"after step {step} the validation {name} = {value}")
+
+
+def _save(out: Path, at: state.RunState, begun: Start, accelerator: Accelerator) -> None:
+    """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
+    from accelerate.utils import gather_object
+
+    named = [*begun.model.named_parameters()]
+    moments = state.optimizer_tensors(begun.model, begun.optimizer.optimizer)
+    for name, tensor in [*named, *moments.items()]:
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingDiverged(f"after step {at.step} {name} is not finite")
+    generators = gather_object([state.generators_of(accelerator.process_index)])
+    if accelerator.is_main_process:
+        tensors = state.Tensors(
+            weights=checkpoints.weights_of(begun.model),
+            optimizer=moments,
+            generators={name: tensor for of_process in generators for name, tensor in of_process.items()},
+        )
+        with run_folder.explained(out):
+            state.write(out, at, tensors)
+    accelerator.wait_for_everyone()
+
+
+def _final_sample(run: RunConfig, model: SelfAblatingTransformer, metrics: MetricsFile, record: Any) -> Sample | None:
+    """Text from both streams, recorded once however often a finished run is resumed."""
+    if run.train.sample_tokens == 0 or model.tokenizer is None:
+        return None
+    drawn = sample(model, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
+    if not any(r["kind"] == "sample" for r in metrics.read()):
+        record("sample", dataclasses.asdict(drawn))
+    return drawn
+
+
+def _bar(steps: int, step: int, out: Path, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=steps,
+        initial=step,
+        desc=out.name,
+        unit="step",
+        disable=not progress,
+        dynamic_ncols=True,
+        # a log file gets a line now and then
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+    )
+
+
+def _status(means: dict[str, float], speed: float) -> str:
+    """Losses and speed, for the progress bar."""
+    shown = {name: means[name] for name in ("clean", "ablated") if name in means}
+    return ", ".join([*(f"{name} {value:.3f}" for name, value in shown.items()), f"{speed:,.0f} tokens/s"])
+
+
+def _evaluation_line(step: int, found: Evaluation, *, best: bool) -> str:
+    parts = [f"clean {found.clean_loss:.4f} (perplexity {found.clean_perplexity:.2f})"]
+    if found.ablated_loss is not None:
+        parts.append(f"ablated {found.ablated_loss:.4f} (perplexity {found.ablated_perplexity:.2f})")
+        parts.append(f"units used {found.units_used:.0%}")
+        if found.mask_overlap is not None:
+            parts.append(f"mask overlap {found.mask_overlap:.0%}")
+    return f"step {step:>7,}  validation: {', '.join(parts)}{'  (best)' if best else ''}"

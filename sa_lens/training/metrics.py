@@ -1,0 +1,121 @@
+"""What a run reports: loss terms kept on the device until they are needed, and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sa_lens.config import RunConfig
+from sa_lens.core import LossTerms
+from sa_lens.core.checkpoints import atomic_write
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss, gradient or weight is no longer finite."""
+
+
+class Window:
+    """Loss terms and gradient norms of the steps since the last record.
+
+    Adding a step copies nothing off the device; `fetch` does, once for all steps since it was last called.
+
+    Args:
+        names: of the terms, in the order in which a row holds them.
+        mean_over_processes: averages a tensor over all processes.
+    """
+
+    def __init__(self, names: tuple[str, ...], mean_over_processes: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        self.names = names
+        self.mean_over_processes = mean_over_processes
+        self.fetched: list[list[float]] = []
+        self._pending: list[Float[Tensor, " term"]] = []
+
+    def add(self, row: Float[Tensor, " term"]) -> None:
+        """Adds the row of one step."""
+        self._pending.append(row)
+
+    def fetch(self, step: int) -> None:
+        """Brings the pending rows to the CPU and checks them.
+
+        Args:
+            step: steps taken so far, the last pending row's included.
+
+        Raises:
+            TrainingDiverged: a value is not finite; the message names the first such step and its terms.
+        """
+        if self._pending:
+            rows = self.mean_over_processes(torch.stack(self._pending)).tolist()
+            first = step - len(rows) + 1
+            for offset, row in enumerate(rows):
+                bad = [f"{name} = {value}" for name, value in zip(self.names, row, strict=True) if not _finite(value)]
+                if bad:
+                    raise TrainingDiverged(f"at step {first + offset} {' and '.join(bad)}")
+            self.fetched += rows
+            self._pending = []
+
+    def means(self) -> dict[str, float]:
+        """Mean of each term over the fetched rows, which are then forgotten."""
+        means = {
+            name: math.fsum(column) / len(column)
+            for name, column in zip(self.names, zip(*self.fetched, strict=True), strict=True)
+        }
+        self.fetched = []
+        return means
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def term_names(run: RunConfig) -> tuple[str, ...]:
+    """Names of the values of a step: those of the terms that `term_row` returns, and the gradient's norm."""
+    if not run.gates.gated:
+        return ("loss", "clean", "grad_norm")
+    reconstruction = ("reconstruction",) if run.loss.reconstruction else ()
+    return ("loss", "clean", "ablated", *reconstruction, "grad_norm")
+
+
+def term_row(terms: LossTerms) -> Float[Tensor, " term"]:
+    """The terms that are there, in one float32 tensor without gradient."""
+    return torch.stack([value.detach().float() for value in terms if value is not None])
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a JSON object a line, appended as the run goes.
+
+    Every record has `kind` (train | eval | sample) and `step` (optimizer steps taken before it).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record; values that are not finite numbers or are None are left out."""
+        kept = {k: v for k, v in record.items() if v is not None and not (isinstance(v, float) and not _finite(v))}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(kept) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole records; a last line that was cut off is left out."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def drop_after(self, step: int) -> None:
+        """Forgets records of later steps, which a resumed run will write again."""
+        if self.path.is_file():
+            kept = [record for record in self.read() if record.get("step", 0) <= step]
+            atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())

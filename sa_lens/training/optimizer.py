@@ -1,0 +1,67 @@
+"""Which parameters are trained, and AdamW over them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sa_lens.config import TrainConfig
+from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.gate import Gate
+
+
+def choose_trained(model: SelfAblatingTransformer, freeze: Literal["none", "base"]) -> list[str]:
+    """Marks what is trained (`requires_grad`) and returns its names.
+
+    Left out are the biases that the model does not have, gates that keep every unit (their mask is constant), and with
+    `freeze="base"` everything but the gates.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    idle = {
+        f"{name}.{parameter}"
+        for name, gate in model.named_modules()
+        if isinstance(gate, Gate) and gate.k == gate.n_units
+        for parameter, _ in gate.named_parameters()
+    }
+    untrained = idle | set(model.zero_biases)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in untrained and (freeze == "none" or is_gate(name)))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        reason = "it has no gates" if not model.gates.gated else "its gates keep every unit"
+        raise ValueError(f"train.freeze='base' leaves nothing to train on this model: {reason}")
+    return trained
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter belongs to a gate."""
+    return "_gate." in name
+
+
+def decays(name: str) -> bool:
+    """Whether a parameter gets weight decay: a matrix outside the gates; never a bias or LayerNorm."""
+    return name.rsplit(".", 1)[-1].lstrip("_").startswith("W_") and not is_gate(name)
+
+
+def adamw(model: nn.Module, cfg: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of `model`, in two groups: with and without weight decay.
+
+    Args:
+        fused: one kernel for all parameters, where the device has it.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if decays(name) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, cfg.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.lr,
+        betas=cfg.betas,
+        eps=cfg.adam_eps,
+        fused=fused,
+    )

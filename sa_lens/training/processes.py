@@ -1,0 +1,144 @@
+"""Devices, processes and trackers, through Hugging Face Accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sa_lens.config import RunConfig, to_dict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def check_device(device: str) -> None:
+    """Returns if this machine has the device.
+
+    Raises:
+        ValueError: an unknown device, or one that is not there.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}")
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ValueError(f"device={device!r}: this machine, or this build of PyTorch, has none; use 'auto' or 'cpu'")
+
+
+def check_tracker(tracker: str) -> None:
+    """Returns if the tracker is `none` or installed.
+
+    Raises:
+        ValueError: not installed, with the command that installs it.
+    """
+    if tracker == "tensorboard":
+        found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    else:
+        found = tracker == "none" or importlib.util.find_spec(tracker) is not None
+    if not found:
+        raise ValueError(f"train.tracker={tracker!r} is not installed: pip install 'sa-lens[{tracker}]'")
+
+
+@contextmanager
+def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelerator]:
+    """An Accelerator for this run.
+
+    Accelerate keeps its state in the process. It is left as found, so that runs on different devices can follow one
+    another, and an Accelerator of the caller's stays usable.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    # Accelerate would pick the best accelerator whatever the caller asked for
+    mine = not AcceleratorState._shared_state and not PartialState._shared_state
+    chosen = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device == "mps":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            # the loss casts by itself, so that what must stay in float32 does
+            mixed_precision="no",
+            log_with=None if run.train.tracker == "none" else run.train.tracker,
+            project_dir=str(out),
+            step_scheduler_with_optimizer=False,
+        )
+        if device not in ("auto", accelerator.device.type):
+            raise ValueError(
+                f"device={device!r}, but Accelerate already runs on {accelerator.device.type!r} in this process"
+            )
+        if run.train.tracker != "none":
+            accelerator.init_trackers("sa_lens", config=_flat(to_dict(run)))
+        try:
+            yield accelerator
+        finally:
+            accelerator.end_training() if run.train.tracker != "none" else None
+            accelerator.free_memory()
+    finally:
+        if device == "mps":
+            os.environ.pop("ACCELERATE_TORCH_DEVICE")
+            if chosen is not None:
+                os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
+        if mine and not torch.distributed.is_initialized():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Nested settings as `section.name`, in the types that every tracker takes."""
+    flat: dict[str, int | float | str | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a bit-for-bit repetition of a run depends on beside its configuration."""
+
+    device: str
+    """Type of the device."""
+    processes: int
+    """Processes that train."""
+    threads: int
+    """Threads of each process."""
+    versions: dict[str, str]
+    """Versions of what computes."""
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Environment:
+        """The environment of this process."""
+        import platform
+
+        import numpy
+        import transformer_lens
+
+        return cls(
+            accelerator.device.type,
+            accelerator.num_processes,
+            torch.get_num_threads(),
+            {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": numpy.__version__,
+                "transformer_lens": getattr(transformer_lens, "__version__", "unknown"),
+            },
+        )
+
+    def differences(self, other: Environment) -> list[str]:
+        """What differs in `other`, as `name: here -> there`."""
+        here, there = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [f"{name}: {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]

@@ -1,0 +1,178 @@
+"""What a run starts from: its data, its model and its optimizer, fresh or from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_yaml
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, checkpoints
+from sa_lens.core.pretrained import initial_model
+from sa_lens.data import PreparedData, prepare
+from sa_lens.training import run_folder, state
+from sa_lens.training.metrics import MetricsFile
+from sa_lens.training.optimizer import adamw, choose_trained
+from sa_lens.training.processes import Environment
+from sa_lens.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that the loop works on."""
+
+    at: state.RunState
+    """Where the run stands."""
+    data: PreparedData
+    """Tokens on disk."""
+    model: SelfAblatingTransformer
+    """The model, on the training device."""
+    module: Any
+    """The loss over the model, wrapped by Accelerate."""
+    optimizer: Any
+    """AdamW, wrapped by Accelerate."""
+
+
+def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> Start:
+    """Prepares data, model and optimizer, and opens the run folder; on a resumed run, as its last checkpoint has them.
+
+    Raises:
+        ValueError, FileNotFoundError: settings that do not fit each other, the text, or the run to be resumed.
+    """
+    earlier = _earlier(out, run) if resume else None
+    data, model = initial(run, progress=progress)
+    fingerprints = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
+    if earlier is not None:
+        _check_same_data(out, earlier[0].data, fingerprints)
+        folder = out / "state" / f"step-{earlier[0].step}"
+        checkpoints.load_weights(model, folder / checkpoints.WEIGHTS)
+    choose_trained(model, run.train.freeze)
+    model.to(accelerator.device, print_details=False)
+    loss = TwoStreamLoss(model, run.loss)
+    optimizer = adamw(model, run.train, fused=accelerator.device.type in ("cpu", "cuda"))
+    module, optimizer = accelerator.prepare(loss, optimizer)
+    environment = Environment.of(accelerator)
+    if earlier is None:
+        at = state.RunState(
+            step=0,
+            position=0,
+            lr=learning_rate(0, run.train),
+            seconds=0.0,
+            best_loss=None,
+            best_step=None,
+            evaluation=None,
+            window=[],
+            run=to_dict(run),
+            data=fingerprints,
+            environment=dataclasses.asdict(environment),
+        )
+    else:
+        before, tensors = earlier
+        state.restore_optimizer(model, optimizer.optimizer, tensors.optimizer)
+        state.restore_generators(accelerator.process_index, tensors.generators)
+        if different := environment.differences(Environment(**before.environment)):
+            log.warning("resuming under other conditions, so not bit for bit: %s", "; ".join(different))
+        at = dataclasses.replace(before, run=to_dict(run), environment=dataclasses.asdict(environment))
+    # nobody writes before everybody has read
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with run_folder.explained(out):
+            _open_folder(run, out, model, at)
+    return Start(at, data, model, module, optimizer)
+
+
+def _earlier(out: Path, run: RunConfig) -> tuple[state.RunState, state.Tensors] | None:
+    """The last complete checkpoint of a run; None if it was killed before the first."""
+    if (out / run_folder.CONFIG_YAML).is_file():
+        run_folder.check_unchanged(out, to_dict(run_folder.stored_config(out)), run)
+    steps = checkpoints.complete_steps(out)
+    if not steps:
+        return None
+    at, tensors = state.read(steps[-1])
+    run_folder.check_unchanged(out, at.run, run)
+    return at, tensors
+
+
+def _check_same_data(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    for name, fingerprint in now.items():
+        if before[name] != fingerprint:
+            raise ValueError(
+                f"the {name} text is not the one that {out} was started with (its tokens differ): restore it, or start "
+                "a new run in another folder"
+            )
+
+
+def _open_folder(run: RunConfig, out: Path, model: SelfAblatingTransformer, at: state.RunState) -> None:
+    write_yaml(run, out / run_folder.CONFIG_YAML)
+    MetricsFile(out / run_folder.METRICS).drop_after(at.step)
+    if not (out / checkpoints.CONFIG).is_file():
+        if model.tokenizer is not None:
+            checkpoints.save_tokenizer(model.tokenizer, out)
+        config = {**checkpoints.describe(model), "run": to_dict(run)}
+        checkpoints.atomic_write(out / checkpoints.CONFIG, json.dumps(config, indent=2).encode())
+
+
+def initial(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblatingTransformer]:
+    """Tokens on disk, and the model before its first step, on the CPU.
+
+    With `train.init` the model's shape is that model's and `model.n_ctx` the length of the training sequences; unless
+    `data.tokenizer` names another, its tokenizer is used.
+
+    Raises:
+        ValueError, FileNotFoundError: settings that do not fit each other, the text, or the model of `train.init`.
+    """
+    if run.train.init is None:
+        data = prepare(run.data, run.model.n_ctx, progress=progress)
+        d_vocab = run.model.d_vocab if run.model.d_vocab is not None else data.d_vocab
+        _check_vocabulary(data, d_vocab)
+        model = SelfAblatingTransformer(
+            dataclasses.replace(run.model, d_vocab=d_vocab),
+            run.gates,
+            data.tokenizer,
+            seed=run.train.seed,
+            device="cpu",
+            default_padding_side="right",
+        )
+        return data, model
+    model = initial_model(run.train.init, run.gates, seed=run.train.seed)
+    if run.model.n_ctx > model.cfg.n_ctx:
+        raise ValueError(
+            f"model.n_ctx={run.model.n_ctx} is more than the {model.cfg.n_ctx} positions of {run.train.init}: "
+            "it is the length of the training sequences, set it to that or less"
+        )
+    _report_unused_shape(run)
+    data = prepare(_with_tokenizer_of(run, model), run.model.n_ctx, progress=progress)
+    _check_vocabulary(data, model.cfg.d_vocab)
+    model.set_tokenizer(data.tokenizer, default_padding_side="right")
+    return data, model
+
+
+def _check_vocabulary(data: PreparedData, d_vocab: int) -> None:
+    for file in (data.train, data.validation):
+        file.check_vocabulary(d_vocab)
+
+
+def _with_tokenizer_of(run: RunConfig, model: SelfAblatingTransformer) -> DataConfig:
+    if run.data.tokenizer != "bpe":
+        return run.data
+    name = str(run.train.init)
+    folder = name if Path(name).is_dir() else getattr(model.tokenizer, "name_or_path", None)
+    if not folder:
+        raise ValueError(f"train.init={name!r} brings no tokenizer: name it in data.tokenizer")
+    return dataclasses.replace(run.data, tokenizer=str(folder))
+
+
+def _report_unused_shape(run: RunConfig) -> None:
+    usual = ModelConfig()
+    given = dataclasses.replace(run.model, n_ctx=usual.n_ctx, d_vocab=None)
+    unused = [f"model.{f.name}" for f in dataclasses.fields(given) if getattr(given, f.name) != getattr(usual, f.name)]
+    if unused:
+        log.warning("train.init=%s gives the model its shape; not used: %s", run.train.init, ", ".join(unused))

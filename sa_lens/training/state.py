@@ -1,0 +1,189 @@
+"""Exact checkpoints of a run: `state/step-N/`, safetensors and JSON, complete once a marker file exists.
+
+    model.safetensors       weights, as in a model folder
+    optimizer.safetensors   `<parameter>.<quantity>`: AdamW's averages and step counts
+    random.safetensors      `<process>.<generator>`: states of torch's generators
+    state.json              everything else
+    complete                the marker, written last
+
+A checkpoint is written into a temporary folder, synced and renamed, so a process that dies leaves the previous ones
+untouched. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sa_lens.core.checkpoints import MARKER, WEIGHTS, atomic_write, complete_steps, sync_folder
+
+VERSION = 1
+FILES = (WEIGHTS, "optimizer.safetensors", "random.safetensors")
+KEPT = 2
+"""Complete checkpoints that are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """Where a run stands, tensors left out."""
+
+    step: int
+    """Optimizer steps taken."""
+    position: int
+    """Next position in the endless stream of shuffled blocks."""
+    lr: float
+    """Learning rate of the next step."""
+    seconds: float
+    """Time spent in the loop so far."""
+    best_loss: float | None
+    """Lowest selection loss so far; None before the first evaluation."""
+    best_step: int | None
+    """Step at which it was reached."""
+    evaluation: dict[str, Any] | None
+    """Figures of the last evaluation."""
+    window: list[list[float]]
+    """Terms of the steps since the last training record."""
+    run: dict[str, Any]
+    """The run's configuration."""
+    data: dict[str, str]
+    """Fingerprints of training and validation tokens."""
+    environment: dict[str, Any]
+    """See `processes.Environment`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a checkpoint, gathered on the CPU."""
+
+    weights: dict[str, Tensor]
+    """As in a model folder."""
+    optimizer: dict[str, Tensor]
+    """See `optimizer_tensors`."""
+    generators: dict[str, Tensor]
+    """See `generators_of`, of all processes."""
+
+
+def write(out: Path, state: RunState, tensors: Tensors) -> Path:
+    """Writes `state/step-N/` and removes all but the last two complete checkpoints.
+
+    Raises:
+        OSError: a full disk or a folder that cannot be written; earlier checkpoints are untouched.
+    """
+    root = out / "state"
+    folder = root / f"step-{state.step}"
+    if (folder / MARKER).is_file():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(".step-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
+    try:
+        for name, content in zip(FILES, (tensors.weights, tensors.optimizer, tensors.generators), strict=True):
+            save_file(content, temporary / name, metadata={"format": "pt"})
+        document = {"version": VERSION, **dataclasses.asdict(state)}
+        (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        temporary.chmod(0o755)
+        # without its marker, what stands there was cut off while being written or removed
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync_folder(root)
+        atomic_write(folder / MARKER, b"")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in complete_steps(out)[:-KEPT]:
+        (old / MARKER).unlink()
+        shutil.rmtree(old)
+    return folder
+
+
+def read(folder: Path) -> tuple[RunState, Tensors]:
+    """Reads a complete checkpoint.
+
+    Raises:
+        ValueError: damaged, or written by a later version.
+    """
+    try:
+        document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if document.pop("version") != VERSION:
+            raise ValueError("its format is of another version of sa_lens")
+        weights, optimizer, generators = (load_file(folder / name) for name in FILES)
+        return RunState(**document), Tensors(weights, optimizer, generators)
+    except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"checkpoint {folder} cannot be read: {error}. Delete this folder to resume from an earlier one"
+        ) from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's tensors as `<parameter>.<quantity>`, on the CPU."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}.{quantity}": value.detach().cpu().contiguous().clone()
+        for p, quantities in optimizer.state.items()
+        for quantity, value in quantities.items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` returned.
+
+    Raises:
+        ValueError: tensors of other parameters.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = {names[id(p)] for p in trained}
+    quantities: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, quantity = key.rsplit(".", 1)
+        quantities.setdefault(name, {})[quantity] = value
+    if quantities and wanted != quantities.keys():
+        odd = sorted(wanted ^ quantities.keys())[0]
+        raise ValueError(f"the checkpoint's optimizer does not fit this run: {odd} is trained in only one of them")
+    for p in trained:
+        for quantity, value in quantities.get(names[id(p)], {}).items():
+            # step counts stay on the CPU unless the optimizer is fused
+            on_device = quantity != "step" or optimizer.defaults["fused"]
+            optimizer.state[p][quantity] = value.to(p.device) if on_device else value.clone()
+
+
+def generators_of(process: int) -> dict[str, Tensor]:
+    """States of torch's generators in this process, as `<process>.<device>`; nothing here draws from any other."""
+    states = {f"{process}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states[f"{process}.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(process: int, states: dict[str, Tensor]) -> None:
+    """Puts this process's generators back, if there are states for it."""
+    if f"{process}.cpu" in states:
+        torch.set_rng_state(states[f"{process}.cpu"])
+    if f"{process}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{process}.cuda"])
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ, as `section.name: before -> now`."""
+    found = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found
