@@ -1,8 +1,8 @@
 """Generated children's stories in which the label of every word is known.
 
 `generate(n, seed)` yields stories; `story.words` labels each word with its role, referent, sentence pattern and part of
-speech (all values: `LABELS`). `draw_prompts(task, n)` yields prompts cut from the same sentence patterns, with names that
-never met in a story when `pairs=held_out_pairs()`.
+speech (all values: `LABELS`). `draw_prompts(task, n)` draws prompts cut from the same sentence patterns, with names
+that never meet in a story when `pairs=held_out_pairs()`.
 """
 
 from sa_lens.data.stories.patterns import LABELS, PATTERNS, vocabulary

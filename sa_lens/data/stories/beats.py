@@ -34,7 +34,7 @@ class Beats(Writer):
         kind = self.random()
         if kind < 0.48:
             self.give_new(definite=kind < 0.1 and not self.holder)
-        elif kind < 0.58:
+        elif kind < 0.58 and len(self.holder) < 3:
             o, q = self.new_thing(), self.new_thing()
             self.say("have_each", x=x, y=y, o=o, q=q)
             self.owned(o, x)
@@ -44,7 +44,7 @@ class Beats(Writer):
         else:
             g, o = self.have()
             if self.chance(0.2):
-                self.say("use_" + o.kind, x=g if o.kind == "clothing" else self.pick((x, y)), o=o)
+                self.say("use_" + o.kind, x=g, o=o)
             self.give(o, g)
 
     def have(self) -> tuple[Character, Thing]:

@@ -82,7 +82,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "buy": ("{x?:owner} bought {o.a}.",),
     "find_new": ("{x?:finder} found {o.a} {s.under} {s}.", "Then {x:finder} found {o.a} {s.under} {s}."),
     "pick_up": ("{x?:holder} picked up/ADV {o}.",),
-    "hold": ("{x?:holder} held {o}.",),
     # giving: "to" is followed by the other one's name
     "give": ("{g:giver} [gave|handed|passed|offered] {o} to {r:recipient}.",),
     "give_new": ("{g:giver} [gave|handed|passed|offered] {o.a} to {r:recipient}.",),
@@ -162,7 +161,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "{y:finder} found {o?} {s.under} {s}.",
     ),
     "tell_found": ("{y:speaker} told {x:listener} that/SCONJ {o} was {s.under} {s}.",),
-    "take": ("So {y:finder} picked {o.it} up/ADV.", "{y:finder} picked up/ADV {o}."),
+    "take": ("[|So ]{y:finder} picked up/ADV {o}.",),
     "breaks": ("[Then|But then|Suddenly,] {o} broke.", "{o.The} was broken."),
     "mend": ("{y?:helper} fixed {o?}.", "{y?:helper} [quickly|carefully|soon] fixed {o?}."),
     # endings
@@ -183,7 +182,7 @@ ROLES = (
 )
 REFERENTS = (
     *("none", "character-0", "character-1", "character-2", "group"),
-    *("object-0", "object-1", "object-2", "object-3", "place-0", "place-1", "spot", "animal"),
+    *("object-0", "object-1", "object-2", "object-3", "place-0", "place-1", "place-2", "spot", "animal"),
 )
 LABELS: dict[str, tuple[str, ...]] = {
     "role": ROLES,

@@ -1,8 +1,8 @@
 """Prompts that end just before a word that the story decides, cut from the same sentence patterns as the stories.
 
-A task is a list of recipes: sentence patterns in the order in which stories use them, and the word to cut before. The
-corrupt prompt of a pair has the same template, place and (except in object recall) object, but names of which none is in
-the clean prompt, each in a place of its own: nothing in it tells the answer.
+A task is a list of recipes: sentence patterns in the order in which stories use them, and the word to cut before. A
+clean and its corrupt prompt share template, place and length. The corrupt one has three other names (IOI, repeated
+name), other names of the other gender (pronoun), or the same names and other objects (object recall).
 """
 
 from __future__ import annotations

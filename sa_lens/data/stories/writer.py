@@ -43,6 +43,7 @@ class Writer:
         self.last_thing: Entity | None = None
         self.last_named: tuple[Entity, ...] = ()
         self.told: set[str] = set()
+        self.nouns: set[str] = set()
         self.things: list[Thing] = []
         """Objects at hand in this scene; one eaten is taken out."""
         self.alone = False
@@ -89,8 +90,9 @@ class Writer:
     def new_thing(self) -> Thing:
         """An object that the story has not had yet, at hand in this scene."""
         noun = self.pick(_NOUNS)
-        while noun in self.holder:
+        while noun in self.nouns:
             noun = self.pick(_NOUNS)
+        self.nouns.add(noun)
         o = thing(noun, self.pick(ADJECTIVES[KIND_OF[noun]]) if self.chance(0.4) else "")
         self.things.append(o)
         return o
