@@ -333,6 +333,11 @@ def _gate_hook(
     def masked(x: Tensor) -> Tensor:
         if correct is not None:
             x = correct(x)
+        if mask is not None and mask.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"the given mask is for {mask.shape[0]} prompts of {mask.shape[1]} tokens, but the input is "
+                f"{x.shape[0]} prompts of {x.shape[1]}: give masks of these very tokens"
+            )
         where = None if position is None else position_mask(position, *x.shape[:2]).to(x.device)
         return gate(x, scores, mask, where)
 
