@@ -79,7 +79,7 @@ def test_loss_and_every_gradient(golden):
     assert terms.total.item() == pytest.approx(golden.arrays["loss"].item(), abs=1e-6)
     terms.total.backward()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # so that the exporter names and transposes gradients as it does weights
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     found = reference.save(model)
@@ -170,11 +170,11 @@ def test_attention_buffers_of_the_reference_are_no_weights(golden):
 
 
 def test_a_missing_file(golden, tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.pt"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         SelfAblatingTransformer.from_reference(tmp_path / "absent.pt", golden.gates)
 
 
 def test_a_damaged_file(golden, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="bad.pt"):
+    with pytest.raises(ValueError, match="damaged"):
         SelfAblatingTransformer.from_reference(tmp_path / "bad.pt", golden.gates)
