@@ -9,7 +9,9 @@ from sa_lens.data.stories.words import (
     INDOOR_SPOTS,
     NEEDY,
     OUTDOOR_SPOTS,
+    PROUD,
     SAD,
+    SMALL,
     Character,
     Thing,
 )
@@ -57,7 +59,7 @@ class Beats(Writer):
             if self.chance(0.4):
                 self.say("pick_up", x=x, o=o)
         elif kind < 0.45 and self.unambiguous(x):
-            self.say("feel_has_new", x=x, o=o, f=self.pick(GLAD))
+            self.say("feel_has_new", x=x, o=o, f=self.pick(PROUD))
         elif place.sells:
             self.say("buy", x=x, o=o)
         else:
@@ -130,7 +132,7 @@ class Beats(Writer):
             if self.chance(0.5):
                 self.say("reply", x=r, y=g)
         elif kind < 0.65:
-            self.say("feel", x=r, f=self.pick(GLAD))
+            self.say("feel", x=r, f=self.pick(PROUD))
         elif kind < 0.72 and self.unambiguous(r):
             why = self.pick(("feel_has", "feel_likes"))
             self.say(why, x=r, o=o, f=self.pick(GLAD))
@@ -259,7 +261,7 @@ class Beats(Writer):
             self.things.remove(o)
         elif o.kind in ("ball", "toy") and "play_with" not in self.told:
             self.say("play_with", x=x, o=o)
-        elif o.kind in ("thing", "reading") and self.chance(0.3) and "bag" not in self.told:
+        elif o.noun in SMALL and self.chance(0.6) and "bag" not in self.told:
             self.say("bag", x=x, o=o)
         else:
             self.say("use_" + o.kind, x=x, o=o)
@@ -268,13 +270,10 @@ class Beats(Writer):
         """A sentence that changes nothing: what they see, do or feel; no kind twice in a story."""
         x, y, place = self.scene
         one = self.pick((x, y))
-        other = self.scene.other(one)
         options = ["fun", "game", "walk", "glad_together", "like_place", "animal" if place.outdoors else "place_is"]
-        if not self.holder:
-            options.append("hello")
         if self.unambiguous(one):
             options += ["feel_place", "say_need"]
         options = [pattern for pattern in options if pattern not in self.told]
         pattern = self.pick(options) if options else "smile"
         feeling = self.pick(NEEDY if pattern == "say_need" else GLAD)
-        self.say(pattern, x=one, g=one, r=other, p=place, n=self.pick(ANIMALS), f=feeling)
+        self.say(pattern, x=one, p=place, n=self.pick(ANIMALS), f=feeling)

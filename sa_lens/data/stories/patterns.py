@@ -29,6 +29,7 @@ from sa_lens.data.stories.words import (
     PART_OF_SPEECH,
     PARTS_OF_SPEECH,
     PLACES,
+    PROUD,
     SAD,
     character,
 )
@@ -121,7 +122,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "ask_like": ('"Do/AUX {y.you:listener} like {o}?" asked {x:speaker}.',),
     "answer_like": ('"Yes, {y.I:speaker} [do/VERB|like {o.it}|love {o.it}]," said {y:speaker}.',),
     "ask_for": ("{x:speaker} asked {y:listener} for {o}.", "{x:speaker} wanted {o}."),
-    "ask_quote": ('"Can {x.I:speaker} [have|see|hold|try] {o}, please?" asked {x:speaker}.',),
+    "ask_quote": ('"Can {x.I:speaker} [have|see|hold] {o}, please?" asked {x:speaker}.',),
     "answer_yes": ('"Yes, {x.you:listener} can," said {y:speaker}.', '"Of course/ADV," said {y:speaker}.'),
     "say_want": ("{x:speaker} said that/SCONJ {x.he:speaker} wanted {o}.",),
     "say_need": ("{x:speaker} said that/SCONJ {x.he:speaker} was [very|so] {f}.",),
@@ -135,10 +136,10 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     # using things
     "use_ball": ("{x?:agent} [played with|ran with] {o?}.", "{x?:agent} held {o?} up/ADV."),
     "use_toy": ("{x?:agent} played with {o?}.", "{x?:agent} looked at {o?}."),
-    "use_food": ("{x?:agent} looked at {o?}.", "{x?:agent} [liked|wanted] {o?}."),
+    "use_food": ("{x?:agent} looked at {o?}.", "{x?:agent} [liked|loved] {o?}."),
     "use_reading": ("{x?:agent} [read|looked at] {o?}.",),
     "use_clothing": ("{x?:agent} [tried|put] on/ADV {o}.", "{x?:agent} looked at {o?}."),
-    "use_thing": ("{x?:agent} [looked at|liked|held] {o?}.",),
+    "use_thing": ("{x?:agent} [looked at|liked|loved] {o?}.",),
     "bag": ("{x?:agent} put {o?} in {x.his:owner} bag.",),
     "play_with": ("{x.They:group} played with {o?}.", "{x.They:group} played with {o?} for a long time."),
     "share_food": ("{x.They:group} [shared|ate] {o?} together.",),
@@ -300,7 +301,9 @@ def vocabulary() -> frozenset[str]:
     words = set(NAMES) | set(KIND_OF) | {adjective for some in ADJECTIVES.values() for adjective in some}
     words |= {"a", "an", "the", "The"}
     words |= {spot.under for spot in (*OUTDOOR_SPOTS, *INDOOR_SPOTS)} | {place.at for place in PLACES}
-    words |= {entity[0] for some in (PLACES, OUTDOOR_SPOTS, INDOOR_SPOTS, ANIMALS, GLAD, SAD, NEEDY) for entity in some}
+    words |= {
+        entity[0] for some in (PLACES, OUTDOOR_SPOTS, INDOOR_SPOTS, ANIMALS, GLAD, PROUD, SAD, NEEDY) for entity in some
+    }
     for groups in sentences().values():
         for piece in (piece for group in groups for sentence in group for piece in sentence.pieces):
             if piece.var in tuple("xygr"):

@@ -14,7 +14,7 @@ from itertools import count
 
 from sa_lens.data.stories.beats import Beats
 from sa_lens.data.stories.story import Story
-from sa_lens.data.stories.words import GLAD, NAMES, NEEDY, PLACES, Character, character
+from sa_lens.data.stories.words import GLAD, NAMES, NEEDY, PLACES, PROUD, Character, character
 from sa_lens.data.stories.words import held_out_pairs as default_held_out_pairs
 from sa_lens.data.stories.writer import Scene
 
@@ -137,6 +137,9 @@ class _Telling(Beats):
             self.say("place_is", p=place)
         self.say("meet", x=x, y=y, p=place)
         self.alone = False
+        if self.chance(0.4):
+            g = self.pick((x, y))
+            self.say("hello", g=g, r=self.scene.other(g))
 
     def go(self) -> None:
         """Both go somewhere; they may take an object along, or one may give the other one in the same sentence."""
@@ -199,7 +202,7 @@ class _Telling(Beats):
             self.say("feel_place", x=one, p=self.scene.place, f=self.pick(GLAD))
         elif self.chance(0.7):
             o = self.new_thing()
-            self.say("feel_has_new", x=one, o=o, f=self.pick(GLAD))
+            self.say("feel_has_new", x=one, o=o, f=self.pick(PROUD))
             self.owned(o, one)
         else:
             self.say("say_need", x=one, f=self.pick(NEEDY))

@@ -123,6 +123,7 @@ OBJECTS: dict[str, tuple[str, ...]] = {
 
 KIND_OF: dict[str, str] = {noun: kind for kind, nouns in OBJECTS.items() for noun in nouns}
 BREAKABLE = frozenset(("kite", "doll", "drum", "truck", "robot", "boat", "train", "car", "wagon", "plane", "whistle"))
+SMALL = frozenset(("coin", "key", "shell", "stone", "feather", "leaf", "pencil", "spoon", "brush", "bell", "candle"))
 ADJECTIVES: dict[str, tuple[str, ...]] = {
     "ball": ("red", "blue", "yellow", "big", "small", "new"),
     "toy": ("red", "blue", "green", "old", "new", "small", "pretty", "tiny"),
@@ -169,7 +170,8 @@ INDOOR_SPOTS = _spots(
 )
 _ANIMALS = "dog cat bird duck rabbit frog squirrel butterfly fox pony mouse goat turtle"
 ANIMALS = tuple(Animal(noun) for noun in _ANIMALS.split())
-GLAD = tuple(map(Feeling, ("happy", "glad", "proud", "excited", "cheerful", "pleased")))
+GLAD = tuple(map(Feeling, ("happy", "glad", "excited", "cheerful", "pleased")))
+PROUD = (*GLAD, Feeling("proud"))
 SAD = tuple(map(Feeling, ("sad", "upset", "worried", "unhappy")))
 NEEDY = tuple(map(Feeling, ("hungry", "tired", "thirsty", "cold", "sleepy")))
 
@@ -184,7 +186,7 @@ PART_OF_SPEECH: dict[str, str] = {
             "went walked ran met played sat lived loved liked held holding brought carried found saw bought took gave "
             "handed passed lent offered decided give wanted threw showed read said told asked thanked tried put looked "
             "lost dropped find help fixed broke felt play sing dance draw swim shared ate sang danced laughed talked "
-            "jumped smiled waved dreamed slept learned named singing picked have see hold try like love thank sharing "
+            "jumped smiled waved dreamed slept learned named singing picked have see hold like love thank sharing "
             "helping"
         ),
         "NOUN": (
