@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_yaml
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, checkpoints
 from sa_lens.core.pretrained import initial_model
@@ -56,7 +58,15 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
         checkpoints.load_weights(model, folder / checkpoints.WEIGHTS)
     choose_trained(model, run.train.freeze)
     model.to(accelerator.device, print_details=False)
-    loss = TwoStreamLoss(model, run.loss)
+    loss = TwoStreamLoss(
+        model,
+        run.loss,
+        path=run.train.path,
+        dtype=torch.bfloat16 if run.train.precision == "bf16" else None,
+        checkpoint_activations=run.train.checkpoint_activations,
+    )
+    if run.train.compile:
+        loss.compile()
     optimizer = adamw(model, run.train, fused=accelerator.device.type in ("cpu", "cuda"))
     module, optimizer = accelerator.prepare(loss, optimizer)
     environment = Environment.of(accelerator)
@@ -149,7 +159,7 @@ def initial(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblati
             "it is the length of the training sequences, set it to that or less"
         )
     _report_unused_shape(run)
-    data = prepare(_with_tokenizer_of(run, model), run.model.n_ctx, progress=progress)
+    data = prepare(data_config(run, model), run.model.n_ctx, progress=progress)
     _check_vocabulary(data, model.cfg.d_vocab)
     model.set_tokenizer(data.tokenizer, default_padding_side="right")
     return data, model
@@ -160,13 +170,17 @@ def _check_vocabulary(data: PreparedData, d_vocab: int) -> None:
         file.check_vocabulary(d_vocab)
 
 
-def _with_tokenizer_of(run: RunConfig, model: SelfAblatingTransformer) -> DataConfig:
-    if run.data.tokenizer != "bpe":
+def data_config(run: RunConfig, model: SelfAblatingTransformer) -> DataConfig:
+    """The run's text, read with the tokenizer of `train.init` unless another one is named.
+
+    Raises:
+        ValueError: `train.init` brings no tokenizer and none is named.
+    """
+    if run.train.init is None or run.data.tokenizer != "bpe":
         return run.data
-    name = str(run.train.init)
-    folder = name if Path(name).is_dir() else getattr(model.tokenizer, "name_or_path", None)
+    folder = run.train.init if Path(run.train.init).is_dir() else getattr(model.tokenizer, "name_or_path", None)
     if not folder:
-        raise ValueError(f"train.init={name!r} brings no tokenizer: name it in data.tokenizer")
+        raise ValueError(f"train.init={run.train.init!r} brings no tokenizer: name it in data.tokenizer")
     return dataclasses.replace(run.data, tokenizer=str(folder))
 
 

@@ -1,0 +1,331 @@
+"""The command line: `sa-lens COMMAND ...`.
+
+A command is one function below with a typed signature, from which its flags and help are made. Only the standard
+library, tyro and the configuration are imported here; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sa_lens.config import PRESETS, RunConfig, read_yaml
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Run = Annotated[str, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand."""
+
+    summary: str
+    """One line for the list of commands."""
+    example: str
+    """A whole command line."""
+    call: Callable[[list[str]], int | None]
+    """Runs it on its arguments; returns the exit code, None for 0."""
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(summary: str, example: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
+    """Registers a function as the subcommand of its name; its parameters become arguments and flags."""
+
+    def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
+        name = function.__name__.rstrip("_")
+
+        def call(arguments: list[str]) -> int | None:
+            about = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
+            return _parse(
+                function,
+                arguments,
+                name,
+                f"{about}\n\nExample:\n  {example}",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+
+        COMMANDS[name] = Command(summary, example, call)
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `sa-lens train` takes beside the configuration."""
+
+    out: Path
+    """Run folder, new unless --resume."""
+    preset: Literal["paper-2024-10", "paper-head", "laptop"] | None = None
+    """Named starting point of the configuration."""
+    config: Path | None = None
+    """YAML file; its values come before the preset's."""
+    resume: bool = False
+    """Go on with the run in the folder, bit for bit."""
+    init: str | None = None
+    """Start from this run folder, Hub id or TransformerLens model (train.init)."""
+    device: Device = "auto"
+    """Where to train."""
+
+
+TRAIN_HELP = """Train a model: gates and transformer together, or a dense baseline with --gates.scope none.
+
+Every setting of the YAML file is a flag too, and flags come first:
+  --gates.scope local|global|both|none   --gates.k-attn 8   --gates.k-mlp 8
+  --model.n-layers 4   --model.d-model 128   --model.n-heads 8   --model.n-ctx 256
+  --data.source FILE   --data.validation FILE   --data.tokenizer FOLDER   --data.keep-whole FILE
+  --train.steps 2000   --train.batch-size 16   --train.lr 3e-3   --train.freeze base
+  --help-all                             lists all of them
+
+Examples:
+  sa-lens train --preset laptop --out runs/local
+  sa-lens train --preset laptop --gates.scope none --out runs/dense
+  sa-lens train --resume --out runs/local"""
+
+
+def train_command(arguments: list[str]) -> int | None:
+    """Precedence of settings: flags, then --config, then --preset, then the defaults."""
+    if "--help-all" in arguments:
+        _parse(RunConfig, ["--help"], "train", "All settings, by section.", default=RunConfig())
+    options, flags = _parse(
+        TrainOptions, arguments, "train", TRAIN_HELP, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    if options.resume and options.preset is None and options.config is None:
+        from sa_lens.training.run_folder import stored_config
+
+        run = stored_config(options.out)
+    else:
+        run = PRESETS[options.preset] if options.preset is not None else RunConfig()
+        run = read_yaml(options.config, base=run) if options.config is not None else run
+    if options.init is not None:
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, init=options.init))
+    run = _parse(RunConfig, flags, "train", "", default=run)
+
+    from sa_lens.training import side_by_side, train
+
+    result = train(run, options.out, device=options.device, resume=options.resume)
+    if not _is_first_process():
+        return None
+    stream = "clean" if result.evaluation.ablated_loss is None else "ablated"
+    print(
+        f"\n{result.folder}: {result.steps:,} steps in {_duration(result.seconds)}; best validation loss of the ",
+        end="",
+    )
+    print(f"{stream} stream {result.best_loss:.4f} at step {result.best_step:,}")
+    if result.sample is not None:
+        print(f"\n{side_by_side(result.sample)}")
+    print(f'\nNext: sa-lens eval {result.folder}\n      sa-lens generate {result.folder} "Once upon a time"')
+    return None
+
+
+COMMANDS["train"] = Command("train a model", "sa-lens train --preset laptop --out runs/local", train_command)
+
+
+@command("losses of both streams on validation text", "sa-lens eval runs/local --tokens 200000")
+def eval_(
+    run: Run,
+    text: str | None = None,
+    column: str = "text",
+    tokens: int = 100_000,
+    which: Literal["best", "last"] = "best",
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Evaluate a model: clean and ablated loss, perplexity, bits per byte, and how the gates use their units.
+
+    Args:
+        run: Run folder or Hub id.
+        text: Text to evaluate on, as data.source; default: the run's own validation text.
+        column: Column of --text that holds the text.
+        tokens: Predicted tokens, from the beginning of the text.
+        which: The best weights, or the last checkpoint's.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    from sa_lens.training.report import evaluate_run, table
+
+    found = evaluate_run(run, text=text, column=column, tokens=tokens, which=which, device=device)
+    print(_json(dataclasses.asdict(found)) if json else table(found))
+    return None
+
+
+@command("text from both streams, side by side", 'sa-lens generate runs/local "Once upon a time"')
+def generate(
+    run: Run,
+    prompt: Annotated[str, tyro.conf.arg(metavar="PROMPT"), tyro.conf.Positional] = "",
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+    which: Literal["best", "last"] = "best",
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Continue a prompt in both streams, with the same random draws.
+
+    Args:
+        run: Run folder or Hub id.
+        prompt: Text to continue; empty: a text from its beginning.
+        max_new_tokens: Tokens to write at most.
+        temperature: 0: always the likeliest token.
+        top_k: Draw from so many likeliest tokens; None: from all.
+        seed: Seed of the draws.
+        which: The best weights, or the last checkpoint's.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    from sa_lens.training import sample, side_by_side
+    from sa_lens.training.report import load_run
+
+    model = load_run(run, which=which, device=device)
+    drawn = sample(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    print(_json(dataclasses.asdict(drawn)) if json else side_by_side(drawn))
+    return None
+
+
+@command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
+def export(
+    run: Run,
+    to: Literal["hooked", "reference", "hf"],
+    out: Path,
+    which: Literal["best", "last"] = "best",
+) -> int | None:
+    """Write a model in a format of other programs.
+
+    hooked: a plain HookedTransformer (config.json, model.safetensors), with the lines of Python that load it.
+    reference: a state dict (.pt) with the names of the paper's code, gates included.
+    hf: a GPT-2 folder for transformers; clean stream only.
+
+    Args:
+        run: Run folder or Hub id.
+        to: The format.
+        out: Folder to write, or file for reference.
+        which: The best weights, or the last checkpoint's.
+    """
+    from sa_lens.core import export as formats
+    from sa_lens.training.report import load_run
+
+    model = load_run(run, which=which, device="cpu")
+    if to == "hooked":
+        loader = formats.to_hooked(model, out)
+        print(f"{out} written. Load it with:\n\n{loader}")
+    elif to == "reference":
+        print(f"{formats.to_reference(model, out)} written")
+    else:
+        print(f"{formats.to_hf(model, out)} written. Load it with: AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- machinery
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, 1 (training failed), 2 (bad input) or 130 (interrupted).
+
+    Errors print one line; with `--debug`, or `SA_LENS_DEBUG` in the environment, their traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or bool(os.environ.get("SA_LENS_DEBUG"))
+    arguments = [a for a in arguments if a != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from sa_lens import __version__
+
+        print(f"sa-lens {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return _fail(f"no command {name!r}: choose from {', '.join(COMMANDS)}")
+    logging.basicConfig(level=logging.WARNING, format="sa-lens: %(message)s")
+    try:
+        return COMMANDS[name].call(rest) or 0
+    except BrokenPipeError:
+        # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"sa-lens {name}: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        _fail(f"{name}: {error}")
+        return 1 if type(error).__name__ == "TrainingDiverged" else 2
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {found.summary}" for name, found in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sa-lens COMMAND ...",
+            "",
+            "Self-ablating transformers: train them, read both of their streams.",
+            "",
+            *lines,
+            "",
+            "sa-lens COMMAND --help shows a command's flags and an example; --debug shows where an error comes from.",
+        ]
+    )
+
+
+def _parse(what: Any, arguments: list[str], name: str, description: str, **options: Any) -> Any:
+    """As `tyro.cli`, with its boxed complaints made one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(what, args=arguments, prog=f"sa-lens {name}", description=description, **options)
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise SystemExit(_fail(f"{name}: {_one_line(complaint.getvalue())}")) from None
+        raise
+
+
+def _one_line(boxed: str) -> str:
+    """The first paragraph of a box drawn by tyro, and what it suggests."""
+    rows = [re.sub(r"^[│╭╰─\s]+|[│╮╯─\s]+$", "", line) for line in boxed.splitlines()]
+    rules = [i for i, line in enumerate(boxed.splitlines()) if re.fullmatch(r"[│\s]*─+[│\s]*", line)]
+    end = rules[0] if rules else len(rows)
+    message = " ".join(row for row in rows[1:end] if row) or " ".join(row for row in rows if row)
+    suggested = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(rows))
+    return message + (f" (perhaps you meant {suggested.group(1)})" if suggested else "")
+
+
+def _fail(message: str) -> int:
+    print(f"sa-lens {message}", file=sys.stderr)
+    return 2
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

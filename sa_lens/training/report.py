@@ -1,0 +1,108 @@
+"""A trained model from its run folder, evaluated and tabulated."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sa_lens.config import RunConfig, from_dict
+from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.checkpoints import CONFIG, read_config
+from sa_lens.data import TokenFile, prepare, validation_blocks
+from sa_lens.data.disk import cache_folder
+from sa_lens.data.sources import open_source
+from sa_lens.data.tokens import write_tokens
+from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
+from sa_lens.training.processes import check_device
+from sa_lens.training.start import data_config
+
+
+def load_run(run: str, *, which: Literal["best", "last"] = "best", device: str = "auto") -> SelfAblatingTransformer:
+    """The model of a run folder or Hub id, on a device.
+
+    Args:
+        device: auto, cpu, cuda or mps.
+    """
+    check_device(device)
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    return SelfAblatingTransformer.from_pretrained(run, which=which, device=device)
+
+
+def evaluate_run(
+    run: str,
+    *,
+    text: str | None = None,
+    column: str = "text",
+    tokens: int = 100_000,
+    which: Literal["best", "last"] = "best",
+    device: str = "auto",
+) -> Evaluation:
+    """Evaluates a trained model on its run's validation text, or on another one.
+
+    Args:
+        run: run folder or Hub id.
+        text: path or dataset id, as `data.source`; None: the run's own validation text.
+        column: column of `text` that holds the text.
+        tokens: predicted tokens, from the beginning of the text.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model or text, or a model that was not saved by a training run.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1")
+    model = load_run(run, which=which, device=device)
+    if model.tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer, so it cannot read text")
+    settings = _training_config(run)
+    n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
+    if text is None:
+        if settings is None:
+            raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
+        file = prepare(data_config(settings, model), n_ctx).validation
+        return _on(model, file, n_ctx, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(
+            text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None)
+        )
+        file = write_tokens(Path(folder) / "text.bin", source.read(), model.tokenizer, name=text)
+        return _on(model, file, n_ctx, tokens)
+
+
+def _training_config(run: str) -> RunConfig | None:
+    """The configuration in a run folder's `config.json`; None if there is none."""
+    folder = Path(run)
+    if not (folder / CONFIG).is_file():
+        return None
+    values = read_config(folder).get("run")
+    return None if values is None else from_dict(RunConfig, values)
+
+
+def _on(model: SelfAblatingTransformer, file: TokenFile, n_ctx: int, tokens: int) -> Evaluation:
+    file.check_vocabulary(model.cfg.d_vocab)
+    blocks = validation_blocks(file, n_ctx, tokens)
+    return evaluate(model, blocks, bytes_per_token=bytes_per_token(file))
+
+
+def table(found: Evaluation) -> str:
+    """An evaluation as text."""
+    rows = [f"{found.tokens:,} tokens", f"{'':<14}{'loss':>10}{'perplexity':>13}{'bits per byte':>16}"]
+    for stream in ("clean", "ablated"):
+        loss = getattr(found, f"{stream}_loss")
+        if loss is not None:
+            perplexity, bits = getattr(found, f"{stream}_perplexity"), getattr(found, f"{stream}_bits_per_byte")
+            rows.append(f"{stream:<14}{loss:>10.4f}{perplexity:>13.2f}{bits:>16.4f}")
+    for name, label in (
+        ("attn_units_used", "attention units used at least once"),
+        ("mlp_units_used", "neurons used at least once"),
+        ("mask_overlap", "kept units that the next token keeps too"),
+    ):
+        value = dataclasses.asdict(found)[name]
+        if value is not None:
+            rows.append(f"{label:<42}{value:>11.1%}")
+    return "\n".join(rows)
