@@ -1,0 +1,443 @@
+"""The computational graph of a transformer and circuits in it.
+
+Nodes have no token positions. Sources: the embedding (with positions), every head, every MLP. Destinations: query, key
+and value input of every head, the input of every MLP, the final residual stream. There is an edge wherever the source
+is computed before the destination; attention and MLP of a layer are separate steps, unless the model runs them side by
+side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sa_lens.core.checkpoints import atomic_write
+from sa_lens.core.host import Host
+from sa_lens.core.nodes import not_additive
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["embed", "head", "mlp", "logits"]
+Port = Literal["q", "k", "v", ""]
+PORTS: tuple[Port, ...] = ("q", "k", "v")
+
+
+class Node(NamedTuple):
+    """A node: `embed`, a head `a2.h5`, an MLP `m2`, or `logits`."""
+
+    kind: Kind
+    layer: int = -1
+    """Layer of a head or MLP; -1 for `embed` and `logits`."""
+    head: int = -1
+    """Index of a head in its layer; -1 for others."""
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "head":
+                return f"a{self.layer}.h{self.head}"
+            case "mlp":
+                return f"m{self.layer}"
+        return self.kind
+
+
+class Edge(NamedTuple):
+    """An edge, written `a0.h3->a1.h2.q`: what a source adds to one input of a destination."""
+
+    source: Node
+    destination: Node
+    port: Port = ""
+    """`q`, `k` or `v` of a head; empty for an MLP and the logits, which have one input."""
+
+    def __str__(self) -> str:
+        return f"{self.source}->{self.destination}" + (f".{self.port}" if self.port else "")
+
+
+class Input(NamedTuple):
+    """An input of a node: where edges end."""
+
+    node: Node
+    port: Port = ""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All nodes and edges of a transformer of one shape.
+
+    Sources and inputs are in the order of computation: layer by layer, heads by index, `q`, `k`, `v` of a head
+    together. The edges into an input come from a first part of the sources, so a pair (input, source) names an edge.
+    """
+
+    n_layers: int
+    """Layers of the transformer."""
+    n_heads: int
+    """Heads of a layer. Where heads share keys and values, each has an input of its own for them."""
+    attn_only: bool = False
+    """No MLPs."""
+    parallel: bool = False
+    """Attention and MLP of a layer read the same input, so there are no edges between them."""
+
+    @classmethod
+    def from_model(cls, model: Host) -> Graph:
+        """The graph of a model.
+
+        Raises:
+            ValueError: an architecture in which outputs of heads and MLPs do not simply add up.
+        """
+        reason = not_additive(model)
+        if reason is not None:
+            raise ValueError(f"no graph of edges for this {type(model).__name__}: {reason}")
+        cfg = model.cfg
+        return cls(cfg.n_layers, cfg.n_heads, bool(cfg.attn_only), bool(cfg.parallel_attn_mlp))
+
+    @cached_property
+    def sources(self) -> tuple[Node, ...]:
+        """Nodes that write, in the order of computation."""
+        nodes = [Node("embed")]
+        for layer in range(self.n_layers):
+            nodes += [Node("head", layer, head) for head in range(self.n_heads)]
+            if not self.attn_only:
+                nodes.append(Node("mlp", layer))
+        return tuple(nodes)
+
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """Inputs of all nodes that read, in the order of computation."""
+        inputs = [Input(node, port) for node in self.sources[1:] for port in (PORTS if node.kind == "head" else ("",))]
+        return (*inputs, Input(Node("logits")))
+
+    @cached_property
+    def n_sources(self) -> tuple[int, ...]:
+        """Number of edges into each input, which come from the first sources."""
+        return tuple(self.sources_before(i.node) for i in self.inputs)
+
+    def sources_before(self, node: Node) -> int:
+        """Number of sources that are computed before the node."""
+        a_layer = self.n_heads + (not self.attn_only)
+        match node.kind:
+            case "embed":
+                return 0
+            case "logits":
+                return len(self.sources)
+            case "mlp" if not self.parallel:
+                return 1 + node.layer * a_layer + self.n_heads
+        return 1 + node.layer * a_layer
+
+    @cached_property
+    def source_index(self) -> dict[Node, int]:
+        """Place of each source in `sources`."""
+        return {node: i for i, node in enumerate(self.sources)}
+
+    @cached_property
+    def input_index(self) -> dict[Input, int]:
+        """Place of each input in `inputs`."""
+        return {node: i for i, node in enumerate(self.inputs)}
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges, in the order of their inputs, then of their sources."""
+        return tuple(
+            Edge(self.sources[s], *to) for to, n in zip(self.inputs, self.n_sources, strict=True) for s in range(n)
+        )
+
+    @cached_property
+    def exists(self) -> Bool[Tensor, "input source"]:
+        """True where there is an edge."""
+        return torch.arange(len(self.sources)) < torch.tensor(self.n_sources)[:, None]
+
+    def __len__(self) -> int:
+        return sum(self.n_sources)
+
+    def place(self, edge: Edge | str) -> tuple[int, int]:
+        """(input, source) of an edge, given as such or as text.
+
+        Raises:
+            ValueError: no such edge in this graph.
+        """
+        edge = parse_edge(edge) if isinstance(edge, str) else edge
+        to = self.input_index.get(Input(edge.destination, edge.port))
+        source = self.source_index.get(edge.source)
+        if to is None or source is None or source >= self.n_sources[to]:
+            raise ValueError(
+                f"no edge {edge} in a graph of {self.n_layers} layers with {self.n_heads} heads: edges look like "
+                "'embed->a0.h1.q', 'a0.h1->m0' or 'm0->logits', from earlier to later"
+            )
+        return to, source
+
+    def edge(self, to: int, source: int) -> Edge:
+        """The edge at a place."""
+        return Edge(self.sources[source], *self.inputs[to])
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments that rebuild this graph."""
+        return {name: getattr(self, name) for name in ("n_layers", "n_heads", "attn_only", "parallel")}
+
+
+def parse_node(text: str) -> Node:
+    """The node of a name such as `a2.h5`.
+
+    Raises:
+        ValueError: no such kind of name.
+    """
+    try:
+        if text in ("embed", "logits"):
+            return Node(text)  # type: ignore[arg-type]
+        if text.startswith("m"):
+            return Node("mlp", int(text[1:]))
+        layer, head = text.split(".")
+        if layer.startswith("a") and head.startswith("h"):
+            return Node("head", int(layer[1:]), int(head[1:]))
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r} names no node: use 'embed', 'a0.h1' (layer 0, head 1), 'm0' or 'logits'")
+
+
+def parse_edge(text: str) -> Edge:
+    """The edge of a name such as `a0.h3->a1.h2.q`.
+
+    Raises:
+        ValueError: no such kind of name.
+    """
+    source, arrow, to = text.partition("->")
+    if not arrow:
+        raise ValueError(f"{text!r} names no edge: write 'source->destination', such as 'a0.h3->a1.h2.q'")
+    for port in PORTS:
+        if to.endswith(f".{port}"):
+            return Edge(parse_node(source), parse_node(to[:-2]), port)
+    return Edge(parse_node(source), parse_node(to))
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """A set of edges of a graph, and a score for any edge that has one, inside the set or not."""
+
+    graph: Graph
+    """The graph that the edges belong to."""
+    mask: Bool[Tensor, "input source"]
+    """True for the edges of the circuit; inputs and sources as in the graph."""
+    scores: Float[Tensor, "input source"]
+    """Score of each edge in float64; NaN where there is none."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """How it was found: method, stream, gates, ablation, metric and the like; plain values that JSON can hold."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.graph.exists.shape)
+        for name, kind in (("mask", torch.bool), ("scores", torch.float64)):
+            value = getattr(self, name)
+            if tuple(value.shape) != shape or value.dtype != kind or value.device.type != "cpu":
+                raise ValueError(
+                    f"circuit.{name} is {value.dtype} of shape {tuple(value.shape)} on {value.device}: this graph "
+                    f"needs {kind} of shape {shape} on the CPU"
+                )
+        if bool((self.mask & ~self.graph.exists).any()):
+            raise ValueError("circuit.mask marks a pair of nodes between which the graph has no edge")
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        edges: Iterable[Edge | str] | Mapping[Edge | str, float] = (),
+        about: Mapping[str, Any] | None = None,
+    ) -> Circuit:
+        """The circuit of the given edges; with a mapping, their scores.
+
+        Raises:
+            ValueError: an edge that the graph does not have.
+        """
+        mask = torch.zeros_like(graph.exists)
+        scores = torch.full(mask.shape, torch.nan, dtype=torch.float64)
+        for edge in edges:
+            at = graph.place(edge)
+            mask[at] = True
+            if isinstance(edges, Mapping):
+                scores[at] = edges[edge]
+        return cls(graph, mask, scores, dict(about or {}))
+
+    @classmethod
+    def full(cls, graph: Graph) -> Circuit:
+        """Every edge."""
+        scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
+        return cls(graph, graph.exists.clone(), scores)
+
+    @classmethod
+    def top(
+        cls,
+        graph: Graph,
+        scores: Float[Tensor, "input source"],
+        n: int,
+        about: Mapping[str, Any] | None = None,
+        *,
+        absolute: bool = True,
+    ) -> Circuit:
+        """The n edges with the largest scores; among equals, those first in the order of the graph.
+
+        Args:
+            scores: a score for every edge; entries that are no edge are ignored.
+            absolute: compare absolute values.
+
+        Raises:
+            ValueError: n outside the graph's number of edges, or an edge without a score.
+        """
+        if not 0 <= n <= len(graph):
+            raise ValueError(f"n={n} edges: choose from 0 to the graph's {len(graph)}")
+        scores = scores.detach().double().cpu().masked_fill(~graph.exists, torch.nan)
+        values = scores[graph.exists]
+        if bool(values.isnan().any()):
+            raise ValueError(f"{int(values.isnan().sum())} edges have no score: a ranking needs one for every edge")
+        order = (values.abs() if absolute else values).sort(descending=True, stable=True).indices
+        chosen = torch.zeros(len(graph), dtype=torch.bool)
+        chosen[order[:n]] = True
+        mask = torch.zeros_like(graph.exists)
+        mask[graph.exists] = chosen
+        return cls(graph, mask, scores, dict(about or {}))
+
+    def __len__(self) -> int:
+        return int(self.mask.sum())
+
+    def __iter__(self) -> Iterator[Edge]:
+        for to, source in self.mask.nonzero().tolist():
+            yield self.graph.edge(to, source)
+
+    def __contains__(self, edge: object) -> bool:
+        return isinstance(edge, tuple | str) and bool(self.mask[self.graph.place(edge)])  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether graph and edges are the same; scores may differ."""
+        return isinstance(other, Circuit) and self.graph == other.graph and bool(torch.equal(self.mask, other.mask))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def score(self, edge: Edge | str) -> float:
+        """Score of an edge; NaN if it has none."""
+        return float(self.scores[self.graph.place(edge)])
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Nodes at either end of an edge of the circuit, in the order of computation."""
+        found = {node for edge in self for node in edge[:2]}
+        return tuple(node for node in (*self.graph.sources, Node("logits")) if node in found)
+
+    def prune_dangling(self) -> Circuit:
+        """Without the edges that are on no path from the embedding to the logits."""
+        graph, mask = self.graph, self.mask.clone()
+        reached = {Node("embed")}
+        for i, to in enumerate(graph.inputs):
+            fed = [s for s in mask[i].nonzero()[:, 0].tolist() if graph.sources[s] in reached]
+            mask[i] = False
+            mask[i, fed] = True
+            if fed:
+                reached.add(to.node)
+        useful = {Node("logits")}
+        for i in reversed(range(len(graph.inputs))):
+            if graph.inputs[i].node not in useful:
+                mask[i] = False
+            useful |= {graph.sources[s] for s in mask[i].nonzero()[:, 0].tolist()}
+        return replace(self, mask=mask)
+
+    def jaccard(self, other: Circuit) -> float:
+        """Edges in both over edges in either; 1 for two empty circuits.
+
+        Raises:
+            ValueError: circuits of different graphs.
+        """
+        if self.graph != other.graph:
+            raise ValueError(f"circuits of different graphs have no overlap: {self.graph} and {other.graph}")
+        either = int((self.mask | other.mask).sum())
+        return int((self.mask & other.mask).sum()) / either if either else 1.0
+
+    def table(self, every: bool = False) -> pd.DataFrame:
+        """A row an edge: edge, source, destination, port, source_layer, destination_layer, score, in_circuit.
+
+        Args:
+            every: also the edges outside the circuit.
+        """
+        import pandas as pd
+
+        rows = [
+            {
+                "edge": str(edge),
+                "source": str(edge.source),
+                "destination": str(edge.destination),
+                "port": edge.port,
+                "source_layer": edge.source.layer,
+                "destination_layer": edge.destination.layer if edge.destination.kind != "logits" else graph.n_layers,
+                "score": float(self.scores[to, source]),
+                "in_circuit": bool(self.mask[to, source]),
+            }
+            for graph in [self.graph]
+            for to, source in (self.graph.exists if every else self.mask).nonzero().tolist()
+            for edge in [graph.edge(to, source)]
+        ]
+        names = ("edge", "source", "destination", "port", "source_layer", "destination_layer", "score", "in_circuit")
+        return pd.DataFrame(rows, columns=list(names))
+
+    def node_table(self) -> pd.DataFrame:
+        """A row a node: node, kind, layer, head, edges in and out, and the sums of their absolute scores.
+
+        Edges without a score add nothing to `score_in` and `score_out`.
+        """
+        import pandas as pd
+
+        size = torch.where(self.mask, self.scores, 0.0).abs().nan_to_num(0.0)
+        into: dict[Node, list[int]] = {}
+        for i, to in enumerate(self.graph.inputs):
+            into.setdefault(to.node, []).append(i)
+        rows = []
+        for node in (*self.graph.sources, Node("logits")):
+            ends, start = into.get(node, []), self.graph.source_index.get(node)
+            rows.append(
+                {
+                    "node": str(node),
+                    "kind": node.kind,
+                    "layer": node.layer,
+                    "head": node.head,
+                    "edges_in": int(self.mask[ends].sum()),
+                    "edges_out": 0 if start is None else int(self.mask[:, start].sum()),
+                    "score_in": float(size[ends].sum()),
+                    "score_out": 0.0 if start is None else float(size[:, start].sum()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the circuit as JSON: graph, how it was found, its edges and every score."""
+        scored = (self.graph.exists & ~self.scores.isnan()).nonzero().tolist()
+        content = {
+            "format": "sa_lens circuit",
+            "version": 1,
+            "graph": self.graph.describe(),
+            "about": dict(self.about),
+            "edges": [str(edge) for edge in self],
+            "scores": {str(self.graph.edge(to, s)): float(self.scores[to, s]) for to, s in scored},
+        }
+        path = Path(path)
+        atomic_write(path, json.dumps(content, indent=1).encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Reads a circuit from JSON.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a circuit.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != "sa_lens circuit":
+            raise ValueError(f"{path} holds no circuit: it must be a file that Circuit.save wrote")
+        circuit = cls.of(Graph(**content["graph"]), content["edges"], content["about"])
+        for edge, score in content["scores"].items():
+            circuit.scores[circuit.graph.place(edge)] = score
+        return circuit

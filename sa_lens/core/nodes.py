@@ -1,0 +1,239 @@
+"""What each node of the computational graph computes, as plain functions of weights, with any number of leading axes.
+
+A pass of the whole model under hooks is the definition; these functions give one head or one MLP alone, for searches
+that need it thousands of times. LayerNorm's weight and bias and the attention scale are folded into the matrices, in
+the model's own precision. `unsupported` says for which models the functions are not exact; nothing here is used then.
+
+Also here: the switches of TransformerLens that split a layer's input by head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from sa_lens.core.host import Host, weight
+
+_NORMS = ("LN", "LNPre", "RMS", "RMSPre", None)
+_POSITIONS = ("standard", "rotary")
+_SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_attn_in")
+
+
+@contextmanager
+def split_inputs(model: Host) -> Iterator[None]:
+    """Within the context queries, keys and values of every head and every MLP have an input of their own to edit.
+
+    Grouped keys and values are repeated for each head that shares them. The model's switches are put back afterwards,
+    whatever happens.
+    """
+    cfg = model.cfg
+    before = {name: getattr(cfg, name) for name in _SWITCHES}
+    cfg.use_split_qkv_input = True
+    cfg.use_hook_mlp_in = not cfg.attn_only
+    cfg.ungroup_grouped_query_attention = cfg.n_key_value_heads is not None
+    cfg.use_attn_in = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(cfg, name, value)
+
+
+def not_additive(model: Host) -> str | None:
+    """Why the outputs of heads and MLPs do not simply add up in the residual stream; None if they do."""
+    cfg = model.cfg
+    if cfg.use_normalization_before_and_after or cfg.original_architecture in POST_NORM_ARCHITECTURES:
+        return "it normalises the outputs of its layers, so what a head writes depends on the other heads"
+    if getattr(cfg, "load_in_4bit", False):
+        return "its weights are in 4 bits, and a head's part of the output cannot be read off them"
+    return None
+
+
+def unsupported(model: Host) -> str | None:
+    """Why `NodeFunctions` would not be exact for this model; None if they are."""
+    cfg = model.cfg
+    reasons = {
+        f"normalisation {cfg.normalization_type!r}": cfg.normalization_type not in _NORMS,
+        f"positions {cfg.positional_embedding_type!r}": cfg.positional_embedding_type not in _POSITIONS,
+        "a soft cap on attention scores": cfg.attn_scores_soft_cap > 0,
+        "a soft cap on logits": cfg.output_logits_soft_cap > 0,
+        "attention sinks": cfg.use_attention_sinks,
+        "normalised queries and keys": cfg.use_qk_norm,
+        "clipped queries, keys and values": cfg.clip_qkv is not None,
+        "log-n attention": cfg.use_logn_attn,
+        "bidirectional attention": cfg.attention_dir != "causal",
+        "mixture of experts": bool(cfg.num_experts),
+        f"activation {cfg.act_fn!r}": not cfg.attn_only and cfg.act_fn is not None and cfg.act_fn.endswith("_ln"),
+        f"precision {cfg.dtype}": cfg.dtype not in (torch.float32, torch.float64),
+        "several devices": cfg.n_devices > 1,
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    return f"no exact recomputation of single nodes for {found[0]}" if found else not_additive(model)
+
+
+class _MLPWeights(NamedTuple):
+    into: tuple[Tensor, Tensor]
+    gate: tuple[Tensor, Tensor] | None
+    b_post: Tensor | None
+    """Added after the activation, in a gated MLP."""
+    out: tuple[Tensor, Tensor]
+    act: Callable[[Tensor], Tensor]
+
+
+class NodeFunctions:
+    """The nodes of one model as functions of their inputs.
+
+    Args:
+        model: any host for which `unsupported` is None.
+        length: tokens of the prompts, for the causal mask.
+    """
+
+    def __init__(self, model: Host, length: int) -> None:
+        cfg = model.cfg
+        self.cfg = cfg
+        self.length = length
+        heads: list[tuple[Tensor, Tensor]] = []
+        for layer in range(cfg.n_layers):
+            ln = f"blocks.{layer}.ln1"
+            folded = [self._folded(model, ln, *self._qkv(model, layer, port)) for port in "QKV"]
+            heads.append((torch.stack([w for w, _ in folded]), torch.stack([b for _, b in folded])))
+        self.W_qkv: list[Float[Tensor, "port head d_model d_head"]] = [w for w, _ in heads]
+        self.b_qkv: list[Float[Tensor, "port head d_head"]] = [b for _, b in heads]
+        self.W_O: list[Float[Tensor, "head d_head d_model"]] = [
+            weight(model, f"blocks.{layer}.attn.W_O").detach() for layer in range(cfg.n_layers)
+        ]
+        self._masks = [self._causal(model, layer) for layer in range(cfg.n_layers)]
+        self._rotate = [self._rotation(model, layer) for layer in range(cfg.n_layers)]
+        self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in range(cfg.n_layers)]
+        W_U, b_U = weight(model, "unembed.W_U").detach(), weight(model, "unembed.b_U").detach()
+        self.W_U, self.b_U = self._folded(model, "ln_final", W_U, b_U)
+        """Unembedding with the final LayerNorm's weight and bias folded in."""
+
+    def normalise(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """LayerNorm or RMSNorm without weight and bias; `x` itself in a model without."""
+        kind = self.cfg.normalization_type
+        if kind is None:
+            return x
+        norm = F.layer_norm if kind.startswith("LN") else F.rms_norm
+        return norm(x, x.shape[-1:], eps=self.cfg.eps)
+
+    def project(
+        self, layer: int, port: int, head: int, x: Float[Tensor, "... pos d_model"], at: Tensor | None = None
+    ) -> Float[Tensor, "... pos d_head"]:
+        """Query (port 0), key (1) or value (2) of a head from its input in the residual stream.
+
+        Args:
+            at: for rotary models, the position of each prompt's only row; None: positions 0, 1, ...
+        """
+        y = torch.matmul(self.normalise(x), self.W_qkv[layer][port, head]) + self.b_qkv[layer][port, head]
+        rotate = self._rotate[layer]
+        return y if rotate is None or port == 2 else rotate(y, at)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Tensor, "... query d_head"],
+        k: Float[Tensor, "... pos d_head"],
+        v: Float[Tensor, "... pos d_head"],
+        at: Tensor | None = None,
+    ) -> Float[Tensor, "... query d_head"]:
+        """A head's `z`, before any mask.
+
+        Args:
+            at: position of each prompt's only query; None: queries at all positions.
+        """
+        mask = self._masks[layer]
+        if at is not None:
+            mask = mask[at][:, None]
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        return torch.matmul(torch.softmax(scores.masked_fill_(mask, -torch.inf), dim=-1), v)
+
+    def mlp(
+        self, layer: int, x: Float[Tensor, "... pos d_model"], mask: Float[Tensor, "prompt pos d_mlp"] | None
+    ) -> Float[Tensor, "... pos d_model"]:
+        """An MLP's output from its input in the residual stream, its neurons times the mask."""
+        weights = self._mlps[layer]
+        normed = self.normalise(x)
+        post = F.linear(normed, *weights.into)
+        post = weights.act(post) if weights.gate is None else weights.act(F.linear(normed, *weights.gate)) * post
+        if weights.b_post is not None:
+            post = post + weights.b_post
+        if mask is not None:
+            post = post * mask
+        return F.linear(post, *weights.out)
+
+    def _folded(self, model: Host, ln: str, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrix `... d_model out` and bias that read the bare normalised stream."""
+        kind = self.cfg.normalization_type
+        if kind not in ("LN", "RMS"):
+            return W, b
+        if kind == "LN":
+            b = b + weight(model, f"{ln}.b").detach() @ W
+        return weight(model, f"{ln}.w").detach()[:, None] * W, b
+
+    def _qkv(self, model: Host, layer: int, port: str) -> tuple[Tensor, Tensor]:
+        attn = f"blocks.{layer}.attn"
+        scale = _block(model, layer).attn.attn_scale if port == "Q" else 1.0
+        W, b = weight(model, f"{attn}.W_{port}").detach(), weight(model, f"{attn}.b_{port}").detach()
+        return W / scale, b / scale
+
+    def _mlp_weights(self, model: Host, layer: int) -> _MLPWeights:
+        mlp, ln = f"blocks.{layer}.mlp", f"blocks.{layer}.ln2"
+
+        def read(name: str, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            W = weight(model, f"{mlp}.{name}").detach()
+            W, b = self._folded(model, ln, W, W.new_zeros(W.shape[-1]) if bias is None else bias)
+            return W.T.contiguous(), b
+
+        b_in = weight(model, f"{mlp}.b_in").detach()
+        W_out, b_out = (weight(model, f"{mlp}.{name}").detach() for name in ("W_out", "b_out"))
+        act = _block(model, layer).mlp.act_fn
+        if self.cfg.act_fn in ("gelu_new", "gelu_fast"):
+            act = _gelu_tanh
+        gated = self.cfg.gated_mlp
+        return _MLPWeights(
+            into=read("W_in", None if gated else b_in),
+            gate=read("W_gate") if gated else None,
+            b_post=b_in if gated else None,
+            out=(W_out.T.contiguous(), b_out),
+            act=act,
+        )
+
+    def _causal(self, model: Host, layer: int) -> Bool[Tensor, "query key"]:
+        """True where a query may not look."""
+        attn = _block(model, layer).attn
+        allowed = attn._make_causal_mask(self.length, self.length, 0, self.W_O[layer].device)
+        return ~allowed[0, 0]
+
+    def _rotation(self, model: Host, layer: int) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        if self.cfg.positional_embedding_type != "rotary":
+            return None
+        attn = _block(model, layer).attn
+
+        def rotate(y: Float[Tensor, "... pos d_head"], at: Tensor | None) -> Float[Tensor, "... pos d_head"]:
+            if at is None:
+                return attn.apply_rotary(y.flatten(0, -3)[:, :, None])[:, :, 0].reshape(y.shape)
+            # one row a prompt, each at its own position: put it there among rows that are not used
+            padded = y.new_zeros(*y.shape[:-2], self.length, y.shape[-1])
+            index = at[:, None, None].expand(*y.shape[:-2], 1, y.shape[-1])
+            padded = padded.scatter(-2, index, y)
+            turned = attn.apply_rotary(padded.flatten(0, -3)[:, :, None])[:, :, 0].reshape(padded.shape)
+            return turned.gather(-2, index)
+
+        return rotate
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """The fused form of `gelu_new`, equal to it up to rounding."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _block(model: Host, layer: int) -> Any:
+    return model.blocks[layer]  # type: ignore[attr-defined]
