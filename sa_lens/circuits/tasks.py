@@ -40,10 +40,10 @@ NamePairs = Literal["any", "held-out", "seen"]
 """Pairs of names in the generated stories: those that never meet in one, those that may, or any."""
 
 _MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]] = {
-    "ioi": lambda answer, wrong: (("IO", answer, 0), ("S1", wrong, 0), ("S2", wrong, 1)),
+    "ioi": lambda answer, wrong: (("IO", answer, 0), ("S1", wrong, 0), ("S2", wrong, -1)),
     "pronoun": lambda answer, wrong: (("name", None, -1),),
     "object": lambda answer, wrong: (("object", answer, 0),),
-    "repeated": lambda answer, wrong: (("A1", wrong, 0), ("B1", answer, 0), ("A2", wrong, 1)),
+    "repeated": lambda answer, wrong: (("A1", wrong, 0), ("B1", answer, 0), ("A2", wrong, -1)),
 }
 _TRIES = 30
 """Drafts made for each pair asked before giving up; ten times as many where the length is prescribed."""
@@ -126,7 +126,7 @@ def _from_tinystories(
 
 
 def _from_stories(
-    task: str,
+    task: Any,
     tokenizer: PreTrainedTokenizerBase,
     n: int,
     seed: int,
@@ -149,7 +149,7 @@ def _from_stories(
     ]
     if not allowed:
         raise ValueError(f"no {name_pairs} pair among the names {', '.join(chosen)}: give more names")
-    known: tuple[PromptTemplate, ...] = prompt_templates(task)  # type: ignore[arg-type]
+    known: tuple[PromptTemplate, ...] = prompt_templates(task)
     if templates is not None:
         for template in templates:
             if not any(t.name.startswith(template) for t in known):
@@ -179,7 +179,8 @@ def ioi(
     """Indirect object: "One day, Lily and Tom went to the park. Tom gave a ball to" -> " Lily", not " Tom".
 
     The giver is the first named (BABA) or the second (ABBA), equally often. The corrupt prompt has three other names
-    (ABC). Named positions: IO, S1, S2, end.
+    (ABC). Named positions: IO and S1 (first mention of the answer and of the giver), S2 (last mention of the giver),
+    end.
 
     Args:
         tokenizer: the model's.
@@ -276,7 +277,7 @@ def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: 
     """Pairs from a JSON file: `{"prompts": [{"clean", "corrupt", "answers": [one], "wrong_answers": [one]}, ...]}`.
 
     Answers carry their leading space. Other keys (such as `word_idxs`) are left aside: positions are found in each
-    prompt. Named positions, where every prompt has them: IO (first mention of the answer), S1 and S2 (first and second
+    prompt. Named positions, where every prompt has them: IO (first mention of the answer), S1 and S2 (first and last
     of the wrong answer), end.
 
     Args:

@@ -1,0 +1,202 @@
+"""What is measured at the end of a prompt: metrics, their intervals, and how well a model does a task at all.
+
+A metric is a plain function of the logits at the last position and the pairs, and gives a value a pair; means are the
+caller's. All but the accuracies are differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of, has_ablated_stream, in_stream, run_to_last
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Metric = Callable[[Float[Tensor, "pair d_vocab"], PromptPairs], Float[Tensor, " pair"]]
+"""A metric: logits at the last position and the pairs they belong to; a value a pair."""
+
+SKILL_BAR = 0.8
+"""Pair accuracy below which a circuit for the task explains little: the model cannot do it."""
+
+
+def logit_difference(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    """Logit of the answer minus logit of the wrong answer."""
+    return _pick(logits, pairs.answers) - _pick(logits, pairs.wrong_answers)
+
+
+def pair_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    """1 where the answer's logit is above the wrong answer's, else 0; a tie is wrong."""
+    return (logit_difference(logits, pairs) > 0).to(logits.dtype)
+
+
+def top1_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    """1 where the answer's logit is above that of every other token, else 0; a tie is wrong."""
+    return (answer_rank(logits, pairs) == 0).to(logits.dtype)
+
+
+def answer_rank(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    """Number of other tokens whose logit is not below the answer's; 0 is best."""
+    answer = _pick(logits, pairs.answers)
+    return (logits >= answer[:, None]).sum(-1).to(logits.dtype) - 1
+
+
+def answer_log_probability(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    """Log-probability of the answer, in nats."""
+    return _pick(logits.log_softmax(-1), pairs.answers)
+
+
+def kl(logits: Float[Tensor, "pair d_vocab"], reference: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
+    """KL(p || q) over the full vocabulary, in nats: p of the reference logits (of the unedited clean prompt, in the
+    same stream), q of `logits`."""
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+METRICS: dict[str, Metric] = {
+    "logit_difference": logit_difference,
+    "pair_accuracy": pair_accuracy,
+    "top1_accuracy": top1_accuracy,
+    "answer_rank": answer_rank,
+    "answer_log_probability": answer_log_probability,
+}
+"""Metrics by name; `kl` comes beside them, since it needs the clean prompt's logits."""
+
+
+def _pick(x: Float[Tensor, "pair d_vocab"], tokens: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    return x.gather(-1, tokens.to(x.device)[:, None])[:, 0]
+
+
+def metric_named(
+    metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab"] | None
+) -> tuple[str, Callable[[Float[Tensor, "pair d_vocab"], PromptPairs], Float[Tensor, " pair"]]]:
+    """Name and function of a metric.
+
+    Args:
+        clean_logits: of the unedited clean prompts, for `kl`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if callable(metric):
+        return getattr(metric, "__name__", type(metric).__name__), metric
+    if metric == "kl":
+        if clean_logits is None:
+            raise ValueError("metric='kl' needs the logits of the unedited clean prompts")
+        return "kl", lambda logits, pairs: kl(logits, clean_logits.to(logits.device))
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is none of {', '.join([*METRICS, 'kl'])}, nor a function")
+    return metric, METRICS[metric]
+
+
+def check_fits(model: Host, pairs: PromptPairs) -> None:
+    """Checks that the model can read these pairs.
+
+    Raises:
+        ValueError: a token beyond the vocabulary, or a prompt longer than the context.
+    """
+    highest = max(int(t.max()) for t in (pairs.clean, pairs.corrupt, pairs.answers, pairs.wrong_answers))
+    if highest >= model.cfg.d_vocab:
+        raise ValueError(
+            f"{pairs.task}: token {highest} is beyond the model's vocabulary of {model.cfg.d_vocab}: make the pairs "
+            "with the model's own tokenizer"
+        )
+    longest = int(pairs.lengths.max())
+    if longest > model.cfg.n_ctx:
+        raise ValueError(f"{pairs.task}: a prompt of {longest} tokens is longer than n_ctx={model.cfg.n_ctx}")
+
+
+def last_logits(
+    model: Host,
+    pairs: PromptPairs,
+    stream: Stream = "clean",
+    prompt: Literal["clean", "corrupt"] = "clean",
+    *,
+    batch_size: int = 256,
+) -> Float[Tensor, "pair d_vocab"]:
+    """Logits at the end of each prompt, without gradients.
+
+    In the ablated stream the masks act at the last position, which is that stream there.
+
+    Args:
+        prompt: the `clean` or the `corrupt` prompts.
+        batch_size: prompts run at once.
+    """
+    check_fits(model, pairs)
+    parts, rows = [], []
+    with torch.no_grad(), in_stream(model, stream, position=-1):
+        for at, group in pairs.by_length(batch_size):
+            tokens = group.clean if prompt == "clean" else group.corrupt
+            parts.append(run_to_last(model, tokens.to(device_of(model))))
+            rows.append(at)
+    return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
+
+
+class Interval(NamedTuple):
+    """A mean and its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Float[Tensor, " pair"], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean over pairs with a percentile interval, pairs drawn with replacement.
+
+    Args:
+        level: coverage of the interval, between 0 and 1.
+
+    Raises:
+        ValueError: no values, or a level outside (0, 1).
+    """
+    if not 0 < level < 1 or not len(values):
+        raise ValueError(f"an interval of level={level} of {len(values)} values: level in (0, 1), at least one value")
+    x = values.detach().double().cpu().numpy()
+    rng = np.random.default_rng(seed)
+    means = np.array([x[rng.integers(len(x), size=len(x))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(x.mean()), float(low), float(high))
+
+
+def skill(
+    model: Host,
+    pairs: PromptPairs,
+    stream: Stream | None = None,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How well the model does the task: pair and top-1 accuracy and logit difference with 95 % intervals.
+
+    Args:
+        stream: one stream; None: every one that the model has.
+        batch_size: prompts run at once.
+        seed: of the bootstrap.
+
+    Returns:
+        A row a stream: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least
+        0.8.
+    """
+    import pandas as pd
+
+    streams: list[Stream] = [stream] if stream else ["clean", "ablated"] if has_ablated_stream(model) else ["clean"]
+    rows = []
+    for one in streams:
+        logits = last_logits(model, pairs, one, batch_size=batch_size)
+        row: dict[str, object] = {"task": pairs.task, "stream": one, "n": len(pairs)}
+        for name in ("pair_accuracy", "top1_accuracy", "logit_difference"):
+            found = bootstrap_interval(METRICS[name](logits, pairs), seed=seed)
+            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+        row["able"] = bool(pair_accuracy(logits, pairs).mean() >= SKILL_BAR)
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,233 @@
+"""Patching agrees with `transformer_lens.patching`, and with loops that patch one thing in one prompt at a time."""
+
+import numpy as np
+import pytest
+import torch
+from transformer_lens import patching as tl
+
+from sa_lens.circuits.metrics import kl, last_logits, logit_difference
+from sa_lens.circuits.patching import COLUMNS, KINDS, patch
+from sa_lens.core.host import in_stream
+
+STREAMS = ["clean", "ablated"]
+
+
+def close(found, expected, tolerance=2e-5):
+    torch.testing.assert_close(
+        torch.tensor(np.array(found), dtype=torch.float64),
+        torch.tensor(np.array(expected), dtype=torch.float64),
+        rtol=tolerance,
+        atol=tolerance,
+    )
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize(
+    ("what", "theirs"),
+    [
+        ("resid_pre", tl.get_act_patch_resid_pre),
+        ("attn_out", tl.get_act_patch_attn_out),
+        ("mlp_out", tl.get_act_patch_mlp_out),
+        ("heads", tl.get_act_patch_attn_head_out_all_pos),
+    ],
+)
+def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
+    def metric(logits):
+        return logit_difference(logits[:, -1], even_pairs).mean()
+
+    positions = "all" if what == "heads" else "each"
+    for direction in ("denoise", "noise"):
+        clean, corrupt = even_pairs.clean, even_pairs.corrupt
+        source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+        with torch.no_grad(), in_stream(model, stream, position=-1):
+            _, cache = model.run_with_cache(source)
+            expected = theirs(model, base, cache, metric)
+        table = patch(model, even_pairs, what, stream, direction=direction, positions=positions)
+        close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected)
+
+
+def by_loop(model, pairs, i, hook_name, index, stream, direction, gates, metric):
+    """One prompt, one patch: an ordinary pass with one hook. `index` selects within `[batch, pos, ...]`."""
+    length = int(pairs.lengths[i])
+    clean, corrupt = pairs.clean[i : i + 1, -length:], pairs.corrupt[i : i + 1, -length:]
+    source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+
+    def put(x, hook):
+        x = x.clone()
+        x[index] = cache[hook_name][index]
+        return x
+
+    with torch.no_grad():
+        with in_stream(model, stream, position=-1):
+            _, cache = model.run_with_cache(source)
+            reference = model(clean)[:, -1]
+        with in_stream(model, stream, position=-1, gates=gates):
+            logits = model.run_with_hooks(base, fwd_hooks=[(hook_name, put)])[:, -1]
+    if metric == "kl":
+        return kl(logits, reference).item()
+    return logit_difference(logits, pairs.subset([i])).item()
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(("stream", "gates"), [("clean", None), ("ablated", "frozen"), ("ablated", "live")])
+@pytest.mark.parametrize("what", list(KINDS))
+def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates, direction, model, pairs):
+    if KINDS[what].mask and stream == "clean":
+        pytest.skip("no masks in the clean stream")
+    metric = "kl" if direction == "noise" else "logit_difference"
+    options = {"top_n": 5} if KINDS[what].many else {}
+    pairs = pairs.subset(range(5))
+    assert not pairs.uniform
+    # passes of 4 prompts hold several patches of a small group
+    table = patch(model, pairs, what, stream, direction=direction, metric=metric, gates=gates, batch_size=4, **options)
+    assert tuple(table.columns) == COLUMNS
+    picked = table.iloc[:: max(1, len(table) // 2)]
+    for _, row in picked.iterrows():
+        unit = tuple(int(row[name]) for name in KINDS[what].unit)
+        values = []
+        for i in range(len(pairs)):
+            named = row["position"] in pairs.positions and not KINDS[what].mask
+            where = int(pairs.positions[row["position"]][i]) if named else slice(None)
+            hook_name = f"blocks.{row['layer']}.{KINDS[what].hook}"
+            index = (slice(None), where, *unit)
+            values.append(by_loop(model, pairs, i, hook_name, index, stream, direction, gates or "frozen", metric))
+        close(row["value"], sum(values) / len(values))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_patching_everything_at_the_start_gives_the_other_prompt(stream, model, pairs):
+    for direction, reached in (("denoise", "clean"), ("noise", "corrupt")):
+        # with live gates the masks come over with the residual stream; frozen ones stay
+        gates = None if stream == "clean" else "live"
+        table = patch(model, pairs, "resid_pre", stream, direction=direction, positions="all", gates=gates, layers=[0])
+        close(table["value"], table[reached])
+        close(table["normalised"], [1.0])
+        for prompt in ("clean", "corrupt"):
+            close(table[prompt], [logit_difference(last_logits(model, pairs, stream, prompt), pairs).mean().item()])
+
+
+def test_patching_what_comes_too_late_changes_nothing(model, pairs):
+    table = patch(model, pairs, "mlp_out", "ablated", layers=[1], positions=["S2"])
+    close(table["value"], table["corrupt"])
+    close(table["normalised"], [0.0])
+
+
+def test_frozen_and_live_gates_differ(model, pairs):
+    frozen, live = (patch(model, pairs, "resid_pre", "ablated", gates=gates) for gates in ("frozen", "live"))
+    assert (frozen["value"] - live["value"]).abs().max() > 1e-3
+    assert frozen["gates"].unique() == ["frozen"]
+    assert live["gates"].unique() == ["live"]
+
+
+def test_a_mask_that_is_the_same_in_both_prompts_has_no_effect(model, pairs):
+    masks = {"clean": [], "corrupt": []}
+    for _, group in pairs.by_length():
+        masks["clean"].append(model.run_streams(group.clean).mask_attn[:, :, -1])
+        masks["corrupt"].append(model.run_streams(group.corrupt).mask_attn[:, :, -1])
+    same = (torch.cat(masks["clean"], 1) == torch.cat(masks["corrupt"], 1)).all(1)
+    for what, unchanged in (("mask_heads", same.all(-1)), ("mask_attn_units", same)):
+        table = patch(model, pairs, what, "ablated", **({"top_n": "all"} if what == "mask_attn_units" else {}))
+        effect = torch.tensor((table["value"] - table["corrupt"]).to_numpy(copy=True)).reshape(unchanged.shape)
+        assert (effect[unchanged].abs() < 1e-6).all()
+        assert (effect.abs() > 1e-3).any()
+    assert unchanged.any()
+
+
+def test_top_n_are_the_largest_first_order_effects(model, even_pairs):
+    exact = patch(model, even_pairs, "neurons", top_n="all")
+    assert len(exact) == 2 * 24
+    few = patch(model, even_pairs, "neurons", top_n=6)
+    assert len(few) == 6
+    merged = few.merge(exact, on=["layer", "neuron"], suffixes=("", "_exact"))
+    close(merged["value"], merged["value_exact"])
+    # gradient times difference, by finite differences along the patch
+    clean, corrupt = even_pairs.clean, even_pairs.corrupt
+    effects = {}
+    model64 = model.to(torch.float64)
+    try:
+        with torch.no_grad():
+            _, cache = model64.run_with_cache(clean)
+            before = logit_difference(model64(corrupt)[:, -1], even_pairs).sum()
+            for layer in range(2):
+                for neuron in range(24):
+
+                    def nudge(x, hook, neuron=neuron):
+                        x = x.clone()
+                        x[..., neuron] += 1e-6 * (cache[hook.name][..., neuron] - x[..., neuron])
+                        return x
+
+                    hooks = [(f"blocks.{layer}.mlp.hook_post", nudge)]
+                    after = logit_difference(model64.run_with_hooks(corrupt, fwd_hooks=hooks)[:, -1], even_pairs).sum()
+                    effects[layer, neuron] = abs(float(after - before))
+    finally:
+        model.to(torch.float32)
+    best = sorted(effects, key=effects.__getitem__, reverse=True)[:6]
+    assert sorted(best) == [(int(r["layer"]), int(r["neuron"])) for _, r in few.iterrows()]
+
+
+def test_positions_and_their_tokens(model, pairs, even_pairs):
+    named = patch(model, pairs, "resid_pre")
+    assert named["position"].tolist() == ["IO", "S1", "S2", "end"] * 2
+    assert named["token"].tolist() == ["", "", "", " to"] * 2
+    each = patch(model, even_pairs, "resid_pre", positions="each")
+    assert each["position"].tolist() == list(range(17)) * 2
+    assert each["token"][0] == "<|endoftext|>"
+    picked = patch(model, even_pairs, "resid_pre", positions=[-1, 16, "end"])
+    assert picked["position"].tolist() == [-1, 16, "end"] * 2
+    assert picked["value"].nunique() == 2
+    heads = patch(model, even_pairs, "heads", positions="named")
+    assert len(heads) == 2 * 4 * 4
+    assert patch(model, even_pairs, "heads")["position"].unique() == ["all"]
+
+
+def test_a_function_as_metric_and_progress(model, even_pairs):
+    def answer_logit(logits, pairs):
+        return logits.gather(-1, pairs.answers[:, None])[:, 0]
+
+    table = patch(model, even_pairs, "attn_out", metric=answer_logit, progress=False)
+    assert table["metric"].unique() == ["answer_logit"]
+    expected = answer_logit(last_logits(model, even_pairs), even_pairs).mean()
+    close(table["clean"], [expected] * len(table))
+
+
+def test_plain_hooked_transformer(model, pairs):
+    plain = model.to_hooked_transformer()
+    for what in ("resid_pre", "neurons"):
+        assert patch(plain, pairs, what).equals(patch(model, pairs, what))
+
+
+def test_gradients_and_hooks_are_left_as_found(model, pairs):
+    patch(model, pairs, "neurons", "ablated", top_n=3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"what": "residual"}, "what='residual' is none of resid_pre"),
+        ({"what": "mask_attn"}, "needs stream='ablated'"),
+        ({"gates": "live"}, "gates='live' needs stream='ablated'"),
+        ({"gates": "melted", "stream": "ablated"}, "gates='melted'"),
+        ({"stream": "muddy"}, "stream='muddy'"),
+        ({"direction": "up"}, "direction='up'"),
+        ({"metric": "loss"}, "metric='loss'"),
+        ({"positions": "each"}, "prompts of one length"),
+        ({"positions": "some"}, "positions='some'"),
+        ({"positions": ["IO2"]}, "'IO2' has no name here; names are IO, S1, S2, end"),
+        ({"positions": [99]}, "position 99 lies outside"),
+        ({"positions": []}, "at least one"),
+        ({"layers": [2]}, "layer 2 is not there"),
+        ({"top_n": 3}, "top_n=3 applies"),
+        ({"what": "neurons", "top_n": 0}, "top_n=0"),
+        ({"what": "mask_mlp", "stream": "ablated", "positions": "all"}, "positions do not apply"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, model, pairs):
+    with pytest.raises(ValueError, match=message):
+        patch(model, pairs, **arguments)
+
+
+def test_plain_model_has_no_ablated_stream(model, pairs):
+    with pytest.raises(ValueError, match="needs gates, but this HookedTransformer has none"):
+        patch(model.to_hooked_transformer(), pairs, stream="ablated")
