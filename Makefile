@@ -25,7 +25,7 @@ venv: $(READY)
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); sys.exit(None if ok else \
 	  "Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The stamp is newer than both files, or everything is installed again.
 $(READY): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg

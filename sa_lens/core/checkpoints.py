@@ -13,7 +13,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,16 +51,60 @@ def atomic_write(path: str | Path, write: bytes | Callable[[Path], object]) -> N
             temporary.write_bytes(write)
         else:
             write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _finish(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staged_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty temporary folder whose files become those of `folder` at the end, if nothing was raised.
+
+    A new folder appears under its name only when complete. In an existing one the files replace those of the same name,
+    `config.json` last, after all of them have been written; other files are left alone.
+
+    Raises:
+        NotADirectoryError: the folder's name is a file.
+        OSError: a full disk or a folder that cannot be written; then everything is as it was.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give the name of a folder")
+    exists = folder.is_dir()
+    # within an existing folder, which may be a mount point that files cannot be moved into
+    place = folder if exists else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda file: (file.name == CONFIG, file.name))
+        for file in files:
+            _finish(file)
+        if exists:
+            for file in files:
+                file.replace(folder / file.name)
+        else:
+            temporary.chmod(0o777 & ~_umask())
+            temporary.rename(folder)
+        sync_folder(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(file: Path) -> None:
+    """Puts a written file on the disk, with the permissions of a file made in the ordinary way."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def sync_folder(folder: Path) -> None:
@@ -70,6 +115,18 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors as safetensors.
+
+    Raises:
+        OSError: a full disk or a folder that cannot be written.
+    """
+    try:
+        save_file(dict(weights), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def weights_of(model: SelfAblatingTransformer) -> dict[str, Tensor]:
@@ -90,6 +147,7 @@ def describe(model: SelfAblatingTransformer) -> dict[str, Any]:
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "qkv_bias": model.qkv_bias,
         "unembed_bias": model.unembed_bias,
+        "tokenizer": model.tokenizer is not None,
         "gates": to_dict(model.gates),
         "model": cfg,
     }
@@ -100,7 +158,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Writes the model into a folder: tokenizer, `model.safetensors`, then `config.json`, each whole or not at all.
+    """Writes the model into a folder: tokenizer, `model.safetensors` and `config.json`, all of them or none.
 
     A new folder appears under its name only when complete. Other files of an existing folder are left alone.
 
@@ -110,43 +168,35 @@ def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str,
     Raises:
         ValueError: a bias that the model does not have is not zero.
         NotADirectoryError: the folder's name is a file.
-        OSError: a full disk or a folder that cannot be written; nothing is left half-written.
+        OSError: a full disk or a folder that cannot be written; what was there before is still there.
     """
     for name in model.zero_biases:
         if bool(model.get_parameter(name).any()):
             raise ValueError(f"{name} is not zero, but this model has no such bias: set it to zero before saving")
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: give the name of a folder")
-    config = {**describe(model), **(extra or {})}
-    if folder.exists():
-        _write_files(model, folder, config)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        temporary.chmod(0o755)
-        _write_files(model, temporary, config)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with staged_folder(folder) as temporary:
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, temporary)
+        write_weights(weights_of(model), temporary / WEIGHTS)
+        config = {**describe(model), **(extra or {})}
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
 
 
-def _write_files(model: SelfAblatingTransformer, folder: Path, config: dict[str, Any]) -> None:
-    if model.tokenizer is not None:
-        save_tokenizer(model.tokenizer, folder)
-    weights = weights_of(model)
-    atomic_write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    atomic_write(folder / CONFIG, json.dumps(config, indent=2).encode())
-
-
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes the tokenizer as a Hugging Face folder's files, each whole or not at all."""
+    """Writes the tokenizer as a Hugging Face folder's files, each whole or not at all.
+
+    Raises:
+        OSError: a full disk or a folder that cannot be written.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:
+            # the tokenizers library reports a failed write as a bare Exception
+            if type(error) is not Exception:
+                raise
+            raise OSError(f"cannot write the tokenizer: {error}") from error
         for file in Path(scratch).iterdir():
             if file.is_file():
                 atomic_write(folder / file.name, file.read_bytes())
@@ -176,37 +226,52 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another program.
+        ValueError: it is damaged, of another program, or of a later version.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is not a model folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by sa_lens. A Hugging Face model goes through TransformerLens first: "
             "SelfAblatingTransformer.from_hooked(HookedTransformer.from_pretrained(name), GateConfig(...))"
         )
-    if config.get("version", 0) > VERSION:
-        raise ValueError(f"{path} has version {config['version']}, this sa_lens reads up to {VERSION}: upgrade sa_lens")
+    version = config.get("version")
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is damaged: its version is {version!r}")
+    if version > VERSION:
+        raise ValueError(f"{path} has version {version}, this sa_lens reads up to {VERSION}: upgrade sa_lens")
+    missing = [key for key in ("dtype", "qkv_bias", "unembed_bias", "gates", "model") if key not in config]
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {missing[0]!r}")
     return config
 
 
 def build(
     config: Mapping[str, Any], folder: Path | None = None, *, device: str | torch.device | None = None
 ) -> SelfAblatingTransformer:
-    """The model that a `config.json` describes, with weights still to be loaded, and its tokenizer if there is one."""
+    """The model that a `config.json` describes, with weights still to be loaded, and its tokenizer if there is one.
+
+    Raises:
+        ValueError: a description that makes no model.
+    """
     known = {f.name for f in dataclasses.fields(HookedTransformerConfig)}
-    fields = {key: value for key, value in config["model"].items() if key in known}
-    cfg = HookedTransformerConfig(
-        **fields,
-        dtype=getattr(torch, config["dtype"]),
-        init_weights=False,
-        device=None if device is None else str(device),
-    )
+    dtype = getattr(torch, str(config["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{CONFIG} is damaged: dtype {config['dtype']!r} is unknown")
+    try:
+        cfg = HookedTransformerConfig(
+            **{key: value for key, value in config["model"].items() if key in known},
+            dtype=dtype,
+            init_weights=False,
+            device=None if device is None else str(device),
+        )
+    except (TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{CONFIG} is damaged: its model is not a HookedTransformer's ({error})") from error
     gates = from_dict(GateConfig, config["gates"], where="gates.")
     model = SelfAblatingTransformer(cfg, gates)
     model.qkv_bias, model.unembed_bias = config["qkv_bias"], config["unembed_bias"]
@@ -214,7 +279,7 @@ def build(
         for name in model.zero_biases:
             model.get_parameter(name).zero_()
     model.freeze_unused_biases()
-    if folder is not None and (folder / "tokenizer_config.json").is_file():
+    if folder is not None and config.get("tokenizer") and (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model.set_tokenizer(tokenizer)
     return model
@@ -258,14 +323,33 @@ def _folder(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith((".", "~")):
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file, not a model folder: give the folder that holds {CONFIG}")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise FileNotFoundError(f"no folder {str(name)!r}: give a run folder, or a Hub id of the form owner/name")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from sa_lens.data.hub import require_hub
+    from sa_lens.data.hub import HubUnreachable, require_hub
 
-    require_hub(f"model {name!r}", instead="download its files into a folder and pass that folder")
-    return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        require_hub(
+            f"model {str(name)!r}, no local folder but a Hub id,",
+            instead="check the path, or download the model's files into a folder and pass that folder",
+        )
+    except HubUnreachable:
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+        raise
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted))
+    except HfHubHTTPError as error:
+        raise ValueError(
+            f"no local folder {str(name)!r}, and the Hub has no such model that you may read: {error}"
+        ) from error
 
 
 def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, Any]) -> None:

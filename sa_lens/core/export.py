@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 
 import einops
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sa_lens.core import reference
-from sa_lens.core.checkpoints import CONFIG, WEIGHTS, atomic_write, describe, save_tokenizer
+from sa_lens.core.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    atomic_write,
+    describe,
+    save_tokenizer,
+    staged_folder,
+    write_weights,
+)
 from sa_lens.core.model import SelfAblatingTransformer
 
 _HF_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
 def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
-    """Writes the clean stream as a plain HookedTransformer: config JSON, safetensors, tokenizer.
+    """Writes the clean stream as a plain HookedTransformer: config JSON, safetensors, tokenizer; all or nothing.
 
     Returns:
         Five lines of Python that load it without sa_lens.
+
+    Raises:
+        FileExistsError: the folder holds something.
     """
-    folder = _empty(folder)
+    folder = _free(folder)
     plain = model.to_hooked_transformer()
     described = describe(model)
-    known = {f.name for f in dataclasses.fields(plain.cfg)}
-    cfg = {k: v for k, v in described["model"].items() if k in known} | {"tie_word_embeddings": False}
-    cfg["init_weights"] = False
+    cfg = described["model"] | {"tie_word_embeddings": False, "init_weights": False}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()}
-    atomic_write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    atomic_write(folder / CONFIG, json.dumps(cfg, indent=2).encode())
-    tokenizer = ""
-    if model.tokenizer is not None:
-        save_tokenizer(model.tokenizer, folder)
-        tokenizer = f', tokenizer=__import__("transformers").AutoTokenizer.from_pretrained("{folder}")'
+    with staged_folder(folder) as temporary:
+        write_weights(weights, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, temporary)
+    has_tokenizer = model.tokenizer is not None
+    tokenizer = f", tokenizer=transformers.AutoTokenizer.from_pretrained({str(folder)!r})" if has_tokenizer else ""
     dtype = "" if described["dtype"] == "float32" else f", dtype=torch.{described['dtype']}"
     return "\n".join(
         [
-            "import json, torch, safetensors.torch",
+            "import json, pathlib, torch, transformers, safetensors.torch",
             "from transformer_lens import HookedTransformer, HookedTransformerConfig",
-            f'cfg = HookedTransformerConfig(**json.load(open("{folder}/{CONFIG}")){dtype})',
+            f"cfg = HookedTransformerConfig(**json.loads(pathlib.Path({str(folder / CONFIG)!r}).read_text()){dtype})",
             f"model = HookedTransformer(cfg{tokenizer})",
-            f'model.load_state_dict(safetensors.torch.load_file("{folder}/{WEIGHTS}"))',
+            f"model.load_state_dict(safetensors.torch.load_file({str(folder / WEIGHTS)!r}))",
         ]
     )
 
@@ -73,6 +81,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
 
     Raises:
         ValueError: an architecture, or a nonzero bias of the logits, that GPT-2 does not have.
+        FileExistsError: the folder holds something.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -89,11 +98,12 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
         "no soft cap": cfg.output_logits_soft_cap <= 0 and cfg.attn_scores_soft_cap <= 0,
         "no LayerNorm after the embedding": not cfg.post_embedding_ln,
         "the same attention scale in every layer": not cfg.scale_attn_by_inverse_layer_idx,
+        "as many logits as tokens": cfg.d_vocab_out == cfg.d_vocab,
         "no bias on the logits": not bool(model.unembed.b_U.any()),
     }.items():
         if not holds:
             raise ValueError(f"GPT-2 cannot express this model: it needs {requirement}. Use --to hooked")
-    folder = _empty(folder)
+    folder = _free(folder)
     eos = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     hf = GPT2LMHeadModel(
         GPT2Config(
@@ -113,12 +123,14 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
             tie_word_embeddings=model.tied,
             dtype=cfg.dtype,
         )
-    ).to(cfg.dtype)
+    )
+    torch.nn.Module.to(hf, cfg.dtype)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     hf.load_state_dict(_gpt2_state(model, state), strict=True)
-    hf.save_pretrained(folder)
-    if model.tokenizer is not None:
-        save_tokenizer(model.tokenizer, folder)
+    with staged_folder(folder) as temporary:
+        hf.save_pretrained(temporary)
+        if model.tokenizer is not None:
+            save_tokenizer(model.tokenizer, temporary)
     return folder
 
 
@@ -153,7 +165,7 @@ def _gpt2_state(model: SelfAblatingTransformer, state: dict[str, Tensor]) -> dic
     return out
 
 
-def _empty(folder: str | Path) -> Path:
+def _free(folder: str | Path) -> Path:
     """A folder that may be written to: one that does not exist yet, or an empty one.
 
     Raises:
@@ -162,5 +174,4 @@ def _empty(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
