@@ -13,12 +13,7 @@ STREAMS = ["clean", "ablated"]
 
 
 def close(found, expected, tolerance=2e-5):
-    torch.testing.assert_close(
-        torch.tensor(np.array(found), dtype=torch.float64),
-        torch.tensor(np.array(expected), dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -43,7 +38,7 @@ def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
             _, cache = model.run_with_cache(source)
             expected = theirs(model, base, cache, metric)
         table = patch(model, even_pairs, what, stream, direction=direction, positions=positions)
-        close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected)
+        close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
 
 
 def by_loop(model, pairs, i, hook_name, index, stream, direction, gates, metric):
@@ -186,7 +181,7 @@ def test_a_function_as_metric_and_progress(model, even_pairs):
 
     table = patch(model, even_pairs, "attn_out", metric=answer_logit, progress=False)
     assert table["metric"].unique() == ["answer_logit"]
-    expected = answer_logit(last_logits(model, even_pairs), even_pairs).mean()
+    expected = answer_logit(last_logits(model, even_pairs), even_pairs).mean().item()
     close(table["clean"], [expected] * len(table))
 
 
