@@ -1,15 +1,19 @@
 """Attention of the clean and the ablated stream over the clean keys, without ever holding all scores.
 
 Query t of the clean stream sees the clean keys 0..t. Query t of the ablated stream sees the clean keys 0..t-1 and its
-own, so its scores are those of the clean stream's shape with the own score on the diagonal. Both streams' queries are
-interleaved, so that one matrix product serves both, and go through in blocks of queries: a block needs the keys up to
-its last position only, and its scores stay in the cache. The way back computes the scores again.
+own, so its scores have the shape of the clean stream's with the own score on the diagonal: one causal softmax serves
+both. The streams' queries are interleaved, so that one matrix product serves both too, and go through in blocks of
+queries: a block needs the keys up to its last position only, and its scores stay in the cache. The way back computes
+the scores again.
+
+Products whose result is as narrow as a head are written transposed, `[head, d_head, row or key]`: matrix libraries are
+several times faster at wide results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,6 +36,8 @@ def stream_attention(
 ) -> Float[Tensor, "stream batch pos head d_head"]:
     """`z` of the streams whose queries are given; with `own_k` and `own_v`, the last one is the ablated stream.
 
+    Scores and softmax are float32 or wider; the products with the pattern are in the inputs' precision.
+
     Args:
         k: clean keys.
         v: clean values.
@@ -42,125 +48,143 @@ def stream_attention(
     return _StreamAttention.apply(q, k, v, own_k, own_v, scale)
 
 
+class _Inputs(NamedTuple):
+    """Queries, keys and values by head, contiguous, in float32 or wider."""
+
+    q: Float[Tensor, "batch_head pos stream d_head"]
+    """Scaled."""
+    k: Float[Tensor, "batch_head d_head pos"]
+    v: Float[Tensor, "batch_head d_head pos"]
+    own_k: Float[Tensor, "batch_head d_head pos"] | None
+    own_v: Float[Tensor, "batch_head d_head pos"] | None
+
+
+class _Block(NamedTuple):
+    """Which heads and which queries."""
+
+    heads: slice
+    queries: slice
+
+
 class _StreamAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float
     ) -> Tensor:
-        ctx.scale, ctx.dtype = scale, q.dtype
+        ctx.scale = scale
         ctx.save_for_backward(q, k, v, own_k, own_v)
-        rows, keys, values, own_keys, own_values = _by_head(q, k, v, own_k, own_v)
-        z = torch.empty_like(rows)
-        for heads, queries, pattern in _patterns(rows, keys, own_keys, scale):
-            seen = pattern.shape[-1]
-            block = torch.bmm(pattern, values[heads, :seen])
-            if own_values is not None:
-                own = _own_entries(pattern, rows.shape[2])[..., None]
-                here = slice(queries.start, queries.stop)
-                block.view(-1, seen - queries.start, rows.shape[2], rows.shape[3])[:, :, -1].add_(
-                    own * (own_values[heads, here] - values[heads, here])
-                )
-            z[heads, queries] = block.view_as(z[heads, queries])
+        x = _by_head(q, k, v, own_k, own_v, scale)
+        streams = q.shape[0]
+        narrow_v = x.v.to(q.dtype)
+        z = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
+        for block, pattern in _patterns(x):
+            heads, queries = block
+            part = _times(narrow_v[heads, :, : queries.stop], pattern.to(q.dtype).transpose(1, 2))
+            part = z[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
+            if x.own_v is not None:
+                own = _own_entries(pattern, streams)[:, None]
+                part[..., -1].addcmul_(own, x.own_v[heads, :, queries] - x.v[heads, :, queries])
         return _by_stream(z, q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, own_k, own_v = ctx.saved_tensors
-        rows, keys, values, own_keys, own_values = _by_head(q, k, v, own_k, own_v)
-        grad = _rows(grads[0], rows.dtype)
-        grad_rows = torch.empty_like(rows)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        grad_own_keys = torch.empty_like(own_keys) if own_keys is not None else None
-        grad_own_values = torch.empty_like(own_values) if own_values is not None else None
-        streams, d_head = rows.shape[2:]
-        for heads, queries, pattern in _patterns(rows, keys, own_keys, ctx.scale):
-            seen, here = pattern.shape[-1], slice(queries.start, queries.stop)
-            grad_block = grad[heads, queries].flatten(1, 2)
-            q_block = rows[heads, queries].flatten(1, 2)
-            grad_pattern = torch.bmm(grad_block, values[heads, :seen].transpose(1, 2))
-            if own_values is not None:
-                grad_own = grad[heads, queries, -1]
-                _own_entries(grad_pattern, streams).copy_((grad_own * own_values[heads, here]).sum(-1))
-            grad_scores = torch._softmax_backward_data(grad_pattern, pattern, -1, pattern.dtype).mul_(ctx.scale)
+        dtype, streams = q.dtype, q.shape[0]
+        x = _by_head(q, k, v, own_k, own_v, ctx.scale)
+        grad = _rows(grads[0], x.q.dtype)
+        narrow_k, narrow_q, narrow_grad = x.k.to(dtype), x.q.to(dtype), grad.to(dtype)
+        grad_q = torch.empty_like(x.q).transpose(2, 3).transpose(1, 2).contiguous()
+        grad_k, grad_v = torch.zeros_like(x.k), torch.zeros_like(x.v)
+        own_grads = None if x.own_k is None else (torch.empty_like(x.k), torch.empty_like(x.v))
+        for block, pattern in _patterns(x):
+            heads, queries = block
+            seen = queries.stop
+            grad_pattern = torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, :seen])
+            if x.own_v is not None:
+                grad_own = grad[heads, queries, -1].transpose(1, 2)
+                _own_entries(grad_pattern, streams).copy_((grad_own * x.own_v[heads, :, queries]).sum(1))
+            grad_scores = _softmax_backward_(grad_pattern, pattern)
             own_scores = None
-            if own_keys is not None and grad_own_keys is not None and grad_own_values is not None:
-                own_entries = _own_entries(pattern, streams)
-                grad_own_values[heads, here] = own_entries[..., None] * grad_own
+            if own_grads is not None:
+                own_entries, own_scores = _own_entries(pattern, streams), _own_entries(grad_scores, streams)
+                torch.mul(own_entries[:, None], grad_own, out=own_grads[1][heads, :, queries])
                 own_entries.zero_()
-                own_entries = _own_entries(grad_scores, streams)
-                own_scores = own_entries.clone()[..., None]
+                own_entries, own_scores = own_scores, own_scores.clone()[:, None]
                 own_entries.zero_()
-                grad_own_keys[heads, here] = own_scores * rows[heads, queries, -1]
-            block = torch.bmm(grad_scores, keys[heads, :seen]).view(-1, seen - queries.start, streams, d_head)
-            if own_scores is not None:
-                block[:, :, -1].add_(own_scores * own_keys[heads, here])
-            grad_rows[heads, queries] = block
-            grad_keys[heads, :seen] += torch.bmm(grad_scores.transpose(1, 2), q_block)
-            grad_values[heads, :seen] += torch.bmm(pattern.transpose(1, 2), grad_block)
-        batch = q.shape[1]
+                own_q = x.q[heads, queries, -1].transpose(1, 2)
+                torch.mul(own_scores, own_q, out=own_grads[0][heads, :, queries])
+            narrow_scores, narrow_pattern = grad_scores.to(dtype), pattern.to(dtype)
+            part = _times(narrow_k[heads, :, :seen], narrow_scores.transpose(1, 2))
+            part = grad_q[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
+            if own_scores is not None and x.own_k is not None:
+                part[..., -1].addcmul_(own_scores, x.own_k[heads, :, queries])
+            grad_k[heads, :, :seen] += _times(narrow_q[heads, queries].flatten(1, 2).transpose(1, 2), narrow_scores)
+            grad_v[heads, :, :seen] += _times(narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2), narrow_pattern)
 
-        def back(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.unflatten(0, (batch, -1)).transpose(1, 2).to(ctx.dtype)
+        def back(x: Tensor) -> Tensor:
+            return x.unflatten(0, (q.shape[1], -1)).permute(0, 3, 1, 2).to(dtype)
 
-        return (
-            _by_stream(grad_rows, q),
-            back(grad_keys),
-            back(grad_values),
-            back(grad_own_keys),
-            back(grad_own_values),
-            None,
-        )
+        own = (None, None) if own_grads is None else tuple(back(x) for x in own_grads)
+        return _by_stream(grad_q.mul_(ctx.scale), q), back(grad_k), back(grad_v), *own, None
+
+
+def _times(
+    a: Float[Tensor, "batch_head d_head inner"], b: Float[Tensor, "batch_head inner wide"]
+) -> Float[Tensor, "batch_head d_head wide"]:
+    return torch.bmm(a, b)
+
+
+def _softmax_backward_(grad: Tensor, pattern: Tensor) -> Tensor:
+    """Gradient of the scores, over the gradient of the pattern."""
+    return torch.ops.aten._softmax_backward_data.out(grad, pattern, -1, pattern.dtype, grad_input=grad)
 
 
 def _rows(
     x: Float[Tensor, "stream batch pos head d_head"], dtype: torch.dtype
 ) -> Float[Tensor, "batch_head pos stream d_head"]:
-    return x.permute(1, 3, 2, 0, 4).to(dtype).contiguous().flatten(0, 1)
+    return x.permute(1, 3, 2, 0, 4).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _by_stream(
-    rows: Float[Tensor, "batch_head pos stream d_head"], like: Float[Tensor, "stream batch pos head d_head"]
+    x: Float[Tensor, "batch_head d_head pos stream"], like: Float[Tensor, "stream batch pos head d_head"]
 ) -> Float[Tensor, "stream batch pos head d_head"]:
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return out.copy_(rows.unflatten(0, (like.shape[1], -1)).permute(3, 0, 2, 1, 4))
+    return out.copy_(x.unflatten(0, (like.shape[1], -1)).permute(4, 0, 3, 1, 2))
 
 
-def _by_head(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Queries as rows, the others as `batch_head pos d_head`, all contiguous and in float32 or wider."""
+def _by_head(
+    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float
+) -> _Inputs:
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
-    moved = [None if x is None else x.transpose(1, 2).to(dtype).contiguous().flatten(0, 1) for x in others]
-    return _rows(q, dtype), *moved
+    columns = [
+        None if x is None else x.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        for x in (k, v, own_k, own_v)
+    ]
+    rows = _rows(q, dtype)
+    return _Inputs(rows * scale if scale != 1 else rows, *columns)  # type: ignore[arg-type]
 
 
-def _patterns(
-    rows: Float[Tensor, "batch_head pos stream d_head"],
-    keys: Float[Tensor, "batch_head pos d_head"],
-    own_keys: Float[Tensor, "batch_head pos d_head"] | None,
-    scale: float,
-) -> Iterator[tuple[slice, slice, Float[Tensor, "batch_head row key"]]]:
-    """(heads, positions, attention pattern of their queries) of each block; each pattern is overwritten by the next."""
-    n_heads, length, streams, _ = rows.shape
+def _patterns(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head row key"]]]:
+    """The attention pattern of each block; it is overwritten by the next."""
+    n_heads, length, streams, _ = x.q.shape
     size = min(BLOCK, length)
     group = max(1, min(n_heads, BLOCK_ELEMENTS // (size * streams * length)))
-    future = torch.ones(size, size, dtype=torch.bool, device=rows.device).triu(1)
-    buffer = rows.new_empty(group * size * streams * length)
+    future = x.q.new_full((size, size), float("-inf")).triu_(1)[:, None]
+    buffer = x.q.new_empty(group * size * streams * length)
     for first_head in range(0, n_heads, group):
         heads = slice(first_head, min(first_head + group, n_heads))
         for start in range(0, length, size):
             queries = slice(start, min(start + size, length))
             n, seen = queries.stop - start, queries.stop
-            q = rows[heads, queries].flatten(1, 2)
+            q = x.q[heads, queries].flatten(1, 2)
             shape = (q.shape[0], n * streams, seen)
             scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-            torch.bmm(q, keys[heads, :seen].transpose(1, 2), out=scores)
-            if scale != 1:
-                scores.mul_(scale)
-            by_position = scores.view(shape[0], n, streams, seen)
-            by_position[..., start:].masked_fill_(future[:n, None, :n], float("-inf"))
-            if own_keys is not None:
-                own = (rows[heads, queries, -1] * own_keys[heads, queries]).sum(-1)
-                _own_entries(scores, streams).copy_(own.mul_(scale))
-            yield heads, queries, torch.softmax(scores, -1, out=scores)
+            torch.bmm(q, x.k[heads, :, :seen], out=scores)
+            scores.view(shape[0], n, streams, seen)[..., start:].add_(future[:n, :, :n])
+            if x.own_k is not None:
+                own = (x.q[heads, queries, -1].transpose(1, 2) * x.own_k[heads, :, queries]).sum(1)
+                _own_entries(scores, streams).copy_(own)
+            yield _Block(heads, queries), torch.softmax(scores, -1, out=scores)
 
 
 def _own_entries(block: Float[Tensor, "batch_head row key"], streams: int) -> Float[Tensor, "batch_head pos"]:

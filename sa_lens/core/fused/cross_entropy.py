@@ -17,6 +17,9 @@ from sa_lens.core.gate import at_least_float32
 CHUNK_ELEMENTS = 1 << 25
 """Logits that a chunk may hold."""
 
+CACHED_ELEMENTS = 1 << 20
+"""Logits that go through the softmax at once."""
+
 IGNORED = -100
 """Target of positions that are left out, as in `torch.nn.functional.cross_entropy`."""
 
@@ -72,7 +75,7 @@ def _loss_and_gradients(
     size = max(1, min(rows, CHUNK_ELEMENTS // n_words))
     kept = targets != IGNORED
     share = kept.to(at_least_float32(x).dtype) / kept.sum()
-    targets = targets.clamp(min=0)[:, None]
+    targets = targets.clamp(min=0)
 
     # the weight lies as the embedding does where the two are tied; its gradient follows
     table = weight.T.to(dtype).contiguous() if weight.stride(0) == 1 else weight.to(dtype).contiguous().T
@@ -90,7 +93,7 @@ def _loss_and_gradients(
         torch.mm(inputs[chunk], table.T, out=p)
         if bias is not None:
             p.add_(bias.to(dtype))
-        losses[chunk] = _softmax_minus_target_(p, targets[chunk])
+        _softmax_minus_target_(p, targets[chunk], losses[chunk])
         if grad_x is not None:
             torch.mul(torch.mm(p, table), share[chunk, None], out=grad_x[chunk])
         if grad_table is not None:
@@ -104,18 +107,28 @@ def _loss_and_gradients(
 
 
 def _softmax_minus_target_(
-    logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 1"]
-) -> Float[Tensor, " row"]:
-    """Cross-entropy of each row; turns the logits, in place, into its gradient by them."""
-    wide = at_least_float32(logits)
-    at_target = wide.gather(1, targets)
-    largest = wide.amax(1, keepdim=True)
-    p = torch.softmax(wide, 1, out=wide)
-    log_sum = largest - p.amax(1, keepdim=True).log()
-    if p is not logits:
-        logits.copy_(p)
-    logits.scatter_(1, targets, p.gather(1, targets).sub_(1).to(logits.dtype))
-    return (log_sum - at_target).squeeze(1)
+    logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"], losses: Float[Tensor, " row"]
+) -> None:
+    """Turns the logits, in place, into the gradient of each row's cross-entropy, which goes to `losses`.
+
+    A few rows at a time, so that all steps but the first and the last find them in the cache.
+    """
+    rows, n_words = logits.shape
+    size = max(1, min(rows, CACHED_ELEMENTS // n_words))
+    wide_enough = logits.dtype == losses.dtype
+    buffer = logits if wide_enough else losses.new_empty(size, n_words)
+    each = torch.arange(size, device=logits.device)
+    for start in range(0, rows, size):
+        here = slice(start, min(start + size, rows))
+        n = here.stop - start
+        row, target = each[:n], targets[here]
+        p = logits[here] if wide_enough else buffer[:n].copy_(logits[here])
+        at_target, largest = p[row, target], p.amax(1)
+        torch.softmax(p, 1, out=p)
+        torch.sub(largest - p.amax(1).log(), at_target, out=losses[here])
+        p[row, target] -= 1
+        if not wide_enough:
+            logits[here] = p
 
 
 def _add_product_(
