@@ -1,0 +1,200 @@
+"""What is shown, as data: frozen records that go to JSON and back, from which every figure is drawn.
+
+A record holds numbers, labels and units, and no colours, sizes or pixels: those are the theme's. Missing numbers are
+None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis with a label for each row or column."""
+
+    title: str
+    """What the axis shows, with its unit where it has one."""
+    labels: tuple[str, ...]
+    """A label for each place on it."""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of numbers shown as colours; the first row is drawn at the bottom."""
+
+    title: str
+    """Heading."""
+    note: str
+    """A line below the heading: what the numbers mean, how many prompts."""
+    x: Axis
+    """Columns."""
+    y: Axis
+    """Rows, upward."""
+    values: tuple[tuple[float | None, ...], ...]
+    """A row of numbers for each label of y."""
+    scale: str
+    """What the colours mean, with unit."""
+    colours: Literal["diverging", "sequential"] = "diverging"
+    """`diverging`: centred at 0. `sequential`: from the smallest to the largest value."""
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.y.labels) or any(len(row) != len(self.x.labels) for row in self.values):
+            raise ValueError(
+                f"{self.title!r}: values must be {len(self.y.labels)} rows of {len(self.x.labels)} numbers, as the axes"
+            )
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Numbers with names, the first at the top."""
+
+    title: str
+    """Heading."""
+    note: str
+    """A line below the heading."""
+    labels: tuple[str, ...]
+    """A name for each bar."""
+    values: tuple[float | None, ...]
+    """Length of each bar."""
+    scale: str
+    """What the lengths mean, with unit."""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.values):
+            raise ValueError(f"{self.title!r}: {len(self.labels)} labels for {len(self.values)} values")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve."""
+
+    name: str
+    """What it belongs to, such as a run; lines of one name share a colour."""
+    stream: str
+    """`clean` (solid), `ablated` (dashed), or empty (solid)."""
+    x: tuple[float, ...]
+    """Where, rising."""
+    y: tuple[float | None, ...]
+    """How much."""
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"line {self.name!r}: {len(self.x)} places for {len(self.y)} values")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves over one axis."""
+
+    title: str
+    """Heading."""
+    note: str
+    """A line below the heading."""
+    x_title: str
+    """What x is, with unit."""
+    y_title: str
+    """What y is, with unit."""
+    lines: tuple[Line, ...]
+    """The curves, in the order of the legend."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention patterns of heads on one text."""
+
+    title: str
+    """Heading."""
+    tokens: tuple[str, ...]
+    """The text, token by token."""
+    heads: tuple[str, ...]
+    """A name for each pattern, such as `ablated 1.3`."""
+    patterns: tuple[tuple[tuple[float, ...], ...], ...]
+    """For each head, for each query position, the share of attention that each key position gets."""
+
+    def __post_init__(self) -> None:
+        if len(self.heads) != len(self.patterns):
+            raise ValueError(f"{self.title!r}: {len(self.heads)} names for {len(self.patterns)} patterns")
+
+
+Record = HeatMap | Bars | Curves | Attention
+"""Everything that can be drawn."""
+
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in typing.get_args(Record)}
+
+
+def number(value: Any) -> float | None:
+    """A float, or None for what is missing or not finite."""
+    if value is None:
+        return None
+    found = float(value)
+    return found if math.isfinite(found) else None
+
+
+def numbers(values: Any) -> Any:
+    """Nested tuples of `number`, from an array of any depth."""
+    array = np.asarray(values, dtype=float)
+    return tuple(numbers(part) for part in array) if array.ndim else number(array)
+
+
+def to_json(record: Record) -> str:
+    """The record as JSON, its kind under `kind`."""
+    return json.dumps(
+        {"kind": type(record).__name__, **dataclasses.asdict(record)}, allow_nan=False, ensure_ascii=False
+    )
+
+
+def from_json(text: str) -> Record:
+    """The record that `to_json` wrote.
+
+    Raises:
+        ValueError: not a record, or of an unknown kind.
+    """
+    try:
+        content = json.loads(text)
+        kind = _KINDS[content.pop("kind")]
+        return typing.cast(Record, _built(kind, content))
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"not a record of {', '.join(_KINDS)}: {type(error).__name__}: {error}; text begins {text[:60]!r}"
+        ) from error
+
+
+def _built(hint: Any, value: Any) -> Any:
+    """The value in the type that a field declares."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return hint(**{name: _built(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    if origin is tuple:
+        return tuple(_built(arguments[0], item) for item in value)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _built(arguments[0], value)
+    return float(value) if hint is float else value
+
+
+def write(record: Record, path: str | Path) -> Path:
+    """Writes the record as a JSON file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(record), encoding="utf-8")
+    return path
+
+
+def read(path: str | Path) -> Record:
+    """Reads a record that `write` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a record.
+    """
+    return from_json(Path(path).read_text(encoding="utf-8"))

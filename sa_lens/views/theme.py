@@ -1,0 +1,105 @@
+"""The one look of all figures, light and dark, safe for colour-blind eyes.
+
+Nothing is set globally: each figure carries its own template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import plotly.graph_objects as go
+
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a look."""
+
+    background: str
+    text: str
+    faint: str
+    """Secondary text."""
+    grid: str
+    lines: tuple[str, ...]
+    """Of curves, in turn: Okabe and Ito's, in an order that keeps neighbours apart."""
+    positive: str
+    negative: str
+    diverging: tuple[str, ...]
+    """From negative over zero to positive: blue, background, orange."""
+    sequential: tuple[str, ...]
+    """From little to much."""
+
+
+LIGHT = Palette(
+    background="#ffffff",
+    text="#1b1f24",
+    faint="#5b6470",
+    grid="#e3e6ea",
+    lines=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"),
+    positive="#c85a0c",
+    negative="#1f6db3",
+    diverging=("#08306b", "#2171b5", "#85b8dc", "#f7f7f5", "#fdb777", "#d9650f", "#7a2f00"),
+    sequential=("#f7f7f5", "#c9ddee", "#85b8dc", "#2f7fbd", "#0b4a8f", "#06264f"),
+)
+DARK = Palette(
+    background="#14171c",
+    text="#e8eaed",
+    faint="#a3abb6",
+    grid="#2c323b",
+    lines=("#56b4e9", "#e69f00", "#2fc79a", "#e3a0c5", "#8fb8ff", "#ff8c42", "#c5cad1"),
+    positive="#f2913d",
+    negative="#58a6e0",
+    diverging=("#c3e1fa", "#58a6e0", "#255a88", "#20242b", "#8a4a12", "#f2913d", "#ffdcb5"),
+    sequential=("#20242b", "#1f4a70", "#2f7fbd", "#6db6ea", "#b9dcf7", "#f2f8fd"),
+)
+_SIZE = {"family": FONT, "size": 13}
+
+
+def palette(dark: bool = False) -> Palette:
+    """Colours of the light or the dark look."""
+    return DARK if dark else LIGHT
+
+
+def colour_scale(kind: Literal["diverging", "sequential"], dark: bool = False) -> list[tuple[float, str]]:
+    """The colour scale as plotly takes it: (place from 0 to 1, colour)."""
+    colours = getattr(palette(dark), kind)
+    return [(i / (len(colours) - 1), colour) for i, colour in enumerate(colours)]
+
+
+@cache
+def template(dark: bool = False) -> go.layout.Template:
+    """Plotly template of the light or the dark look."""
+    colours = palette(dark)
+    axis = {
+        "gridcolor": colours.grid,
+        "linecolor": colours.grid,
+        "zerolinecolor": colours.grid,
+        "tickfont": {**_SIZE, "size": 12, "color": colours.text},
+        "title": {"font": {**_SIZE, "color": colours.faint}, "standoff": 8},
+        "automargin": True,
+        "ticks": "",
+    }
+    return go.layout.Template(
+        layout={
+            "font": {**_SIZE, "color": colours.text},
+            "title": {"x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 20}, "font": {"size": 17}},
+            "paper_bgcolor": colours.background,
+            "plot_bgcolor": colours.background,
+            "colorway": list(colours.lines),
+            "xaxis": axis,
+            "yaxis": axis,
+            "hoverlabel": {"font": _SIZE},
+            "legend": {"bgcolor": "rgba(0,0,0,0)"},
+            "margin": {"l": 60, "r": 30, "t": 80, "b": 55},
+        }
+    )
+
+
+def heading(title: str, note: str, dark: bool = False) -> dict[str, str]:
+    """Plotly title: the heading, and the note below it in small."""
+    if not note:
+        return {"text": f"<b>{title}</b>"}
+    return {"text": f"<b>{title}</b><br><span style='font-size:12px;color:{palette(dark).faint}'>{note}</span>"}
