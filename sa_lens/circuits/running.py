@@ -253,7 +253,7 @@ class CircuitRunner:
                     masks = None
                     if mask_names:
                         with in_stream(self.model, self.stream, position=-1):
-                            masks = _masks(self.model, clean[part], mask_names)
+                            masks = record_masks(self.model, clean[part], mask_names)
                     yield _Batch(
                         rows[part],
                         clean[part],
@@ -306,13 +306,15 @@ class _Batch(NamedTuple):
     """Masks of the unedited clean prompts, for frozen gates."""
 
 
-def _masks(model: Host, tokens: Int[Tensor, "pair pos"], names: list[str]) -> dict[str, Tensor]:
+def record_masks(model: Host, tokens: Int[Tensor, "pair pos"], names: list[str]) -> dict[str, Tensor]:
+    """Masks of an unedited pass of the chosen stream, by hook name."""
     masks: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
         masks[hook.name] = x
 
-    run_to_last(model, tokens, [(name, keep) for name in names])
+    if names:
+        run_to_last(model, tokens, [(name, keep) for name in names])
     return masks
 
 

@@ -1,0 +1,463 @@
+"""The metric after each of many removals of edges, recomputing only what a removal can change.
+
+Edges are visited from the last layer to the first, and every input is
+
+    base + sum over present edges of (what the source writes - what an absent edge carries)
+
+where *present* means kept or not yet visited. Three facts make this cheap and exact:
+
+- below the layer that is visited every edge is present, so all sources there write what they write on the clean prompt;
+- a node with no present way to the logits changes nothing; a node that only feeds the metric position (no key or value
+  above it) matters at that position alone;
+- a removal at one node reaches only the nodes above it to which present edges lead.
+
+A block of rows, each a removal on top of those before it, goes through these nodes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sa_lens.circuits.graph import PORTS, Graph, Input, Node
+from sa_lens.core.nodes import NodeFunctions
+
+_BLOCK = 2**23
+"""Numbers in one activation of a whole block."""
+
+
+class Recorded(NamedTuple):
+    """What the search needs of whole passes; prompts of several lengths are padded on the right."""
+
+    written: Float[Tensor, "source pair pos d_model"]
+    """What each source writes on the clean prompt, in the stream."""
+    carried: Float[Tensor, "source pair pos d_model"]
+    """What an absent edge carries."""
+    attn_bias: Float[Tensor, "layer d_model"]
+    """Bias of each attention layer's output, which belongs to no source."""
+    last: Int[Tensor, " pair"]
+    """Metric position of each prompt."""
+    mask_attn: Float[Tensor, "layer pair head d_head"] | None
+    """Masks at the metric position; None in the clean stream."""
+    mask_mlp: Float[Tensor, "layer pair d_mlp"] | None
+    """The same of the neurons; None in the clean stream or without MLPs."""
+
+
+class Row(NamedTuple):
+    """One removal in a block."""
+
+    to: int
+    """Input of the graph."""
+    source: int
+    """Source of the graph."""
+    stays_out: bool
+    """Whether the rows after it have this edge removed too."""
+
+
+@dataclass
+class _Live:
+    """A node from which a present way leads to the logits, and its present values."""
+
+    node: Node
+    source: int
+    """Its place among the sources; -1 for the logits."""
+    everywhere: bool
+    """Whether it matters at all positions, or at the metric position alone."""
+    inputs: list[int]
+    """Its inputs: three of a head, one of others."""
+    x: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)
+    """Present value of each input."""
+    qkv: list[Float[Tensor, "pair pos d_head"]] = field(default_factory=list)
+    """Present query, key and value of a head."""
+    out: Tensor | None = None
+    """`z` of a head `[pair, pos, d_head]`, output of an MLP `[pair, pos, d_model]`."""
+
+
+class _Changed(NamedTuple):
+    """What a block changes at one node; the first axis is the row."""
+
+    x: dict[int, Float[Tensor, "version pair pos d_model"]]
+    """Inputs of a node whose own edges are removed, one a version."""
+    qkv: dict[int, Tensor]
+    """Changed queries (0), keys (1) and values (2)."""
+    version: dict[int, list[int]]
+    """The version of each entry of `x` that each row has, 0 being the present value. Where an input is missing, each
+    row has its own."""
+    out: Float[Tensor, "row pair pos ..."] | None
+    """Change of `out`."""
+
+
+class Recomputation:
+    """The part of the model above the edges that are visited, and what removals there do to the metric.
+
+    Args:
+        functions: the nodes of the model.
+        recorded: activations of whole passes.
+        cost: the metric of many rows from the normalised final residual stream `[row, pair, d_model]` at the metric
+            position; larger is worse.
+        present: True for edges that are kept or not yet visited.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        functions: NodeFunctions,
+        recorded: Recorded,
+        cost: Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]],
+        present: Bool[Tensor, "input source"],
+    ) -> None:
+        self.graph, self.functions, self.cost = graph, functions, cost
+        self.present = present.clone()
+        self.carried, self.last = recorded.carried, recorded.last
+        self.attn_bias, self.mask_attn, self.mask_mlp = recorded.attn_bias, recorded.mask_attn, recorded.mask_mlp
+        self.difference = recorded.written - recorded.carried
+        self.uniform = bool((self.last == recorded.written.shape[2] - 1).all())
+        self.at_last = self._last_of(self.difference)
+        self.full_at, self.base_at = self._streams(recorded.written), self._streams(recorded.carried)
+        self.above: list[_Live] = []
+        """Live nodes above the present step, in the order of computation."""
+        self.here: dict[Node, _Live] = {}
+        """Live nodes of the present step."""
+        self.by_source: dict[int, _Live] = {}
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def enter(self, nodes: Sequence[Node]) -> list[Node]:
+        """Goes down to the nodes of the next step, all of whose edges are present; returns those that are live.
+
+        Computes the present values of all live nodes from scratch, so that rounding does not add up.
+        """
+        self.above = [*self.here.values(), *self.above]
+        live = [found for node in nodes if (found := self._live(node)) is not None]
+        self.here = {item.node: item for item in live}
+        self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
+        for item in live:
+            entering = self.full_at[self.graph.sources_before(item.node)]
+            item.x = [self._where(item, i, entering) for i in range(len(item.inputs))]
+            self._compute(item)
+        for item in self.above:
+            entering = self.base_at[self.graph.sources_before(item.node)]
+            for i, to in enumerate(item.inputs):
+                x = self._where(item, i, entering).clone()
+                for source in self.present[to].nonzero()[:, 0].tolist():
+                    x += self._sends(source, item, i)
+                item.x[i] = x
+            self._compute(item)
+        return [item.node for item in live]
+
+    def resume(self, node: Node) -> None:
+        """Takes the removals of a live node's edges that were decided earlier into its present values."""
+        item = self.here[node]
+        for i, to in enumerate(item.inputs):
+            n = self.graph.n_sources[to]
+            gone = (~self.present[to, :n]).nonzero()[:, 0].to(self.difference.device)
+            if len(gone):
+                item.x[i] = item.x[i] - self._differences(item, i)[gone].sum(0)
+        self._compute(item)
+
+    def drop(self, places: Sequence[tuple[int, int]]) -> None:
+        """Removes edges (input, source) into nodes that are not live."""
+        if places:
+            to, source = torch.tensor(places).T
+            self.present[to, source] = False
+
+    def _live(self, node: Node) -> _Live | None:
+        inputs = [self.graph.input_index[Input(node, port)] for port in (PORTS if node.kind == "head" else ("",))]
+        if node.kind == "logits":
+            return _Live(node, -1, False, inputs)
+        source = self.graph.source_index[node]
+        reads = [(item, i) for item in self.above for i, to in enumerate(item.inputs) if self.present[to, source]]
+        if not reads:
+            return None
+        everywhere = any(item.everywhere or (item.node.kind == "head" and i > 0) for item, i in reads)
+        return _Live(node, source, everywhere, inputs)
+
+    def _streams(self, by_source: Float[Tensor, "source pair pos d_model"]) -> dict[int, Tensor]:
+        """The residual stream after the first n sources, for every n at which a node reads it."""
+        graph = self.graph
+        found: dict[int, Tensor] = {}
+        total = torch.zeros_like(by_source[0])
+        added = biased = 0
+        for node in (*graph.sources[1:], Node("logits")):
+            n = graph.sources_before(node)
+            if n not in found:
+                total = total + by_source[added:n].sum(0)
+                added = n
+                layers = (
+                    graph.n_layers
+                    if node.kind == "logits"
+                    else node.layer + (node.kind == "mlp" and not graph.parallel)
+                )
+                total = total + self.attn_bias[biased:layers].sum(0)
+                biased = max(biased, layers)
+                found[n] = total
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ values
+
+    def _last_of(self, x: Float[Tensor, "... pair pos width"]) -> Float[Tensor, "... pair 1 width"]:
+        if self.uniform:
+            return x[..., -1:, :]
+        index = self.last[:, None, None].expand(*x.shape[:-2], 1, x.shape[-1])
+        return x.gather(-2, index)
+
+    def _wide(self, item: _Live, i: int) -> bool:
+        """Whether input i matters at all positions."""
+        return item.everywhere or (item.node.kind == "head" and i > 0)
+
+    def _where(self, item: _Live, i: int, x: Tensor) -> Tensor:
+        """`x` at the positions where input i matters."""
+        return x if self._wide(item, i) or x.shape[-2] == 1 else self._last_of(x)
+
+    def _differences(self, item: _Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
+        return self.difference if self._wide(item, i) else self.at_last
+
+    def _sends(self, source: int, item: _Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+        """What a present edge adds to the base of an input."""
+        sender = self.by_source.get(source)
+        if sender is None:
+            return self._differences(item, i)[source]
+        assert sender.out is not None
+        out = self._where(item, i, sender.out)
+        written = self._write(sender, out)
+        return written - self._where(item, i, self.carried[source])
+
+    def _write(self, item: _Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
+        """What values (or changes) of `out` add to the residual stream."""
+        if item.node.kind == "head":
+            return torch.matmul(out, self.functions.W_O[item.node.layer][item.node.head])
+        return out
+
+    def _compute(self, item: _Live) -> None:
+        """Present values of a node from its inputs."""
+        if item.node.kind == "head":
+            item.qkv = [self._project(item, i, item.x[i]) for i in range(3)]
+            item.out = self._z(item, item.qkv)
+        elif item.node.kind == "mlp":
+            item.out = self._mlp(item, item.x[0])
+
+    def _at(self, item: _Live) -> Tensor | None:
+        return None if item.everywhere else self.last
+
+    def _project(self, item: _Live, port: int, x: Tensor) -> Tensor:
+        at = None if self._wide(item, port) else self.last
+        return self.functions.project(item.node.layer, port, item.node.head, x, at)
+
+    def _z(self, item: _Live, qkv: Sequence[Tensor]) -> Tensor:
+        node = item.node
+        z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._at(item))
+        if self.mask_attn is None:
+            return z
+        return z * self._mask(item, self.mask_attn[node.layer, :, node.head])
+
+    def _mlp(self, item: _Live, x: Tensor) -> Tensor:
+        masks = self.mask_mlp
+        mask = None if masks is None else self._mask(item, masks[item.node.layer])
+        return self.functions.mlp(item.node.layer, x, mask)
+
+    def _mask(self, item: _Live, mask: Float[Tensor, "pair width"]) -> Float[Tensor, "pair pos width"]:
+        """The mask at the metric position, ones elsewhere."""
+        if not item.everywhere:
+            return mask[:, None]
+        length = self.difference.shape[2]
+        full = mask.new_ones(len(mask), length, mask.shape[-1])
+        full[torch.arange(len(mask)), self.last] = mask
+        return full
+
+    # ------------------------------------------------------------------------------------------------------- blocks
+
+    def value(self) -> float:
+        """The metric of the full graph."""
+        return float(self.cost(self.functions.normalise(self.final_clean()[None]))[0])
+
+    def final_clean(self) -> Float[Tensor, "pair d_model"]:
+        """Final residual stream of the unedited clean prompts at the metric position."""
+        return self._last_of(self.full_at[len(self.graph.sources)])[:, 0]
+
+    @property
+    def largest_block(self) -> int:
+        """Rows of a block that fit a fair share of memory."""
+        return max(4, min(32, _BLOCK // self.difference[0].numel()))
+
+    def _logits(self) -> _Live:
+        return next(item for item in (*self.here.values(), *self.above) if item.node.kind == "logits")
+
+    def try_removals(self, rows: Sequence[Row]) -> Block:
+        """The metric after each removal of a block, on top of those rows before it that stay out.
+
+        Args:
+            rows: edges into live nodes of the present step.
+        """
+        touched: dict[Node, list[int]] = {}
+        for r, row in enumerate(rows):
+            touched.setdefault(self.graph.inputs[row.to].node, []).append(r)
+        block = Block(self, rows, {})
+        for node, own in touched.items():
+            block.changed[node] = self._remove(self.here[node], rows, own)
+        for item in self.above:
+            change = self._follow(item, block.changed)
+            if change is not None:
+                block.changed[item.node] = change
+        logits = self._logits()
+        change = block.changed.get(logits.node)
+        if change is None:
+            final = logits.x[0][None].expand(len(rows), -1, -1, -1)
+        elif change.x:
+            final = change.x[0]
+        else:
+            assert change.out is not None
+            final = logits.x[0] + change.out
+        block.costs = self.cost(self.functions.normalise(final[:, :, 0])).tolist()
+        return block
+
+    def _remove(self, item: _Live, rows: Sequence[Row], own: list[int]) -> _Changed:
+        """What removals of a node's own edges change at it."""
+        found = _Changed({}, {}, {}, None)
+        for i, to in enumerate(item.inputs):
+            mine = [r for r in own if rows[r].to == to]
+            if not mine:
+                continue
+            found.x[i] = self._versions(item, i, [rows[r] for r in mine])
+            found.version[i] = _versions_by_row(rows, mine)
+            if item.node.kind == "head":
+                found.qkv[i] = self._project(item, i, found.x[i])
+        if item.node.kind == "logits":
+            return found
+        assert item.out is not None
+        if item.node.kind == "head":
+            qkv = [self._pick(found, i, item.qkv[i], own) for i in range(3)]
+            change = self._z(item, qkv).sub_(item.out)
+        else:
+            change = self._mlp(item, found.x[0]).sub_(item.out)
+        if len(own) < len(rows):
+            change = torch.cat([torch.zeros_like(change[:1]), change])[_versions_by_row(rows, own)]
+        return found._replace(out=change)
+
+    def _versions(self, item: _Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
+        """An input after each of its own removals, on top of those before it that stay out."""
+        n = len(rows)
+        x, differences = item.x[i], self._differences(item, i)
+        sources = [row.source for row in rows]
+        taken = torch.zeros(n, n, dtype=x.dtype)
+        for a in range(n):
+            taken[a, a] = 1
+            if rows[a].stays_out:
+                taken[a + 1 :, a] = 1
+        taken = taken.to(x.device)
+        if sources == list(range(sources[0], sources[0] - n, -1)):
+            sent, taken = differences[sources[-1] : sources[0] + 1], taken.flip(1)
+        else:
+            sent = differences[torch.tensor(sources, device=x.device)]
+        return torch.addmm(x.reshape(1, -1), taken, sent.reshape(n, -1), alpha=-1).view(n, *x.shape)
+
+    def _pick(self, change: _Changed, i: int, present: Tensor, own: list[int]) -> Tensor:
+        """Query, key or value of each of a node's own rows."""
+        if i not in change.qkv:
+            return present
+        index = [change.version[i][r] for r in own]
+        if index == list(range(1, len(index) + 1)):
+            return change.qkv[i]
+        return torch.cat([present[None], change.qkv[i]])[torch.tensor(index, device=present.device)]
+
+    def _follow(self, item: _Live, changed: dict[Node, _Changed]) -> _Changed | None:
+        """What the changes so far do to a node above; None if none of them reaches it."""
+        found = _Changed({}, {}, {}, None)
+        inputs: dict[int, Tensor] = {}
+        for i in range(len(item.inputs)):
+            arriving = self._arriving(item, i, changed, slice(None))
+            if arriving is not None:
+                inputs[i] = arriving
+        if not inputs:
+            return None
+        if item.node.kind == "logits":
+            return found._replace(out=inputs[0])
+        assert item.out is not None
+        if item.node.kind == "mlp":
+            return found._replace(out=self._mlp(item, inputs[0].add_(item.x[0])).sub_(item.out))
+        for i, x in inputs.items():
+            found.qkv[i] = self._project(item, i, x.add_(item.x[i]))
+        qkv = [found.qkv.get(i, item.qkv[i]) for i in range(3)]
+        return found._replace(out=self._z(item, qkv).sub_(item.out))
+
+    def _arriving(
+        self, item: _Live, i: int, changed: dict[Node, _Changed], rows: slice
+    ) -> Float[Tensor, "row pair pos d_model"] | None:
+        """Change of an input through present edges; None if there is none. The caller may write into it."""
+        present = self.present[item.inputs[i]]
+        z, W, total = [], [], None
+        for node, change in changed.items():
+            source = self.graph.source_index.get(node)
+            if source is None or not present[source] or change.out is None:
+                continue
+            out = self._where(item, i, change.out[rows])
+            if node.kind == "head":
+                z.append(out)
+                W.append(self.functions.W_O[node.layer][node.head])
+            else:
+                total = out.clone() if total is None else total.add_(out)
+        if z:
+            by_heads = torch.matmul(z[0] if len(z) == 1 else torch.cat(z, -1), W[0] if len(W) == 1 else torch.cat(W))
+            total = by_heads if total is None else total.add_(by_heads)
+        return total
+
+    def accept(self, block: Block, last: int, removed: Sequence[int]) -> None:
+        """Makes a row of a block the present state.
+
+        Args:
+            last: the last row whose edge is removed.
+            removed: all rows whose edges are removed, `last` among them; all of them stay out in row `last`.
+        """
+        for r in removed:
+            self.present[block.rows[r].to, block.rows[r].source] = False
+        row = slice(last, last + 1)
+        updates: list[tuple[_Live, int, Tensor]] = []
+        for item in (*self.here.values(), *self.above):
+            change = block.changed.get(item.node)
+            if change is None:
+                continue
+            for i in range(len(item.inputs)):
+                if i in change.x:
+                    version = change.version[i][last]
+                    if version:
+                        updates.append((item, i, change.x[i][version - 1]))
+                elif item.node not in self.here:
+                    arriving = self._arriving(item, i, block.changed, row)
+                    if arriving is not None:
+                        updates.append((item, i, item.x[i] + arriving[0]))
+            for i, values in change.qkv.items():
+                version = change.version[i][last] if i in change.version else last + 1
+                if version:
+                    item.qkv[i] = values[version - 1].clone()
+            if change.out is not None and item.node.kind != "logits":
+                assert item.out is not None
+                item.out = item.out + change.out[last]
+        for item, i, x in updates:
+            item.x[i] = x.clone()
+
+
+@dataclass
+class Block:
+    """A block of removals that was tried."""
+
+    owner: Recomputation
+    rows: Sequence[Row]
+    changed: dict[Node, _Changed]
+    """What the rows change, by node, in the order of computation."""
+    costs: list[float] = field(default_factory=list)
+    """The metric after each row's removal."""
+
+
+def _versions_by_row(rows: Sequence[Row], own: list[int]) -> list[int]:
+    """For each row of a block, 1 + the place among `own` of the one whose state it has; 0: the present state."""
+    versions, staying, mine = [], 0, {r: n + 1 for n, r in enumerate(own)}
+    for r, row in enumerate(rows):
+        version = mine.get(r, staying)
+        versions.append(version)
+        if r in mine and row.stays_out:
+            staying = version
+    return versions
