@@ -121,40 +121,61 @@ def _fan_in(model: nn.Module, name: str, parameter: Tensor) -> int:
     return cfg.d_model
 
 
-_CHANGES_ABLATED = {
-    "center_writing_weights": "the gates read the residual stream before LayerNorm, and its mean would be gone",
-    "refactor_factored_attn_matrices": "it mixes the channels of each head, which are the units of the gates",
-}
-
-
 def check_processing(
+    cfg: HookedTransformerConfig,
     state: dict[str, Tensor],
     *,
+    fold_ln: bool,
     center_writing_weights: bool,
+    center_unembed: bool,
     fold_value_biases: bool,
     refactor_factored_attn_matrices: bool,
 ) -> None:
-    """Refuses weight processing that would change the ablated stream of a gated model.
+    """Refuses weight processing that would change a stream of a gated model.
 
     Raises:
         ValueError: naming the option, the reason and the way out.
     """
-    asked = {
-        "center_writing_weights": center_writing_weights,
-        "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-    }
-    way_out = "process model.to_hooked_transformer() instead"
-    for option, reason in _CHANGES_ABLATED.items():
-        if asked[option]:
-            raise ValueError(
-                f"{option}=True would change the ablated stream: {reason}. Pass {option}=False, or {way_out}"
-            )
-    value_biases = [v for key, v in state.items() if key.endswith(("attn.b_V", "attn._b_V"))]
-    if fold_value_biases and any(bool(b.any()) for b in value_biases):
-        raise ValueError(
+
+    def nonzero(*leaves: str) -> bool:
+        return any(bool(value.any()) for name, value in state.items() if name.endswith(leaves))
+
+    copy_instead = ", or process model.to_hooked_transformer() instead"
+    refusals = [
+        (
+            center_writing_weights,
+            "center_writing_weights=True would change the ablated stream: the gates read the residual stream before "
+            "LayerNorm, and its mean would be gone. Pass center_writing_weights=False" + copy_instead,
+        ),
+        (
+            refactor_factored_attn_matrices,
+            "refactor_factored_attn_matrices=True would change the ablated stream: it mixes the channels of each head, "
+            "which are the units of the gates. Pass refactor_factored_attn_matrices=False" + copy_instead,
+        ),
+        (
+            # folding LayerNorm moves the bias of ln1 into b_V before value biases are folded
+            fold_value_biases and (nonzero("attn.b_V", "attn._b_V") or (fold_ln and nonzero(".ln1.b"))),
             "fold_value_biases=True would change the ablated stream: a masked unit must lose its value bias too, and "
-            f"b_V is not zero. Pass fold_value_biases=False, or {way_out}"
-        )
+            "b_V is not zero, or would not be after fold_ln. Pass fold_value_biases=False" + copy_instead,
+        ),
+        (
+            fold_ln and cfg.is_layer_norm_activation(),
+            "fold_ln=True would change the ablated stream: a masked neuron must lose the bias of the LayerNorm inside "
+            "the MLP too. Pass fold_ln=False" + copy_instead,
+        ),
+        (
+            fold_ln and cfg.positional_embedding_type == "shortformer",
+            "fold_ln=True would change both streams: positions are added after the LayerNorm. Pass fold_ln=False",
+        ),
+        (
+            center_unembed and cfg.output_logits_soft_cap > 0,
+            "center_unembed=True would change both streams: the soft cap acts on the logits with their mean. "
+            "Pass center_unembed=False",
+        ),
+    ]
+    for refused, message in refusals:
+        if refused:
+            raise ValueError(message)
 
 
 def fold_final_norm_into_gates(state: dict[str, Tensor]) -> None:

@@ -167,6 +167,15 @@ class SelfAblatingTransformer(HookedTransformer):
         for name in self.zero_biases:
             self.get_parameter(name).requires_grad_(False)
 
+    def _admit_filled_biases(self) -> None:
+        """Makes biases the model's own that it did not have and that weight processing has filled."""
+        unused = self.zero_biases
+        filled = {name.rsplit(".", 1)[-1] for name in unused if bool(self.get_parameter(name).any())}
+        self.qkv_bias = self.qkv_bias or bool(filled - {"b_U"})
+        self.unembed_bias = self.unembed_bias or "b_U" in filled
+        for name in unused:
+            self.get_parameter(name).requires_grad_(name not in self.zero_biases)
+
     @property
     def zero_biases(self) -> list[str]:
         """Names of the biases that TransformerLens creates but this model does not have; they stay zero."""
@@ -518,19 +527,25 @@ class SelfAblatingTransformer(HookedTransformer):
     ) -> None:
         """As in TransformerLens. On a gated model `fold_ln` and `center_unembed` keep both streams as they are.
 
+        Gates that the state does not hold stay this model's own.
+
         Raises:
-            ValueError: a processing that keeps the clean stream but changes the ablated one.
+            ValueError: on a gated model, a processing that would change a stream, with the reason.
         """
         if self.gates.gated:
             architecture.check_processing(
+                self.cfg,
                 state_dict,
+                fold_ln=fold_ln,
                 center_writing_weights=center_writing_weights,
+                center_unembed=center_unembed,
                 fold_value_biases=fold_value_biases,
                 refactor_factored_attn_matrices=refactor_factored_attn_matrices,
             )
-        state_dict = {key: value.clone() for key, value in state_dict.items()}
-        if self.tied and (fold_ln or center_unembed):
-            log.warning("embedding and unembedding are untied: weight processing changes W_U alone")
+        gates = {key: value for key, value in self.state_dict().items() if "_gate." in key}
+        state_dict = {key: value.clone() for key, value in {**gates, **state_dict}.items()}
+        if self.tied and (fold_ln or center_writing_weights or center_unembed):
+            log.warning("embedding and unembedding are untied: weight processing changes them apart")
             self.untie()
         if fold_ln and self.gates.reads_global:
             architecture.fold_final_norm_into_gates(state_dict)
@@ -542,6 +557,7 @@ class SelfAblatingTransformer(HookedTransformer):
             fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
+        self._admit_filled_biases()
 
     # -------------------------------------------------------------------------------------------------------- files
 
