@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if debug:
             raise
-        _fail(f"{name}: {error}")
+        _fail(f"{name}: {_told(error)}")
         return 1 if type(error).__name__ == "TrainingDiverged" else 2
 
 
@@ -298,7 +298,8 @@ def _parse(what: Any, arguments: list[str], name: str, description: str, **optio
             return tyro.cli(what, args=arguments, prog=f"sa-lens {name}", description=description, **options)
     except SystemExit as stop:
         if stop.code not in (0, None):
-            raise SystemExit(_fail(f"{name}: {_one_line(complaint.getvalue())}")) from None
+            message = _one_line(complaint.getvalue()).removeprefix(f"Error parsing {name}: ")
+            raise SystemExit(_fail(f"{name}: {message}")) from None
         raise
 
 
@@ -315,6 +316,13 @@ def _one_line(boxed: str) -> str:
 def _fail(message: str) -> int:
     print(f"sa-lens {message}", file=sys.stderr)
     return 2
+
+
+def _told(error: Exception) -> str:
+    """An error's message without the number that Python puts before those of the operating system."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
 
 
 def _json(record: dict[str, Any]) -> str:

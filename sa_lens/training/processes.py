@@ -82,8 +82,8 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
         try:
             yield accelerator
         finally:
-            accelerator.end_training() if run.train.tracker != "none" else None
-            accelerator.free_memory()
+            if run.train.tracker != "none":
+                accelerator.end_training()
     finally:
         if device == "mps":
             os.environ.pop("ACCELERATE_TORCH_DEVICE")

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sa_lens.config import RunConfig, read_yaml, to_dict
-from sa_lens.core.checkpoints import CONFIG, atomic_write, complete_steps
+from sa_lens.core.checkpoints import CONFIG, complete_steps
 from sa_lens.training.state import differences
 
 log = logging.getLogger(__name__)
@@ -89,9 +92,21 @@ def stored_config(out: Path) -> RunConfig:
     return read_yaml(out / CONFIG_YAML)
 
 
+def clear_leftovers(out: Path) -> None:
+    """Removes temporary files and folders of a killed trainer: `.name.` and the eight characters of `tempfile`."""
+    for entry in out.iterdir():
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", entry.name):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
 @contextmanager
 def sole_trainer(out: Path) -> Iterator[None]:
     """Makes the folder and holds it against a second trainer; a killed one lets go of it.
+
+    A folder in which nothing came to be written is removed again.
 
     Raises:
         OSError: the folder cannot be written.
@@ -101,8 +116,7 @@ def sole_trainer(out: Path) -> Iterator[None]:
 
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        atomic_write(out / ".writable", b"")
-        (out / ".writable").unlink()
+        tempfile.TemporaryFile(dir=out).close()
         lock = FileLock(out / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -112,6 +126,9 @@ def sole_trainer(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if [entry.name for entry in out.iterdir()] in ([], [".lock"]):
+            (out / ".lock").unlink(missing_ok=True)
+            out.rmdir()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_yaml
-from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, checkpoints
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import run_folder, state
@@ -121,7 +121,8 @@ def _check_same_data(out: Path, before: dict[str, str], now: dict[str, str]) -> 
 
 
 def _open_folder(run: RunConfig, out: Path, model: SelfAblatingTransformer, at: state.RunState) -> None:
-    write_yaml(run, out / run_folder.CONFIG_YAML)
+    run_folder.clear_leftovers(out)
+    checkpoints.atomic_write(out / run_folder.CONFIG_YAML, lambda path: write_yaml(run, path))
     MetricsFile(out / run_folder.METRICS).drop_after(at.step)
     if not (out / checkpoints.CONFIG).is_file():
         if model.tokenizer is not None:
@@ -140,6 +141,9 @@ def initial(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblati
         ValueError, FileNotFoundError: settings that do not fit each other, the text, or the model of `train.init`.
     """
     if run.train.init is None:
+        # the vocabulary is not known yet, and nothing here depends on it
+        sketch = architecture.hooked_config(dataclasses.replace(run.model, d_vocab=2))
+        architecture.check_supported(sketch, run.gates)
         data = prepare(run.data, run.model.n_ctx, progress=progress)
         d_vocab = run.model.d_vocab if run.model.d_vocab is not None else data.d_vocab
         _check_vocabulary(data, d_vocab)

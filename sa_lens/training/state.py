@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sa_lens.core.checkpoints import MARKER, WEIGHTS, atomic_write, complete_steps, sync_folder
+from sa_lens.core.checkpoints import MARKER, WEIGHTS, atomic_write, complete_steps, staged_folder, write_weights
 
 VERSION = 1
 FILES = (WEIGHTS, "optimizer.safetensors", "random.safetensors")
@@ -83,27 +81,16 @@ def write(out: Path, state: RunState, tensors: Tensors) -> Path:
     folder = root / f"step-{state.step}"
     if (folder / MARKER).is_file():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".step-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{folder.name}."))
-    try:
+    if root.is_dir():
+        # what has no marker was cut off while being written or removed
+        for unfinished in [*root.glob(".step-*"), *(f for f in root.glob("step-*") if not (f / MARKER).is_file())]:
+            shutil.rmtree(unfinished)
+    with staged_folder(folder) as temporary:
         for name, content in zip(FILES, (tensors.weights, tensors.optimizer, tensors.generators), strict=True):
-            save_file(content, temporary / name, metadata={"format": "pt"})
+            write_weights(content, temporary / name)
         document = {"version": VERSION, **dataclasses.asdict(state)}
         (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        for file in temporary.iterdir():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        temporary.chmod(0o755)
-        # without its marker, what stands there was cut off while being written or removed
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        sync_folder(root)
-        atomic_write(folder / MARKER, b"")
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    atomic_write(folder / MARKER, b"")
     for old in complete_steps(out)[:-KEPT]:
         (old / MARKER).unlink()
         shutil.rmtree(old)
