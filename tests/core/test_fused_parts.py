@@ -1,0 +1,168 @@
+"""The fused path's kernels against slow, obvious twins."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sa_lens.config import GateConfig
+from sa_lens.core.fused.attention import stream_attention
+from sa_lens.core.fused.cross_entropy import linear_cross_entropy
+from sa_lens.core.fused.selection import hard_mask, largest, masked_units
+from sa_lens.core.gate import gate_mask, top_k_mask
+
+
+def random(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+    return x.requires_grad_(grad)
+
+
+def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+    weights = random(*found.shape, seed=99, grad=False) if found.shape else torch.tensor(1.7, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert float((a - b).norm()) <= 1e-8 * float(b.norm())
+
+
+def attention_with_all_scores(
+    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float
+) -> Tensor:
+    """Each stream's full score matrix; the ablated one is over earlier clean keys and its own."""
+    length = q.shape[2]
+    earlier = torch.ones(length, length, dtype=torch.bool).tril(-1)
+    out = []
+    for stream, queries in enumerate(q):
+        ablated = own_k is not None and stream == len(q) - 1
+        last_k, last_v = (own_k, own_v) if ablated else (k, v)
+        scores = torch.einsum("bqhd,bkhd->bhqk", queries, k) * scale
+        scores = scores.masked_fill(~earlier, float("-inf"))
+        last = torch.einsum("bqhd,bqhd->bhq", queries, last_k)[..., None] * scale
+        pattern = torch.cat([scores, last], -1).softmax(-1)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern[..., :-1], v)
+        out.append(z + pattern[..., -1].transpose(1, 2)[..., None] * last_v)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 70, 130])
+@pytest.mark.parametrize("streams", ["clean", "ablated", "both"])
+def test_attention(streams: str, length: int) -> None:
+    q = random(2 if streams == "both" else 1, 2, length, 3, 4)
+    k, v = random(2, length, 3, 4, seed=1), random(2, length, 3, 4, seed=2)
+    own = (None, None) if streams == "clean" else (random(2, length, 3, 4, seed=3), random(2, length, 3, 4, seed=4))
+    inputs = [x for x in (q, k, v, *own) if x is not None]
+    for scale in (1.0, 0.4):
+        assert_same_gradients(
+            stream_attention(q, k, v, *own, scale), attention_with_all_scores(q, k, v, *own, scale), inputs
+        )
+
+
+def test_attention_in_bfloat16_is_as_good_as_its_inputs() -> None:
+    q, k, v, own_k, own_v = (random(2, 2, 40, 3, 4)[:n].squeeze(0).detach() for n in (2, 1, 1, 1, 1))
+    expected = attention_with_all_scores(q, k, v, own_k, own_v, 1.0)
+    found = stream_attention(*(x.bfloat16() for x in (q, k, v, own_k, own_v)), 1.0)
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - expected).norm()) < 0.02 * float(expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "kind", "k"), list(itertools.product(("sigmoid", "softmax"), ("hard", "soft"), (1, 3, 7, 8)))
+)
+def test_masked_units(surrogate: str, kind: str, k: int) -> None:
+    cfg = GateConfig(surrogate=surrogate, kind=kind, temperature=0.6)
+    values, scores = random(5, 8), random(5, 8, seed=1)
+    expected = values * gate_mask(scores, k, cfg)
+    found = masked_units(values, scores, k, cfg)
+    if k == 8:
+        assert torch.equal(found, expected)
+        gradient = torch.autograd.grad(found.sum(), scores)[0]
+        assert not gradient.any()
+    else:
+        assert_same_gradients(found, expected, [values, scores])
+
+
+def test_masked_units_by_head() -> None:
+    cfg = GateConfig(attn_unit="head")
+    values, scores = random(5, 12), random(5, 4, seed=1)
+    expected = values * gate_mask(scores, 2, cfg).repeat_interleave(3, dim=-1)
+    assert_same_gradients(masked_units(values, scores, 2, cfg), expected, [values, scores])
+
+
+def test_ties_go_to_the_lowest_unit_and_pass_no_gradient() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]], requires_grad=True)
+    values = torch.ones(2, 4)
+    masked = masked_units(values, scores, 2, GateConfig())
+    assert masked.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    gradient = torch.autograd.grad((masked * torch.arange(4.0)).sum(), scores)[0]
+    assert not gradient[0].any()
+    assert gradient[1].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 6), st.booleans())
+def test_two_stage_top_k(seed: int, count: int, with_ties: bool) -> None:
+    scores = torch.randn(4, 256, generator=torch.Generator().manual_seed(seed))
+    if with_ties:
+        scores = (scores * 2).round()
+    values, index = largest(scores, count)
+    assert torch.equal(values, scores.topk(count, dim=-1).values)
+    assert torch.equal(scores.gather(1, index), values)
+    assert all(len(set(row.tolist())) == count for row in index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 7), st.booleans())
+def test_hard_mask(seed: int, k: int, with_ties: bool) -> None:
+    scores = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    if with_ties:
+        scores = scores.round()
+    edge = largest(scores, k + 1)[0][:, k - 1 :]
+    assert torch.equal(hard_mask(scores, edge, k), top_k_mask(scores, k))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_cross_entropy(tied: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sa_lens.core.fused import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 19 * 4)
+    monkeypatch.setattr(cross_entropy, "CACHED_ELEMENTS", 19 * 3)
+    x, table = random(10, 6), random(19, 6) if tied else random(6, 19)
+    bias = random(19) if with_bias else None
+    targets = torch.randint(0, 19, (10,), generator=torch.Generator().manual_seed(0))
+    targets[2] = -100
+    weight = table.T if tied else table
+    logits = x @ weight + (bias if bias is not None else 0)
+    found = linear_cross_entropy(x, weight, bias, targets, torch.float64)
+    inputs = [t for t in (x, table, bias) if t is not None]
+    assert_same_gradients(found, F.cross_entropy(logits, targets), inputs)
+
+
+def test_linear_cross_entropy_of_far_apart_logits() -> None:
+    """A target whose probability is below the smallest float still has a finite, exact loss."""
+    x, weight = torch.tensor([[1.0]]), torch.tensor([[0.0, 300.0]])
+    loss = linear_cross_entropy(x, weight, None, torch.tensor([0]), torch.float32)
+    assert float(loss) == 300.0
+
+
+def test_linear_cross_entropy_in_bfloat16() -> None:
+    x, table = random(64, 32).detach().float(), random(500, 32).detach().float() / 4
+    targets = torch.randint(0, 500, (64,), generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    table.requires_grad_()
+    expected = F.cross_entropy(x @ table.T, targets)
+    found = linear_cross_entropy(x, table.T, None, targets, torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=2e-3)
+    for a, b in zip(torch.autograd.grad(found, [x, table]), torch.autograd.grad(expected, [x, table]), strict=True):
+        assert a.dtype == torch.float32
+        assert float((a - b).norm()) < 1e-2 * float(b.norm())
