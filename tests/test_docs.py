@@ -1,0 +1,290 @@
+"""Every Python block of README and documentation runs; the site builds strictly and asks no server for anything."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+import sa_lens as sa
+from sa_lens.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(first line, text) of each fenced block of a language."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in BLOCK.finditer(text) if m[1] == language]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# ------------------------------------------------------------------------------------------------------ Python blocks
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `make demo` seems to have run: `runs/demo/local` holds a model of its kind, barely trained."""
+    from sa_lens.training import train
+
+    folder = tmp_path_factory.mktemp("reader")
+    run = sa.RunConfig(
+        model=sa.ModelConfig(n_layers=2, d_model=32, n_heads=4, n_ctx=64, init="gpt2", attn_scale=True),
+        data=sa.DataConfig(source="stories", n_stories=300, vocab_size=1024, cache_dir=str(folder / "cache")),
+        train=sa.TrainConfig(steps=3, batch_size=2, eval_tokens=128, sample_tokens=0),
+    )
+    train(run, folder / "runs" / "demo" / "local", device="cpu", progress=False)
+    return folder
+
+
+@pytest.fixture
+def reader(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("SA_LENS_CACHE", str(world / "cache"))
+    with torch.random.fork_rng():
+        yield world
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_run_in_order(page, reader):
+    """The blocks of a page, one after the other as in a notebook, and the model of the demo is left as it was."""
+    model = reader / "runs" / "demo" / "local" / "model.safetensors"
+    before = model.read_bytes()
+    names: dict[str, object] = {"__name__": "__main__"}
+    for line, source in blocks(page, "python"):
+        exec(compile("\n" * (line - 1) + source, str(page), "exec"), names)
+    assert model.read_bytes() == before
+
+
+def test_the_readme_shows_ten_lines():
+    """The example of the first screen: ten statements, those inside `with` counted."""
+    import ast
+
+    (line, source), *more = blocks(ROOT / "README.md", "python")
+    assert not more
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    assert len(statements) <= 11
+    assert line < 40
+
+
+def test_python_blocks_are_formatted():
+    for page in PAGES:
+        for line, source in blocks(page, "python"):
+            done = subprocess.run(
+                [sys.executable, "-m", "ruff", "format", "--check", "--quiet", "--stdin-filename", "block.py", "-"],
+                input=source,
+                text=True,
+                cwd=ROOT,
+                check=False,
+            )
+            assert done.returncode == 0, f"{name(page)}, line {line}: not as the formatter wants it"
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """(page, command) of every line of every shell block, continued lines joined, comments removed."""
+    for page in PAGES:
+        for _, source in blocks(page, "bash"):
+            for line in re.sub(r"\\\n\s*", " ", source).splitlines():
+                if command := line.split(" #")[0].strip():
+                    yield name(page), command
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for _, command in command_lines() if command.startswith("make ") for word in command.split()[1:]}
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        named |= set(re.findall(r"`make ([\w-]+)", page.read_text(encoding="utf-8")))
+    assert named
+    assert named <= targets
+
+
+def test_commands_and_their_flags_exist():
+    """Each `sa-lens COMMAND` of the documentation is a command, and takes the flags that stand there."""
+    from sa_lens import cli
+
+    found = [
+        (page, command.split("sa_lens " if "-m sa_lens" in command else "sa-lens ", 1)[1].split())
+        for page, command in command_lines()
+        if "sa-lens " in command.replace("pip install sa-lens", "") or "-m sa_lens " in command
+    ]
+    assert found
+    for page, words in found:
+        assert words[0] in cli.COMMANDS, f"{page}: {words}"
+        helps = help_of(words[0])
+        for flag in (word for word in words if word.startswith("--")):
+            assert f"{flag} " in helps or f"{flag}\n" in helps, f"{page}: {words[0]} has no flag {flag}"
+        if "--preset" in words:
+            assert words[words.index("--preset") + 1] in PRESETS
+
+
+def help_of(command: str) -> str:
+    """The help of a command, of `train` with all settings."""
+    from sa_lens import cli
+
+    texts = []
+    for flag in ["--help", "--help-all"] if command == "train" else ["--help"]:
+        text = run_for_help(cli, [command, flag])
+        texts.append(text.replace("│", " "))
+    return "\n".join(texts)
+
+
+def run_for_help(cli, arguments: list[str]) -> str:
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        cli.main(arguments)
+    return out.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_links_of_the_repository_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert links
+    for link in links:
+        if not urlsplit(link).scheme:
+            assert (ROOT / urlsplit(link).path).exists(), f"{name(page)}: {link}"
+
+
+def test_the_map_of_the_readme_names_what_exists():
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row)
+        folder = (ROOT / first).parent
+        assert (ROOT / first).exists(), first
+        for other in others:
+            assert (folder / other).exists(), other
+
+
+# --------------------------------------------------------------------------------------------------------------- site
+
+
+class Page(HTMLParser):
+    """What a page of the site refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        """What a browser fetches to show the page."""
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.formulas = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if values.get("id"):
+            self.ids.add(str(values["id"]))
+        if values.get("src"):
+            self.loads.append(str(values["src"]))
+        if values.get("href"):
+            (self.loads if tag == "link" else self.links).append(str(values["href"]))
+        self.formulas += tag == "math"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={"PATH": "", "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, Page]:
+    parsed = {}
+    for file in site.rglob("*.html"):
+        page = Page()
+        page.feed(file.read_text(encoding="utf-8"))
+        parsed[file.relative_to(site).as_posix()] = page
+    return parsed
+
+
+def test_the_site_has_every_page(pages):
+    expected = {page.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for page in PAGES[1:]}
+    assert expected | {"404.html"} == set(pages)
+
+
+def test_the_site_loads_nothing_from_a_server(site, pages):
+    for where, page in pages.items():
+        for url in page.loads:
+            assert not urlsplit(url).netloc, f"{where} loads {url}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//|@import", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_links_of_the_site_lead_to_a_page_and_a_place(pages):
+    for where, page in pages.items():
+        if where == "404.html":
+            continue
+        for link in page.links + page.loads:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            target = (Path("/") / where).parent.joinpath(unquote(url.path)) if url.path else Path("/") / where
+            path = str(Path(*_collapsed(target))) if url.path else where
+            if path in pages and url.fragment:
+                assert unquote(url.fragment) in pages[path].ids, f"{where}: {link}"
+            elif path.endswith(".html"):
+                assert path in pages, f"{where}: {link}"
+
+
+def _collapsed(path: Path) -> list[str]:
+    parts: list[str] = []
+    for part in path.parts[1:]:
+        if part == "..":
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return parts
+
+
+def test_equations_are_drawn(pages):
+    lines = sum(len(source.splitlines()) for _, source in blocks(ROOT / "docs" / "method.md", "math"))
+    assert lines >= 10
+    assert pages["method.html"].formulas == lines
+
+
+def test_the_api_has_every_public_name(site):
+    raw = (site / "objects.inv").read_bytes()
+    header = b"".join(raw.splitlines(keepends=True)[:4])
+    documented = {line.split(" ")[0] for line in zlib.decompress(raw[len(header) :]).decode().splitlines()}
+    for module in ("sa_lens", "sa_lens.data", "sa_lens.data.stories", "sa_lens.training"):
+        for public in importlib.import_module(module).__all__:
+            known = {f"{module}.{public}", f"sa_lens.config.{public}"}
+            assert known & documented or public == "__version__", f"{module}.{public} is not in docs/api"
+
+
+def test_no_page_names_a_path_of_somebodys_machine():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        assert not re.search(r"(?<![\w.])/(home|root|Users|tmp)/", page.read_text(encoding="utf-8")), name(page)
