@@ -33,7 +33,8 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_both_forms_equal_the_token_by_token_definition(shape, gates):
-    plain = plain_model(shape)
+    # soft weights amplify rounding by 1 / (T D), so they are compared in float64
+    plain = plain_model(shape, dtype=torch.float64 if gates.get("kind") == "soft" else torch.float32)
     model = SelfAblatingTransformer.from_hooked(plain, gates_for(shape, **gates), seed=3)
     tokens = random_tokens()
     expected = oracle.ablated_logits(plain, model, tokens)
