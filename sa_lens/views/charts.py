@@ -10,8 +10,10 @@ import plotly.graph_objects as go
 
 from sa_lens.views.drawing import draw
 from sa_lens.views.records import Bars, Curves, Line, number
-from sa_lens.views.theme import heading, palette, template
+from sa_lens.views.theme import heading, palette, plain, template
 
+WIDTH = 860
+"""Pixels of a chart."""
 MOST_BARS = 40
 """Bars that a figure shows; the rest stay in the record."""
 
@@ -20,12 +22,12 @@ MOST_BARS = 40
 def figure_of_bars(record: Bars, *, dark: bool = False) -> go.Figure:
     """The figure of bars: the first 40, from the top."""
     colours = palette(dark)
-    labels, values = record.labels[:MOST_BARS], record.values[:MOST_BARS]
+    labels, values = [plain(label) for label in record.labels[:MOST_BARS]], record.values[:MOST_BARS]
     figure = go.Figure(
         go.Bar(
             x=list(values),
             y=list(range(len(values))),
-            customdata=list(labels),
+            customdata=labels,
             orientation="h",
             marker={"color": [colours.positive if (v or 0) >= 0 else colours.negative for v in values]},
             hovertemplate=f"%{{customdata}}<br><b>%{{x:.4f}}</b> {record.scale}<extra></extra>",
@@ -34,18 +36,20 @@ def figure_of_bars(record: Bars, *, dark: bool = False) -> go.Figure:
     note = record.note
     if len(record.values) > MOST_BARS:
         note += f"; the first {MOST_BARS} of {len(record.values)}"
+    title, room = heading(record.title, note, WIDTH, dark)
     figure.update_layout(
         template=template(dark),
-        title=heading(record.title, note, dark),
+        title=title,
         xaxis={"title": {"text": record.scale}, "zeroline": True, "zerolinecolor": colours.faint},
         yaxis={
             "autorange": "reversed",
             "tickvals": list(range(len(labels))),
-            "ticktext": list(labels),
+            "ticktext": labels,
             "showgrid": False,
         },
-        width=860,
-        height=150 + 20 * len(labels),
+        width=WIDTH,
+        height=65 + room + 20 * len(labels),
+        margin={"t": room},
         bargap=0.25,
     )
     return figure
@@ -99,7 +103,7 @@ def figure_of_curves(record: Curves, *, dark: bool = False) -> go.Figure:
     names = list(dict.fromkeys(line.name for line in record.lines))
     figure = go.Figure()
     for line in record.lines:
-        label = f"{line.name}, {line.stream}" if line.stream else line.name
+        label = plain(f"{line.name}, {line.stream}" if line.stream else line.name)
         hover = f"{label}<br>{record.x_title} %{{x:,}}<br><b>%{{y:.4f}}</b> {record.y_title}<extra></extra>"
         figure.add_trace(
             go.Scatter(
@@ -116,13 +120,15 @@ def figure_of_curves(record: Curves, *, dark: bool = False) -> go.Figure:
                 hovertemplate=hover,
             )
         )
+    title, room = heading(record.title, record.note, WIDTH, dark)
     figure.update_layout(
         template=template(dark),
-        title=heading(record.title, record.note, dark),
+        title=title,
         xaxis={"title": {"text": record.x_title}, "rangemode": "tozero"},
         yaxis={"title": {"text": record.y_title}},
         showlegend=len(record.lines) > 1,
-        width=860,
+        width=WIDTH,
         height=480,
+        margin={"t": room},
     )
     return figure

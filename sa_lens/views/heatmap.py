@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import pandas as pd
@@ -11,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from sa_lens.views.drawing import draw
 from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
-from sa_lens.views.theme import colour_scale, heading, palette, template
+from sa_lens.views.theme import colour_scale, heading, palette, plain, template, wrapped
 
 WHAT = {
     "resid_pre": "residual stream",
@@ -124,11 +123,6 @@ def _label(at: object, token: str, column: str) -> str:
     return f"{at} {token.strip() or repr(token)}"
 
 
-def _shown(label: str) -> str:
-    """A label that plotly shows as it is, not as markup."""
-    return html.escape(label, quote=False)
-
-
 def _limits(records: Sequence[HeatMap]) -> tuple[float, float]:
     """Ends of a colour scale that serves all the records; symmetric about 0 if diverging."""
     values = [v for record in records for row in record.values for v in row if v is not None]
@@ -143,7 +137,7 @@ def _limits(records: Sequence[HeatMap]) -> tuple[float, float]:
 def _trace(record: HeatMap, limits: tuple[float, float], dark: bool) -> go.Heatmap:
     small = len(record.x.labels) * len(record.y.labels) <= MOST_NUMBERS
     columns, rows = len(record.x.labels), len(record.y.labels)
-    names = [[(_shown(y), _shown(x)) for x in record.x.labels] for y in record.y.labels]
+    names = [[(plain(y), plain(x)) for x in record.x.labels] for y in record.y.labels]
     return go.Heatmap(
         z=[list(row) for row in record.values],
         x=list(range(columns)),
@@ -178,7 +172,7 @@ def _axes(record: HeatMap) -> tuple[dict[str, object], dict[str, object]]:
             {
                 "title": {"text": axis.title},
                 "tickvals": list(range(len(axis.labels))),
-                "ticktext": [_shown(label) for label in axis.labels],
+                "ticktext": [plain(label) for label in axis.labels],
                 "showgrid": False,
                 "zeroline": False,
             }
@@ -195,15 +189,15 @@ def figure(record: HeatMap, *, dark: bool = False) -> go.Figure:
     shown = go.Figure(_trace(record, _limits([record]), dark))
     x, y = _axes(record)
     width = 190 + max(7 * _CELL, _CELL * len(record.x.labels))
-    height = 190 + max(3 * _ROW, _ROW * len(record.y.labels))
+    title, room = heading(record.title, record.note, width, dark)
     shown.update_layout(
         template=template(dark),
-        title=heading(record.title, _wrapped(record.note, width), dark),
+        title=title,
         xaxis=x,
         yaxis=y,
         width=width,
-        height=height + 16 * _wrapped(record.note, width).count("<br>"),
-        margin={"t": 85 + 16 * _wrapped(record.note, width).count("<br>")},
+        height=105 + room + max(3 * _ROW, _ROW * len(record.y.labels)),
+        margin={"t": room},
     )
     return shown
 
@@ -247,8 +241,8 @@ def side_by_side(
     each = max(7, widest) * _CELL + 40
     all_notes = list(dict.fromkeys(record.note for record in heat_maps))
     captions = [
-        f"<b>{_wrapped(name, each)}</b>"
-        + (f"<br><span style='font-size:11px;color:{colours.faint}'>{_wrapped(record.note, each)}</span>")
+        f"<b>{wrapped(name, each)}</b>"
+        + (f"<br><span style='font-size:11px;color:{colours.faint}'>{wrapped(record.note, each)}</span>")
         * (len(all_notes) > 1)
         for name, record in zip(names, heat_maps, strict=True)
     ]
@@ -266,23 +260,14 @@ def side_by_side(
         figure.update_yaxes(y, row=1, col=column)
     lines = max(caption.count("<br>") for caption in captions)
     rows = max(len(record.y.labels) for record in heat_maps)
+    width = 150 + each * len(heat_maps)
+    above, room = heading(title or heat_maps[0].title, all_notes[0] if len(all_notes) == 1 else "", width, dark)
+    room += 30 + 15 * lines
     figure.update_layout(
         template=template(dark),
-        title=heading(title, all_notes[0] if len(all_notes) == 1 else "", dark),
-        width=150 + each * len(heat_maps),
-        height=220 + 15 * lines + max(3 * _ROW, _ROW * rows),
-        margin={"t": 110 + 15 * lines},
+        title=above,
+        width=width,
+        height=105 + room + max(3 * _ROW, _ROW * rows),
+        margin={"t": room},
     )
     return figure
-
-
-def _wrapped(text: str, width: float) -> str:
-    """The text with line breaks so that it fits in so many pixels, at small print."""
-    most = max(20, int(width / 6.6))
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > most:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return "<br>".join(_shown(line) for line in lines)

@@ -5,6 +5,8 @@ Nothing is set globally: each figure carries its own template.
 
 from __future__ import annotations
 
+import html
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -98,8 +100,26 @@ def template(dark: bool = False) -> go.layout.Template:
     )
 
 
-def heading(title: str, note: str, dark: bool = False) -> dict[str, str]:
-    """Plotly title: the heading, and the note below it in small."""
+def plain(text: str) -> str:
+    """Text that plotly shows as it is, where it would read markup."""
+    return html.escape(text, quote=False)
+
+
+def wrapped(text: str, width: float) -> str:
+    """Text in small print, broken into lines of so many pixels, safe from markup."""
+    lines = textwrap.wrap(text, max(20, int(width / 6.6)), break_long_words=False)
+    return "<br>".join(map(plain, lines))
+
+
+def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[dict[str, str], int]:
+    """Plotly's title (the heading, and the note below it in small print), and the room it takes, in pixels.
+
+    Args:
+        width: of the figure, in pixels.
+    """
+    text = f"<b>{plain(title)}</b>"
     if not note:
-        return {"text": f"<b>{title}</b>"}
-    return {"text": f"<b>{title}</b><br><span style='font-size:12px;color:{palette(dark).faint}'>{note}</span>"}
+        return {"text": text}, 70
+    small = wrapped(note, width - 40)
+    style = f"font-size:12px;color:{palette(dark).faint}"
+    return {"text": f"{text}<br><span style='{style}'>{small}</span>"}, 85 + 16 * small.count("<br>")

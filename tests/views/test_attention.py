@@ -1,0 +1,54 @@
+"""Attention records hold the patterns of both streams; their page needs no network."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import sa_lens as sa
+from sa_lens.views import attention, view
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = sa.ModelConfig(n_layers=2, d_model=8, n_heads=2, d_mlp=16, n_ctx=16, d_vocab=20)
+    return sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=3, k_mlp=4), seed=1).requires_grad_(False)
+
+
+def test_patterns_of_both_streams(model):
+    tokens = torch.tensor([0, 5, 6, 7, 6])
+    record = attention(model, tokens, 1)
+    assert record.heads == ("clean 1.0", "clean 1.1", "ablated 1.0", "ablated 1.1")
+    assert record.tokens == ("0", "5", "6", "7", "6")
+    _, clean = model.run_with_cache(tokens[None])
+    with model.ablated():
+        _, ablated = model.run_with_cache(tokens[None])
+    expected = torch.cat([clean["pattern", 1][0], ablated["pattern", 1][0]])
+    np.testing.assert_allclose(np.array(record.patterns), expected, atol=1e-6)
+    assert not np.allclose(record.patterns[0], record.patterns[2])
+    assert attention(model.to_hooked_transformer(), tokens, 1).patterns == record.patterns[:2]
+    assert attention(model, tokens[None], 1, stream="ablated").heads == record.heads[2:]
+
+
+def test_page_needs_no_network(model, tmp_path):
+    path = view(attention(model, torch.tensor([0, 5, 6]), 0)).save(tmp_path / "attention.html")
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+    assert not re.search(r"import[^;]{0,80}https?://", text)
+    assert "ablated 0.1" in text
+    # the script once, not once a stream
+    assert text.count("AttentionHeads") < 2 * view(attention(model, torch.tensor([0]), 0, stream="clean")).html().count(
+        "AttentionHeads"
+    )
+    with pytest.raises(ValueError, match=r"saved as \.html"):
+        view(attention(model, torch.tensor([0]), 0)).save(tmp_path / "attention.png")
+
+
+def test_refusals(model):
+    with pytest.raises(ValueError, match="layer 2 is not there"):
+        attention(model, torch.tensor([0]), 2)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        attention(model, "Once", 0)
+    with pytest.raises(ValueError, match="not of 2"):
+        attention(model, torch.zeros(2, 3, dtype=torch.long), 0)

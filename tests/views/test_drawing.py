@@ -1,0 +1,54 @@
+"""Saved figures need no network, and a missing browser is named."""
+
+import re
+import struct
+
+import pytest
+
+from sa_lens.views import draw, save
+from sa_lens.views.records import Bars
+
+RECORD = Bars("units", "", ("a", "b"), (1.0, -2.0), "share")
+
+
+def test_html_holds_everything_once(tmp_path):
+    path = save(draw(RECORD), tmp_path / "deep" / "figure.html")
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text), "loads something from elsewhere"
+    # plotly's own script is several megabytes
+    assert 3e6 < len(text) < 9e6
+    assert all(word in text for word in ("units", "share"))
+
+
+def test_png_has_the_size_of_the_figure(tmp_path):
+    pytest.importorskip("kaleido", reason="images need kaleido")
+    figure = draw(RECORD)
+    try:
+        path = save(figure, tmp_path / "figure.png", scale=1)
+    except RuntimeError as error:
+        if "found no Chrome" in str(error):
+            pytest.skip("images need Chrome or Chromium")
+        raise
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (figure.layout.width, figure.layout.height)
+
+
+def test_missing_browser_and_unknown_format(tmp_path, monkeypatch):
+    pytest.importorskip("kaleido", reason="images need kaleido")
+    figure = draw(RECORD)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
+
+    monkeypatch.setattr(type(figure), "write_image", fails)
+    with pytest.raises(RuntimeError, match=r"figure\.png: kaleido found no Chrome or Chromium.*\.html"):
+        save(figure, tmp_path / "figure.png")
+    with pytest.raises(ValueError, match=r"saved as \.html, \.png"):
+        save(figure, tmp_path / "figure.gif")
+
+
+def test_missing_kaleido(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'sa-lens\[png\]'"):
+        save(draw(RECORD), tmp_path / "figure.png")
