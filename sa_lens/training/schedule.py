@@ -17,6 +17,6 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
         step: from 0 to `cfg.steps`; a run takes steps 0 to `cfg.steps - 1`.
     """
     if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+        return cfg.lr * ((step + 1) / cfg.warmup_steps)
     done = (step - cfg.warmup_steps) / (cfg.steps - cfg.warmup_steps)
     return cfg.lr * (1 + math.cos(math.pi * done)) / 2
