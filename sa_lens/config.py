@@ -94,7 +94,8 @@ class GateConfig:
     k_mlp: int = 8
     """Neurons that stay, per token and layer."""
     kind: Literal["hard", "soft"] = "hard"
-    """`hard`: the forward value is the 0/1 mask, its gradient the surrogate's. `soft`: the surrogate weights forward too."""
+    """`hard`: the forward value is the 0/1 mask, its gradient the surrogate's. `soft`: the surrogate weights act in the
+    forward pass too."""
     surrogate: Literal["sigmoid", "softmax"] = "sigmoid"
     """Soft weights that give the gradient. `sigmoid`: the reference's code. `softmax`: the paper's text."""
     temperature: float = 1.0
@@ -212,7 +213,8 @@ class TrainConfig:
     batch_size: int = 32
     """Sequences of n_ctx tokens per optimizer step, over all processes."""
     accumulate: int = 1
-    """Micro-batches a step is split into; batch_size must be a multiple of accumulate times the processes."""
+    """Micro-batches a step is split into, over all processes: with 2, one process takes both in turn, or two processes
+    take one each with the same result. Fewer than the processes: as many as there are processes."""
     lr: float = 1e-3
     """Peak learning rate; cosine to 0 at the last step."""
     warmup_steps: int = 0

@@ -18,12 +18,12 @@ from torch import Tensor
 from sa_lens.config import RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.core.checkpoints import complete_steps
-from sa_lens.data import ProcessPositions, training_loader, validation_blocks
+from sa_lens.data import training_loader, validation_blocks
 from sa_lens.training import run_folder, state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.interruption import Interrupted, StopRequest, stop_requests
 from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term_names, term_row
-from sa_lens.training.processes import accelerator_for, check_device, check_tracker
+from sa_lens.training.processes import accelerator_for, check_device, check_tracker, micro_batches
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate
 from sa_lens.training.start import Start, start
@@ -81,9 +81,7 @@ def train(
     check_tracker(run.train.tracker)
     with ExitStack() as stack:
         accelerator = stack.enter_context(accelerator_for(run, out, device))
-        ProcessPositions(
-            0, 0, run.train.batch_size, accumulate=run.train.accumulate, world_size=accelerator.num_processes
-        )
+        micro_batches(run, accelerator.num_processes)
         if accelerator.is_main_process:
             run_folder.check_free(out, resume)
             stack.enter_context(run_folder.sole_trainer(out))
@@ -103,6 +101,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     metrics = MetricsFile(out / run_folder.METRICS)
     validation = validation_blocks(begun.data.validation, run.model.n_ctx, cfg.eval_tokens)
     batches = _batches(run, begun, accelerator)
+    parts = micro_batches(run, accelerator.num_processes)
     window = Window(term_names(run), lambda x: accelerator.reduce(x, "mean"))
     window.fetched = list(at.window)
     step = at.step
@@ -169,11 +168,11 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows: list[Tensor] = []
-            for part in range(1, cfg.accumulate + 1):
+            for part in range(1, parts + 1):
                 tokens, targets = next(batches)
-                with nullcontext() if part == cfg.accumulate else accelerator.no_sync(module):
+                with nullcontext() if part == parts else accelerator.no_sync(module):
                     terms = module(tokens, targets)
-                    accelerator.backward(terms.total / cfg.accumulate)
+                    accelerator.backward(terms.total / parts)
                 rows.append(term_row(terms))
             norm = accelerator.clip_grad_norm_(module.parameters(), cfg.clip or math.inf)
             optimizer.step()
@@ -211,7 +210,7 @@ def _batches(run: RunConfig, begun: Start, accelerator: Accelerator) -> Iterator
         batch_size=run.train.batch_size,
         start_step=begun.at.step,
         stop_step=run.train.steps,
-        accumulate=run.train.accumulate,
+        accumulate=micro_batches(run, accelerator.num_processes),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         workers=run.train.workers,

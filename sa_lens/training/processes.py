@@ -94,6 +94,27 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
             GradientState._reset_state()
 
 
+def micro_batches(run: RunConfig, processes: int) -> int:
+    """Micro-batches of a step that each process takes.
+
+    Raises:
+        ValueError: a batch or a number of micro-batches that the processes cannot share evenly.
+    """
+    cfg = run.train
+    if cfg.accumulate > processes and cfg.accumulate % processes != 0:
+        raise ValueError(
+            f"train.accumulate={cfg.accumulate} is not a multiple of the {processes} processes that share its "
+            "micro-batches"
+        )
+    each = max(1, cfg.accumulate // processes)
+    if cfg.batch_size % (each * processes) != 0:
+        raise ValueError(
+            f"train.batch_size={cfg.batch_size} is not a multiple of {each * processes} ({processes} processes, {each} "
+            "micro-batches each)"
+        )
+    return each
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
     """Nested settings as `section.name`, in the types that every tracker takes."""
     flat: dict[str, int | float | str | bool] = {}

@@ -1,0 +1,110 @@
+"""Training in processes of their own, which may be killed or train together.
+
+They are forked from a server that has imported everything and computed nothing, so that each starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from sa_lens.config import RunConfig
+
+Where = Literal["anywhere", "writing"]
+
+
+def start(function: Callable[..., None], *arguments: Any) -> Any:
+    """Starts `function` in a child; returns the process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sa_lens.training", "sa_lens.core.fused", "accelerate", "tokenizers"])
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        process = context.Process(target=function, args=arguments)
+        process.start()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+    return process
+
+
+def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: Path) -> None:
+    """Trains; at the `moment`-th function call of the main thread (in all, or of those made while files are written)
+    the process kills itself with SIGKILL. A process that survives writes its number of calls to `report`."""
+    import torch
+
+    from sa_lens.core import checkpoints
+    from sa_lens.training import loop, state, train
+
+    torch.set_num_threads(1)
+    calls = 0
+    writing = 0
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal calls
+        if event in ("call", "c_call") and (writing or where == "anywhere"):
+            calls += 1
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*arguments: Any, **named: Any) -> Any:
+            nonlocal writing
+            writing += 1
+            try:
+                return function(*arguments, **named)
+            finally:
+                writing -= 1
+
+        return write
+
+    state.write = watched(state.write)
+    checkpoints.save = watched(checkpoints.save)
+    assert loop.state.write is state.write
+    sys.setprofile(count)
+    train(run, out, device="cpu", resume=True, progress=False)
+    sys.setprofile(None)
+    report.write_text(str(calls))
+
+
+def train_together(run: RunConfig, out: Path, processes: int, **options: Any) -> None:
+    """Trains in several processes over gloo and waits for them.
+
+    Raises:
+        AssertionError: one of them failed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [start(_one_of, run, out, rank, processes, port, options) for rank in range(processes)]
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * processes
+
+
+def _one_of(run: RunConfig, out: Path, rank: int, processes: int, port: int, options: dict[str, Any]) -> None:
+    # what `accelerate launch --cpu` sets
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    from sa_lens.training import train
+
+    torch.set_num_threads(1)
+    train(run, out, device="cpu", progress=False, **options)
+    torch.distributed.destroy_process_group()
