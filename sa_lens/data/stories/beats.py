@@ -34,9 +34,9 @@ class Beats(Writer):
             self.give(o, self.owner(o))
             return
         kind = self.random()
-        if kind < 0.48:
+        if kind < 0.6:
             self.give_new(definite=kind < 0.1 and not self.holder)
-        elif kind < 0.58 and len(self.holder) < 3:
+        elif kind < 0.68 and len(self.holder) < 3:
             o, q = self.new_thing(), self.new_thing()
             self.say("have_each", x=x, y=y, o=o, q=q)
             self.owned(o, x)
@@ -123,20 +123,20 @@ class Beats(Writer):
         """The one who got the object (and has it) says thanks or uses it."""
         r = self.scene.other(g)
         kind = self.random()
-        if kind < 0.15:
+        if kind < 0.2:
             self.say("thank", x=r, y=g)
-        elif kind < 0.4:
+        elif kind < 0.5:
             self.say("thank_for", x=r, y=g, o=o)
-        elif kind < 0.55:
+        elif kind < 0.62:
             self.say("thank_quote", x=r, y=g)
             if self.chance(0.5):
                 self.say("reply", x=r, y=g)
-        elif kind < 0.65:
+        elif kind < 0.7:
             self.say("feel", x=r, f=self.pick(PROUD))
-        elif kind < 0.72 and self.unambiguous(r):
+        elif kind < 0.78 and self.unambiguous(r):
             why = self.pick(("feel_has", "feel_likes"))
             self.say(why, x=r, o=o, f=self.pick(GLAD))
-        elif kind < 0.8 and "say_like" not in self.told:
+        elif kind < 0.84 and "say_like" not in self.told:
             self.say("say_like", x=r, o=o)
         elif kind < 0.95:
             self.say("use_" + o.kind, x=r, o=o)
@@ -150,19 +150,19 @@ class Beats(Writer):
         kind = self.random()
         if o is None:
             self.another_gift() if len(self.holder) < 3 and room > 25 else self.remark()
-        elif kind < 0.2:
+        elif kind < 0.25:
             self.ask_and_give(o)
-        elif kind < 0.38 and room > 42:
+        elif kind < 0.4 and room > 42:
             self.lose_and_find(o)
-        elif kind < 0.48 and room > 42 and o.noun in BREAKABLE:
+        elif kind < 0.5 and room > 42 and o.noun in BREAKABLE:
             self.break_and_mend(o)
-        elif kind < 0.58:
+        elif kind < 0.57:
             self.talk_about(o)
-        elif kind < 0.66:
+        elif kind < 0.62:
             self.use_together(o)
-        elif kind < 0.74:
+        elif kind < 0.78:
             self.give(o, self.owner(o))
-        elif kind < 0.84 and len(self.holder) < 3 and room > 25:
+        elif kind < 0.9 and len(self.holder) < 3 and room > 25:
             self.another_gift()
         else:
             self.remark()

@@ -77,17 +77,20 @@ class _Telling(Beats):
     def tell(self) -> Story:
         first = self.pick(tuple(self.friends))
         second = self.pick(self.friends[first])
+        if NAMES[first] == NAMES[second] and self.chance(0.4):
+            # more often a girl and a boy, so that pronouns are frequent
+            second = self.pick(self.friends[first])
         both = set(self.friends[first]) & set(self.friends[second])
-        thirds = [name for name in NAMES if name in both] if self.chance(0.3) else []
+        thirds = [name for name in NAMES if name in both] if self.chance(0.25) else []
         x, y = character(first), character(second)
         self.scene = Scene(x, y, self.pick(PLACES))
         self.open()
         self.gift()
         # the close adds up to 22 words
-        target = 48 + 40 * self.random()
-        while self.n_words < (min(target, 60) if thirds else target):
+        target = 40 + 22 * self.random()
+        while self.n_words < (min(target, 44) if thirds else target):
             self.beat()
-        if thirds and self.n_words <= 66:
+        if thirds and self.n_words <= 58:
             self.change_scene(character(self.pick(thirds)))
             self.gift()
         self.close()
@@ -118,7 +121,7 @@ class _Telling(Beats):
                 if place.outdoors and self.chance(0.2):
                     self.say("sky")
             self.go()
-        if self.chance(0.45):
+        if self.chance(0.3):
             self.remark()
 
     def befriend(self) -> None:

@@ -13,14 +13,8 @@ from typing import Literal, NamedTuple
 
 Gender = Literal["girl", "boy"]
 
-_GIRLS = (
-    "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Clara Sophie Alice Julia Laura Nora "
-    "Eva Tina Helen"
-)
-_BOYS = (
-    "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Toby Felix Hugo Oliver Martin Kevin "
-    "Jacob Lucas George"
-)
+_GIRLS = "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Clara Sophie Alice Julia Nora"
+_BOYS = "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Toby Felix Hugo Oliver Martin"
 
 NAMES: dict[str, Gender] = {**dict.fromkeys(_GIRLS.split(), "girl"), **dict.fromkeys(_BOYS.split(), "boy")}
 """Every name with its gender. None of them is also a common word, and each is one word, so prompts stay aligned."""
@@ -95,35 +89,19 @@ def character(name: str) -> Character:
 OBJECTS: dict[str, tuple[str, ...]] = {
     "ball": ("ball", "balloon", "stick", "plane"),
     "toy": ("kite", "doll", "drum", "truck", "robot", "boat", "train", "puzzle", "car", "wagon", "whistle"),
-    "food": (
-        *(
-            "apple",
-            "cake",
-            "cookie",
-            "orange",
-            "banana",
-            "sandwich",
-            "pear",
-            "muffin",
-            "carrot",
-            "pie",
-            "peach",
-            "plum",
-        ),
-        "melon",
-    ),
-    "reading": ("book", "letter", "map", "card", "poem", "note"),
-    "clothing": ("hat", "scarf", "coat", "crown", "cap", "necklace", "ring"),
+    "food": ("apple", "cake", "cookie", "orange", "banana", "sandwich", "pear", "muffin", "pie", "peach"),
+    "reading": ("book", "letter", "map", "card", "poem"),
+    "clothing": ("hat", "scarf", "coat", "crown", "cap", "ring"),
     "thing": (
         *("cup", "shell", "flower", "box", "key", "lamp", "coin", "basket", "blanket", "umbrella", "bell", "stone"),
-        *("feather", "leaf", "brush", "pencil", "bucket", "mirror", "candle", "spoon", "picture", "jar"),
+        *("feather", "leaf", "brush", "pencil", "bucket", "mirror"),
     ),
 }
 """Objects by kind; the kind decides what can be done with one."""
 
 KIND_OF: dict[str, str] = {noun: kind for kind, nouns in OBJECTS.items() for noun in nouns}
 BREAKABLE = frozenset(("kite", "doll", "drum", "truck", "robot", "boat", "train", "car", "wagon", "plane", "whistle"))
-SMALL = frozenset(("coin", "key", "shell", "stone", "feather", "leaf", "pencil", "spoon", "brush", "bell", "candle"))
+SMALL = frozenset(("coin", "key", "shell", "stone", "feather", "leaf", "pencil", "brush", "bell"))
 ADJECTIVES: dict[str, tuple[str, ...]] = {
     "ball": ("red", "blue", "yellow", "big", "small", "new"),
     "toy": ("red", "blue", "green", "old", "new", "small", "pretty", "tiny"),

@@ -73,7 +73,7 @@ class Writer:
         options = plain
         if he or it:
             subject = entities.get("x") or entities.get("y")
-            may_he = bool(he) and self.recent(subject) and self.chance(0.6)
+            may_he = bool(he) and self.recent(subject) and self.chance(0.75)
             may_it = bool(it) and entities["o"] is self.last_thing and self.chance(0.5)
             options = (both if may_it else he) if may_he else it if may_it else plain
         sentence = self.pick(options or plain)
@@ -93,7 +93,7 @@ class Writer:
         while noun in self.nouns:
             noun = self.pick(_NOUNS)
         self.nouns.add(noun)
-        o = thing(noun, self.pick(ADJECTIVES[KIND_OF[noun]]) if self.chance(0.4) else "")
+        o = thing(noun, self.pick(ADJECTIVES[KIND_OF[noun]]) if self.chance(0.25) else "")
         self.things.append(o)
         return o
 
