@@ -1,0 +1,329 @@
+"""Speed and memory of training and inference, every row in a process of its own.
+
+    python benchmarks/training.py --json rows.json
+    python benchmarks/training.py --only paper            # the rows whose name starts so
+    python benchmarks/training.py --device cuda --json rows.json
+
+A row alternates training steps (loss, backward, clipping, AdamW) with matrix products that measure what the machine
+does at that moment; both are the best of several, because another process can only slow them down. `core_share` says
+how much of the cores this process got in its best step: well below 1, and somebody else was using them. On such a
+machine `--threads 1 --clock cpu` counts the processor time of one thread instead, which waiting does not change.
+
+Peak memory is the process's resident set on a CPU, what torch allocated on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REFERENCE_RATES = {("local", 50257): 540.0, ("global", 50257): 353.0, ("local", 4096): 812.0}
+"""Tokens/s of the reference implementation at the paper's size on two CPU cores that do REFERENCE_MATMUL."""
+
+REFERENCE_MATMUL = 335e9
+"""Float32 matrix products of those cores, FLOP/s."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one process measures."""
+
+    name: str
+    variant: str
+    """Scope of the gates in a training row; `clean`, `ablated`, `plain` in an inference row."""
+    path: str = "fused"
+    """Path of the loss; of an inference row: `forward` or `cache`."""
+    dtype: str = "bf16"
+    batch: int = 8
+    n_ctx: int = 256
+    vocab: int = 50257
+    d_model: int = 128
+    compiled: bool = False
+    recompute: bool = False
+
+
+def rows(device: str) -> Iterator[Row]:
+    """The table, in order."""
+    yield Row("paper", "local")
+    yield Row("paper", "global")
+    yield Row("paper", "none")
+    yield Row("paper", "local", dtype="fp32")
+    yield Row("paper", "global", dtype="fp32")
+    yield Row("paper", "local", path="hooked", dtype="fp32")
+    yield Row("paper", "global", path="hooked", dtype="fp32")
+    yield Row("paper", "local", path="hooked")
+    yield Row("vocab", "local", vocab=4096)
+    yield Row("vocab", "none", vocab=4096)
+    yield Row("vocab", "local", path="hooked", dtype="fp32", vocab=4096)
+    yield Row("compiled", "local", compiled=True)
+    yield Row("recompute", "local", recompute=True)
+    for path, variant in (("forward", "clean"), ("forward", "plain"), ("cache", "clean"), ("cache", "ablated")):
+        yield Row("inference", variant, path=path, dtype="fp32", vocab=4096)
+    for batch in (2, 4, 8, 16, 32):
+        yield Row("batch", "local", batch=batch, vocab=4096)
+    for n_ctx in (64, 128, 256, 512, 1024):
+        yield Row("n_ctx", "local", n_ctx=n_ctx, vocab=4096)
+    if device == "cuda":
+        for d_model in (128, 768):
+            for path, compiled in (("hooked", False), ("fused", False), ("fused", True)):
+                for variant in ("none", "local", "global"):
+                    yield Row("gpu", variant, path=path, batch=32, d_model=d_model, compiled=compiled)
+
+
+def flop_per_token(row: Row, n_layers: int = 8) -> float:
+    """FLOP of the matrix products of one training step, forward and backward, per token."""
+    d, streams = row.d_model, 1 if row.variant == "none" else 2
+    weights = n_layers * (4 * d * d + 2 * d * 4 * d) + d * row.vocab
+    attention = n_layers * 2 * d * (row.n_ctx + 1) / 2
+    gates = n_layers * d * (d + 4 * d) if streams == 2 else 0
+    return 6.0 * (streams * (weights + attention) + gates)
+
+
+def best(repeats: int, *functions: Callable[[], float]) -> list[float]:
+    """The smallest of `repeats` results of each function, called in turn."""
+    results = [[f() for f in functions] for _ in range(repeats)]
+    return [min(column) for column in zip(*results, strict=True)]
+
+
+class Clock:
+    """Seconds that a function takes, and how much of the cores it got in its fastest call."""
+
+    def __init__(self, device: str, threads: int, clock: str) -> None:
+        self.device, self.threads, self.clock = device, threads, clock
+        self.fastest, self.core_share = float("inf"), 0.0
+
+    def __call__(self, function: Callable[[], Any]) -> float:
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        cpu, start = time.process_time(), time.perf_counter()
+        function()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        wall, busy = time.perf_counter() - start, time.process_time() - cpu
+        seconds = busy if self.clock == "cpu" else wall
+        if seconds < self.fastest:
+            self.fastest, self.core_share = seconds, busy / wall / self.threads
+        return seconds
+
+
+def matmul_seconds(device: str, dtype: Any, size: int, clock: str) -> Callable[[], float]:
+    """A function that times one square matrix product."""
+    import torch
+
+    a = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    timer = Clock(device, 1, clock)
+    return lambda: timer(lambda: torch.mm(a, a, out=out))
+
+
+def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> dict[str, Any]:
+    """One row of the table."""
+    import torch
+
+    torch.set_num_threads(threads)
+    # probabilities of rare tokens underflow to denormal numbers, which a CPU handles in slow motion
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    timer = Clock(device, threads, clock)
+    action = inference(row, device) if row.name == "inference" else training_step(row, device)
+    size = 1536 if device == "cpu" else 8192
+    products = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    for _ in range(3 if row.compiled or device == "cuda" else 2):
+        action()
+    seconds, *product_seconds = best(
+        repeats, lambda: timer(action), *(matmul_seconds(device, dtype, size, clock) for dtype in products)
+    )
+    rates = [2 * size**3 / s for s in product_seconds]
+    tokens_per_s = row.batch * row.n_ctx / seconds
+    record = dataclasses.asdict(row) | {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "threads": threads,
+        "clock": clock,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "peak_gb": round(peak_gb(device), 3),
+        "core_share": round(timer.core_share, 2),
+        "matmul_gflop_per_s": round(rates[0] / 1e9, 1),
+    }
+    if row.name != "inference":
+        record["mflop_per_token"] = round(flop_per_token(row) / 1e6, 1)
+        record["share_of_matmul_rate"] = round(flop_per_token(row) * tokens_per_s / rates[-1], 3)
+        reference = REFERENCE_RATES.get((row.variant, row.vocab))
+        if reference and device == "cpu" and (row.batch, row.n_ctx) == (8, 256):
+            record["times_reference"] = round(tokens_per_s / (reference * rates[0] / REFERENCE_MATMUL), 2)
+    return record
+
+
+def peak_gb(device: str) -> float:
+    """Largest memory of this process so far, 10^9 bytes."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def build(row: Row, device: str) -> Any:
+    """The row's model, at the paper's size unless the row says otherwise."""
+    from sa_lens.config import GateConfig, ModelConfig
+    from sa_lens.core import SelfAblatingTransformer
+
+    shape = ModelConfig(
+        d_model=row.d_model, n_heads=16 if row.d_model == 128 else 12, n_ctx=row.n_ctx, d_vocab=row.vocab
+    )
+    scope = row.variant if row.variant in ("none", "local", "global", "both") else "local"
+    return SelfAblatingTransformer(shape, GateConfig(scope=scope), device=device)
+
+
+def training_step(row: Row, device: str) -> Callable[[], Any]:
+    """A function that makes one optimizer step."""
+    import torch
+
+    from sa_lens.config import LossConfig
+    from sa_lens.core import TwoStreamLoss
+
+    model = build(row, device)
+    loss: Any = TwoStreamLoss(
+        model,
+        LossConfig(clean=0.5, ablated=0.5),
+        path=row.path,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[row.dtype],
+        checkpoint_activations=row.recompute,
+    )
+    if row.compiled:
+        loss = torch.compile(loss)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+    tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx + 1), device=device)
+
+    def step() -> None:
+        loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def inference(row: Row, device: str) -> Callable[[], Any]:
+    """A function that runs one forward pass, or one with every activation cached."""
+    import torch
+
+    model = build(row, device)
+    if row.variant == "plain":
+        model = model.to_hooked_transformer()
+    tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx), device=device)
+    run = model if row.path == "forward" else model.run_with_cache
+
+    @torch.no_grad()
+    def forward() -> None:
+        if row.variant == "ablated":
+            with model.ablated():
+                run(tokens)
+        else:
+            run(tokens)
+
+    return forward
+
+
+def in_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """The row, measured by a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, "--row", json.dumps(dataclasses.asdict(row))]
+    command += ["--device", args.device, "--threads", str(args.threads), "--repeats", str(args.repeats)]
+    command += ["--clock", args.clock]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{row} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def summary(records: list[dict[str, Any]]) -> Iterator[str]:
+    """The ratios that matter, of the rows that are there."""
+
+    def rate(**wanted: Any) -> float | None:
+        found = [r["tokens_per_s"] for r in records if all(r[key] == value for key, value in wanted.items())]
+        return found[0] if found else None
+
+    def ratio(label: str, above: dict[str, Any], below: dict[str, Any]) -> Iterator[str]:
+        a, b = rate(**above), rate(**below)
+        if a and b:
+            yield f"{label}: {a / b:.2f}x"
+
+    paper = {"name": "paper", "path": "fused", "dtype": "bf16"}
+    for scope in ("local", "global"):
+        plain = {**paper, "variant": "none"}
+        yield from ratio(f"{scope} step over plain step, time", plain, {**paper, "variant": scope})
+        for dtype in ("bf16", "fp32"):
+            fused = {**paper, "variant": scope, "dtype": dtype}
+            yield from ratio(f"{scope} {dtype}, fused over hooked path, rate", fused, {**fused, "path": "hooked"})
+        yield from ratio(
+            f"{scope}, fused bf16 over hooked fp32, rate",
+            {**paper, "variant": scope},
+            {**paper, "variant": scope, "path": "hooked", "dtype": "fp32"},
+        )
+    small = {"name": "vocab", "path": "fused"}
+    yield from ratio(
+        "local over plain step, 4,096 words, time", {**small, "variant": "none"}, {**small, "variant": "local"}
+    )
+    forward, cache = {"name": "inference", "path": "forward"}, {"name": "inference", "path": "cache"}
+    yield from ratio(
+        "clean over plain inference, time", {**forward, "variant": "plain"}, {**forward, "variant": "clean"}
+    )
+    yield from ratio(
+        "ablated over clean run_with_cache, time", {**cache, "variant": "clean"}, {**cache, "variant": "ablated"}
+    )
+    yield from ratio("eager over compiled, rate", {**paper, "variant": "local"}, {"name": "compiled"})
+
+
+COLUMNS = (
+    "name", "variant", "path", "dtype", "batch", "n_ctx", "vocab", "tokens_per_s", "peak_gb", "share_of_matmul_rate",
+    "times_reference", "matmul_gflop_per_s", "core_share",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads of a row")
+    parser.add_argument("--repeats", type=int, default=7, help="steps measured in a row; the best counts")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor time of one thread")
+    parser.add_argument("--only", nargs="+", help="names of rows: paper, vocab, compiled, recompute, inference, ...")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--clock cpu counts one thread of a CPU: add --threads 1 --device cpu")
+    if args.row:
+        print(json.dumps(measure(Row(**json.loads(args.row)), args.device, args.threads, args.repeats, args.clock)))
+        return
+    chosen = [row for row in rows(args.device) if not args.only or row.name in args.only]
+    if not chosen:
+        parser.error(f"--only {' '.join(args.only)}: no such rows; names are {sorted({r.name for r in rows('cuda')})}")
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+    records = []
+    for row in chosen:
+        record = in_process(row, args)
+        records.append(record)
+        print("| " + " | ".join(str(record.get(column, "")) for column in COLUMNS) + " |", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(records, indent=1) + "\n")
+    print("\n" + "\n".join(summary(records)))
+
+
+if __name__ == "__main__":
+    main()
