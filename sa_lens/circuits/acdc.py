@@ -170,7 +170,7 @@ def acdc(
         log.warning("ACDC without shortcuts: %s", why_not)
     search = _Search(graph, tau, state, progress)
     complete = True
-    with torch.no_grad(), search.bar():
+    with torch.inference_mode(), search.bar():
         try:
             if why_not is None:
                 engine = recomputation(model, pairs, metric, ablation, stream, state.present, batch_size)
@@ -184,7 +184,8 @@ def acdc(
             log.warning("ACDC interrupted: pass the result as resume= to go on with the edges left")
     state = search.state
     counts: dict[str, Any] = dict(zip(_State._fields[2:], state[2:], strict=True))
-    circuit = Circuit(graph, state.present, state.rises, {**about, **counts, "complete": complete})
+    # copies: tensors made in inference mode could not be written to by others
+    circuit = Circuit(graph, state.present.clone(), state.rises.clone(), {**about, **counts, "complete": complete})
     return ACDCResult(
         circuit=circuit,
         **counts,

@@ -74,6 +74,8 @@ class _Live:
     """Present value of each input."""
     qkv: list[Float[Tensor, "pair pos d_head"]] = field(default_factory=list)
     """Present query, key and value of a head."""
+    mask: Float[Tensor, "pair pos width"] | None = None
+    """The gate's mask of its units: as given at the metric position, ones elsewhere; None in the clean stream."""
     out: Tensor | None = None
     """`z` of a head `[pair, pos, d_head]`, output of an MLP `[pair, pos, d_model]`."""
 
@@ -175,7 +177,7 @@ class Recomputation:
         if not reads:
             return None
         everywhere = any(item.everywhere or (item.node.kind == "head" and i > 0) for item, i in reads)
-        return _Live(node, source, everywhere, inputs)
+        return _Live(node, source, everywhere, inputs, mask=self._mask(node, everywhere))
 
     def _streams(self, by_source: Float[Tensor, "source pair pos d_model"]) -> dict[int, Tensor]:
         """The residual stream after the first n sources, for every n at which a node reads it."""
@@ -251,21 +253,19 @@ class Recomputation:
     def _z(self, item: _Live, qkv: Sequence[Tensor]) -> Tensor:
         node = item.node
         z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._at(item))
-        if self.mask_attn is None:
-            return z
-        return z * self._mask(item, self.mask_attn[node.layer, :, node.head])
+        return z if item.mask is None else z * item.mask
 
     def _mlp(self, item: _Live, x: Tensor) -> Tensor:
-        masks = self.mask_mlp
-        mask = None if masks is None else self._mask(item, masks[item.node.layer])
-        return self.functions.mlp(item.node.layer, x, mask)
+        return self.functions.mlp(item.node.layer, x, item.mask)
 
-    def _mask(self, item: _Live, mask: Float[Tensor, "pair width"]) -> Float[Tensor, "pair pos width"]:
-        """The mask at the metric position, ones elsewhere."""
-        if not item.everywhere:
-            return mask[:, None]
-        length = self.difference.shape[2]
-        full = mask.new_ones(len(mask), length, mask.shape[-1])
+    def _mask(self, node: Node, everywhere: bool) -> Float[Tensor, "pair pos width"] | None:
+        if node.kind == "head":
+            mask = None if self.mask_attn is None else self.mask_attn[node.layer, :, node.head]
+        else:
+            mask = None if self.mask_mlp is None else self.mask_mlp[node.layer]
+        if mask is None or not everywhere:
+            return mask if mask is None else mask[:, None]
+        full = mask.new_ones(len(mask), self.difference.shape[2], mask.shape[-1])
         full[torch.arange(len(mask)), self.last] = mask
         return full
 
@@ -282,7 +282,7 @@ class Recomputation:
     @property
     def largest_block(self) -> int:
         """Rows of a block that fit a fair share of memory."""
-        return max(4, min(32, _BLOCK // self.difference[0].numel()))
+        return max(4, min(16, _BLOCK // self.difference[0].numel()))
 
     def _logits(self) -> _Live:
         return next(item for item in (*self.here.values(), *self.above) if item.node.kind == "logits")
