@@ -88,7 +88,7 @@ def edit(x: Tensor, hook: HookPoint, t: int | None) -> Tensor:
     if "scores" in hook.name or "pattern" in hook.name:
         change = noise(hook, torch.Size([x.shape[1], 16])).transpose(0, 1)[:, :length, : x.shape[-1]]
         if "scores" in hook.name:
-            x[:, :, rows] = x[:, :, rows] + change[:, rows]
+            x[:, :, rows] = x[:, :, rows] * (1 + change[:, rows].abs()) + change[:, rows]
         else:
             x[:, :, rows] = x[:, :, rows] * change[:, rows].abs()
     else:
