@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -304,12 +305,11 @@ def _parse(what: Any, arguments: list[str], name: str, description: str, **optio
 
 
 def _one_line(boxed: str) -> str:
-    """The first paragraph of a box drawn by tyro, and what it suggests."""
-    rows = [re.sub(r"^[│╭╰─\s]+|[│╮╯─\s]+$", "", line) for line in boxed.splitlines()]
-    rules = [i for i, line in enumerate(boxed.splitlines()) if re.fullmatch(r"[│\s]*─+[│\s]*", line)]
-    end = rules[0] if rules else len(rows)
-    message = " ".join(row for row in rows[1:end] if row) or " ".join(row for row in rows if row)
-    suggested = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(rows))
+    """The first paragraph of a box drawn by tyro, in Unicode or ASCII, and the flag it suggests."""
+    _title, *rows = [re.sub(r"^-{3,}$", "", re.sub(r"[│╭╮╰╯─]+", "", line).strip()) for line in boxed.splitlines()]
+    paragraphs = [" ".join(group) for filled, group in itertools.groupby(rows, key=bool) if filled]
+    message = paragraphs[0] if paragraphs else boxed.strip()
+    suggested = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(paragraphs))
     return message + (f" (perhaps you meant {suggested.group(1)})" if suggested else "")
 
 

@@ -1,0 +1,290 @@
+"""The command line: what a user types and sees."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from sa_lens import cli
+from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
+
+TINY = [
+    *("--model.n-layers", "2", "--model.d-model", "16", "--model.n-heads", "2", "--model.n-ctx", "16"),
+    *("--gates.k-attn", "4", "--gates.k-mlp", "8", "--data.n-stories", "200", "--data.vocab-size", "400"),
+    *("--train.steps", "4", "--train.batch-size", "2", "--train.eval-every", "2", "--train.save-every", "2"),
+    *("--train.eval-tokens", "160", "--train.sample-tokens", "8", "--train.log-every", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["--data.cache-dir", str(tmp_path_factory.mktemp("cache"))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache: list[str]) -> str:
+    """A trained run folder."""
+    out = str(tmp_path_factory.mktemp("cli") / "run")
+    assert cli.main(["train", "--out", out, "--device", "cpu", *TINY, *cache]) == 0
+    return out
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 2) -> str:
+    """The one line on standard error of a command that must fail."""
+    try:
+        found = cli.main(arguments)
+    except SystemExit as stop:
+        found = stop.code  # type: ignore[assignment]
+    printed = capsys.readouterr()
+    assert found == code
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, printed.err
+    return lines[0]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_fits_a_screen_and_has_an_example(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= 42
+        assert f"sa-lens {name} " in text.split("Example")[1]
+
+    def test_lists_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([]) == 0
+        text = capsys.readouterr().out
+        for name, command in cli.COMMANDS.items():
+            assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.MULTILINE)
+
+    def test_all_settings_are_flags(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help-all"])
+        text = capsys.readouterr().out
+        for section, values in to_dict(RunConfig()).items():
+            for name in values:
+                assert f"--{section}.{name.replace('_', '-')}" in text
+
+    def test_flags_named_in_the_short_help_exist(self) -> None:
+        settings = to_dict(RunConfig())
+        named = re.findall(r"--(\w+)\.([\w-]+)", cli.TRAIN_HELP)
+        assert len(named) > 10
+        for section, name in named:
+            assert name.replace("-", "_") in settings[section]
+
+    def test_presets_on_offer_are_those_there_are(self) -> None:
+        offered = typing.get_args(typing.get_type_hints(cli.TrainOptions)["preset"])[0]
+        assert set(typing.get_args(offered)) == set(PRESETS)
+
+    def test_needs_nothing_heavy(self) -> None:
+        program = (
+            "import sys; from sa_lens.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+        )
+        found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        for heavy in ("torch", "transformers", "transformer_lens", "datasets", "accelerate", "pandas", "plotly"):
+            assert f"'{heavy}'" not in found.stderr
+
+    def test_as_a_module(self) -> None:
+        found = subprocess.run(
+            [sys.executable, "-m", "sa_lens", "--version"], capture_output=True, text=True, check=True
+        )
+        assert re.fullmatch(r"sa-lens \d+\.\d+\.\d+\n", found.stdout)
+
+
+class TestErrors:
+    def test_commands_and_flags(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        out = ["train", "--out", str(tmp_path / "run")]
+        assert "no command 'tran': choose from train, " in fails(["tran"], capsys)
+        assert "--out" in fails(["train"], capsys)
+        assert "perhaps you meant --train.steps" in fails([*out, "--train.stps", "3"], capsys)
+        assert fails([*out, "--train.steps", "0"], capsys) == "sa-lens train: train.steps=0 must be at least 1"
+        assert "--train.steps" in fails([*out, "--train.steps", "x"], capsys)
+        assert "'none', 'local', 'global', 'both'" in fails([*out, "--gates.scope", "foo"], capsys)
+        assert "more than the 512" in fails([*out, "--gates.k-mlp", "600"], capsys)
+        assert "name it in train.init" in fails([*out, "--train.freeze", "base"], capsys)
+        assert not (tmp_path / "run").exists()
+
+    def test_files(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, run: str) -> None:
+        capsys.readouterr()
+        missing = str(tmp_path / "missing")
+        assert f"No such file or directory: {missing}" in fails(["train", "--out", "x", "--config", missing], capsys)
+        assert "holds no run" in fails(["train", "--out", missing, "--resume"], capsys)
+        assert "no folder" in fails(["eval", missing], capsys)
+        assert "add --resume" in fails(["train", "--out", run], capsys)
+        assert "missing.txt" in fails(["train", "--out", missing, "--data.source", "missing.txt"], capsys)
+        (tmp_path / "odd.yaml").write_text("train: {stps: 3}")
+        assert "unknown key train.'stps'" in fails(
+            ["train", "--out", missing, "--config", str(tmp_path / "odd.yaml")], capsys
+        )
+
+    def test_debug_shows_where(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            cli.main(["eval", str(tmp_path / "missing"), "--debug"])
+        monkeypatch.setenv("SA_LENS_DEBUG", "1")
+        with pytest.raises(FileNotFoundError):
+            cli.main(["eval", str(tmp_path / "missing")])
+
+    def test_interruption_and_divergence_have_their_codes(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from sa_lens import training
+
+        def stopped(*_: object, **__: object) -> None:
+            raise training.Interrupted(Path("run"), 7)
+
+        monkeypatch.setattr(training, "train", stopped)
+        line = fails(["train", "--out", str(tmp_path / "run")], capsys, code=130)
+        assert "stopped after step 7" in line
+        assert "--resume" in line
+
+        def diverged(*_: object, **__: object) -> None:
+            raise training.TrainingDiverged("training stopped: at step 3 clean = nan")
+
+        monkeypatch.setattr(training, "train", diverged)
+        assert "step 3" in fails(["train", "--out", str(tmp_path / "run")], capsys, code=1)
+
+
+class TestTrain:
+    def seen(self, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> RunConfig:
+        """The configuration that a command line comes to."""
+        from sa_lens import training
+
+        class Enough(Exception):
+            pass
+
+        seen = []
+
+        def record(run: RunConfig, *_: object, **__: object) -> None:
+            seen.append(run)
+            raise Enough
+
+        monkeypatch.setattr(training, "train", record)
+        with pytest.raises(Enough):
+            cli.main(["train", "--out", "unused", *arguments])
+        return seen[0]
+
+    def test_flags_before_file_before_preset(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        file = tmp_path / "run.yaml"
+        file.write_text("train: {lr: 0.5, steps: 77}\n")
+        found = self.seen(
+            monkeypatch, ["--preset", "laptop", "--config", str(file), "--train.lr", "0.25", "--gates.scope", "none"]
+        )
+        assert found.model == PRESETS["laptop"].model
+        assert found.train.warmup_steps == PRESETS["laptop"].train.warmup_steps
+        assert found.train.steps == 77
+        assert found.train.lr == 0.25
+        assert found.gates.scope == "none"
+        assert self.seen(monkeypatch, []) == RunConfig()
+        assert self.seen(monkeypatch, ["--preset", "paper-head"]) == PRESETS["paper-head"]
+
+    def test_every_kind_of_flag(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.seen(
+            monkeypatch,
+            [
+                *("--train.betas", "0.8", "0.9", "--train.batch_size", "8", "--model.d-mlp", "0"),
+                *("--model.attn-scale", "--model.no-tied-embedding", "--data.max-documents", "None"),
+                *("--init", "somewhere", "--train.freeze", "base"),
+            ],
+        )
+        assert found.train.betas == (0.8, 0.9)
+        assert found.train.batch_size == 8
+        assert found.model.d_mlp == 0
+        assert found.model.attn_scale
+        assert not found.model.tied_embedding
+        assert (found.train.init, found.train.freeze) == ("somewhere", "base")
+
+    def test_resume_takes_the_stored_configuration(
+        self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = (Path(run) / "metrics.jsonl").read_text()
+        assert cli.main(["train", "--out", run, "--resume", "--device", "cpu"]) == 0
+        assert (Path(run) / "metrics.jsonl").read_text() == before
+        assert "4 steps" in capsys.readouterr().out
+        assert "train.lr" in fails(["train", "--out", run, "--resume", "--train.lr", "9"], capsys)
+
+    def test_the_configuration_is_kept(self, run: str, cache: list[str]) -> None:
+        stored = read_yaml(Path(run) / "run.yaml")
+        assert stored.train.steps == 4
+        assert stored.data.cache_dir == cache[1]
+        assert stored.gates.k_mlp == 8
+
+
+class TestEval:
+    def test_is_the_evaluation_of_training(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert cli.main(["eval", run, "--tokens", "160", "--device", "cpu", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        stored = json.loads((Path(run) / "config.json").read_text())["validation"]
+        assert found.keys() == stored.keys()
+        for name, value in stored.items():
+            assert found[name] == pytest.approx(value, rel=1e-6)
+
+    def test_table(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert cli.main(["eval", run, "--tokens", "160", "--device", "cpu", "--which", "last"]) == 0
+        text = capsys.readouterr().out
+        assert re.search(r"^clean +\d+\.\d{4} +\d+\.\d{2} +\d\.\d{4}$", text, re.MULTILINE)
+        assert re.search(r"^ablated +\d", text, re.MULTILINE)
+        assert "neurons used" in text
+
+    def test_other_text(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("Lily and Tom went to the park. Tom gave the ball to Lily.\n\n" * 5)
+        capsys.readouterr()
+        assert cli.main(["eval", run, "--text", str(text), "--device", "cpu", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["clean_loss"] > 0
+        assert "tokens=0" in fails(["eval", run, "--tokens", "0"], capsys)
+
+
+class TestGenerate:
+    def test_both_streams_and_the_seed(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+        command = ["generate", run, "Lily", "--max-new-tokens", "8", "--device", "cpu", "--temperature", "2"]
+        texts = []
+        for seed in ("1", "1", "2"):
+            capsys.readouterr()
+            assert cli.main([*command, "--seed", seed, "--json"]) == 0
+            texts.append(json.loads(capsys.readouterr().out))
+        assert texts[0] == texts[1] != texts[2]
+        assert texts[0]["clean"].startswith("Lily")
+        assert texts[0]["ablated"].startswith("Lily")
+        assert cli.main(command) == 0
+        assert "clean stream" in capsys.readouterr().out
+
+    def test_refusals(self, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        assert "temperature=-1" in fails(["generate", run, "Lily", "--temperature", "-1"], capsys)
+
+
+class TestExport:
+    def test_every_format(self, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from sa_lens.config import GateConfig
+        from sa_lens.core import SelfAblatingTransformer
+
+        model = SelfAblatingTransformer.from_pretrained(run)
+        tokens = torch.arange(10)[None]
+        capsys.readouterr()
+        assert cli.main(["export", run, "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+        hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        with torch.no_grad():
+            assert torch.allclose(hf(tokens).logits.log_softmax(-1), model(tokens).log_softmax(-1), atol=1e-5)
+        capsys.readouterr()
+        assert cli.main(["export", run, "--to", "hooked", "--out", str(tmp_path / "hooked")]) == 0
+        assert "HookedTransformerConfig" in capsys.readouterr().out
+        assert (tmp_path / "hooked" / "model.safetensors").is_file()
+        assert cli.main(["export", run, "--to", "reference", "--out", str(tmp_path / "model.pt")]) == 0
+        gates = GateConfig(k_attn=4, k_mlp=8)
+        back = SelfAblatingTransformer.from_reference(tmp_path / "model.pt", gates, n_heads=2)
+        assert torch.allclose(back(tokens), model(tokens), atol=1e-5)
+        capsys.readouterr()
+        assert "not empty" in fails(["export", run, "--to", "hf", "--out", str(tmp_path / "hf")], capsys)
