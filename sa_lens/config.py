@@ -321,8 +321,9 @@ PRESETS: dict[str, RunConfig] = {
         ),
     ),
     "laptop": RunConfig(
-        model=ModelConfig(n_layers=4, d_model=128, n_heads=8, init="gpt2", attn_scale=True),
-        train=TrainConfig(steps=2_000, batch_size=16, lr=3e-3, warmup_steps=50),
+        model=ModelConfig(n_layers=4, d_model=128, n_heads=4, init="gpt2", attn_scale=True),
+        gates=GateConfig(temperature=0.1),
+        train=TrainConfig(steps=3_000, batch_size=8, lr=3e-3, warmup_steps=100, precision="bf16"),
     ),
 }
 """Named starting points. `paper-*` are the recipes of the paper's code; `laptop` trains in minutes on two CPU cores."""
