@@ -174,13 +174,13 @@ class TestTrain:
 
     def test_flags_before_file_before_preset(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
-        file.write_text("train: {lr: 0.5, steps: 77}\n")
+        file.write_text("train: {lr: 0.5, steps: 7777}\n")
         found = self.seen(
             monkeypatch, ["--preset", "laptop", "--config", str(file), "--train.lr", "0.25", "--gates.scope", "none"]
         )
         assert found.model == PRESETS["laptop"].model
         assert found.train.warmup_steps == PRESETS["laptop"].train.warmup_steps
-        assert found.train.steps == 77
+        assert found.train.steps == 7777
         assert found.train.lr == 0.25
         assert found.gates.scope == "none"
         assert self.seen(monkeypatch, []) == RunConfig()
