@@ -79,7 +79,7 @@ class _StreamAttention(torch.autograd.Function):
         z = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
         for block, pattern in _patterns(x):
             heads, queries = block
-            part = _times(narrow_v[heads, :, : queries.stop], pattern.to(q.dtype).transpose(1, 2))
+            part = torch.bmm(narrow_v[heads, :, : queries.stop], pattern.to(q.dtype).transpose(1, 2))
             part = z[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
             if x.own_v is not None:
                 own = _own_entries(pattern, streams)[:, None]
@@ -93,7 +93,7 @@ class _StreamAttention(torch.autograd.Function):
         x = _by_head(q, k, v, own_k, own_v, ctx.scale)
         grad = _rows(grads[0], x.q.dtype)
         narrow_k, narrow_q, narrow_grad = x.k.to(dtype), x.q.to(dtype), grad.to(dtype)
-        grad_q = torch.empty_like(x.q).transpose(2, 3).transpose(1, 2).contiguous()
+        grad_q = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
         grad_k, grad_v = torch.zeros_like(x.k), torch.zeros_like(x.v)
         own_grads = None if x.own_k is None else (torch.empty_like(x.k), torch.empty_like(x.v))
         for block, pattern in _patterns(x):
@@ -114,24 +114,20 @@ class _StreamAttention(torch.autograd.Function):
                 own_q = x.q[heads, queries, -1].transpose(1, 2)
                 torch.mul(own_scores, own_q, out=own_grads[0][heads, :, queries])
             narrow_scores, narrow_pattern = grad_scores.to(dtype), pattern.to(dtype)
-            part = _times(narrow_k[heads, :, :seen], narrow_scores.transpose(1, 2))
+            part = torch.bmm(narrow_k[heads, :, :seen], narrow_scores.transpose(1, 2))
             part = grad_q[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
             if own_scores is not None and x.own_k is not None:
                 part[..., -1].addcmul_(own_scores, x.own_k[heads, :, queries])
-            grad_k[heads, :, :seen] += _times(narrow_q[heads, queries].flatten(1, 2).transpose(1, 2), narrow_scores)
-            grad_v[heads, :, :seen] += _times(narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2), narrow_pattern)
+            grad_k[heads, :, :seen] += torch.bmm(narrow_q[heads, queries].flatten(1, 2).transpose(1, 2), narrow_scores)
+            grad_v[heads, :, :seen] += torch.bmm(
+                narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2), narrow_pattern
+            )
 
         def back(x: Tensor) -> Tensor:
             return x.unflatten(0, (q.shape[1], -1)).permute(0, 3, 1, 2).to(dtype)
 
         own = (None, None) if own_grads is None else tuple(back(x) for x in own_grads)
         return _by_stream(grad_q.mul_(ctx.scale), q), back(grad_k), back(grad_v), *own, None
-
-
-def _times(
-    a: Float[Tensor, "batch_head d_head inner"], b: Float[Tensor, "batch_head inner wide"]
-) -> Float[Tensor, "batch_head d_head wide"]:
-    return torch.bmm(a, b)
 
 
 def _softmax_backward_(grad: Tensor, pattern: Tensor) -> Tensor:
@@ -152,9 +148,7 @@ def _by_stream(
     return out.copy_(x.unflatten(0, (like.shape[1], -1)).permute(4, 0, 3, 1, 2))
 
 
-def _by_head(
-    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float
-) -> _Inputs:
+def _by_head(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float) -> _Inputs:
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     columns = [
         None if x is None else x.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
