@@ -1,9 +1,10 @@
 # Each target makes .venv if it is missing and installs what it needs; the second call starts at once.
-# PYTHON=... chooses the interpreter of a new environment, VENV=... another place for it,
-# PYTEST_ARGS="..." adds arguments to pytest.
+# PYTHON=... chooses the interpreter of a new environment, VENV=... another place for it, WORKERS=... the processes that
+# share the tests, PYTEST_ARGS="..." adds arguments to pytest.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
@@ -35,8 +36,10 @@ $(READY): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 demo: $(READY)
 	$(BIN)/python -m sa_lens demo
 
+# Whole files go to one process, so that what a file's tests share is made once.
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: format-check lint types test
 

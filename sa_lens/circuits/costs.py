@@ -34,7 +34,8 @@ class KLCost:
     """Mean KL(unedited clean prompt || row), nats, full vocabulary.
 
     Args:
-        W_U, b_U: unembedding that reads the normalised stream.
+        W_U: unembedding that reads the normalised stream.
+        b_U: its bias.
         clean: normalised final residual stream of the unedited clean prompts.
     """
 
