@@ -1,0 +1,43 @@
+"""Every notebook runs from top to bottom, at small size, without output that it should not have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("SA_LENS_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("SA_LENS_STEPS", "4")
+    monkeypatch.setenv("SA_LENS_CACHE", os.environ.get("SA_LENS_CACHE", str(tmp_path / "cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = outputs(notebook)
+    assert not [output for output in shown if output.output_type == "error"]
+    kinds = {kind for output in shown for kind in output.get("data", {})}
+    assert "application/vnd.plotly.v1+json" in kinds or any("plotly" in str(output) for output in shown)
+    assert any("circuitsvis" in str(output) for output in shown)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_names_no_machine(path):
+    text = path.read_text(encoding="utf-8")
+    for word in ("/home/", "/root/", "/work/", "/tmp/"):
+        assert word not in text
