@@ -174,10 +174,8 @@ def _conclude(losses: pd.DataFrame, skills: pd.DataFrame, entropy: float) -> Non
     skill = {(row["model"], row["stream"]): row for row in skills.to_dict("records")}
     for metric, name, bar in (("pair_accuracy", "pair", PAIR_BAR), ("top1_accuracy", "top-1", TOP1_BAR)):
         in_clean, in_ablated = (float(skill["local", stream][metric]) for stream in ("clean", "ablated"))
-        _say(
-            in_clean >= bar,
-            f"IOI on held-out name pairs: {name} accuracy {in_clean:.1%} (bar: {bar:.0%}); ablated stream {in_ablated:.1%}",
-        )
+        found = f"{name} accuracy {in_clean:.1%} (bar: {bar:.0%}), ablated stream {in_ablated:.1%}"
+        _say(in_clean >= bar, f"IOI on held-out name pairs: {found}")
     print()
 
 
