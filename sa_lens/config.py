@@ -358,9 +358,9 @@ def from_dict(cls: type[_C], values: dict[str, Any], *, base: _C | None = None, 
     for name, value in values.items():
         hint = hints[name]
         path = f"{where}{name}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             start = getattr(base, name) if base is not None else None
-            changes[name] = from_dict(hint, value, base=start, where=f"{path}.")  # type: ignore[type-var]
+            changes[name] = from_dict(hint, value, base=start, where=f"{path}.")
         else:
             changes[name] = _converted(path, value, hint)
     return dataclasses.replace(base, **changes) if base is not None else cls(**changes)  # type: ignore[type-var]
