@@ -19,12 +19,14 @@ class TiedUnembed(Unembed):
     `state_dict()` holds both keys, so that a plain HookedTransformer loads it.
     """
 
-    def __init__(self, cfg: Any, embed: Embed, b_U: nn.Parameter) -> None:
+    _embed: Embed
+
+    def __init__(self, cfg: Any, embed: Embed, plain: Unembed) -> None:
         nn.Module.__init__(self)
         self.cfg = cfg
         # set around nn.Module, which would list the embedding's parameter a second time
         self.__dict__["_embed"] = embed
-        self.b_U = b_U
+        self.b_U = plain.b_U
         self.hook_in = HookPoint()
         self.hook_out = HookPoint()
 

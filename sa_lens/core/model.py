@@ -147,14 +147,14 @@ class SelfAblatingTransformer(HookedTransformer):
         self.unembed_bias = own.unembed_bias if own is not None else True
         self.freeze_unused_biases()
         if self.cfg.tie_word_embeddings:
-            self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed.b_U)
+            self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed)
         self.setup()
 
     def _attach_gates(self, generator: torch.Generator) -> None:
         cfg = self.cfg
         attn_shape = (cfg.n_heads, cfg.d_head if self.gates.attn_unit == "channel" else 1)
         for block in self.blocks:
-            shapes = {"attn_gate": (self.gates.k_attn, attn_shape)}
+            shapes: dict[str, tuple[int, tuple[int, ...]]] = {"attn_gate": (self.gates.k_attn, attn_shape)}
             if not cfg.attn_only:
                 assert cfg.d_mlp is not None
                 shapes["mlp_gate"] = (self.gates.k_mlp, (cfg.d_mlp,))
@@ -267,7 +267,7 @@ class SelfAblatingTransformer(HookedTransformer):
             )
         return chosen
 
-    def forward(self, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input: Any, return_type: Any = "logits", *args: Any, **kwargs: Any) -> Any:
         """As `HookedTransformer.forward`, on the stream that this thread has chosen.
 
         In the ablated stream `start_at_layer` must be None or 0; all else is as in TransformerLens.
@@ -279,7 +279,7 @@ class SelfAblatingTransformer(HookedTransformer):
                 return super().forward(input, return_type, **kwargs)
             return self._ablated_forward(input, return_type, kwargs, ablation)
 
-    def _ablated_forward(self, input: Any, return_type: str | None, kwargs: dict[str, Any], ablation: Ablation) -> Any:
+    def _ablated_forward(self, input: Any, return_type: Any, kwargs: dict[str, Any], ablation: Ablation) -> Any:
         if kwargs.get("start_at_layer") not in (None, 0):
             raise ValueError(
                 f"start_at_layer={kwargs['start_at_layer']} is not possible in the ablated stream: its keys and values "
@@ -338,9 +338,9 @@ class SelfAblatingTransformer(HookedTransformer):
         from sa_lens.core.losses import cross_entropy, reconstruction_loss
 
         if not isinstance(input, Tensor):
-            options = {"prepend_bos": prepend_bos} if prepend_bos is not None else {}
-            side = {"padding_side": padding_side} if padding_side is not None else {}
-            input = self.to_tokens(input, **options, **side)
+            given = {"prepend_bos": prepend_bos, "padding_side": padding_side}
+            options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            input = self.to_tokens(input, **options)
         tokens = input[None] if input.ndim == 1 else input
         tokens = tokens.to(self.embed.W_E.device)
         if attention_mask is None and self.tokenizer is not None and self.tokenizer.padding_side == "left":
@@ -404,7 +404,7 @@ class SelfAblatingTransformer(HookedTransformer):
         with self._mode_kept():
             return super().generate(*args, **kwargs)
 
-    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:  # type: ignore[override]
         """As `HookedTransformer.generate_stream`; train or eval mode is kept."""
         with self._mode_kept():
             yield from super().generate_stream(*args, **kwargs)
@@ -491,7 +491,7 @@ class SelfAblatingTransformer(HookedTransformer):
 
     def untie(self) -> None:
         """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
-        if self.tied:
+        if isinstance(self.unembed, embedding.TiedUnembed):
             self.unembed = embedding.untied(self.unembed)
             self.cfg.tie_word_embeddings = False
             self.setup()

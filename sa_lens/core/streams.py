@@ -142,7 +142,11 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
         ValueError: a name that is no hook point, or a filter that matches none, or a gate's hook point (gates do not
             run in the clean pass).
     """
-    resolved = []
+    resolved: list[AttachedHook] = []
+
+    def bound(function: Callable[..., Any], point: HookPoint) -> Callable[[Tensor], Tensor | None]:
+        return lambda x: function(x, hook=point)
+
     for name, function in hooks:
         matches = [n for n in points if (n == name if isinstance(name, str) else name(n))]
         if not matches:
@@ -152,8 +156,7 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
                 raise ValueError(
                     f"clean_hooks: {match!r} never fires in the clean pass; edit it with model.run_with_hooks instead"
                 )
-            point = points[match]
-            resolved.append((point, lambda x, f=function, p=point: f(x, hook=p), False))
+            resolved.append((points[match], bound(function, points[match]), False))
     return resolved
 
 
