@@ -34,9 +34,10 @@ from tqdm.auto import tqdm
 
 from sa_lens.circuits.costs import sign_of
 from sa_lens.circuits.graph import Circuit, Edge, Graph
+from sa_lens.circuits.live import Row
 from sa_lens.circuits.metrics import Metric, last_logits, metric_named
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.recompute import Recomputation, Row
+from sa_lens.circuits.recompute import Recomputation
 from sa_lens.circuits.recording import recomputation
 from sa_lens.circuits.running import Ablation, CircuitRunner, Gates, check_choices
 from sa_lens.config import Stream

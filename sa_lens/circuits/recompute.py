@@ -17,81 +17,17 @@ A block of rows, each a removal on top of those before it, goes through these no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sa_lens.circuits.graph import PORTS, Graph, Input, Node
+from sa_lens.circuits.live import Block, Changed, Live, Recorded, Row, versions_by_row
 from sa_lens.core.nodes import NodeFunctions
 
 _BLOCK = 2**23
 """Numbers in one activation of a whole block."""
-
-
-class Recorded(NamedTuple):
-    """What the search needs of whole passes; prompts of several lengths are padded on the right."""
-
-    written: Float[Tensor, "source pair pos d_model"]
-    """What each source writes on the clean prompt, in the stream."""
-    carried: Float[Tensor, "source pair pos d_model"]
-    """What an absent edge carries."""
-    attn_bias: Float[Tensor, "layer d_model"]
-    """Bias of each attention layer's output, which belongs to no source."""
-    last: Int[Tensor, " pair"]
-    """Metric position of each prompt."""
-    mask_attn: Float[Tensor, "layer pair head d_head"] | None
-    """Masks at the metric position; None in the clean stream."""
-    mask_mlp: Float[Tensor, "layer pair d_mlp"] | None
-    """The same of the neurons; None in the clean stream or without MLPs."""
-
-
-class Row(NamedTuple):
-    """One removal in a block."""
-
-    to: int
-    """Input of the graph."""
-    source: int
-    """Source of the graph."""
-    stays_out: bool
-    """Whether the rows after it have this edge removed too."""
-
-
-@dataclass
-class _Live:
-    """A node from which a present way leads to the logits, and its present values."""
-
-    node: Node
-    source: int
-    """Its place among the sources; -1 for the logits."""
-    everywhere: bool
-    """Whether it matters at all positions, or at the metric position alone."""
-    inputs: list[int]
-    """Its inputs: three of a head, one of others."""
-    x: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)
-    """Present value of each input."""
-    qkv: list[Float[Tensor, "pair pos d_head"]] = field(default_factory=list)
-    """Present query, key and value of a head."""
-    mask: Float[Tensor, "pair pos width"] | None = None
-    """The gate's mask of its units: as given at the metric position, ones elsewhere; None in the clean stream."""
-    out: Tensor | None = None
-    """`z` of a head `[pair, pos, d_head]`, output of an MLP `[pair, pos, d_model]`."""
-
-
-class _Changed(NamedTuple):
-    """What a block changes at one node; the first axis is the row."""
-
-    x: dict[int, Float[Tensor, "version pair pos d_model"]]
-    """Inputs of a node whose own edges are removed, one a version."""
-    qkv: dict[int, Tensor]
-    """Changed queries (0), keys (1) and values (2)."""
-    version: dict[int, list[int]]
-    """The version of each entry of `x` that each row has, 0 being the present value. Where an input is missing, each
-    row has its own."""
-    out: Float[Tensor, "row pair pos ..."] | None
-    """Change of `out`."""
 
 
 class Recomputation:
@@ -121,11 +57,11 @@ class Recomputation:
         self.uniform = bool((self.last == recorded.written.shape[2] - 1).all())
         self.at_last = self._last_of(self.difference)
         self.full_at, self.base_at = self._streams(recorded.written), self._streams(recorded.carried)
-        self.above: list[_Live] = []
+        self.above: list[Live] = []
         """Live nodes above the present step, in the order of computation."""
-        self.here: dict[Node, _Live] = {}
+        self.here: dict[Node, Live] = {}
         """Live nodes of the present step."""
-        self.by_source: dict[int, _Live] = {}
+        self.by_source: dict[int, Live] = {}
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -168,16 +104,16 @@ class Recomputation:
             to, source = torch.tensor(places).T
             self.present[to, source] = False
 
-    def _live(self, node: Node) -> _Live | None:
+    def _live(self, node: Node) -> Live | None:
         inputs = [self.graph.input_index[Input(node, port)] for port in (PORTS if node.kind == "head" else ("",))]
         if node.kind == "logits":
-            return _Live(node, -1, False, inputs)
+            return Live(node, -1, False, inputs)
         source = self.graph.source_index[node]
         reads = [(item, i) for item in self.above for i, to in enumerate(item.inputs) if self.present[to, source]]
         if not reads:
             return None
         everywhere = any(item.everywhere or (item.node.kind == "head" and i > 0) for item, i in reads)
-        return _Live(node, source, everywhere, inputs, mask=self._mask(node, everywhere))
+        return Live(node, source, everywhere, inputs, mask=self._mask(node, everywhere))
 
     def _streams(self, by_source: Float[Tensor, "source pair pos d_model"]) -> dict[int, Tensor]:
         """The residual stream after the first n sources, for every n at which a node reads it."""
@@ -208,18 +144,18 @@ class Recomputation:
         index = self.last[:, None, None].expand(*x.shape[:-2], 1, x.shape[-1])
         return x.gather(-2, index)
 
-    def _wide(self, item: _Live, i: int) -> bool:
+    def _wide(self, item: Live, i: int) -> bool:
         """Whether input i matters at all positions."""
         return item.everywhere or (item.node.kind == "head" and i > 0)
 
-    def _where(self, item: _Live, i: int, x: Tensor) -> Tensor:
+    def _where(self, item: Live, i: int, x: Tensor) -> Tensor:
         """`x` at the positions where input i matters."""
         return x if self._wide(item, i) or x.shape[-2] == 1 else self._last_of(x)
 
-    def _differences(self, item: _Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
+    def _differences(self, item: Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
         return self.difference if self._wide(item, i) else self.at_last
 
-    def _sends(self, source: int, item: _Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+    def _sends(self, source: int, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
         """What a present edge adds to the base of an input."""
         sender = self.by_source.get(source)
         if sender is None:
@@ -229,13 +165,13 @@ class Recomputation:
         written = self._write(sender, out)
         return written - self._where(item, i, self.carried[source])
 
-    def _write(self, item: _Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
+    def _write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
         """What values (or changes) of `out` add to the residual stream."""
         if item.node.kind == "head":
             return torch.matmul(out, self.functions.W_O[item.node.layer][item.node.head])
         return out
 
-    def _compute(self, item: _Live) -> None:
+    def _compute(self, item: Live) -> None:
         """Present values of a node from its inputs."""
         if item.node.kind == "head":
             item.qkv = [self._project(item, i, item.x[i]) for i in range(3)]
@@ -243,19 +179,19 @@ class Recomputation:
         elif item.node.kind == "mlp":
             item.out = self._mlp(item, item.x[0])
 
-    def _at(self, item: _Live) -> Tensor | None:
+    def _at(self, item: Live) -> Tensor | None:
         return None if item.everywhere else self.last
 
-    def _project(self, item: _Live, port: int, x: Tensor) -> Tensor:
+    def _project(self, item: Live, port: int, x: Tensor) -> Tensor:
         at = None if self._wide(item, port) else self.last
         return self.functions.project(item.node.layer, port, item.node.head, x, at)
 
-    def _z(self, item: _Live, qkv: Sequence[Tensor]) -> Tensor:
+    def _z(self, item: Live, qkv: Sequence[Tensor]) -> Tensor:
         node = item.node
         z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._at(item))
         return z if item.mask is None else z * item.mask
 
-    def _mlp(self, item: _Live, x: Tensor) -> Tensor:
+    def _mlp(self, item: Live, x: Tensor) -> Tensor:
         return self.functions.mlp(item.node.layer, x, item.mask)
 
     def _mask(self, node: Node, everywhere: bool) -> Float[Tensor, "pair pos width"] | None:
@@ -266,7 +202,7 @@ class Recomputation:
         if mask is None or not everywhere:
             return mask if mask is None else mask[:, None]
         full = mask.new_ones(len(mask), self.difference.shape[2], mask.shape[-1])
-        full[torch.arange(len(mask)), self.last] = mask
+        full[torch.arange(len(mask), device=mask.device), self.last] = mask
         return full
 
     # ------------------------------------------------------------------------------------------------------- blocks
@@ -284,7 +220,7 @@ class Recomputation:
         """Rows of a block that fit a fair share of memory."""
         return max(4, min(16, _BLOCK // self.difference[0].numel()))
 
-    def _logits(self) -> _Live:
+    def _logits(self) -> Live:
         return next(item for item in (*self.here.values(), *self.above) if item.node.kind == "logits")
 
     def try_removals(self, rows: Sequence[Row]) -> Block:
@@ -296,7 +232,7 @@ class Recomputation:
         touched: dict[Node, list[int]] = {}
         for r, row in enumerate(rows):
             touched.setdefault(self.graph.inputs[row.to].node, []).append(r)
-        block = Block(self, rows, {})
+        block = Block(rows, {})
         for node, own in touched.items():
             block.changed[node] = self._remove(self.here[node], rows, own)
         for item in self.above:
@@ -315,15 +251,15 @@ class Recomputation:
         block.costs = self.cost(self.functions.normalise(final[:, :, 0])).tolist()
         return block
 
-    def _remove(self, item: _Live, rows: Sequence[Row], own: list[int]) -> _Changed:
+    def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
         """What removals of a node's own edges change at it."""
-        found = _Changed({}, {}, {}, None)
+        found = Changed({}, {}, {}, None)
         for i, to in enumerate(item.inputs):
             mine = [r for r in own if rows[r].to == to]
             if not mine:
                 continue
             found.x[i] = self._versions(item, i, [rows[r] for r in mine])
-            found.version[i] = _versions_by_row(rows, mine)
+            found.version[i] = versions_by_row(rows, mine)
             if item.node.kind == "head":
                 found.qkv[i] = self._project(item, i, found.x[i])
         if item.node.kind == "logits":
@@ -335,10 +271,10 @@ class Recomputation:
         else:
             change = self._mlp(item, found.x[0]).sub_(item.out)
         if len(own) < len(rows):
-            change = torch.cat([torch.zeros_like(change[:1]), change])[_versions_by_row(rows, own)]
+            change = torch.cat([torch.zeros_like(change[:1]), change])[versions_by_row(rows, own)]
         return found._replace(out=change)
 
-    def _versions(self, item: _Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
+    def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
         """An input after each of its own removals, on top of those before it that stay out."""
         n = len(rows)
         x, differences = item.x[i], self._differences(item, i)
@@ -355,7 +291,7 @@ class Recomputation:
             sent = differences[torch.tensor(sources, device=x.device)]
         return torch.addmm(x.reshape(1, -1), taken, sent.reshape(n, -1), alpha=-1).view(n, *x.shape)
 
-    def _pick(self, change: _Changed, i: int, present: Tensor, own: list[int]) -> Tensor:
+    def _pick(self, change: Changed, i: int, present: Tensor, own: list[int]) -> Tensor:
         """Query, key or value of each of a node's own rows."""
         if i not in change.qkv:
             return present
@@ -364,9 +300,9 @@ class Recomputation:
             return change.qkv[i]
         return torch.cat([present[None], change.qkv[i]])[torch.tensor(index, device=present.device)]
 
-    def _follow(self, item: _Live, changed: dict[Node, _Changed]) -> _Changed | None:
+    def _follow(self, item: Live, changed: dict[Node, Changed]) -> Changed | None:
         """What the changes so far do to a node above; None if none of them reaches it."""
-        found = _Changed({}, {}, {}, None)
+        found = Changed({}, {}, {}, None)
         inputs: dict[int, Tensor] = {}
         for i in range(len(item.inputs)):
             arriving = self._arriving(item, i, changed, slice(None))
@@ -385,7 +321,7 @@ class Recomputation:
         return found._replace(out=self._z(item, qkv).sub_(item.out))
 
     def _arriving(
-        self, item: _Live, i: int, changed: dict[Node, _Changed], rows: slice
+        self, item: Live, i: int, changed: dict[Node, Changed], rows: slice
     ) -> Float[Tensor, "row pair pos d_model"] | None:
         """Change of an input through present edges; None if there is none. The caller may write into it."""
         present = self.present[item.inputs[i]]
@@ -415,7 +351,7 @@ class Recomputation:
         for r in removed:
             self.present[block.rows[r].to, block.rows[r].source] = False
         row = slice(last, last + 1)
-        updates: list[tuple[_Live, int, Tensor]] = []
+        updates: list[tuple[Live, int, Tensor]] = []
         for item in (*self.here.values(), *self.above):
             change = block.changed.get(item.node)
             if change is None:
@@ -438,26 +374,3 @@ class Recomputation:
                 item.out = item.out + change.out[last]
         for item, i, x in updates:
             item.x[i] = x.clone()
-
-
-@dataclass
-class Block:
-    """A block of removals that was tried."""
-
-    owner: Recomputation
-    rows: Sequence[Row]
-    changed: dict[Node, _Changed]
-    """What the rows change, by node, in the order of computation."""
-    costs: list[float] = field(default_factory=list)
-    """The metric after each row's removal."""
-
-
-def _versions_by_row(rows: Sequence[Row], own: list[int]) -> list[int]:
-    """For each row of a block, 1 + the place among `own` of the one whose state it has; 0: the present state."""
-    versions, staying, mine = [], 0, {r: n + 1 for n, r in enumerate(own)}
-    for r, row in enumerate(rows):
-        version = mine.get(r, staying)
-        versions.append(version)
-        if r in mine and row.stays_out:
-            staying = version
-    return versions

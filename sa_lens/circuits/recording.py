@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sa_lens.circuits.costs import Cost, KLCost, LogitsCost
 from sa_lens.circuits.graph import Graph
+from sa_lens.circuits.live import Recorded
 from sa_lens.circuits.metrics import Metric
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.recompute import Recomputation, Recorded
+from sa_lens.circuits.recompute import Recomputation
 from sa_lens.circuits.running import Ablation, Written, instead, record_masks, record_written
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, weight
