@@ -26,6 +26,7 @@ from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term
 from sa_lens.training.processes import accelerator_for, check_device, check_tracker, micro_batches
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate
+from sa_lens.training.sharding import whole, whole_parameters
 from sa_lens.training.start import Start, start
 
 if TYPE_CHECKING:
@@ -123,22 +124,23 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             # -------------------------------------------------------------------------------------------- evaluate
             if step > at.step and (last or step % cfg.eval_every == 0):
                 window.fetch(step)
-                evaluation = evaluate(
-                    model,
-                    validation,
-                    bytes_per_token=bytes_per_token(begun.data.validation),
-                    share=(accelerator.process_index, accelerator.num_processes),
-                    total=lambda x: accelerator.reduce(x, "sum"),
-                )
+                with whole_parameters(module):
+                    evaluation = evaluate(
+                        model,
+                        validation,
+                        bytes_per_token=bytes_per_token(begun.data.validation),
+                        share=(accelerator.process_index, accelerator.num_processes),
+                        total=lambda x: accelerator.reduce(x, "sum"),
+                    )
                 _check_evaluation(evaluation, step)
                 found = dataclasses.asdict(evaluation)
                 at = dataclasses.replace(at, evaluation=found)
                 record("eval", found)
                 if at.best_loss is None or evaluation.selection_loss < at.best_loss:
                     at = dataclasses.replace(at, best_loss=evaluation.selection_loss, best_step=step)
-                    if main:
-                        extra = {"run": to_dict(run), "step": step, "validation": found}
-                        with run_folder.explained(out):
+                    extra = {"run": to_dict(run), "step": step, "validation": found}
+                    with whole_parameters(module), run_folder.explained(out):
+                        if main:
                             checkpoints.save(model, out, extra)
                 if progress:
                     bar.write(_evaluation_line(step, evaluation, best=at.best_step == step), file=sys.stderr)
@@ -177,7 +179,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             norm = accelerator.clip_grad_norm_(module.parameters(), cfg.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            window.add(torch.cat([torch.stack(rows).mean(0), norm.detach().float().reshape(1)]))
+            window.add(torch.cat([torch.stack(rows).mean(0), whole(norm.detach()).float().reshape(1)]))
             step += 1
             bar.update()
 
@@ -194,7 +196,9 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     assert at.best_loss is not None
     assert at.best_step is not None
     assert at.evaluation is not None
-    drawn = _final_sample(run, model, metrics, record) if main else None
+    with whole_parameters(module):
+        drawn = _final_sample(run, model, metrics, record) if main else None
+        accelerator.wait_for_everyone()
     return TrainResult(
         out, model, step, at.best_loss, at.best_step, Evaluation(**at.evaluation), drawn, time.perf_counter() - began
     )
@@ -240,15 +244,15 @@ def _save(out: Path, at: state.RunState, begun: Start, accelerator: Accelerator)
     """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
     from accelerate.utils import gather_object
 
-    named = [*begun.model.named_parameters()]
+    weights = {name: whole(p.detach()).cpu().contiguous() for name, p in begun.model.named_parameters()}
     moments = state.optimizer_tensors(begun.model, begun.optimizer.optimizer)
-    for name, tensor in [*named, *moments.items()]:
+    for name, tensor in [*weights.items(), *moments.items()]:
         if not bool(torch.isfinite(tensor).all()):
             raise TrainingDiverged(f"after step {at.step} {name} is not finite")
     generators = gather_object([state.generators_of(accelerator.process_index)])
     if accelerator.is_main_process:
         tensors = state.Tensors(
-            weights=checkpoints.weights_of(begun.model),
+            weights=weights,
             optimizer=moments,
             generators={name: tensor for of_process in generators for name, tensor in of_process.items()},
         )

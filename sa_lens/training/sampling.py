@@ -101,4 +101,6 @@ def side_by_side(found: Sample, width: int | None = None) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return [piece for line in text.splitlines() for piece in (textwrap.wrap(line, width) or [""])] or ["(nothing)"]
+    # an untrained model writes control characters, which would move the columns
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return [piece for line in text.split("\n") for piece in (textwrap.wrap(line, width) or [""])] or ["(nothing)"]

@@ -20,6 +20,7 @@ from sa_lens.training.metrics import MetricsFile
 from sa_lens.training.optimizer import adamw, choose_trained
 from sa_lens.training.processes import Environment
 from sa_lens.training.schedule import learning_rate
+from sa_lens.training.sharding import check_sharding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,6 +70,7 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
         loss.compile()
     optimizer = adamw(model, run.train, fused=accelerator.device.type in ("cpu", "cuda"))
     module, optimizer = accelerator.prepare(loss, optimizer)
+    check_sharding(module)
     environment = Environment.of(accelerator)
     if earlier is None:
         at = state.RunState(

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sa_lens.core.checkpoints import MARKER, WEIGHTS, atomic_write, complete_steps, staged_folder, write_weights
+from sa_lens.training.sharding import shared_like, whole
 
 VERSION = 1
 FILES = (WEIGHTS, "optimizer.safetensors", "random.safetensors")
@@ -116,10 +117,10 @@ def read(folder: Path) -> tuple[RunState, Tensors]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's tensors as `<parameter>.<quantity>`, on the CPU."""
+    """AdamW's tensors as `<parameter>.<quantity>`, whole and on the CPU."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(p)]}.{quantity}": value.detach().cpu().contiguous().clone()
+        f"{names[id(p)]}.{quantity}": whole(value.detach()).cpu().contiguous().clone()
         for p, quantities in optimizer.state.items()
         for quantity, value in quantities.items()
     }
@@ -145,7 +146,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         for quantity, value in quantities.get(names[id(p)], {}).items():
             # step counts stay on the CPU unless the optimizer is fused
             on_device = quantity != "step" or optimizer.defaults["fused"]
-            optimizer.state[p][quantity] = value.to(p.device) if on_device else value.clone()
+            optimizer.state[p][quantity] = shared_like(value, p) if on_device else value.clone()
 
 
 def generators_of(process: int) -> dict[str, Tensor]:

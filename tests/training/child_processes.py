@@ -74,8 +74,11 @@ def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: 
     report.write_text(str(calls))
 
 
-def train_together(run: RunConfig, out: Path, processes: int, **options: Any) -> None:
+def train_together(run: RunConfig, out: Path, processes: int, *, shard: bool = False, **options: Any) -> None:
     """Trains in several processes over gloo and waits for them.
+
+    Args:
+        shard: shard the parameters over the processes instead of copying them.
 
     Raises:
         AssertionError: one of them failed.
@@ -83,13 +86,15 @@ def train_together(run: RunConfig, out: Path, processes: int, **options: Any) ->
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = [start(_one_of, run, out, rank, processes, port, options) for rank in range(processes)]
+    started = [start(_one_of, run, out, rank, processes, port, shard, options) for rank in range(processes)]
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0] * processes
 
 
-def _one_of(run: RunConfig, out: Path, rank: int, processes: int, port: int, options: dict[str, Any]) -> None:
+def _one_of(
+    run: RunConfig, out: Path, rank: int, processes: int, port: int, shard: bool, options: dict[str, Any]
+) -> None:
     # what `accelerate launch --cpu` sets
     os.environ.update(
         RANK=str(rank),
@@ -106,5 +111,29 @@ def _one_of(run: RunConfig, out: Path, rank: int, processes: int, port: int, opt
     from sa_lens.training import train
 
     torch.set_num_threads(1)
+    if shard:
+        shard_instead_of_copying()
     train(run, out, device="cpu", progress=False, **options)
     torch.distributed.destroy_process_group()
+
+
+def shard_instead_of_copying() -> None:
+    """Has Accelerate's `prepare` shard the loss as one unit. Accelerate itself shards on GPUs only, torch anywhere."""
+    import torch
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    prepare = Accelerator.prepare
+
+    def sharded(self: Any, loss: torch.nn.Module, optimizer: torch.optim.AdamW) -> Any:
+        names = {id(p): name for name, p in loss.named_parameters()}
+        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+        fully_shard(loss, mesh=init_device_mesh("cpu", (self.num_processes,)))
+        parameters = dict(loss.named_parameters())
+        optimizer = torch.optim.AdamW(
+            [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+        )
+        return loss, prepare(self, optimizer)
+
+    Accelerator.prepare = sharded  # type: ignore[method-assign]

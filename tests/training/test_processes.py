@@ -60,6 +60,28 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(make_run: MakeRun, 
             assert weight.detach().numpy() == pytest.approx(whole.get_parameter(name).detach().numpy(), abs=1e-6), name
 
 
+@pytest.mark.slow
+def test_sharded_parameters(make_run: MakeRun, tmp_path: Path) -> None:
+    """Losses, files and resumption are those of one process, which may even take over."""
+    # the norm of sharded gradients is rounded otherwise; a clip beyond it keeps that out of the weights
+    run = make_run(lr=1e-3, log_every=1, accumulate=2, save_every=6, clip=100, weight_decay=0.1, sample_tokens=4)
+    train(run, tmp_path / "whole", progress=False)
+    out = tmp_path / "sharded"
+    child_processes.train_together(run, out, 2, shard=True)
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    for resumed_shard in (True, False):
+        (out / "state" / "step-12" / "complete").unlink()
+        child_processes.train_together(run, out, 2, shard=resumed_shard, resume=True)
+        assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+        for which in ("best", "last"):
+            found, expected = (
+                SelfAblatingTransformer.from_pretrained(folder, which=which)  # type: ignore[arg-type]
+                for folder in (out, tmp_path / "whole")
+            )
+            for name, weight in found.named_parameters():
+                assert weight.detach().numpy() == pytest.approx(expected.get_parameter(name).detach().numpy(), abs=1e-6)
+
+
 def test_the_batch_must_divide(make_run: MakeRun, tmp_path: Path) -> None:
     # TrainConfig knows nothing of processes; the loop checks before it reads a text
     run = make_run(batch_size=3)
