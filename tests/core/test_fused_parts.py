@@ -81,7 +81,7 @@ def test_masked_units(surrogate: str, kind: str, k: int) -> None:
     cfg = GateConfig(surrogate=surrogate, kind=kind, temperature=0.6)
     values, scores = random(5, 8), random(5, 8, seed=1)
     expected = values * gate_mask(scores, k, cfg)
-    found = masked_units(values, scores, k, cfg)
+    found = masked_units(values[None], scores, k, cfg)[0]
     if k == 8:
         assert torch.equal(found, expected)
         gradient = torch.autograd.grad(found.sum(), scores)[0]
@@ -94,13 +94,19 @@ def test_masked_units_by_head() -> None:
     cfg = GateConfig(attn_unit="head")
     values, scores = random(5, 12), random(5, 4, seed=1)
     expected = values * gate_mask(scores, 2, cfg).repeat_interleave(3, dim=-1)
-    assert_same_gradients(masked_units(values, scores, 2, cfg), expected, [values, scores])
+    assert_same_gradients(masked_units(values[None], scores, 2, cfg)[0], expected, [values, scores])
+
+
+def test_the_mask_acts_on_the_last_stream_alone() -> None:
+    values, scores = random(2, 5, 8), random(5, 8, seed=1)
+    expected = torch.stack([values[0], values[1] * gate_mask(scores, 3, GateConfig())])
+    assert_same_gradients(masked_units(values, scores, 3, GateConfig()), expected, [values, scores])
 
 
 def test_ties_go_to_the_lowest_unit_and_pass_no_gradient() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]], requires_grad=True)
     values = torch.ones(2, 4)
-    masked = masked_units(values, scores, 2, GateConfig())
+    masked = masked_units(values[None], scores, 2, GateConfig())[0]
     assert masked.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
     gradient = torch.autograd.grad((masked * torch.arange(4.0)).sum(), scores)[0]
     assert not gradient[0].any()

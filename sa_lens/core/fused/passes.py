@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sa_lens.config import LossConfig
 from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
-from sa_lens.core.fused.selection import masked_units
+from sa_lens.core.fused.selection import masked_units, scores_of
 
 if TYPE_CHECKING:
     from sa_lens.core.model import SelfAblatingTransformer
@@ -164,9 +164,9 @@ class _Passes:
 
         def masking(gate: Any) -> Callable[[Tensor], Tensor]:
             def masked(units: Tensor) -> Tensor:
-                scores = gate.project(local, final).flatten(0, 1).flatten(1)
-                ablated = masked_units(units[-1].flatten(0, 1), scores, gate.k, gate.cfg).view_as(units[-1])
-                return torch.stack([units[0], ablated]) if len(units) == 2 else ablated[None]
+                return masked_units(units.flatten(1, 2), self.scores(gate, local, final), gate.k, gate.cfg).view_as(
+                    units
+                )
 
             return masked
 
@@ -203,6 +203,15 @@ class _Passes:
         """`x @ weight + bias` in the precision of the matrix products."""
         bias = None if bias is None else bias.to(self.dtype)
         return F.linear(x.to(self.dtype), weight.to(self.dtype).T, bias)
+
+    def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:
+        """What `gate.project` computes, with rows of units."""
+        reads = []
+        if gate.cfg.reads_local:
+            reads.append(scores_of(local.flatten(0, 1), gate.W_local, gate.b_local, self.dtype))
+        if gate.cfg.reads_global and final is not None:
+            reads.append(scores_of(final.flatten(0, 1), gate.W_global, gate.b_global, self.dtype))
+        return reads[0] if len(reads) == 1 else reads[0] + reads[1]
 
     def normalised(self, norm: Any, x: Tensor) -> Tensor:
         """What the model's normalisation module computes."""

@@ -1,4 +1,4 @@
-"""The top-k mask on the values of a gate's units, with the closed-form gradient of its surrogate.
+"""Scores, and the top-k mask on the values of a gate's units with the closed-form gradient of its surrogate.
 
 The readable definition is `gate.gate_mask`. Here one autograd function masks the values and, on the way back, computes
 the gradient of the scores from the scores and the k-th and next of them alone.
@@ -19,14 +19,42 @@ GROUP = 8
 """Scores a group in the two-stage top-k."""
 
 
+def scores_of(
+    x: Float[Tensor, "row d_model"],
+    weight: Float[Tensor, "d_model score"],
+    bias: Float[Tensor, " score"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "row score"]:
+    """`x @ weight + bias` in the inputs' own precision, its gradients by matrix products in `dtype`."""
+    return _Scores.apply(x, weight, bias, dtype)
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        ctx.save_for_backward(x, weight)
+        return torch.addmm(bias, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        narrow = grad.to(ctx.dtype)
+        grad_x = torch.mm(narrow, weight.T.to(ctx.dtype)).to(x.dtype) if wants_x else None
+        grad_weight = torch.mm(x.T.to(ctx.dtype), narrow).to(weight.dtype) if wants_weight else None
+        return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None
+
+
 def masked_units(
-    values: Float[Tensor, "row unit"], scores: Float[Tensor, "row score"], k: int, cfg: GateConfig
-) -> Float[Tensor, "row unit"]:
-    """`values * gate_mask(scores, k, cfg)`, each score acting on `unit / score` neighbouring units.
+    values: Float[Tensor, "stream row unit"], scores: Float[Tensor, "row score"], k: int, cfg: GateConfig
+) -> Float[Tensor, "stream row unit"]:
+    """The values, those of the last stream times `gate_mask(scores, k, cfg)`.
 
     Args:
-        values: units of the ablated stream, in the precision of the matrix products.
-        scores: float32 or wider.
+        values: units, in the precision of the matrix products; the ablated stream comes last.
+        scores: float32 or wider; each acts on `unit / score` neighbouring units.
     """
     return _MaskedUnits.apply(values, scores, k, cfg)
 
@@ -41,7 +69,7 @@ class _MaskedUnits(torch.autograd.Function):
         top, index = largest(scores, k + 1)
         edge, edge_index = top[:, k - 1 :].contiguous(), index[:, k - 1 :].contiguous()
         ctx.save_for_backward(values, scores, edge, edge_index)
-        return _scaled(values, _mask(scores, edge, k, cfg))
+        return _last_masked(values, _mask(scores, edge, k, cfg))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -51,26 +79,32 @@ class _MaskedUnits(torch.autograd.Function):
         if not rest:
             return grad, torch.zeros_like(scores), None, None
         edge, edge_index = rest
-        grad_values = _scaled(grad, _mask(scores, edge, k, cfg)) if ctx.needs_input_grad[0] else None
+        grad_values = _last_masked(grad, _mask(scores, edge, k, cfg)) if ctx.needs_input_grad[0] else None
         grad_scores = None
         if ctx.needs_input_grad[1]:
-            grad_mask = grad.to(scores.dtype) * values
+            grad_mask = grad[-1].to(scores.dtype).mul_(values[-1])
             if grad_mask.shape != scores.shape:
                 grad_mask = grad_mask.unflatten(-1, (scores.shape[-1], -1)).sum(-1)
             grad_scores = surrogate_backward(grad_mask, scores, edge, edge_index, k, cfg)
         return grad_values, grad_scores, None, None
 
 
-def _scaled(values: Tensor, mask: Tensor) -> Tensor:
-    """Values times a mask that has an entry for each unit or for each head."""
-    if values.shape == mask.shape:
-        return values * mask.to(values.dtype)
-    return (values.unflatten(-1, (mask.shape[-1], -1)) * mask.to(values.dtype)[..., None]).flatten(-2)
+def _last_masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of all streams, the last one's times a mask that has an entry for each unit or for each head."""
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    out[:-1] = values[:-1]
+    per_mask = (mask.shape[-1], -1)
+    torch.mul(values[-1].unflatten(-1, per_mask), mask.to(values.dtype)[..., None], out=out[-1].unflatten(-1, per_mask))
+    return out
 
 
 def _mask(scores: Tensor, edge: Tensor, k: int, cfg: GateConfig) -> Tensor:
     if cfg.kind == "soft":
-        return _soft(scores, edge, k, cfg)[0]
+        shifted, _ = _shifted(scores, edge, cfg)
+        if cfg.surrogate == "softmax":
+            return torch.softmax(shifted, dim=-1)
+        v = shifted.sigmoid_()
+        return v.mul_(k / v.sum(-1, keepdim=True))
     return hard_mask(scores, edge, k)
 
 
@@ -107,16 +141,11 @@ def hard_mask(scores: Float[Tensor, "row score"], edge: Float[Tensor, "row 2"], 
     return top_k_mask(scores, k)
 
 
-def _soft(scores: Tensor, edge: Tensor, k: int, cfg: GateConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Surrogate weights, (s - g) / (T D + eps), sigmoid of it (or the weights), and T D + eps."""
+def _shifted(scores: Tensor, edge: Tensor, cfg: GateConfig) -> tuple[Tensor, Tensor]:
+    """(s - g) / (T D + eps), and T D + eps."""
     upper, lower = edge[:, :1], edge[:, 1:]
     width = cfg.temperature * (upper - lower) + EPS
-    shifted = (scores - (upper + lower) / 2) / width
-    if cfg.surrogate == "softmax":
-        weights = torch.softmax(shifted, dim=-1)
-        return weights, shifted, weights, width
-    v = torch.sigmoid(shifted)
-    return v * (k / v.sum(-1, keepdim=True)), shifted, v, width
+    return (scores - (upper + lower) / 2).div_(width), width
 
 
 def surrogate_backward(
@@ -130,17 +159,20 @@ def surrogate_backward(
     """Gradient of the scores, given that of the surrogate weights.
 
     With u = (s - g) / (T D + eps) and du its gradient: ds = du / (T D + eps), the threshold g gets the negative sum of
-    it, the width D gets -T sum(du u) / (T D + eps), and both pass to the k-th and the next score.
+    it, the width D gets -T sum(ds u), and both pass to the k-th and the next score.
     """
-    weights, shifted, v, width = _soft(scores, edge, k, cfg)
-    centred = grad_weights - (grad_weights * weights).sum(-1, keepdim=True) / (k if cfg.surrogate == "sigmoid" else 1)
-    grad_shifted = centred.mul_(weights)
+    shifted, width = _shifted(scores, edge, cfg)
+    # equal k-th and next scores: the surrogate has no width there and passes nothing
+    factor = (edge[:, :1] != edge[:, 1:]) / width
     if cfg.surrogate == "sigmoid":
-        grad_shifted.mul_(1 - v)
-    grad_scores = grad_shifted / width
+        v = torch.sigmoid(shifted)
+        total = v.sum(-1, keepdim=True)
+        centred = grad_weights - (grad_weights * v).sum(-1, keepdim=True) / total
+        grad_scores = torch.ops.aten.sigmoid_backward(centred, v).mul_(factor * k / total)
+    else:
+        weights = torch.softmax(shifted, dim=-1)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(factor)
     grad_width = -cfg.temperature * (grad_scores * shifted).sum(-1, keepdim=True)
     half_threshold = -grad_scores.sum(-1, keepdim=True) / 2
     to_edge = torch.cat([half_threshold + grad_width, half_threshold - grad_width], dim=-1)
-    grad_scores.scatter_add_(-1, edge_index, to_edge)
-    # equal k-th and next scores: the surrogate has no width there and passes nothing
-    return grad_scores.masked_fill_(edge[:, :1] == edge[:, 1:], 0)
+    return grad_scores.scatter_add_(-1, edge_index, to_edge)
