@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -26,7 +27,7 @@ def attention(
     """Attention patterns of every head of a layer.
 
     Args:
-        text: text, to which the model's tokenizer adds its begin-of-text token, or tokens.
+        text: text, which gets one begin-of-text token, or tokens.
         layer: the layer.
         stream: one stream; None: every one that the model has.
         position: where the ablated stream is ablated; None: at all positions, each attending to clean keys.
@@ -39,7 +40,7 @@ def attention(
         raise ValueError(f"layer {layer} is not there: the model's are 0 to {n_layers - 1}")
     if isinstance(text, str) and model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give tokens instead of text")
-    tokens = model.to_tokens(text) if isinstance(text, str) else torch.as_tensor(text)  # type: ignore[attr-defined]
+    tokens = torch.tensor(_tokens(model.tokenizer, text)) if isinstance(text, str) else torch.as_tensor(text)
     tokens = tokens.reshape(1, -1) if tokens.ndim < 2 or len(tokens) == 1 else tokens
     if len(tokens) != 1:
         raise ValueError(f"attention of one text at a time, not of {len(tokens)}")
@@ -59,6 +60,12 @@ def attention(
     )
     which = " and ".join(streams)
     return Attention(f"Attention of layer {layer}, {which} stream", tuple(labels), tuple(heads), tuple(patterns))
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    """The text after one begin-of-text token (end-of-text where the tokenizer has no other)."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [*([] if begin is None else [begin]), *tokenizer.encode(text, add_special_tokens=False)]
 
 
 class AttentionView:

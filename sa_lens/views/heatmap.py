@@ -106,7 +106,7 @@ def _note(one: pd.Series) -> str:
         "noise": "values of the corrupt prompt put into the clean run (1: all lost)",
     }
     ends = f"{metric} {one['clean']:.2f} clean, {one['corrupt']:.2f} corrupt"
-    return f"{how[one['direction']]}; {ends}; n = {one['n']} pairs"
+    return f"{how[one['direction']]}; {ends}; {one['n']} pairs"
 
 
 def _unit_label(row: pd.Series) -> str:
@@ -120,6 +120,9 @@ def _label(at: object, token: str, column: str) -> str:
         return WHAT.get(str(at), str(at))
     if column == "head" or isinstance(at, str) or not token:
         return str(at)
+    if at == 0:
+        # every prompt begins with the begin-of-text token, whatever a tokenizer calls it
+        return "0 BOS"
     return f"{at} {token.strip() or repr(token)}"
 
 
@@ -157,7 +160,8 @@ def _trace(record: HeatMap, limits: tuple[float, float], dark: bool) -> go.Heatm
             f"<b>%{{z:.4f}}</b> {record.scale}<extra></extra>"
         ),
         colorbar={
-            "title": {"text": record.scale, "side": "right"},
+            "title": {"text": record.scale, "side": "right", "font": {"size": 12, "color": palette(dark).faint}},
+            "tickfont": {"size": 11},
             "thickness": 12,
             "outlinewidth": 0,
             "tickformat": ".2~f",
@@ -177,10 +181,19 @@ def _axes(record: HeatMap) -> tuple[dict[str, object], dict[str, object]]:
                 "zeroline": False,
             }
         )
-    longest = max(map(len, record.x.labels), default=0)
-    # long labels that would run into one another stand upright
-    axes[0]["tickangle"] = -90 if longest > 5 and len(record.x.labels) > 8 else 0
+    axes[0]["tickangle"] = -90 if _upright(record) else 0
     return axes[0], axes[1]
+
+
+def _upright(record: HeatMap) -> bool:
+    """Whether labels of columns are so long that they would run into one another, and stand upright instead."""
+    return max(map(len, record.x.labels), default=0) > 5 and len(record.x.labels) > 8
+
+
+def _height(record: HeatMap) -> int:
+    """Pixels of the cells and the axis below them."""
+    below = 60 + (7 * max(map(len, record.x.labels)) if _upright(record) else 15)
+    return below + max(3 * _ROW, _ROW * len(record.y.labels))
 
 
 @draw.register
@@ -196,7 +209,7 @@ def figure(record: HeatMap, *, dark: bool = False) -> go.Figure:
         xaxis=x,
         yaxis=y,
         width=width,
-        height=105 + room + max(3 * _ROW, _ROW * len(record.y.labels)),
+        height=room + _height(record),
         margin={"t": room},
     )
     return shown
@@ -238,7 +251,7 @@ def side_by_side(
     colours = palette(dark)
     # the width that a subplot title may take before it runs into the next
     widest = max(len(record.x.labels) for record in heat_maps)
-    each = max(7, widest) * _CELL + 40
+    each = max(8, widest) * _CELL + 40
     all_notes = list(dict.fromkeys(record.note for record in heat_maps))
     captions = [
         f"<b>{wrapped(name, each)}</b>"
@@ -259,15 +272,14 @@ def side_by_side(
         figure.update_xaxes(x, row=1, col=column)
         figure.update_yaxes(y, row=1, col=column)
     lines = max(caption.count("<br>") for caption in captions)
-    rows = max(len(record.y.labels) for record in heat_maps)
     width = 150 + each * len(heat_maps)
     above, room = heading(title or heat_maps[0].title, all_notes[0] if len(all_notes) == 1 else "", width, dark)
-    room += 30 + 15 * lines
+    room += 20 + 17 * lines
     figure.update_layout(
         template=template(dark),
         title=above,
         width=width,
-        height=105 + room + max(3 * _ROW, _ROW * rows),
+        height=room + max(map(_height, heat_maps)),
         margin={"t": room},
     )
     return figure

@@ -87,7 +87,10 @@ def template(dark: bool = False) -> go.layout.Template:
     return go.layout.Template(
         layout={
             "font": {**_SIZE, "color": colours.text},
-            "title": {"x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 20}, "font": {"size": 17}},
+            "title": {
+                **{"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+                **{"pad": {"l": 20, "t": 18}, "font": {"size": 17}},
+            },
             "paper_bgcolor": colours.background,
             "plot_bgcolor": colours.background,
             "colorway": list(colours.lines),
@@ -105,9 +108,13 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def wrapped(text: str, width: float) -> str:
-    """Text in small print, broken into lines of so many pixels, safe from markup."""
-    lines = textwrap.wrap(text, max(20, int(width / 6.6)), break_long_words=False)
+def wrapped(text: str, width: float, letter: float = 6.6) -> str:
+    """Text broken into lines of so many pixels, safe from markup.
+
+    Args:
+        letter: mean width of a letter, in pixels; the default is that of small print.
+    """
+    lines = textwrap.wrap(text, max(12, int(width / letter)), break_long_words=False)
     return "<br>".join(map(plain, lines))
 
 
@@ -117,9 +124,11 @@ def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[di
     Args:
         width: of the figure, in pixels.
     """
-    text = f"<b>{plain(title)}</b>"
+    large = wrapped(title, width - 40, letter=10.4)
+    room = 40 + 22 * (1 + large.count("<br>"))
     if not note:
-        return {"text": text}, 70
+        return {"text": f"<b>{large}</b>"}, room
     small = wrapped(note, width - 40)
     style = f"font-size:12px;color:{palette(dark).faint}"
-    return {"text": f"{text}<br><span style='{style}'>{small}</span>"}, 85 + 16 * small.count("<br>")
+    # plotly spaces the lines of the note by the size of the heading
+    return {"text": f"<b>{large}</b><br><span style='{style}'>{small}</span>"}, room + 22 * (1 + small.count("<br>"))

@@ -38,7 +38,7 @@ def test_record_of_positions():
     assert record.y == Axis("layer", ("0", "1"))
     assert record.values == ((0.0, 0.25, 0.5), (1.0, 1.25, 1.5))
     assert record.title == "IOI: residual stream, clean stream"
-    assert "n = 64 pairs" in record.note
+    assert "; 64 pairs" in record.note
     assert "logit difference 3.00 clean, -1.00 corrupt" in record.note
     assert to_record(table(rows=POSITIONS), "value").values == ((-1, 0, 1), (3, 4, 5))
     assert to_record(table(rows=POSITIONS), title="Mine").title == "Mine"
@@ -47,7 +47,7 @@ def test_record_of_positions():
 def test_record_keeps_the_order_of_the_table_and_names_tokens():
     rows = [(0, at, None, None, at) for at in (2, 10, 0)]
     record = to_record(table(rows=rows).assign(token=[" went", " to", "<|endoftext|>"]))
-    assert record.x.labels == ("2 went", "10 to", "0 <|endoftext|>")
+    assert record.x.labels == ("2 went", "10 to", "0 BOS")
 
 
 def test_record_of_heads_and_of_layers():
