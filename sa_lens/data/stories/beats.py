@@ -270,7 +270,15 @@ class Beats(Writer):
         """A sentence that changes nothing: what they see, do or feel; no kind twice in a story."""
         x, y, place = self.scene
         one = self.pick((x, y))
-        options = ["fun", "game", "walk", "glad_together", "like_place", "animal" if place.outdoors else "place_is"]
+        options = [
+            "fun",
+            "game",
+            "walk",
+            "glad_together",
+            "smile",
+            "like_place",
+            "animal" if place.outdoors else "place_is",
+        ]
         if self.unambiguous(one):
             options += ["feel_place", "say_need"]
         options = [pattern for pattern in options if pattern not in self.told]
