@@ -297,16 +297,30 @@ def test_an_exception_leaves_everything_as_it_was(name, form):
     def fail(x, hook):
         raise RuntimeError("from a hook")
 
+    def as_it_was():
+        assert tables(model) == before
+        kept.clear()
+        assert torch.equal(model(tokens), clean)
+        assert len(kept) == 1
+
     with pytest.raises(RuntimeError, match="from a hook"), model.ablated(**FORMS[form]):
         model.run_with_hooks(tokens, fwd_hooks=[(name, fail)])
+    as_it_was()
     with pytest.raises(RuntimeError, match="from a hook"), model.ablated(clean_hooks=[("hook_embed", fail)]):
         model(tokens)
+    as_it_was()
     with pytest.raises(RuntimeError, match="from a hook"), model.hooks(fwd_hooks=[(name, fail)]):
         model.run_streams(tokens)
-    assert tables(model) == before
-    kept.clear()
-    assert torch.equal(model(tokens), clean)
-    assert len(kept) == 1
+    as_it_was()
+    with model.ablated():
+        expected = model(tokens)
+        with (
+            pytest.raises(RuntimeError, match="from a hook"),
+            model.clean(),
+            model.hooks(fwd_hooks=[("hook_embed", fail)]),
+        ):
+            model(tokens)
+        assert torch.equal(model(tokens), expected)
 
 
 @torch.no_grad()
