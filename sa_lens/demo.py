@@ -74,7 +74,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
     _show("Validation loss, nats a token", losses)
     pairs = ioi(data.tokenizer, n=400, seed=seed, world="stories", name_pairs="held-out")
     skills = skill_table(models, pairs)
-    _show("Indirect objects, name pairs never seen together in training", skills)
+    _show("Indirect objects, name pairs never seen together in training (95 % intervals)", _with_intervals(skills))
     _tell_stories(models["local"], seed)
     figures = write_figures(models["local"], pairs, out)
     _conclude(losses, skills, unigram_entropy(data))
@@ -132,7 +132,23 @@ def skill_table(models: dict[str, SelfAblatingTransformer], pairs: PromptPairs) 
 
     from sa_lens.circuits.metrics import skill
 
-    return pd.concat([skill(model, pairs).assign(model=name) for name, model in models.items()], ignore_index=True)
+    tables = []
+    for name, model in models.items():
+        table = skill(model, pairs)
+        table.insert(0, "model", name)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _with_intervals(skills: pd.DataFrame) -> pd.DataFrame:
+    """The table as people read it: each mean with its 95 % interval in one cell."""
+    import pandas as pd
+
+    shown = pd.DataFrame({"model": skills["model"], "stream": skills["stream"], "prompts": skills["n"]})
+    for metric in ("pair_accuracy", "top1_accuracy", "logit_difference"):
+        cells = zip(skills[metric], skills[f"{metric}_low"], skills[f"{metric}_high"], strict=True)
+        shown[metric.replace("_", " ")] = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in cells]
+    return shown
 
 
 def _show(title: str, table: pd.DataFrame) -> None:
@@ -151,13 +167,17 @@ def write_figures(
 ) -> list[Path]:
     """Patches both streams on the pairs of the commonest length and draws the results and the training curves."""
     from sa_lens.circuits.patching import patch
-    from sa_lens.views import draw, save, side_by_side, training_curves
+    from sa_lens.views import draw, save, side_by_side, to_record, training_curves
 
     common = max((group for _, group in pairs.by_length()), key=len)
     written = []
     for what, title in (("resid_pre", "residual streams"), ("heads", "heads")):
         tables = [patch(model, common, what, stream, progress=progress) for stream in ("clean", "ablated")]
-        figure = side_by_side(tables, f"Which {title} carry the indirect object?", names=["clean", "ablated"])
+        figure = side_by_side(
+            [to_record(table, "value") for table in tables],
+            f"Which {title} carry the indirect object?",
+            names=["clean", "ablated"],
+        )
         written.append(save(figure, out / f"patching-{what}.html"))
     curves = draw(training_curves([out / "baseline", out / "local"]))
     written.append(save(curves, out / "training.html"))
