@@ -31,13 +31,13 @@ def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
         gates=GateConfig(scope=scope, k_attn=8, k_mlp=8, temperature=0.1),  # type: ignore[arg-type]
         data=DataConfig(source="stories", n_stories=20_000, vocab_size=1024),
         train=TrainConfig(
-            steps=2_500,
+            steps=2_300,
             batch_size=8,
             lr=3e-3,
             warmup_steps=50,
-            eval_every=500,
+            eval_every=1_150,
             eval_tokens=40_000,
-            save_every=500,
+            save_every=575,
             precision="bf16",
             sample_tokens=0,
             seed=seed,
