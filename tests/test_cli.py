@@ -58,7 +58,7 @@ class TestHelp:
         assert stop.value.code == 0
         text = capsys.readouterr().out
         assert len(text.splitlines()) <= 42
-        assert f"sa-lens {name} " in text.split("Example")[1]
+        assert re.search(rf"sa-lens {name}\b", text.split("Example")[1])
 
     def test_lists_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([]) == 0

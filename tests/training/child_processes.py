@@ -44,6 +44,8 @@ def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: 
     from sa_lens.training import loop, state, train
 
     torch.set_num_threads(1)
+    # data workers notice the death of the process that forked them, not that of a server's client
+    multiprocessing.set_start_method("fork", force=True)
     calls = 0
     writing = 0
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny_runs import MakeRun, records, same, weights
 from sa_lens.config import GateConfig, LossConfig, RunConfig, read_yaml
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.data import BlockOrder, prepare, validation_blocks
-from sa_lens.training import TrainingDiverged, bytes_per_token, evaluate, train
+from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, evaluate, loop, train
 
 
 def plain_loop(run: RunConfig) -> SelfAblatingTransformer:
@@ -97,11 +98,19 @@ def test_what_a_run_leaves(make_run: MakeRun, tmp_path: Path) -> None:
     assert config["validation"]["ablated_loss"] == best["ablated_loss"]
 
 
-def test_best_and_last_load_back(make_run: MakeRun, tmp_path: Path) -> None:
-    # a rate this high makes the loss rise after the first evaluation
-    run = make_run(lr=0.5, eval_every=1, steps=6, clip=0)
+def test_best_and_last_load_back(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Evaluation] = []
+
+    def rising(*args: Any, **kwargs: Any) -> Evaluation:
+        """Evaluations that get worse after the second."""
+        seen.append(evaluate(*args, **kwargs))
+        worse = max(0, len(seen) - 2)
+        return dataclasses.replace(seen[-1], ablated_loss=seen[min(1, len(seen) - 1)].ablated_loss + worse)  # type: ignore[operator]
+
+    monkeypatch.setattr(loop, "evaluate", rising)
+    run = make_run(eval_every=1, steps=6)
     found = train(run, tmp_path / "run", progress=False)
-    assert found.best_step < 6, "the test needs a best step before the last"
+    assert found.best_step == 2
     last = SelfAblatingTransformer.from_pretrained(tmp_path / "run", which="last")
     assert same(weights(last), weights(found.model))
     best = SelfAblatingTransformer.from_pretrained(tmp_path / "run")
