@@ -130,7 +130,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                         validation,
                         bytes_per_token=bytes_per_token(begun.data.validation),
                         share=(accelerator.process_index, accelerator.num_processes),
-                        total=lambda x: accelerator.reduce(x, "sum"),
+                        total=lambda x: _total(x, accelerator),
                     )
                 _check_evaluation(evaluation, step)
                 found = dataclasses.asdict(evaluation)
@@ -231,6 +231,13 @@ def _agreed(stop: StopRequest, step: int, every: int, accelerator: Accelerator) 
     if step % every != 0:
         return False
     return bool(accelerator.reduce(torch.tensor(float(stop.made), device=accelerator.device), "sum") > 0)
+
+
+def _total(x: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum over all processes, on the device of `x`."""
+    if accelerator.num_processes == 1:
+        return x
+    return accelerator.reduce(x.to(accelerator.device), "sum").to(x.device)
 
 
 def _check_evaluation(evaluation: Evaluation, step: int) -> None:

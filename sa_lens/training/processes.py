@@ -78,7 +78,9 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
                 f"device={device!r}, but Accelerate already runs on {accelerator.device.type!r} in this process"
             )
         if run.train.tracker != "none":
-            accelerator.init_trackers("sa_lens", config=_flat(to_dict(run)))
+            accelerator.init_trackers(
+                "sa_lens", config=_flat(to_dict(run)), init_kwargs={"wandb": {"dir": str(out), "name": out.name}}
+            )
         try:
             yield accelerator
         finally:

@@ -258,3 +258,26 @@ class TestRefusals:
         (tmp_path / "run").write_text("")
         with pytest.raises(NotADirectoryError, match="is a file"):
             train(make_run(), tmp_path / "run", progress=False)
+
+
+def test_a_tracker_gets_the_configuration_and_every_figure(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate
+
+    begun: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, Any]]] = []
+    ended: list[bool] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", lambda self, name, config, **_: begun.append(config))
+    monkeypatch.setattr(accelerate.Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    monkeypatch.setattr(accelerate.Accelerator, "end_training", lambda self: ended.append(True))
+    train(make_run(tracker="tensorboard"), tmp_path / "run", progress=False)
+    assert begun[0]["train.lr"] == 0.01
+    assert begun[0]["gates.k_mlp"] == 8
+    assert all(isinstance(value, int | float | str) for value in begun[0].values())
+    assert [step for step, _ in logged] == [r["step"] for r in records(tmp_path / "run")]
+    for (_, values), found in zip(logged, records(tmp_path / "run"), strict=True):
+        kind = found.pop("kind")
+        assert values == {f"{kind}/{name}": value for name, value in found.items() if name != "step"}
+    assert ended == [True]
