@@ -222,7 +222,11 @@ def figure_of_table(table: pd.DataFrame, *, dark: bool = False) -> go.Figure:
 
 
 def side_by_side(
-    shown: Sequence[HeatMap | pd.DataFrame], title: str = "", *, names: Sequence[str] | None = None, dark: bool = False
+    shown: Sequence[HeatMap | Bars | pd.DataFrame],
+    title: str = "",
+    *,
+    names: Sequence[str] | None = None,
+    dark: bool = False,
 ) -> go.Figure:
     """Heat maps next to one another on one colour scale, such as one for each stream.
 
