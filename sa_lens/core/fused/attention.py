@@ -22,7 +22,7 @@ from torch import Tensor
 BLOCK = 64
 """Positions whose queries go through at once."""
 
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 19
 """Scores that a block of queries may hold, over all its heads."""
 
 
@@ -77,9 +77,10 @@ class _StreamAttention(torch.autograd.Function):
         streams = q.shape[0]
         narrow_v = x.v.to(q.dtype)
         z = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
+        narrowed = _Narrowed(x, q.dtype)
         for block, pattern in _patterns(x):
             heads, queries = block
-            part = torch.bmm(narrow_v[heads, :, : queries.stop], pattern.to(q.dtype).transpose(1, 2))
+            part = torch.bmm(narrow_v[heads, :, : queries.stop], narrowed(pattern).transpose(1, 2))
             part = z[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
             if x.own_v is not None:
                 own = _own_entries(pattern, streams)[:, None]
@@ -96,10 +97,12 @@ class _StreamAttention(torch.autograd.Function):
         grad_q = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
         grad_k, grad_v = torch.zeros_like(x.k), torch.zeros_like(x.v)
         own_grads = None if x.own_k is None else (torch.empty_like(x.k), torch.empty_like(x.v))
+        narrowed, buffer = _Narrowed(x, dtype), x.q.new_empty(_block_elements(x))
         for block, pattern in _patterns(x):
             heads, queries = block
             seen = queries.stop
-            grad_pattern = torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, :seen])
+            grad_pattern = buffer[: pattern.numel()].view_as(pattern)
+            torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, :seen], out=grad_pattern)
             if x.own_v is not None:
                 grad_own = grad[heads, queries, -1].transpose(1, 2)
                 _own_entries(grad_pattern, streams).copy_((grad_own * x.own_v[heads, :, queries]).sum(1))
@@ -113,21 +116,30 @@ class _StreamAttention(torch.autograd.Function):
                 own_entries.zero_()
                 own_q = x.q[heads, queries, -1].transpose(1, 2)
                 torch.mul(own_scores, own_q, out=own_grads[0][heads, :, queries])
-            narrow_scores, narrow_pattern = grad_scores.to(dtype), pattern.to(dtype)
+            narrow_scores = narrowed(grad_scores)
             part = torch.bmm(narrow_k[heads, :, :seen], narrow_scores.transpose(1, 2))
             part = grad_q[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
             if own_scores is not None and x.own_k is not None:
                 part[..., -1].addcmul_(own_scores, x.own_k[heads, :, queries])
             grad_k[heads, :, :seen] += torch.bmm(narrow_q[heads, queries].flatten(1, 2).transpose(1, 2), narrow_scores)
-            grad_v[heads, :, :seen] += torch.bmm(
-                narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2), narrow_pattern
-            )
+            by_column = narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2)
+            grad_v[heads, :, :seen] += torch.bmm(by_column, narrowed(pattern))
 
         def back(x: Tensor) -> Tensor:
             return x.unflatten(0, (q.shape[1], -1)).permute(0, 3, 1, 2).to(dtype)
 
         own = (None, None) if own_grads is None else tuple(back(x) for x in own_grads)
         return _by_stream(grad_q.mul_(ctx.scale), q), back(grad_k), back(grad_v), *own, None
+
+
+class _Narrowed:
+    """Blocks in the precision of the products; each overwrites the one before."""
+
+    def __init__(self, x: _Inputs, dtype: torch.dtype) -> None:
+        self.buffer = None if dtype == x.q.dtype else x.q.new_empty(_block_elements(x), dtype=dtype)
+
+    def __call__(self, block: Tensor) -> Tensor:
+        return block if self.buffer is None else self.buffer[: block.numel()].view_as(block).copy_(block)
 
 
 def _softmax_backward_(grad: Tensor, pattern: Tensor) -> Tensor:
@@ -158,13 +170,25 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tenso
     return _Inputs(rows * scale if scale != 1 else rows, *columns)  # type: ignore[arg-type]
 
 
+def _block_shape(x: _Inputs) -> tuple[int, int]:
+    """Positions and heads of a block."""
+    n_heads, length, streams, _ = x.q.shape
+    size = min(BLOCK, length)
+    return size, max(1, min(n_heads, BLOCK_ELEMENTS // (size * streams * length)))
+
+
+def _block_elements(x: _Inputs) -> int:
+    """Scores of the largest block."""
+    size, group = _block_shape(x)
+    return group * size * x.q.shape[2] * x.q.shape[1]
+
+
 def _patterns(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head row key"]]]:
     """The attention pattern of each block; it is overwritten by the next."""
     n_heads, length, streams, _ = x.q.shape
-    size = min(BLOCK, length)
-    group = max(1, min(n_heads, BLOCK_ELEMENTS // (size * streams * length)))
+    size, group = _block_shape(x)
     future = x.q.new_full((size, size), float("-inf")).triu_(1)[:, None]
-    buffer = x.q.new_empty(group * size * streams * length)
+    buffer = x.q.new_empty(_block_elements(x))
     for first_head in range(0, n_heads, group):
         heads = slice(first_head, min(first_head + group, n_heads))
         for start in range(0, length, size):
