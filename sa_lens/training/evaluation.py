@@ -11,13 +11,18 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
+from sa_lens.core.fused import why_not_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.losses import cross_entropy
+from sa_lens.core.masks import masks_of
 from sa_lens.data import TokenFile
 
+TOKENS_AT_ONCE = 4096
+"""Tokens of a batch."""
+
 LOGITS_AT_ONCE = 2**25
-"""Largest number of logits of one stream that an evaluation holds in memory (float32: 128 MiB)."""
+"""Largest number of logits of one stream that the hooked path holds in memory (float32: 128 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Evaluation:
-    """Evaluates both streams in float32.
+    """Evaluates both streams in float32, by the fused path where the model has one.
 
     A mask entry counts as kept above one half, which is exact for hard gates.
 
@@ -73,23 +78,24 @@ def evaluate(
     """
     rank, processes = share
     n_ctx = blocks.shape[1] - 1
-    at_once = max(1, LOGITS_AT_ONCE // (n_ctx * model.cfg.d_vocab))
+    fused = why_not_fused(model) is None
+    at_once = TOKENS_AT_ONCE if fused else min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
     device = model.W_E.device
     losses, overlaps = _Sum(), _Sum()
     ablated_losses = _Sum()
     kept = {"attn": _unit_counts(model, "attn_gate"), "mlp": _unit_counts(model, "mlp_gate")}
     mine = torch.from_numpy(blocks[rank::processes]).to(device)
     with torch.no_grad():
-        for batch in mine.split(at_once):
+        for batch in mine.split(max(1, at_once // n_ctx)):
             if len(batch) == 0:
                 continue
-            both = model.run_both_passes(batch[:, :-1])
-            losses.add(cross_entropy(both.clean_logits, batch, batch[:, 1:]), len(batch))
-            if both.ablated_logits is None:
+            clean_loss, ablated_loss, masks = _figures(model, batch[:, :-1], batch[:, 1:], fused)
+            losses.add(clean_loss, len(batch))
+            if ablated_loss is None:
                 continue
-            ablated_losses.add(cross_entropy(both.ablated_logits, batch, batch[:, 1:]), len(batch))
+            ablated_losses.add(ablated_loss, len(batch))
             for kind, counts in kept.items():
-                for layer, mask in enumerate(both.masks[f"{kind}_gate"]):
+                for layer, mask in enumerate(masks[f"{kind}_gate"]):
                     flat = mask.flatten(2).float()
                     counts[layer] += (flat > 0.5).sum((0, 1))
                     if n_ctx > 1:
@@ -114,6 +120,20 @@ def evaluate(
         mlp_units_used=_share(used["mlp"]) if "mlp" in used else None,
         mask_overlap=overlaps.mean(total) if n_ctx > 1 else None,
     )
+
+
+def _figures(
+    model: SelfAblatingTransformer, tokens: Int64[Tensor, "batch pos"], targets: Int64[Tensor, "batch pos"], fused: bool
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None, dict[str, list[Tensor]]]:
+    """Clean loss, ablated loss (None without gates) and masks of a batch."""
+    if fused:
+        terms = TwoStreamLoss(model, path="fused", dtype=model.cfg.dtype)(tokens, targets)
+        return terms.clean, terms.ablated, masks_of(model, tokens) if model.gates.gated else {}
+    both = model.run_both_passes(tokens)
+    clean = cross_entropy(both.clean_logits, tokens, targets)
+    if both.ablated_logits is None:
+        return clean, None, {}
+    return clean, cross_entropy(both.ablated_logits, tokens, targets), both.masks
 
 
 class _Sum:

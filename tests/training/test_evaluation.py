@@ -11,6 +11,8 @@ import torch
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.fused import why_not_fused
+from sa_lens.core.masks import masks_of
 from sa_lens.training import evaluation
 from sa_lens.training.evaluation import evaluate
 
@@ -22,9 +24,13 @@ def model(**gates: object) -> SelfAblatingTransformer:
     return SelfAblatingTransformer(SHAPE, GateConfig(**{"k_attn": 2, "k_mlp": 3, **gates}), device="cpu")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("path", ["fused", "hooked"])
 @pytest.mark.parametrize("gates", [{}, {"scope": "global"}, {"attn_unit": "head", "k_attn": 1}])
-def test_against_a_slow_twin(gates: dict[str, object]) -> None:
+def test_against_a_slow_twin(gates: dict[str, object], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gated = model(**gates)
+    assert why_not_fused(gated) is None
+    if path == "hooked":
+        monkeypatch.setattr(evaluation, "why_not_fused", lambda model: "a reason")
     found = evaluate(gated, BLOCKS, bytes_per_token=3.0)
     nats: dict[str, list[float]] = {"clean": [], "ablated": []}
     kept: dict[tuple[str, int], set[int]] = {}
@@ -56,7 +62,7 @@ def test_against_a_slow_twin(gates: dict[str, object]) -> None:
 def test_how_it_is_cut_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = model()
     whole = evaluate(gated, BLOCKS, bytes_per_token=3.0)
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", 1)
     one_by_one = evaluate(gated, BLOCKS, bytes_per_token=3.0)
     for name in ("clean_loss", "ablated_loss", "units_used", "mask_overlap"):
         assert getattr(one_by_one, name) == pytest.approx(getattr(whole, name), rel=1e-6)
@@ -94,3 +100,18 @@ def test_it_changes_nothing() -> None:
     evaluate(gated, BLOCKS, bytes_per_token=3.0)
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in gated.named_parameters())
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "both"])
+def test_masks_are_those_of_the_ablated_pass(scope: str) -> None:
+    gated = model(scope=scope)
+    tokens = torch.from_numpy(BLOCKS)[:, :6]
+    expected = gated.run_both_passes(tokens).masks
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient):
+            found = masks_of(gated, tokens)
+        assert found.keys() == expected.keys()
+        for name in found:
+            assert all(torch.equal(a, b) for a, b in zip(found[name], expected[name], strict=True))
+    with pytest.raises(ValueError, match="needs gates"):
+        masks_of(model(scope="none"), tokens)
