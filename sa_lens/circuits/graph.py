@@ -299,6 +299,10 @@ class Circuit:
         mask[graph.exists] = chosen
         return cls(graph, mask, scores, dict(about or {}))
 
+    def keep(self, n: int, *, absolute: bool = True) -> Circuit:
+        """The n edges with the largest scores, which every edge of the graph must have; see `top`."""
+        return Circuit.top(self.graph, self.scores, n, self.about, absolute=absolute)
+
     def __len__(self) -> int:
         return int(self.mask.sum())
 

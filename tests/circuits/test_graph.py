@@ -111,6 +111,7 @@ def test_top_takes_the_largest_and_breaks_ties_by_order() -> None:
     assert [str(e) for e in Circuit.top(GRAPH, scores, 1)] == ["embed->logits"]
     assert set(Circuit.top(GRAPH, scores, 3)) == {GRAPH.edges[0], GRAPH.edges[1], parse_edge("embed->logits")}
     assert "embed->logits" not in Circuit.top(GRAPH, scores, len(GRAPH) - 1, absolute=False)
+    assert Circuit.top(GRAPH, scores, 9).keep(3) == Circuit.top(GRAPH, scores, 3)
     with pytest.raises(ValueError, match="choose from 0"):
         Circuit.top(GRAPH, scores, len(GRAPH) + 1)
 
