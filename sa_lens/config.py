@@ -323,7 +323,15 @@ PRESETS: dict[str, RunConfig] = {
     "laptop": RunConfig(
         model=ModelConfig(n_layers=4, d_model=128, n_heads=4, init="gpt2", attn_scale=True),
         gates=GateConfig(temperature=0.1),
-        train=TrainConfig(steps=3_000, batch_size=8, lr=3e-3, warmup_steps=100, precision="bf16"),
+        train=TrainConfig(
+            steps=3_000,
+            batch_size=8,
+            lr=3e-3,
+            warmup_steps=100,
+            precision="bf16",
+            eval_every=500,
+            eval_tokens=50_000,
+        ),
     ),
 }
 """Named starting points. `paper-*` are the recipes of the paper's code; `laptop` trains in minutes on two CPU cores."""
