@@ -1,0 +1,487 @@
+"""Does the mask smuggle the answer? What the ablated stream loses when its masks or its values say less.
+
+A mask of 8 among 128 units can carry 40 bits a token and layer, chosen by a gate that sees the clean stream. `leakage`
+separates what the masks say from what the kept values say. How to read its tables: docs/leakage.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, weight
+from sa_lens.core.masks import masks_of
+from sa_lens.units.probes import fit_probe, smoothed_counts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of a batch."""
+
+LOGITS_AT_ONCE = 2**25
+"""Largest number of logits held at a time (float32: 128 MiB)."""
+
+CONDITIONS = {
+    "clean": "the clean stream",
+    "ablated": "the ablated stream as it is",
+    "mean_values": "each unit's value replaced by its mean where it is kept: the mask alone speaks",
+    "mean_values_shuffled": "mean values, and masks shuffled within the same token: all that a token says",
+    "other_occurrence": "values kept, masks of another occurrence of the same token in another text",
+    "shuffled": "values kept, masks permuted among the occurrences of the same token",
+    "random": "values kept, each mask's entries permuted among the units",
+    "other_seed": "values kept, masks of a model of another seed on the same text",
+    "self_read": "local gates read the ablated stream instead of the clean one",
+}
+"""What is measured, in the order of the table."""
+
+PER_LAYER = ("mean_values", "other_occurrence", "shuffled", "random", "self_read")
+"""Conditions that are also tried in one layer at a time."""
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """What `leakage` found. All losses are on the second half of the sequences; means, donors and probes come from
+    the first half."""
+
+    losses: pd.DataFrame
+    """A row a condition (`CONDITIONS`) and layer (`all`, or one alone): `n`, predicted tokens at which the condition
+    could act (a token that occurs once has no other occurrence); `loss`, mean nats there; `ablated`, the unchanged
+    ablated stream's loss at the same tokens; `difference` of the two with its 95 % interval over sequences."""
+    probes: pd.DataFrame
+    """A row a probe and layer: `nats` and `accuracy` of predicting the next token (frequent ones, and one class for the
+    rest), held out, with the 95 % interval of `nats` over sequences. Probes: `frequency` (nothing is read), `token`
+    (the token itself, the one before the predicted), `residual` (clean stream entering the layer; `all`: its end),
+    `mask`, `mask_shuffled` (masks permuted within the token, in fit and test alike), `mask_other_seed`."""
+    summary: pd.Series
+    """The few numbers to look at first; see docs/leakage.md."""
+
+
+def leakage(
+    model: Host,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    other_seed: Host | None = None,
+    per_layer: bool = False,
+    classes: int = 100,
+    probe_tokens: int = 10_000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Leakage:
+    """How much of the ablated stream's skill its masks carry, for gates of any scope, hard or soft.
+
+    With soft gates the mask is the vector of weights: `random` permutes the weights of a token among the units, means
+    are weighted by them.
+
+    Args:
+        model: a model with gates.
+        tokens: text without padding, at least 4 sequences; 20,000 tokens or more give usable intervals.
+        other_seed: a model of the same shape and tokenizer trained from another seed, for the conditions and probes of
+            that name; None: they are left out.
+        per_layer: also change one layer at a time (several times the cost).
+        classes: number of frequent next tokens that the probes tell apart; all others are one class more.
+        probe_tokens: tokens of each half that the probes read at most; 0: no probes.
+        seed: of permutations, donors, probes and intervals.
+        progress: a progress bar.
+
+    Raises:
+        ValueError: a model without gates, tokens of the wrong shape or beyond the vocabulary, a text in which no token
+            repeats, or another model that does not fit.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    tokens = torch.as_tensor(tokens)
+    _check(model, tokens, other_seed, classes, probe_tokens)
+    tokens = tokens.to(device_of(model)).long()
+    generator = torch.Generator().manual_seed(seed)
+    fit, held_out = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    fit_masks, masks = _masks(model, fit), _masks(model, held_out)
+    shuffled = other_occurrences(held_out, held_out, generator)
+    donors = other_occurrences(held_out, fit, generator)
+    if not bool((shuffled >= 0)[:, :-1].any()):
+        raise ValueError("no token occurs twice in the second half of the text: give more text")
+    means = mean_values(model, fit)
+    changes: dict[str, _Change] = {
+        "clean": _Change(stream="clean"),
+        "ablated": _Change(),
+        "mean_values": _Change(means=means),
+        "mean_values_shuffled": _Change(means=means, masks=masks, rows=shuffled),
+        "other_occurrence": _Change(masks=fit_masks, rows=donors),
+        "shuffled": _Change(masks=masks, rows=shuffled),
+        "random": _Change(masks=permuted_units(masks, generator)),
+    }
+    if other_seed is not None:
+        changes["other_seed"] = _Change(masks=_masks(other_seed, held_out.to(device_of(other_seed))))
+    if model.gates.reads_local and not model.gates.reads_global:  # type: ignore[attr-defined]
+        changes["self_read"] = _Change(self_read=True)
+    jobs: list[tuple[str, int | None]] = [(name, None) for name in changes]
+    if per_layer:
+        jobs += [(name, layer) for name in PER_LAYER if name in changes for layer in range(model.cfg.n_layers)]
+    nats: dict[tuple[str, int | None], Tensor] = {}
+    for name, layer in tqdm(jobs, desc="leakage", unit=" passes", disable=not progress):
+        nats[name, layer] = _nats(model, held_out, changes[name], layer)
+    rows = []
+    for (name, layer), found in nats.items():
+        acts = changes[name].acts(held_out)
+        rows.append(
+            {"condition": name, "layer": "all" if layer is None else layer}
+            | _row(found, nats["ablated", None], acts, seed)
+        )
+    losses = pd.DataFrame(rows)
+    probes = pd.DataFrame()
+    if probe_tokens:
+        probes = _probes(model, fit, held_out, fit_masks, masks, other_seed, classes, probe_tokens, seed, progress)
+    return Leakage(losses, probes, _summary(nats, (shuffled >= 0)[:, :-1], probes))
+
+
+def _check(model: Host, tokens: Tensor, other: Host | None, classes: int, probe_tokens: int) -> None:
+    if not has_ablated_stream(model):
+        raise ValueError(f"leakage needs gates, but this {type(model).__name__} has none: there is no mask to read")
+    if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.shape[0] < 4 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}: whole numbers [batch, pos] are needed, at "
+            "least 4 sequences of 2 tokens"
+        )
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than n_ctx={model.cfg.n_ctx}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise ValueError(f"tokens from {low} to {high} do not fit the model's vocabulary of {model.cfg.d_vocab}")
+    if classes < 1 or probe_tokens < 0:
+        raise ValueError(f"classes={classes} must be at least 1 and probe_tokens={probe_tokens} at least 0")
+    if other is None:
+        return
+    if other is model or not has_ablated_stream(other):
+        raise ValueError("other_seed must be a second model with gates, trained from another seed")
+    ours, theirs = ({n: m.hook_dict[n] for n in gate_hook_names(m)} for m in (model, other))
+    shape = ("n_layers", "n_heads", "d_head", "d_mlp", "d_vocab")
+    different = [n for n in shape if getattr(model.cfg, n) != getattr(other.cfg, n)]
+    gates = ("k_attn", "k_mlp", "kind", "attn_unit")
+    different += [n for n in gates if getattr(model.gates, n) != getattr(other.gates, n)]  # type: ignore[attr-defined]
+    if different or ours.keys() != theirs.keys():
+        raise ValueError(f"other_seed differs from the model in {', '.join(different)}: only its seed may")
+
+
+# ----------------------------------------------------------------------------------------------------------- the edits
+
+
+class _Change(NamedTuple):
+    """One condition: what is put in place of masks and values."""
+
+    stream: Any = "ablated"
+    means: Mapping[str, Tensor] | None = None
+    """Mean of each unit by the name of the gate's `hook_in`."""
+    masks: Mapping[str, Tensor] | None = None
+    """Masks `[batch pos ...]` by name."""
+    rows: Int[Tensor, "batch pos"] | None = None
+    """Which flattened row of `masks` each token takes, -1: the token keeps its own; None: its own row."""
+    self_read: bool = False
+
+    def acts(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pred"]:
+        """Predictions at which the condition can act."""
+        if self.rows is None:
+            return torch.ones_like(tokens[:, :-1], dtype=torch.bool)
+        return (self.rows >= 0)[:, :-1]
+
+
+def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, " ..."]]:
+    """Mean value of each unit in the ablated stream where it is kept (weighted by a soft mask), by the name of the
+    gate's `hook_in`; a unit that is never kept has its mean over all tokens."""
+    sums: dict[str, list[Tensor]] = {}
+    names = {*gate_hook_names(model), *gate_hook_names(model, "in")}
+    for batch in _batches(model, tokens):
+        with torch.no_grad(), in_stream(model, "ablated"):
+            _, cache = model.run_with_cache(batch, names_filter=lambda name: name in names)
+        for name in gate_hook_names(model, "in"):
+            value = cache[name].double()
+            mask = cache[name.replace("hook_in", "hook_mask")].double().expand_as(value)
+            parts = [
+                (mask * value).sum((0, 1)),
+                mask.sum((0, 1)),
+                value.sum((0, 1)),
+                torch.ones_like(value).sum((0, 1)),
+            ]
+            sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+    return {
+        name: torch.where(kept > 0, weighted / kept.clamp(min=1e-12), value / n).to(model.cfg.dtype)
+        for name, (weighted, kept, value, n) in sums.items()
+    }
+
+
+def other_occurrences(
+    tokens: Int[Tensor, "batch pos"], among: Int[Tensor, "batch2 pos2"], generator: torch.Generator
+) -> Int[Tensor, "batch pos"]:
+    """For each token, the flattened index in `among` of an occurrence of the same token; -1 where there is none.
+
+    Where both are the same text (the same object), the answer is a random permutation within each token that leaves no
+    occurrence in its place; otherwise each occurrence draws its donor at random.
+    """
+    wanted, pool = tokens.flatten().cpu(), among.flatten().cpu()
+    order = torch.randperm(len(pool), generator=generator)
+    order = order[pool[order].sort(stable=True).indices]  # by token, at random within it
+    values, counts = pool[order].unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    chosen = torch.full_like(wanted, -1)
+    if among is tokens:
+        group = torch.repeat_interleave(torch.arange(len(values)), counts)
+        place = torch.arange(len(pool)) - starts[group]
+        following = order[starts[group] + (place + 1) % counts[group]]
+        chosen[order] = torch.where(counts[group] > 1, following, -1)
+    else:
+        at = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
+        drawn = (torch.rand(len(wanted), generator=generator, dtype=torch.float64) * counts[at]).long()
+        chosen = torch.where(values[at] == wanted, order[starts[at] + drawn], chosen)
+    return chosen.reshape(tokens.shape).to(tokens.device)
+
+
+def permuted_units(masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Each token's mask with its entries permuted at random among the units, layer by layer."""
+    permuted = {}
+    for name, mask in masks.items():
+        flat = mask.flatten(2)
+        # a batch row at a time: the random numbers need four bytes a unit
+        order = (torch.rand(row.shape, generator=generator).argsort(-1).to(flat.device) for row in flat)
+        permuted[name] = torch.stack([row.gather(-1, at) for row, at in zip(flat, order, strict=True)]).view_as(mask)
+    return permuted
+
+
+def _masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
+    """Masks of a text by hook name; those of hard gates as booleans."""
+    parts: dict[str, list[Tensor]] = {}
+    hard = model.gates.kind == "hard"  # type: ignore[attr-defined]
+    for batch in _batches(model, tokens):
+        with torch.no_grad():
+            found = masks_of(model, batch)  # type: ignore[arg-type]
+        for gate, layers in found.items():
+            for layer, mask in enumerate(layers):
+                parts.setdefault(f"blocks.{layer}.{gate}.hook_mask", []).append(mask.bool() if hard else mask)
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def _batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tensor]:
+    at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
+    return tokens.split(max(1, at_once // tokens.shape[1]))
+
+
+def _nats(
+    model: Host, tokens: Int[Tensor, "batch pos"], change: _Change, layer: int | None
+) -> Float[Tensor, "batch pred"]:
+    """Nats of each predicted token under a change, of one layer or (None) of all."""
+    found, done = [], 0
+    for batch in _batches(model, tokens):
+        rows = slice(done, done + len(batch))
+        hooks = [*_value_hooks(change, layer), *(_self_reading(model, layer) if change.self_read else ())]
+        with torch.no_grad(), _stream(model, batch, change, rows, layer):
+            logits = model.run_with_hooks(batch, fwd_hooks=hooks)[:, :-1].float()
+        found.append(logits.logsumexp(-1) - logits.gather(-1, batch[:, 1:, None])[..., 0])
+        done += len(batch)
+    return torch.cat(found)
+
+
+def _stream(model: Host, batch: Tensor, change: _Change, rows: slice, layer: int | None) -> AbstractContextManager[Any]:
+    if change.masks is None:
+        return in_stream(model, change.stream)
+    device = batch.device
+    own = _masks(model, batch) if change.rows is not None else {}
+    chosen = {}
+    for name in _of_layer(change.masks, layer):
+        mask = change.masks[name]
+        if change.rows is None:
+            taken = mask[rows]
+        else:
+            at = change.rows[rows].to(mask.device)
+            taken = mask.flatten(0, 1)[at.clamp(min=0)]
+            keeps = (at < 0).reshape(*at.shape, *[1] * (taken.ndim - 2))
+            taken = torch.where(keeps, own[name].to(mask.device), taken)
+        chosen[name] = taken.to(device=device, dtype=model.cfg.dtype)
+    return in_stream(model, "ablated", masks=chosen)
+
+
+def _of_layer(names: Mapping[str, Any], layer: int | None) -> list[str]:
+    return [name for name in names if layer is None or name.startswith(f"blocks.{layer}.")]
+
+
+def _value_hooks(change: _Change, layer: int | None) -> Iterator[Hook]:
+    for name in _of_layer(change.means or {}, layer):
+        mean = (change.means or {})[name]
+        yield name, lambda value, hook, mean=mean: mean.to(value.device).expand_as(value)
+
+
+def _self_reading(model: Host, layer: int | None) -> Iterator[Hook]:
+    """Hooks that compute local scores from the residual stream of the ablated pass itself."""
+    seen: dict[int, Tensor] = {}
+    names = gate_hook_names(model, "scores")
+    for at in range(model.cfg.n_layers):
+        if layer in (None, at):
+            yield f"blocks.{at}.hook_resid_pre", lambda resid, hook, at=at: seen.__setitem__(at, resid)
+    for name in _of_layer(dict.fromkeys(names), layer):
+        gate = name.rsplit(".", 1)[0]
+
+        def rescored(scores: Tensor, hook: Any, gate: str = gate) -> Tensor:
+            resid = seen[int(gate.split(".")[1])].to(scores.dtype)
+            read = resid @ weight(model, f"{gate}.W_local").to(scores.dtype)
+            return (read + weight(model, f"{gate}.b_local").to(scores.dtype)).view_as(scores)
+
+        yield name, rescored
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def _row(nats: Tensor, ablated: Tensor, acts: Bool[Tensor, "batch pred"], seed: int) -> dict[str, Any]:
+    difference = mean_interval(nats - ablated, acts, seed)
+    n = int(acts.sum())
+    return {
+        "n": n,
+        "share": n / acts.numel(),
+        "loss": float(nats[acts].double().mean()) if n else float("nan"),
+        "ablated": float(ablated[acts].double().mean()) if n else float("nan"),
+        "difference": difference[0],
+        "difference_low": difference[1],
+        "difference_high": difference[2],
+    }
+
+
+def mean_interval(
+    values: Float[Tensor, "batch pred"], where: Bool[Tensor, "batch pred"], seed: int, resamples: int = 1000
+) -> tuple[float, float, float]:
+    """Mean of the values at the chosen places, and its 95 % bootstrap interval, sequences drawn with replacement."""
+    sums = (values.double() * where).sum(-1).cpu().numpy()
+    counts = where.double().sum(-1).cpu().numpy()
+    if counts.sum() == 0:
+        return float("nan"), float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    total = counts[drawn].sum(1)
+    means = sums[drawn].sum(1)[total > 0] / total[total > 0]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def _summary(nats: Mapping[tuple[str, int | None], Tensor], where: Tensor, probes: pd.DataFrame) -> pd.Series:
+    """`mask_share` and its parts, all at the tokens that occur twice, and what the masks tell a linear probe."""
+    import pandas as pd
+
+    at = {name: float(found[where].double().mean()) for (name, layer), found in nats.items() if layer is None}
+    context = at["mean_values_shuffled"] - at["ablated"]
+    summary = {name: at[name] for name in ("clean", "ablated", "mean_values", "mean_values_shuffled")}
+    summary["context_nats"] = context
+    summary["mask_share"] = (
+        (at["mean_values_shuffled"] - at["mean_values"]) / context if context > 0.01 else float("nan")
+    )
+    if "self_read" in at:
+        summary["self_read_cost"] = at["self_read"] - at["ablated"]
+    if len(probes):
+        whole = probes[probes["layer"] == "all"].set_index("probe")["nats"]
+        summary["probe_mask_nats"] = whole["mask_shuffled"] - whole["mask"]
+        summary["probe_residual_nats"] = whole["mask_shuffled"] - whole["residual"]
+    return pd.Series(summary, dtype=float, name="leakage")
+
+
+# ---------------------------------------------------------------------------------------------------------- the probes
+
+
+def _probes(
+    model: Host,
+    fit: Int[Tensor, "batch pos"],
+    held_out: Int[Tensor, "batch pos"],
+    fit_masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    other: Host | None,
+    classes: int,
+    limit: int,
+    seed: int,
+    progress: bool,
+) -> pd.DataFrame:
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    count = max(2, limit // fit.shape[1])
+    halves = [fit[:count], held_out[:count]]
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = [other_occurrences(half, half, generator) for half in halves]
+    places = [(row >= 0)[:, :-1] for row in rows]
+    if min(int(place.sum()) for place in places) < 2:
+        raise ValueError("too few tokens occur twice in each half of the text for the probes: give more text")
+    labels = _labels(halves, places, classes)
+    inputs = _Inputs(
+        [fit_masks, masks], rows, places, [_masks(other, h.to(device_of(other))) for h in halves] if other else None
+    )
+    residuals = [_residuals(model, half) for half in halves]
+    sequences = [torch.arange(len(place), device=place.device)[:, None].expand_as(place)[place] for place in places]
+    read = [half[:, :-1][place] for half, place in zip(halves, places, strict=True)]
+    found: list[tuple[str, int | str, Tensor]] = [
+        ("frequency", "all", smoothed_counts([torch.zeros_like(r) for r in read], labels)),
+        ("token", "all", smoothed_counts(read, labels)),
+    ]
+    layers: list[int | str] = [*range(model.cfg.n_layers), "all"]
+    for layer in tqdm(layers, desc="probes", unit=" layers", disable=not progress):
+        features = inputs.of_layer(layer)
+        features["residual"] = [
+            r[-1 if layer == "all" else int(layer)][p] for r, p in zip(residuals, places, strict=True)
+        ]
+        for probe, (train, test) in features.items():
+            found.append((probe, layer, fit_probe(train, labels[0], test, groups=sequences[0], seed=seed)))
+    table = []
+    for probe, layer, log_probabilities in found:
+        spread = torch.zeros(places[1].shape, dtype=torch.float64)
+        spread[places[1].cpu()] = -log_probabilities.gather(-1, labels[1][:, None])[:, 0].double().cpu()
+        nats, low, high = mean_interval(spread, places[1].cpu(), seed)
+        accuracy = float((log_probabilities.argmax(-1) == labels[1]).double().mean())
+        table.append(
+            {"probe": probe, "layer": layer, "n": len(labels[1]), "nats": nats, "nats_low": low, "nats_high": high}
+            | {"accuracy": accuracy}
+        )
+    return pd.DataFrame(table)
+
+
+class _Inputs(NamedTuple):
+    """Masks of both halves as the probes read them."""
+
+    masks: list[Mapping[str, Tensor]]
+    rows: list[Int[Tensor, "batch pos"]]
+    places: list[Bool[Tensor, "batch pred"]]
+    other: list[dict[str, Tensor]] | None
+
+    def of_layer(self, layer: int | str) -> dict[str, list[Float[Tensor, "token unit"]]]:
+        """Training and test features of every probe that reads masks."""
+        names = _of_layer(self.masks[0], None if layer == "all" else int(layer))
+        features: dict[str, list[Tensor]] = {"mask": [], "mask_shuffled": []}
+        if self.other is not None:
+            features["mask_other_seed"] = []
+        for half, (rows, place) in enumerate(zip(self.rows, self.places, strict=True)):
+            flat = torch.cat([self.masks[half][name][: len(rows)].flatten(2) for name in names], -1)
+            features["mask"].append(flat[:, :-1][place].float())
+            features["mask_shuffled"].append(flat.flatten(0, 1)[rows[:, :-1][place]].float())
+            if self.other is not None:
+                flat = torch.cat([self.other[half][name].flatten(2) for name in names], -1)
+                features["mask_other_seed"].append(flat[:, :-1].to(place.device)[place].float())
+        return features
+
+
+def _residuals(model: Host, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tensor, "batch pred d_model"]]:
+    """Clean residual stream entering each layer, and leaving the last."""
+    last = model.cfg.n_layers - 1
+    names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in _batches(model, tokens):
+        with torch.no_grad(), in_stream(model, "clean"):
+            _, cache = model.run_with_cache(batch, names_filter=lambda name: name in parts)
+        for name in names:
+            parts[name].append(cache[name][:, :-1].float())
+    return [torch.cat(parts[name]) for name in names]
+
+
+def _labels(halves: list[Tensor], places: list[Tensor], classes: int) -> list[Int[Tensor, " token"]]:
+    """The next token among the most frequent of the first half, numbered from 1; 0 for all others."""
+    following = [half[:, 1:][place] for half, place in zip(halves, places, strict=True)]
+    values, counts = following[0].unique(return_counts=True)
+    frequent = values[counts.argsort(descending=True, stable=True)[:classes]]
+    return [(one[:, None] == frequent).int().argmax(-1) + (one[:, None] == frequent).any(-1) for one in following]
