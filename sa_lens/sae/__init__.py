@@ -1,0 +1,11 @@
+"""Sparse autoencoders: SAELens trains and evaluates on either stream, at any hook, from token files, offline.
+
+SAELens is an extra, `pip install "sa-lens[sae]"`, and is imported when a function here is called. The SAEs are its own,
+and so are training step, evaluation and files; this package brings the activations of the chosen stream.
+"""
+
+from sa_lens.sae.evaluate import SAEEvaluation, evaluate_sae
+from sa_lens.sae.settings import PRESETS, SAESettings
+from sa_lens.sae.train import SAETrainingStopped, train_sae
+
+__all__ = ["PRESETS", "SAEEvaluation", "SAESettings", "SAETrainingStopped", "evaluate_sae", "train_sae"]

@@ -1,0 +1,217 @@
+"""From a model, a hook and tokens to shuffled batches of activations, of either stream."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of, in_stream, require_hooks
+from sa_lens.data import BlockOrder, TokenFile
+
+HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
+"""Hooks `[batch pos head d_head]` whose heads SAELens takes as one row."""
+
+Tokens = TokenFile | str | Path | Int[Tensor, "batch pos"]
+"""A token file, its path, or token blocks."""
+
+
+def import_sae_lens() -> ModuleType:
+    """SAELens.
+
+    Raises:
+        ImportError: it is not installed; the message has the command.
+    """
+    try:
+        import sae_lens
+    except ModuleNotFoundError as error:
+        if error.name != "sae_lens":
+            raise
+        raise ImportError('SAEs need SAELens; install it with: pip install "sa-lens[sae]"') from error
+    return sae_lens
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Blocks of equal length of a token file or tensor."""
+
+    source: TokenFile | Tensor
+    length: int
+    """Tokens a block."""
+
+    @classmethod
+    def of(cls, tokens: Tokens, model: Host) -> TokenBlocks:
+        """Blocks of the model's context length, or those given.
+
+        Raises:
+            FileNotFoundError: no such token file.
+            ValueError: no whole block, blocks longer than the context, tokens beyond the model's vocabulary.
+        """
+        n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
+        if isinstance(tokens, Tensor):
+            if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.is_floating_point:
+                raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, but must be integers [batch, pos]")
+            if not 2 <= tokens.shape[1] <= n_ctx:
+                raise ValueError(f"tokens of {tokens.shape[1]} positions: there must be from 2 to n_ctx={n_ctx}")
+            if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
+                raise ValueError(f"tokens must be from 0 to {d_vocab - 1}, the last of the model's vocabulary")
+            return cls(tokens, tokens.shape[1])
+        file = tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
+        file.check_vocabulary(d_vocab)
+        if file.n_tokens < n_ctx:
+            raise ValueError(
+                f"token file {file.path} has {file.n_tokens:,} tokens, fewer than one block of n_ctx={n_ctx}; "
+                "give a longer text"
+            )
+        return cls(file, n_ctx)
+
+    def __len__(self) -> int:
+        if isinstance(self.source, Tensor):
+            return len(self.source)
+        return self.source.n_tokens // self.length
+
+    def take(self, indices: Any) -> Int[Tensor, "batch pos"]:
+        """The blocks at these indices."""
+        if isinstance(self.source, Tensor):
+            return self.source[torch.as_tensor(indices)].long()
+        row = self.source.tokens
+        chosen = [row[int(i) * self.length : (int(i) + 1) * self.length] for i in indices]
+        return torch.from_numpy(np.stack(chosen).astype(np.int64))
+
+    def require(self, batch_tokens: int) -> None:
+        """Raises ValueError if all blocks together hold less than one batch."""
+        if len(self) * self.length < batch_tokens:
+            raise ValueError(
+                f"the text has {len(self) * self.length:,} tokens in whole blocks of {self.length}, fewer than one "
+                f"batch of batch_tokens={batch_tokens:,}; give a longer text or set batch_tokens lower"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal tokens and length, equal fingerprint."""
+        if isinstance(self.source, Tensor):
+            import hashlib
+
+            values = self.source.cpu().long().contiguous().numpy()
+            return f"{hashlib.sha256(values.tobytes()).hexdigest()}/{self.length}"
+        return f"{self.source.fingerprint}/{self.length}"
+
+
+def hook_width(model: Host, hook: str, stream: Stream) -> int:
+    """Length of the vector that a hook holds at each token, heads side by side.
+
+    Raises:
+        ValueError: no such hook, one that does not fire in this stream, or one that holds no such vector.
+    """
+    require_hooks(model, [hook])
+    if hook.endswith("gate.hook_mask"):
+        raise ValueError(
+            f"{hook!r} holds a mask, zeros and ones of which k are ones: there is nothing for an SAE to decompose. "
+            "Take the units that it leaves (attn.hook_z, mlp.hook_post) or those before it (mlp_gate.hook_in)"
+        )
+    if "_gate." in hook and stream == "clean":
+        raise ValueError(f"{hook!r} is part of the ablated stream alone: use stream='ablated'")
+    shape, positions = _shape(model, hook, stream), 3
+    if shape is None:
+        raise ValueError(f"{hook!r} does not fire in the {stream} stream of this model; see its configuration")
+    heads = len(shape) == 4 and any(name in hook for name in HEAD_HOOKS)
+    if shape[:2] != (1, positions) or not (len(shape) == 3 or heads) or shape[-1] < 2:
+        raise ValueError(
+            f"{hook!r} holds {list(shape)} for a block of {positions} tokens. An SAE needs one vector a token: a hook "
+            "[batch, pos, width], or attn.hook_q, hook_k, hook_v or hook_z, whose heads are put side by side"
+        )
+    return int(np.prod(shape[2:]))
+
+
+def _shape(model: Host, hook: str, stream: Stream) -> tuple[int, ...] | None:
+    tokens = torch.arange(3, device=device_of(model))[None] % model.cfg.d_vocab
+    with torch.no_grad(), in_stream(model, stream):
+        _, cache = model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=_next_layer(hook))
+    return tuple(cache[hook].shape) if hook in cache else None
+
+
+def _next_layer(hook: str) -> int | None:
+    layer = re.match(r"blocks\.(\d+)\.", hook)
+    return int(layer[1]) + 1 if layer else None
+
+
+@torch.no_grad()
+def activations(
+    model: Host, tokens: Int[Tensor, "batch pos"], hook: str, stream: Stream
+) -> Float[Tensor, "token width"]:
+    """What a hook holds at each token, in float32; layers after it are not run."""
+    with in_stream(model, stream):
+        _, cache = model.run_with_cache(
+            tokens.to(device_of(model)), names_filter=[hook], stop_at_layer=_next_layer(hook)
+        )
+    return cache[hook].flatten(0, 1).flatten(1).float()
+
+
+class StopRequested(Exception):
+    """The user or the cluster asked for a stop, and no step is under way."""
+
+
+class ActivationBatches(Iterator[Tensor]):
+    """An endless stream of shuffled batches of activations, `[batch_tokens width]` each, addressed by step.
+
+    A buffer is filled from consecutive blocks of the shuffled text, shuffled by (seed, number of the buffer), and
+    served batch by batch. Batch s thus depends on nothing but the arguments, and a stream begun at step s goes on as
+    the whole one would.
+
+    Args:
+        start: step of the first batch.
+        stopped: asked between two passes of the model; if it says yes, `StopRequested` is raised.
+    """
+
+    BLOCKS_A_PASS = 16
+
+    def __init__(
+        self,
+        model: Host,
+        blocks: TokenBlocks,
+        hook: str,
+        stream: Stream,
+        *,
+        batch_tokens: int,
+        buffer_tokens: int,
+        seed: int,
+        start: int = 0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        blocks.require(batch_tokens)
+        self.model, self.blocks, self.hook, self.stream = model, blocks, hook, stream
+        self.batch_tokens, self.seed, self.step, self.stopped = batch_tokens, seed, start, stopped
+        self.order = BlockOrder(len(blocks), seed)
+        enough = -(-batch_tokens // blocks.length)
+        self.blocks_a_buffer = max(enough, min(len(blocks), buffer_tokens // blocks.length))
+        self.batches_a_buffer = self.blocks_a_buffer * blocks.length // batch_tokens
+        self._filled: int | None = None
+
+    def __next__(self) -> Float[Tensor, "batch_tokens width"]:
+        number, batch = divmod(self.step, self.batches_a_buffer)
+        if number != self._filled:
+            self._fill(number)
+        self.step += 1
+        return self._buffer[self._shuffled[batch * self.batch_tokens : (batch + 1) * self.batch_tokens]]
+
+    def _fill(self, number: int) -> None:
+        chosen = self.order.indices(number * self.blocks_a_buffer, self.blocks_a_buffer)
+        parts = []
+        for first in range(0, len(chosen), self.BLOCKS_A_PASS):
+            if self.stopped():
+                raise StopRequested
+            tokens = self.blocks.take(chosen[first : first + self.BLOCKS_A_PASS])
+            parts.append(activations(self.model, tokens, self.hook, self.stream))
+        self._buffer = torch.cat(parts)
+        shuffled = np.random.default_rng([self.seed, 1, number]).permutation(len(self._buffer))
+        self._shuffled = torch.from_numpy(shuffled).to(self._buffer.device)
+        self._filled = number

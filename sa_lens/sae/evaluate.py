@@ -1,0 +1,187 @@
+"""How good an SAE is: SAELens's own evaluation, on blocks of a token file and in the stream of one's choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of, in_stream
+from sa_lens.sae.activations import TokenBlocks, Tokens, hook_width, import_sae_lens
+
+
+@dataclass(frozen=True, eq=False)
+class SAEEvaluation:
+    """Figures of one SAE on one text. Losses are mean nats per predicted token."""
+
+    hook: str
+    """Hook point."""
+    stream: Stream
+    """Stream of the activations and of the losses."""
+    n_tokens: int
+    """Tokens of the text, ignored ones included."""
+    n_latents: int
+    """Latents of the SAE."""
+    l0: float
+    """Mean number of latents that are not 0, per token."""
+    l1: float
+    """Mean sum of the latents' absolute values, per token."""
+    ce: float
+    """Loss of the model as it is."""
+    ce_sae: float
+    """Loss with the hook replaced by the SAE's reconstruction."""
+    ce_zero: float
+    """Loss with the hook set to 0 at every token."""
+    ce_score: float
+    """(`ce_zero` - `ce_sae`) / (`ce_zero` - `ce`): 1 as good as the model, 0 as bad as nothing, below 0 worse."""
+    explained_variance: float
+    """1 - mean squared error over the variance of the activations, both summed over dimensions."""
+    mse: float
+    """Mean squared error, summed over dimensions."""
+    cosine: float
+    """Mean cosine of activation and reconstruction."""
+    dead_latents: int
+    """Latents that never fired on this text."""
+    density: Float[np.ndarray, " latent"]
+    """Share of the tokens on which each latent fires."""
+
+
+def evaluate_sae(
+    model: Host,
+    sae: Any,
+    tokens: Tokens,
+    *,
+    hook: str | None = None,
+    stream: Stream | None = None,
+    n_tokens: int = 100_000,
+    batch: int = 8,
+    ignore: Collection[int] = (),
+    progress: bool = True,
+) -> SAEEvaluation:
+    """Evaluates an SAE with SAELens's `run_evals`: as it is, reconstructed, zeroed.
+
+    In the ablated stream the hook is replaced or zeroed in the ablated pass, at all positions; the clean pass, from
+    which keys, values and masks come, stays as it is.
+
+    Args:
+        model: any `HookedTransformer`.
+        sae: an SAE of SAELens, or the folder of one.
+        tokens: a token file, its path, or blocks `[batch pos]`. Take text that the SAE has not seen.
+        hook: hook point; None: the one in the SAE's metadata.
+        stream: clean or ablated; None: the one in the SAE's metadata, else clean.
+        n_tokens: tokens at most, in whole blocks from the beginning of the text; at least one block.
+        batch: blocks at a time. Three sets of logits are in memory at once.
+        ignore: tokens at which the SAE neither replaces nor counts, such as begin-of-text.
+        progress: show progress bars.
+
+    Raises:
+        ImportError: SAELens is not installed.
+        FileNotFoundError: no such token file or SAE.
+        ValueError: an unknown hook or stream, an SAE of another width, a text that is too short, every token ignored,
+            a hook that the loss does not depend on (the CE score is then 0 / 0).
+
+    Source: SAELens, `run_evals`. Differs: special tokens count unless ignored, as they do in our losses, and no
+    begin-of-text token is put before the blocks, since our models are trained without it.
+    """
+    sae_lens = import_sae_lens()
+    from sae_lens.evals import EvalConfig
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    for name, value in (("n_tokens", n_tokens), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if isinstance(sae, (str, Path)):
+        if not (Path(sae) / "cfg.json").is_file():
+            raise FileNotFoundError(f"{sae} holds no SAE (no cfg.json)")
+        sae = sae_lens.SAE.load_from_disk(str(sae), device=str(device_of(model)))
+    hook = hook or sae.cfg.metadata.hook_name
+    if hook is None:
+        raise ValueError("the SAE's metadata names no hook: give hook=")
+    chosen: Stream = stream or sae.cfg.metadata.stream or "clean"
+    width = hook_width(model, hook, chosen)
+    if sae.cfg.metadata.hook_head_index is None and sae.cfg.d_in != width:
+        raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions, but {hook!r} holds {width}")
+    blocks = TokenBlocks.of(tokens, model)
+    text = blocks.take(range(min(len(blocks), max(1, n_tokens // blocks.length))))
+    if ignore and bool(np.isin(text.cpu().numpy(), list(ignore)).all()):
+        raise ValueError("every token of the text is ignored")
+    passes = math.ceil(len(text) / batch)
+    with in_stream(model, chosen), _reading(sae, hook):
+        try:
+            metrics, latents = sae_lens.run_evals(
+                sae=sae,
+                activation_store=_Text(text.to(device_of(model)), batch),
+                model=model,
+                activation_scaler=ActivationScaler(),
+                eval_config=EvalConfig(
+                    batch_size_prompts=batch,
+                    n_eval_reconstruction_batches=passes,
+                    n_eval_sparsity_variance_batches=passes,
+                    compute_ce_loss=True,
+                    compute_sparsity_metrics=True,
+                    compute_variance_metrics=True,
+                    compute_featurewise_density_statistics=True,
+                ),
+                exclude_special_tokens=list(ignore),
+                verbose=progress,
+            )
+        except ZeroDivisionError as error:
+            raise ValueError(
+                f"zeroing {hook!r} leaves the loss of the {chosen} stream as it is, so the CE score is 0 / 0"
+            ) from error
+    preserved, quality = metrics["model_performance_preservation"], metrics["reconstruction_quality"]
+    density = np.asarray(latents["feature_density"])
+    return SAEEvaluation(
+        hook=hook,
+        stream=chosen,
+        n_tokens=text.numel(),
+        n_latents=sae.cfg.d_sae,
+        l0=metrics["sparsity"]["l0"],
+        l1=metrics["sparsity"]["l1"],
+        ce=preserved["ce_loss_without_sae"],
+        ce_sae=preserved["ce_loss_with_sae"],
+        ce_zero=preserved["ce_loss_with_ablation"],
+        ce_score=preserved["ce_loss_score"],
+        explained_variance=quality["explained_variance"],
+        mse=quality["mse"],
+        cosine=quality["cossim"],
+        dead_latents=int((density == 0).sum()),
+        density=density,
+    )
+
+
+class _Text:
+    """What SAELens's evaluation asks of its store of activations: the tokens, batch by batch, twice over."""
+
+    def __init__(self, blocks: Int[Tensor, "batch pos"], batch: int) -> None:
+        self.blocks = blocks
+        self.context_size = blocks.shape[1]
+        self.store_batch_size_prompts = batch
+        self.reset_input_dataset()
+
+    def reset_input_dataset(self) -> None:
+        self.next = 0
+
+    def get_batch_tokens(self, batch: int) -> Int[Tensor, "batch pos"]:
+        first, self.next = self.next, self.next + batch
+        return self.blocks[first : self.next]
+
+
+@contextmanager
+def _reading(sae: Any, hook: str) -> Iterator[None]:
+    """Within the context the SAE's metadata name this hook."""
+    metadata = sae.cfg.metadata
+    before = metadata.hook_name
+    metadata.hook_name = hook
+    try:
+        yield
+    finally:
+        metadata.hook_name = before

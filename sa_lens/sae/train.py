@@ -1,0 +1,321 @@
+"""Training an SAE: SAELens's trainer, fed with the activations of either stream, stopped and resumed between steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of
+from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
+from sa_lens.sae.settings import SAESettings, resolve
+
+TRAINING, CHECKPOINT, FINISHED = "training.json", "checkpoint", "cfg.json"
+NORM_BATCHES = 100
+"""Batches over which the mean norm of the activations is taken, at most."""
+
+
+class SAETrainingStopped(KeyboardInterrupt):
+    """Training was asked to stop and did so between two steps."""
+
+    def __init__(self, folder: Path | None, step: int, steps: int) -> None:
+        self.folder, self.step = folder, step
+        saved = f"{folder} has its state; go on with resume=True" if folder else "nothing is saved, as output is None"
+        super().__init__(f"stopped after step {step:,} of {steps:,}: {saved}")
+
+
+def train_sae(
+    model: Host,
+    hook: str,
+    tokens: Tokens,
+    *,
+    stream: Stream = "clean",
+    preset: str | SAESettings = "laptop",
+    seed: int = 0,
+    output: str | Path | None = None,
+    resume: bool = False,
+    architecture: Any = None,
+    checkpoint_every: int = 1000,
+    progress: bool = True,
+    **changes: Any,
+) -> Any:
+    """Trains an SAE on what a hook holds in one stream.
+
+    Same arguments, same SAE, bit for bit on a CPU; also if training was stopped and resumed. Ctrl-C stops between two
+    steps and saves the state.
+
+    Args:
+        model: any `HookedTransformer`; its weights stay as they are.
+        hook: hook point with one vector a token, or attn.hook_q, hook_k, hook_v, hook_z (heads side by side). Hooks of
+            gates other than masks need the ablated stream.
+        tokens: a token file, its path, or blocks `[batch pos]`; read again and again in shuffled order.
+        stream: clean, or ablated (all positions at once).
+        preset: `laptop`, `paper`, or settings of one's own.
+        seed: of the SAE's weights and of the order of activations, at least 0.
+        output: folder for the SAE, as SAELens reads it, and for checkpoints; None: nothing is written.
+        resume: go on from the checkpoint in `output`, if there is one; a finished SAE is returned as it is.
+        architecture: a training configuration of SAELens, such as `TopKTrainingSAEConfig`, instead of the standard SAE;
+            `expansion`, `d_sae`, `l1_coefficient`, `l1_warm_up` and `normalize` then have no say.
+        checkpoint_every: steps between checkpoints, if there is an `output`.
+        progress: show a progress bar.
+        changes: settings that differ from the preset; see `SAESettings`.
+
+    Returns:
+        `sae_lens.SAE` in evaluation mode on the model's device. Its `cfg.metadata` say hook, stream, seed, settings.
+
+    Raises:
+        ImportError: SAELens is not installed.
+        FileExistsError: `output` holds something already, and `resume` is False.
+        FileNotFoundError: no such token file.
+        ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of other settings.
+        SAETrainingStopped: training was interrupted.
+
+    Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: buffers are shuffled as a whole, instead of
+    half of each being kept for the next, so that the place in the text is one number.
+    """
+    sae_lens = import_sae_lens()
+    settings = resolve(preset, changes)
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be 0 or more")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
+    blocks = TokenBlocks.of(tokens, model)
+    d_in = hook_width(model, hook, stream)
+    cfg = _sae_config(sae_lens, architecture, settings, d_in)
+    cfg.reshape_activations = "hook_z" if "hook_z" in hook else "none"
+    record = {
+        "hook": hook,
+        "stream": stream,
+        "seed": seed,
+        "tokens": blocks.fingerprint,
+        "settings": dataclasses.asdict(settings),
+        "sae": {name: value for name, value in cfg.to_dict().items() if name not in ("metadata", "device")},
+    }
+    for name, value in _metadata(model, blocks, record).items():
+        setattr(cfg.metadata, name, value)
+    blocks.require(settings.batch_tokens)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        _claim(folder, resume, record)
+        if (folder / FINISHED).is_file():
+            return _loaded(sae_lens, folder, model)
+
+    with _stop_requests() as request:
+
+        def batches(start: int = 0) -> ActivationBatches:
+            return ActivationBatches(
+                model,
+                blocks,
+                hook,
+                stream,
+                batch_tokens=settings.batch_tokens,
+                buffer_tokens=settings.buffer_tokens,
+                seed=seed,
+                start=start,
+                stopped=lambda: request.made,
+            )
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            sae = sae_lens.TrainingSAE.from_dict({**cfg.to_dict(), "device": "cpu"})
+        device = str(device_of(model))
+        trainer = sae_lens.SAETrainer(_trainer_config(settings, device), sae.to(device), batches())
+        checkpoint = _newest(folder)
+        if checkpoint is not None:
+            sae.load_weights_from_checkpoint(checkpoint)
+            trainer.load_trainer_state(checkpoint)
+            trainer.data_provider = batches(trainer.n_training_steps)
+        try:
+            scaler = trainer.activation_scaler
+            if cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is None:
+                scaler.scaling_factor = _norm_scale(batches(), settings.steps, d_in)
+            _fit(trainer, settings.steps, folder, checkpoint_every, progress, request)
+        except StopRequested as stop:
+            if folder is not None:
+                _save_checkpoint(trainer, folder)
+            raise SAETrainingStopped(folder, trainer.n_training_steps, settings.steps) from stop
+    return _finished(sae_lens, trainer, folder, model)
+
+
+def _fit(
+    trainer: Any, steps: int, folder: Path | None, checkpoint_every: int, progress: bool, request: SimpleNamespace
+) -> None:
+    """SAELens's loop, by the steps that its trainer offers, so that a stop falls between two of them."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=steps, initial=trainer.n_training_steps, desc="SAE", unit=" steps", disable=not progress) as bar:
+        while trainer.n_training_steps < steps:
+            if request.made:
+                raise StopRequested
+            trainer.maybe_reset_sparsity()
+            out = trainer.step(next(trainer.data_provider))
+            trainer.n_training_steps += 1
+            bar.update()
+            if progress and trainer.n_training_steps % 50 == 0:
+                l0 = (out.feature_acts != 0).float().sum(-1).mean()
+                bar.set_postfix_str(f"loss {out.loss.item():.3g}, L0 {l0.item():.1f}", refresh=False)
+            if folder is not None and trainer.n_training_steps % checkpoint_every == 0:
+                _save_checkpoint(trainer, folder)
+
+
+def _finished(sae_lens: Any, trainer: Any, folder: Path | None, model: Host) -> Any:
+    """The SAE for use, by way of its files, which are thus known to load."""
+    sae, scaler = trainer.sae, trainer.activation_scaler
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        scaler.scaling_factor = None
+    trainer.set_final_sae_metadata()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            sae.save_inference_model(temporary)
+            return _loaded(sae_lens, Path(temporary), model)
+    with tempfile.TemporaryDirectory(prefix=".sae-", dir=folder) as temporary:
+        for path in sae.save_inference_model(temporary):
+            # the configuration comes last: with it the folder counts as finished
+            path.replace(folder / path.name)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    return _loaded(sae_lens, folder, model)
+
+
+def _loaded(sae_lens: Any, folder: Path, model: Host) -> Any:
+    return sae_lens.SAE.load_from_disk(str(folder), device=str(device_of(model))).eval()
+
+
+def _sae_config(sae_lens: Any, architecture: Any, settings: SAESettings, d_in: int) -> Any:
+    if architecture is None:
+        return sae_lens.StandardTrainingSAEConfig(
+            d_in=d_in,
+            d_sae=settings.latents(d_in),
+            apply_b_dec_to_input=False,
+            normalize_activations="expected_average_only_in" if settings.normalize else "none",
+            l1_coefficient=settings.l1_coefficient,
+            l1_warm_up_steps=round(settings.l1_warm_up * settings.steps),
+        )
+    if not isinstance(architecture, sae_lens.TrainingSAEConfig):
+        raise ValueError(
+            f"architecture is a {type(architecture).__name__}, but must be a training configuration of SAELens"
+        )
+    if architecture.d_in != d_in:
+        raise ValueError(f"architecture.d_in={architecture.d_in}, but the hook holds {d_in} dimensions")
+    if architecture.d_sae < 1:
+        raise ValueError(f"architecture.d_sae={architecture.d_sae} must be at least 1")
+    if architecture.normalize_activations == "covariance_whitening":
+        raise ValueError("architecture.normalize_activations='covariance_whitening' is not supported here")
+    return type(architecture).from_dict(architecture.to_dict())
+
+
+def _trainer_config(settings: SAESettings, device: str) -> Any:
+    from sae_lens.config import SAETrainerConfig
+
+    return SAETrainerConfig(
+        total_training_samples=settings.steps * settings.batch_tokens,
+        train_batch_size_samples=settings.batch_tokens,
+        lr=settings.lr,
+        lr_end=settings.lr / 10,
+        lr_decay_steps=round(settings.lr_decay * settings.steps),
+        device=device,
+    )
+
+
+def _metadata(model: Host, blocks: TokenBlocks, record: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens's own tools read from an SAE, and how this one was made."""
+    return {
+        "hook_name": record["hook"],
+        "model_name": getattr(model.cfg, "model_name", None),
+        "model_class_name": "HookedTransformer",
+        "context_size": blocks.length,
+        "prepend_bos": False,
+        "exclude_special_tokens": False,
+        "stream": record["stream"],
+        "seed": record["seed"],
+        "tokens": record["tokens"],
+        "settings": record["settings"],
+    }
+
+
+def _norm_scale(batches: ActivationBatches, steps: int, d_in: int) -> float:
+    """The factor that makes the mean norm of activations the root of their width, as SAELens has it."""
+    norms = [batch.norm(dim=-1).mean().item() for batch in islice(batches, min(steps, NORM_BATCHES))]
+    mean = sum(norms) / len(norms)
+    if not (math.isfinite(mean) and mean > 0):
+        raise ValueError(f"the activations have a mean norm of {mean}: there is nothing to learn from this hook")
+    return math.sqrt(d_in) / mean
+
+
+def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
+    """Makes the folder, or checks that what it holds is the same training."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: choose another output")
+    stored = folder / TRAINING
+    # a record alone is what a training leaves that never got as far as a checkpoint
+    there = folder.is_dir() and any(path != stored for path in folder.iterdir())
+    if there and not resume:
+        raise FileExistsError(f"{folder} exists: choose another output, or go on with resume=True")
+    if there and not stored.is_file():
+        raise FileExistsError(f"{folder} holds no SAE training to resume, but other files: choose another output")
+    record = json.loads(json.dumps(record))
+    if there:
+        before = json.loads(stored.read_text(encoding="utf-8"))
+        differing = [name for name in record if before.get(name) != record[name]]
+        if differing:
+            raise ValueError(
+                f"{folder} is the training of another SAE: {', '.join(differing)} differ; use the same arguments, or "
+                "another output"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _newest(folder: Path | None) -> Path | None:
+    """The last complete checkpoint."""
+    found = list((folder / CHECKPOINT).glob("step-*")) if folder is not None else []
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def _save_checkpoint(trainer: Any, folder: Path) -> None:
+    """Writes the state under a temporary name, renames it, and drops earlier ones."""
+    base, step = folder / CHECKPOINT, trainer.n_training_steps
+    before = _newest(folder)
+    final = base / f"step-{step}"
+    if before == final:
+        return
+    shutil.rmtree(base / "writing", ignore_errors=True)
+    trainer.save_checkpoint("writing", base_path=base)
+    (base / "writing").rename(final)
+    if before is not None:
+        shutil.rmtree(before)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[SimpleNamespace]:
+    """Within the context the first SIGINT or SIGTERM sets `made`; a second SIGINT raises at once."""
+    request = SimpleNamespace(made=False)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if request.made and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.made = True
+
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,574 @@
+"""SAEs: activations of either stream, training that can be stopped, evaluation as SAELens does it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformer_lens import HookedTransformer
+
+import sa_lens as sa
+from sa_lens.data import BlockOrder, TokenFile
+from sa_lens.data.disk import write_atomically
+from sa_lens.sae import PRESETS, SAESettings, SAETrainingStopped, evaluate_sae, train_sae
+from sa_lens.sae.activations import ActivationBatches, TokenBlocks, activations, hook_width
+
+sae_lens = pytest.importorskip("sae_lens")
+
+N_CTX, VOCAB = 16, 40
+SMALL = {"d_sae": 24, "batch_tokens": 64, "steps": 12, "buffer_tokens": 256, "progress": False}
+
+
+def make_model(scope: str = "local", **changes) -> sa.SelfAblatingTransformer:
+    shape = {"n_layers": 2, "d_model": 16, "n_heads": 2, "n_ctx": N_CTX, "d_vocab": VOCAB, "d_mlp": 24, **changes}
+    cfg = sa.ModelConfig(**shape, init="gpt2", attn_scale=True)
+    torch.manual_seed(0)
+    model = sa.SelfAblatingTransformer(cfg, sa.GateConfig(scope=scope, k_attn=4, k_mlp=4))
+    with torch.no_grad():
+        # wide enough for the streams to differ and for zeroing a hook to matter
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(1 if "gate" in name else 6)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> sa.SelfAblatingTransformer:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (24, N_CTX), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def token_file(tmp_path, tokens) -> TokenFile:
+    return write_file(tmp_path / "text.bin", tokens.flatten().numpy())
+
+
+def write_file(path, row: np.ndarray, d_vocab: int = VOCAB) -> TokenFile:
+    import json
+
+    path.write_bytes(row.astype(np.uint8).tobytes())
+    header = {"format": 1, "n_tokens": len(row), "d_vocab": d_vocab, "dtype": "uint8", "n_documents": 1}
+    header |= {"n_bytes": len(row), "eos_token_id": 0, "fingerprint": str(hash(row.tobytes()))}
+    write_atomically(path.with_suffix(".json"), json.dumps(header))
+    return TokenFile.open(path)
+
+
+def identity(width: int, hook: str, stream: str = "clean", reshape: str = "none"):
+    """x = relu(x) - relu(-x), exactly."""
+    cfg = sae_lens.StandardSAEConfig(d_in=width, d_sae=2 * width, apply_b_dec_to_input=False)
+    cfg.reshape_activations = reshape
+    cfg.metadata.hook_name = hook
+    cfg.metadata.stream = stream
+    sae = sae_lens.StandardSAE(cfg)
+    eye = torch.eye(width)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
+        sae.W_dec.copy_(torch.cat([eye, -eye]))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae
+
+
+def random_sae(width: int, hook: str, stream: str = "clean"):
+    cfg = sae_lens.StandardSAEConfig(d_in=width, d_sae=3 * width, apply_b_dec_to_input=False)
+    cfg.metadata.hook_name = hook
+    cfg.metadata.stream = stream
+    sae = sae_lens.StandardSAE(cfg)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for parameter in sae.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+def same_weights(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_post", "blocks.1.mlp.hook_post", "blocks.1.attn.hook_z"])
+def test_activations_are_what_the_hook_holds(model, tokens, hook, stream):
+    with torch.no_grad():
+        if stream == "ablated":
+            with model.ablated():
+                _, cache = model.run_with_cache(tokens)
+        else:
+            _, cache = model.run_with_cache(tokens)
+    expected = cache[hook].reshape(tokens.numel(), -1)
+    assert hook_width(model, hook, stream) == expected.shape[1]
+    torch.testing.assert_close(activations(model, tokens, hook, stream), expected, rtol=0, atol=1e-6)
+
+
+def test_the_streams_differ(model, tokens):
+    found = [activations(model, tokens, "blocks.1.mlp.hook_post", stream) for stream in ("clean", "ablated")]
+    assert not torch.allclose(*found)
+    assert (found[1] != 0).sum(-1).max() <= 4 < (found[0] != 0).sum(-1).min()
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.mlp_gate.hook_in", "blocks.1.mlp_gate.hook_scores"])
+def test_gate_hooks_belong_to_the_ablated_stream(model, hook):
+    assert hook_width(model, hook, "ablated") == 24
+    with pytest.raises(ValueError, match="ablated stream alone"):
+        hook_width(model, hook, "clean")
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("blocks.9.hook_resid_pre", "no hook point"),
+        ("blocks.0.mlp_gate.hook_mask", "zeros and ones"),
+        ("blocks.0.attn_gate.hook_mask", "zeros and ones"),
+        ("blocks.0.attn.hook_pattern", "one vector a token"),
+        ("blocks.0.attn_gate.hook_in", "one vector a token"),
+        ("blocks.0.ln1.hook_scale", "one vector a token"),
+        ("blocks.0.hook_attn_in", "does not fire"),
+    ],
+)
+def test_hooks_without_a_vector_a_token_are_refused(model, hook, message):
+    with pytest.raises(ValueError, match=message):
+        hook_width(model, hook, "ablated")
+
+
+def test_blocks_of_a_file_follow_each_other(model, token_file, tokens):
+    blocks = TokenBlocks.of(token_file, model)
+    assert len(blocks) == 24
+    assert torch.equal(blocks.take([3, 0]), tokens[[3, 0]])
+    assert torch.equal(TokenBlocks.of(token_file.path, model).take([23]), tokens[23:])
+
+
+def batches(model, tokens, start=0, seed=0, batch_tokens=48, buffer_tokens=100):
+    blocks = TokenBlocks.of(tokens, model)
+    return ActivationBatches(
+        model,
+        blocks,
+        "hook_embed",
+        "clean",
+        batch_tokens=batch_tokens,
+        buffer_tokens=buffer_tokens,
+        seed=seed,
+        start=start,
+    )
+
+
+def test_a_buffer_serves_each_activation_once(model, tokens):
+    """6 blocks of 16 tokens make two batches of 48: together the activations of the first six blocks in order."""
+    data = batches(model, tokens)
+    found = torch.cat([next(data), next(data)])
+    chosen = tokens[torch.from_numpy(BlockOrder(24, 0).indices(0, 6))]
+    expected = activations(model, chosen, "hook_embed", "clean")
+    assert not torch.equal(found, expected)
+    by_row = [sorted(map(tuple, rows.tolist())) for rows in (found, expected)]
+    assert by_row[0] == by_row[1]
+
+
+@settings(deadline=None, max_examples=15)
+@given(start=st.integers(0, 30), size=st.integers(1, 80))
+def test_a_stream_begun_later_goes_on_as_the_whole_one(start, size):
+    model = make_model(n_layers=1)
+    tokens = torch.arange(6 * N_CTX).reshape(6, N_CTX) % VOCAB
+    whole = batches(model, tokens, batch_tokens=size, buffer_tokens=100)
+    for _ in range(start):
+        next(whole)
+    later = batches(model, tokens, batch_tokens=size, buffer_tokens=100, start=start)
+    for _ in range(3):
+        assert torch.equal(next(whole), next(later))
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_equals_the_trainers_own_loop(model, tokens, monkeypatch):
+    """SAELens's `fit` on the same batches and the same scale gives the same weights."""
+    settings = SAESettings(**{name: value for name, value in SMALL.items() if name != "progress"}, lr=1e-2)
+    trainers = []
+    fresh = sae_lens.SAETrainer
+
+    def kept(*args, **kwargs):
+        trainers.append(fresh(*args, **kwargs))
+        return trainers[-1]
+
+    monkeypatch.setattr(sae_lens, "SAETrainer", kept)
+    ours = train_sae(model, "hook_embed", tokens, preset=settings, seed=2, progress=False)
+    cfg = trainers[0].sae.cfg
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        sae = sae_lens.TrainingSAE.from_dict(cfg.to_dict())
+    data = batches(model, tokens, seed=2, batch_tokens=64, buffer_tokens=256)
+    trainer = fresh(trainers[0].cfg, sae, data)
+    trainer.activation_scaler.estimate_scaling_factor(16, batches(model, tokens, 0, 2, 64, 256), 12)
+    theirs = trainer.fit()
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_same_seed_same_sae_bit_for_bit(model, tokens):
+    first, again = (train_sae(model, "hook_embed", tokens, seed=1, **SMALL) for _ in range(2))
+    other = train_sae(model, "hook_embed", tokens, seed=2, **SMALL)
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_training_draws_nothing_from_the_global_generator_and_leaves_the_model_alone(model, tokens):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    train_sae(model, "hook_embed", tokens, **SMALL)
+    found = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(found, torch.rand(3))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_learns(model, tokens):
+    """With as many latents as words, embeddings are learnt nearly by heart."""
+    few, many = (
+        train_sae(model, "hook_embed", tokens, **{**SMALL, "d_sae": 80, "steps": steps}, lr=1e-2, l1_coefficient=0.1)
+        for steps in (2, 300)
+    )
+    variance = [evaluate_sae(model, sae, tokens, progress=False).explained_variance for sae in (few, many)]
+    assert variance[1] > 0.95 > variance[0]
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_the_folder_loads_with_plain_saelens(model, token_file, tmp_path, stream):
+    out = tmp_path / "sae"
+    sae = train_sae(model, "blocks.1.attn.hook_z", token_file, stream=stream, output=out, **SMALL)
+    assert sorted(path.name for path in out.iterdir()) == ["cfg.json", "sae_weights.safetensors", "training.json"]
+    loaded = sae_lens.SAE.load_from_disk(str(out))
+    assert same_weights(sae, loaded)
+    metadata = loaded.cfg.metadata
+    assert (metadata.hook_name, metadata.stream, metadata.seed) == ("blocks.1.attn.hook_z", stream, 0)
+    _, cache = model.run_with_cache(torch.tensor([[1, 2, 3]]))
+    assert loaded(cache["blocks.1.attn.hook_z"]).shape == (1, 3, 2, 8)
+    found, again = (evaluate_sae(model, which, token_file, progress=False) for which in (sae, out))
+    assert (found.stream, found.ce_score, found.l0) == (stream, again.ce_score, again.l0)
+
+
+class Interrupting:
+    """Sends SIGINT to this process when the trainer takes a given step."""
+
+    def __init__(self, monkeypatch, step: int) -> None:
+        original = sae_lens.SAETrainer.step
+        self.step = step
+
+        def counted(trainer, batch):
+            if trainer.n_training_steps + 1 == self.step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(trainer, batch)
+
+        monkeypatch.setattr(sae_lens.SAETrainer, "step", counted)
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_a_stopped_training_goes_on_bit_for_bit(model, tokens, tmp_path, monkeypatch, step):
+    whole = train_sae(model, "hook_embed", tokens, lr=1e-2, **SMALL)
+    interrupting = Interrupting(monkeypatch, step)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SAETrainingStopped, match=f"after step {step} of 12.*resume=True"):
+        train_sae(model, "hook_embed", tokens, lr=1e-2, output=tmp_path / "sae", **SMALL)
+    assert signal.getsignal(signal.SIGINT) is handler
+    interrupting.step = 0
+    resumed = train_sae(model, "hook_embed", tokens, lr=1e-2, output=tmp_path / "sae", resume=True, **SMALL)
+    assert same_weights(whole, resumed)
+    assert whole.cfg.metadata.l0 == resumed.cfg.metadata.l0
+    assert not (tmp_path / "sae" / "checkpoint").exists()
+    found = train_sae(model, "hook_embed", tokens, lr=1e-2, output=tmp_path / "sae", resume=True, **SMALL)
+    assert same_weights(whole, found)
+
+
+def test_a_training_that_died_goes_on_from_its_last_checkpoint(model, tokens, tmp_path, monkeypatch):
+    whole = train_sae(model, "hook_embed", tokens, **SMALL)
+    original = sae_lens.SAETrainer.step
+
+    def failing(trainer, batch):
+        if trainer.n_training_steps == 9:
+            raise RuntimeError("power cut")
+        return original(trainer, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sae_lens.SAETrainer, "step", failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_sae(model, "hook_embed", tokens, output=tmp_path / "sae", checkpoint_every=4, **SMALL)
+    assert [path.name for path in (tmp_path / "sae" / "checkpoint").iterdir()] == ["step-8"]
+    resumed = train_sae(model, "hook_embed", tokens, output=tmp_path / "sae", resume=True, **SMALL)
+    assert same_weights(whole, resumed)
+
+
+def test_other_architectures_of_saelens_train_too(model, tokens):
+    cfg = sae_lens.TopKTrainingSAEConfig(d_in=16, d_sae=24, k=3)
+    small = {name: value for name, value in SMALL.items() if name != "d_sae"}
+    sae = train_sae(model, "hook_embed", tokens, architecture=cfg, **small)
+    assert evaluate_sae(model, sae, tokens, progress=False).l0 <= 3
+
+
+def test_plain_models_train_too(tokens):
+    plain = make_model().to_hooked_transformer()
+    assert type(plain) is HookedTransformer
+    sae = train_sae(plain, "blocks.0.hook_mlp_out", tokens, **SMALL)
+    assert math.isfinite(evaluate_sae(plain, sae, tokens, progress=False).ce_score)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+@pytest.mark.parametrize(
+    ("hook", "width", "reshape"),
+    [
+        ("blocks.0.hook_resid_post", 16, "none"),
+        ("blocks.1.hook_mlp_out", 16, "none"),
+        ("blocks.1.attn.hook_z", 16, "hook_z"),
+    ],
+)
+def test_an_identity_has_ce_score_one(model, tokens, hook, width, reshape, stream):
+    sae = identity(width, hook, stream, reshape)
+    found = evaluate_sae(model, sae, tokens, progress=False)
+    assert found.ce_score == 1
+    assert found.ce == found.ce_sae != found.ce_zero
+    assert found.explained_variance == pytest.approx(1)
+    assert found.mse == 0
+    assert sae.cfg.metadata.hook_name == hook
+    assert sae.hook_z_reshaping_mode == (reshape == "hook_z")
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+@pytest.mark.parametrize("batch", [7, 24])
+def test_figures_agree_with_a_slow_twin(model, tokens, stream, batch):
+    """Everything by hand: plain hooks, one block at a time, special tokens neither replaced nor counted."""
+    hook, ignore = "blocks.0.hook_mlp_out", [3, 7]
+    sae = random_sae(16, hook, stream)
+    found = evaluate_sae(model, sae, tokens, batch=batch, ignore=ignore, progress=False)
+
+    losses = {"ce": [], "ce_sae": [], "ce_zero": []}
+    inputs, outputs, latents = [], [], []
+
+    def run(block, keep, edit=None):
+        def hooked(x, hook):
+            if edit is None:
+                inputs.append(x[0][keep])
+                return x
+            return edit(x)
+
+        logits = model.run_with_hooks(block, fwd_hooks=[(hook, hooked)])
+        loss = -logits[0, :-1].log_softmax(-1)[torch.arange(N_CTX - 1), block[0, 1:]]
+        return loss[keep[:-1]]
+
+    with torch.no_grad():
+        for row in tokens:
+            block, keep = row[None], ~torch.isin(row, torch.tensor(ignore))
+
+            def replaced(x, keep=keep):
+                latent = torch.relu(x @ sae.W_enc + sae.b_enc)
+                rebuilt = latent @ sae.W_dec + sae.b_dec
+                latents.append(latent[0][keep])
+                outputs.append(rebuilt[0][keep])
+                return torch.where(keep[None, :, None], rebuilt, x)
+
+            if stream == "ablated":
+                with model.ablated():
+                    runs = [run(block, keep), run(block, keep, replaced), run(block, keep, torch.zeros_like)]
+            else:
+                runs = [run(block, keep), run(block, keep, replaced), run(block, keep, torch.zeros_like)]
+            for name, loss in zip(losses, runs, strict=True):
+                losses[name].append(loss)
+    ce, ce_sae, ce_zero = (torch.cat(values).mean().item() for values in losses.values())
+    x, rebuilt, latent = torch.cat(inputs), torch.cat(outputs), torch.cat(latents)
+    variance = 1 - (x - rebuilt).pow(2).sum().item() / (x - x.mean(0)).pow(2).sum().item()
+    approx = lambda value: pytest.approx(value, rel=1e-4)  # noqa: E731
+    assert (found.ce, found.ce_sae, found.ce_zero) == (approx(ce), approx(ce_sae), approx(ce_zero))
+    assert found.ce_score == pytest.approx((ce_zero - ce_sae) / (ce_zero - ce), rel=1e-3)
+    assert found.l0 == approx((latent > 0).float().sum(-1).mean().item())
+    assert found.explained_variance == approx(variance)
+    assert found.dead_latents == int((~(latent > 0).any(0)).sum())
+    np.testing.assert_allclose(found.density, (latent > 0).float().mean(0), rtol=1e-5)
+    assert found.n_tokens == tokens.numel()
+    assert found.n_latents == 48
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
+def test_figures_equal_saelens_on_its_own_store(model, tokens):
+    """SAELens's store, given the same blocks as a tokenized dataset, leads `run_evals` to the same numbers."""
+    import datasets
+    from sae_lens.evals import get_eval_everything_config
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    hook = "blocks.0.hook_mlp_out"
+    sae = random_sae(16, hook)
+    store = sae_lens.ActivationsStore(
+        model=model,
+        dataset=datasets.Dataset.from_dict({"input_ids": tokens.tolist()}),
+        streaming=False,
+        hook_name=hook,
+        hook_head_index=None,
+        context_size=N_CTX,
+        d_in=16,
+        n_batches_in_buffer=2,
+        total_training_tokens=10_000,
+        store_batch_size_prompts=8,
+        train_batch_size_tokens=64,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+    config = get_eval_everything_config(8, 3, 3)
+    theirs, latents = sae_lens.run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
+    ours = evaluate_sae(model, sae, tokens, progress=False)
+    performance = theirs["model_performance_preservation"]
+    assert ours.ce == performance["ce_loss_without_sae"]
+    assert ours.ce_sae == performance["ce_loss_with_sae"]
+    assert ours.ce_zero == performance["ce_loss_with_ablation"]
+    assert ours.ce_score == performance["ce_loss_score"]
+    assert ours.l0 == theirs["sparsity"]["l0"]
+    assert ours.l1 == theirs["sparsity"]["l1"]
+    assert ours.explained_variance == theirs["reconstruction_quality"]["explained_variance"]
+    assert ours.mse == theirs["reconstruction_quality"]["mse"]
+    assert ours.density.tolist() == latents["feature_density"]
+
+
+def test_a_latent_that_never_fires_is_dead(model, tokens):
+    sae = identity(16, "hook_embed")
+    with torch.no_grad():
+        sae.b_enc[5] = -1e6
+    found = evaluate_sae(model, sae, tokens, progress=False)
+    assert found.density[5] == 0
+    assert found.dead_latents == 1
+
+
+def test_n_tokens_are_whole_blocks_from_the_beginning(model, token_file, tokens):
+    sae = random_sae(16, "hook_embed")
+    found = evaluate_sae(model, sae, token_file, n_tokens=5 * N_CTX + 3, progress=False)
+    assert found.n_tokens == 5 * N_CTX
+    assert found.ce == evaluate_sae(model, sae, tokens[:5], progress=False).ce
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_hook_without_effect_has_no_ce_score(tokens):
+    model = make_model(n_layers=1)
+    with torch.no_grad():
+        model.unembed.W_U.zero_()
+    with pytest.raises(ValueError, match="0 / 0"):
+        evaluate_sae(model, random_sae(16, "hook_embed"), tokens, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hook": "blocks.0.nothing"}, "no hook point"),
+        ({"stream": "dirty"}, "must be 'clean' or 'ablated'"),
+        ({"preset": "huge"}, "paper, laptop"),
+        ({"d_sae": 0}, "d_sae=0 must be at least 1"),
+        ({"expansion": 0.0}, "expansion"),
+        ({"d_sae": None, "expansion": 0.01}, "no latent"),
+        ({"steps": 0}, "steps=0"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"l1_coefficient": -1.0}, "l1_coefficient"),
+        ({"lr_decay": 1.5}, "lr_decay=1.5"),
+        ({"buffer_tokens": 3}, "at least one batch"),
+        ({"width": 3}, "'width' is no setting"),
+        ({"seed": -1}, "seed=-1"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"batch_tokens": 10_000, "buffer_tokens": 10_000}, "fewer than one batch"),
+        ({"architecture": "topk"}, "training configuration of SAELens"),
+    ],
+)
+def test_bad_training_arguments_are_named(model, tokens, tmp_path, arguments, message):
+    given = {"hook": "hook_embed", **SMALL, **arguments}
+    hook = given.pop("hook")
+    with pytest.raises(ValueError, match=message):
+        train_sae(model, hook, tokens, output=tmp_path / "sae", **given)
+    assert not (tmp_path / "sae").exists()
+
+
+def test_the_ablated_stream_needs_gates(tokens):
+    with pytest.raises(ValueError, match="needs gates"):
+        train_sae(make_model("none"), "hook_embed", tokens, stream="ablated", **SMALL)
+
+
+def test_bad_texts_are_named(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.bin"):
+        train_sae(model, "hook_embed", tmp_path / "nowhere.bin", **SMALL)
+    for length in (0, 5):
+        file = write_file(tmp_path / f"{length}.bin", np.zeros(length))
+        with pytest.raises(ValueError, match=f"has {length} tokens, fewer than one block"):
+            train_sae(model, "hook_embed", file, **SMALL)
+    with pytest.raises(ValueError, match="vocabulary"):
+        train_sae(model, "hook_embed", write_file(tmp_path / "wide.bin", np.zeros(500), d_vocab=99), **SMALL)
+    for wrong, message in (
+        (torch.zeros(0, 8).long(), "integers"),
+        (torch.zeros(4, 8), "integers"),
+        (torch.zeros(4, 99).long(), "n_ctx=16"),
+        (torch.full((4, 8), 40), "from 0 to 39"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_sae(model, "hook_embed", wrong, **SMALL)
+
+
+def test_folders_in_the_way_are_left_alone(model, tokens, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="choose another output"):
+            train_sae(model, "hook_embed", tokens, output=other, resume=resume, **SMALL)
+    out = tmp_path / "sae"
+    train_sae(model, "hook_embed", tokens, output=out, **SMALL)
+    before = (out / "cfg.json").read_bytes()
+    with pytest.raises(FileExistsError, match="resume=True"):
+        train_sae(model, "hook_embed", tokens, output=out, **SMALL)
+    with pytest.raises(ValueError, match="stream, seed differ"):
+        train_sae(model, "hook_embed", tokens, output=out, resume=True, seed=1, stream="ablated", **SMALL)
+    assert (out / "cfg.json").read_bytes() == before
+
+
+def test_bad_evaluation_arguments_are_named(model, tokens, tmp_path):
+    sae = random_sae(16, "hook_embed")
+    for arguments, message in (
+        ({"hook": "blocks.0.mlp.hook_post"}, "16 dimensions, but .* holds 24"),
+        ({"n_tokens": 0}, "n_tokens=0"),
+        ({"batch": 0}, "batch=0"),
+        ({"ignore": range(VOCAB)}, "every token"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_sae(model, sae, tokens, progress=False, **arguments)
+    with pytest.raises(FileNotFoundError, match="holds no SAE"):
+        evaluate_sae(model, tmp_path, tokens, progress=False)
+    sae.cfg.metadata.hook_name = None
+    with pytest.raises(ValueError, match="give hook="):
+        evaluate_sae(model, sae, tokens, progress=False)
+
+
+def test_without_saelens_the_call_says_how_to_install_it(model, tokens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    for call in (lambda: train_sae(model, "hook_embed", tokens), lambda: evaluate_sae(model, None, tokens)):
+        with pytest.raises(ImportError, match=r'pip install "sa-lens\[sae\]"'):
+            call()
+
+
+def test_importing_the_package_does_not_import_saelens():
+    code = "import sys, sa_lens, sa_lens.sae; sys.exit('sae_lens' in sys.modules or 'wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_papers_preset_is_the_papers():
+    paper = PRESETS["paper"]
+    assert paper.latents(128) == 2048
+    assert (paper.steps, paper.batch_tokens, paper.lr, paper.l1_coefficient) == (100_000, 4096, 1e-5, 5)
+    assert (paper.l1_warm_up, paper.lr_decay) == (0.05, 0.2)
