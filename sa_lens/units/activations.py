@@ -1,0 +1,263 @@
+"""Values and masks of all units, streamed over a text batch by batch.
+
+Here: where units are read (`Site`), texts cut into blocks (`TextBlocks`), and one loop over both (`stream_units`).
+What is computed from the values is elsewhere.
+
+Axes: `unit` is one attention unit (an entry of `z`, heads flattened: unit = head * d_head + channel) or one neuron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream
+from sa_lens.data import TokenFile
+from sa_lens.data.tokens import check_blocks
+
+Kind = Literal["attn", "mlp"]
+"""Kind of unit: attention unit or neuron."""
+
+TOKENS_AT_ONCE = {"cpu": 1024, "other": 32_768}
+"""Tokens of a batch by type of device: on a CPU, what its caches hold is fastest."""
+
+
+class Site(NamedTuple):
+    """The units of one kind in one layer."""
+
+    layer: int
+    """Layer, from 0."""
+    kind: Kind
+    """`attn`: attention units; `mlp`: neurons."""
+
+    @property
+    def value_hook(self) -> str:
+        """Hook point of the units' values: after the mask in the ablated stream."""
+        return f"blocks.{self.layer}.{'attn.hook_z' if self.kind == 'attn' else 'mlp.hook_post'}"
+
+    @property
+    def mask_hook(self) -> str:
+        """Hook point of the units' mask; there are such only on a model with gates."""
+        return f"blocks.{self.layer}.{self.kind}_gate.hook_mask"
+
+
+class UnitBatch(NamedTuple):
+    """The units of a batch of blocks."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """What was run, on the model's device."""
+    first: int
+    """Index of the first block in the text."""
+    values: dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]]
+    """Values by stream and site; in the ablated stream after the mask."""
+    masks: dict[Site, Float[Tensor, "batch pos unit"]]
+    """Masks by site, a gate of whole heads repeated for the units of each; empty unless the ablated stream is read."""
+
+
+class TextBlocks:
+    """A text as blocks of equal length, read a slice at a time.
+
+    Args:
+        text: a token file, or blocks of tokens.
+        n_ctx: tokens a block, for a token file; blocks given as a tensor must not be longer.
+        n_tokens: tokens to read at most, from the beginning; None: all. At least one block is read.
+        d_vocab: vocabulary of the model that reads it.
+
+    Raises:
+        ValueError: no whole block, blocks longer than the context, or tokens beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        text: TokenFile | Int[Tensor, "block pos"],
+        n_ctx: int,
+        *,
+        n_tokens: int | None = None,
+        d_vocab: int | None = None,
+    ) -> None:
+        self.text = text
+        if n_tokens is not None and n_tokens < 1:
+            raise ValueError(f"n_tokens={n_tokens} must be at least 1, or None for the whole text")
+        if isinstance(text, TokenFile):
+            check_blocks(text, n_ctx, "given")
+            self.length, count = n_ctx, text.n_blocks(n_ctx)
+            if d_vocab is not None:
+                text.check_vocabulary(d_vocab)
+        else:
+            _check_tensor(text, n_ctx, d_vocab)
+            count, self.length = text.shape
+        self.count = count if n_tokens is None else min(count, max(1, n_tokens // self.length))
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return self.count
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return self.count * self.length
+
+    def rows(self, start: int, stop: int) -> Int[Tensor, "batch pos"]:
+        """Blocks `start` to `stop - 1`, on the CPU (a tensor's own device if the text is one)."""
+        stop = min(stop, self.count)
+        if isinstance(self.text, TokenFile):
+            flat = self.text.tokens[start * self.length : stop * self.length].astype("int64")
+            return torch.from_numpy(flat).view(-1, self.length)
+        return self.text[start:stop].long()
+
+    def pick(self, blocks: Int[Tensor, " block"]) -> Int[Tensor, "block pos"]:
+        """The blocks of these indices."""
+        if isinstance(self.text, TokenFile):
+            return torch.cat([self.rows(i, i + 1) for i in blocks.tolist()])
+        return self.text[blocks.to(self.text.device)].long()
+
+
+def _check_tensor(tokens: Any, n_ctx: int, d_vocab: int | None) -> None:
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
+        given = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"a text is a TokenFile or a whole-number tensor [block pos], not {given}")
+    if not tokens.numel():
+        raise ValueError(f"the given text is empty: its shape is {tuple(tokens.shape)}")
+    if tokens.shape[1] > n_ctx:
+        raise ValueError(f"blocks of {tokens.shape[1]} tokens are longer than n_ctx={n_ctx}: cut the text shorter")
+    if int(tokens.min()) < 0 or (d_vocab is not None and int(tokens.max()) >= d_vocab):
+        raise ValueError(
+            f"tokens from {int(tokens.min())} to {int(tokens.max())} are not within the model's vocabulary of {d_vocab}"
+        )
+
+
+def unit_sites(model: Host) -> list[Site]:
+    """Every site of the model, layer by layer, attention first."""
+    kinds: tuple[Kind, ...] = ("attn", "mlp")
+    sites = [Site(layer, kind) for layer in range(model.cfg.n_layers) for kind in kinds]
+    return [site for site in sites if site.value_hook in model.hook_dict]
+
+
+def unit_counts(model: Host) -> dict[Site, int]:
+    """Number of units of each site."""
+    attn = model.cfg.n_heads * model.cfg.d_head
+    return {site: attn if site.kind == "attn" else model.cfg.d_mlp for site in unit_sites(model)}
+
+
+def model_streams(model: Host) -> tuple[Stream, ...]:
+    """The streams that the model has."""
+    return ("clean", "ablated") if has_ablated_stream(model) else ("clean",)
+
+
+def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: int | None = None) -> TextBlocks:
+    """The text as blocks that the model can read; `TextBlocks` pass through unchanged.
+
+    Raises:
+        ValueError: see `TextBlocks`.
+    """
+    if isinstance(text, TextBlocks):
+        return text
+    return TextBlocks(text, model.cfg.n_ctx, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
+
+
+def stream_units(
+    model: Host,
+    text: TokenFile | Tensor | TextBlocks,
+    streams: Stream | Sequence[Stream] = "clean",
+    *,
+    sites: Sequence[Site] | None = None,
+    n_tokens: int | None = None,
+    tokens_at_once: int | None = None,
+    progress: bool = True,
+    name: str = "units",
+) -> Iterator[UnitBatch]:
+    """Runs a text through the model without gradients and yields the units of each batch.
+
+    Each block is read from its first token on, without a begin-of-text token. Both streams together cost little more
+    than the ablated one alone, whose clean pass is read as it goes by. Memory is that of one batch.
+
+    Args:
+        text: a token file, blocks `[block pos]`, or `TextBlocks`.
+        streams: one stream or several. The ablated stream is at all positions at once.
+        sites: which units; None: all.
+        n_tokens: tokens to read at most; None: all.
+        tokens_at_once: tokens a batch; at least one block is run. None: 1,024 on a CPU, 32,768 elsewhere.
+        progress: show a progress bar.
+        name: its title.
+
+    Raises:
+        ValueError: an unknown stream or site, the ablated stream of a model without gates, a text that does not fit.
+    """
+    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    if not chosen:
+        raise ValueError("streams is empty: name 'clean', 'ablated' or both")
+    for stream in chosen:
+        with in_stream(model, stream):
+            pass
+    known = unit_sites(model)
+    sites = known if sites is None else list(sites)
+    for site in sites:
+        if site not in known:
+            raise ValueError(
+                f"this {type(model).__name__} has no units at {site}: layers 0 to {model.cfg.n_layers - 1}"
+            )
+    blocks = text_blocks(model, text, n_tokens)
+    if tokens_at_once is None:
+        tokens_at_once = TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
+    return _batches(model, blocks, chosen, sites, max(1, tokens_at_once // blocks.length), progress, name)
+
+
+def _batches(
+    model: Host,
+    blocks: TextBlocks,
+    streams: tuple[Stream, ...],
+    sites: Sequence[Site],
+    batch: int,
+    progress: bool,
+    name: str,
+) -> Iterator[UnitBatch]:
+    from tqdm.auto import tqdm
+
+    device = device_of(model)
+    with tqdm(total=blocks.n_tokens, desc=name, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for first in range(0, len(blocks), batch):
+            tokens = blocks.rows(first, first + batch).to(device)
+            yield UnitBatch(tokens, first, *read_units(model, tokens, streams, sites))
+            bar.update(tokens.numel())
+
+
+def read_units(
+    model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sites: Sequence[Site]
+) -> tuple[dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]], dict[Site, Float[Tensor, "batch pos unit"]]]:
+    """Values by stream and site, and masks by site, of one batch; see `UnitBatch`."""
+    values: dict[Stream, dict[Site, Tensor]] = {stream: {} for stream in streams}
+    masks: dict[Site, Tensor] = {}
+    stop = model.cfg.n_layers
+    clean_readers = [(site.value_hook, _keep_at(site, values["clean"])) for site in sites if "clean" in streams]
+    with torch.no_grad():
+        if "ablated" in streams:
+            gated = set(gate_hook_names(model))
+            masked = [site for site in sites if site.mask_hook in gated]
+            hooks = [
+                *((site.value_hook, _keep_at(site, values["ablated"])) for site in sites),
+                *((site.mask_hook, _keep_at(site, masks)) for site in masked),
+            ]
+            with in_stream(model, "ablated", clean_hooks=clean_readers):
+                model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=stop)
+            masks = {site: _widened(mask, values["ablated"][site]) for site, mask in masks.items()}
+        else:
+            with in_stream(model, "clean"):
+                model.run_with_hooks(tokens, fwd_hooks=clean_readers, stop_at_layer=stop)
+    return values, masks
+
+
+def _keep_at(site: Site, into: dict[Site, Tensor]) -> Callable[..., None]:
+    def keep(x: Tensor, hook: Any) -> None:
+        into[site] = x.flatten(2)
+
+    return keep
+
+
+def _widened(mask: Float[Tensor, "batch pos some"], values: Float[Tensor, "batch pos unit"]) -> Tensor:
+    times = values.shape[-1] // mask.shape[-1]
+    return mask if times == 1 else mask.repeat_interleave(times, dim=-1)

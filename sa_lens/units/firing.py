@@ -1,0 +1,115 @@
+"""When a unit fires: one rule for every model and stream, calibrated on a text of its own.
+
+A neuron fires where its hooked value (after the mask in the ablated stream) exceeds half its own 99.9th percentile on
+the calibration text; an attention unit where its absolute value does. A unit whose percentile is below 1e-4 of the
+root mean square of its layer's units of that kind is dead: it never fires.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host
+from sa_lens.data import TokenFile
+from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
+
+QUANTILE = 0.999
+"""The percentile of a unit's scores that stands for its largest ones."""
+SHARE = 0.5
+"""A unit fires above this share of its percentile."""
+OTHER_SHARES = (0.3, 0.7)
+"""Shares at which results are given too."""
+DEAD_BELOW = 1e-4
+"""A unit whose percentile is below this share of its layer's root mean square is dead."""
+
+
+def unit_scores(site: Site, values: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
+    """What the rule looks at: a neuron's value, an attention unit's absolute value."""
+    return values.abs() if site.kind == "attn" else values
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The firing rule of one model in one stream, from `calibrate`."""
+
+    stream: Stream
+    """Stream that it holds for."""
+    peaks: Mapping[Site, Float[Tensor, " unit"]]
+    """99.9th percentile of each unit's scores on the calibration text."""
+    rms: Mapping[Site, float]
+    """Root mean square of all values of a site."""
+    n_tokens: int
+    """Tokens of the calibration text."""
+
+    def live(self, site: Site) -> Bool[Tensor, " unit"]:
+        """Units that are not dead."""
+        peaks = self.peaks[site]
+        return (peaks >= DEAD_BELOW * self.rms[site]) & (peaks > 0)
+
+    def levels(self, site: Site, share: float = SHARE) -> Float[Tensor, " unit"]:
+        """The score above which each unit fires; infinite for dead ones.
+
+        Raises:
+            ValueError: a share outside (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share} of the percentile must be above 0 and at most 1; the rule's is {SHARE}")
+        return torch.where(self.live(site), share * self.peaks[site], math.inf)
+
+    def fires(self, site: Site, values: Float[Tensor, "... unit"], share: float = SHARE) -> Bool[Tensor, "... unit"]:
+        """Where each unit of the site fires."""
+        return unit_scores(site, values) > self.levels(site, share).to(values.device)
+
+
+def calibrate(
+    model: Host,
+    text: TokenFile | Tensor | TextBlocks,
+    streams: Stream | Sequence[Stream] = "clean",
+    *,
+    n_tokens: int | None = 250_000,
+    progress: bool = True,
+) -> dict[Stream, Thresholds]:
+    """The firing rule of each unit, by stream, from a text that is used for nothing else.
+
+    The percentile is exact (linear between neighbours, as numpy's): a unit's largest thousandth of scores is kept.
+
+    Args:
+        text: calibration text; the same for every model that is compared.
+        streams: one stream or several.
+        n_tokens: tokens to read at most; None: all. Fewer than 1,000 make the percentile the interpolated maximum.
+
+    Raises:
+        ValueError: an unknown stream, or a text that does not fit (`stream_units`).
+    """
+    blocks = text_blocks(model, text, n_tokens)
+    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    batches = stream_units(model, blocks, chosen, progress=progress, name="calibration")
+    at = (blocks.n_tokens - 1) * QUANTILE
+    kept = blocks.n_tokens - math.floor(at)
+    largest: dict[tuple[Stream, Site], Tensor] = {}
+    squares: dict[tuple[Stream, Site], float] = {}
+    for batch in batches:
+        for stream in chosen:
+            for site, values in batch.values[stream].items():
+                key = (stream, site)
+                squares[key] = squares.get(key, 0.0) + float(values.double().square().sum())
+                scores = unit_scores(site, values).flatten(0, 1).T
+                pool = scores if key not in largest else torch.cat([largest[key], scores], 1)
+                largest[key] = pool.topk(min(kept, pool.shape[1]), dim=1).values
+    counts, rules = unit_counts(model), {}
+    for stream in chosen:
+        peaks, rms = {}, {}
+        for site, count in counts.items():
+            top = largest[stream, site].double()
+            above = top[:, -2] if kept > 1 else top[:, -1]
+            peaks[site] = torch.lerp(top[:, -1], above, at - math.floor(at)).to(largest[stream, site].dtype)
+            rms[site] = math.sqrt(squares[stream, site] / (blocks.n_tokens * count))
+        rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens)
+    return rules
