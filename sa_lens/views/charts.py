@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import pandas as pd
 import plotly.graph_objects as go
 
-from sa_lens.views.drawing import draw
-from sa_lens.views.records import Bars, Curves, Line, number
+from sa_lens.circuits.metrics import SKILL_BAR
+from sa_lens.views.drawing import Figure, draw
+from sa_lens.views.records import Bars, Curves, Level, Line, number
 from sa_lens.views.theme import heading, palette, plain, template
+from sa_lens.views.words import TASKS, metric_words
 
 WIDTH = 860
 """Pixels of a chart."""
@@ -19,11 +23,11 @@ MOST_BARS = 40
 
 
 @draw.register
-def figure_of_bars(record: Bars, *, dark: bool = False) -> go.Figure:
+def figure_of_bars(record: Bars, *, dark: bool = False) -> Figure:
     """The figure of bars: the first 40, from the top."""
     colours = palette(dark)
     labels, values = [plain(label) for label in record.labels[:MOST_BARS]], record.values[:MOST_BARS]
-    figure = go.Figure(
+    figure = Figure(
         go.Bar(
             x=list(values),
             y=list(range(len(values))),
@@ -96,15 +100,109 @@ def training_curves(
     return Curves(title, f"on the {text}", "optimizer steps", "loss, nats per token", tuple(lines))
 
 
+def faithfulness_chart(
+    curves: pd.DataFrame | Mapping[str, pd.DataFrame],
+    *,
+    x: Literal["edges", "share"] = "edges",
+    y: Literal["f", "kl"] = "f",
+    title: str | None = None,
+    note: str | None = None,
+) -> Curves:
+    """How well circuits of growing size do what the whole model does.
+
+    Args:
+        curves: tables with a row a size: `edges`, `share`, `f`, `kl`, and intervals `f_low`, `f_high` where there are
+            any. A table may hold several curves, told apart by its columns `ranking`, `method`, `order` and `stream`
+            (`sa_lens.circuits.curves.curves_table` makes such a one); a mapping names each table.
+        x: number of edges, or their share of all, on a log axis (sizes of 0 have no place on it).
+        y: faithfulness f (0: as the empty circuit, 1: as the full model), or KL from the full model in nats.
+        title: heading; None: what is shown.
+        note: a line below the heading; None: task, number of pairs and skill, where the tables have them.
+
+    Raises:
+        ValueError: no curve, a table without these columns, or an unknown choice.
+    """
+    if x not in ("edges", "share") or y not in ("f", "kl"):
+        raise ValueError(f"x={x!r} must be 'edges' or 'share', y={y!r} 'f' or 'kl'")
+    tables = dict(curves) if isinstance(curves, Mapping) else {"": curves}
+    lines = []
+    for label, table in tables.items():
+        missing = [column for column in (x, y) if column not in table]
+        if missing or not len(table):
+            raise ValueError(
+                f"the table {label!r} has {len(table)} rows and lacks {missing or 'no column'}: a curve needs a row "
+                f"for each size, with {x!r} and {y!r}"
+            )
+        by = [column for column in ("ranking", "method", "order", "stream") if column in table]
+        several = {column for column in by if column != "order" or table[column].nunique() > 1}
+        for keys, rows in table.groupby(by, sort=False) if by else [((), table)]:
+            named = dict(zip(by, keys, strict=True))
+            stream = str(named.pop("stream", ""))
+            parts = [label, *(str(value) for column, value in named.items() if column in several)]
+            rows = rows[rows[x] > 0].sort_values(x)
+            ends = [f"{y}_low", f"{y}_high"]
+            low, high = [tuple(map(number, rows[end])) for end in ends] if set(ends) <= {*rows} else ((), ())
+            lines.append(
+                Line(
+                    ", ".join(part for part in parts if part),
+                    stream,
+                    tuple(map(float, rows[x])),
+                    tuple(map(number, rows[y])),
+                    low,
+                    high,
+                )
+            )
+    words = {"edges": "edges in the circuit", "share": "share of all edges"}
+    if not lines:
+        raise ValueError("no curve to show: give at least one table")
+    return Curves(
+        title if title is not None else {"f": "Faithfulness by size", "kl": "KL from the full model by size"}[y],
+        note if note is not None else _curve_note(tables.values()),
+        words[x],
+        {"f": "faithfulness f (1: as the full model)", "kl": "KL from the full model, nats"}[y],
+        tuple(lines),
+        x_scale="log",
+        levels=(Level(0.9, "f = 0.9"), Level(1.0, "full model")) if y == "f" else (),
+    )
+
+
+def _curve_note(tables: Iterable[pd.DataFrame]) -> str:
+    """What all tables agree on, and the skill of the models, with a warning where it is low."""
+
+    def values(column: str) -> list[Any]:
+        return list(dict.fromkeys(value for table in tables if column in table for value in table[column]))
+
+    tables = list(tables)
+    parts = [TASKS.get(str(task), str(task)) for task in values("task")]
+    parts += [f"{', '.join(map(metric_words, values('metric')))}"] * bool(values("metric"))
+    parts += [f"{', '.join(map(str, values('ablation')))} ablation"] * bool(values("ablation"))
+    parts += [f"{', '.join(map(str, values('n')))} pairs"] * bool(values("n"))
+    if accuracies := values("pair_accuracy"):
+        parts.append("pair accuracy " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies))
+        if min(accuracies) < SKILL_BAR:
+            parts.append(f"below {SKILL_BAR:g} a model cannot do the task, and its curve means little")
+    return "; ".join(parts)
+
+
 @draw.register
-def figure_of_curves(record: Curves, *, dark: bool = False) -> go.Figure:
+def figure_of_curves(record: Curves, *, dark: bool = False) -> Figure:
     """The figure of curves: a colour for each name, the ablated stream dashed."""
     colours = palette(dark)
     names = list(dict.fromkeys(line.name for line in record.lines))
-    figure = go.Figure()
+    figure = Figure()
+    for level in record.levels:
+        figure.add_hline(
+            y=level.value,
+            line={"color": colours.faint, "width": 1, "dash": "dot"},
+            annotation={"text": plain(level.label), "font": {"size": 11, "color": colours.faint}},
+            annotation_position="top left",
+        )
     for line in record.lines:
         label = plain(f"{line.name}, {line.stream}" if line.stream else line.name)
         hover = f"{label}<br>{record.x_title} %{{x:,}}<br><b>%{{y:.4f}}</b> {record.y_title}<extra></extra>"
+        colour = colours.lines[names.index(line.name) % len(colours.lines)]
+        if line.low:
+            figure.add_trace(_band(line, colour))
         figure.add_trace(
             go.Scatter(
                 x=list(line.x),
@@ -112,19 +210,24 @@ def figure_of_curves(record: Curves, *, dark: bool = False) -> go.Figure:
                 name=label,
                 mode="lines+markers" if len(line.x) <= 60 else "lines",
                 line={
-                    "color": colours.lines[names.index(line.name) % len(colours.lines)],
+                    "color": colour,
                     "dash": "dash" if line.stream == "ablated" else "solid",
                     "width": 2,
                 },
                 marker={"size": 5},
                 hovertemplate=hover,
+                legendgroup=label,
             )
         )
     title, room = heading(record.title, record.note, WIDTH, dark)
     figure.update_layout(
         template=template(dark),
         title=title,
-        xaxis={"title": {"text": record.x_title}, "rangemode": "tozero"},
+        xaxis=(
+            {"title": {"text": record.x_title}, "rangemode": "tozero"}
+            if record.x_scale == "linear"
+            else {"title": {"text": record.x_title}, "type": "log", "dtick": "D2" if _decades(record) < 3 else 1}
+        ),
         yaxis={"title": {"text": record.y_title}},
         showlegend=len(record.lines) > 1,
         width=WIDTH,
@@ -132,3 +235,26 @@ def figure_of_curves(record: Curves, *, dark: bool = False) -> go.Figure:
         margin={"t": room},
     )
     return figure
+
+
+def _decades(record: Curves) -> float:
+    """Powers of ten that the x axis spans."""
+    xs = [x for line in record.lines for x in line.x if x > 0]
+    return math.log10(max(xs) / min(xs)) if xs else 0.0
+
+
+def _band(line: Line, colour: str) -> go.Scatter:
+    """The interval of a curve as a pale band."""
+    ends = [(x, low, high) for x, low, high in zip(line.x, line.low, line.high, strict=True) if None not in (low, high)]
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=[x for x, _, _ in ends] + [x for x, _, _ in reversed(ends)],
+        y=[high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},0.15)",
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=plain(f"{line.name}, {line.stream}" if line.stream else line.name),
+        name="interval",
+    )

@@ -13,13 +13,23 @@ import plotly.graph_objects as go
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
 
+class Figure(go.Figure):
+    """A plotly figure that saves itself."""
+
+    def save(self, path: str | Path, *, scale: float = 2) -> Path:
+        """Writes the figure to a file, as `sa_lens.views.save` does."""
+        return save(self, path, scale=scale)
+
+
 @singledispatch
-def draw(shown: object, *, dark: bool = False) -> go.Figure:
-    """A plotly figure of a record, or of a table of patches.
+def draw(shown: object, *, dark: bool = False) -> Figure:
+    """A plotly figure of a record, of a circuit, or of a table of patches.
 
     Args:
-        shown: a record of `sa_lens.views.records`, or a table of `sa_lens.circuits.patching.patch`.
+        shown: a record of `sa_lens.views.records`, a circuit, or a table of `sa_lens.circuits.patching.patch`.
         dark: the dark look.
+
+    A circuit takes the options of `circuit_map` as well, such as `skill=`.
 
     Raises:
         TypeError: something that has no figure.

@@ -8,9 +8,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sa_lens.views.drawing import draw
-from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
+from sa_lens.circuits.graph import Circuit
+from sa_lens.views.circuit import circuits_side_by_side
+from sa_lens.views.drawing import Figure, draw
+from sa_lens.views.records import Axis, Bars, CircuitMap, HeatMap, number, numbers
 from sa_lens.views.theme import colour_scale, heading, palette, plain, template, wrapped
+from sa_lens.views.words import TASKS
 
 WHAT = {
     "resid_pre": "residual stream",
@@ -25,8 +28,6 @@ WHAT = {
     "mask_mlp_units": "masks of neurons",
 }
 """Words for what was patched."""
-TASKS = {"ioi": "IOI", "pronoun": "Pronoun gender", "object": "Object recall", "repeated": "Repeated name"}
-"""Words for tasks."""
 
 MOST_NUMBERS = 80
 """Cells up to which each shows its number."""
@@ -197,9 +198,9 @@ def _height(record: HeatMap) -> int:
 
 
 @draw.register
-def figure(record: HeatMap, *, dark: bool = False) -> go.Figure:
+def figure(record: HeatMap, *, dark: bool = False) -> Figure:
     """The figure of a heat map."""
-    shown = go.Figure(_trace(record, _limits([record]), dark))
+    shown = Figure(_trace(record, _limits([record]), dark))
     x, y = _axes(record)
     width = 190 + max(7 * _CELL, _CELL * len(record.x.labels))
     title, room = heading(record.title, record.note, width, dark)
@@ -216,29 +217,33 @@ def figure(record: HeatMap, *, dark: bool = False) -> go.Figure:
 
 
 @draw.register
-def figure_of_table(table: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+def figure_of_table(table: pd.DataFrame, *, dark: bool = False) -> Figure:
     """The figure of a table of patches."""
     return draw(to_record(table), dark=dark)
 
 
 def side_by_side(
-    shown: Sequence[HeatMap | Bars | pd.DataFrame],
+    shown: Sequence[HeatMap | Bars | pd.DataFrame | CircuitMap | Circuit],
     title: str = "",
     *,
     names: Sequence[str] | None = None,
     dark: bool = False,
-) -> go.Figure:
-    """Heat maps next to one another on one colour scale, such as one for each stream.
+) -> Figure:
+    """Heat maps or circuits next to one another on one colour scale, such as one for each stream or model.
 
     Args:
-        shown: records of heat maps, or tables of patches.
+        shown: records of heat maps, or tables of patches; or circuits, or records of them.
         title: heading; empty: the first one's.
         names: a name above each; default: their headings.
         dark: the dark look.
 
     Raises:
-        ValueError: fewer than two, something that is no heat map, or two that mean different things by colour.
+        ValueError: fewer than two, something that is no heat map, two that mean different things by colour, circuits
+            of transformers of different shapes.
     """
+    circuits = [one for one in shown if isinstance(one, CircuitMap | Circuit)]
+    if circuits and len(circuits) == len(shown):
+        return circuits_side_by_side(circuits, title, names=names, dark=dark)
     heat_maps: list[HeatMap] = []
     for one in shown:
         record = to_record(one) if isinstance(one, pd.DataFrame) else one
@@ -264,7 +269,11 @@ def side_by_side(
         for name, record in zip(names, heat_maps, strict=True)
     ]
     figure = make_subplots(
-        rows=1, cols=len(heat_maps), subplot_titles=captions, horizontal_spacing=0.1 / (len(heat_maps) - 1)
+        rows=1,
+        cols=len(heat_maps),
+        subplot_titles=captions,
+        horizontal_spacing=0.1 / (len(heat_maps) - 1),
+        figure=Figure(),
     )
     figure.update_annotations(font_size=13, font_color=colours.text, yanchor="bottom")
     limits = _limits(heat_maps)

@@ -86,10 +86,28 @@ class Line:
     """Where, rising."""
     y: tuple[float | None, ...]
     """How much."""
+    low: tuple[float | None, ...] = ()
+    """Lower ends of the intervals; empty: none."""
+    high: tuple[float | None, ...] = ()
+    """Upper ends of the intervals; empty: none."""
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise ValueError(f"line {self.name!r}: {len(self.x)} places for {len(self.y)} values")
+        if {len(self.low), len(self.high)} not in ({0}, {len(self.x)}):
+            raise ValueError(
+                f"line {self.name!r}: {len(self.low)} and {len(self.high)} ends of intervals for {len(self.x)} places"
+            )
+
+
+@dataclass(frozen=True)
+class Level:
+    """A value to compare curves with."""
+
+    value: float
+    """Where on the y axis."""
+    label: str
+    """What it means."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,46 @@ class Curves:
     """What y is, with unit."""
     lines: tuple[Line, ...]
     """The curves, in the order of the legend."""
+    x_scale: Literal["linear", "log"] = "linear"
+    """Spacing of the x axis."""
+    levels: tuple[Level, ...] = ()
+    """Values to compare the curves with."""
+
+
+@dataclass(frozen=True)
+class CircuitEdge:
+    """An edge of a circuit."""
+
+    source: str
+    """Node that writes: `embed`, a head `a2.h5`, an MLP `m2`."""
+    destination: str
+    """Node that reads: a head, an MLP, or `logits`."""
+    port: str
+    """`q`, `k` or `v` of a head; empty for others."""
+    score: float | None
+    """Its score; None if it has none."""
+
+
+@dataclass(frozen=True)
+class CircuitMap:
+    """A circuit: nodes by layer, and the edges between them."""
+
+    title: str
+    """Heading."""
+    note: str
+    """A line below the heading: how the circuit was found, how well the model does the task."""
+    n_layers: int
+    """Layers of the transformer."""
+    n_heads: int
+    """Heads of a layer."""
+    attn_only: bool
+    """Whether the transformer has no MLPs."""
+    n_edges: int
+    """Edges of the whole transformer."""
+    edges: tuple[CircuitEdge, ...]
+    """Edges of the circuit."""
+    scale: str
+    """What the scores mean, with unit."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +184,7 @@ class Attention:
             raise ValueError(f"{self.title!r}: {len(self.heads)} names for {len(self.patterns)} patterns")
 
 
-Record = HeatMap | Bars | Curves | Attention
+Record = HeatMap | Bars | Curves | Attention | CircuitMap
 """Everything that can be drawn."""
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in typing.get_args(Record)}

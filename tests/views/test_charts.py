@@ -2,11 +2,12 @@
 
 import json
 
+import pandas as pd
 import pytest
 
-from sa_lens.views import draw, training_curves
+from sa_lens.views import draw, faithfulness_chart, training_curves
 from sa_lens.views.charts import MOST_BARS
-from sa_lens.views.records import Bars
+from sa_lens.views.records import Bars, from_json, to_json
 
 
 def run_folder(path, records):
@@ -69,3 +70,66 @@ def test_bars_show_the_first_and_say_so():
     assert list(figure.layout.yaxis.ticktext) == list(record.labels[:MOST_BARS])
     # plotly draws the first category at the bottom unless told otherwise
     assert figure.layout.yaxis.autorange == "reversed"
+
+
+def curve(**columns):
+    common = {
+        "edges": [0, 10, 100, 479],
+        "share": [0, 0.02, 0.2, 1],
+        "f": [0.0, 0.4, 0.92, 1.0],
+        "kl": [2.0, 1.0, 0.1, 0],
+    }
+    return pd.DataFrame({**common, "f_low": [0, 0.3, 0.9, 1.0], "f_high": [0, 0.5, 0.95, float("nan")], **columns})
+
+
+def test_faithfulness_curves():
+    record = faithfulness_chart(
+        {"ACDC": curve(stream="ablated"), "EAP": curve(stream="clean").drop(columns="f_low")[::-1]}
+    )
+    assert record.x_scale == "log"
+    acdc, eap = record.lines
+    assert (acdc.name, acdc.stream, acdc.x, acdc.y) == ("ACDC", "ablated", (10, 100, 479), (0.4, 0.92, 1.0))
+    assert (acdc.low, acdc.high) == ((0.3, 0.9, 1.0), (0.5, 0.95, None))
+    assert eap.x == acdc.x
+    assert [level.value for level in record.levels] == [0.9, 1.0]
+    assert from_json(to_json(record)) == record
+    figure = draw(record)
+    band, first, second = figure.data
+    assert band.name == "interval"
+    assert list(band.y) == [0.5, 0.95, 0.9, 0.3], "a missing end leaves the band"
+    assert (first.name, second.name) == ("ACDC, ablated", "EAP, clean")
+    assert figure.layout.xaxis.type == "log"
+    assert sorted(shape.y0 for shape in figure.layout.shapes) == [0.9, 1.0]
+
+
+def test_one_table_of_several_curves():
+    table = pd.concat(
+        [curve(ranking=name, stream=stream) for name in ("eap", "gate") for stream in ("clean", "ablated")]
+    )
+    record = faithfulness_chart(table, x="share", y="kl", title="KL", note="IOI")
+    assert [(line.name, line.stream) for line in record.lines] == [
+        ("eap", "clean"),
+        ("eap", "ablated"),
+        ("gate", "clean"),
+        ("gate", "ablated"),
+    ]
+    assert record.lines[0].y == (1.0, 0.1, 0.0)
+    assert (record.levels, record.y_title) == ((), "KL from the full model, nats")
+    with pytest.raises(ValueError, match=r"lacks \['f'\]"):
+        faithfulness_chart(curve().drop(columns="f"))
+    with pytest.raises(ValueError, match="y='g'"):
+        faithfulness_chart(curve(), y="g")
+    with pytest.raises(ValueError, match="no curve"):
+        faithfulness_chart({})
+
+
+def test_curves_of_both_orders_and_the_note_of_their_table():
+    settings = {"task": "ioi", "n": 64, "metric": "logit_difference", "ablation": "resample"}
+    table = pd.concat(
+        [curve(ranking="eap", order=order, pair_accuracy=0.7, **settings) for order in ("absolute", "signed")]
+    )
+    record = faithfulness_chart(table)
+    assert [line.name for line in record.lines] == ["eap, absolute", "eap, signed"]
+    assert record.note.startswith("IOI; logit difference; resample ablation; 64 pairs; pair accuracy 0.70; below 0.8")
+    assert faithfulness_chart(table[table.order == "signed"]).lines[0].name == "eap"
+    assert faithfulness_chart(table, note="mine").note == "mine"

@@ -147,5 +147,5 @@ def test_no_theme_is_set_for_others():
 
 
 def test_what_has_no_figure():
-    with pytest.raises(TypeError, match="no figure of a int; figures are of Bars, Curves"):
+    with pytest.raises(TypeError, match="no figure of a int; figures are of Bars, Circuit, CircuitMap, Curves"):
         draw(3)
