@@ -50,6 +50,8 @@ class Row:
     d_model: int = 128
     compiled: bool = False
     recompute: bool = False
+    against: str = ""
+    """Variant of an inference row that is timed in turn with it, in the same process."""
 
 
 def rows(device: str) -> Iterator[Row]:
@@ -67,8 +69,8 @@ def rows(device: str) -> Iterator[Row]:
     yield Row("vocab", "local", path="hooked", dtype="fp32", vocab=4096)
     yield Row("compiled", "local", compiled=True)
     yield Row("recompute", "local", recompute=True)
-    for path, variant in (("forward", "clean"), ("forward", "plain"), ("cache", "clean"), ("cache", "ablated")):
-        yield Row("inference", variant, path=path, dtype="fp32", vocab=4096)
+    for path, variant, against in (("forward", "clean", "plain"), ("cache", "ablated", "clean")):
+        yield Row("inference", variant, path=path, dtype="fp32", vocab=4096, against=against)
     for batch in (2, 4, 8, 16, 32):
         yield Row("batch", "local", batch=batch, vocab=4096)
     for n_ctx in (64, 128, 256, 512, 1024):
@@ -137,14 +139,21 @@ def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> di
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     timer = Clock(device, threads, clock)
-    action = inference(row, device) if row.name == "inference" else training_step(row, device)
+    action = inference(row, row.variant, device) if row.name == "inference" else training_step(row, device)
+    rival = inference(row, row.against, device) if row.against else None
     size = 1536 if device == "cpu" else 8192
     products = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
     for _ in range(3 if row.compiled or device == "cuda" else 2):
         action()
-    seconds, *product_seconds = best(
-        repeats, lambda: timer(action), *(matmul_seconds(device, dtype, size, clock) for dtype in products)
+        if rival:
+            rival()
+    seconds, *others = best(
+        repeats,
+        lambda: timer(action),
+        *(matmul_seconds(device, dtype, size, clock) for dtype in products),
+        *([lambda: Clock(device, threads, clock)(rival)] if rival else []),
     )
+    product_seconds = others[: len(products)]
     rates = [2 * size**3 / s for s in product_seconds]
     tokens_per_s = row.batch * row.n_ctx / seconds
     record = dataclasses.asdict(row) | {
@@ -156,7 +165,9 @@ def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> di
         "core_share": round(timer.core_share, 2),
         "matmul_gflop_per_s": round(rates[0] / 1e9, 1),
     }
-    if row.name != "inference":
+    if rival:
+        record["time_over_rival"] = round(seconds / others[-1], 2)
+    else:
         record["mflop_per_token"] = round(flop_per_token(row) / 1e6, 1)
         record["share_of_matmul_rate"] = round(flop_per_token(row) * tokens_per_s / rates[-1], 3)
         reference = REFERENCE_RATES.get((row.variant, row.vocab))
@@ -219,19 +230,19 @@ def training_step(row: Row, device: str) -> Callable[[], Any]:
     return step
 
 
-def inference(row: Row, device: str) -> Callable[[], Any]:
+def inference(row: Row, variant: str, device: str) -> Callable[[], Any]:
     """A function that runs one forward pass, or one with every activation cached."""
     import torch
 
     model = build(row, device)
-    if row.variant == "plain":
+    if variant == "plain":
         model = model.to_hooked_transformer()
     tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx), device=device)
     run = model if row.path == "forward" else model.run_with_cache
 
     @torch.no_grad()
     def forward() -> None:
-        if row.variant == "ablated":
+        if variant == "ablated":
             with model.ablated():
                 run(tokens)
         else:
@@ -280,13 +291,9 @@ def summary(records: list[dict[str, Any]]) -> Iterator[str]:
     yield from ratio(
         "local over plain step, 4,096 words, time", {**small, "variant": "none"}, {**small, "variant": "local"}
     )
-    forward, cache = {"name": "inference", "path": "forward"}, {"name": "inference", "path": "cache"}
-    yield from ratio(
-        "clean over plain inference, time", {**forward, "variant": "plain"}, {**forward, "variant": "clean"}
-    )
-    yield from ratio(
-        "ablated over clean run_with_cache, time", {**cache, "variant": "clean"}, {**cache, "variant": "ablated"}
-    )
+    for r in records:
+        if r["against"]:
+            yield f"inference, {r['path']}, {r['variant']} over {r['against']}, time: {r['time_over_rival']:.2f}x"
     yield from ratio("eager over compiled, rate", {**paper, "variant": "local"}, {"name": "compiled"})
 
 

@@ -239,8 +239,14 @@ class _KeyValueMix:
         """Scores of earlier positions against their clean keys."""
         q = self.seen["q"]
         difference = self._per_head(self.clean_keys - self.seen["k"], q.shape[1])
-        correction = torch.einsum("bqhd,bkhd->bhqk", q, difference) / self.attn.attn_scale
-        return _add_to_new_keys(scores, _off_diagonal(correction))
+        correction = torch.einsum("bqhd,bkhd->bhqk", q / self.attn.attn_scale, difference)
+        # the matrix is ours, so it can be written to in place: no second one of its size is made
+        correction.diagonal(dim1=-2, dim2=-1).zero_()
+        cached = scores.shape[-1] - correction.shape[-1]
+        if cached:
+            # columns of cached keys, which are clean already
+            correction = torch.nn.functional.pad(correction, (cached, 0))
+        return correction.add_(scores)
 
     def correct_z(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         """`z` with the clean values of earlier positions; forgets what was recorded."""
@@ -248,26 +254,14 @@ class _KeyValueMix:
         difference = self._per_head(self.clean_values - self.seen["v"], new)
         pattern = self.seen["pattern"][..., -new:].to(difference.dtype)
         self.seen.clear()
-        return z + torch.einsum("bhqk,bkhd->bqhd", _off_diagonal(pattern), difference)
+        own = pattern.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[..., None]
+        return z + torch.einsum("bhqk,bkhd->bqhd", pattern, difference) - own * difference
 
     def _per_head(
         self, x: Float[Tensor, "batch key kv_head d_head"], new: int
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The last `new` positions, grouped keys or values repeated for each head that shares them."""
         return x[:, -new:].repeat_interleave(self.attn.cfg.n_heads // x.shape[2], dim=2)
-
-
-def _off_diagonal(x: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
-    eye = torch.eye(x.shape[-1], dtype=torch.bool, device=x.device)
-    return x.masked_fill(eye, 0)
-
-
-def _add_to_new_keys(
-    scores: Float[Tensor, "batch head query key"], correction: Float[Tensor, "batch head query new"]
-) -> Float[Tensor, "batch head query key"]:
-    """Adds the correction to the last columns; earlier ones hold cached keys, which are clean already."""
-    cached = scores.shape[-1] - correction.shape[-1]
-    return scores + torch.nn.functional.pad(correction, (cached, 0))
 
 
 def rotated_key_and_query(attn: Any) -> tuple[HookPoint, HookPoint]:
