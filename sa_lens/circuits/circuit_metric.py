@@ -1,0 +1,105 @@
+"""The metric of many circuits on the same pairs, prompt by prompt, and the gap that shares of it are taken of."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sa_lens.circuits.metrics import Metric, kl, last_logits, metric_named, pair_accuracy
+from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.running import Ablation, CircuitRunner, Gates
+from sa_lens.config import Stream
+from sa_lens.core.host import Host
+
+MINIMUM_GAP = 0.1
+"""Smallest |m(clean) - m(empty)|, in units of the metric, that f is computed with unless the caller says otherwise."""
+
+
+class GapTooSmall(ValueError):
+    """Clean and empty runs score too much alike to take shares of their difference."""
+
+
+class Measured(NamedTuple):
+    """A circuit's run, prompt by prompt, in float64."""
+
+    value: Float[Tensor, " pair"]
+    """The metric."""
+    kl: Float[Tensor, " pair"]
+    """KL(unedited clean prompt || circuit), nats, full vocabulary, same stream."""
+
+
+class CircuitMetric:
+    """The metric of circuits on one set of pairs; each circuit is run once, however often it is asked for.
+
+    Args: as `faithfulness_curve`.
+
+    Raises:
+        ValueError: what `run_circuit` raises; an unknown metric; or |m(clean) - m(empty)| below `minimum_gap`.
+    """
+
+    def __init__(
+        self,
+        model: Host,
+        pairs: PromptPairs,
+        metric: str | Metric = "logit_difference",
+        ablation: Ablation = "resample",
+        stream: Stream = "clean",
+        gates: Gates | None = None,
+        *,
+        batch_size: int = 64,
+        minimum_gap: float = MINIMUM_GAP,
+    ) -> None:
+        if not minimum_gap > 0:
+            raise ValueError(f"minimum_gap={minimum_gap} must be above 0: f divides by the gap")
+        metric_named(metric, torch.empty(0))
+        self._runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
+        self.pairs, self.graph = pairs, self._runner.graph
+        self._clean_logits = last_logits(model, pairs, stream, batch_size=batch_size)
+        self.name, self._metric = metric_named(metric, self._clean_logits)
+        self._seen: dict[bytes, Measured] = {}
+        self.clean = self._measured(self._clean_logits).value
+        self.empty = self(torch.zeros_like(self.graph.exists)).value
+        self.accuracy = float(pair_accuracy(self._clean_logits, pairs).mean())
+        self.about: dict[str, Any] = {
+            "task": pairs.task,
+            "n": len(pairs),
+            "metric": self.name,
+            "stream": stream,
+            "gates": self._runner.gates,
+            "ablation": ablation,
+        }
+        if not abs(self.gap) >= minimum_gap:
+            raise GapTooSmall(
+                f"{self.name} is {float(self.clean.mean()):.4g} on the clean prompts and "
+                f"{float(self.empty.mean()):.4g} for the empty circuit: a difference of {abs(self.gap):.3g}, below "
+                f"minimum_gap={minimum_gap:g}, is too small to take shares of. Choose a task that the model can do, "
+                "another metric (such as 'kl') or more pairs, or lower minimum_gap if the metric's unit is small"
+            )
+
+    @property
+    def gap(self) -> float:
+        """m(clean) - m(empty)."""
+        return float(self.clean.mean() - self.empty.mean())
+
+    def __call__(self, mask: Bool[Tensor, "input source"]) -> Measured:
+        """The run of the circuit with these edges."""
+        key = mask[self.graph.exists].numpy().tobytes()
+        if key not in self._seen:
+            self._seen[key] = self._measured(self._runner.run(mask).logits)
+        return self._seen[key]
+
+    def f(self, mask: Bool[Tensor, "input source"]) -> float:
+        """Faithfulness of the circuit with these edges."""
+        return float(self(mask).value.mean() - self.empty.mean()) / self.gap
+
+    def _measured(self, logits: Float[Tensor, "pair d_vocab"]) -> Measured:
+        value = self._metric(logits, self.pairs).detach()
+        if tuple(value.shape) != (len(self.pairs),) or not bool(value.isfinite().all()):
+            raise ValueError(
+                f"metric {self.name!r} gave {'values that are not finite' if value.ndim == 1 else 'no value a pair'} "
+                f"(shape {tuple(value.shape)}): it must give one finite value for each of the {len(self.pairs)} pairs"
+            )
+        return Measured(value.double().cpu(), kl(logits, self._clean_logits.to(logits.device)).double().cpu())
