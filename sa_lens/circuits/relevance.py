@@ -1,0 +1,80 @@
+"""The propagation rules of RelP, as hooks: they leave every value as it is and change what gradients pass on.
+
+Each rule makes an operation linear in its input, with coefficients that are constants of the pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Hook, Host, require_hooks, weight
+
+
+def propagation_rules(model: Host, stream: Stream, fix_attention: bool = False) -> list[Hook]:
+    """Hooks that make one pass obey the rules.
+
+    Denominators of LayerNorms are constants. A neuron is its input times the constant ratio of output to input; with a
+    gated MLP, whose neuron is a product of two factors, each factor passes on half. A gate's mask, a constant, stays
+    between the neuron and what reads it.
+
+    Args:
+        stream: the stream in which the pass runs.
+        fix_attention: attention patterns are constants.
+
+    Raises:
+        ValueError: an MLP whose neurons have no hook points of their own.
+
+    Source: the rules LN, identity, half and AH of Rezaei Jafari et al., arXiv 2508.21258.
+    """
+    cfg = model.cfg
+    hooks: list[Hook] = [(name, _constant) for name in model.hook_dict if name.endswith("hook_scale")]
+    if fix_attention:
+        hooks += [(f"blocks.{layer}.attn.hook_pattern", _constant) for layer in range(cfg.n_layers)]
+    for layer in range(0 if cfg.attn_only else cfg.n_layers):
+        hooks += _Neurons(model, layer, stream).hooks()
+    return hooks
+
+
+def _constant(x: Tensor, hook: Any) -> Tensor:
+    return x.detach()
+
+
+class _Neurons:
+    """The rules of one MLP's neurons."""
+
+    def __init__(self, model: Host, layer: int, stream: Stream) -> None:
+        mlp, gate = f"blocks.{layer}.mlp", f"blocks.{layer}.mlp_gate.hook_in"
+        self.into = [f"{mlp}.hook_pre"]
+        self.bias: Tensor | None = None
+        if model.cfg.gated_mlp:
+            self.into.append(f"{mlp}.hook_pre_linear")
+            self.bias = weight(model, f"{mlp}.b_in").detach()
+        # where the neurons' own values are: before their LayerNorm, and before the gate masks them
+        if f"{mlp}.hook_mid" in model.hook_dict:
+            self.out = f"{mlp}.hook_mid"
+        else:
+            self.out = gate if stream == "ablated" and gate in model.hook_dict else f"{mlp}.hook_post"
+        require_hooks(model, [*self.into, self.out])
+        self.seen: list[Float[Tensor, "pair pos d_mlp"]] = []
+
+    def hooks(self) -> list[Hook]:
+        return [*((name, self._keep) for name in self.into), (self.out, self._share)]
+
+    def _keep(self, x: Float[Tensor, "pair pos d_mlp"], hook: Any) -> None:
+        self.seen.append(x)
+
+    def _share(self, x: Float[Tensor, "pair pos d_mlp"], hook: Any) -> Float[Tensor, "pair pos d_mlp"]:
+        """The same value, linear in each factor with the ratio of the product to that factor."""
+        product = x.detach() if self.bias is None else x.detach() - self.bias
+        out = x.detach()
+        for factor in self.seen:
+            fixed = factor.detach()
+            ratio = torch.where(fixed == 0, 0.0, product / fixed) / len(self.seen)
+            out = out + ratio * (factor - fixed)
+        self.seen = []
+        return out
