@@ -1,0 +1,465 @@
+"""Explanations of units without a language model: contexts fitted on one half of a text, judged on the other.
+
+`explain` gives each unit a trie (`trie.py`), fitted by running pruned and substituted snippets (`pruning.py`), and
+scores it on text that it has not seen, beside a list of tokens that knows no context. See docs/explanations.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host
+from sa_lens.data import TokenFile
+from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
+from sa_lens.units.firing import SHARE, Thresholds, unit_scores
+from sa_lens.units.leakage import mean_interval
+from sa_lens.units.pruning import Context, Fill, UnitReader, likely_tokens, pruned, substituted
+from sa_lens.units.trie import ANY, ContextTrie
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+UNITS_AT_ONCE = 256
+"""Units whose scores on the whole text are held in memory."""
+
+
+class Snippet(NamedTuple):
+    """A few tokens of the text with the unit's scores."""
+
+    tokens: tuple[int, ...]
+    """Tokens, left to right."""
+    scores: tuple[float, ...]
+    """The unit's score at each: a neuron's value, an attention unit's absolute value."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The explanation of one unit."""
+
+    site: Site
+    """Layer and kind of the unit."""
+    unit: int
+    """Its index within the layer."""
+    stream: Stream
+    """Stream in which it was read."""
+    level: float
+    """Score above which it fires."""
+    trie: ContextTrie
+    """Contexts in which it fires."""
+    contexts: tuple[Context, ...]
+    """What pruning left of each snippet it was fitted on, with the importance of each token."""
+    pattern: str
+    """The main patterns in words: `[ the| a]` is the activating token with its alternatives, `_` any token."""
+    fitted: tuple[Snippet, ...]
+    """Snippets of the first half of the text that it was fitted on, each ending in the activating token."""
+    firing: tuple[Snippet, ...]
+    """Snippets of the second half in which the unit fires."""
+    silent: tuple[Snippet, ...]
+    """As many random snippets of the second half in which it does not."""
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """What `explain` found."""
+
+    table: pd.DataFrame
+    """A row a unit; see `explain`."""
+    summary: pd.Series
+    """Coverage, and means over units with the trie's advantage over the token list; see `explain`."""
+    units: tuple[Explanation, ...]
+    """The explanations, in the order of the rows."""
+
+
+def explain(
+    model: Host,
+    text: TokenFile | Tensor | TextBlocks,
+    thresholds: Thresholds,
+    units: int | Sequence[tuple[Site, int]] | Literal["all"] = 32,
+    *,
+    tokenizer: Any = None,
+    n_tokens: int | None = 60_000,
+    snippets: int = 24,
+    context: int = 12,
+    substitutes: int = 6,
+    share: float = SHARE,
+    seed: int = 0,
+    progress: bool = True,
+) -> Explanations:
+    """A trie of contexts for each unit, fitted on the first half of the text and scored on the second.
+
+    Half of a unit's snippets are those where it fires most strongly, half are drawn from the rest of its firing. Each
+    is pruned to the shortest context that keeps half the activation (and the firing), tokens that do not matter become
+    wildcards, others are exchanged for what the model itself finds likely there. The patterns' activations are then
+    corrected by those on the whole first half. A pattern predicts firing if its activation is above the unit's level:
+    one threshold for all units, models and streams.
+
+    Args:
+        text: text that the thresholds were not calibrated on.
+        thresholds: the firing rule, from `calibrate`; it names the stream.
+        units: number of live units, drawn evenly over the sites; or (site, unit) pairs; or `all`.
+        tokenizer: to spell the patterns; None: the model's; without one, token ids are shown.
+        n_tokens: tokens of the text to use, both halves together; None: all.
+        snippets: snippets a unit in each half, at most.
+        context: longest context in tokens, the activating one included.
+        substitutes: likely tokens tried in each place; 0: none.
+        share: firing level as a share of the 99.9th percentile.
+        seed: of the draws of units, snippets and substitutes.
+        progress: show progress bars.
+
+    Returns:
+        `table`: layer, kind, unit; `live`; `fires_fit`, `fires_test`, firing tokens in each half; `patterns`, their
+        number; `kept`, share of the snippets that pruning could explain; `explained`, whether any pattern predicts
+        firing; `pattern`; then, for the trie and (prefix `list_`) for the token list: `precision`, `recall`, `f1` of
+        firing on the tokens of held-out snippets in which the unit fires; `text_precision`, `text_recall`, `text_f1`
+        on the whole second half; `detection`, balanced accuracy in telling snippets with firing from those without;
+        `simulation`, correlation of predicted with true scores over all tokens of both. NaN: undefined. The token list
+        is every token that the unit has fired on in the first half with its mean score there.
+        `summary`: `live` units, `coverage` (share of them explained), means over the live units that fire in the second
+        half (an empty explanation counts with F1 0), and the mean advantage in F1 with its 95 % interval over units.
+
+    Raises:
+        ValueError: fewer than 4 blocks, thresholds of another model, units that are not there, a number out of range.
+
+    Source: Neuron2Graph (Foote et al., arXiv 2305.19911); see `pruning.py` for the differences.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    blocks = text_blocks(model, text, n_tokens)
+    _check(model, blocks, thresholds, snippets, context, substitutes, share)
+    rng = np.random.default_rng(seed)
+    chosen = _chosen(model, thresholds, units, rng)
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    tokens = blocks.rows(0, len(blocks)).cpu().numpy()
+    rows, found = [], []
+    with tqdm(total=len(chosen), desc="explanations", unit=" units", disable=not progress) as bar:
+        for start in range(0, len(chosen), UNITS_AT_ONCE):
+            group = chosen[start : start + UNITS_AT_ONCE]
+            for (site, unit), scores in _scores(model, blocks, thresholds.stream, group, progress):
+                level = float(thresholds.levels(site, share)[unit])
+                reader = UnitReader(model, thresholds.stream, site, unit)
+                job = _Job(reader, level, tokens, scores.numpy().astype(np.float64), snippets, context, substitutes)
+                row, explanation = job.run(
+                    np.random.default_rng([seed, site.layer, site.kind == "mlp", unit]), tokenizer
+                )
+                rows.append(row)
+                found.append(explanation)
+                bar.update()
+    table = pd.DataFrame(rows)
+    return Explanations(table, _summary(table, seed), tuple(found))
+
+
+def _check(
+    model: Host, blocks: TextBlocks, thresholds: Thresholds, snippets: int, context: int, substitutes: int, share: float
+) -> None:
+    if len(blocks) < 4:
+        raise ValueError(f"the text has {len(blocks)} blocks of {blocks.length} tokens: at least 4 are needed")
+    counts = {site: len(peaks) for site, peaks in thresholds.peaks.items()}
+    if counts != unit_counts(model):
+        raise ValueError("the thresholds are those of a model of another shape: calibrate(model, ...) gives this one's")
+    if snippets < 2 or substitutes < 0:
+        raise ValueError(f"snippets={snippets} must be at least 2 and substitutes={substitutes} at least 0")
+    if not 1 <= context <= blocks.length:
+        raise ValueError(f"context={context} must be from 1 to the {blocks.length} tokens of a block")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be above 0 and at most 1")
+
+
+def _chosen(
+    model: Host, thresholds: Thresholds, units: int | Sequence[tuple[Site, int]] | str, rng: np.random.Generator
+) -> list[tuple[Site, int]]:
+    counts = unit_counts(model)
+    if isinstance(units, str):
+        if units != "all":
+            raise ValueError(f"units={units!r} must be a number, (site, unit) pairs, or 'all'")
+        return [(site, unit) for site, count in counts.items() for unit in range(count)]
+    if not isinstance(units, int):
+        for site, unit in units:
+            if site not in counts or not 0 <= unit < counts[site]:
+                raise ValueError(f"unit {unit} of {site} is not there: {counts.get(site, 0)} units at that site")
+        return list(units)
+    if units < 1:
+        raise ValueError(f"units={units} must be at least 1")
+    live = {site: rng.permutation(np.flatnonzero(thresholds.live(site).cpu().numpy())) for site in counts}
+    turns = [
+        (site, int(order[i]))
+        for i in range(max(map(len, live.values())))
+        for site, order in live.items()
+        if i < len(order)
+    ]
+    if not turns:
+        raise ValueError("no unit is live on the calibration text")
+    picked = turns[:units]
+    return sorted(picked, key=lambda one: (list(counts).index(one[0]), one[1]))
+
+
+def _scores(
+    model: Host, blocks: TextBlocks, stream: Stream, units: Sequence[tuple[Site, int]], progress: bool
+) -> Iterator[tuple[tuple[Site, int], Tensor]]:
+    """The scores `[block, pos]` of each unit on the whole text."""
+    sites = list(dict.fromkeys(site for site, _ in units))
+    wanted = {site: torch.tensor([unit for at, unit in units if at == site]) for site in sites}
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for batch in stream_units(model, blocks, stream, sites=sites, progress=progress, name="scores"):
+        for site, values in batch.values[stream].items():
+            parts[site].append(unit_scores(site, values[..., wanted[site].to(values.device)]).float().cpu())
+    for site in sites:
+        scores = torch.cat(parts.pop(site))
+        for i, unit in enumerate(wanted[site].tolist()):
+            yield (site, unit), scores[..., i]
+
+
+# --------------------------------------------------------------------------------------------------------- one unit
+
+
+class _Job(NamedTuple):
+    reader: UnitReader
+    level: float
+    tokens: Int64[np.ndarray, "block pos"]
+    scores: Float64[np.ndarray, "block pos"]
+    snippets: int
+    context: int
+    substitutes: int
+
+    def run(self, rng: np.random.Generator, tokenizer: Any) -> tuple[dict[str, Any], Explanation]:
+        half = len(self.tokens) // 2
+        tokens, scores = self.tokens[half:], self.scores[half:]
+        site, unit = self.reader.site, self.reader.unit
+        fires = self.scores > self.level
+        places = firing_places(self.scores[:half], self.level, self.snippets, self.context, rng)
+        contexts, trie = self._fitted(places, rng) if places else ([], ContextTrie())
+        tested = firing_places(scores, self.level, self.snippets, self.context, rng)
+        silent = silent_places(scores > self.level, len(tested), self.context, rng)
+        words = token_list(self.tokens[:half], self.scores[:half], self.level)
+        row: dict[str, Any] = {
+            "layer": site.layer,
+            "kind": site.kind,
+            "unit": unit,
+            "stream": self.reader.stream,
+            "live": bool(np.isfinite(self.level)),
+            "fires_fit": int(fires[:half].sum()),
+            "fires_test": int(fires[half:].sum()),
+            "patterns": len(trie),
+            "kept": sum(one is not None for one in contexts) / len(contexts) if contexts else float("nan"),
+            "explained": any(pattern.activation > self.level for pattern in trie.patterns()),
+            "pattern": readable(trie, self.level, tokenizer),
+        }
+        for prefix, predicted in (("", trie.predict(tokens)), ("list_", _listed(words, tokens))):
+            judged = judge(predicted, scores, self.level, tested, silent, self.context)
+            row |= {prefix + name: value for name, value in judged.items()}
+        explanation = Explanation(
+            site=site,
+            unit=unit,
+            stream=self.reader.stream,
+            level=self.level,
+            trie=trie,
+            contexts=tuple(one for one in contexts if one is not None),
+            pattern=row["pattern"],
+            fitted=self._cut(self.tokens[:half], self.scores[:half], places, 0),
+            firing=self._cut(tokens, scores, tested, self.context // 4),
+            silent=self._cut(tokens, scores, silent, self.context // 4),
+        )
+        return row, explanation
+
+    def _fitted(
+        self, places: list[tuple[int, int]], rng: np.random.Generator
+    ) -> tuple[list[Context | None], ContextTrie]:
+        half = len(self.tokens) // 2
+        text = self.tokens[:half]
+        model = self.reader.model
+        fill = Fill(text, min(self.context, model.cfg.n_ctx - self.context, text.shape[1]), rng)
+        windows = [text[block, max(0, at - self.context + 1) : at + 1][::-1] for block, at in places]
+        backwards = [tuple(int(token) for token in window) for window in windows]
+        scores = [float(self.scores[place]) for place in places]
+        contexts = pruned(self.reader, backwards, scores, self.level, fill)
+        trie = ContextTrie()
+        for one in contexts:
+            if one is not None:
+                trie.add(one.tokens, one.activation)
+        if self.substitutes:
+            for tokens, activation in substituted(self.reader, self._likely(places, contexts), self.level, fill):
+                trie.add(tokens, activation)
+        trie.calibrate(text, self.scores[:half])
+        return contexts, trie
+
+    def _likely(
+        self, places: list[tuple[int, int]], contexts: list[Context | None]
+    ) -> dict[tuple[int, ...], list[list[int]]]:
+        """What may stand in each place of each context, by the model's own prediction in the snippet it came from."""
+        first: dict[tuple[int, ...], tuple[int, int]] = {}
+        for place, one in zip(places, contexts, strict=True):
+            if one is not None:
+                first.setdefault(one.tokens, place)
+        if not first:
+            return {}
+        # as much text before the context as the context itself may have
+        width = 2 * self.context
+        starts = [max(0, at + 1 - width) for _, at in first.values()]
+        rows = np.zeros((len(first), min(width, self.tokens.shape[1])), dtype=np.int64)
+        for i, ((block, at), start) in enumerate(zip(first.values(), starts, strict=True)):
+            rows[i, : at + 1 - start] = self.tokens[block, start : at + 1]
+        likely = likely_tokens(self.reader.model, rows, min(self.substitutes, self.reader.model.cfg.d_vocab))
+        return {
+            context: [likely[i, at - start - back].tolist() for back in range(len(context))]
+            for i, ((context, (_, at)), start) in enumerate(zip(first.items(), starts, strict=True))
+        }
+
+    def _cut(
+        self, tokens: np.ndarray, scores: np.ndarray, places: list[tuple[int, int]], after: int
+    ) -> tuple[Snippet, ...]:
+        cuts = [(block, window_of(at, self.context, after, tokens.shape[1])) for block, at in places]
+        return tuple(Snippet(tuple(tokens[b, w].tolist()), tuple(scores[b, w].tolist())) for b, w in cuts)
+
+
+def window_of(at: int, context: int, after: int, length: int) -> slice:
+    """Positions of a snippet: `context` tokens up to the activating one, and a few after it."""
+    return slice(max(0, at - context + 1), min(length, at + after + 1))
+
+
+def firing_places(
+    scores: Float64[np.ndarray, "block pos"], level: float, count: int, gap: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """(block, position) of snippets: half of them the strongest firing, the rest drawn from all other firing; those of
+    one block at least `gap` tokens apart."""
+    flat = scores.reshape(-1)
+    firing = np.flatnonzero(flat > level)
+    strongest = firing[np.argsort(-flat[firing], kind="stable")]
+    taken: list[tuple[int, int]] = []
+    for order, limit in ((strongest, (count + 1) // 2), (rng.permutation(firing), count)):
+        for index in order:
+            if len(taken) >= limit:
+                break
+            block, at = divmod(int(index), scores.shape[1])
+            if all(block != other or abs(at - place) >= gap for other, place in taken):
+                taken.append((block, at))
+    return taken
+
+
+def silent_places(
+    fires: Bool[np.ndarray, "block pos"], count: int, context: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """(block, position) of `count` random snippets without firing, fewer if there are not so many."""
+    after = context // 4
+    ran = np.pad(fires.cumsum(1), ((0, 0), (1, 0)))
+    at = np.arange(fires.shape[1])
+    first, last = np.maximum(0, at - context + 1), np.minimum(fires.shape[1], at + after + 1)
+    quiet = (ran[:, last] == ran[:, first]) & (at >= min(context, fires.shape[1]) - 1)
+    places = np.argwhere(quiet)
+    drawn = rng.permutation(len(places))[:count]
+    return [(int(block), int(pos)) for block, pos in places[drawn]]
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def token_list(
+    tokens: Int64[np.ndarray, "block pos"], scores: Float64[np.ndarray, "block pos"], level: float
+) -> dict[int, float]:
+    """The tokens that a unit fires on, most frequent first, each with its mean score over all its occurrences."""
+    values, which = np.unique(tokens, return_inverse=True)
+    which = which.reshape(-1)
+    fired = np.bincount(which, weights=(scores > level).reshape(-1), minlength=len(values))
+    means = np.bincount(which, weights=scores.reshape(-1), minlength=len(values)) / np.bincount(which)
+    order = np.argsort(-fired, kind="stable")
+    return {int(values[i]): float(means[i]) for i in order if fired[i] > 0}
+
+
+def _listed(words: dict[int, float], tokens: Int64[np.ndarray, "block pos"]) -> Float64[np.ndarray, "block pos"]:
+    values, which = np.unique(tokens, return_inverse=True)
+    return np.array([words.get(int(value), 0.0) for value in values])[which].reshape(tokens.shape)
+
+
+def judge(
+    predicted: Float64[np.ndarray, "block pos"],
+    scores: Float64[np.ndarray, "block pos"],
+    level: float,
+    firing: list[tuple[int, int]],
+    silent: list[tuple[int, int]],
+    context: int,
+) -> dict[str, float]:
+    """Precision, recall and F1 of predicted firing, detection and simulation, on text that was not fitted; see
+    `explain`."""
+    says, is_so = predicted > level, scores > level
+    cuts = {
+        True: [(block, window_of(at, context, context // 4, scores.shape[1])) for block, at in firing],
+        False: [(block, window_of(at, context, context // 4, scores.shape[1])) for block, at in silent],
+    }
+    inside = np.zeros_like(is_so)
+    for block, window in cuts[True]:
+        inside[block, window] = True
+    everywhere = inside.copy()
+    for block, window in cuts[False]:
+        everywhere[block, window] = True
+    found = {kind: [bool(says[block, window].any()) for block, window in cuts[kind]] for kind in cuts}
+    detection = (np.mean(found[True]) + 1 - np.mean(found[False])) / 2 if firing and silent else float("nan")
+    return {
+        **_agreement(says[inside], is_so[inside]),
+        **{f"text_{name}": value for name, value in _agreement(says, is_so).items()},
+        "detection": float(detection),
+        "simulation": correlation(predicted[everywhere], scores[everywhere]),
+    }
+
+
+def _agreement(says: Bool[np.ndarray, " *any"], is_so: Bool[np.ndarray, " *any"]) -> dict[str, float]:
+    both, said, so = int((says & is_so).sum()), int(says.sum()), int(is_so.sum())
+    return {
+        "precision": both / said if said else float("nan"),
+        "recall": both / so if so else float("nan"),
+        "f1": 2 * both / (said + so) if said + so else float("nan"),
+    }
+
+
+def correlation(a: Float64[np.ndarray, " token"], b: Float64[np.ndarray, " token"]) -> float:
+    """Pearson's correlation; 0 if `a` is constant but `b` is not, NaN if `b` is."""
+    if len(b) < 2 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 else 0.0
+
+
+def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
+    import pandas as pd
+
+    live = table[table["live"]]
+    judged = live[live["fires_test"] > 0]
+    values: dict[str, float] = {
+        "units": len(table),
+        "live": len(live),
+        "judged": len(judged),
+        "coverage": float(live["explained"].mean()) if len(live) else float("nan"),
+    }
+    for name in ("f1", "text_f1", "detection", "simulation"):
+        for prefix in ("", "list_"):
+            values[prefix + name] = float(judged[prefix + name].mean())
+    for name in ("f1", "text_f1"):
+        gain = torch.tensor((judged[name] - judged[f"list_{name}"]).to_numpy(dtype=np.float64, copy=True))[:, None]
+        mean, low, high = mean_interval(gain, torch.ones_like(gain, dtype=torch.bool), seed)
+        values |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
+    return pd.Series(values, name="explanations")
+
+
+def readable(trie: ContextTrie, level: float, tokenizer: Any = None, *, most: int = 3, alternatives: int = 4) -> str:
+    """The most observed patterns that predict firing: ` once upon[ a]; [ the| my]`, `_` for any token."""
+
+    def spell(token: int) -> str:
+        if token == ANY:
+            return "_"
+        return str(token) if tokenizer is None else tokenizer.decode([token]).replace("\n", "\\n")
+
+    groups: dict[tuple[int, ...], list[tuple[int, float]]] = {}
+    for pattern in trie.patterns():
+        if pattern.activation > level:
+            groups.setdefault(pattern.tokens[1:], []).append((pattern.tokens[0], pattern.weight))
+    space = " " if tokenizer is None else ""
+    parts = []
+    for before, ends in sorted(groups.items(), key=lambda group: -sum(weight for _, weight in group[1])):
+        names = [spell(token) for token, _ in ends[:alternatives]] + (["…"] if len(ends) > alternatives else [])
+        parts.append("".join(spell(token) + space for token in reversed(before)) + f"[{'|'.join(names)}]")
+    return "; ".join(parts[:most])

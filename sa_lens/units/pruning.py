@@ -1,0 +1,180 @@
+"""From snippets in which a unit fires to the patterns that make it fire: prune, measure tokens, substitute.
+
+All three steps ask the model itself: a changed snippet is run, and the unit read at the activating token. Each change
+is judged by the mean over several runs, each with other text before the snippet and other tokens in place of those left
+out, so that a pattern holds whatever stands around it.
+
+Source: Neuron2Graph (Foote et al., arXiv 2305.19911). Differs: contexts are preceded by other text instead of by
+nothing (a text that begins in the middle of a sentence moves all positions); tokens are judged by substitution instead
+of by a padding token; substitutes come from the model's own next-token predictions instead of a second language model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of, in_stream
+from sa_lens.units.activations import Site
+from sa_lens.units.firing import unit_scores
+from sa_lens.units.trie import ANY
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of a batch."""
+
+KEEP = 0.5
+"""Share of a snippet's activation that a change must leave; it must leave the unit firing, too."""
+
+DRAWS = 3
+"""Runs by which a change is judged."""
+
+
+class UnitReader:
+    """Reads one unit's score (a neuron's value, an attention unit's absolute value) at chosen places of short texts."""
+
+    def __init__(self, model: Host, stream: Stream, site: Site, unit: int) -> None:
+        self.model, self.stream, self.site, self.unit = model, stream, site, unit
+
+    def scores(self, rows: Int64[np.ndarray, "row pos"], at: Int64[np.ndarray, " row"]) -> Float32[np.ndarray, " row"]:
+        """Score of the unit at position `at` of each row; what stands to the right of it is without effect."""
+        device = device_of(self.model)
+        found = []
+        step = max(1, TOKENS_AT_ONCE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            tokens = torch.from_numpy(rows[start : start + step]).to(device)
+            places = torch.from_numpy(at[start : start + step]).to(device)
+
+            def keep(x: Tensor, hook: Any, places: Tensor = places) -> None:
+                found.append(x.flatten(2)[torch.arange(len(places), device=x.device), places, self.unit])
+
+            with torch.no_grad(), in_stream(self.model, self.stream):
+                self.model.run_with_hooks(
+                    tokens, fwd_hooks=[(self.site.value_hook, keep)], stop_at_layer=self.site.layer + 1
+                )
+        return unit_scores(self.site, torch.cat(found)).float().cpu().numpy() if found else np.zeros(0, np.float32)
+
+
+class Context(NamedTuple):
+    """What of a snippet makes the unit fire."""
+
+    tokens: tuple[int, ...]
+    """The activating token, then backwards; `ANY` where any token will do."""
+    activation: float
+    """Mean score of the unit in this context."""
+    importance: tuple[float, ...]
+    """Share of the activation lost when each token is replaced, 0 to 1, in the same order."""
+
+
+class Fill:
+    """Other text: what stands before a context, and tokens in place of those left out, drawn from a text."""
+
+    def __init__(self, text: Int64[np.ndarray, "block pos"], before: int, rng: np.random.Generator) -> None:
+        self.text, self.before, self.rng = text, before, rng
+
+    def rows(
+        self, contexts: list[tuple[int, ...]], width: int, draws: int = DRAWS
+    ) -> tuple[Int64[np.ndarray, "row pos"], Int64[np.ndarray, " row"]]:
+        """`draws` rows a context, each preceded by other text, and the place of the activating token in each row."""
+        n = len(contexts) * draws
+        rows = self.rng.choice(self.text.reshape(-1), size=(n, self.before + width))
+        if self.before:
+            block = self.rng.integers(len(self.text), size=n)
+            start = self.rng.integers(self.text.shape[1] - self.before + 1, size=n)
+            rows[:, : self.before] = self.text[block[:, None], start[:, None] + np.arange(self.before)]
+        at = np.repeat([self.before + len(context) - 1 for context in contexts], draws)
+        for i, context in enumerate(contexts):
+            for back, token in enumerate(context):
+                if token != ANY:
+                    rows[i * draws : (i + 1) * draws, self.before + len(context) - 1 - back] = token
+        return rows, at
+
+    def judge(self, reader: UnitReader, contexts: list[tuple[int, ...]], width: int) -> Float32[np.ndarray, " context"]:
+        """Mean score of the unit in each context."""
+        if not contexts:
+            return np.zeros(0, np.float32)
+        rows, at = self.rows(contexts, width)
+        return reader.scores(rows, at).reshape(len(contexts), -1).mean(1)
+
+
+def pruned(
+    reader: UnitReader, snippets: list[tuple[int, ...]], scores: list[float], level: float, fill: Fill
+) -> list[Context | None]:
+    """Each snippet's shortest context that keeps the activation, tokens that do not matter replaced by `ANY`.
+
+    Args:
+        snippets: tokens from the activating one backwards.
+        scores: the unit's score in each.
+        level: score above which the unit fires.
+
+    Returns:
+        A context a snippet; None where not even the whole snippet keeps the activation after other text.
+    """
+    width = max(len(snippet) for snippet in snippets)
+    needs = [max(level, KEEP * score) for score in scores]
+    tried = [(i, length) for i, snippet in enumerate(snippets) for length in range(1, len(snippet) + 1)]
+    means = fill.judge(reader, [snippets[i][:length] for i, length in tried], width)
+    contexts: dict[int, list[int]] = {}
+    activation: dict[int, float] = {}
+    for (i, length), mean in zip(tried, means, strict=True):
+        if i not in contexts and mean > needs[i]:
+            contexts[i], activation[i] = list(snippets[i][:length]), float(mean)
+    importance = {i: [0.0] * len(context) for i, context in contexts.items()}
+    # from the farthest token on, so that what is left out stays left out when the next one is judged
+    for back in range(width - 1, -1, -1):
+        asked = [i for i, context in contexts.items() if back < len(context) and _others(context, back)]
+        without = [tuple(ANY if j == back else token for j, token in enumerate(contexts[i])) for i in asked]
+        for i, context, mean in zip(asked, without, fill.judge(reader, without, width), strict=True):
+            importance[i][back] = min(1.0, max(0.0, 1 - float(mean) / activation[i]))
+            if mean > needs[i]:
+                contexts[i], activation[i] = list(context), float(mean)
+    for context in contexts.values():
+        while context[-1] == ANY:
+            context.pop()
+    return [
+        Context(tuple(contexts[i]), activation[i], tuple(importance[i][: len(contexts[i])])) if i in contexts else None
+        for i in range(len(snippets))
+    ]
+
+
+def _others(context: list[int], back: int) -> bool:
+    """Whether an exact token is left when this one is left out: a context of `ANY` alone says nothing."""
+    return any(token != ANY for j, token in enumerate(context) if j != back)
+
+
+def substituted(
+    reader: UnitReader, contexts: dict[tuple[int, ...], list[list[int]]], level: float, fill: Fill
+) -> list[tuple[tuple[int, ...], float]]:
+    """Contexts with one token exchanged in which the unit fires too, and its mean score there.
+
+    Args:
+        contexts: substitutes to try at each place of each context, in the order of its tokens.
+    """
+    tried = list(
+        dict.fromkeys(
+            (*context[:back], token, *context[back + 1 :])
+            for context, places in contexts.items()
+            for back, substitutes in enumerate(places)
+            if context[back] != ANY
+            for token in substitutes
+            if token != context[back]
+        )
+    )
+    if not tried:
+        return []
+    means = fill.judge(reader, tried, max(len(context) for context in tried))
+    return [(context, float(mean)) for context, mean in zip(tried, means, strict=True) if mean > level]
+
+
+def likely_tokens(model: Host, rows: Int64[np.ndarray, "row pos"], count: int) -> Int64[np.ndarray, "row pos count"]:
+    """The tokens that the clean stream thinks likeliest at each position given those before it; at the first position,
+    which nothing precedes, the token itself."""
+    tokens = torch.from_numpy(rows).to(device_of(model))
+    step = max(1, TOKENS_AT_ONCE // rows.shape[1])
+    with torch.no_grad(), in_stream(model, "clean"):
+        top = torch.cat([model(part)[:, :-1].topk(count, -1).indices for part in tokens.split(step)]).cpu().numpy()
+    return np.concatenate([np.repeat(rows[:, :1, None], count, -1), top], 1)
