@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream
+from sa_lens.core.host import Host, device_of, gate_hook_names, has_ablated_stream, in_stream
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import check_blocks
 

@@ -1,0 +1,197 @@
+"""Where units are most active, and what they do elsewhere: windows of text with a value at every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of
+from sa_lens.data import TokenFile
+from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
+from sa_lens.units.firing import unit_scores
+
+BEFORE = 0.75
+"""Share of a window that comes before its peak, where the block has room for it."""
+
+
+@dataclass(frozen=True)
+class Snippets:
+    """Windows of one site's units, the top ones first, from `snippets`.
+
+    Every window holds the position at which the unit's score (see `unit_scores`) is largest in its block; no two
+    windows of a unit come from one block.
+    """
+
+    stream: Stream
+    """Stream that was read."""
+    site: Site
+    """Where the units are."""
+    units: Int[Tensor, " unit"]
+    """Which units of the site."""
+    n_top: int
+    """The first `n_top` snippets are the most active blocks, by falling score; the rest are the sample."""
+    tokens: Int[Tensor, "unit snippet pos"]
+    """Tokens of each window."""
+    values: Float[Tensor, "unit snippet pos"]
+    """The unit's value at each token."""
+    peaks: Int[Tensor, "unit snippet"]
+    """Place of the largest score in the window."""
+    blocks: Int[Tensor, "unit snippet"]
+    """Index of the block in the text."""
+    starts: Int[Tensor, "unit snippet"]
+    """Position of the window in its block."""
+    quantiles: Float[Tensor, "unit snippet"]
+    """Share of blocks whose largest score is smaller: near 1 for the top ones, spread over [0, 1) for the sample."""
+
+    def of(self, unit: int) -> int:
+        """The row of a unit.
+
+        Raises:
+            ValueError: a unit without snippets.
+        """
+        found = (self.units == unit).nonzero()
+        if not len(found):
+            raise ValueError(f"unit={unit} of {self.site} has no snippets here: ask for it in units={{site: [...]}}")
+        return int(found[0, 0])
+
+
+def snippets(
+    model: Host,
+    text: TokenFile | Tensor | TextBlocks,
+    stream: Stream = "clean",
+    *,
+    units: Mapping[Site, Sequence[int]] | None = None,
+    n_top: int = 20,
+    n_sample: int = 20,
+    length: int = 64,
+    n_tokens: int | None = 500_000,
+    progress: bool = True,
+) -> dict[Site, Snippets]:
+    """The most active windows of each unit and a sample over the quantiles of all others, with values at every token.
+
+    Two passes over the text: one for the largest score of every unit in every block (4 bytes a unit and block), one
+    over the blocks chosen. The sample takes, of the blocks that are not among the top ones, `n_sample` evenly spaced
+    ones in the order of their largest score.
+
+    Args:
+        units: which units; None: all.
+        n_top: most active windows a unit.
+        n_sample: windows of the quantile sample a unit.
+        length: tokens a window; windows end within their block.
+        n_tokens: tokens to read at most; None: all.
+        progress: show progress bars.
+
+    Returns:
+        Snippets by site.
+
+    Raises:
+        ValueError: an unknown stream, site or unit; windows longer than the blocks; fewer blocks than snippets.
+    """
+    blocks = text_blocks(model, text, n_tokens)
+    counts = unit_counts(model)
+    chosen = {site: torch.arange(n) for site, n in counts.items()} if units is None else _checked(units, counts)
+    if n_top < 1 or n_sample < 0:
+        raise ValueError(f"n_top={n_top} must be at least 1 and n_sample={n_sample} at least 0")
+    if not 1 <= length <= blocks.length:
+        raise ValueError(f"length={length} must be from 1 to the {blocks.length} tokens of a block")
+    if n_top + n_sample > len(blocks):
+        raise ValueError(
+            f"the text has {len(blocks)} blocks, and n_top + n_sample = {n_top + n_sample} windows come from as many: "
+            "give more text or ask for fewer"
+        )
+    sites = list(chosen)
+    device = device_of(model)
+    picked = {site: index.to(device) for site, index in chosen.items()}
+    largest = {site: torch.empty(len(blocks), len(index), device=device) for site, index in chosen.items()}
+    for batch in stream_units(model, blocks, stream, sites=sites, progress=progress, name="largest"):
+        for site, values in batch.values[stream].items():
+            scores = unit_scores(site, values[..., picked[site]])
+            largest[site][batch.first : batch.first + len(values)] = scores.amax(1).float()
+    found = {site: _Windows(site, stream, chosen[site], largest.pop(site), n_top, n_sample, length) for site in sites}
+    wanted = torch.cat([windows.blocks.flatten() for windows in found.values()]).unique()
+    again = TextBlocks(blocks.pick(wanted), model.cfg.n_ctx)
+    for batch in stream_units(model, again, stream, sites=sites, progress=progress, name="snippets"):
+        run = wanted[batch.first : batch.first + len(batch.tokens)]
+        for site, values in batch.values[stream].items():
+            found[site].fill(run, batch.tokens.cpu(), values[..., picked[site]].cpu())
+    return {site: windows.snippets() for site, windows in found.items()}
+
+
+def _checked(units: Mapping[Site, Sequence[int]], counts: Mapping[Site, int]) -> dict[Site, Tensor]:
+    chosen = {}
+    for site, some in units.items():
+        if site not in counts:
+            raise ValueError(f"no units at {site}: the model has {', '.join(map(str, counts))}")
+        index = torch.as_tensor(list(some), dtype=torch.int64)
+        if not len(index) or int(index.min()) < 0 or int(index.max()) >= counts[site]:
+            raise ValueError(f"units of {site} must be some of 0 to {counts[site] - 1}, not {list(some)}")
+        chosen[Site(*site)] = index
+    if not chosen:
+        raise ValueError("units names no site")
+    return chosen
+
+
+class _Windows:
+    """The windows of one site: which blocks, then what is in them."""
+
+    def __init__(
+        self,
+        site: Site,
+        stream: Stream,
+        units: Int[Tensor, " unit"],
+        largest: Float[Tensor, "block unit"],
+        n_top: int,
+        n_sample: int,
+        length: int,
+    ) -> None:
+        self.site, self.stream, self.units, self.n_top, self.length = site, stream, units, n_top, length
+        n = len(largest)
+        order = largest.T.sort(dim=1, descending=True, stable=True).indices.cpu()
+        ranks = torch.arange(n_top)
+        if n_sample:
+            spread = torch.linspace(n_top, n - 1, n_sample, dtype=torch.float64).long()
+            ranks = torch.cat([ranks, spread])
+        self.blocks = order[:, ranks]
+        values = largest.T.cpu().gather(1, self.blocks)
+        ascending = largest.T.sort(dim=1).values.cpu()
+        self.quantiles = torch.searchsorted(ascending, values.contiguous()).double() / n
+        shape = (*self.blocks.shape, length)
+        self.tokens = torch.zeros(shape, dtype=torch.int64)
+        self.values = torch.zeros(shape)
+        self.peaks = torch.zeros(self.blocks.shape, dtype=torch.int64)
+        self.starts = torch.zeros(self.blocks.shape, dtype=torch.int64)
+
+    def fill(
+        self, run: Int[Tensor, " batch"], tokens: Int[Tensor, "batch pos"], values: Float[Tensor, "batch pos unit"]
+    ) -> None:
+        """Cuts the windows that come from the blocks just run."""
+        row = torch.searchsorted(run, self.blocks.contiguous()).clamp(max=len(run) - 1)
+        unit, slot = (run[row] == self.blocks).nonzero(as_tuple=True)
+        at = row[unit, slot]
+        of_unit = values[at, :, unit].float()
+        peak = unit_scores(self.site, of_unit).argmax(1)
+        start = (peak - int(BEFORE * self.length)).clamp(min=0).clamp(max=tokens.shape[1] - self.length)
+        places = start[:, None] + torch.arange(self.length)
+        self.tokens[unit, slot] = tokens[at].gather(1, places)
+        self.values[unit, slot] = of_unit.gather(1, places)
+        self.peaks[unit, slot] = peak - start
+        self.starts[unit, slot] = start
+
+    def snippets(self) -> Snippets:
+        return Snippets(
+            self.stream,
+            self.site,
+            self.units,
+            self.n_top,
+            self.tokens,
+            self.values,
+            self.peaks,
+            self.blocks,
+            self.starts,
+            self.quantiles,
+        )

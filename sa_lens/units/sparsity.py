@@ -1,0 +1,238 @@
+"""How sparse weights, activations and connections are, by the paper's measure and by ones without a scale.
+
+The paper's mean absolute weight counts every entry of the plain transformer, embedding and unembedding each (also
+where they are tied), and changes with any rescaling that leaves the function as it is. Hoyer, Gini and the share of
+entries below a fraction of their layer's root mean square do not. Gates are no part of the plain transformer and are
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, weight
+from sa_lens.data import TokenFile
+from sa_lens.units.activations import TextBlocks, model_streams, stream_units, text_blocks, unit_sites
+from sa_lens.units.measures import gini, hoyer, hoyer_from_sums
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EMBEDDINGS = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
+LAYER_MATRICES = ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_gate", "mlp.W_out")
+LAYER_VECTORS = (
+    *("ln1.w", "ln1.b", "ln2.w", "ln2.b"),
+    *("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out"),
+)
+END_VECTORS = ("ln_final.w", "ln_final.b", "unembed.b_U")
+EPS = 0.01
+"""Share of a layer's root mean square below which a weight counts as absent."""
+
+
+def sparsity(model: Host, eps: float = EPS) -> pd.DataFrame:
+    """Sparsity of the weights of the plain transformer.
+
+    Args:
+        eps: a weight counts as small below `eps` times the root mean square of its layer's matrices (an embedding's:
+            its own).
+
+    Returns:
+        A row a matrix, then `matrices` (all of them), `matrices without embeddings`, and `all parameters` (biases and
+        LayerNorms too: the paper's figure is its `mean_abs`), `all parameters without embeddings`. Columns: weight,
+        layer (-1 where none), n, mean_abs, hoyer, gini, share_small (NaN for rows with biases, which have no layer
+        scale of their own).
+
+    Raises:
+        ValueError: eps not above 0.
+    """
+    import pandas as pd
+
+    _check_eps(eps)
+    matrices = _matrices(model)
+    scales = layer_scales(model)
+    vectors = [x for name in _vector_names(model) if (x := _found(model, name)) is not None]
+    small = {name: x.abs() < eps * scales[name] for name, (_, x) in matrices.items()}
+    rows = [_row(name, layer, [x], [small[name]]) for name, (layer, x) in matrices.items()]
+    inner = [name for name in matrices if name not in EMBEDDINGS]
+    for title, names in (("matrices", list(matrices)), ("matrices without embeddings", inner)):
+        rows.append(_row(title, -1, [matrices[name][1] for name in names], [small[name] for name in names]))
+    for title, names in (("all parameters", list(matrices)), ("all parameters without embeddings", inner)):
+        rows.append(_row(title, -1, [*(matrices[name][1] for name in names), *vectors], []))
+    return pd.DataFrame(rows)
+
+
+def activation_sparsity(
+    model: Host,
+    text: TokenFile | Tensor | TextBlocks,
+    streams: Stream | Sequence[Stream] | None = None,
+    *,
+    n_tokens: int | None = 100_000,
+    eps: float = EPS,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Sparsity of the units' values at each token: means over tokens of measures across the units of a layer.
+
+    Args:
+        streams: None: all that the model has.
+        n_tokens: tokens to read at most; None: all.
+        eps: a value counts as small below `eps` times the root mean square of the token's units.
+
+    Returns:
+        A row for each stream, layer and kind of unit: n (units), hoyer, gini, share_zero, share_small; means over
+        tokens. Tokens at which every unit is zero are left out of Hoyer and Gini.
+
+    Raises:
+        ValueError: eps not above 0, an unknown stream, a text that does not fit.
+    """
+    import pandas as pd
+
+    _check_eps(eps)
+    if streams is None:
+        streams = model_streams(model)
+    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    blocks = text_blocks(model, text, n_tokens)
+    keys = [(stream, site) for stream in chosen for site in unit_sites(model)]
+    sums = {key: torch.zeros(2, 4, dtype=torch.float64) for key in keys}
+    widths = {}
+    for batch in stream_units(model, blocks, chosen, progress=progress, name="activation sparsity"):
+        for stream, site in keys:
+            x = batch.values[stream][site].flatten(0, 1).T.float()
+            widths[site] = len(x)
+            floor = eps * x.square().mean(0).sqrt()
+            columns = [hoyer(x), gini(x), (x == 0).double().mean(0), (x.abs() <= floor).double().mean(0)]
+            each = torch.stack([column.double() for column in columns])
+            known = each.isfinite()
+            sums[stream, site][0] += torch.where(known, each, 0).sum(1).cpu()
+            sums[stream, site][1] += known.sum(1).cpu()
+    rows = []
+    for stream, site in keys:
+        values = (sums[stream, site][0] / sums[stream, site][1]).tolist()
+        place = {"stream": stream, "layer": site.layer, "kind": site.kind, "n": widths[site]}
+        rows.append(place | dict(zip(("hoyer", "gini", "share_zero", "share_small"), values, strict=True)))
+    return pd.DataFrame(rows)
+
+
+def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) -> pd.DataFrame:
+    """How many weights into and out of units count, by stream: those of live units, and those in use at a token.
+
+    A weight counts if it is at least `eps` times its layer's root mean square. Weights of a unit are its column of
+    W_in (and W_gate) and its row of W_out, or its column of W_V and its row of W_O.
+
+    Args:
+        table: from `specialization` of this model.
+
+    Returns:
+        A row for each stream, layer and kind of unit, and one for `all` of a stream (layer -1): weights, not_small,
+        live (of these, weights of live units), firing (expected at a token: each unit's weights times its firing
+        rate), live_share and firing_share of all weights.
+
+    Raises:
+        ValueError: eps not above 0, or a table of another model.
+    """
+    import pandas as pd
+
+    _check_eps(eps)
+    scales = layer_scales(model)
+    rows = []
+    for stream in table["stream"].unique():
+        of_stream = []
+        for site in unit_sites(model):
+            per_unit, total = _weights_of_units(model, site.layer, site.kind, scales, eps)
+            some = table[(table["stream"] == stream) & (table["layer"] == site.layer) & (table["kind"] == site.kind)]
+            some = some.sort_values("unit")
+            if len(some) != len(per_unit):
+                raise ValueError(f"the table has {len(some)} units at {site}, this model {len(per_unit)}: not its own")
+            live = torch.as_tensor(some["live"].to_numpy(dtype=float))
+            rate = torch.as_tensor(some["firing_rate"].to_numpy(dtype=float))
+            of_stream.append(
+                {
+                    "stream": stream,
+                    "layer": site.layer,
+                    "kind": site.kind,
+                    "weights": total,
+                    "not_small": float(per_unit.sum()),
+                    "live": float(per_unit @ live),
+                    "firing": float(per_unit @ rate),
+                }
+            )
+        whole = {name: sum(row[name] for row in of_stream) for name in ("weights", "not_small", "live", "firing")}
+        rows += [*of_stream, {"stream": stream, "layer": -1, "kind": "all", **whole}]
+    found = pd.DataFrame(rows)
+    found["live_share"] = found["live"] / found["weights"]
+    found["firing_share"] = found["firing"] / found["weights"]
+    return found
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps={eps} must be above 0: a share of the layer's root mean square, such as {EPS}")
+
+
+def _found(model: Host, name: str) -> Tensor | None:
+    try:
+        return weight(model, name).detach()
+    except ValueError:
+        return None
+
+
+def _matrices(model: Host) -> dict[str, tuple[int, Tensor]]:
+    """Layer (-1 for embeddings) and value of every matrix."""
+    names = [(-1, name) for name in EMBEDDINGS]
+    names += [(layer, f"blocks.{layer}.{name}") for layer in range(model.cfg.n_layers) for name in LAYER_MATRICES]
+    return {name: (layer, x) for layer, name in names if (x := _found(model, name)) is not None}
+
+
+def _vector_names(model: Host) -> list[str]:
+    return [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in LAYER_VECTORS] + [*END_VECTORS]
+
+
+def layer_scales(model: Host) -> dict[str, float]:
+    """Root mean square that each matrix is held against: of all matrices of its layer, or an embedding's own."""
+    matrices = _matrices(model)
+    groups: dict[int | str, list[Tensor]] = {}
+    for name, (layer, x) in matrices.items():
+        groups.setdefault(name if layer < 0 else layer, []).append(x)
+    scale = {
+        group: (sum(float(x.double().square().sum()) for x in some) / sum(x.numel() for x in some)) ** 0.5
+        for group, some in groups.items()
+    }
+    return {name: scale[name if layer < 0 else layer] for name, (layer, _) in matrices.items()}
+
+
+def _row(name: str, layer: int, some: Sequence[Tensor], small: Sequence[Tensor]) -> dict[str, object]:
+    flat = torch.cat([x.flatten() for x in some])
+    absolute, squares = flat.abs().double().sum(), flat.double().square().sum()
+    return {
+        "weight": name,
+        "layer": layer,
+        "n": flat.numel(),
+        "mean_abs": float(absolute) / flat.numel(),
+        "hoyer": float(hoyer_from_sums(flat.numel(), absolute, squares)),
+        "gini": float(gini(flat)),
+        "share_small": sum(int(x.sum()) for x in small) / flat.numel() if small else float("nan"),
+    }
+
+
+def _weights_of_units(
+    model: Host, layer: int, kind: str, scales: Mapping[str, float], eps: float
+) -> tuple[Float[Tensor, " unit"], int]:
+    """Number of weights of each unit that are not small, and of all weights of the site."""
+    # the axes of each matrix that are not units: all but head and d_head, or all but d_mlp
+    if kind == "attn":
+        other_axes = {"attn.W_V": (1,), "attn.W_O": (2,)}
+    else:
+        other_axes = {"mlp.W_in": (0,), "mlp.W_gate": (0,), "mlp.W_out": (1,)}
+    counts, total = [], 0
+    for name, over in other_axes.items():
+        full = f"blocks.{layer}.{name}"
+        if full in scales:
+            x = weight(model, full).detach()
+            counts.append((x.abs() >= eps * scales[full]).sum(over).flatten())
+            total += x.numel()
+    return torch.stack(counts).sum(0).double().cpu(), total

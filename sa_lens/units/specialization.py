@@ -1,0 +1,337 @@
+"""What every unit does on a text, in one pass: firing, tokens, word classes, values, positions, company.
+
+`specialization` streams the text once (after a look at its tokens) in memory that does not grow with it. Exact on the
+whole text: rates, effective numbers, kurtosis, Hoyer, positions. From an even sample of tokens: the Gini coefficient
+(`sample_tokens`) and co-activation (`coactivation_tokens`); both are exact on texts no longer than that. Tokens beyond
+the `distinct_tokens` most frequent share one counter, so that effective numbers are lower bounds on texts with more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, device_of
+from sa_lens.data import TokenFile
+from sa_lens.units.activations import (
+    Site,
+    TextBlocks,
+    UnitBatch,
+    model_streams,
+    stream_units,
+    text_blocks,
+    unit_counts,
+    unit_sites,
+)
+from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, unit_scores
+from sa_lens.units.measures import effective_number, gini, hoyer_from_sums
+from sa_lens.units.tallies import EXACT_IN_FLOAT32, CoActivation, Moments, TokenTally
+from sa_lens.units.word_classes import TokenClasses, word_classes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+POSITION_BINS = 16
+"""Equal parts of a block in which positions are counted."""
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """What every unit of a model does on a text, from `specialization`."""
+
+    table: pd.DataFrame
+    """A row a unit and stream; columns: docs/units.md. `table.attrs` holds the settings and the text's own figures."""
+    thresholds: Mapping[Stream, Thresholds]
+    """The firing rule that was used."""
+    company: Mapping[tuple[Stream, int], CoActivation]
+    """Co-activation by stream and layer; the units of a layer are its attention units, then its neurons."""
+    token_counts: Mapping[tuple[Stream, Site], Float[Tensor, "slot unit"]]
+    """How often each unit fires on each counted token; the last slot holds all other tokens."""
+    tokens: Int[Tensor, " slot_but_last"]
+    """The counted tokens, most frequent first."""
+
+    def coactivation(self, layer: int, stream: Stream = "clean") -> pd.DataFrame:
+        """Jaccard index of every pair of a layer's units; rows and columns `attn.0`, ..., `mlp.0`, ...
+
+        Raises:
+            ValueError: no such stream or layer in the record.
+        """
+        import pandas as pd
+
+        if (stream, layer) not in self.company:
+            raise ValueError(f"no co-activation of layer {layer} in the {stream} stream; there is: {[*self.company]}")
+        record = self.company[stream, layer]
+        n_attn = int((self.table.query("stream == @stream and layer == @layer").kind == "attn").sum())
+        names = [_unit_name(unit, n_attn) for unit in record.units.tolist()]
+        return pd.DataFrame(record.jaccard().cpu().numpy(), index=names, columns=names)
+
+
+def specialization(
+    model: Host,
+    text: TokenFile | Tensor | TextBlocks,
+    calibration: TokenFile | Tensor | Mapping[Stream, Thresholds],
+    streams: Stream | Sequence[Stream] | None = None,
+    *,
+    n_tokens: int | None = None,
+    classes: TokenClasses | None = None,
+    n_partners: int = 5,
+    sample_tokens: int = 8192,
+    coactivation_tokens: int = 1_000_000,
+    coactivation_units: int = 4096,
+    distinct_tokens: int = 8192,
+    progress: bool = True,
+) -> Specialization:
+    """Describes every unit on a text; see the module's header for what is exact.
+
+    Args:
+        text: a token file or blocks `[block pos]`.
+        calibration: another text from which each unit's firing threshold comes, or thresholds from `calibrate`.
+        streams: None: all that the model has.
+        n_tokens: tokens to read at most; None: all.
+        classes: word classes of tokens; None: `word_classes` of the model's tokenizer, or none without tokenizer.
+        n_partners: most co-active units that the table names for each.
+        sample_tokens: tokens whose values are kept for the Gini coefficient (4 bytes a unit and stream each).
+        coactivation_tokens: tokens on which pairs are counted, in whole batches spread evenly; 0: none.
+        coactivation_units: units of a layer whose pairs are counted, an even choice if there are more.
+        distinct_tokens: tokens with a counter of their own (4 bytes a unit and stream each).
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an unknown stream, a text of one token type or without a whole block, settings below 1.
+    """
+    settings = {"sample_tokens": sample_tokens, "distinct_tokens": distinct_tokens, "n_partners": n_partners}
+    for name, value in {**settings, "coactivation_units": coactivation_units - 1}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is too small: it must be at least 1 (coactivation_units: 2)")
+    if streams is None:
+        streams = model_streams(model)
+    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    blocks = text_blocks(model, text, n_tokens)
+    frequencies = token_frequencies(blocks, model.cfg.d_vocab)
+    batches = stream_units(model, blocks, chosen, progress=progress, name="units")
+    rules = rules_for(model, calibration, chosen, progress)
+    if classes is None and model.tokenizer is not None:
+        classes = word_classes(model.tokenizer, model.cfg.d_vocab)
+    vocabulary = _Vocabulary.of(frequencies, distinct_tokens, device_of(model))
+    tallies = {
+        (stream, site): _SiteTally(site, n, rules[stream], vocabulary, blocks, sample_tokens)
+        for stream in chosen
+        for site, n in unit_counts(model).items()
+    }
+    company = _company(model, chosen, coactivation_units) if coactivation_tokens else {}
+    pairs_seen = 0
+    for batch in batches:
+        n = batch.tokens.numel()
+        # counted while the share of the text that pairs have seen is not above their share of the whole
+        with_pairs = pairs_seen * blocks.n_tokens <= coactivation_tokens * batch.first * blocks.length
+        pairs_seen += n if with_pairs else 0
+        for stream in chosen:
+            fired = {site: tallies[stream, site].add(batch, stream) for site in batch.values[stream]}
+            for layer in range(model.cfg.n_layers) if with_pairs else ():
+                if (stream, layer) in company:
+                    company[stream, layer].add(torch.cat([fired[s] for s in fired if s.layer == layer], 1))
+    parts = [tally.columns(stream, vocabulary, classes) for (stream, _), tally in tallies.items()]
+    table = _table(parts, company, n_partners)
+    table.attrs = {
+        "n_tokens": blocks.n_tokens,
+        "n_calibration_tokens": next(iter(rules.values())).n_tokens,
+        "n_coactivation_tokens": pairs_seen if company else 0,
+        "n_sample_tokens": min(sample_tokens, blocks.n_tokens),
+        "share_of_other_tokens": float(frequencies[vocabulary.slot_of.cpu() == len(vocabulary.tokens)].sum())
+        / blocks.n_tokens,
+        "effective_tokens_of_text": float(effective_number(frequencies.double())),
+        "d_vocab": model.cfg.d_vocab,
+        "n_layers": model.cfg.n_layers,
+    }
+    counts = {key: tally.tokens.counts for key, tally in tallies.items()}
+    return Specialization(table, rules, company, counts, vocabulary.tokens)
+
+
+def rules_for(
+    model: Host,
+    calibration: TokenFile | Tensor | Mapping[Stream, Thresholds],
+    streams: Sequence[Stream],
+    progress: bool,
+) -> Mapping[Stream, Thresholds]:
+    """Thresholds of the streams: those given, or those of a calibration text.
+
+    Raises:
+        ValueError: given thresholds that lack a stream or belong to another model.
+    """
+    if not isinstance(calibration, Mapping):
+        return calibrate(model, calibration, streams, progress=progress)
+    for stream in streams:
+        if stream not in calibration:
+            raise ValueError(f"the thresholds given are for {[*calibration]}, not for stream={stream!r}: calibrate it")
+        shapes = {site: len(peaks) for site, peaks in calibration[stream].peaks.items()}
+        if shapes != unit_counts(model):
+            raise ValueError("the thresholds given are of a model of another shape: calibrate this one")
+    return calibration
+
+
+def token_frequencies(blocks: TextBlocks, d_vocab: int) -> Int[Tensor, " d_vocab"]:
+    """How often each token occurs in the text.
+
+    Raises:
+        ValueError: a text of one token type.
+    """
+    counts = torch.zeros(d_vocab, dtype=torch.int64)
+    for first in range(0, len(blocks), 1024):
+        counts += torch.bincount(blocks.rows(first, first + 1024).flatten().cpu(), minlength=d_vocab)
+    if int((counts > 0).sum()) < 2:
+        raise ValueError(
+            f"the text is {blocks.n_tokens:,} times token {int(counts.argmax())}: units cannot be told apart on one "
+            "token type; give a text of at least two"
+        )
+    return counts
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Which tokens are counted apart."""
+
+    tokens: Int[Tensor, " slot_but_last"]
+    slot_of: Int[Tensor, " d_vocab"]
+    exact: bool
+
+    @classmethod
+    def of(cls, frequencies: Int[Tensor, " d_vocab"], limit: int, device: torch.device) -> _Vocabulary:
+        order = frequencies.argsort(descending=True, stable=True)
+        tokens = order[: min(limit, int((frequencies > 0).sum()))]
+        slot_of = torch.full((len(frequencies),), len(tokens))
+        slot_of[tokens] = torch.arange(len(tokens))
+        other = int(frequencies.sum() - frequencies[tokens].sum())
+        exact = max(int(frequencies.max()), other) < EXACT_IN_FLOAT32
+        return cls(tokens, slot_of.to(device), exact)
+
+
+class _SiteTally:
+    """All that is counted of one site in one stream."""
+
+    def __init__(
+        self, site: Site, n_units: int, rule: Thresholds, vocabulary: _Vocabulary, blocks: TextBlocks, sample: int
+    ) -> None:
+        device = vocabulary.slot_of.device
+        self.site, self.rule, self.blocks = site, rule, blocks
+        self.levels = {share: rule.levels(site, share).to(device) for share in (SHARE, *OTHER_SHARES)}
+        self.rates = {share: torch.zeros(n_units, dtype=torch.float64, device=device) for share in OTHER_SHARES}
+        self.kept: Tensor | None = None
+        self.moments = Moments()
+        self.tokens = TokenTally(vocabulary.slot_of, len(vocabulary.tokens) + 1, n_units, vocabulary.exact)
+        bins = min(POSITION_BINS, blocks.length)
+        self.bins = (torch.arange(blocks.length, device=device) * bins) // blocks.length
+        self.positions = torch.zeros(bins, n_units, dtype=torch.float64, device=device)
+        self.picked = torch.linspace(0, blocks.n_tokens - 1, min(sample, blocks.n_tokens), dtype=torch.float64).long()
+        self.sample = torch.zeros(len(self.picked), n_units, device=device)
+
+    def add(self, batch: UnitBatch, stream: Stream) -> Float[Tensor, "token unit"]:
+        """Counts a batch; returns 1 where a unit fires, else 0."""
+        values = batch.values[stream][self.site]
+        x = values.flatten(0, 1).float()
+        scores = unit_scores(self.site, x)
+        ones = x.new_ones(1, len(x))
+        # a comparison written straight into floats, which the products below need
+        fired = torch.gt(scores, self.levels[SHARE], out=torch.empty_like(scores))
+        for share, rate in self.rates.items():
+            rate += (ones @ torch.gt(scores, self.levels[share], out=torch.empty_like(scores)))[0]
+        self.moments.add(x)
+        self.tokens.add(batch.tokens.flatten(), fired)
+        member = torch.nn.functional.one_hot(self.bins, len(self.positions)).to(x.dtype)
+        self.positions += member.repeat(len(values), 1).T @ fired
+        start = batch.first * self.blocks.length
+        low, high = torch.searchsorted(self.picked, torch.tensor([start, start + len(x)])).tolist()
+        if high > low:
+            self.sample[low:high] = x[(self.picked[low:high] - start).to(x.device)]
+        if stream == "ablated" and self.site in batch.masks:
+            mask = batch.masks[self.site].flatten(0, 1)
+            on = (ones.to(mask.dtype) @ (mask > 0.5).to(mask.dtype))[0].double()
+            self.kept = on if self.kept is None else self.kept + on
+        return fired
+
+    def columns(self, stream: Stream, vocabulary: _Vocabulary, classes: TokenClasses | None) -> dict[str, Any]:
+        n = self.blocks.n_tokens
+        fires = self.positions.sum(0)
+        counts = self.tokens.counts.double()
+        per_bin = torch.bincount(self.bins, minlength=len(self.positions)).double()
+        by_rate = self.positions / per_bin[:, None]
+        centres = (torch.arange(len(self.positions), device=fires.device) + 0.5) / len(self.positions)
+        top = counts[:-1].max(0)
+        never = torch.full_like(fires, torch.nan)
+        columns = {
+            "live": self.rule.live(self.site),
+            "mask_rate": self.kept / n if self.kept is not None else never,
+            "firing_rate": fires / n,
+            **{f"firing_rate_{share:g}": rate / n for share, rate in self.rates.items()},
+            "threshold": self.levels[SHARE],
+            "mean": self.moments.mean(),
+            "std": self.moments.variance().sqrt(),
+            "kurtosis": self.moments.kurtosis(),
+            "hoyer": hoyer_from_sums(n, self.moments.absolute(), self.moments.squares()),
+            "gini": gini(self.sample),
+            "effective_tokens": effective_number(counts),
+            "top_token": torch.where(fires > 0, vocabulary.tokens.to(top.indices.device)[top.indices], -1),
+            "top_token_share": top.values / fires,
+            "effective_classes": never if classes is None else effective_number(_by_class(counts, vocabulary, classes)),
+            "effective_positions": effective_number(by_rate),
+            "mean_position": (by_rate * centres[:, None]).sum(0) / by_rate.sum(0),
+        }
+        place = {"stream": stream, "layer": self.site.layer, "kind": self.site.kind, "unit": range(len(fires))}
+        return {**place, **{name: column.cpu().numpy() for name, column in columns.items()}}
+
+
+def _by_class(
+    counts: Float[Tensor, "slot unit"], vocabulary: _Vocabulary, classes: TokenClasses
+) -> Float[Tensor, "group unit"]:
+    """Firings by word class; tokens without a counter of their own are a class apart."""
+    if len(classes.of_token) < len(vocabulary.slot_of):
+        raise ValueError(
+            f"classes covers {len(classes.of_token):,} tokens, fewer than the model's {len(vocabulary.slot_of):,}"
+        )
+    of_slot = torch.cat([classes.of_token[vocabulary.tokens], torch.tensor([len(classes.names)])]).to(counts.device)
+    summed = counts.new_zeros(len(classes.names) + 1, counts.shape[1])
+    return summed.index_add_(0, of_slot, counts)
+
+
+def _company(model: Host, streams: Sequence[Stream], most: int) -> dict[tuple[Stream, int], CoActivation]:
+    counts, device = unit_counts(model), device_of(model)
+    company = {}
+    for stream in streams:
+        for layer in range(model.cfg.n_layers):
+            n = sum(counts[site] for site in unit_sites(model) if site.layer == layer)
+            units = torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).long().to(device)
+            company[stream, layer] = CoActivation(units)
+    return company
+
+
+def _unit_name(unit: int, n_attn: int) -> str:
+    return f"attn.{unit}" if unit < n_attn else f"mlp.{unit - n_attn}"
+
+
+def _table(
+    parts: Sequence[dict[str, Any]], company: Mapping[tuple[Stream, int], CoActivation], n_partners: int
+) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
+    table["partner"], table["partner_jaccard"] = None, float("nan")
+    table["partners"] = [()] * len(table)
+    for (stream, layer), record in company.items():
+        of_layer = (table["stream"] == stream) & (table["layer"] == layer)
+        rows = table.index[of_layer][record.units.cpu().numpy()]
+        n_attn = int((table.loc[of_layer, "kind"] == "attn").sum())
+        names = [_unit_name(unit, n_attn) for unit in record.units.tolist()]
+        values, places = (x.tolist() for x in record.partners(n_partners))
+        found = [
+            tuple((names[place], value) for place, value in zip(p, v, strict=True) if value > 0)
+            for p, v in zip(places, values, strict=True)
+        ]
+        table.loc[rows, "partners"] = pd.Series(found, index=rows)
+        table.loc[rows, "partner"] = [best[0][0] if best else None for best in found]
+        table.loc[rows, "partner_jaccard"] = [best[0][1] if best else 0.0 for best in found]
+    return table
