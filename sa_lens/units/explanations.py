@@ -20,8 +20,8 @@ from sa_lens.core.host import Host
 from sa_lens.data import TokenFile
 from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
 from sa_lens.units.firing import SHARE, Thresholds, unit_scores
-from sa_lens.units.leakage import mean_interval
 from sa_lens.units.pruning import Context, Fill, UnitReader, likely_tokens, pruned, substituted
+from sa_lens.units.swaps import mean_interval
 from sa_lens.units.trie import ANY, ContextTrie
 
 if TYPE_CHECKING:

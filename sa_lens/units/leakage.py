@@ -6,28 +6,30 @@ separates what the masks say from what the kept values say. How to read its tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, weight
-from sa_lens.core.masks import masks_of
+from sa_lens.data import TokenFile
+from sa_lens.units.activations import TextBlocks, text_blocks
 from sa_lens.units.probes import fit_probe, smoothed_counts
+from sa_lens.units.swaps import (
+    mean_interval,
+    mean_values,
+    other_occurrences,
+    permuted_units,
+    text_batches,
+    text_masks,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
-
-TOKENS_AT_ONCE = 4096
-"""Tokens of a batch."""
-
-LOGITS_AT_ONCE = 2**25
-"""Largest number of logits held at a time (float32: 128 MiB)."""
 
 CONDITIONS = {
     "clean": "the clean stream",
@@ -66,9 +68,10 @@ class Leakage:
 
 def leakage(
     model: Host,
-    tokens: Int[Tensor, "batch pos"],
+    text: TokenFile | Int[Tensor, "block pos"] | TextBlocks,
     *,
     other_seed: Host | None = None,
+    n_tokens: int | None = 20_000,
     per_layer: bool = False,
     classes: int = 100,
     probe_tokens: int = 10_000,
@@ -82,9 +85,10 @@ def leakage(
 
     Args:
         model: a model with gates.
-        tokens: text without padding, at least 4 sequences; 20,000 tokens or more give usable intervals.
+        text: a token file, or blocks `[block pos]` without padding; at least 4 blocks.
         other_seed: a model of the same shape and tokenizer trained from another seed, for the conditions and probes of
             that name; None: they are left out.
+        n_tokens: tokens to read at most, both halves together; None: all.
         per_layer: also change one layer at a time (several times the cost).
         classes: number of frequent next tokens that the probes tell apart; all others are one class more.
         probe_tokens: tokens of each half that the probes read at most; 0: no probes.
@@ -92,18 +96,20 @@ def leakage(
         progress: a progress bar.
 
     Raises:
-        ValueError: a model without gates, tokens of the wrong shape or beyond the vocabulary, a text in which no token
-            repeats, or another model that does not fit.
+        ValueError: a model without gates, a text that does not fit or in which no token repeats, or another model that
+            does not fit.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    tokens = torch.as_tensor(tokens)
-    _check(model, tokens, other_seed, classes, probe_tokens)
-    tokens = tokens.to(device_of(model)).long()
+    _check(model, other_seed, classes, probe_tokens)
+    blocks = text_blocks(model, text, n_tokens)
+    if len(blocks) < 4 or blocks.length < 2:
+        raise ValueError(f"the text has {len(blocks)} blocks of {blocks.length} tokens: at least 4 of 2 are needed")
+    tokens = blocks.rows(0, len(blocks)).to(device_of(model))
     generator = torch.Generator().manual_seed(seed)
     fit, held_out = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-    fit_masks, masks = _masks(model, fit), _masks(model, held_out)
+    fit_masks, masks = text_masks(model, fit), text_masks(model, held_out)
     shuffled = other_occurrences(held_out, held_out, generator)
     donors = other_occurrences(held_out, fit, generator)
     if not bool((shuffled >= 0)[:, :-1].any()):
@@ -119,7 +125,7 @@ def leakage(
         "random": _Change(masks=permuted_units(masks, generator)),
     }
     if other_seed is not None:
-        changes["other_seed"] = _Change(masks=_masks(other_seed, held_out.to(device_of(other_seed))))
+        changes["other_seed"] = _Change(masks=text_masks(other_seed, held_out.to(device_of(other_seed))))
     if model.gates.reads_local and not model.gates.reads_global:  # type: ignore[attr-defined]
         changes["self_read"] = _Change(self_read=True)
     jobs: list[tuple[str, int | None]] = [(name, None) for name in changes]
@@ -142,19 +148,9 @@ def leakage(
     return Leakage(losses, probes, _summary(nats, (shuffled >= 0)[:, :-1], probes))
 
 
-def _check(model: Host, tokens: Tensor, other: Host | None, classes: int, probe_tokens: int) -> None:
+def _check(model: Host, other: Host | None, classes: int, probe_tokens: int) -> None:
     if not has_ablated_stream(model):
         raise ValueError(f"leakage needs gates, but this {type(model).__name__} has none: there is no mask to read")
-    if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.shape[0] < 4 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}: whole numbers [batch, pos] are needed, at "
-            "least 4 sequences of 2 tokens"
-        )
-    if tokens.shape[1] > model.cfg.n_ctx:
-        raise ValueError(f"sequences of {tokens.shape[1]} tokens are longer than n_ctx={model.cfg.n_ctx}")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.cfg.d_vocab:
-        raise ValueError(f"tokens from {low} to {high} do not fit the model's vocabulary of {model.cfg.d_vocab}")
     if classes < 1 or probe_tokens < 0:
         raise ValueError(f"classes={classes} must be at least 1 and probe_tokens={probe_tokens} at least 0")
     if other is None:
@@ -192,91 +188,12 @@ class _Change(NamedTuple):
         return (self.rows >= 0)[:, :-1]
 
 
-def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, " ..."]]:
-    """Mean value of each unit in the ablated stream where it is kept (weighted by a soft mask), by the name of the
-    gate's `hook_in`; a unit that is never kept has its mean over all tokens."""
-    sums: dict[str, list[Tensor]] = {}
-    names = {*gate_hook_names(model), *gate_hook_names(model, "in")}
-    for batch in _batches(model, tokens):
-        with torch.no_grad(), in_stream(model, "ablated"):
-            _, cache = model.run_with_cache(batch, names_filter=lambda name: name in names)
-        for name in gate_hook_names(model, "in"):
-            value = cache[name].double()
-            mask = cache[name.replace("hook_in", "hook_mask")].double().expand_as(value)
-            parts = [
-                (mask * value).sum((0, 1)),
-                mask.sum((0, 1)),
-                value.sum((0, 1)),
-                torch.ones_like(value).sum((0, 1)),
-            ]
-            sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
-    return {
-        name: torch.where(kept > 0, weighted / kept.clamp(min=1e-12), value / n).to(model.cfg.dtype)
-        for name, (weighted, kept, value, n) in sums.items()
-    }
-
-
-def other_occurrences(
-    tokens: Int[Tensor, "batch pos"], among: Int[Tensor, "batch2 pos2"], generator: torch.Generator
-) -> Int[Tensor, "batch pos"]:
-    """For each token, the flattened index in `among` of an occurrence of the same token; -1 where there is none.
-
-    Where both are the same text (the same object), the answer is a random permutation within each token that leaves no
-    occurrence in its place; otherwise each occurrence draws its donor at random.
-    """
-    wanted, pool = tokens.flatten().cpu(), among.flatten().cpu()
-    order = torch.randperm(len(pool), generator=generator)
-    order = order[pool[order].sort(stable=True).indices]  # by token, at random within it
-    values, counts = pool[order].unique_consecutive(return_counts=True)
-    starts = counts.cumsum(0) - counts
-    chosen = torch.full_like(wanted, -1)
-    if among is tokens:
-        group = torch.repeat_interleave(torch.arange(len(values)), counts)
-        place = torch.arange(len(pool)) - starts[group]
-        following = order[starts[group] + (place + 1) % counts[group]]
-        chosen[order] = torch.where(counts[group] > 1, following, -1)
-    else:
-        at = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
-        drawn = (torch.rand(len(wanted), generator=generator, dtype=torch.float64) * counts[at]).long()
-        chosen = torch.where(values[at] == wanted, order[starts[at] + drawn], chosen)
-    return chosen.reshape(tokens.shape).to(tokens.device)
-
-
-def permuted_units(masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Each token's mask with its entries permuted at random among the units, layer by layer."""
-    permuted = {}
-    for name, mask in masks.items():
-        flat = mask.flatten(2)
-        # a batch row at a time: the random numbers need four bytes a unit
-        order = (torch.rand(row.shape, generator=generator).argsort(-1).to(flat.device) for row in flat)
-        permuted[name] = torch.stack([row.gather(-1, at) for row, at in zip(flat, order, strict=True)]).view_as(mask)
-    return permuted
-
-
-def _masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
-    """Masks of a text by hook name; those of hard gates as booleans."""
-    parts: dict[str, list[Tensor]] = {}
-    hard = model.gates.kind == "hard"  # type: ignore[attr-defined]
-    for batch in _batches(model, tokens):
-        with torch.no_grad():
-            found = masks_of(model, batch)  # type: ignore[arg-type]
-        for gate, layers in found.items():
-            for layer, mask in enumerate(layers):
-                parts.setdefault(f"blocks.{layer}.{gate}.hook_mask", []).append(mask.bool() if hard else mask)
-    return {name: torch.cat(found) for name, found in parts.items()}
-
-
-def _batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tensor]:
-    at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
-    return tokens.split(max(1, at_once // tokens.shape[1]))
-
-
 def _nats(
     model: Host, tokens: Int[Tensor, "batch pos"], change: _Change, layer: int | None
 ) -> Float[Tensor, "batch pred"]:
     """Nats of each predicted token under a change, of one layer or (None) of all."""
     found, done = [], 0
-    for batch in _batches(model, tokens):
+    for batch in text_batches(model, tokens):
         rows = slice(done, done + len(batch))
         hooks = [*_value_hooks(change, layer), *(_self_reading(model, layer) if change.self_read else ())]
         with torch.no_grad(), _stream(model, batch, change, rows, layer):
@@ -290,7 +207,7 @@ def _stream(model: Host, batch: Tensor, change: _Change, rows: slice, layer: int
     if change.masks is None:
         return in_stream(model, change.stream)
     device = batch.device
-    own = _masks(model, batch) if change.rows is not None else {}
+    own = text_masks(model, batch) if change.rows is not None else {}
     chosen = {}
     for name in _of_layer(change.masks, layer):
         mask = change.masks[name]
@@ -350,21 +267,6 @@ def _row(nats: Tensor, ablated: Tensor, acts: Bool[Tensor, "batch pred"], seed: 
     }
 
 
-def mean_interval(
-    values: Float[Tensor, "batch pred"], where: Bool[Tensor, "batch pred"], seed: int, resamples: int = 1000
-) -> tuple[float, float, float]:
-    """Mean of the values at the chosen places, and its 95 % bootstrap interval, sequences drawn with replacement."""
-    sums = (values.double() * where).sum(-1).cpu().numpy()
-    counts = where.double().sum(-1).cpu().numpy()
-    if counts.sum() == 0:
-        return float("nan"), float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    total = counts[drawn].sum(1)
-    means = sums[drawn].sum(1)[total > 0] / total[total > 0]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
-
-
 def _summary(nats: Mapping[tuple[str, int | None], Tensor], where: Tensor, probes: pd.DataFrame) -> pd.Series:
     """`mask_share` and its parts, all at the tokens that occur twice, and what the masks tell a linear probe."""
     import pandas as pd
@@ -412,7 +314,7 @@ def _probes(
         raise ValueError("too few tokens occur twice in each half of the text for the probes: give more text")
     labels = _labels(halves, places, classes)
     inputs = _Inputs(
-        [fit_masks, masks], rows, places, [_masks(other, h.to(device_of(other))) for h in halves] if other else None
+        [fit_masks, masks], rows, places, [text_masks(other, h.to(device_of(other))) for h in halves] if other else None
     )
     residuals = [_residuals(model, half) for half in halves]
     sequences = [torch.arange(len(place), device=place.device)[:, None].expand_as(place)[place] for place in places]
@@ -471,7 +373,7 @@ def _residuals(model: Host, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tens
     last = model.cfg.n_layers - 1
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in _batches(model, tokens):
+    for batch in text_batches(model, tokens):
         with torch.no_grad(), in_stream(model, "clean"):
             _, cache = model.run_with_cache(batch, names_filter=lambda name: name in parts)
         for name in names:

@@ -24,7 +24,7 @@ from sa_lens.units.activations import Site
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.trie import ANY
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 """Tokens of a batch."""
 
 KEEP = 0.5
@@ -132,9 +132,9 @@ def pruned(
             importance[i][back] = min(1.0, max(0.0, 1 - float(mean) / activation[i]))
             if mean > needs[i]:
                 contexts[i], activation[i] = list(context), float(mean)
-    for context in contexts.values():
-        while context[-1] == ANY:
-            context.pop()
+    for kept in contexts.values():
+        while kept[-1] == ANY:
+            kept.pop()
     return [
         Context(tuple(contexts[i]), activation[i], tuple(importance[i][: len(contexts[i])])) if i in contexts else None
         for i in range(len(snippets))

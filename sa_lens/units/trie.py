@@ -5,7 +5,7 @@ token. Of all patterns that match at a position the most specific one speaks: mo
 one added first.
 
 Source: the graph of Neuron2Graph (Foote et al., arXiv 2305.19911). Differs: the activating token may be `ANY`, and
-`calibrate` corrects activations by those on a text.
+`calibrate` corrects activations by those on a text, where the beginnings of patterns speak too.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class _Node:
     exact: int
     """Exact tokens from the root to here."""
     depth: int
+    ends_exact: bool = False
+    """Whether its own token is exact: a pattern that ends in `ANY` says no more than the one before."""
     children: dict[int, int] = field(default_factory=dict)
     """Number of the child by token, `ANY` included."""
     total: float = 0.0
@@ -68,7 +70,7 @@ class ContextTrie:
             node = self._nodes[at]
             if token not in node.children:
                 node.children[token] = len(self._nodes)
-                self._nodes.append(_Node(node.exact + (token != ANY), node.depth + 1))
+                self._nodes.append(_Node(node.exact + (token != ANY), node.depth + 1, token != ANY))
             at = node.children[token]
         self._nodes[at].total += float(activation)
         self._nodes[at].weight += 1
@@ -88,8 +90,15 @@ class ContextTrie:
         for token, child in node.children.items():
             yield from self._walk(child, (*tokens, token))
 
-    def match(self, tokens: Int64[np.ndarray, "block pos"]) -> Int64[np.ndarray, "block pos"]:
-        """Node of the pattern that speaks at each position, -1 where none matches; blocks are separate texts."""
+    def match(
+        self, tokens: Int64[np.ndarray, "block pos"], *, beginnings: bool = False
+    ) -> Int64[np.ndarray, "block pos"]:
+        """Node of the pattern that speaks at each position, -1 where none matches; blocks are separate texts.
+
+        Args:
+            beginnings: beginnings of patterns (the activating token with fewer tokens before it) may speak too, even
+                those without an activation of their own.
+        """
         blocks, length = tokens.shape
         text = tokens.reshape(-1)
         place = np.tile(np.arange(length), blocks)
@@ -99,7 +108,7 @@ class ContextTrie:
         while pending:
             at, positions = pending.pop()
             node = self._nodes[at]
-            if node.weight:
+            if node.weight or (beginnings and node.ends_exact):
                 better = (node.exact > exact[positions]) | (
                     (node.exact == exact[positions])
                     & ((node.depth > depth[positions]) | ((node.depth == depth[positions]) & (chosen[positions] > at)))
@@ -115,8 +124,11 @@ class ContextTrie:
         return chosen.reshape(blocks, length)
 
     def calibrate(self, tokens: Int64[np.ndarray, "block pos"], activations: Float64[np.ndarray, "block pos"]) -> None:
-        """Adds the activations of a text to the patterns that speak there."""
-        nodes = self.match(tokens).reshape(-1)
+        """Adds the activations of a text to the patterns, and beginnings of patterns, that speak there.
+
+        A context seen before is thus told from its last tokens alone, which may leave the unit silent.
+        """
+        nodes = self.match(tokens, beginnings=True).reshape(-1)
         seen = nodes >= 0
         totals = np.bincount(nodes[seen], weights=activations.reshape(-1)[seen], minlength=len(self._nodes))
         counts = np.bincount(nodes[seen], minlength=len(self._nodes))

@@ -1,0 +1,262 @@
+"""Units wired to fire on a token, on a pair, on nothing: their explanations, and scores that agree with slow twins."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformer_lens import HookedTransformerConfig
+
+import sa_lens as sa
+from sa_lens.units.activations import Site
+from sa_lens.units.explanations import correlation, explain, firing_places, judge, silent_places, token_list, window_of
+from sa_lens.units.firing import calibrate
+from sa_lens.units.pruning import Fill, UnitReader, likely_tokens
+from sa_lens.units.trie import ANY
+
+V, N_CTX = 12, 32
+SITE = Site(0, "mlp")
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Neuron 0 fires on token 3, neuron 1 on token 5 after token 4, neuron 2 on any token two after token 7, neuron 3
+    never. A head copies the previous token, another the one before that.
+    """
+    cfg = HookedTransformerConfig(
+        n_layers=1,
+        d_model=3 * V + N_CTX,
+        n_heads=2,
+        d_head=N_CTX,
+        d_mlp=4,
+        n_ctx=N_CTX,
+        d_vocab=V,
+        act_fn="relu",
+        normalization_type=None,
+        device="cpu",
+        use_attn_scale=False,
+    )
+    model = sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=2 * N_CTX, k_mlp=4))
+    here, place = slice(0, V), slice(V, V + N_CTX)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_gate" not in name:
+                parameter.zero_()
+        model.W_E[:, here] = torch.eye(V)
+        model.W_pos[:, place] = torch.eye(N_CTX)
+        attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+        for head, back in enumerate((1, 2)):
+            for at in range(back, N_CTX):
+                attn.W_Q[head, V + at, at - back] = 100.0
+            attn.W_K[head, place, :] = torch.eye(N_CTX)
+            attn.W_V[head, here, :V] = torch.eye(V)
+            copied = slice(V + N_CTX + head * V, V + N_CTX + (head + 1) * V)
+            attn.W_O[head, :V, copied] = torch.eye(V)
+        previous, before = V + N_CTX, 2 * V + N_CTX
+        mlp.W_in[3, 0] = 2.0
+        mlp.W_in[5, 1] = mlp.W_in[previous + 4, 1] = 1.0
+        mlp.b_in[1] = -1.0
+        mlp.W_in[before + 7, 2] = 3.0
+        mlp.b_in[3] = -1.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.randint(0, V, (60, N_CTX), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=["clean", "ablated"])
+def found(request, planted, text):
+    thresholds = calibrate(planted, text[:20], request.param, progress=False)[request.param]
+    chosen = [(SITE, unit) for unit in range(4)]
+    return explain(planted, text[20:], thresholds, chosen, context=4, substitutes=3, snippets=24, progress=False)
+
+
+def test_planted_units_are_explained(found):
+    token, pair, gap, dead = found.table.to_dict("records")
+    assert token["pattern"] == "[3]"
+    assert pair["pattern"] == "4 [5]"
+    # any of the tokens after `7 _`
+    assert set(found.units[2].trie.patterns()[0].tokens[1:]) <= {ANY, 7}
+    for row in (token, pair):
+        assert (row["text_f1"], row["f1"], row["detection"]) == (1.0, 1.0, 1.0)
+        assert row["simulation"] == pytest.approx(1)
+        assert row["kept"] == 1
+    assert gap["f1"] > 0.9
+    assert token["list_f1"] == 1
+    assert pair["list_f1"] == pair["list_recall"] == 0
+    assert not dead["live"]
+    assert not dead["explained"]
+    assert dead["pattern"] == ""
+    assert np.isnan(dead["f1"])
+    summary = found.summary
+    assert (summary["units"], summary["live"], summary["judged"], summary["coverage"]) == (4, 3, 3, 1)
+    assert summary["f1"] == pytest.approx(np.mean([1, 1, gap["f1"]]))
+    assert summary["f1_gain"] == pytest.approx(summary["f1"] - summary["list_f1"])
+
+
+def test_importance_names_the_tokens_that_matter(found):
+    for context in found.units[1].contexts:
+        assert context.tokens == (5, 4)
+        assert min(context.importance) > 0.6
+        assert context.activation == pytest.approx(1)
+
+
+def test_snippets_are_of_their_halves_and_hold_true_scores(found, planted, text):
+    first = {tuple(row) for row in text[20:40].unfold(1, 4, 1).flatten(0, 1).tolist()}
+    second = {tuple(row) for row in text[40:].unfold(1, 5, 1).flatten(0, 1).tolist()}
+    unit = found.units[1]
+    for snippet in unit.fitted:
+        assert len(snippet.tokens) < 4 or snippet.tokens in first
+        assert snippet.tokens[-2:] == (4, 5)
+        assert snippet.scores[-1] > unit.level
+    for snippet in (*unit.firing, *unit.silent):
+        assert len(snippet.tokens) < 5 or snippet.tokens in second
+    assert all(max(snippet.scores) > unit.level for snippet in unit.firing)
+    assert all(max(snippet.scores) <= unit.level for snippet in unit.silent)
+    assert len(unit.silent) == len(unit.firing) > 0
+
+
+def test_the_same_seed_gives_the_same_table(planted, text):
+    thresholds = calibrate(planted, text[:20], progress=False)["clean"]
+    one, two, three = (
+        explain(planted, text[20:], thresholds, 3, context=3, snippets=4, seed=seed, progress=False).table
+        for seed in (1, 1, 2)
+    )
+    pd.testing.assert_frame_equal(one, two)
+    assert not one.equals(three)
+    assert len(one) == 3
+    assert one["live"].all()
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_a_unit_is_read_where_it_fires(planted, text):
+    """Scores of cut and padded snippets are those of the whole prompts, one by one."""
+    rows, at = text[:7].numpy(), np.array([0, 5, 31, 8, 3, 2, 9])
+    for site, unit in ((SITE, 2), (Site(0, "attn"), 4)):
+        for stream in ("clean", "ablated"):
+            found = UnitReader(planted, stream, site, unit).scores(rows, at)
+            for row, place, score in zip(rows, at, found, strict=True):
+                run = planted.ablated() if stream == "ablated" else planted.clean()
+                with torch.no_grad(), run:
+                    _, cache = planted.run_with_cache(torch.from_numpy(row[None, : place + 1]))
+                expected = cache[site.value_hook].flatten(2)[0, -1, unit]
+                assert score == pytest.approx(float(expected.abs() if site.kind == "attn" else expected))
+
+
+def test_rows_hold_the_context_where_they_say(text):
+    source = text.numpy()
+    fill = Fill(source, 5, np.random.default_rng(0))
+    contexts = [(3,), (1, ANY, 2), (ANY, 4)]
+    rows, at = fill.rows(contexts, 3, draws=4)
+    windows = {tuple(w) for row in source.tolist() for w in zip(*(row[i:] for i in range(5)), strict=False)}
+    for i, (row, place) in enumerate(zip(rows.tolist(), at, strict=True)):
+        context = contexts[i // 4]
+        for back, token in enumerate(context):
+            assert token in (ANY, row[place - back])
+        assert place - len(context) + 1 == 5
+        assert tuple(row[:5]) in windows
+    assert len({tuple(row[:5]) for row in rows.tolist()}) > 6
+
+
+def test_likely_tokens_are_the_models_own(text):
+    cfg = sa.ModelConfig(n_layers=1, d_model=8, n_heads=2, n_ctx=N_CTX, d_vocab=V, init="gpt2")
+    model = sa.SelfAblatingTransformer(cfg)
+    found = likely_tokens(model, text[:3].numpy(), 2)
+    logits = model(text[:3]).detach()
+    for row in range(3):
+        assert (found[row, 0] == int(text[row, 0])).all()
+        for at in range(1, N_CTX):
+            assert found[row, at].tolist() == logits[row, at - 1].argsort(descending=True)[:2].tolist()
+
+
+def test_snippets_are_the_strongest_and_a_draw_of_the_rest():
+    rng = np.random.default_rng(0)
+    scores = rng.random((6, 20))
+    places = firing_places(scores, 0.5, 8, 4, rng)
+    assert len(places) == 8
+    assert places[0] == np.unravel_index(scores.argmax(), scores.shape)
+    assert all(scores[place] > 0.5 for place in places)
+    strong = [scores[place] for place in places[:4]]
+    assert strong == sorted(strong, reverse=True)
+    for i, (block, at) in enumerate(places):
+        assert all(block != other or abs(at - place) >= 4 for other, place in places[:i])
+    assert firing_places(scores, 2.0, 8, 4, rng) == []
+
+
+def test_silent_snippets_hold_no_firing():
+    rng = np.random.default_rng(0)
+    fires = rng.random((5, 30)) < 0.1
+    places = silent_places(fires, 1000, 8, rng)
+    expected = [
+        (block, at) for block in range(5) for at in range(7, 30) if not fires[block, window_of(at, 8, 2, 30)].any()
+    ]
+    assert sorted(places) == expected
+    assert len(silent_places(fires, 3, 8, rng)) == 3
+
+
+def test_scores_agree_with_a_loop():
+    rng = np.random.default_rng(3)
+    scores, predicted = rng.random((4, 15)), rng.random((4, 15))
+    firing, silent = [(0, 3), (2, 14), (2, 12)], [(1, 7), (3, 5)]
+    found = judge(predicted, scores, 0.7, firing, silent, 4)
+
+    def cells(places):
+        return {(b, t) for b, at in places for t in range(max(0, at - 3), min(15, at + 2))}
+
+    def f1(where):
+        tp = sum(predicted[c] > 0.7 and scores[c] > 0.7 for c in where)
+        said, so = sum(predicted[c] > 0.7 for c in where), sum(scores[c] > 0.7 for c in where)
+        precision, recall = tp / said, tp / so
+        return precision, recall, 2 * precision * recall / (precision + recall)
+
+    everything = [(b, t) for b in range(4) for t in range(15)]
+    names = ("precision", "recall", "f1")
+    assert [found[name] for name in names] == pytest.approx(f1(cells(firing)))
+    assert [found[f"text_{name}"] for name in names] == pytest.approx(f1(everything))
+    both = sorted(cells(firing) | cells(silent))
+    x, y = [predicted[c] for c in both], [scores[c] for c in both]
+    assert found["simulation"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    told = [[any(predicted[c] > 0.7 for c in cells([place])) for place in places] for places in (firing, silent)]
+    assert found["detection"] == pytest.approx((np.mean(told[0]) + 1 - np.mean(told[1])) / 2)
+
+
+def test_a_token_list_holds_what_fires_with_its_mean():
+    tokens, scores = np.array([[1, 2, 1], [1, 3, 3]]), np.array([[5.0, 1.0, 0.0], [4.0, 3.0, 0.0]])
+    assert list(token_list(tokens, scores, 2.5).items()) == [(1, 3.0), (3, 1.5)]
+
+
+def test_correlation_of_constants():
+    assert correlation(np.ones(3), np.arange(3.0)) == 0
+    assert np.isnan(correlation(np.arange(3.0), np.ones(3)))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": 0}, "units=0"),
+        ({"units": "some"}, "units='some'"),
+        ({"units": [(SITE, 4)]}, "unit 4 of"),
+        ({"snippets": 1}, "snippets=1"),
+        ({"substitutes": -1}, "substitutes=-1"),
+        ({"context": 40}, "context=40"),
+        ({"share": 0.0}, "share=0.0"),
+        ({"n_tokens": 40}, "1 blocks"),
+    ],
+)
+def test_bad_input_is_refused(planted, text, changes, message):
+    thresholds = calibrate(planted, text[:20], progress=False)["clean"]
+    with pytest.raises(ValueError, match=message):
+        explain(planted, text[20:], thresholds, **{"progress": False, **changes})
+
+
+def test_thresholds_of_another_model_are_refused(planted, text):
+    cfg = sa.ModelConfig(n_layers=1, d_model=8, n_heads=2, n_ctx=N_CTX, d_vocab=V)
+    thresholds = calibrate(sa.SelfAblatingTransformer(cfg), text[:4], progress=False)["clean"]
+    with pytest.raises(ValueError, match="another shape"):
+        explain(planted, text[20:], thresholds, progress=False)
