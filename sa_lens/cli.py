@@ -220,6 +220,83 @@ def generate(
     return None
 
 
+@command("find a circuit for a task and judge it", "sa-lens circuit runs/local --task ioi --stream ablated")
+def circuit(
+    run: Run,
+    task: str = "ioi",
+    method: Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"] = "acdc",
+    stream: Literal["clean", "ablated"] = "clean",
+    tau: float = 0.01,
+    edges: int | None = None,
+    steps: int = 5,
+    ablation: Literal["resample", "zero", "mean"] = "resample",
+    gates: Literal["frozen", "live"] | None = None,
+    pairs: int = 128,
+    words: Literal["auto", "stories", "tinystories"] = "auto",
+    seed: int = 0,
+    out: Path | None = None,
+    which: Literal["best", "last"] = "best",
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Find the circuit of a task in one stream, and say how faithful it is on other prompts.
+
+    Prints the task skill first: a circuit for a task that the model cannot do explains nothing. Writes the circuit,
+    its ranking, tables and figures into a folder.
+
+    Args:
+        run: Run folder or Hub id.
+        task: ioi, pronoun, object, repeated, or a JSON file of prompt pairs.
+        method: acdc decides edge by edge; the others rank all edges, exact by single removals, gate by the masks.
+        stream: Stream to look at.
+        tau: ACDC keeps an edge whose removal raises KL by this much, nats.
+        edges: Size of a ranking's circuit; None: the fewest with faithfulness 0.9.
+        steps: Steps of eap-ig.
+        ablation: What edges outside the circuit carry.
+        gates: In the ablated stream: frozen (default) or live masks.
+        pairs: Prompts to find with; as many others to report on.
+        words: Vocabulary of the prompts; auto: that of the run's training text.
+        seed: Seed of prompts and bootstrap.
+        out: Folder to write; None: RUN/circuits/TASK-METHOD-STREAM.
+        which: The best weights, or the last checkpoint's.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    from sa_lens.circuits.search import find_circuit
+    from sa_lens.circuits.tasks import make
+    from sa_lens.training.report import load_run, trained_on_stories
+    from sa_lens.views import draw, faithfulness_chart, save
+
+    if words == "auto":
+        words = "stories" if trained_on_stories(run) else "tinystories"
+    model = load_run(run, which=which, device=device)
+    unseen = {"name_pairs": "held-out"} if (task, words) == ("ioi", "stories") else {}
+    both = make(task, model.tokenizer, 2 * pairs, seed, world=words, **unseen)
+    find, report = both.split(seed)
+    found = find_circuit(
+        model,
+        find,
+        report,
+        method,
+        **{"tau": tau, "steps": steps, "edges": edges, "ablation": ablation, "stream": stream, "gates": gates},
+        progress=not json,
+        seed=seed,
+    )
+    folder = found.save(out or Path(run) / "circuits" / f"{both.task}-{method}-{stream}")
+    figures = {"circuit": draw(found.circuit)}
+    if found.curve is not None:
+        figures["faithfulness"] = draw(faithfulness_chart({f"{method}, {stream} stream": found.curve.table()}))
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.html")
+    if json:
+        print(_json(found.row()))
+        return None
+    print(f"{both.report()}; {len(find)} to find with, {len(report)} to report on\n")
+    print(found.summary())
+    print(f"\nIn {folder}: circuit.json, ranking.json, edges.csv, {', '.join(f'{name}.html' for name in figures)}")
+    return None
+
+
 @command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
 def export(
     run: Run,

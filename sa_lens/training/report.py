@@ -18,6 +18,7 @@ from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import check_device
+from sa_lens.training.run_folder import CONFIG_YAML, stored_config
 from sa_lens.training.start import data_config
 
 
@@ -32,6 +33,11 @@ def load_run(run: str, *, which: Literal["best", "last"] = "best", device: str =
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     return SelfAblatingTransformer.from_pretrained(run, which=which, device=device)
+
+
+def trained_on_stories(run: str) -> bool:
+    """Whether a run folder's model was trained on the generated stories; False for a model from the Hub."""
+    return (Path(run) / CONFIG_YAML).is_file() and stored_config(Path(run)).data.source == "stories"
 
 
 def evaluate_run(
