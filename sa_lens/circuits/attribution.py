@@ -2,15 +2,15 @@
 
 All give a `Circuit` of every edge whose score is
 
-    an estimate of the change of the metric's mean when that edge alone is ablated,
+    an estimate of how much worse the metric's mean gets when that edge alone is ablated,
 
-the quantity that `effects.exact_effects` computes: metric(without the edge) - metric(full graph). So an edge that helps
-the task has a negative score under the logit difference, and a positive one under `kl`. Each is a sum over positions,
-a mean over pairs, of
+the quantity that `effects.exact_effects` computes: metric(full graph) - metric(without the edge), and the opposite for
+metrics that are worse when larger (`kl`). So an edge that helps has a positive score, as in ACDC. Each is a sum over
+positions, a mean over pairs, of
 
-    (what the ablated edge carries - what its source writes on the clean prompt) . d metric / d input of its destination
+    (what its source writes on the clean prompt - what the ablated edge carries) . d metric / d input of its destination
 
-and the methods differ in where, and how, that derivative is taken. With `.keep(n)` the n edges of the largest absolute
+(the opposite for `kl`), and the methods differ in where, and how, that derivative is taken. With `.keep(n)` the n edges of the largest absolute
 score make a circuit.
 
 In the ablated stream the derivative is that of the pass of `model.ablated(position=-1)`. With frozen gates the masks of
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sa_lens.circuits.costs import sign_of
 from sa_lens.circuits.gradients import (
     EdgePasses,
     batches,
@@ -229,7 +230,7 @@ def _attribute(
             for one, sent in zip(seen, passes.differences(clean), strict=True):
                 scores += products(graph, sent, {at: next(named) for at in one.inputs})
             value += float(function(logits, batch.pairs).detach().double().sum())
-    scores = (scores / total).masked_fill(~graph.exists, torch.nan)
+    scores = (sign_of(metric) * scores / total).masked_fill(~graph.exists, torch.nan)
     if not bool(scores[graph.exists].isfinite().all()):
         raise ValueError(f"metric={name!r} or its gradient is not finite on these pairs: no score can be given")
     about = {

@@ -1,7 +1,8 @@
 """The exact effect of each single edge: what attribution estimates, at a pass of the model above it for each edge.
 
-An edge's score is metric(full graph without that edge) - metric(full graph), both means over pairs: the change of the
-metric when the edge alone carries what an ablated edge does. `CircuitRunner` without the edge is the definition. Where
+An edge's score says how much worse the metric's mean over pairs gets when the edge alone carries what an ablated edge
+does: metric(full graph) - metric(full graph without that edge), and the opposite for metrics that are worse when larger
+(`kl`, `answer_rank`). `CircuitRunner` without the edge is the definition. Where
 `recompute.py` can recompute single nodes, many edges go at once through the part of the model that they change.
 """
 
@@ -42,7 +43,7 @@ def exact_effects(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Circuit:
-    """Every edge with the change of the metric's mean when that edge alone is ablated.
+    """Every edge with how much worse the metric's mean gets when that edge alone is ablated; positive: it helps.
 
     Args:
         metric: a name of `METRICS`, `kl` (from the unedited clean prompt in the same stream, nats), or a function of
@@ -78,7 +79,7 @@ def exact_effects(
             value, found = _by_passes(runner, metric)
         with tqdm(total=len(graph), desc="exact effects", unit=" edges", delay=3, disable=not progress) as bar:
             for to, source, without in found:
-                scores[to, source] = without - value
+                scores[to, source] = sign_of(metric) * (without - value)
                 bar.update()
     if not bool(scores[graph.exists].isfinite().all()):
         raise ValueError(f"metric={name!r} is not finite on these pairs: no effect can be given")

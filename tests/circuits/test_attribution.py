@@ -46,15 +46,15 @@ def test_all_methods_are_exact_on_a_linear_model(stream: str, ablation: str) -> 
         assert len(circuit) == len(circuit.graph)
 
 
-def test_score_is_the_change_of_the_metric_when_the_edge_is_ablated() -> None:
-    """m0 -> logits of a linear model, by hand: (MLP on the corrupt prompt - on the clean one) . (answer - wrong)."""
+def test_score_is_the_fall_of_the_metric_when_the_edge_is_ablated() -> None:
+    """m0 -> logits of a linear model, by hand: (MLP on the clean prompt - on the corrupt one) . (answer - wrong)."""
     model, pairs = linear(), token_pairs(n=4)
     by_hand = []
     for i in range(4):
         with torch.no_grad():
             _, clean = model.run_with_cache(pairs.clean[i])
             _, corrupt = model.run_with_cache(pairs.corrupt[i])
-            change = corrupt["blocks.0.hook_mlp_out"][0, -1] - clean["blocks.0.hook_mlp_out"][0, -1]
+            change = clean["blocks.0.hook_mlp_out"][0, -1] - corrupt["blocks.0.hook_mlp_out"][0, -1]
             by_hand.append(change @ (model.W_U[:, pairs.answers[i]] - model.W_U[:, pairs.wrong_answers[i]]))
     expected = float(torch.stack(by_hand).mean())
     assert abs(eap(model, pairs, **QUIET).score("m0->logits") - expected) < 1e-10
@@ -136,7 +136,8 @@ def slow(
             return kl(logits, runs.reference) if metric == "kl" else METRICS[metric](logits, group)
 
         for edge, value in runs.scores(score, embeds).items():
-            totals[edge] = totals.get(edge, 0.0) + float(value) / len(pairs)
+            worse = 1 if metric == "kl" else -1
+            totals[edge] = totals.get(edge, 0.0) + worse * float(value) / len(pairs)
     return totals
 
 
@@ -241,12 +242,12 @@ def test_constant_patterns_leave_nothing_to_queries_and_keys() -> None:
 
 
 def test_integrated_gradients_are_complete() -> None:
-    """Edges out of the embedding add up to the way from the clean to the corrupt prompt."""
+    """Edges out of the embedding add up to the way from the corrupt to the clean prompt."""
     model, pairs = plain(**DOUBLE), token_pairs(n=4)
     gaps = []
     for steps in (8, 256):
         embed = eap_ig(model, pairs, steps=steps, rule="midpoint", **QUIET).scores[:, 0].nansum()
-        ends = [logit_difference(last_logits(model, pairs, "clean", p), pairs).mean() for p in ("clean", "corrupt")]
+        ends = [logit_difference(last_logits(model, pairs, "clean", p), pairs).mean() for p in ("corrupt", "clean")]
         gaps.append(abs(float(embed - (ends[1] - ends[0]))))
     assert gaps[1] < 1e-2 * abs(float(ends[1] - ends[0]))
     assert gaps[1] < gaps[0] / 10

@@ -24,12 +24,13 @@ def slow(model: Any, pairs: PromptPairs, metric: Any, **choices: Any) -> Circuit
     full = Circuit.full(runner.graph)
     whole = runner(full).logits
     function = metric_named(metric, whole)[1]
+    worse = 1 if metric in ("kl", "answer_rank") else -1
     scores = torch.full_like(full.scores, torch.nan)
     for to, source in runner.graph.exists.nonzero().tolist():
         mask = runner.graph.exists.clone()
         mask[to, source] = False
         without = function(runner.run(mask).logits, pairs).double().mean()
-        scores[to, source] = without - function(whole, pairs).double().mean()
+        scores[to, source] = worse * (without - function(whole, pairs).double().mean())
     return Circuit(runner.graph, full.mask, scores)
 
 
