@@ -28,16 +28,18 @@ def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
     """The configuration of the demo's model; with scope `none`, of its dense baseline."""
     return RunConfig(
         model=ModelConfig(n_layers=3, d_model=128, n_heads=4, n_ctx=128, attn_scale=True, init="gpt2"),
-        gates=GateConfig(scope=scope, k_attn=8, k_mlp=8, temperature=0.1),  # type: ignore[arg-type]
+        gates=GateConfig(scope=scope, k_attn=16, k_mlp=16, temperature=0.1),  # type: ignore[arg-type]
         data=DataConfig(source="stories", n_stories=20_000, vocab_size=1024),
         train=TrainConfig(
-            steps=2_300,
-            batch_size=8,
+            # copying a name is learnt suddenly, after some number of optimizer steps: many small ones get there first
+            steps=4_600,
+            batch_size=4,
             lr=3e-3,
-            warmup_steps=50,
-            eval_every=1_150,
+            betas=(0.9, 0.98),
+            warmup_steps=100,
+            eval_every=2_300,
             eval_tokens=40_000,
-            save_every=575,
+            save_every=1_150,
             precision="bf16",
             sample_tokens=0,
             seed=seed,

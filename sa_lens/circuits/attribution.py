@@ -10,8 +10,8 @@ positions, a mean over pairs, of
 
     (what its source writes on the clean prompt - what the ablated edge carries) . d metric / d input of its destination
 
-(the opposite for `kl`), and the methods differ in where, and how, that derivative is taken. With `.keep(n)` the n edges of the largest absolute
-score make a circuit.
+(the opposite for `kl`), and the methods differ in where, and how, that derivative is taken. With `.keep(n)` the n edges
+of the largest absolute score make a circuit.
 
 In the ablated stream the derivative is that of the pass of `model.ablated(position=-1)`. With frozen gates the masks of
 the unedited clean prompt are constants. With live gates an edge also changes the clean pass that the gates read, and
