@@ -115,9 +115,13 @@ def specialization(
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)
     batches = stream_units(model, blocks, chosen, progress=progress, name="units")
-    rules = rules_for(model, calibration, chosen, progress)
     if classes is None and model.tokenizer is not None:
         classes = word_classes(model.tokenizer, model.cfg.d_vocab)
+    if classes is not None and len(classes.of_token) < model.cfg.d_vocab:
+        raise ValueError(
+            f"classes covers {len(classes.of_token):,} tokens, fewer than the model's {model.cfg.d_vocab:,}"
+        )
+    rules = rules_for(model, calibration, chosen, progress)
     vocabulary = _Vocabulary.of(frequencies, distinct_tokens, device_of(model))
     tallies = {
         (stream, site): _SiteTally(site, n, rules[stream], vocabulary, blocks, sample_tokens)
@@ -289,10 +293,6 @@ def _by_class(
     counts: Float[Tensor, "slot unit"], vocabulary: _Vocabulary, classes: TokenClasses
 ) -> Float[Tensor, "group unit"]:
     """Firings by word class; tokens without a counter of their own are a class apart."""
-    if len(classes.of_token) < len(vocabulary.slot_of):
-        raise ValueError(
-            f"classes covers {len(classes.of_token):,} tokens, fewer than the model's {len(vocabulary.slot_of):,}"
-        )
     of_slot = torch.cat([classes.of_token[vocabulary.tokens], torch.tensor([len(classes.names)])]).to(counts.device)
     summed = counts.new_zeros(len(classes.names) + 1, counts.shape[1])
     return summed.index_add_(0, of_slot, counts)

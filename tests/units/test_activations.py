@@ -1,0 +1,93 @@
+"""Units are streamed as hooks show them, in both streams, whatever the batches."""
+
+import numpy as np
+import pytest
+import torch
+
+import sa_lens as sa
+from sa_lens.data import TokenFile
+from sa_lens.data.tokens import write_tokens
+from sa_lens.units.activations import Site, TextBlocks, stream_units, unit_counts, unit_sites
+
+
+def gathered(model, text, streams, **options):
+    batches = list(stream_units(model, text, streams, progress=False, **options))
+    values = {
+        stream: {site: torch.cat([b.values[stream][site] for b in batches]) for site in batches[0].values[stream]}
+        for stream in batches[0].values
+    }
+    masks = {site: torch.cat([b.masks[site] for b in batches]) for site in batches[0].masks}
+    return torch.cat([b.tokens for b in batches]), values, masks
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 10_000])
+def test_values_and_masks_are_those_of_the_hooks(gated, text, at_once):
+    with torch.no_grad():
+        _, clean = gated.run_with_cache(text)
+        with gated.ablated():
+            _, ablated = gated.run_with_cache(text)
+    tokens, values, masks = gathered(gated, text, ("clean", "ablated"), tokens_at_once=at_once)
+    assert torch.equal(tokens, text)
+    for site, n in unit_counts(gated).items():
+        for stream, cache in (("clean", clean), ("ablated", ablated)):
+            assert values[stream][site].shape[-1] == n
+            torch.testing.assert_close(values[stream][site], cache[site.value_hook].flatten(2))
+        assert torch.equal(masks[site], ablated[site.mask_hook].flatten(2))
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_one_stream_alone_gives_the_same_values(gated, text, stream):
+    _, both, _ = gathered(gated, text, ("clean", "ablated"))
+    _, alone, masks = gathered(gated, text, stream)
+    assert bool(masks) == (stream == "ablated")
+    for site in unit_sites(gated):
+        torch.testing.assert_close(alone[stream][site], both[stream][site])
+
+
+def test_masks_of_whole_heads_are_repeated_for_their_units(text):
+    cfg = sa.ModelConfig(n_layers=1, d_model=8, n_heads=2, d_mlp=8, n_ctx=16, d_vocab=24)
+    model = sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=1, k_mlp=2, attn_unit="head"), device="cpu")
+    _, values, masks = gathered(model, text, "ablated")
+    mask = masks[Site(0, "attn")]
+    assert mask.shape == values["ablated"][Site(0, "attn")].shape
+    heads = mask.unflatten(-1, (2, 4))
+    assert torch.equal(heads, heads[..., :1].expand_as(heads))
+    assert torch.equal(heads[..., 0].sum(-1), torch.ones(12, 16))
+
+
+def test_a_token_file_is_read_in_blocks_from_its_beginning(tmp_path, gated, word_tokenizer):
+    file = write_tokens(tmp_path / "a.bin", ["a b c d e " * 9] * 3, word_tokenizer, name="test", progress=False)
+    blocks = TextBlocks(TokenFile.open(file.path), 16, n_tokens=70)
+    flat = np.asarray(file.tokens)[:64].astype(np.int64)
+    assert len(blocks) == 4
+    assert torch.equal(blocks.rows(0, 9), torch.from_numpy(flat).view(4, 16))
+    assert torch.equal(blocks.pick(torch.tensor([2, 0])), torch.from_numpy(flat).view(4, 16)[[2, 0]])
+
+
+def test_nothing_of_the_caller_is_disturbed(gated, text):
+    with gated.ablated():
+        list(stream_units(gated, text, "clean", progress=False))
+        inside = gated(text)
+    torch.testing.assert_close(inside, gated.run_streams(text).ablated_logits)
+
+
+def test_bad_input_is_refused_at_once(gated, planted, text, tmp_path, word_tokenizer):
+    with pytest.raises(ValueError, match="must be 'clean' or 'ablated'"):
+        stream_units(gated, text, "both")
+    with pytest.raises(ValueError, match="needs gates"):
+        stream_units(planted, text, "ablated")
+    with pytest.raises(ValueError, match="no units at"):
+        stream_units(gated, text, sites=[Site(7, "mlp")])
+    with pytest.raises(ValueError, match="longer than n_ctx=16"):
+        stream_units(gated, text.view(6, 32))
+    with pytest.raises(ValueError, match="vocabulary of 24"):
+        stream_units(gated, text + 20)
+    with pytest.raises(ValueError, match="empty"):
+        stream_units(gated, text[:0])
+    with pytest.raises(ValueError, match="whole-number tensor"):
+        stream_units(gated, text.float())
+    short = write_tokens(tmp_path / "short.bin", ["a b"], word_tokenizer, name="test", progress=False)
+    with pytest.raises(ValueError, match="fewer than one block"):
+        stream_units(gated, short)
+    with pytest.raises(ValueError, match="text is empty"):
+        write_tokens(tmp_path / "none.bin", [], word_tokenizer, name="test", progress=False)

@@ -1,0 +1,64 @@
+"""Snippets are the most active windows, and a sample of the rest, with the values that the hooks show."""
+
+import pytest
+import torch
+
+from sa_lens.units.activations import Site, unit_sites
+from sa_lens.units.firing import unit_scores
+from sa_lens.units.snippets import snippets
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_windows_are_those_of_a_slow_search(gated, text, stream):
+    found = snippets(gated, text, stream, n_top=3, n_sample=4, length=6, progress=False)
+    with torch.no_grad():
+        if stream == "clean":
+            cache = gated.run_with_cache(text)[1]
+        else:
+            with gated.ablated():
+                cache = gated.run_with_cache(text)[1]
+    assert list(found) == unit_sites(gated)
+    for site, record in found.items():
+        x = cache[site.value_hook].flatten(2)
+        scores = unit_scores(site, x)
+        assert record.tokens.shape == record.values.shape == (x.shape[-1], 7, 6)
+        for unit in range(x.shape[-1]):
+            largest = scores[:, :, unit].amax(1)
+            best = largest.sort(descending=True).values[:3]
+            torch.testing.assert_close(largest[record.blocks[unit, :3]], best, atol=1e-6, rtol=1e-5)
+            assert len(record.blocks[unit].unique()) == 7
+            assert largest[record.blocks[unit, 3:]].diff().max() <= 1e-6
+            assert largest[record.blocks[unit, 3:]].max() <= best[-1] + 1e-6
+            for i in range(7):
+                block, start = int(record.blocks[unit, i]), int(record.starts[unit, i])
+                assert torch.equal(record.tokens[unit, i], text[block, start : start + 6])
+                torch.testing.assert_close(record.values[unit, i], x[block, start : start + 6, unit])
+                peak = unit_scores(site, record.values[unit, i])[record.peaks[unit, i]]
+                torch.testing.assert_close(peak, largest[block])
+                smaller = int((largest < largest[block]).sum())
+                assert abs(float(record.quantiles[unit, i]) * 12 - smaller) < 1.01
+
+
+def test_chosen_units_only(planted, even_text):
+    site = Site(0, "mlp")
+    record = snippets(planted, even_text, units={site: [2, 0]}, n_top=2, n_sample=0, length=5, progress=False)[site]
+    assert record.units.tolist() == [2, 0]
+    row = record.of(2)
+    assert record.tokens[row].gather(1, record.peaks[row][:, None]).unique().tolist() == [7]
+    assert record.values[row].amax(1).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="unit=1"):
+        record.of(1)
+
+
+def test_bad_input_gets_a_clear_error(gated, text):
+    for options, message in (
+        ({"length": 17}, "from 1 to the 16 tokens"),
+        ({"n_top": 9}, "has 12 blocks"),
+        ({"n_top": 0}, "n_top=0"),
+        ({"units": {Site(0, "mlp"): [20]}}, "some of 0 to 19"),
+        ({"units": {Site(5, "mlp"): [0]}}, "no units at"),
+        ({"units": {}}, "names no site"),
+        ({"stream": "grey"}, "must be 'clean' or 'ablated'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            snippets(gated, text, **{"n_top": 2, "n_sample": 4, "length": 8, "progress": False, **options})

@@ -1,0 +1,97 @@
+"""Sparsity against the formulas on all weights or values at once."""
+
+import numpy as np
+import pytest
+import torch
+
+from sa_lens.units.activations import unit_sites
+from sa_lens.units.measures import gini, hoyer
+from sa_lens.units.sparsity import activation_sparsity, effective_connections, sparsity
+from sa_lens.units.specialization import specialization
+
+
+def test_weights_row_by_row_and_in_all(gated):
+    table = sparsity(gated, eps=0.1).set_index("weight")
+    weights = {name: x.detach() for name, x in gated.named_parameters() if "_gate." not in name}
+    weights["unembed.W_U"] = gated.W_U
+    matrices = {name: x for name, x in weights.items() if name.rsplit(".", 1)[-1].startswith("W_")}
+    assert set(table.index[:-4]) == set(matrices)
+    for name, x in matrices.items():
+        row = table.loc[name]
+        assert row.mean_abs == pytest.approx(float(x.abs().mean()), rel=1e-5)
+        assert row.hoyer == pytest.approx(float(hoyer(x.flatten())))
+        assert row.gini == pytest.approx(float(gini(x.flatten())))
+        layer = [m for other, m in matrices.items() if other.split(".")[:2] == name.split(".")[:2] and "blocks" in name]
+        scale = torch.cat([m.flatten() for m in layer or [x]]).square().mean().sqrt()
+        assert row.share_small == pytest.approx(float((x.abs() < 0.1 * scale).float().mean()))
+    everything = torch.cat([x.flatten() for x in weights.values()])
+    assert table.loc["all parameters"].n == len(everything)
+    assert table.loc["all parameters"].mean_abs == pytest.approx(float(everything.abs().mean()), rel=1e-5)
+    inner = torch.cat([x.flatten() for name, x in weights.items() if "embed" not in name])
+    # the unembedding's bias is no embedding matrix
+    inner = torch.cat([inner, weights["unembed.b_U"]])
+    row = table.loc["all parameters without embeddings"]
+    assert (row.n, row.mean_abs) == (len(inner), pytest.approx(float(inner.abs().mean()), rel=1e-5))
+    blocks = torch.cat([x.flatten() for name, x in matrices.items() if "embed" not in name])
+    assert table.loc["matrices without embeddings"].gini == pytest.approx(float(gini(blocks)))
+
+
+def test_only_the_papers_measure_depends_on_scale(gated):
+    import copy
+
+    scaled = copy.deepcopy(gated)
+    with torch.no_grad():
+        for parameter in scaled.parameters():
+            parameter.mul_(3)
+    one, other = sparsity(gated), sparsity(scaled)
+    np.testing.assert_allclose(other.mean_abs, 3 * one.mean_abs, rtol=1e-5)
+    for column in ("hoyer", "gini", "share_small"):
+        np.testing.assert_allclose(other[column], one[column], rtol=1e-4, atol=1e-6)
+
+
+def test_activations_token_by_token(gated, text):
+    table = activation_sparsity(gated, text, eps=0.2, progress=False).set_index(["stream", "layer", "kind"])
+    with torch.no_grad():
+        caches = {"clean": gated.run_with_cache(text)[1]}
+        with gated.ablated():
+            caches["ablated"] = gated.run_with_cache(text)[1]
+    for stream, cache in caches.items():
+        for site in unit_sites(gated):
+            tokens = cache[site.value_hook].flatten(2).flatten(0, 1)
+            row = table.loc[(stream, site.layer, site.kind)]
+            assert row.hoyer == pytest.approx(np.mean([float(hoyer(x)) for x in tokens]), rel=1e-5)
+            assert row.gini == pytest.approx(np.mean([float(gini(x)) for x in tokens]), rel=1e-5)
+            assert row.share_zero == pytest.approx(float((tokens == 0).float().mean()))
+            small = [float((x.abs() <= 0.2 * x.square().mean().sqrt()).float().mean()) for x in tokens]
+            assert row.share_small == pytest.approx(np.mean(small), rel=1e-5)
+    kept = 1 - table.loc["ablated"].share_zero
+    assert kept[0, "mlp"] == pytest.approx(7 / 20)
+    assert kept[0, "attn"] == pytest.approx(6 / 16)
+
+
+def test_connections_of_live_and_firing_units(planted, even_text):
+    record = specialization(planted, even_text, even_text, progress=False)
+    table = effective_connections(planted, record.table).set_index("kind")
+    # the rows that the neurons read: 4, 1, 1, all 26 but of a dead one, 24 and 1; nothing is written out
+    rates = record.table.query("kind == 'mlp'").firing_rate.to_numpy()
+    reads = np.array([4, 1, 1, 26, 24, 1])
+    row = table.loc["mlp"]
+    assert (row.weights, row.not_small, row.live) == (2 * 26 * 6, reads.sum(), reads.sum() - 26)
+    assert row.firing == pytest.approx((reads * rates).sum())
+    assert table.loc["attn"].not_small == 0
+    assert table.loc["all"].live == row.live
+    assert table.loc["all"].live_share == pytest.approx(row.live / (2 * 26 * 6 + 2 * 26 * 4))
+
+
+def test_bad_input_gets_a_clear_error(gated, planted, text, even_text):
+    for call in (
+        lambda: sparsity(gated, eps=0),
+        lambda: activation_sparsity(gated, text, eps=-1, progress=False),
+    ):
+        with pytest.raises(ValueError, match="eps="):
+            call()
+    table = specialization(planted, even_text, even_text, progress=False).table
+    with pytest.raises(ValueError, match="not its own"):
+        effective_connections(gated, table)
+    with pytest.raises(ValueError, match="must be 'clean' or 'ablated'"):
+        activation_sparsity(gated, text, "dark", progress=False)

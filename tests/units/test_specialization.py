@@ -1,0 +1,195 @@
+"""Planted units are described as they were planted; every figure agrees with the whole array at once."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sa_lens.units.activations import TOKENS_AT_ONCE, Site, unit_sites
+from sa_lens.units.firing import calibrate
+from sa_lens.units.measures import gini, hoyer
+from sa_lens.units.specialization import specialization
+from sa_lens.units.word_classes import TokenClasses, word_classes
+
+CLASSES = TokenClasses(("low", "planted", "high"), torch.tensor([0] * 3 + [1] * 5 + [2] * 16))
+
+
+def unit_row(record, unit, kind="mlp", stream="clean", layer=0):
+    table = record.table
+    found = table[(table.stream == stream) & (table.kind == kind) & (table.unit == unit) & (table.layer == layer)]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+@pytest.fixture(scope="module")
+def described(planted, even_text):
+    return specialization(planted, even_text, even_text, classes=CLASSES, progress=False)
+
+
+def test_a_neuron_wired_to_a_token_class(described, even_text):
+    row = unit_row(described, 0)
+    assert row.live
+    assert row.firing_rate == pytest.approx(float(((even_text >= 3) & (even_text <= 6)).float().mean()))
+    assert row.effective_tokens == pytest.approx(4, abs=0.1)
+    assert row.effective_classes == pytest.approx(1)
+    assert 3 <= row.top_token <= 6
+    assert row.effective_positions > 14
+    assert row.partner_jaccard < 0.5
+
+
+def test_a_pair_that_fires_together(described):
+    first, second = unit_row(described, 1), unit_row(described, 2)
+    assert (first.partner, first.partner_jaccard) == ("mlp.2", 1.0)
+    assert (second.partner, second.partner_jaccard) == ("mlp.1", 1.0)
+    assert first.effective_tokens == pytest.approx(1)
+    assert first.top_token == 7
+    assert first.top_token_share == 1
+    assert described.coactivation(0).loc["mlp.1", "mlp.2"] == 1
+
+
+def test_a_dead_neuron(described):
+    row = unit_row(described, 3)
+    assert not row.live
+    assert row.firing_rate == row["firing_rate_0.3"] == 0
+    assert row.threshold == np.inf
+    assert np.isnan([row.effective_tokens, row.effective_classes, row.mean_position, row["kurtosis"], row.gini]).all()
+    assert row.top_token == -1
+    assert row.partner is None or row.partner_jaccard == 0
+
+
+def test_a_neuron_that_always_fires_and_one_of_late_positions(described, even_text):
+    always, late = unit_row(described, 4), unit_row(described, 5)
+    assert always.firing_rate == 1
+    assert always.effective_tokens == pytest.approx(described.table.attrs["effective_tokens_of_text"], rel=1e-4)
+    assert always.mean_position == pytest.approx(0.5)
+    assert always.effective_positions == pytest.approx(16)
+    assert late.firing_rate == 0.5
+    assert late.mean_position == pytest.approx(0.75)
+    assert late.effective_positions == pytest.approx(8)
+
+
+def test_every_figure_agrees_with_the_whole_array(gated, text, calibration):
+    rules = calibrate(gated, calibration, ("clean", "ablated"), progress=False)
+    record = specialization(gated, text, rules, classes=CLASSES, progress=False)
+    tokens = text.flatten().numpy()
+    places = np.tile(np.arange(16), len(text))
+    with torch.no_grad():
+        caches = {"clean": gated.run_with_cache(text)[1]}
+        with gated.ablated():
+            caches["ablated"] = gated.run_with_cache(text)[1]
+    for stream, cache in caches.items():
+        for site in unit_sites(gated):
+            x = cache[site.value_hook].flatten(2).flatten(0, 1)
+            some = record.table.query("stream == @stream and layer == @site.layer and kind == @site.kind")
+            fired = rules[stream].fires(site, x).numpy()
+            for share in (0.3, 0.7):
+                np.testing.assert_allclose(
+                    some[f"firing_rate_{share}"], rules[stream].fires(site, x, share).double().mean(0)
+                )
+            if stream == "ablated":
+                np.testing.assert_allclose(some.mask_rate, cache[site.mask_hook].flatten(2).double().mean((0, 1)))
+            else:
+                assert some.mask_rate.isna().all()
+            np.testing.assert_allclose(some.firing_rate, fired.mean(0))
+            np.testing.assert_allclose(some.hoyer, hoyer(x), rtol=1e-4)
+            np.testing.assert_allclose(some.gini, gini(x), rtol=1e-5)
+            kurtosis = stats.kurtosis(x.double().numpy())
+            np.testing.assert_allclose(some["kurtosis"], kurtosis, rtol=1e-3, atol=1e-3)
+            for _, row in some.iterrows():
+                on = fired[:, row.unit]
+                if not on.any():
+                    continue
+                counts = np.bincount(tokens[on], minlength=24)
+                assert row.effective_tokens == pytest.approx(np.exp(stats.entropy(counts)))
+                assert counts[row.top_token] == counts.max()
+                assert row.top_token_share == pytest.approx(counts.max() / on.sum())
+                classes = np.bincount(CLASSES.of_token.numpy()[tokens[on]])
+                assert row.effective_classes == pytest.approx(np.exp(stats.entropy(classes)))
+                assert row.effective_positions == pytest.approx(np.exp(stats.entropy(np.bincount(places[on]))))
+                assert row.mean_position == pytest.approx((places[on] + 0.5).mean() / 16)
+    for layer in range(2):
+        fired = np.concatenate(
+            [
+                rules["clean"].fires(s, caches["clean"][s.value_hook].flatten(2).flatten(0, 1)).numpy()
+                for s in (Site(layer, "attn"), Site(layer, "mlp"))
+            ],
+            1,
+        )
+        both = fired.T.astype(float) @ fired
+        either = fired.sum(0)[:, None] + fired.sum(0)[None] - both
+        expected = np.divide(both, either, out=np.zeros_like(both), where=either > 0)
+        np.testing.assert_allclose(record.coactivation(layer), expected)
+
+
+def test_batches_do_not_change_the_table(gated, text, calibration, monkeypatch):
+    rules = calibrate(gated, calibration, "ablated", progress=False)
+    whole = specialization(gated, text, rules, "ablated", progress=False).table
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 16)
+    single = specialization(gated, text, rules, "ablated", progress=False).table
+    for name in whole.select_dtypes("number"):
+        np.testing.assert_allclose(whole[name], single[name], rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_keep_what_they_say(gated, text, calibration):
+    record = specialization(
+        gated, text, calibration, "clean", distinct_tokens=5, coactivation_tokens=64, coactivation_units=7,
+        sample_tokens=20, n_partners=2, progress=False,
+    )  # fmt: skip
+    frequencies = torch.bincount(text.flatten(), minlength=24)
+    top = frequencies.argsort(descending=True, stable=True)[:5]
+    assert record.tokens.tolist() == top.tolist()
+    share = 1 - float(frequencies[top].sum()) / text.numel()
+    assert record.table.attrs["share_of_other_tokens"] == pytest.approx(share)
+    assert all(counts.shape[0] == 6 for counts in record.token_counts.values())
+    assert record.table.effective_tokens.max() <= 6
+    assert record.coactivation(0).shape == (7, 7)
+    assert (record.table.partners.map(len) <= 2).all()
+    without = specialization(gated, text, calibration, "clean", coactivation_tokens=0, progress=False)
+    assert without.company == {}
+    with pytest.raises(ValueError, match="no co-activation"):
+        without.coactivation(0)
+
+
+def test_same_text_same_table(gated, text, calibration):
+    first, second = (specialization(gated, text, calibration, progress=False).table for _ in range(2))
+    assert first.equals(second)
+
+
+def test_bad_input_gets_a_clear_error(gated, planted, text, calibration):
+    with pytest.raises(ValueError, match="times token 4: units cannot be told apart"):
+        specialization(gated, torch.full((3, 16), 4), calibration, progress=False)
+    with pytest.raises(ValueError, match="must be 'clean' or 'ablated'"):
+        specialization(gated, text, calibration, "masked", progress=False)
+    with pytest.raises(ValueError, match="needs gates"):
+        specialization(planted, text, calibration, "ablated", progress=False)
+    with pytest.raises(ValueError, match="sample_tokens=0"):
+        specialization(gated, text, calibration, sample_tokens=0, progress=False)
+    rules = calibrate(planted, calibration, progress=False)
+    with pytest.raises(ValueError, match="another shape"):
+        specialization(gated, text, rules, "clean", progress=False)
+    with pytest.raises(ValueError, match="not for stream='ablated'"):
+        specialization(gated, text, calibrate(gated, calibration, progress=False), progress=False)
+    few = TokenClasses(("one",), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="covers 3 tokens"):
+        specialization(gated, text, calibration, "clean", classes=few, progress=False)
+
+
+def test_word_classes_go_by_lexicon_then_spelling(story_tokenizer):
+    classes = word_classes(story_tokenizer, len(story_tokenizer) + 3)
+
+    def class_of(text):
+        tokens = story_tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(tokens) == 1, text
+        return classes.names[classes.of_token[tokens[0]]]
+
+    assert class_of(" the") == "DET"
+    assert class_of(" Lily") == "PROPN"
+    assert class_of(" ball") == "NOUN"
+    assert class_of(" to") == "ADP"
+    assert class_of(",") == "PUNCT"
+    assert class_of(" ") == "space"
+    assert class_of("q") == "piece"
+    assert class_of("7") == "NUM"
+    assert class_of("<|endoftext|>") == "special"
+    assert len(classes.of_token) == len(story_tokenizer) + 3
+    assert classes.names[classes.of_token[-1]] == "special"
