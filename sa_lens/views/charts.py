@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.records import Bars, Curves, Level, Line, number
-from sa_lens.views.theme import heading, palette, plain, template
+from sa_lens.views.theme import faded, heading, palette, plain, template
 from sa_lens.views.words import TASKS, metric_words
 
 WIDTH = 860
@@ -246,12 +246,12 @@ def _decades(record: Curves) -> float:
 def _band(line: Line, colour: str) -> go.Scatter:
     """The interval of a curve as a pale band."""
     ends = [(x, low, high) for x, low, high in zip(line.x, line.low, line.high, strict=True) if None not in (low, high)]
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return go.Scatter(
         x=[x for x, _, _ in ends] + [x for x, _, _ in reversed(ends)],
         y=[high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
+        mode="lines",
         fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.15)",
+        fillcolor=faded(colour, 0.15),
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,

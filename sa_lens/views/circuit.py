@@ -134,7 +134,7 @@ def _scale(about: Mapping[str, Any]) -> str:
 def _edge_traces(record: CircuitMap, places: Places, scores: ScoreScale, colours: Palette) -> list[go.Scatter]:
     """Lines by colour, weak ones first, and one trace of unseen markers that answer the mouse."""
     n = len(record.edges)
-    points = 24 if n <= _FOR_HOVER else 10
+    points = 40 if n <= _FOR_HOVER else 10
     widths = (1.2, 3.6) if n <= _FOR_HOVER else (0.7, 2.2)
     opacity = (0.8, 1.0) if n <= _FOR_HOVER else (0.25, 0.95)
     lines: dict[int | None, tuple[list[float | None], list[float | None]]] = {}
@@ -257,7 +257,7 @@ def figure_of_circuit(record: CircuitMap, *, dark: bool = False) -> Figure:
     """The figure of a circuit."""
     colours = palette(dark)
     places = places_of([record])
-    scores = ScoreScale(_known([record]), colours)
+    scores = ScoreScale(_known([record]), dark)
     figure = Figure([*_edge_traces(record, places, scores, colours), _node_trace(record, places, colours)])
     x, y = _axes(record, places)
     width = places.width + 190
@@ -267,7 +267,7 @@ def figure_of_circuit(record: CircuitMap, *, dark: bool = False) -> Figure:
         title=title,
         xaxis=x,
         yaxis=y,
-        coloraxis=scores.axis(record.scale, colours) if _known([record]) else None,
+        coloraxis=scores.axis(record.scale) if _known([record]) else None,
         width=width,
         height=places.height + room + 20,
         margin={"t": room, "b": 20},
@@ -319,7 +319,7 @@ def circuits_side_by_side(
         raise ValueError(f"{len(names)} names for {len(records)} circuits")
     colours = palette(dark)
     places = places_of(records)
-    scores = ScoreScale(_known(records), colours)
+    scores = ScoreScale(_known(records), dark)
     captions = [
         f"<b>{wrapped(name, places.width - 20)}</b><br>"
         f"<span style='font-size:11px;color:{colours.faint}'>{wrapped(record.note, places.width - 20, 6)}</span>"
@@ -345,7 +345,7 @@ def circuits_side_by_side(
     figure.update_layout(
         template=template(dark),
         title=above,
-        coloraxis=scores.axis(records[0].scale, colours) if _known(records) else None,
+        coloraxis=scores.axis(records[0].scale) if _known(records) else None,
         width=width,
         height=places.height + room + 20,
         margin={"t": room, "b": 20},

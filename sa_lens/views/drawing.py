@@ -5,16 +5,56 @@ What draws each kind of record is registered in the module of that kind.
 
 from __future__ import annotations
 
+import json
 from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io as pio
+
+from sa_lens.views.page import component, in_notebook, inert, scripts_to_carry
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
 
+_USUAL = {"plotly_mimetype", "notebook", "jupyterlab", "vscode", "colab", "kaggle", "notebook_connected"}
+"""Renderers that plotly chooses by itself in notebooks; any other is somebody's wish."""
+_CONFIG = {"displaylogo": False, "responsive": True}
+
+
 class Figure(go.Figure):
-    """A plotly figure that saves itself."""
+    """A plotly figure that saves itself, and that shows itself in notebooks without a network.
+
+    Plotly's own display of HTML asks a server for MathJax. This one carries plotly's script with the first figure of a
+    notebook, and the figure's data for front ends that draw plotly figures themselves. A renderer chosen in
+    `plotly.io.renderers.default` is respected.
+    """
+
+    def fragment(self) -> str:
+        """The figure as HTML without plotly's script, which the page must hold."""
+        content = self.to_plotly_json()
+        shown = pio.to_json({"data": content["data"], "layout": content["layout"], "config": _CONFIG}, validate=False)
+        height = self.layout.height or 450
+        return component("plotly", "", inert(json.loads(shown)), style=f"min-height:{height}px")
+
+    def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        content = json.loads(self.to_json(validate=False))
+        return {
+            "application/vnd.plotly.v1+json": {**content, "config": _CONFIG},
+            "text/html": scripts_to_carry(("plotly",)) + self.fragment(),
+        }
+
+    def _repr_html_(self) -> str:
+        return scripts_to_carry(("plotly",)) + self.fragment()
+
+    def _ipython_display_(self) -> None:
+        if not in_notebook() or not set(str(pio.renderers.default or "").split("+")) <= _USUAL:
+            super()._ipython_display_()
+            return
+        from IPython.display import display
+
+        display(self._repr_mimebundle_(), raw=True)
 
     def save(self, path: str | Path, *, scale: float = 2) -> Path:
         """Writes the figure to a file, as `sa_lens.views.save` does."""
@@ -54,9 +94,7 @@ def save(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
         raise ValueError(f"{path.name}: a figure is saved as .html, {', '.join(IMAGES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
-        figure.write_html(
-            path, include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True}
-        )
+        figure.write_html(path, include_plotlyjs=True, full_html=True, config=_CONFIG)
         return path
     try:
         import kaleido  # noqa: F401

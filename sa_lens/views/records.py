@@ -17,6 +17,53 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sa_lens.views.text_records import (
+    Attention,
+    GateRaster,
+    Guess,
+    LensStream,
+    LiveUnit,
+    LogitLens,
+    Predictions,
+    Story,
+    StreamPredictions,
+    Track,
+    UnitActivations,
+)
+
+__all__ = [
+    "Attention",
+    "Axis",
+    "Bars",
+    "CircuitEdge",
+    "CircuitMap",
+    "Curves",
+    "GateRaster",
+    "Guess",
+    "HeatMap",
+    "Histogram",
+    "LensStream",
+    "Level",
+    "Line",
+    "LiveUnit",
+    "LogitLens",
+    "Predictions",
+    "Record",
+    "Series",
+    "Story",
+    "StreamPredictions",
+    "Table",
+    "Track",
+    "UnitActivations",
+    "from_json",
+    "number",
+    "numbers",
+    "read",
+    "short",
+    "to_json",
+    "write",
+]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -167,24 +214,68 @@ class CircuitMap:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Attention patterns of heads on one text."""
+class Series:
+    """Counts of one thing in the bins of a histogram."""
+
+    name: str
+    """What was counted."""
+    counts: tuple[int, ...]
+    """How many fell into each bin."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often values of some size occur."""
 
     title: str
     """Heading."""
-    tokens: tuple[str, ...]
-    """The text, token by token."""
-    heads: tuple[str, ...]
-    """A name for each pattern, such as `ablated 1.3`."""
-    patterns: tuple[tuple[tuple[float, ...], ...], ...]
-    """For each head, for each query position, the share of attention that each key position gets."""
+    note: str
+    """A line below the heading."""
+    x_title: str
+    """What was measured, with unit."""
+    edges: tuple[float, ...]
+    """Ends of the bins, one more than there are bins."""
+    series: tuple[Series, ...]
+    """What was counted, in the order of the legend."""
 
     def __post_init__(self) -> None:
-        if len(self.heads) != len(self.patterns):
-            raise ValueError(f"{self.title!r}: {len(self.heads)} names for {len(self.patterns)} patterns")
+        for one in self.series:
+            if len(one.counts) != len(self.edges) - 1:
+                raise ValueError(
+                    f"{self.title!r}: {len(one.counts)} counts of {one.name} for {len(self.edges) - 1} bins"
+                )
 
 
-Record = HeatMap | Bars | Curves | Attention | CircuitMap
+@dataclass(frozen=True)
+class Table:
+    """A table of texts and numbers."""
+
+    title: str
+    """Heading."""
+    note: str
+    """A line below the heading."""
+    columns: tuple[str, ...]
+    """Heads of the columns, with units."""
+    rows: tuple[tuple[str, ...], ...]
+    """Cells as they are read."""
+    numeric: tuple[bool, ...]
+    """Whether a column holds numbers."""
+
+
+Record = (
+    HeatMap
+    | Bars
+    | Curves
+    | Attention
+    | CircuitMap
+    | Story
+    | Predictions
+    | LogitLens
+    | GateRaster
+    | UnitActivations
+    | Histogram
+    | Table
+)
 """Everything that can be drawn."""
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in typing.get_args(Record)}
@@ -196,6 +287,11 @@ def number(value: Any) -> float | None:
         return None
     found = float(value)
     return found if math.isfinite(found) else None
+
+
+def short(value: float) -> float:
+    """A number to six significant digits, as many as single precision is good for."""
+    return float(f"{value:.6g}")
 
 
 def numbers(values: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sa_lens.views.theme import Palette, wrapped
+from sa_lens.views.theme import colour_at, palette, strong_scale, wrapped
 
 BINS = 5
 """Colours for each sign of a score."""
@@ -17,10 +17,11 @@ class ScoreScale:
 
     Args:
         scores: all that will be shown.
-        colours: of the look.
+        dark: the dark look.
     """
 
-    def __init__(self, scores: Sequence[float], colours: Palette) -> None:
+    def __init__(self, scores: Sequence[float], dark: bool = False) -> None:
+        self.dark = dark
         known = sorted(abs(score) for score in scores if score)
         self.unit = known[len(known) // 2] if known else 1.0
         low, high = min(scores, default=0.0), max(scores, default=1.0)
@@ -31,13 +32,7 @@ class ScoreScale:
         elif low == high:
             low, high = min(0.0, low), high or 1.0
         self.ends = (self.place(low), self.place(high))
-        # the pale middle of the scale would vanish on the background
-        half = len(colours.diverging) // 2
-        negative, positive = colours.diverging[:half], colours.diverging[half + 1 :]
-        if self.signed:
-            self.scale = _stops(negative, 0, 0.5) + _stops(positive, 0.5, 1)
-        else:
-            self.scale = _stops(colours.sequential[2:], 0, 1)
+        self.scale = strong_scale("diverging" if self.signed else "sequential", dark)
         self.limits = (low, high)
 
     def place(self, score: float) -> float:
@@ -57,12 +52,7 @@ class ScoreScale:
     def colour(self, index: int) -> str:
         """Colour of a group."""
         at = (index + 0.5) / (2 * BINS if self.signed else BINS)
-        stops = self.scale
-        i = max(j for j in range(len(stops) - 1) if stops[j][0] <= at and stops[j][0] < stops[j + 1][0])
-        (start, low), (end, high) = stops[i], stops[i + 1]
-        share = (at - start) / (end - start)
-        mixed = [round((1 - share) * int(low[j : j + 2], 16) + share * int(high[j : j + 2], 16)) for j in (1, 3, 5)]
-        return "#" + "".join(f"{part:02x}" for part in mixed)
+        return colour_at(self.scale, at)
 
     def weight(self, index: int) -> float:
         """How strong a group is, from 0 to 1."""
@@ -83,7 +73,7 @@ class ScoreScale:
         chosen.sort()
         return [self.place(score) for score in chosen], [f"{score:g}" for score in chosen]
 
-    def axis(self, title: str, colours: Palette, x: float = 1.02) -> dict[str, Any]:
+    def axis(self, title: str, x: float = 1.02) -> dict[str, Any]:
         """Plotly's colour axis."""
         places, texts = self.ticks()
         return {
@@ -91,7 +81,11 @@ class ScoreScale:
             "cmax": self.ends[1],
             "colorscale": self.scale,
             "colorbar": {
-                "title": {"text": wrapped(title, 110), "side": "top", "font": {"size": 12, "color": colours.faint}},
+                "title": {
+                    "text": wrapped(title, 110),
+                    "side": "top",
+                    "font": {"size": 12, "color": palette(self.dark).faint},
+                },
                 "tickvals": places,
                 "ticktext": texts,
                 "tickfont": {"size": 11},
@@ -101,8 +95,3 @@ class ScoreScale:
                 "x": x,
             },
         }
-
-
-def _stops(colours: Sequence[str], start: float, end: float) -> list[tuple[float, str]]:
-    n = len(colours) - 1
-    return [(start + (end - start) * i / n, colour) for i, colour in enumerate(colours)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -69,6 +70,43 @@ def colour_scale(kind: Literal["diverging", "sequential"], dark: bool = False) -
     """The colour scale as plotly takes it: (place from 0 to 1, colour)."""
     colours = getattr(palette(dark), kind)
     return [(i / (len(colours) - 1), colour) for i, colour in enumerate(colours)]
+
+
+def strong_scale(kind: Literal["diverging", "sequential"], dark: bool = False) -> list[tuple[float, str]]:
+    """As `colour_scale`, without the colours near zero that would vanish on the background."""
+    colours = getattr(palette(dark), kind)
+    if kind == "sequential":
+        return _stops(colours[2:], 0, 1)
+    half = len(colours) // 2
+    return _stops(colours[:half], 0, 0.5) + _stops(colours[half + 1 :], 0.5, 1)
+
+
+def _stops(colours: Sequence[str], start: float, end: float) -> list[tuple[float, str]]:
+    n = len(colours) - 1
+    return [(start + (end - start) * i / n, colour) for i, colour in enumerate(colours)]
+
+
+def colour_at(scale: Sequence[tuple[float, str]], at: float) -> str:
+    """The colour at a place from 0 to 1 of a colour scale, which may jump."""
+    at = min(max(at, 0.0), 1.0)
+    i = max(j for j in range(len(scale) - 1) if scale[j][0] <= at and scale[j][0] < scale[j + 1][0])
+    (start, low), (end, high) = scale[i], scale[i + 1]
+    share = (at - start) / (end - start)
+    mixed = [round((1 - share) * int(low[j : j + 2], 16) + share * int(high[j : j + 2], 16)) for j in (1, 3, 5)]
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
+def faded(colour: str, opacity: float) -> str:
+    """A colour that lets what is below shine through."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever reads better on a colour."""
+    red, green, blue = ((int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5))
+    # equal contrast with both at this luminance, by the formula of the Web Content Accessibility Guidelines
+    return "#101317" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 
 
 @cache

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import sa_lens as sa
 from sa_lens.views import attention, view
-
-
-@pytest.fixture(scope="module")
-def model():
-    cfg = sa.ModelConfig(n_layers=2, d_model=8, n_heads=2, d_mlp=16, n_ctx=16, d_vocab=20)
-    return sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=3, k_mlp=4), seed=1).requires_grad_(False)
 
 
 def test_patterns_of_both_streams(model):

@@ -128,7 +128,7 @@ def test_few_traces_at_any_size(n, signed):
 def test_lines_have_the_colour_of_the_bar():
     """A line's group covers the line's score on the axis that the colour bar shows."""
     scores = [-2.0, -0.1, 0.001, 0.3, 5.0]
-    scale = ScoreScale(scores, palette())
+    scale = ScoreScale(scores)
     assert scale.signed
     low, high = scale.ends
     for score in scores:
@@ -138,7 +138,7 @@ def test_lines_have_the_colour_of_the_bar():
     places, texts = scale.ticks()
     assert [math.asinh(float(text) / scale.unit) for text in texts] == pytest.approx(places)
     assert "0" in texts
-    positive = ScoreScale([0.01, 0.5], palette())
+    positive = ScoreScale([0.01, 0.5])
     assert not positive.signed
     assert [positive.bin(0.01), positive.bin(0.5)] == [0, BINS - 1]
     assert positive.weight(0) == 0

@@ -1,0 +1,179 @@
+"""The gate raster: which units stay at each token of a text, layer by layer."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from jaxtyping import Float, Int
+from plotly import graph_objects as go
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, has_ablated_stream, weight
+from sa_lens.units.activations import Site, read_units, unit_sites
+from sa_lens.views.drawing import Figure, draw
+from sa_lens.views.records import GateRaster, LiveUnit, short
+from sa_lens.views.texts import read_text, token_text, unit_name, visible
+from sa_lens.views.theme import heading, palette, plain, strong_scale, template
+
+__all__ = ["gate_raster", "promoted_tokens"]
+
+WIDEST = 1500
+"""Pixels of the widest raster."""
+
+
+def gate_raster(
+    model: Host,
+    text: str | Int[Tensor, " pos"],
+    *,
+    stream: Stream = "clean",
+    top: int = 3,
+    title: str = "Units that stay, token by token",
+) -> GateRaster:
+    """The record of which units the gates keep at each token of a text, with their values.
+
+    Args:
+        text: text, which gets one begin-of-text token, or tokens.
+        stream: whose values to show; the masks are the same. In the ablated stream the value is the one after the mask.
+        top: tokens to name for each unit: those whose logits it raises most, directly.
+        title: heading.
+
+    Raises:
+        ValueError: a model without gates, gates that are soft and drop nothing, or a text that the model cannot read.
+    """
+    if not has_ablated_stream(model):
+        raise ValueError(f"gate_raster needs gates, but this {type(model).__name__} has none")
+    if model.gates.kind != "hard":  # type: ignore[attr-defined]
+        raise ValueError("gate_raster needs hard gates: soft ones weigh units and drop none")
+    if top < 0:
+        raise ValueError(f"top={top} tokens a unit: give 0 or more")
+    tokens, labels = read_text(model, text)
+    sites = unit_sites(model)
+    values, masks = read_units(model, tokens, ["clean", "ablated"], sites)
+    units: list[LiveUnit] = []
+    kept = 0
+    for site in sites:
+        live = masks[site][0] > 0
+        kept += int(live[0].sum())
+        chosen = live.any(0).nonzero()[:, 0].tolist()
+        promoted = promoted_tokens(model, site, chosen, top)
+        for unit, names in zip(chosen, promoted, strict=True):
+            at = live[:, unit].nonzero()[:, 0]
+            units.append(
+                LiveUnit(
+                    name=unit_name(model, site.layer, site.kind, unit),
+                    layer=site.layer,
+                    kind=site.kind,
+                    promotes=names,
+                    positions=tuple(at.tolist()),
+                    values=tuple(map(short, values[stream][site][0, at, unit].float().tolist())),
+                )
+            )
+    total = sum(masks[site].shape[-1] for site in sites)
+    note = (
+        f"{kept} of {total:,} units stay at each token; shown are the {len(units):,} that stay at one token or more; "
+        f"colour: value of the unit in the {stream} stream, over the root mean square (RMS) of the values shown of its "
+        "layer and kind"
+    )
+    return GateRaster(title, note, labels, tuple(units), f"value, {stream} stream")
+
+
+def promoted_tokens(model: Host, site: Site, units: list[int], top: int) -> list[tuple[str, ...]]:
+    """For each unit the tokens whose logits it raises most, directly: its output weights, scaled by the final
+    LayerNorm's weight, times the unembedding less its mean over the vocabulary."""
+    if not units or not top:
+        return [()] * len(units)
+    with torch.no_grad():
+        if site.kind == "mlp":
+            out: Float[Tensor, "unit d_model"] = weight(model, f"blocks.{site.layer}.mlp.W_out")
+        else:
+            out = weight(model, f"blocks.{site.layer}.attn.W_O").flatten(0, 1)
+        directions = out[units].float()
+        if "ln_final.hook_scale" in model.hook_dict:
+            # absent where it is folded into the unembedding
+            with suppress(ValueError):
+                directions = directions * weight(model, "ln_final.w").float()
+        unembed = weight(model, "unembed.W_U").float()
+        logits = directions @ (unembed - unembed.mean(-1, keepdim=True))
+        best = logits.topk(min(top, logits.shape[-1])).indices.tolist()
+    return [tuple(token_text(model, token) for token in row) for row in best]
+
+
+@draw.register
+def figure_of_raster(record: GateRaster, *, dark: bool = False) -> Figure:
+    """The figure of a gate raster: tokens across, units down; drag to zoom, double click to see all."""
+    colours = palette(dark)
+    n, rows = len(record.tokens), len(record.units)
+    rms: dict[tuple[int, str], float] = {}
+    groups: dict[tuple[int, str], list[int]] = {}
+    for row, unit in enumerate(record.units):
+        groups.setdefault((unit.layer, unit.kind), []).append(row)
+    for key, members in groups.items():
+        found = [value for row in members for value in record.units[row].values]
+        rms[key] = (sum(value * value for value in found) / max(1, len(found))) ** 0.5 or 1.0
+    z: list[list[float | None]] = [[None] * n for _ in range(rows)]
+    hover: list[list[str]] = [[""] * n for _ in range(rows)]
+    for row, unit in enumerate(record.units):
+        promoted = ", ".join(plain(repr(token)) for token in unit.promotes)
+        after = f"<br>promotes {promoted}" if promoted else ""
+        for at, value in zip(unit.positions, unit.values, strict=True):
+            z[row][at] = round(value / rms[unit.layer, unit.kind], 3)
+            token = plain(repr(record.tokens[at]))
+            hover[row][at] = f"<b>{plain(unit.name)}</b><br>position {at}, {token}<br>value {value:.4g}{after}"
+    height = 11.0 if rows <= 100 else max(2.5, 1100 / rows)
+    cell = 26 if n <= 60 else 14
+    figure = Figure(
+        go.Heatmap(
+            z=z,
+            x=list(range(n)),
+            y=list(range(rows)),
+            text=hover,
+            hovertemplate="%{text}<extra></extra>",
+            colorscale=strong_scale("diverging", dark),
+            zmin=-3,
+            zmax=3,
+            hoverongaps=False,
+            name=record.scale,
+            colorbar={
+                "title": {"text": f"{plain(record.scale)},<br>over RMS<br> ", "side": "top", "font": {"size": 12}},
+                "thickness": 12,
+                "outlinewidth": 0,
+                "len": min(1.0, 260 / (height * max(1, rows) + 1)),
+                "lenmode": "fraction",
+                "yanchor": "top",
+                "y": 1,
+            },
+        )
+    )
+    for members in list(groups.values())[1:]:
+        figure.add_hline(y=members[0] - 0.5, line={"color": colours.faint, "width": 1})
+    words = {"attn": "attention", "mlp": "neurons"}
+    every = max(1, n // 60)
+    width = int(min(WIDEST, max(640, 260 + cell * n)))
+    title, room = heading(record.title, record.note, width, dark)
+    figure.update_layout(
+        template=template(dark),
+        title=title,
+        width=width,
+        height=int(room + 110 + max(200, height * rows)),
+        margin={"t": room},
+        xaxis={
+            "title": {"text": "token"},
+            "tickvals": list(range(0, n, every)),
+            "ticktext": [plain(visible(record.tokens[at])) for at in range(0, n, every)],
+            "tickangle": -90,
+            "tickfont": {"size": 10},
+            "showgrid": False,
+            "zeroline": False,
+        },
+        yaxis={
+            "autorange": "reversed",
+            "tickvals": [(members[0] + members[-1]) / 2 for members in groups.values()],
+            "ticktext": [f"layer {layer} {words[kind]} ({len(m)})" for (layer, kind), m in groups.items()],
+            "tickfont": {"size": 11},
+            "showgrid": False,
+            "zeroline": False,
+        },
+    )
+    return figure

@@ -1,0 +1,79 @@
+"""A text as tokens and labels, for the views of one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sa_lens.core.host import Host, device_of
+
+UNFINISHED = "\ufffd"
+"""What stands for bytes that are no whole character."""
+
+
+def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor, "1 pos"], tuple[str, ...]]:
+    """Tokens of one text on the model's device, and the text of each.
+
+    Args:
+        text: text, which gets one begin-of-text token, or tokens, which are taken as they are.
+
+    Raises:
+        ValueError: several texts, none, one longer than the context, tokens beyond the vocabulary, or text for a model
+            without a tokenizer.
+    """
+    if isinstance(text, str) and model.tokenizer is None:
+        raise ValueError("the model has no tokenizer: give tokens instead of text")
+    tokens = torch.tensor(encoded(model.tokenizer, text)) if isinstance(text, str) else torch.as_tensor(text)
+    tokens = tokens.reshape(1, -1) if tokens.ndim < 2 or len(tokens) == 1 else tokens
+    if len(tokens) != 1:
+        raise ValueError(f"a view is of one text at a time, not of {len(tokens)}")
+    n, d_vocab = tokens.shape[1], model.cfg.d_vocab
+    if not 1 <= n <= model.cfg.n_ctx:
+        raise ValueError(f"the text has {n} tokens: this model reads from 1 to n_ctx={model.cfg.n_ctx} of them")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
+        raise ValueError(
+            f"tokens from {int(tokens.min())} to {int(tokens.max())} are not within the model's vocabulary of {d_vocab}"
+        )
+    return tokens.to(device_of(model)), token_texts(model, tokens[0].tolist())
+
+
+def token_texts(model: Host, tokens: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token; a character that takes several stands at the last of them, � at those before."""
+    texts = [token_text(model, token) for token in tokens]
+    start = 0
+    for i, text in enumerate(texts):
+        if UNFINISHED not in text:
+            start = i + 1
+        elif i > start and UNFINISHED not in (whole := str(model.tokenizer.decode(list(tokens[start : i + 1])))):
+            texts[i] = whole
+            start = i + 1
+    return tuple(texts)
+
+
+def token_text(model: Host, token: int) -> str:
+    """A token as text; its number where there is no tokenizer."""
+    return str(token) if model.tokenizer is None else str(model.tokenizer.decode([token]))
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    """The text after one begin-of-text token (end-of-text where the tokenizer has no other)."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [*([] if begin is None else [begin]), *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def unit_name(model: Host, layer: int, kind: str, unit: int) -> str:
+    """A unit in words; attention units are counted over all heads of a layer."""
+    if kind == "mlp":
+        return f"layer {layer} neuron {unit}"
+    head, channel = divmod(unit, model.cfg.d_head)
+    return f"layer {layer} head {head} channel {channel}"
+
+
+def visible(token: str, most: int = 12) -> str:
+    """A token as a short label, in which line breaks and lonely spaces can be seen."""
+    shown = token.strip() or token.replace("\n", "¶").replace(" ", "␣")
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
