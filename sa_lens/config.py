@@ -102,12 +102,17 @@ class GateConfig:
     """Temperature T of the surrogate: its width is T times the gap between the k-th and the next score."""
     attn_unit: Literal["channel", "head"] = "channel"
     """Unit of attention gates: one of n_heads * d_head channels of z (the paper's), or a whole head."""
+    scores: Literal["learned", "random-token", "random-static"] = "learned"
+    """Where scores come from. `learned`: gates are trained. Controls, whose gates stay as drawn while the base is trained
+    through the same loss: `random-token`, a random linear map of what the gate reads; `random-static`, one random score
+    for each unit of a layer, the same for every token."""
 
     def __post_init__(self) -> None:
         _check_choice("gates.scope", self.scope, Scope)
         _check_choice("gates.kind", self.kind, Literal["hard", "soft"])
         _check_choice("gates.surrogate", self.surrogate, Literal["sigmoid", "softmax"])
         _check_choice("gates.attn_unit", self.attn_unit, Literal["channel", "head"])
+        _check_choice("gates.scores", self.scores, Literal["learned", "random-token", "random-static"])
         for name in ("k_attn", "k_mlp"):
             value = getattr(self, name)
             _check(

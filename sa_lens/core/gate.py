@@ -123,19 +123,25 @@ class Gate(nn.Module):
             if present:
                 weight = torch.empty(d_model, self.n_units, dtype=dtype, device=device)
                 bias = torch.empty(self.n_units, dtype=dtype, device=device)
-                setattr(self, f"W_{source}", nn.Parameter(weight))
-                setattr(self, f"b_{source}", nn.Parameter(bias))
+                trained = cfg.scores == "learned"
+                setattr(self, f"W_{source}", nn.Parameter(weight, requires_grad=trained))
+                setattr(self, f"b_{source}", nn.Parameter(bias, requires_grad=trained))
         self.hook_in = HookPoint()
         self.hook_scores = HookPoint()
         self.hook_mask = HookPoint()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws every weight and bias uniformly from +-1/sqrt(d_model), as the reference does; never zero."""
-        for _, parameter in sorted(self.named_parameters()):
+        """Draws every weight and bias uniformly from +-1/sqrt(d_model), as the reference does.
+
+        Never zero, save the weights of `random-static` scores, which are the biases alone.
+        """
+        for name, parameter in sorted(self.named_parameters()):
             bound = 1 / math.sqrt(self.d_model)
             fresh = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_((2 * fresh - 1) * bound)
+            if self.cfg.scores == "random-static" and name.startswith("W"):
+                parameter.zero_()
 
     @property
     def d_model(self) -> int:

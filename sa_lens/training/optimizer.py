@@ -15,8 +15,8 @@ from sa_lens.core.gate import Gate
 def choose_trained(model: SelfAblatingTransformer, freeze: Literal["none", "base"]) -> list[str]:
     """Marks what is trained (`requires_grad`) and returns its names.
 
-    Left out are the biases that the model does not have, gates that keep every unit (their mask is constant), and with
-    `freeze="base"` everything but the gates.
+    Left out are the biases that the model does not have, gates that keep every unit (their mask is constant) or whose
+    scores are random, and with `freeze="base"` everything but the gates.
 
     Raises:
         ValueError: nothing is left to train.
@@ -24,7 +24,7 @@ def choose_trained(model: SelfAblatingTransformer, freeze: Literal["none", "base
     idle = {
         f"{name}.{parameter}"
         for name, gate in model.named_modules()
-        if isinstance(gate, Gate) and gate.k == gate.n_units
+        if isinstance(gate, Gate) and (gate.k == gate.n_units or gate.cfg.scores != "learned")
         for parameter, _ in gate.named_parameters()
     }
     untrained = idle | set(model.zero_biases)
@@ -32,7 +32,7 @@ def choose_trained(model: SelfAblatingTransformer, freeze: Literal["none", "base
         parameter.requires_grad_(name not in untrained and (freeze == "none" or is_gate(name)))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
-        reason = "it has no gates" if not model.gates.gated else "its gates keep every unit"
+        reason = "it has no gates" if not model.gates.gated else "its gates keep every unit, or are random"
         raise ValueError(f"train.freeze='base' leaves nothing to train on this model: {reason}")
     return trained
 

@@ -83,6 +83,14 @@ def test_equals_hooked_path(scope: str, kind: str, surrogate: str, unit: str, ti
     assert_same(model, LossConfig(clean=1.0, ablated=0.5), tokens, None)
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("scores", ["random-token", "random-static"])
+def test_random_gates_pass_their_gradient_to_the_base_alone(scope: str, scores: str) -> None:
+    model = build(dataclasses.replace(GATES, scope=scope, scores=scores))
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "_gate." in name)
+    assert_same(model, LOSS, *batch())
+
+
 @pytest.mark.parametrize("length", [1, 2, 12])
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_any_length(scope: str, length: int) -> None:

@@ -167,3 +167,16 @@ def test_gate_weights_follow_the_generator_and_are_never_zero():
         assert weight.abs().max() <= 1 / 8
         assert weight.abs().max() > 0.9 / 8
     assert not torch.equal(first["W_global"], first["W_local"])
+
+
+def test_static_scores_are_one_draw_for_all_tokens_and_token_scores_are_not():
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    masks = {}
+    for scores in ("random-static", "random-token"):
+        gate = Gate(GateConfig(scores=scores), 8, 64, (4, 16))
+        gate.reset_parameters(torch.Generator().manual_seed(0))
+        assert not any(parameter.requires_grad for parameter in gate.parameters())
+        masks[scores] = gate.select(gate.project(x, None))
+        assert (masks[scores].flatten(2).sum(-1) == 8).all()
+    assert (masks["random-static"] == masks["random-static"][:1, :1]).all()
+    assert not (masks["random-token"] == masks["random-token"][:1, :1]).all()

@@ -34,6 +34,16 @@ def test_frozen_base_trains_gates_alone() -> None:
     assert sorted(trained) == sorted(gates)
 
 
+@pytest.mark.parametrize("scores", ["random-token", "random-static"])
+def test_random_gates_are_left_as_drawn(scores: str) -> None:
+    random = model(GateConfig(k_attn=2, k_mlp=2, scores=scores))  # type: ignore[arg-type]
+    trained = choose_trained(random, "none")
+    assert not any("_gate" in name for name in trained)
+    assert "blocks.0.attn.W_Q" in trained
+    with pytest.raises(ValueError, match="nothing to train"):
+        choose_trained(random, "base")
+
+
 def test_a_gate_that_keeps_every_unit_is_left_out() -> None:
     trained = choose_trained(model(GateConfig(k_attn=8, k_mlp=2)), "none")
     assert not any("attn_gate" in name for name in trained)
