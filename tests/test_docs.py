@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import pytest
 import torch
 
 import sa_lens as sa
+import sa_lens.circuits
+import sa_lens.units
 from sa_lens.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -279,10 +283,16 @@ def test_the_api_has_every_public_name(site):
     raw = (site / "objects.inv").read_bytes()
     header = b"".join(raw.splitlines(keepends=True)[:4])
     documented = {line.split(" ")[0] for line in zlib.decompress(raw[len(header) :]).decode().splitlines()}
-    for module in ("sa_lens", "sa_lens.data", "sa_lens.data.stories", "sa_lens.training", "sa_lens.views"):
+    for module in ("sa_lens", "sa_lens.data", "sa_lens.data.stories", "sa_lens.training", "sa_lens.sae", "sa_lens.views"):
         for public in importlib.import_module(module).__all__:
             known = {f"{module}.{public}", f"sa_lens.config.{public}"}
             assert known & documented or public == "__version__", f"{module}.{public} is not in docs/api"
+    for package in (sa_lens.circuits, sa_lens.units):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(found.name)
+            for name, member in vars(module).items():
+                if inspect.isfunction(member) and member.__module__ == found.name and not name.startswith("_"):
+                    assert f"{found.name}.{name}" in documented, f"{found.name}.{name} is not in docs/api"
 
 
 def test_no_page_names_a_path_of_somebodys_machine():
