@@ -148,7 +148,7 @@ _STYLE = (
     ".sa-lens-story .legend{display:none;align-items:center;gap:6px;font-size:12px;margin-bottom:10px}"
     ".sa-lens-story .legend i{display:inline-block;width:140px;height:10px;border-radius:2px}"
     ".sa-lens-story .tokens{line-height:1.9;padding-bottom:110px;position:relative}"
-    ".sa-lens-story bdi{padding:2px 0;border-radius:2px}"
+    ".sa-lens-story bdi{padding:2px 0;margin-right:1px;border-radius:2px}"
     ".sa-lens-story bdi:hover{outline:1px solid}"
     ".sa-lens-story bdi:hover::after{content:attr(data-tip);position:absolute;left:0;bottom:0;white-space:pre-wrap;"
     "background:#333;color:#fff;padding:6px 10px;border-radius:4px;font-size:12px;line-height:1.4;z-index:2}"

@@ -109,7 +109,7 @@ def figure_of_histogram(record: Histogram, *, dark: bool = False) -> Figure:
                 customdata=[f"{low:.4g} to {high:.4g}" for low, high in pairwise(edges)],
                 name=plain(one.name),
                 marker={"color": faded(colour, 0.4), "line": {"color": colour, "width": 1.2}},
-                hovertemplate=f"{plain(one.name)}<br>%{{customdata}}<br><b>%{{y:,}}</b> tokens<extra></extra>",
+                hovertemplate=f"{plain(one.name)}<br>%{{customdata}}<br><b>%{{y:,}}</b><extra></extra>",
             )
         )
     title, room = heading(record.title, record.note, WIDTH, dark)
@@ -119,7 +119,7 @@ def figure_of_histogram(record: Histogram, *, dark: bool = False) -> Figure:
         barmode="overlay",
         bargap=0,
         xaxis={"title": {"text": plain(record.x_title)}},
-        yaxis={"title": {"text": "tokens (log scale)"}, "type": "log", "dtick": 1},
+        yaxis={"title": {"text": "count (log scale)"}, "type": "log", "dtick": 1},
         showlegend=len(record.series) > 1,
         width=WIDTH,
         height=400,

@@ -191,7 +191,7 @@ def figure_of_lens(record: LogitLens, *, dark: bool = False) -> Figure:
     )
     figure.update_annotations(font_size=13, font_color=colours.text, x=0, xanchor="left")
     for i, one in enumerate(record.streams, 1):
-        texts = [[plain(visible(token, 9)) for token in row] for row in one.top]
+        texts = [[plain(visible(token, 9 if cell > 50 else 6)) for token in row] for row in one.top]
         hover = [
             [
                 f"position {at}, after {plain(repr(record.tokens[at]))}<br>{plain(record.layers[row])}, "
@@ -249,7 +249,7 @@ def figure_of_lens(record: LogitLens, *, dark: bool = False) -> Figure:
             "cmin": lowest,
             "cmax": 0,
             "colorbar": {
-                "title": {"text": "log-probability,<br>nats<br> ", "side": "top", "font": {"size": 12}},
+                "title": {"text": "log-probability,<br>nats<br>\u00a0", "side": "top", "font": {"size": 12}},
                 "thickness": 12,
                 "outlinewidth": 0,
                 "len": 0.6,

@@ -136,7 +136,7 @@ def figure_of_raster(record: GateRaster, *, dark: bool = False) -> Figure:
             hoverongaps=False,
             name=record.scale,
             colorbar={
-                "title": {"text": f"{plain(record.scale)},<br>over RMS<br> ", "side": "top", "font": {"size": 12}},
+                "title": {"text": f"{plain(record.scale)},<br>over RMS<br>\u00a0", "side": "top", "font": {"size": 12}},
                 "thickness": 12,
                 "outlinewidth": 0,
                 "len": min(1.0, 260 / (height * max(1, rows) + 1)),
