@@ -34,6 +34,11 @@ REFERENCE_MATMUL = 335e9
 """Float32 matrix products of those cores, FLOP/s."""
 
 
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+"""Environment of the inference rows, in which glibc keeps freed memory. Otherwise it hands large tensors back and takes
+them again page by page, which on a virtual machine can take as long as the work and differs from call to call."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What one process measures."""
@@ -257,6 +262,8 @@ def in_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     command += ["--device", args.device, "--threads", str(args.threads), "--repeats", str(args.repeats)]
     command += ["--clock", args.clock]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    if row.name == "inference":
+        environment |= KEEP_MEMORY
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{row} failed:\n{done.stderr[-2000:]}")
