@@ -5,8 +5,8 @@ All give a `Circuit` of every edge whose score is
     an estimate of how much worse the metric's mean gets when that edge alone is ablated,
 
 the quantity that `effects.exact_effects` computes: metric(full graph) - metric(without the edge), and the opposite for
-metrics that are worse when larger (`kl`). So an edge that helps has a positive score, as in ACDC. Each is a sum over
-positions, a mean over pairs, of
+metrics that are worse when larger (`kl`; functions count as better when larger). So an edge that helps has a positive
+score, as in ACDC. Each is a sum over positions, a mean over pairs, of
 
     (what its source writes on the clean prompt - what the ablated edge carries) . d metric / d input of its destination
 
@@ -69,7 +69,7 @@ def eap(
 
     Args:
         metric: a name of `METRICS`, or a differentiable function of the last position's logits and the pairs that gives
-            a value a pair. Not `kl`: at the clean prompt it has no gradient.
+            a value a pair, better when larger. Not `kl`: at the clean prompt it has no gradient.
         ablation: what an ablated edge carries; see `running.Ablation`.
         gates: in the ablated stream, `frozen` (default) or `live`; see the head of this module.
         batch_size: pairs in one forward and backward pass; memory grows with it, not with the number of pairs.

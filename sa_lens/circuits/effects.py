@@ -2,8 +2,8 @@
 
 An edge's score says how much worse the metric's mean over pairs gets when the edge alone carries what an ablated edge
 does: metric(full graph) - metric(full graph without that edge), and the opposite for metrics that are worse when larger
-(`kl`, `answer_rank`). `CircuitRunner` without the edge is the definition. Where
-`recompute.py` can recompute single nodes, many edges go at once through the part of the model that they change.
+(`kl`, `answer_rank`). `CircuitRunner` without the edge is the definition. Where `recompute.py` can recompute single
+nodes, many edges go at once through the part of the model that they change.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def exact_effects(
 
     Args:
         metric: a name of `METRICS`, `kl` (from the unedited clean prompt in the same stream, nats), or a function of
-            the last position's logits and the pairs that gives a value a pair. It needs no gradient.
+            the last position's logits and the pairs that gives a value a pair, better when larger. It needs no
+            gradient.
         ablation: what an ablated edge carries; see `running.Ablation`.
         gates: in the ablated stream, `frozen` (default) or `live`; see `run_circuit`. Live gates need a pass of the
             whole model for every edge.

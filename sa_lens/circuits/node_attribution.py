@@ -3,7 +3,7 @@
 A row's `estimate` is the first-order estimate of the change of the metric's mean when that unit alone is ablated at all
 positions (or at one): (its value when ablated - its value on the clean prompt) . d metric / d value, a mean over pairs.
 `effect` is that change itself, by passes in which the unit alone is patched. Both are plain changes: under the logit
-difference what helps has a negative one.
+difference what helps has a negative one, while the scores of edges, in `attribution.py`, are positive where it helps.
 
 In the ablated stream values are those behind the masks, and the masks are those of the unedited clean prompt; a unit
 that is ablated by `resample` carries what it has on the corrupt prompt, behind that prompt's own masks.

@@ -243,13 +243,13 @@ def test_constant_patterns_leave_nothing_to_queries_and_keys() -> None:
 
 def test_integrated_gradients_are_complete() -> None:
     """Edges out of the embedding add up to the way from the corrupt to the clean prompt."""
-    model, pairs = plain(**DOUBLE), token_pairs(n=4)
+    model, pairs = plain(**SMALL, initializer_range=0.2), token_pairs(n=4)
     gaps = []
-    for steps in (8, 256):
+    for steps in (16, 64):
         embed = eap_ig(model, pairs, steps=steps, rule="midpoint", **QUIET).scores[:, 0].nansum()
         ends = [logit_difference(last_logits(model, pairs, "clean", p), pairs).mean() for p in ("corrupt", "clean")]
         gaps.append(abs(float(embed - (ends[1] - ends[0]))))
-    assert gaps[1] < 1e-2 * abs(float(ends[1] - ends[0]))
+    assert gaps[1] < 1e-3 * abs(float(ends[1] - ends[0]))
     assert gaps[1] < gaps[0] / 10
 
 

@@ -40,10 +40,11 @@ def test_estimates_are_the_effects_on_a_linear_model(what: str, stream: str, abl
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
 def test_estimate_of_a_node_is_the_sum_over_its_edges(stream: str, ablation: str) -> None:
+    """Up to the sign: edges score the fall of the metric, nodes its change."""
     model, pairs = gated(**DOUBLE), token_pairs(n=5, lengths=(6, 7))
     choices: dict[str, Any] = {"stream": stream, "ablation": ablation, "progress": False}
     by_edge = eap(model, pairs, **choices)
-    sums = by_edge.scores.nan_to_num().sum(0)
+    sums = -by_edge.scores.nan_to_num().sum(0)
     for row in attribute_nodes(model, pairs, "heads", **choices).itertuples():
         close(row.estimate, float(sums[by_edge.graph.source_index[Node("head", row.layer, row.head)]]))
     for row in attribute_nodes(model, pairs, "mlps", **choices).itertuples():
