@@ -228,14 +228,12 @@ def circuit(
     stream: Literal["clean", "ablated"] = "clean",
     tau: float = 0.01,
     edges: int | None = None,
-    steps: int = 5,
     ablation: Literal["resample", "zero", "mean"] = "resample",
     gates: Literal["frozen", "live"] | None = None,
     pairs: int = 128,
     words: Literal["auto", "stories", "tinystories"] = "auto",
     seed: int = 0,
     out: Path | None = None,
-    which: Literal["best", "last"] = "best",
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
@@ -246,31 +244,36 @@ def circuit(
 
     Args:
         run: Run folder or Hub id.
-        task: ioi, pronoun, object, repeated, or a JSON file of prompt pairs.
-        method: acdc decides edge by edge; the others rank all edges, exact by single removals, gate by the masks.
+        task: ioi, pronoun, object, repeated, or a JSON file.
+        method: acdc decides edge by edge; the others rank all edges.
         stream: Stream to look at.
-        tau: ACDC keeps an edge whose removal raises KL by this much, nats.
-        edges: Size of a ranking's circuit; None: the fewest with faithfulness 0.9.
-        steps: Steps of eap-ig.
-        ablation: What edges outside the circuit carry.
-        gates: In the ablated stream: frozen (default) or live masks.
-        pairs: Prompts to find with; as many others to report on.
-        words: Vocabulary of the prompts; auto: that of the run's training text.
+        tau: ACDC's threshold, nats of KL.
+        edges: Size of a ranking's circuit; None: the fewest with f >= 0.9.
+        ablation: What other edges carry.
+        gates: Masks of the ablated stream; None: frozen.
+        pairs: Prompts to find with, and to report on.
+        words: Words of the prompts; auto: as the run's text.
         seed: Seed of prompts and bootstrap.
-        out: Folder to write; None: RUN/circuits/TASK-METHOD-STREAM.
-        which: The best weights, or the last checkpoint's.
+        out: Folder to write; None: in RUN/circuits.
         device: Where to run.
         json: Print one JSON object.
     """
+    from sa_lens.circuits.pairs import MINIMUM
     from sa_lens.circuits.search import find_circuit
     from sa_lens.circuits.tasks import make
     from sa_lens.training.report import load_run, trained_on_stories
     from sa_lens.views import draw, faithfulness_chart, save
 
+    if 2 * pairs < MINIMUM:
+        raise ValueError(
+            f"--pairs {pairs}: figures of fewer than {MINIMUM} prompts in all mean little; give at least {MINIMUM // 2}"
+        )
     if words == "auto":
         words = "stories" if trained_on_stories(run) else "tinystories"
-    model = load_run(run, which=which, device=device)
-    unseen = {"name_pairs": "held-out"} if (task, words) == ("ioi", "stories") else {}
+    model = load_run(run, device=device)
+    if model.tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
+    unseen: dict[str, Any] = {"name_pairs": "held-out"} if (task, words) == ("ioi", "stories") else {}
     both = make(task, model.tokenizer, 2 * pairs, seed, world=words, **unseen)
     find, report = both.split(seed)
     found = find_circuit(
@@ -278,7 +281,11 @@ def circuit(
         find,
         report,
         method,
-        **{"tau": tau, "steps": steps, "edges": edges, "ablation": ablation, "stream": stream, "gates": gates},
+        tau=tau,
+        edges=edges,
+        ablation=ablation,
+        stream=stream,
+        gates=gates,
         progress=not json,
         seed=seed,
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sa_lens import cli
+from sa_lens.circuits.graph import Circuit
 from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
 
 TINY = [
@@ -288,3 +289,69 @@ class TestExport:
         assert torch.allclose(back(tokens), model(tokens), atol=1e-5)
         capsys.readouterr()
         assert "not empty" in fails(["export", run, "--to", "hf", "--out", str(tmp_path / "hf")], capsys)
+
+
+# ------------------------------------------------------------------------------------------------------------ circuits
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory, cache: list[str]) -> str:
+    """A run whose context holds a prompt and whose tokenizer keeps names whole."""
+    out = str(tmp_path_factory.mktemp("cli") / "reader")
+    longer = ["--model.n-ctx", "48", "--data.vocab-size", "700", "--train.sample-tokens", "0"]
+    assert cli.main(["train", "--out", out, "--device", "cpu", *TINY, *longer, *cache]) == 0
+    return out
+
+
+class TestCircuit:
+    def test_words_files_and_figures(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["circuit", reader, "--task", "ioi", "--stream", "ablated", "--pairs", "32", "--device", "cpu"]
+        assert cli.main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert "pair accuracy" in printed
+        assert "does not do ioi" in printed, "an untrained model is named as such"
+        folder = Path(reader) / "circuits" / "ioi-acdc-ablated"
+        assert {"circuit.json", "ranking.json", "edges.csv", "summary.csv", "circuit.html"} <= {
+            file.name for file in folder.iterdir()
+        }
+        kept = Circuit.load(folder / "circuit.json")
+        assert kept.about["method"] == "acdc"
+        assert kept.about["tau"] == 0.01
+        assert f"{len(kept)} of {len(kept.graph)} edges" in printed
+
+    def test_json(self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = [
+            "circuit",
+            reader,
+            "--method",
+            "eap",
+            "--edges",
+            "7",
+            "--pairs",
+            "32",
+            "--out",
+            str(tmp_path),
+            "--json",
+        ]
+        assert cli.main([*arguments, "--device", "cpu"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["method"], found["edges"], found["stream"]) == ("eap", 7, "clean")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--tau", "-1"], "tau=-1.0 must be 0 or more"),
+            (["--task", "chess"], "task='chess' is none of ioi"),
+            (["--task", "no.json"], "no file of prompt pairs at no.json"),
+            (["--edges", "3"], "edges=3 has no meaning for ACDC"),
+            (["--method", "eap", "--edges", "100000"], "choose from 0"),
+            (["--gates", "live"], "gates"),
+            (["--pairs", "8"], "64"),
+        ],
+    )
+    def test_bad_input(
+        self, reader: str, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["circuit", reader, "--pairs", "32", "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert message in fails([*arguments, *flags], capsys)
+        assert not (tmp_path / "out").exists()

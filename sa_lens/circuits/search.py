@@ -188,7 +188,7 @@ def find_circuit(
             warnings.append(f"no faithful size was found: {error}")
         circuit = ranking.keep(edges)
     seconds = time.perf_counter() - began
-    ability = skill(model, report, stream, seed=seed).iloc[0].to_dict()
+    ability = {str(name): value for name, value in skill(model, report, stream, seed=seed).iloc[0].items()}
     if not ability["able"]:
         warnings.append(
             f"the {stream} stream does not do {report.task}: pair accuracy {ability['pair_accuracy']:.0%} is below "
@@ -201,7 +201,7 @@ def find_circuit(
         own = faithfulness_curve(model, report, [circuit], **judged)
     except GapTooSmall as error:
         warnings.append(f"no faithfulness: {error}")
-    logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]  # type: ignore[arg-type]
+    logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
     return FoundCircuit(
         circuit,
         ranking,
