@@ -188,7 +188,7 @@ def find_circuit(
             warnings.append(f"no faithful size was found: {error}")
         circuit = ranking.keep(edges)
     seconds = time.perf_counter() - began
-    ability = {str(name): value for name, value in skill(model, report, stream, seed=seed).iloc[0].items()}
+    ability = {str(k): v for k, v in skill(model, report, stream, seed=seed).to_dict("records")[0].items()}
     if not ability["able"]:
         warnings.append(
             f"the {stream} stream does not do {report.task}: pair accuracy {ability['pair_accuracy']:.0%} is below "
