@@ -104,8 +104,8 @@ class GateConfig:
     """Unit of attention gates: one of n_heads * d_head channels of z (the paper's), or a whole head."""
     scores: Literal["learned", "random-token", "random-static"] = "learned"
     """Where scores come from. `learned`: gates are trained. Controls, whose gates stay as drawn while the base is
-    trained through the same loss: `random-token`, a random linear map of what the gate reads; `random-static`, one random
-    score for each unit of a layer, the same for every token."""
+    trained through the same loss: `random-token`, a random linear map of what the gate reads; `random-static`, one
+    random score for each unit of a layer, the same for every token."""
 
     def __post_init__(self) -> None:
         _check_choice("gates.scope", self.scope, Scope)
