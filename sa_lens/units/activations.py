@@ -150,12 +150,19 @@ def model_streams(model: Host) -> tuple[Stream, ...]:
 
 
 def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: int | None = None) -> TextBlocks:
-    """The text as blocks that the model can read; `TextBlocks` pass through unchanged.
+    """The text as blocks that the model can read, at most `n_tokens` of it.
 
     Raises:
         ValueError: see `TextBlocks`.
     """
     if isinstance(text, TextBlocks):
+        count = text.count
+        text = TextBlocks(text.text, text.length, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
+        text.count = min(count, text.count)
+        if text.length > model.cfg.n_ctx:
+            raise ValueError(
+                f"blocks of {text.length} tokens are longer than n_ctx={model.cfg.n_ctx}: cut them shorter"
+            )
         return text
     return TextBlocks(text, model.cfg.n_ctx, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import Stream
-from sa_lens.units.measures import LEVEL, bootstrap_means, resampled_means
+from sa_lens.units.measures import LEVEL, bootstrap_means, quantiles, resampled_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ def compare(
     weight = np.minimum(*(np.stack([np.isfinite(x).sum(0) for x in side]) for side in values)).astype(float)
     matched = [_weighted(m[:, None], weight)[0] for m in means]
     differences = _weighted(draws[1] - draws[0], weight)
-    low, high = np.nanquantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = (quantiles(differences, q) for q in ((1 - level) / 2, (1 + level) / 2))
     whole = [_mean(side[columns].to_numpy(dtype=float, na_value=np.nan)) for side in sides]
     share = sum(len(x) for side in values for x in side) / sum(map(len, sides))
     return pd.DataFrame(

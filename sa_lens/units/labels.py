@@ -88,15 +88,13 @@ def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) 
 def _labels_of(story: Story, spans: Sequence[tuple[int, int]], index: Mapping[str, int]) -> list[tuple[int, ...]]:
     """The labels of each token: those of the last word that its characters reach into."""
     found, words, at = [], story.words, 0
-    for _, end in spans:
+    for start, end in spans:
         while at + 1 < len(words) and words[at + 1].start < end:
             at += 1
         word = words[at]
+        inside = word.start < end and start < word.end
         found.append(
-            tuple(
-                index.get(f"{kind}={getattr(word, kind)}", NO_LABEL) if word.start < end else NO_LABEL
-                for kind in LABELS
-            )
+            tuple(index.get(f"{kind}={getattr(word, kind)}", NO_LABEL) if inside else NO_LABEL for kind in LABELS)
         )
     return found
 

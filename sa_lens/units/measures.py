@@ -74,7 +74,7 @@ def bootstrap_means(
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(known, values, 0).sum(0) / known.sum(0)
     tail = (1 - level) / 2
-    low, high = _quantiles(draws, tail), _quantiles(draws, 1 - tail)
+    low, high = quantiles(draws, tail), quantiles(draws, 1 - tail)
     return np.stack([mean, low, high])
 
 
@@ -93,7 +93,8 @@ def resampled_means(
     return np.concatenate(means)
 
 
-def _quantiles(draws: Float[np.ndarray, "resample column"], q: float) -> Float[np.ndarray, " column"]:
+def quantiles(draws: Float[np.ndarray, "resample column"], q: float) -> Float[np.ndarray, " column"]:
+    """The quantile of each column, NaNs left out; NaN for a column of them."""
     found = np.full(draws.shape[1], np.nan)
     for i, column in enumerate(draws.T):
         known = column[np.isfinite(column)]

