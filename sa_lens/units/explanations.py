@@ -98,8 +98,9 @@ def explain(
     Half of a unit's snippets are those where it fires most strongly, half are drawn from the rest of its firing. Each
     is pruned to the shortest context that keeps half the activation (and the firing), tokens that do not matter become
     wildcards, others are exchanged for what the model itself finds likely there. The patterns' activations are then
-    corrected by those on the whole first half. A pattern predicts firing if its activation is above the unit's level:
-    one threshold for all units, models and streams.
+    corrected by those on the whole first half, where shorter contexts and single tokens are added for what no pattern
+    covers: so the trie is a token list with contexts. A pattern predicts firing if its activation is above the unit's
+    level: one threshold for all units, models and streams.
 
     Args:
         text: text that the thresholds were not calibrated on.
@@ -275,7 +276,7 @@ class _Job(NamedTuple):
         half = len(self.tokens) // 2
         text = self.tokens[:half]
         model = self.reader.model
-        fill = Fill(text, min(self.context, model.cfg.n_ctx - self.context, text.shape[1]), rng)
+        fill = Fill(text, min((self.context + 1) // 2, model.cfg.n_ctx - self.context), rng)
         windows = [text[block, max(0, at - self.context + 1) : at + 1][::-1] for block, at in places]
         backwards = [tuple(int(token) for token in window) for window in windows]
         scores = [float(self.scores[place]) for place in places]
@@ -287,6 +288,9 @@ class _Job(NamedTuple):
         if self.substitutes:
             for tokens, activation in substituted(self.reader, self._likely(places, contexts), self.level, fill):
                 trie.add(tokens, activation)
+        # what no context tells is left to the token alone, as in the token list
+        for token in np.unique(text[self.scores[:half] > self.level]):
+            trie.add_token(int(token))
         trie.calibrate(text, self.scores[:half])
         return contexts, trie
 

@@ -52,7 +52,7 @@ class UnitReader:
             def keep(x: Tensor, hook: Any, places: Tensor = places) -> None:
                 found.append(x.flatten(2)[torch.arange(len(places), device=x.device), places, self.unit])
 
-            with torch.no_grad(), in_stream(self.model, self.stream):
+            with torch.no_grad(), in_stream(self.model, self.stream, position=places):
                 self.model.run_with_hooks(
                     tokens, fwd_hooks=[(self.site.value_hook, keep)], stop_at_layer=self.site.layer + 1
                 )
@@ -116,7 +116,8 @@ def pruned(
     """
     width = max(len(snippet) for snippet in snippets)
     needs = [max(level, KEEP * score) for score in scores]
-    tried = [(i, length) for i, snippet in enumerate(snippets) for length in range(1, len(snippet) + 1)]
+    # a few lengths are enough: the farthest tokens of what is kept are tried next, one by one
+    tried = [(i, length) for i, snippet in enumerate(snippets) for length in lengths_up_to(len(snippet))]
     means = fill.judge(reader, [snippets[i][:length] for i, length in tried], width)
     contexts: dict[int, list[int]] = {}
     activation: dict[int, float] = {}
@@ -139,6 +140,14 @@ def pruned(
         Context(tuple(contexts[i]), activation[i], tuple(importance[i][: len(contexts[i])])) if i in contexts else None
         for i in range(len(snippets))
     ]
+
+
+def lengths_up_to(longest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 9, 13, ... and the longest itself."""
+    lengths = [1]
+    while lengths[-1] < longest:
+        lengths.append(min(longest, max(lengths[-1] + 1, lengths[-1] * 3 // 2)))
+    return lengths
 
 
 def _others(context: list[int], back: int) -> bool:

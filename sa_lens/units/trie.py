@@ -65,6 +65,16 @@ class ContextTrie:
             raise ValueError(f"pattern {tuple(tokens)} must hold at least one token; ids are from 0, ANY is {ANY}")
         if not np.isfinite(activation):
             raise ValueError(f"activation {activation} of pattern {tuple(tokens)} is not finite")
+        node = self._nodes[self._path(tokens)]
+        node.total += float(activation)
+        node.weight += 1
+
+    def add_token(self, token: int) -> None:
+        """Makes a token known without an observation: it speaks once `calibrate` has seen it."""
+        self._path((token,))
+
+    def _path(self, tokens: Sequence[int]) -> int:
+        """The node of a pattern, made if need be."""
         at = 0
         for token in map(int, tokens):
             node = self._nodes[at]
@@ -72,8 +82,7 @@ class ContextTrie:
                 node.children[token] = len(self._nodes)
                 self._nodes.append(_Node(node.exact + (token != ANY), node.depth + 1, token != ANY))
             at = node.children[token]
-        self._nodes[at].total += float(activation)
-        self._nodes[at].weight += 1
+        return at
 
     def __len__(self) -> int:
         """Number of different patterns."""

@@ -87,6 +87,14 @@ def test_patterns_are_counted_and_listed():
     assert trie.predict(np.array([[1, 3, 2, 0]])).tolist() == [[0.0, 3.0, 0.0, 5.0]]
 
 
+def test_a_known_token_speaks_once_it_is_seen():
+    trie = trie_of([([3, 1], 2.0)])
+    trie.add_token(5)
+    assert len(trie) == 1
+    trie.calibrate(np.array([[5, 1, 3, 5]]), np.array([[4.0, 0.0, 2.0, 6.0]]))
+    assert set(trie.patterns()) == {Pattern((3, 1), 2.0, 2), Pattern((5,), 5.0, 2)}
+
+
 def test_a_context_does_not_cross_a_block():
     trie = trie_of([([1, 0], 7.0)])
     assert trie.predict(np.array([[0, 1], [1, 0], [1, 1]])).tolist() == [[0.0, 7.0], [0.0, 0.0], [0.0, 0.0]]

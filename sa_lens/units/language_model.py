@@ -1,0 +1,265 @@
+"""Optional: explanations of units by a language model behind an OpenAI-compatible endpoint, and their scores.
+
+Nothing else needs this module. `ChatModel` asks the endpoint, with retries, a budget and a cache on disk;
+`explain_by_chat` has it explain units from the snippets of `explain` and judge its own explanations on the held-out
+ones, by the same two scores as the trie: detection and simulation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sa_lens.data.disk import write_atomically
+from sa_lens.units.explanations import Explanation, Snippet, correlation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RETRIED = (408, 409, 429, 500, 502, 503, 504)
+"""Answers of a server after which the same question may be asked again."""
+
+LEVELS = 10
+"""Activations are shown and predicted as whole numbers from 0 to this."""
+
+
+class BudgetError(RuntimeError):
+    """The budget of calls or tokens is spent; answers so far are in the cache."""
+
+
+@dataclass
+class ChatModel:
+    """A chat model behind an OpenAI-compatible endpoint."""
+
+    url: str
+    """Base address; `/chat/completions` is added. `http://localhost:8000/v1` for a local server."""
+    model: str
+    """Name of the model, as the endpoint knows it."""
+    key_variable: str | None = None
+    """Environment variable that holds the key; None: no key is sent."""
+    cache_dir: str | Path | None = None
+    """Folder in which answers are kept; the same question is not asked twice. None: no cache."""
+    max_calls: int = 1_000
+    """Calls allowed over the life of this object, retries counted, answers from the cache not."""
+    max_tokens: int = 1_000_000
+    """Tokens allowed (of questions and answers, as the endpoint counts them); no call is made once they are spent."""
+    retries: int = 4
+    """Times a failed call is made again."""
+    backoff: float = 1.0
+    """Seconds before the first retry, doubled before each further one."""
+    timeout: float = 60.0
+    """Seconds to wait for an answer."""
+    calls: int = field(default=0, init=False)
+    """Calls made."""
+    tokens: int = field(default=0, init=False)
+    """Tokens used."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url={self.url!r} must begin with http:// or https://")
+        if self.key_variable is not None and not os.environ.get(self.key_variable):
+            raise ValueError(f"the environment variable {self.key_variable!r}, which should hold the key, is not set")
+        for name in ("max_calls", "max_tokens", "retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.backoff < 0 or self.timeout <= 0:
+            raise ValueError(f"backoff={self.backoff} must be at least 0 and timeout={self.timeout} above 0 seconds")
+
+    def ask(self, system: str, question: str, *, answer_tokens: int = 200) -> str:
+        """The model's answer at temperature 0.
+
+        Args:
+            system: what the model is told to be.
+            question: the question.
+            answer_tokens: longest answer.
+
+        Raises:
+            BudgetError: the calls or tokens are spent.
+            ConnectionError: no answer after all retries.
+            ValueError: the endpoint refuses the question, or answers in another format.
+        """
+        body = {
+            "model": self.model,
+            "messages": [{"role": "system", "content": system}, {"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": answer_tokens,
+        }
+        raw = json.dumps(body, sort_keys=True).encode()
+        stored = None
+        if self.cache_dir is not None:
+            digest = hashlib.sha256(self.url.encode() + b"\n" + raw).hexdigest()
+            stored = Path(self.cache_dir) / f"{digest}.json"
+            if stored.is_file():
+                return str(json.loads(stored.read_text(encoding="utf-8"))["answer"])
+        answer = self._call(raw)
+        if stored is not None:
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(stored, json.dumps({"question": body, "answer": answer}, indent=1))
+        return answer
+
+    def _call(self, raw: bytes) -> str:
+        headers = {"Content-Type": "application/json"}
+        if self.key_variable is not None:
+            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        failure = ""
+        for attempt in range(self.retries + 1):
+            if self.calls >= self.max_calls or self.tokens >= self.max_tokens:
+                raise BudgetError(
+                    f"the budget is spent: {self.calls} of max_calls={self.max_calls} calls, {self.tokens} of "
+                    f"max_tokens={self.max_tokens} tokens" + (f"; the last call failed: {failure}" if failure else "")
+                )
+            if attempt:
+                time.sleep(self.backoff * 2 ** (attempt - 1))
+            self.calls += 1
+            try:
+                request = urllib.request.Request(address, data=raw, headers=headers, method="POST")
+                with urllib.request.urlopen(request, timeout=self.timeout) as answered:
+                    return self._read(answered.read())
+            except urllib.error.HTTPError as error:
+                with error:
+                    failure = f"status {error.code}, {error.read(500).decode(errors='replace')!r}"
+                if error.code not in RETRIED:
+                    raise ValueError(f"{address} refuses the question: {failure}") from error
+            except OSError as error:
+                failure = str(error)
+        raise ConnectionError(f"no answer from {address} after {self.retries + 1} calls; the last one: {failure}")
+
+    def _read(self, raw: bytes) -> str:
+        try:
+            answer = json.loads(raw)
+            content = answer["choices"][0]["message"]["content"]
+            used = (answer.get("usage") or {}).get("total_tokens", 0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            shown = raw[:200].decode(errors="replace")
+            raise ValueError(f"the endpoint's answer is not in the format of chat completions: {shown!r}") from error
+        self.tokens += int(used)
+        return str(content or "")
+
+
+EXPLAIN = (
+    "You study units of a neural language model. Each excerpt below shows one unit; tokens on which it is active stand "
+    f"as <<token>>(activation), from 1 to {LEVELS}. Say in one short sentence on what the unit is active. Answer with "
+    "that sentence alone."
+)
+DETECT = (
+    "You judge whether excerpts of text contain something that a unit of a neural language model is active on. Answer "
+    "with a JSON list alone that holds 1 or 0 for each excerpt, in order."
+)
+SIMULATE = (
+    "You predict how active a unit of a neural language model is on each token of an excerpt. Answer with a JSON list "
+    f"alone that holds a whole number from 0 to {LEVELS} for each token, in order."
+)
+
+
+def explain_by_chat(
+    chat: ChatModel,
+    explanations: Sequence[Explanation],
+    spell: Callable[[int], str],
+    *,
+    shown: int = 10,
+    judged: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Explanations in words, and their scores on held-out snippets.
+
+    Costs one call to explain a unit, one for detection and one a snippet for simulation. Units without snippets are
+    left out.
+
+    Args:
+        chat: the model to ask.
+        explanations: units with their snippets, from `explain(...).units`.
+        spell: text of a token, such as `lambda token: tokenizer.decode([token])`.
+        shown: snippets the explanation is made from.
+        judged: held-out snippets it is judged on, half with firing and half without.
+        seed: of the order in which snippets are judged.
+
+    Returns:
+        A row a unit: `layer`, `kind`, `unit`, `stream`; `explanation`; `detection`, balanced accuracy in telling
+        snippets with firing; `simulation`, correlation of predicted with true activations over all tokens; NaN where
+        there are no snippets or no answer could be read; `unread`, answers that could not be.
+
+    Raises:
+        BudgetError, ConnectionError, ValueError: see `ChatModel.ask`; and if a number of snippets is too small.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    if shown < 1 or judged < 2:
+        raise ValueError(f"shown={shown} must be at least 1 and judged={judged} at least 2")
+    rows = []
+    for one in tqdm(explanations, desc="chat", unit=" units", disable=not progress):
+        if not one.fitted:
+            continue
+        peak = max(max(snippet.scores) for snippet in one.fitted)
+        excerpts = "\n".join(f"{i}. {marked(s, spell, peak)}" for i, s in enumerate(one.fitted[:shown], 1))
+        words = chat.ask(EXPLAIN, excerpts).strip()
+        few = [*one.firing[: judged // 2], *one.silent[: judged // 2]]
+        fires = [True] * len(one.firing[: judged // 2]) + [False] * len(one.silent[: judged // 2])
+        order = np.random.default_rng(seed).permutation(len(few))
+        few, fires = [few[i] for i in order], [fires[i] for i in order]
+        detection, simulation, unread = _judged(chat, words, few, fires, spell, peak)
+        rows.append(
+            {"layer": one.site.layer, "kind": one.site.kind, "unit": one.unit, "stream": one.stream}
+            | {"explanation": words, "detection": detection, "simulation": simulation, "unread": unread}
+        )
+    return pd.DataFrame(rows)
+
+
+def _judged(
+    chat: ChatModel, words: str, few: list[Snippet], fires: list[bool], spell: Callable[[int], str], peak: float
+) -> tuple[float, float, int]:
+    """Detection, simulation, and the number of answers that could not be read."""
+    if not few:
+        return float("nan"), float("nan"), 0
+    texts = "\n".join(f"{i}. {''.join(map(spell, s.tokens))}" for i, s in enumerate(few, 1))
+    said = numbers(chat.ask(DETECT, f"The unit: {words}\n\n{texts}", answer_tokens=20 + 4 * len(few)), len(few))
+    detection, unread = float("nan"), int(said is None)
+    if said is not None and 0 < sum(fires) < len(fires):
+        right = (np.array(said) > 0) == np.array(fires)
+        detection = float((right[np.array(fires)].mean() + right[~np.array(fires)].mean()) / 2)
+    predicted, true = [], []
+    for snippet in few:
+        tokens = "\n".join(f"{i}. {spell(token)!r}" for i, token in enumerate(snippet.tokens, 1))
+        count = len(snippet.tokens)
+        guess = numbers(chat.ask(SIMULATE, f"The unit: {words}\n\n{tokens}", answer_tokens=20 + 6 * count), count)
+        if guess is None:
+            unread += 1
+            continue
+        predicted += guess
+        true += list(snippet.scores)
+    return detection, correlation(np.array(predicted), np.array(true)) if true else float("nan"), unread
+
+
+def marked(snippet: Snippet, spell: Callable[[int], str], peak: float) -> str:
+    """The text of a snippet, active tokens as `<<token>>(activation)`, from 1 to `LEVELS` at the peak."""
+    parts = []
+    for token, score in zip(snippet.tokens, snippet.scores, strict=True):
+        shown = min(LEVELS, round(LEVELS * score / peak)) if peak > 0 else 0
+        parts.append(f"<<{spell(token)}>>({shown})" if shown > 0 else spell(token))
+    return "".join(parts)
+
+
+def numbers(answer: str, count: int) -> list[float] | None:
+    """The JSON list of `count` numbers in an answer, whatever stands around it; None if there is none."""
+    start, stop = answer.find("["), answer.rfind("]")
+    try:
+        found: Any = json.loads(answer[start : stop + 1])
+    except ValueError:
+        return None
+    if not isinstance(found, list) or len(found) != count:
+        return None
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and np.isfinite(x) for x in found):
+        return None
+    return [float(x) for x in found]
