@@ -369,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"sa-lens {name}: {stop or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise
         _fail(f"{name}: {_told(error)}")
