@@ -304,6 +304,66 @@ def circuit(
     return None
 
 
+@command("train a sparse autoencoder on a hook", "sa-lens sae runs/local --hook blocks.2.hook_mlp_out --stream ablated")
+def sae(
+    run: Run,
+    hook: str | None = None,
+    stream: Literal["clean", "ablated"] = "clean",
+    preset: Literal["laptop", "paper"] = "laptop",
+    steps: int | None = None,
+    d_sae: int | None = None,
+    l1_coefficient: float | None = None,
+    tokens: int = 100_000,
+    seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Train an SAE on what a hook holds in one stream, with SAELens, and measure it on the run's validation text.
+
+    Args:
+        run: Run folder or Hub id.
+        hook: Hook point; None: the MLP's output in the middle layer.
+        stream: Stream of the activations and losses.
+        preset: Settings to start from.
+        steps: Optimizer steps; None: the preset's.
+        d_sae: Latents; None: the preset's.
+        l1_coefficient: Sparsity penalty; None: the preset's.
+        tokens: Validation tokens.
+        seed: Seed of weights and order.
+        out: Folder to write; None: in RUN/sae.
+        resume: Go on from the checkpoint in the folder.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    from sa_lens.sae import evaluate_sae, train_sae
+    from sa_lens.training.report import load_run, text_of_run
+
+    model = load_run(run, device=device)
+    text = text_of_run(run, model)
+    hook = hook or f"blocks.{model.cfg.n_layers // 2}.hook_mlp_out"
+    folder = out or Path(run) / "sae" / f"{hook}-{stream}-{preset}-{seed}"
+    chosen = {"steps": steps, "d_sae": d_sae, "l1_coefficient": l1_coefficient}
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    options: dict[str, Any] = {"stream": stream, "preset": preset, "seed": seed, "progress": not json}
+    trained = train_sae(model, hook, text.train, output=folder, resume=resume, **options, **changes)
+    found = dataclasses.asdict(evaluate_sae(model, trained, text.validation, n_tokens=tokens, progress=not json))
+    found = {name: value for name, value in found.items() if name != "density"}
+    if json:
+        print(_json(found))
+        return None
+    width = max(map(len, found))
+    print(
+        "\n".join(
+            f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
+            for name, value in found.items()
+        )
+    )
+    print(f"\nIn {folder}: load it with sae_lens.SAE.load_from_disk")
+    return None
+
+
 @command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
 def export(
     run: Run,

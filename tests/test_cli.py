@@ -355,3 +355,23 @@ class TestCircuit:
         arguments = ["circuit", reader, "--pairs", "32", "--out", str(tmp_path / "out"), "--device", "cpu"]
         assert message in fails([*arguments, *flags], capsys)
         assert not (tmp_path / "out").exists()
+
+
+class TestSAE:
+    def test_trains_measures_and_goes_on(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+        sae_lens = pytest.importorskip("sae_lens")
+        arguments = ["sae", reader, "--hook", "blocks.1.hook_mlp_out", "--stream", "ablated", "--steps", "3"]
+        arguments += ["--d-sae", "24", "--tokens", "500", "--device", "cpu"]
+        assert cli.main([*arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["stream"], found["n_latents"]) == ("ablated", 24)
+        folder = Path(reader) / "sae" / "blocks.1.hook_mlp_out-ablated-laptop-0"
+        assert sae_lens.SAE.load_from_disk(str(folder)).cfg.d_sae == 24
+        assert cli.main([*arguments, "--resume"]) == 0
+        assert f"{found['ce_sae']:.4g}" in capsys.readouterr().out
+
+    def test_bad_input(self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("sae_lens")
+        arguments = ["sae", reader, "--out", str(tmp_path / "sae"), "--device", "cpu"]
+        assert "blocks.9.hook_mlp_out" in fails([*arguments, "--hook", "blocks.9.hook_mlp_out"], capsys)
+        assert "steps=0" in fails([*arguments, "--steps", "0"], capsys)

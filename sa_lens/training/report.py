@@ -12,7 +12,7 @@ import torch
 from sa_lens.config import RunConfig, from_dict
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.checkpoints import CONFIG, read_config
-from sa_lens.data import TokenFile, prepare, validation_blocks
+from sa_lens.data import PreparedData, TokenFile, prepare, validation_blocks
 from sa_lens.data.disk import cache_folder
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
@@ -68,16 +68,25 @@ def evaluate_run(
     settings = _training_config(run)
     n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
     if text is None:
-        if settings is None:
-            raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
-        file = prepare(data_config(settings, model), n_ctx).validation
-        return _on(model, file, n_ctx, tokens)
+        return _on(model, text_of_run(run, model).validation, n_ctx, tokens)
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(
             text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None)
         )
         file = write_tokens(Path(folder) / "text.bin", source.read(), model.tokenizer, name=text)
         return _on(model, file, n_ctx, tokens)
+
+
+def text_of_run(run: str, model: SelfAblatingTransformer) -> PreparedData:
+    """Training and validation text of a run, from the cache where it is there.
+
+    Raises:
+        ValueError: a model that was not saved by a training run.
+    """
+    settings = _training_config(run)
+    if settings is None:
+        raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
+    return prepare(data_config(settings, model), min(settings.model.n_ctx, model.cfg.n_ctx))
 
 
 def _training_config(run: str) -> RunConfig | None:
