@@ -82,7 +82,7 @@ def specialization(
     classes: TokenClasses | None = None,
     n_partners: int = 5,
     sample_tokens: int = 8192,
-    coactivation_tokens: int = 1_000_000,
+    coactivation_tokens: int = 500_000,
     coactivation_units: int = 4096,
     distinct_tokens: int = 8192,
     progress: bool = True,
@@ -230,6 +230,7 @@ class _SiteTally:
         self.tokens = TokenTally(vocabulary.slot_of, len(vocabulary.tokens) + 1, n_units, vocabulary.exact)
         bins = min(POSITION_BINS, blocks.length)
         self.bins = (torch.arange(blocks.length, device=device) * bins) // blocks.length
+        self.in_bin = torch.zeros(bins, 0, device=device)
         self.positions = torch.zeros(bins, n_units, dtype=torch.float64, device=device)
         self.picked = torch.linspace(0, blocks.n_tokens - 1, min(sample, blocks.n_tokens), dtype=torch.float64).long()
         self.sample = torch.zeros(len(self.picked), n_units, device=device)
@@ -242,19 +243,22 @@ class _SiteTally:
         ones = x.new_ones(1, len(x))
         # a comparison written straight into floats, which the products below need
         fired = torch.gt(scores, self.levels[SHARE], out=torch.empty_like(scores))
+        above = torch.empty_like(scores)
         for share, rate in self.rates.items():
-            rate += (ones @ torch.gt(scores, self.levels[share], out=torch.empty_like(scores)))[0]
+            rate += (ones @ torch.gt(scores, self.levels[share], out=above))[0]
         self.moments.add(x)
         self.tokens.add(batch.tokens.flatten(), fired)
-        member = torch.nn.functional.one_hot(self.bins, len(self.positions)).to(x.dtype)
-        self.positions += member.repeat(len(values), 1).T @ fired
+        if self.in_bin.shape[1] != len(x):
+            member = torch.nn.functional.one_hot(self.bins, len(self.positions)).to(x.dtype)
+            self.in_bin = member.T.repeat(1, len(values))
+        self.positions += self.in_bin @ fired
         start = batch.first * self.blocks.length
         low, high = torch.searchsorted(self.picked, torch.tensor([start, start + len(x)])).tolist()
         if high > low:
             self.sample[low:high] = x[(self.picked[low:high] - start).to(x.device)]
         if stream == "ablated" and self.site in batch.masks:
-            mask = batch.masks[self.site].flatten(0, 1)
-            on = (ones.to(mask.dtype) @ (mask > 0.5).to(mask.dtype))[0].double()
+            mask = batch.masks[self.site].flatten(0, 1).float()
+            on = (ones @ torch.gt(mask, 0.5, out=above))[0].double()
             self.kept = on if self.kept is None else self.kept + on
         return fired
 

@@ -24,10 +24,11 @@ class Moments:
             self.shift = x.mean(0)
             self.sums = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
         ones = torch.ones(1, len(x), dtype=x.dtype, device=x.device)
+        # a product with ones sums columns several times faster than a reduction, and fresh memory costs more than sums
         d = x - self.shift
         d2 = d * d
-        # a product with ones sums columns several times faster than a reduction
-        self.sums += torch.cat([ones @ d, ones @ d2, ones @ (d2 * d), ones @ (d2 * d2), ones @ x.abs()]).double()
+        sums = [ones @ d, ones @ d2, ones @ d.mul_(d2), ones @ d2.mul_(d2), ones @ torch.abs(x, out=d)]
+        self.sums += torch.cat(sums).double()
         self.n += len(x)
 
     def mean(self) -> Float[Tensor, " unit"]:
