@@ -64,6 +64,8 @@ def completeness(
 ) -> pd.DataFrame:
     """How far circuit and model part when the same elements of the circuit are taken out of both.
 
+    Arguments that are not named here are those of `faithfulness_curve`.
+
     Args:
         by: elements; see `Elements`.
         subsets: random sets K, each element of the circuit in it with probability `share`.
@@ -73,7 +75,6 @@ def completeness(
             2 * greedy * steps * candidates runs.
         steps: steps of a greedy search.
         candidates: elements tried at each step.
-        metric, ablation, stream, gates, batch_size, minimum_gap: as in `faithfulness_curve`.
         seed: of the random choices; same seed, same sets.
         progress: a progress bar, where it takes more than a few seconds.
 
@@ -167,9 +168,10 @@ def minimality(
 ) -> pd.DataFrame:
     """What each element of a circuit adds to it: one run an element.
 
+    Arguments that are not named here are those of `faithfulness_curve`.
+
     Args:
         by: elements; see `Elements`.
-        metric, ablation, stream, gates, batch_size, minimum_gap: as in `faithfulness_curve`.
         seed: of the bootstrap.
         progress: a progress bar, where it takes more than a few seconds.
 

@@ -94,6 +94,7 @@ def text_masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tenso
 
 
 def text_batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tensor]:
+    """Parts of the sequences that fit one pass each, by tokens and by logits."""
     at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
     return tokens.split(max(1, at_once // tokens.shape[1]))
 
