@@ -304,6 +304,74 @@ def circuit(
     return None
 
 
+@command("what every unit fires on, and sparsity", "sa-lens units runs/local --tokens 200000")
+def units(
+    run: Run,
+    tokens: int = 200_000,
+    labels: int = 2_000,
+    seed: int = 1,
+    out: Path | None = None,
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Describe every unit of every stream on the run's validation text, and how sparse weights and activations are.
+
+    Firing thresholds come from the beginning of the training text. Labels are those of generated stories.
+
+    Args:
+        run: Run folder or Hub id.
+        tokens: Validation tokens to read, and training tokens to calibrate on.
+        labels: Generated stories for labels; 0: none.
+        seed: Seed of these stories.
+        out: Folder to write; None: RUN/units.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    import pandas as pd
+
+    from sa_lens.core.checkpoints import atomic_write
+    from sa_lens.training.report import load_run, text_of_run
+    from sa_lens.units.activations import model_streams
+    from sa_lens.units.comparison import summary
+    from sa_lens.units.firing import calibrate
+    from sa_lens.units.labels import label_stories, selectivity
+    from sa_lens.units.sparsity import effective_connections, sparsity
+    from sa_lens.units.specialization import specialization
+
+    model = load_run(run, device=device)
+    text = text_of_run(run, model)
+    labelled = label_stories(model.tokenizer, labels, model.cfg.n_ctx, seed=seed) if labels else None
+    thresholds = calibrate(model, text.train, model_streams(model), n_tokens=tokens, progress=not json)
+    found = specialization(model, text.validation, thresholds, n_tokens=tokens, progress=not json).table
+    tables = {"units": found, "sparsity": sparsity(model), "connections": effective_connections(model, found)}
+    summaries = [summary(found)]
+    if labelled is not None:
+        selected = selectivity(model, labelled, thresholds, progress=not json)
+        tables |= {"labels": selected.table, "coverage": selected.coverage}
+        summaries.append(summary(selected.table))
+    tables["summary"] = pd.concat(summaries, ignore_index=True)
+    folder = out or Path(run) / "units"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    whole = tables["summary"].query("kind == 'all'").drop_duplicates(["column", "stream"])
+    if json:
+        print(
+            _json(
+                {
+                    stream: dict(zip(rows["column"], rows["mean"], strict=True))
+                    for stream, rows in whole.groupby("stream")
+                }
+            )
+        )
+        return None
+    means = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
+    print("Means over live units, by stream\n")
+    print(means.dropna(how="all").to_string(float_format=lambda x: f"{x:.3f}", index_names=False))
+    print(f"\nIn {folder}: {', '.join(f'{name}.csv' for name in tables)}")
+    return None
+
+
 @command("train a sparse autoencoder on a hook", "sa-lens sae runs/local --hook blocks.2.hook_mlp_out --stream ablated")
 def sae(
     run: Run,

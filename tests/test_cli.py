@@ -9,6 +9,7 @@ import sys
 import typing
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 
@@ -375,3 +376,24 @@ class TestSAE:
         arguments = ["sae", reader, "--out", str(tmp_path / "sae"), "--device", "cpu"]
         assert "blocks.9.hook_mlp_out" in fails([*arguments, "--hook", "blocks.9.hook_mlp_out"], capsys)
         assert "steps=0" in fails([*arguments, "--steps", "0"], capsys)
+
+
+class TestUnits:
+    def test_tables(self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["units", reader, "--tokens", "1000", "--labels", "30", "--device", "cpu", "--out", str(tmp_path)]
+        assert cli.main(arguments) == 0
+        assert "effective_tokens" in capsys.readouterr().out
+        names = {file.name for file in tmp_path.iterdir()}
+        assert names == {
+            f"{name}.csv" for name in ("units", "sparsity", "connections", "labels", "coverage", "summary")
+        }
+        table = pandas.read_csv(tmp_path / "units.csv")
+        assert len(table) == 2 * 2 * (16 + 64), "streams, layers, attention units and neurons"
+        assert cli.main([*arguments[:4], "--labels", "0", "--device", "cpu", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert set(found) == {"clean", "ablated"}
+        assert "auroc" not in found["clean"]
+
+    def test_bad_input(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "tokens" in fails(["units", reader, "--tokens", "0", "--device", "cpu"], capsys)
+        assert "no-such-run" in fails(["units", "no-such-run"], capsys)
