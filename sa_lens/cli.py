@@ -356,18 +356,12 @@ def units(
         atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
     whole = tables["summary"].query("kind == 'all'").drop_duplicates(["column", "stream"])
     if json:
-        print(
-            _json(
-                {
-                    stream: dict(zip(rows["column"], rows["mean"], strict=True))
-                    for stream, rows in whole.groupby("stream")
-                }
-            )
-        )
+        means = {str(name): dict(zip(at["column"], at["mean"], strict=True)) for name, at in whole.groupby("stream")}
+        print(_json(means))
         return None
-    means = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
+    shown = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
     print("Means over live units, by stream\n")
-    print(means.dropna(how="all").to_string(float_format=lambda x: f"{x:.3f}", index_names=False))
+    print(shown.dropna(how="all").to_string(float_format=lambda x: f"{x:.3f}", index_names=False))
     print(f"\nIn {folder}: {', '.join(f'{name}.csv' for name in tables)}")
     return None
 

@@ -283,7 +283,14 @@ def test_the_api_has_every_public_name(site):
     raw = (site / "objects.inv").read_bytes()
     header = b"".join(raw.splitlines(keepends=True)[:4])
     documented = {line.split(" ")[0] for line in zlib.decompress(raw[len(header) :]).decode().splitlines()}
-    for module in ("sa_lens", "sa_lens.data", "sa_lens.data.stories", "sa_lens.training", "sa_lens.sae", "sa_lens.views"):
+    for module in (
+        "sa_lens",
+        "sa_lens.data",
+        "sa_lens.data.stories",
+        "sa_lens.training",
+        "sa_lens.sae",
+        "sa_lens.views",
+    ):
         for public in importlib.import_module(module).__all__:
             known = {f"{module}.{public}", f"sa_lens.config.{public}"}
             assert known & documented or public == "__version__", f"{module}.{public} is not in docs/api"
