@@ -85,6 +85,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
         f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Next:\n"
         f'  sa-lens generate {out / "local"} "Lily and Tom went to the park."\n'
         f"  sa-lens eval {out / 'local'}\n"
+        f"  sa-lens circuit {out / 'local'} --task ioi --stream ablated\n"
         f"  sa-lens train --preset laptop --data.source stories --out runs/mine\n"
         "  jupyter lab examples/01_train_and_patch.ipynb"
     )
