@@ -1,0 +1,111 @@
+"""Columns of losses, of weights, and of the skill at the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sa_lens.circuits.metrics import SKILL_BAR, skill
+from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.tasks import make
+from sa_lens.compare.columns import WHOLE
+from sa_lens.compare.subject import Group, Measured, Subject, Values
+from sa_lens.config import RunConfig
+from sa_lens.data import validation_blocks
+from sa_lens.training import bytes_per_token, evaluate
+from sa_lens.units.sparsity import sparsity
+
+PROMPT_TOKENS = 24
+"""About as many tokens has a prompt."""
+
+
+@dataclass(frozen=True)
+class Losses(Group):
+    """Validation loss and perplexity of both streams."""
+
+    tokens: int = 100_000
+    """Predicted tokens, the same of every model."""
+
+    name: ClassVar[str] = "losses"
+    columns: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "units_used")
+
+    def work(self, run: RunConfig) -> float:
+        return 3.0 * self.tokens
+
+    def measure(self, subject: Subject) -> Measured:
+        file = subject.data.validation
+        blocks = validation_blocks(file, subject.run.model.n_ctx, self.tokens)
+        found = evaluate(subject.model, blocks, bytes_per_token=bytes_per_token(file))
+        values: Values = {
+            "loss": {"clean": found.clean_loss},
+            "perplexity": {"clean": found.clean_perplexity},
+        }
+        if found.ablated_loss is not None:
+            values["loss"]["ablated"] = found.ablated_loss
+            values["perplexity"]["ablated"] = found.ablated_perplexity
+            values["units_used"] = {"ablated": found.units_used}
+        return Measured(values)
+
+
+@dataclass(frozen=True)
+class Weights(Group):
+    """Sparsity of the weights of the plain transformer, by the paper's measure and by ones without a scale."""
+
+    eps: float = 0.01
+    """A weight is small below this share of its layer's root mean square."""
+
+    name: ClassVar[str] = "weights"
+    columns: ClassVar[tuple[str, ...]] = (
+        "mean_abs_weight",
+        "mean_abs_weight_inner",
+        "hoyer",
+        "hoyer_inner",
+        "gini_inner",
+        "small_inner",
+    )
+
+    def work(self, run: RunConfig) -> float:
+        return 1000.0
+
+    def measure(self, subject: Subject) -> Measured:
+        table = sparsity(subject.model, self.eps).set_index("weight")
+        where = {
+            "mean_abs_weight": ("all parameters", "mean_abs"),
+            "mean_abs_weight_inner": ("all parameters without embeddings", "mean_abs"),
+            "hoyer": ("matrices", "hoyer"),
+            "hoyer_inner": ("matrices without embeddings", "hoyer"),
+            "gini_inner": ("matrices without embeddings", "gini"),
+            "small_inner": ("matrices without embeddings", "share_small"),
+        }
+        return Measured({name: {WHOLE: float(table.loc[row, column])} for name, (row, column) in where.items()})
+
+
+def task_pairs(subject: Subject, n: int) -> PromptPairs:
+    """IOI pairs, the same for every model of a grid; on generated stories of names that never meet in one."""
+    unseen = {"name_pairs": "held-out"} if subject.world == "stories" else {}
+    return make("ioi", subject.model.tokenizer, n, 0, world=subject.world, **unseen)
+
+
+@dataclass(frozen=True)
+class Skill(Group):
+    """How well both streams do the task."""
+
+    pairs: int = 400
+    """Prompts."""
+
+    name: ClassVar[str] = "skill"
+    columns: ClassVar[tuple[str, ...]] = ("pair_accuracy", "top1_accuracy", "logit_difference")
+
+    def work(self, run: RunConfig) -> float:
+        return 3.0 * self.pairs * PROMPT_TOKENS
+
+    def measure(self, subject: Subject) -> Measured:
+        table = skill(subject.model, task_pairs(subject, self.pairs)).set_index("stream")
+        notes = [
+            f"the {stream} stream has {table.loc[stream, 'pair_accuracy']:.0%} pair accuracy, below {SKILL_BAR:.0%}"
+            for stream in table.index
+            if not table.loc[stream, "able"]
+        ]
+        return Measured(
+            {name: {str(s): float(table.loc[s, name]) for s in table.index} for name in self.columns}, tuple(notes)
+        )

@@ -1,0 +1,142 @@
+"""Columns of circuits: what ACDC leaves at several thresholds, and how faithful a ranking is.
+
+A stream below 80 % pair accuracy has no value in these columns: the model cannot do the task, so that a circuit for it
+explains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sa_lens.circuits.acdc import acdc, visiting_order
+from sa_lens.circuits.attribution import eap_ig
+from sa_lens.circuits.circuit_metric import GapTooSmall
+from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.graph import Graph
+from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy
+from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.compare.basic_columns import PROMPT_TOKENS, task_pairs
+from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
+from sa_lens.config import RunConfig, Stream
+
+OWN = 0.01
+"""Share of the model's own KL(clean prompt || corrupt prompt) that makes the threshold `own`."""
+
+
+def too_weak(subject: Subject, pairs: PromptPairs, stream: Stream, bar: float) -> str | None:
+    """Why a circuit of this stream would explain nothing; None if it does the task."""
+    accuracy = float(pair_accuracy(last_logits(subject.model, pairs, stream), pairs).double().mean())
+    if accuracy >= bar:
+        return None
+    return f"the {stream} stream has {accuracy:.0%} pair accuracy, below {bar:.0%}: no circuit"
+
+
+def n_edges(run: RunConfig) -> int:
+    """Edges of the graph of the run's model."""
+    heads, mlp = run.model.n_heads, int(run.model.d_mlp != 0)
+    edges, sources = 0, 1
+    for _ in range(run.model.n_layers):
+        edges += 3 * heads * sources
+        sources += heads
+        edges += mlp * sources
+        sources += mlp
+    return edges + sources
+
+
+@dataclass(frozen=True)
+class ACDC(Group):
+    """Edges that ACDC keeps, by KL, at fixed thresholds and at 1 % of the model's own KL."""
+
+    pairs: int = 64
+    """Prompts of the search."""
+    taus: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Thresholds, nats."""
+    orders: int = 5
+    """Random orders within layers at tau 0.01, for the spread; 0: none."""
+    bar: float = SKILL_BAR
+    """Pair accuracy below which there is no value."""
+
+    name: ClassVar[str] = "acdc"
+    columns: ClassVar[tuple[str, ...]] = (
+        "corrupt_kl",
+        "acdc_edges_0.003",
+        "acdc_edges_0.01",
+        "acdc_edges_0.03",
+        "acdc_edges_own",
+        "acdc_order_spread",
+    )
+
+    def work(self, run: RunConfig) -> float:
+        searches = len(self.taus) + 1 + self.orders
+        return 0.15 * searches * n_edges(run) * self.pairs * PROMPT_TOKENS
+
+    def measure(self, subject: Subject) -> Measured:
+        pairs = task_pairs(subject, self.pairs)
+        names = tuple(f"acdc_edges_{tau:g}" for tau in self.taus)
+        values: Values = in_every_stream((*names, "acdc_edges_own", "corrupt_kl"), subject.streams)
+        if self.orders:
+            values |= in_every_stream(("acdc_order_spread",), subject.streams)
+        notes = []
+        for stream in subject.streams:
+            weak = too_weak(subject, pairs, stream, self.bar)
+            clean, corrupt = (last_logits(subject.model, pairs, stream, prompt) for prompt in ("clean", "corrupt"))
+            divergence = float(kl(corrupt, clean).double().mean())
+            values["corrupt_kl"][stream] = divergence
+            if weak is not None:
+                notes.append(weak)
+                continue
+            for name, tau in zip((*names, "acdc_edges_own"), (*self.taus, OWN * divergence), strict=True):
+                values[name][stream] = float(_edges(subject, pairs, tau, stream, None))
+            if self.orders:
+                counts = [_edges(subject, pairs, 0.01, stream, seed) for seed in range(self.orders)]
+                values["acdc_order_spread"][stream] = statistics.stdev(counts) if len(counts) > 1 else 0.0
+        return Measured(values, tuple(notes))
+
+
+def _edges(subject: Subject, pairs: PromptPairs, tau: float, stream: Stream, order: int | None) -> int:
+    """Edges that ACDC keeps; an interrupted search is no result."""
+    visits = None if order is None else visiting_order(Graph.from_model(subject.model), order)
+    found = acdc(subject.model, pairs, tau, stream=stream, order=visits, progress=subject.progress)
+    if not found.complete:
+        raise KeyboardInterrupt
+    return len(found)
+
+
+@dataclass(frozen=True)
+class Faithfulness(Group):
+    """Faithfulness of the ranking by EAP-IG on other prompts than those that made it."""
+
+    pairs: int = 128
+    """Prompts to rank with, and as many others to judge on."""
+    steps: int = 5
+    """Steps of the integrated gradient."""
+    bar: float = SKILL_BAR
+    """Pair accuracy, on the prompts to judge on, below which there is no value."""
+
+    name: ClassVar[str] = "faithfulness"
+    columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd")
+
+    def work(self, run: RunConfig) -> float:
+        return 150.0 * self.pairs * PROMPT_TOKENS
+
+    def measure(self, subject: Subject) -> Measured:
+        find, report = task_pairs(subject, 2 * self.pairs).split(0)
+        values, notes = in_every_stream(self.columns, subject.streams), []
+        for stream in subject.streams:
+            weak = too_weak(subject, report, stream, self.bar)
+            if weak is not None:
+                notes.append(weak)
+                continue
+            ranking = eap_ig(subject.model, find, steps=self.steps, stream=stream, progress=False)
+            try:
+                curve = faithfulness_curve(subject.model, report, ranking, stream=stream, progress=False)
+            except GapTooSmall as error:
+                notes.append(f"the {stream} stream: {error}")
+                continue
+            found = {"edges_0.9": curve.edges_for(0.9).edges, "cpr": curve.cpr.mean, "cmd": curve.cmd.mean}
+            for name, value in found.items():
+                values[name][stream] = float(value) if math.isfinite(value) else None
+        return Measured(values, tuple(notes))

@@ -1,0 +1,124 @@
+"""Every column of the table: what it is called, and what the claims say of it.
+
+The directions of the claims stand here and nowhere else. They are those of the paper (arXiv 2505.00509, abstract and
+section 4), carried over to the columns that measure the same thing under like conditions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WHOLE = ""
+"""Stream of columns that belong to the weights, and so to no stream."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    name: str
+    """Name in tables of numbers."""
+    label: str
+    """Name in print, with its unit where it has one."""
+    digits: int
+    """Digits after the decimal point, in print."""
+    direction: int = 0
+    """What is claimed of a self-ablating model against the dense baseline: +1 higher, -1 lower, 0 no claim."""
+    claim: str = ""
+    """The claim in words."""
+    paper: str = ""
+    """Field of the paper's published row that this is; empty: it has none."""
+    streams: tuple[str, ...] = ("clean", "ablated")
+    """Streams in which it has a value."""
+
+
+_MORE_LOCAL = "circuits are smaller"
+_MORE_FAITHFUL = "small circuits are more faithful"
+_CONCENTRATED = "features are more concentrated"
+_SPECIALIZED = "units are more specialized"
+_LESS_SPARSE = "weights are less sparse"
+
+_ALL = (
+    Column("loss", "loss, nats a token", 3),
+    Column("perplexity", "perplexity", 2, -1, "no loss in language modelling", "perplexity"),
+    Column("units_used", "share of units ever kept", 2, streams=("ablated",)),
+    Column(
+        "mean_abs_weight",
+        "mean absolute weight, all parameters",
+        3,
+        +1,
+        _LESS_SPARSE,
+        "mean_abs_weight",
+        streams=(WHOLE,),
+    ),
+    Column("mean_abs_weight_inner", "mean absolute weight without embeddings", 4, streams=(WHOLE,)),
+    Column("hoyer", "Hoyer sparsity of matrices", 3, streams=(WHOLE,)),
+    Column("hoyer_inner", "Hoyer sparsity without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,)),
+    Column("gini_inner", "Gini of weights without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,)),
+    Column("small_inner", "share of weights below 1 % of scale, without embeddings", 4, streams=(WHOLE,)),
+    Column("pair_accuracy", "IOI pair accuracy", 3),
+    Column("top1_accuracy", "IOI top-1 accuracy", 3),
+    Column("logit_difference", "IOI logit difference", 2),
+    Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
+    Column("acdc_edges_0.003", "ACDC edges, tau 0.003", 0),
+    Column("acdc_edges_0.01", "ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL, "acdc_edges"),
+    Column("acdc_edges_0.03", "ACDC edges, tau 0.03", 0),
+    Column("acdc_edges_own", "ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL),
+    Column("acdc_order_spread", "spread of ACDC edges over random orders (sd), tau 0.01", 1),
+    Column("edges_0.9", "edges for f >= 0.9", 0, -1, _MORE_LOCAL),
+    Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL),
+    Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
+    Column("live_units", "share of live units", 3),
+    Column("firing_rate", "firing rate of live units", 4),
+    Column("effective_tokens", "effective tokens of live units", 1),
+    Column(
+        "effective_tokens_matched",
+        "effective tokens against the baseline at equal layer and activity",
+        2,
+        -1,
+        _SPECIALIZED,
+    ),
+    Column("label_coverage", "share of labels with a unit (F1 >= 0.8)", 3, +1, _SPECIALIZED),
+    Column("explanation_f1", "F1 of explanations", 3, +1, _SPECIALIZED),
+    Column("explanation_coverage", "share of live units explained", 3, +1, _SPECIALIZED),
+    Column("token_list_f1", "F1 of token lists", 3),
+    Column("mask_share", "share of context that masks alone carry", 3, streams=("ablated",)),
+    Column("probe_mask_nats", "nats a probe reads off the masks", 3, streams=("ablated",)),
+    Column("self_read_cost", "cost of gates that read the ablated stream, nats", 3, streams=("ablated",)),
+    Column("sae_l0", "SAE L0", 2, -1, _CONCENTRATED, "sae_l0"),
+    Column("sae_ce_score", "SAE CE score", 3, +1, _CONCENTRATED, "sae_ce_score"),
+    Column("sae_ce_span", "CE of zeroing the SAE's hook over the model's, nats", 3),
+    Column("sae_explained_variance", "SAE explained variance", 3),
+    Column("sae_dead", "share of dead SAE latents", 3),
+)
+
+COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
+"""Columns by name, in the order of the table."""
+
+PAPER: dict[str, dict[str, float]] = {
+    "baseline": {"acdc_edges": 79, "sae_l0": 7.22, "sae_ce_score": 0.63, "perplexity": 5.73, "mean_abs_weight": 0.44},
+    "global-8": {"acdc_edges": 70, "sae_l0": 5.22, "sae_ce_score": 0.65, "perplexity": 6.97, "mean_abs_weight": 0.74},
+    "global-4": {"acdc_edges": 41, "sae_l0": 4.90, "sae_ce_score": 0.67, "perplexity": 6.73, "mean_abs_weight": 0.72},
+    "global-2": {"acdc_edges": 30, "sae_l0": 4.57, "sae_ce_score": 0.71, "perplexity": 6.66, "mean_abs_weight": 0.73},
+    "global-1": {"acdc_edges": 38, "sae_l0": 5.48, "sae_ce_score": 0.66, "perplexity": 6.49, "mean_abs_weight": 0.62},
+    "local-8": {"acdc_edges": 36, "sae_l0": 5.00, "sae_ce_score": 0.72, "perplexity": 6.47, "mean_abs_weight": 0.67},
+    "local-4": {"acdc_edges": 30, "sae_l0": 4.01, "sae_ce_score": 0.65, "perplexity": 6.58, "mean_abs_weight": 0.76},
+    "local-2": {"acdc_edges": 54, "sae_l0": 4.90, "sae_ce_score": 0.70, "perplexity": 6.55, "mean_abs_weight": 0.71},
+    "local-1": {"acdc_edges": 36, "sae_l0": 5.33, "sae_ce_score": 0.69, "perplexity": 6.58, "mean_abs_weight": 0.70},
+}
+"""The paper's published figures by variant: clean stream, one run each, no seeds (the authors' results notebook)."""
+
+
+def paper_value(variant: str, column: str) -> float | None:
+    """The paper's figure for a column of a variant; None where it has none."""
+    field = COLUMNS[column].paper
+    return PAPER.get(variant, {}).get(field) if field else None
+
+
+def family(stream: str) -> tuple[str, ...]:
+    """Columns whose claims are decided together: all of the clean stream and of the weights, or all of the ablated.
+
+    The family is that of the table here, whatever of it is measured.
+    """
+    streams = {"ablated"} if stream == "ablated" else {"clean", WHOLE}
+    return tuple(column.name for column in _ALL if column.direction and streams & {*column.streams})

@@ -1,0 +1,256 @@
+"""Grids: which models are trained, on what, and what is measured on them.
+
+Every model of a grid sees the same tokens in the same order for the same number of steps. The seed changes both the
+initial weights and the order, alike for every variant; those of the plain transformer are the same in all variants of a
+seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sa_lens.compare.basic_columns import Losses, Skill, Weights
+from sa_lens.compare.circuit_columns import ACDC, Faithfulness
+from sa_lens.compare.sae_columns import SAE
+from sa_lens.compare.subject import Group
+from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
+from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
+from sa_lens.sae import PRESETS as SAE_PRESETS
+from sa_lens.sae import SAESettings
+
+BASELINE = "baseline"
+"""The variant that all others are compared with."""
+
+Training = Literal["whole", "gates", "none"]
+"""What is trained: the whole model, its gates on the trained baseline, or nothing."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table."""
+
+    name: str
+    """Its name; those of the paper's rows are `baseline`, `local-8` and so on."""
+    gates: GateConfig
+    """Its gates; scope `none` for the baseline."""
+    training: Training = "whole"
+    """What is trained."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Models to train and what to measure on them."""
+
+    name: str
+    """Name of the grid."""
+    about: str
+    """What it is for, in a line."""
+    run: RunConfig
+    """What all models share: shape, loss, text, training. Gates and seed are those of variant and cell."""
+    variants: tuple[Variant, ...]
+    """The baseline first."""
+    groups: tuple[Group, ...]
+    """Groups of columns."""
+    seeds: tuple[int, ...]
+    """Seeds that are trained unless others are asked for."""
+
+    def __post_init__(self) -> None:
+        names = [variant.name for variant in self.variants]
+        if not names or names[0] != BASELINE or len(set(names)) < len(names):
+            raise ValueError(f"variants {names}: names must differ, and the first must be {BASELINE!r}")
+
+    def config(self, variant: Variant, seed: int, baseline: str | None = None) -> RunConfig:
+        """The run of one cell.
+
+        Args:
+            baseline: folder of the trained baseline of the same seed, for a variant that trains gates on it.
+
+        Raises:
+            ValueError: such a variant without that folder.
+        """
+        train = dataclasses.replace(self.run.train, seed=seed)
+        if variant.training != "gates":
+            return dataclasses.replace(self.run, gates=variant.gates, train=train)
+        if baseline is None:
+            raise ValueError(f"{variant.name} is trained on the baseline of seed {seed}: train that first")
+        train = dataclasses.replace(train, freeze="base", init=baseline)
+        # the shape is that of the baseline
+        shape = ModelConfig(n_ctx=self.run.model.n_ctx)
+        return dataclasses.replace(self.run, model=shape, gates=variant.gates, train=train)
+
+
+def learned(ks: Sequence[int], gates: GateConfig) -> tuple[Variant, ...]:
+    """Local and global gates that keep k attention units and k neurons, for each k."""
+    return tuple(
+        Variant(f"{scope}-{k}", dataclasses.replace(gates, scope=scope, k_attn=k, k_mlp=k))
+        for scope in ("local", "global")
+        for k in ks
+    )
+
+
+def controls(k: int, gates: GateConfig) -> tuple[Variant, ...]:
+    """The four controls, with local gates: random scores per layer, random scores per token, gates on the frozen
+    baseline, and a model that is not trained at all."""
+    local = dataclasses.replace(gates, scope="local", k_attn=k, k_mlp=k)
+    return (
+        Variant("random-static", dataclasses.replace(local, scores="random-static")),
+        Variant("random-token", dataclasses.replace(local, scores="random-token")),
+        Variant("frozen-base", local, training="gates"),
+        Variant("random-init", local, training="none"),
+    )
+
+
+def baseline() -> Variant:
+    """The dense transformer."""
+    return Variant(BASELINE, GateConfig(scope="none"))
+
+
+def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -> Grid:
+    gates = GateConfig(temperature=0.1)
+    run = RunConfig(
+        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, n_ctx=128, init="gpt2", attn_scale=True),
+        data=source,
+        train=TrainConfig(
+            steps=steps,
+            batch_size=4,
+            lr=3e-3,
+            betas=(0.9, 0.98),
+            warmup_steps=100,
+            precision="bf16",
+            eval_every=steps,
+            eval_tokens=20_000,
+            save_every=1_000,
+            sample_tokens=0,
+        ),
+    )
+    return Grid(
+        name=name,
+        about=about,
+        run=run,
+        variants=(baseline(), *learned((2, 8), gates), *controls(8, gates)),
+        groups=(
+            Losses(tokens=60_000),
+            Weights(),
+            Skill(),
+            ACDC(pairs=32, orders=3),
+            Faithfulness(pairs=64),
+            Units(),
+            Labels(),
+            Explanations(units=24, tokens=30_000),
+            Leakage(tokens=10_000),
+            SAE(dataclasses.replace(SAE_PRESETS["laptop"], steps=600, expansion=4)),
+        ),
+        seeds=tuple(range(seeds)),
+    )
+
+
+def laptop() -> Grid:
+    """A small model on generated stories."""
+    stories = DataConfig(source="stories", n_stories=20_000, vocab_size=1024, validation_fraction=0.05)
+    return _laptop(stories, 4_600, "laptop", "generated stories, 9 variants, 5 seeds; three hours on two cores", 5)
+
+
+def laptop_tinystories() -> Grid:
+    """The same model on real text; name it with `text=`."""
+    text = DataConfig(
+        source="roneneldan/TinyStories",
+        streaming=True,
+        max_documents=20_000,
+        vocab_size=2048,
+        validation_fraction=0.05,
+    )
+    return _laptop(text, 6_000, "laptop-tinystories", "TinyStories, 9 variants, 3 seeds; three hours on two cores", 3)
+
+
+def paper() -> Grid:
+    """The paper's nine models at full size."""
+    preset = PRESETS["paper-2024-10"]
+    groups = (
+        Losses(tokens=500_000),
+        Weights(),
+        Skill(),
+        ACDC(),
+        Faithfulness(),
+        Units(tokens=500_000, calibration=250_000),
+        Labels(),
+        Explanations(units=256, tokens=200_000, calibration=250_000),
+        Leakage(tokens=50_000, probe_tokens=10_000),
+        SAE(SAE_PRESETS["paper"], tokens=200_000),
+    )
+    variants = (baseline(), *learned((8, 4, 2, 1), preset.gates))
+    return Grid("paper", "the paper's nine models at full size; for GPUs", preset, variants, groups, (0,))
+
+
+def smoke() -> Grid:
+    """Models of a few steps, in seconds: to see that everything runs."""
+    gates = GateConfig(temperature=0.1)
+    run = RunConfig(
+        model=ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=48, init="gpt2", attn_scale=True),
+        data=DataConfig(source="stories", n_stories=300, vocab_size=600, validation_fraction=0.2),
+        train=TrainConfig(
+            steps=6, batch_size=2, lr=3e-3, eval_every=6, eval_tokens=256, save_every=3, log_every=3, sample_tokens=0
+        ),
+    )
+    tiny = SAESettings(expansion=1, steps=6, batch_tokens=64, buffer_tokens=512, lr=1e-3)
+    return Grid(
+        name="smoke",
+        about="models of six steps, to see that everything runs",
+        run=run,
+        variants=(baseline(), *learned((4,), gates), *controls(4, gates)),
+        groups=(
+            Losses(tokens=256),
+            Weights(),
+            Skill(pairs=16),
+            ACDC(pairs=8, orders=2, bar=0.0),
+            Faithfulness(pairs=16, steps=1, bar=0.0),
+            Units(tokens=512, calibration=512),
+            Labels(stories=60, calibration=512),
+            Explanations(units=2, tokens=512, calibration=512),
+            Leakage(tokens=512, probe_tokens=256),
+            SAE(tiny, tokens=256),
+        ),
+        seeds=(0, 1),
+    )
+
+
+GRIDS = {"laptop": laptop, "laptop-tinystories": laptop_tinystories, "paper": paper, "smoke": smoke}
+"""Grids by name."""
+
+
+def grid_named(grid: str | Grid) -> Grid:
+    """A grid by name, or the one given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(grid, Grid):
+        return grid
+    if grid not in GRIDS:
+        raise ValueError(f"grid={grid!r} is none of {', '.join(GRIDS)}, nor a Grid")
+    return GRIDS[grid]()
+
+
+def with_text(grid: Grid, text: str, validation: str | None = None, column: str | None = None) -> Grid:
+    """The grid on another text.
+
+    Args:
+        text: `stories`, a file or folder, or a dataset id on the Hub.
+        validation: file or id of the validation text; None: a part of the text.
+        column: column that holds the text; None: as before.
+    """
+    from pathlib import Path
+
+    here = text == "stories" or Path(text).expanduser().exists()
+    data = dataclasses.replace(
+        grid.run.data,
+        source=text,
+        validation=validation,
+        column=column or grid.run.data.column,
+        streaming=grid.run.data.streaming and not here,
+        max_documents=None if here else grid.run.data.max_documents,
+        validation_split=None if here else grid.run.data.validation_split,
+    )
+    return dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
