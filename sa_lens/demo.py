@@ -6,6 +6,8 @@ Everything is seeded and offline. A model that an earlier call has finished is n
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,8 +110,22 @@ def _trained(run: RunConfig, folder: Path, device: str, progress: bool) -> SelfA
     if not finished:
         what = "dense baseline" if not run.gates.gated else f"{run.gates.scope} self-ablating model"
         print(f"Training the {what}: {run.train.steps} steps of {run.train.batch_size} x {run.model.n_ctx} tokens")
-        train(run, folder, device=device, resume=folder.exists(), progress=progress)
+        with _one_thread():
+            train(run, folder, device=device, resume=folder.exists(), progress=progress)
     return SelfAblatingTransformer.from_pretrained(folder)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order on any number of cores: at which step a small model learns to copy names hangs on rounding."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def loss_table(models: dict[str, SelfAblatingTransformer], data: PreparedData) -> pd.DataFrame:
