@@ -1,0 +1,39 @@
+"""The demo: what makes its figures the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sa_lens import demo
+
+
+def test_models_are_trained_on_one_thread_and_the_number_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def train(*arguments: Any, **options: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sa_lens.training.train", train)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo._trained(demo.demo_run(), tmp_path / "run", "cpu", progress=False)
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_both_models_see_the_same_text_in_the_same_order() -> None:
+    baseline, local = demo.demo_run("none"), demo.demo_run("local")
+    assert (baseline.model, baseline.data, baseline.train) == (local.model, local.data, local.train)
+    assert not baseline.gates.gated
+    assert local.gates.gated
