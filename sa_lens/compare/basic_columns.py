@@ -9,7 +9,7 @@ from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.tasks import make
 from sa_lens.compare.columns import WHOLE
-from sa_lens.compare.subject import Group, Measured, Subject, Values
+from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig
 from sa_lens.data import validation_blocks
 from sa_lens.training import bytes_per_token, evaluate
@@ -68,7 +68,7 @@ class Weights(Group):
         return 1000.0
 
     def measure(self, subject: Subject) -> Measured:
-        table = sparsity(subject.model, self.eps).set_index("weight")
+        table = sparsity(subject.model, self.eps).set_index("weight").to_dict("index")
         where = {
             "mean_abs_weight": ("all parameters", "mean_abs"),
             "mean_abs_weight_inner": ("all parameters without embeddings", "mean_abs"),
@@ -77,13 +77,13 @@ class Weights(Group):
             "gini_inner": ("matrices without embeddings", "gini"),
             "small_inner": ("matrices without embeddings", "share_small"),
         }
-        return Measured({name: {WHOLE: float(table.loc[row, column])} for name, (row, column) in where.items()})
+        return Measured({name: {WHOLE: float(table[row][column])} for name, (row, column) in where.items()})
 
 
 def task_pairs(subject: Subject, n: int) -> PromptPairs:
     """IOI pairs, the same for every model of a grid; on generated stories of names that never meet in one."""
     unseen = {"name_pairs": "held-out"} if subject.world == "stories" else {}
-    return make("ioi", subject.model.tokenizer, n, 0, world=subject.world, **unseen)
+    return make("ioi", subject.data.tokenizer, n, 0, world=subject.world, **unseen)
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,15 @@ class Skill(Group):
         return 3.0 * self.pairs * PROMPT_TOKENS
 
     def measure(self, subject: Subject) -> Measured:
-        table = skill(subject.model, task_pairs(subject, self.pairs)).set_index("stream")
-        notes = [
-            f"the {stream} stream has {table.loc[stream, 'pair_accuracy']:.0%} pair accuracy, below {SKILL_BAR:.0%}"
-            for stream in table.index
-            if not table.loc[stream, "able"]
-        ]
-        return Measured(
-            {name: {str(s): float(table.loc[s, name]) for s in table.index} for name in self.columns}, tuple(notes)
-        )
+        values: Values = in_every_stream(self.columns, subject.streams)
+        notes = []
+        pairs = task_pairs(subject, self.pairs)
+        for stream in subject.streams:
+            found = skill(subject.model, pairs, stream).iloc[0].to_dict()
+            for name in self.columns:
+                values[name][stream] = float(found[name])
+            if not found["able"]:
+                notes.append(
+                    f"the {stream} stream has {found['pair_accuracy']:.0%} pair accuracy: below {SKILL_BAR:.0%}"
+                )
+        return Measured(values, tuple(notes))

@@ -30,15 +30,15 @@ def table(comparison: Comparison) -> pd.DataFrame:
     """The table in print: a row a column and stream, a column a variant; the paper's figures below ours."""
     import pandas as pd
 
-    found = comparison.summary().set_index(["column", "stream", "variant"])
+    found = _rows(comparison.summary())
     n_seeds = len(comparison.seeds)
     rows = []
     for name, column in COLUMNS.items():
         for stream in ("clean", "ablated", WHOLE):
             cells = {
-                variant: _cell(found.loc[(name, stream, variant)], column.digits, n_seeds)
+                variant: _cell(found[name, stream, variant], column.digits, n_seeds)
                 for variant in comparison.variants
-                if (name, stream, variant) in found.index
+                if (name, stream, variant) in found
             }
             if cells:
                 rows.append({"column": column.label, "stream": stream or "weights", **cells})
@@ -58,22 +58,27 @@ def verdict_table(comparison: Comparison, against: str = BASELINE) -> pd.DataFra
     """Every claim: difference with its interval and corrected p, and the verdict, for each variant."""
     import pandas as pd
 
-    found = comparison.summary(against).set_index(["column", "stream", "variant"])
+    found = _rows(comparison.summary(against))
     rows = []
     for stream in ("clean", "ablated"):
         for name in family(stream):
             column = COLUMNS[name]
             at = stream if stream in column.streams else WHOLE
             cells = {
-                variant: _decision(found.loc[(name, at, variant)], column.digits)
+                variant: _decision(found[name, at, variant], column.digits)
                 for variant in comparison.variants
-                if variant != against and (name, at, variant) in found.index
+                if variant != against and (name, at, variant) in found
             }
             if cells:
                 sign = "higher" if column.direction > 0 else "lower"
                 rows.append({"claim": f"{column.claim}: {column.label} {sign}", "stream": at or "weights", **cells})
     names = [variant for variant in comparison.variants if variant != against]
     return pd.DataFrame(rows, columns=["claim", "stream", *names]).fillna(MISSING)
+
+
+def _rows(summary: pd.DataFrame) -> dict[tuple[str, str, str], dict[Any, Any]]:
+    """Rows of a summary by column, stream and variant."""
+    return {(row["column"], row["stream"], row["variant"]): row for row in summary.to_dict("records")}
 
 
 def _cell(row: Any, digits: int, seeds: int) -> str:
@@ -107,9 +112,11 @@ def markdown(comparison: Comparison) -> str:
         _markdown_table(verdict_table(comparison)),
     ]
     if len(comparison.notes):
-        counted = comparison.notes.groupby(["variant", "group", "note"], sort=False)["seed"].agg(list)
-        parts += ["## Notes"]
-        parts.append("\n".join(f"- {v}, {g}, seeds {', '.join(map(str, s))}: {n}" for (v, g, n), s in counted.items()))
+        seeds: dict[tuple[str, ...], list[str]] = {}
+        for row in comparison.notes.to_dict("records"):
+            seeds.setdefault((row["variant"], row["group"], row["note"]), []).append(str(row["seed"]))
+        parts.append("## Notes")
+        parts.append("\n".join(f"- {v}, {g}, seeds {', '.join(some)}: {note}" for (v, g, note), some in seeds.items()))
     return "\n\n".join(parts) + "\n"
 
 

@@ -70,8 +70,9 @@ class Comparison:
     def _series(self) -> dict[tuple[str, str, str], dict[int, float]]:
         """Values by seed, for each variant, column and stream."""
         found: dict[tuple[str, str, str], dict[int, float]] = {}
-        for row in self.values.itertuples(index=False):
-            found.setdefault((row.variant, row.column, row.stream), {})[int(row.seed)] = float(row.value)
+        for row in self.values.to_dict("records"):
+            key = (row["variant"], row["column"], row["stream"])
+            found.setdefault(key, {})[int(row["seed"])] = float(row["value"])
         return found
 
 
