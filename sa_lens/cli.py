@@ -142,7 +142,7 @@ COMMANDS["train"] = Command("train a model", "sa-lens train --preset laptop --ou
 
 @command("two small models on generated stories, and patching", "sa-lens demo")
 def demo(out: Path = Path("runs/demo"), seed: int = 0, device: Device = "auto") -> int | None:
-    """Show it all on generated stories, offline, in a few minutes.
+    """Show it all on generated stories, offline, in about ten minutes.
 
     Trains a dense baseline and a local self-ablating model, compares their losses, prints a story from each stream,
     measures indirect-object identification on names that never met in training, patches both streams, draws figures.
