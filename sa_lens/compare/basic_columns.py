@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.pairs import PromptPairs
@@ -15,7 +15,7 @@ from sa_lens.data import validation_blocks
 from sa_lens.training import bytes_per_token, evaluate
 from sa_lens.units.sparsity import sparsity
 
-PROMPT_TOKENS = 24
+PROMPT_TOKENS = 32
 """About as many tokens has a prompt."""
 
 
@@ -30,7 +30,7 @@ class Losses(Group):
     columns: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "units_used")
 
     def work(self, run: RunConfig) -> float:
-        return 3.0 * self.tokens
+        return 4.0 * self.tokens
 
     def measure(self, subject: Subject) -> Measured:
         file = subject.data.validation
@@ -80,10 +80,21 @@ class Weights(Group):
         return Measured({name: {WHOLE: float(table[row][column])} for name, (row, column) in where.items()})
 
 
+class NoPrompts(ValueError):
+    """The tokenizer splits the names, so that there are no prompts."""
+
+
 def task_pairs(subject: Subject, n: int) -> PromptPairs:
-    """IOI pairs, the same for every model of a grid; on generated stories of names that never meet in one."""
+    """IOI pairs, the same for every model of a grid; on generated stories of names that never meet in one.
+
+    Raises:
+        NoPrompts: the tokenizer leaves too few names whole.
+    """
     unseen = {"name_pairs": "held-out"} if subject.world == "stories" else {}
-    return make("ioi", subject.data.tokenizer, n, 0, world=subject.world, **unseen)
+    try:
+        return make("ioi", subject.data.tokenizer, n, 0, world=subject.world, **unseen)
+    except ValueError as error:
+        raise NoPrompts(f"no prompts: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,12 @@ class Skill(Group):
     def measure(self, subject: Subject) -> Measured:
         values: Values = in_every_stream(self.columns, subject.streams)
         notes = []
-        pairs = task_pairs(subject, self.pairs)
+        try:
+            pairs = task_pairs(subject, self.pairs)
+        except NoPrompts as error:
+            return Measured(values, (str(error),))
         for stream in subject.streams:
-            found = skill(subject.model, pairs, stream).iloc[0].to_dict()
+            found: dict[Any, Any] = skill(subject.model, pairs, stream).iloc[0].to_dict()
             for name in self.columns:
                 values[name][stream] = float(found[name])
             if not found["able"]:

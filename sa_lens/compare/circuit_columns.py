@@ -18,7 +18,7 @@ from sa_lens.circuits.faithfulness import faithfulness_curve
 from sa_lens.circuits.graph import Graph
 from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.compare.basic_columns import PROMPT_TOKENS, task_pairs
+from sa_lens.compare.basic_columns import PROMPT_TOKENS, NoPrompts, task_pairs
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig, Stream
 
@@ -71,14 +71,17 @@ class ACDC(Group):
 
     def work(self, run: RunConfig) -> float:
         searches = len(self.taus) + 1 + self.orders
-        return 0.15 * searches * n_edges(run) * self.pairs * PROMPT_TOKENS
+        return 0.13 * searches * n_edges(run) * self.pairs * PROMPT_TOKENS
 
     def measure(self, subject: Subject) -> Measured:
-        pairs = task_pairs(subject, self.pairs)
         names = tuple(f"acdc_edges_{tau:g}" for tau in self.taus)
         values: Values = in_every_stream((*names, "acdc_edges_own", "corrupt_kl"), subject.streams)
         if self.orders:
             values |= in_every_stream(("acdc_order_spread",), subject.streams)
+        try:
+            pairs = task_pairs(subject, self.pairs)
+        except NoPrompts as error:
+            return Measured(values, (str(error),))
         notes = []
         for stream in subject.streams:
             weak = too_weak(subject, pairs, stream, self.bar)
@@ -120,11 +123,14 @@ class Faithfulness(Group):
     columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd")
 
     def work(self, run: RunConfig) -> float:
-        return 150.0 * self.pairs * PROMPT_TOKENS
+        return 110.0 * self.pairs * PROMPT_TOKENS
 
     def measure(self, subject: Subject) -> Measured:
-        find, report = task_pairs(subject, 2 * self.pairs).split(0)
         values, notes = in_every_stream(self.columns, subject.streams), []
+        try:
+            find, report = task_pairs(subject, 2 * self.pairs).split(0)
+        except NoPrompts as error:
+            return Measured(values, (str(error),))
         for stream in subject.streams:
             weak = too_weak(subject, report, stream, self.bar)
             if weak is not None:

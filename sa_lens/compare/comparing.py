@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sa_lens.compare.cells import cells_of
 from sa_lens.compare.costs import plan_table, plan_text
-from sa_lens.compare.grids import Grid, grid_named, with_text
+from sa_lens.compare.grids import Grid, grid_named, with_names_whole, with_text, write_names
 from sa_lens.compare.report import write
 from sa_lens.compare.results import Comparison, collect
 from sa_lens.compare.running import run_cells
@@ -17,6 +17,9 @@ from sa_lens.training.processes import check_device
 
 if TYPE_CHECKING:
     import pandas as pd
+
+NAMES_FILE = "names.txt"
+"""Names that a tokenizer trained on real text keeps whole."""
 
 
 def compare(
@@ -55,15 +58,17 @@ def compare(
         ValueError: an unknown grid or group, bad seeds, validation without text, or what training raises.
         ComparisonStopped: Ctrl-C or SIGTERM; everything finished is on disk.
     """
-    chosen, wanted, groups = _resolved(grid, seeds, columns, text, validation)
-    check_device(device)
     out = Path(out)
+    chosen, wanted, groups = _resolved(grid, out, seeds, columns, text, validation)
+    check_device(device)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: name a folder for the comparison")
     cells = cells_of(chosen, wanted, out)
     if dry_run:
         print(plan_text(plan_table(cells, groups, device)))
         return collect(chosen.name, cells, groups)
+    if chosen.run.data.keep_whole == str(out / NAMES_FILE):
+        write_names(out / NAMES_FILE)
     run_cells(chosen, wanted, groups, out, device=device, progress=progress)
     found = collect(chosen.name, cells, groups)
     write(found, out)
@@ -89,13 +94,14 @@ def plan(
     Raises:
         ValueError: as `compare`.
     """
-    chosen, wanted, groups = _resolved(grid, seeds, columns, text, validation)
+    chosen, wanted, groups = _resolved(grid, Path(out), seeds, columns, text, validation)
     check_device(device)
     return plan_table(cells_of(chosen, wanted, Path(out)), groups, device)
 
 
 def _resolved(
     grid: str | Grid,
+    out: Path,
     seeds: int | Sequence[int] | None,
     columns: Sequence[str] | None,
     text: str | None,
@@ -107,6 +113,7 @@ def _resolved(
         raise ValueError(f"validation={validation!r} goes with text=: name the training text as well")
     if text is not None:
         chosen = with_text(chosen, text, validation)
+    chosen = with_names_whole(chosen, out / NAMES_FILE)
     if seeds is None:
         seeds = chosen.seeds
     wanted = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from sa_lens.circuits.tinystories import NAMES
 from sa_lens.compare.basic_columns import Losses, Skill, Weights
 from sa_lens.compare.circuit_columns import ACDC, Faithfulness
 from sa_lens.compare.sae_columns import SAE
 from sa_lens.compare.subject import Group
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
 from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
+from sa_lens.core.checkpoints import atomic_write
 from sa_lens.sae import PRESETS as SAE_PRESETS
 from sa_lens.sae import SAESettings
 
@@ -135,13 +138,13 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
             Losses(tokens=60_000),
             Weights(),
             Skill(),
-            ACDC(pairs=32, orders=3),
+            ACDC(),
             Faithfulness(pairs=64),
             Units(),
             Labels(),
             Explanations(units=24, tokens=30_000),
             Leakage(tokens=10_000),
-            SAE(dataclasses.replace(SAE_PRESETS["laptop"], steps=600, expansion=4)),
+            SAE(dataclasses.replace(SAE_PRESETS["laptop"], steps=400, expansion=4)),
         ),
         seeds=tuple(range(seeds)),
     )
@@ -162,7 +165,7 @@ def laptop_tinystories() -> Grid:
         vocab_size=2048,
         validation_fraction=0.05,
     )
-    return _laptop(text, 6_000, "laptop-tinystories", "TinyStories, 9 variants, 3 seeds; three hours on two cores", 3)
+    return _laptop(text, 4_000, "laptop-tinystories", "TinyStories, 9 variants, 3 seeds; three hours on two cores", 3)
 
 
 def paper() -> Grid:
@@ -233,24 +236,35 @@ def grid_named(grid: str | Grid) -> Grid:
     return GRIDS[grid]()
 
 
-def with_text(grid: Grid, text: str, validation: str | None = None, column: str | None = None) -> Grid:
+def with_text(grid: Grid, text: str, validation: str | None = None) -> Grid:
     """The grid on another text.
 
     Args:
         text: `stories`, a file or folder, or a dataset id on the Hub.
         validation: file or id of the validation text; None: a part of the text.
-        column: column that holds the text; None: as before.
     """
-    from pathlib import Path
-
+    data = grid.run.data
     here = text == "stories" or Path(text).expanduser().exists()
-    data = dataclasses.replace(
-        grid.run.data,
-        source=text,
-        validation=validation,
-        column=column or grid.run.data.column,
-        streaming=grid.run.data.streaming and not here,
-        max_documents=None if here else grid.run.data.max_documents,
-        validation_split=None if here else grid.run.data.validation_split,
-    )
+    if here:
+        data = dataclasses.replace(data, streaming=False, max_documents=None, validation_split=None)
+    data = dataclasses.replace(data, source=text, validation=validation)
     return dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
+
+
+def with_names_whole(grid: Grid, path: Path) -> Grid:
+    """The grid with a tokenizer that keeps the names of the prompts whole, where it trains one on real text.
+
+    Args:
+        path: where the names are, one a line (`write_names` puts them there).
+    """
+    data = grid.run.data
+    if data.source == "stories" or data.tokenizer != "bpe" or data.keep_whole is not None:
+        return grid
+    data = dataclasses.replace(data, keep_whole=str(path))
+    return dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
+
+
+def write_names(path: Path) -> None:
+    """Writes the names of the prompts on real text, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, "\n".join(NAMES).encode())

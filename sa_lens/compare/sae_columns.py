@@ -35,7 +35,7 @@ class SAE(Group):
         return None
 
     def work(self, run: RunConfig) -> float:
-        return 2.0 * 4.0 * (self.settings.steps * self.settings.batch_tokens + self.tokens)
+        return 2.0 * 3.5 * (self.settings.steps * self.settings.batch_tokens + self.tokens)
 
     def measure(self, subject: Subject) -> Measured:
         values: Values = in_every_stream(self.columns, subject.streams)

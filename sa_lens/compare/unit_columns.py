@@ -37,7 +37,7 @@ class Units(Group):
     against_baseline: ClassVar[bool] = True
 
     def work(self, run: RunConfig) -> float:
-        return 12.0 * (self.tokens + self.calibration)
+        return 6.0 * (self.tokens + self.calibration)
 
     def measure(self, subject: Subject) -> Measured:
         calibration, text = subject.texts(self.calibration, self.tokens)
@@ -79,7 +79,7 @@ class Labels(Group):
     columns: ClassVar[tuple[str, ...]] = ("label_coverage",)
 
     def work(self, run: RunConfig) -> float:
-        return 12.0 * (120 * self.stories + self.calibration)
+        return 3.0 * (120 * self.stories + self.calibration)
 
     def measure(self, subject: Subject) -> Measured:
         values = in_every_stream(self.columns, subject.streams)
@@ -115,7 +115,7 @@ class Explanations(Group):
     columns: ClassVar[tuple[str, ...]] = ("explanation_f1", "explanation_coverage", "token_list_f1")
 
     def work(self, run: RunConfig) -> float:
-        return 2.0 * (6.0 * (self.tokens + self.calibration) + self.units * 40_000.0)
+        return 2.0 * (3.0 * (self.tokens + self.calibration) + self.units * 24_000.0)
 
     def measure(self, subject: Subject) -> Measured:
         calibration, text = subject.texts(self.calibration, self.tokens)
@@ -143,7 +143,7 @@ class Leakage(Group):
     columns: ClassVar[tuple[str, ...]] = ("mask_share", "probe_mask_nats", "self_read_cost")
 
     def work(self, run: RunConfig) -> float:
-        return 60.0 * self.tokens if run.gates.gated else 0.0
+        return 40.0 * self.tokens if run.gates.gated else 0.0
 
     def measure(self, subject: Subject) -> Measured:
         if not has_ablated_stream(subject.model):

@@ -120,6 +120,6 @@ def verdict(difference: float, adjusted_p: float, direction: int, level: float =
     """
     if direction not in (1, -1):
         raise ValueError(f"direction={direction} must be 1 or -1")
-    if math.isnan(adjusted_p) or not adjusted_p < 1 - level:
+    if math.isnan(adjusted_p) or not adjusted_p + level < 1:
         return "undecided"
     return "holds" if difference * direction > 0 else "fails"

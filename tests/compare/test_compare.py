@@ -1,0 +1,379 @@
+"""Comparisons from end to end on tiny models: what is trained, what is kept, what goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sa_lens.circuits.acdc import ACDCResult
+from sa_lens.compare import Comparison, ComparisonStopped, Grid, circuit_columns, compare, comparing, plan, running
+from sa_lens.compare.basic_columns import Losses, Weights
+from sa_lens.compare.cells import Cell, cells_of
+from sa_lens.compare.grids import GRIDS
+from sa_lens.core import SelfAblatingTransformer
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def tiny(cache: str, *names: str, groups: tuple = (Losses(tokens=256), Weights())) -> Grid:
+    """The smoke grid with some of its variants and a few cheap columns."""
+    grid = GRIDS["smoke"]()
+    data = dataclasses.replace(grid.run.data, cache_dir=cache)
+    return dataclasses.replace(
+        grid,
+        run=dataclasses.replace(grid.run, data=data),
+        variants=tuple(v for v in grid.variants if v.name in ("baseline", *names)),
+        groups=groups or grid.groups,
+    )
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is trained and measured, in order."""
+    done: list[str] = []
+
+    def counted_train(run, out, **options):
+        done.append(f"train {Path(out).parent.name.rsplit('-', 1)[0]}")
+        return train(run, out, **options)
+
+    train = running.train
+    monkeypatch.setattr(running, "train", counted_train)
+    for kind in (Losses, Weights):
+        measure = kind.measure
+
+        def counted(self, subject, measure=measure):
+            done.append(f"{self.name} {subject.folder.name.rsplit('-', 1)[0]}")
+            return measure(self, subject)
+
+        monkeypatch.setattr(kind, "measure", counted)
+    return done
+
+
+def run(grid: Grid, out: Path, **options) -> Comparison:
+    return compare(grid, out, device="cpu", progress=False, **options)
+
+
+@pytest.mark.slow
+def test_every_column_of_every_kind_of_variant(tmp_path, cache):
+    """All groups on a baseline, a gated model and one that is not trained: every promised value is there."""
+    pytest.importorskip("sae_lens")
+    grid = tiny(cache, "global-4", "frozen-base", "random-init", groups=())
+    found = run(grid, tmp_path, seeds=1)
+    values = found.values.set_index(["variant", "column", "stream"])["value"]
+    for group in grid.groups:
+        for variant in found.variants:
+            streams = ["", "clean"] if variant == "baseline" else ["", "clean", "ablated"]
+            there = {column for v, column, stream in values.index if v == variant and stream in streams}
+            absent = set(group.columns) - there
+            only_gated = {"units_used", "mask_share", "probe_mask_nats", "self_read_cost"}
+            assert absent <= (only_gated if variant == "baseline" else set()), (group.name, variant)
+    assert values["baseline", "acdc_edges_0.003", "clean"] >= 0
+    assert values["baseline", "effective_tokens_matched", "clean"] == 0
+    assert values["frozen-base", "loss", "clean"] == values["baseline", "loss", "clean"]
+    assert values["frozen-base", "mean_abs_weight", ""] == values["baseline", "mean_abs_weight", ""]
+    assert values["random-init", "loss", "clean"] > values["baseline", "loss", "clean"]
+    assert {"table.md", "table.tex", "summary.csv", "values.csv", "figure.html", "figure.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert found.unfinished == 0
+
+
+def test_controls_are_what_they_say(tmp_path, cache):
+    grid = tiny(cache, "random-static", "frozen-base", "random-init")
+    run(grid, tmp_path, seeds=1)
+    models = {
+        cell.variant.name: SelfAblatingTransformer.from_pretrained(cell.final, device="cpu")
+        for cell in cells_of(grid, (0,), tmp_path)
+    }
+    plain = dict(models["baseline"].named_parameters())
+    frozen = dict(models["frozen-base"].named_parameters())
+    assert all(torch.equal(frozen[name], p) for name, p in plain.items())
+    fresh = SelfAblatingTransformer(
+        dataclasses.replace(grid.run.model, d_vocab=models["baseline"].cfg.d_vocab), models["random-init"].gates, seed=0
+    )
+    untrained = dict(models["random-init"].named_parameters())
+    assert all(torch.equal(untrained[name].cpu(), p.cpu()) for name, p in fresh.named_parameters())
+    tokens = torch.arange(40).view(2, 20)
+    for mask in models["random-static"].run_streams(tokens).mask_mlp:
+        assert bool((mask == mask[:1, :1]).all())
+
+
+def test_a_second_call_does_nothing(tmp_path, cache, jobs):
+    grid = tiny(cache, "local-4", "frozen-base")
+    first = run(grid, tmp_path, seeds=1)
+    assert [job for job in jobs if job.startswith("train")] == [
+        *("train baseline-seed0", "train local-4-seed0", "train frozen-base-seed0")
+    ]
+    jobs.clear()
+    second = run(grid, tmp_path, seeds=1)
+    assert jobs == []
+    assert first.values.equals(second.values)
+
+
+def test_a_further_column_and_a_further_seed_cost_themselves_alone(tmp_path, cache, jobs):
+    grid = tiny(cache, "local-4")
+    run(grid, tmp_path, seeds=1, columns=["losses"])
+    jobs.clear()
+    run(grid, tmp_path, seeds=1)
+    assert jobs == ["weights baseline-seed0", "weights local-4-seed0"]
+    jobs.clear()
+    found = run(grid, tmp_path, seeds=2)
+    assert all("seed1" in job for job in jobs)
+    assert len(jobs) == 6
+    assert found.seeds == (0, 1)
+
+
+def test_changed_settings_are_measured_or_trained_again(tmp_path, cache, jobs):
+    grid = tiny(cache)
+    run(grid, tmp_path, seeds=1)
+    jobs.clear()
+    run(dataclasses.replace(grid, groups=(Losses(tokens=128), Weights())), tmp_path, seeds=1)
+    assert jobs == ["losses baseline-seed0"]
+    jobs.clear()
+    often = dataclasses.replace(grid.run, train=dataclasses.replace(grid.run.train, save_every=2, log_every=1))
+    run(dataclasses.replace(grid, run=often), tmp_path, seeds=1)
+    assert jobs == []
+    faster = dataclasses.replace(grid.run, train=dataclasses.replace(grid.run.train, lr=1e-2))
+    run(dataclasses.replace(grid, run=faster), tmp_path, seeds=1)
+    assert jobs == ["train baseline-seed0", "losses baseline-seed0", "weights baseline-seed0"]
+
+
+def test_a_changed_baseline_changes_the_gates_on_it_alone(tmp_path, cache):
+    grid = tiny(cache, "local-4", "frozen-base")
+    gates = dataclasses.replace(grid.variants[1].gates, temperature=1.0)
+    other = dataclasses.replace(
+        grid, variants=(grid.variants[0], dataclasses.replace(grid.variants[1], gates=gates), grid.variants[2])
+    )
+    keys, changed = ([cell.key for cell in cells_of(g, (0,), tmp_path)] for g in (grid, other))
+    assert [a == b for a, b in zip(keys, changed, strict=True)] == [True, False, True]
+    longer = dataclasses.replace(grid.run, train=dataclasses.replace(grid.run.train, steps=7))
+    changed = [cell.key for cell in cells_of(dataclasses.replace(grid, run=longer), (0,), tmp_path)]
+    assert not set(keys) & set(changed)
+
+
+def test_the_same_text_elsewhere_is_the_same_cell(tmp_path, cache):
+    keys = []
+    for name in ("here", "there"):
+        file = tmp_path / name / "text.txt"
+        file.parent.mkdir()
+        file.write_text("once upon a time\n" * 50)
+        grid = tiny(cache)
+        data = dataclasses.replace(grid.run.data, source=str(file), cache_dir=name)
+        grid = dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
+        keys.append(Cell(grid, grid.variants[0], 0, tmp_path).key)
+    assert keys[0] == keys[1]
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, cache, monkeypatch):
+    """Stopped in the second training: the first cell is not touched again, the second resumes, and all figures are
+    those of an undisturbed comparison."""
+    grid = tiny(cache, "local-4")
+    whole = run(grid, tmp_path / "whole", seeds=1)
+    train = running.train
+    calls = []
+
+    def stopping(config, out, **options):
+        calls.append(options["resume"])
+        if len(calls) == 2:
+            return stop_after(config, out, 3, train, **options)
+        return train(config, out, **options)
+
+    monkeypatch.setattr(running, "train", stopping)
+    with pytest.raises(ComparisonStopped, match="The same command goes on") as stop:
+        run(grid, tmp_path / "stopped", seeds=1)
+    assert isinstance(stop.value, KeyboardInterrupt)
+    status = plan(grid, tmp_path / "stopped", seeds=1, device="cpu").set_index(["variant", "what"])["status"]
+    assert status["baseline", "losses"] == "done"
+    assert status["local-4", "training"] == "step 3 of 6"
+    found = run(grid, tmp_path / "stopped", seeds=1)
+    assert calls == [False, False, True]
+    assert found.values.equals(whole.values)
+
+
+def stop_after(config, out, step, train, **options):
+    """Trains up to a step, by asking for a stop as Ctrl-C does."""
+    from sa_lens.training import loop
+
+    class Stop:
+        @property
+        def made(self) -> bool:
+            return self.asked >= step
+
+        asked = -1
+
+    stop = Stop()
+
+    class Context:
+        def __enter__(self):
+            return stop
+
+        def __exit__(self, *error):
+            return None
+
+    agreed = loop._agreed
+
+    def counted(request, at, every, accelerator):
+        stop.asked = at
+        return agreed(request, at, every, accelerator)
+
+    before = loop.stop_requests
+    loop._agreed, loop.stop_requests = counted, Context
+    try:
+        return train(config, out, **options)
+    finally:
+        loop._agreed, loop.stop_requests = agreed, before
+
+
+def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypatch, jobs):
+    grid = tiny(cache)
+
+    def interrupted(self, subject):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Weights, "measure", interrupted)
+        with pytest.raises(ComparisonStopped):
+            run(grid, tmp_path, seeds=1)
+    jobs.clear()
+    run(grid, tmp_path, seeds=1)
+    assert jobs == ["weights baseline-seed0"]
+
+
+def test_an_interrupted_search_for_a_circuit_is_no_result(tmp_path, cache, monkeypatch):
+    def half(*arguments, **options) -> ACDCResult:
+        return dataclasses.replace(acdc(*arguments, **options), complete=False)
+
+    acdc = circuit_columns.acdc
+    monkeypatch.setattr(circuit_columns, "acdc", half)
+    groups = (circuit_columns.ACDC(pairs=8, orders=0, bar=0.0),)
+    with pytest.raises(ComparisonStopped):
+        run(tiny(cache, groups=groups), tmp_path, seeds=1)
+
+
+def test_a_weak_model_has_no_circuit(tmp_path, cache):
+    groups = (circuit_columns.ACDC(pairs=8, orders=2), circuit_columns.Faithfulness(pairs=16))
+    found = run(tiny(cache, groups=groups), tmp_path, seeds=1)
+    values = found.values.set_index("column")["value"]
+    assert values[["acdc_edges_0.01", "acdc_order_spread", "edges_0.9", "cpr"]].isna().all()
+    assert values["corrupt_kl"] > 0
+    assert found.notes["note"].str.contains("below 80%").all()
+    assert set(found.notes["group"]) == {"acdc", "faithfulness"}
+
+
+def test_a_group_that_is_not_installed_is_left_for_later(tmp_path, cache, monkeypatch, jobs):
+    monkeypatch.setattr(Weights, "missing", lambda self: "install it")
+    found = run(tiny(cache), tmp_path, seeds=1)
+    assert set(found.values["column"]) == {"loss", "perplexity"}
+    assert list(found.notes["note"]) == ["install it"]
+    assert found.unfinished == 0
+    monkeypatch.setattr(Weights, "missing", lambda self: None)
+    jobs.clear()
+    run(tiny(cache), tmp_path, seeds=1)
+    assert jobs == ["weights baseline-seed0"]
+
+
+def test_a_cell_that_another_process_holds_is_waited_for(tmp_path, cache, monkeypatch, jobs):
+    """Held at the first look, free at the second; meanwhile the other cells are done."""
+    grid = tiny(cache, "local-4", "random-init")
+    held = cells_of(grid, (0,), tmp_path)[1]
+    lock = held.held()
+    waits = []
+
+    def wait(seconds):
+        waits.append(list(jobs))
+        lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(running.time, "sleep", wait)
+    assert lock.__enter__()
+    run(grid, tmp_path, seeds=1)
+    assert len(waits) == 1
+    assert "losses random-init-seed0" in waits[0]
+    assert "train local-4-seed0" not in waits[0]
+    assert jobs[-1] == "weights local-4-seed0"
+
+
+def test_a_dry_run_does_nothing_and_says_what_is_to_do(tmp_path, cache, capsys, jobs):
+    grid = tiny(cache, "local-4", "random-init")
+    found = compare(grid, tmp_path / "out", seeds=2, dry_run=True, device="cpu")
+    assert not (tmp_path / "out").exists()
+    assert jobs == []
+    assert found.unfinished == 12
+    assert len(found.values) == 0
+    text = capsys.readouterr().out
+    assert "local-4" in text
+    assert "left in all" in text
+    table = plan(grid, tmp_path / "out", seeds=2, device="cpu")
+    tokens = table.groupby("variant")["tokens"].sum().to_dict()
+    assert tokens == {"baseline": 2 * 6 * 2 * 48, "local-4": 2 * 6 * 2 * 48, "random-init": 0}
+    assert (table[table["what"] == "training"].set_index("variant")["seconds"].drop("random-init") > 0).all()
+    run(grid, tmp_path / "out", seeds=1)
+    again = plan(grid, tmp_path / "out", seeds=1, device="cpu")
+    assert set(again["status"]) == {"done"}
+    assert again["seconds"].sum() == 0
+
+
+def test_times_of_finished_cells_count_for_their_like(tmp_path, cache):
+    grid = tiny(cache, groups=(Weights(),))
+    run(grid, tmp_path, seeds=1)
+    (cell,) = cells_of(grid, (0,), tmp_path)
+    done = cell.folder / "done.json"
+    done.write_text(json.dumps({**json.loads(done.read_text()), "seconds": 1234.0}))
+    table = plan(grid, tmp_path, seeds=2, device="cpu")
+    assert table[(table["seed"] == 1) & (table["what"] == "training")]["seconds"].item() == 1234.0
+
+
+def test_another_text_under_the_same_name_is_noticed(tmp_path, cache, monkeypatch):
+    grid = tiny(cache)
+    run(grid, tmp_path, seeds=1)
+    prepare = running.prepare
+
+    def changed(*arguments, **options):
+        data = prepare(*arguments, **options)
+        return dataclasses.replace(data, train=dataclasses.replace(data.train, fingerprint="other"))
+
+    monkeypatch.setattr(running, "prepare", changed)
+    with pytest.raises(ValueError, match="the text is not the one"):
+        run(grid, tmp_path, seeds=1)
+
+
+def test_a_damaged_cell_is_named(tmp_path, cache):
+    grid = tiny(cache)
+    run(grid, tmp_path, seeds=1)
+    file = next((tmp_path / "models").glob("*/losses-*.json"))
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"losses-.*is damaged.*delete it"):
+        run(grid, tmp_path, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": "desk"}, "grid='desk'"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": [-1]}, "whole numbers from 0"),
+        ({"columns": ["circuits"]}, "no group circuits; there are losses"),
+        ({"columns": []}, "no group given"),
+        ({"validation": "text.txt"}, "goes with text="),
+        ({"device": "tpu"}, "tpu"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_done(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "run_cells", lambda *a, **k: pytest.fail("it began"))
+    given = {"grid": "smoke", **options}
+    with pytest.raises(ValueError, match=message):
+        compare(given.pop("grid"), tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        compare("smoke", tmp_path / "out", dry_run=True)

@@ -1,0 +1,120 @@
+"""Grids: equal conditions for every variant, and the variants that are promised."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sa_lens.compare.circuit_columns import n_edges
+from sa_lens.compare.columns import COLUMNS, PAPER
+from sa_lens.compare.grids import GRIDS, Grid, Variant, baseline, grid_named, with_names_whole, with_text
+from sa_lens.compare.sae_columns import sae_hook
+from sa_lens.config import GateConfig, ModelConfig, RunConfig, to_dict
+from sa_lens.core import SelfAblatingTransformer
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_variants_differ_in_their_gates_alone(name):
+    grid = GRIDS[name]()
+    reference = to_dict(grid.config(grid.variants[0], seed=3))
+    for variant in grid.variants:
+        run = to_dict(grid.config(variant, 3, "folder"))
+        different = {key for key in reference if run[key] != reference[key]}
+        if variant.training == "gates":
+            assert different <= {"gates", "model", "train"}
+            assert run["train"] == reference["train"] | {"freeze": "base", "init": "folder"}
+            assert run["model"]["n_ctx"] == reference["model"]["n_ctx"]
+        else:
+            assert different <= {"gates"}
+
+
+def test_a_seed_gives_every_variant_the_same_transformer():
+    grid = GRIDS["smoke"]()
+    shape = dataclasses.replace(grid.run.model, d_vocab=50)
+    models = [SelfAblatingTransformer(shape, v.gates, seed=4, device="cpu") for v in grid.variants]
+    first = dict(models[0].named_parameters())
+    for model in models[1:]:
+        for name, value in first.items():
+            assert torch.equal(dict(model.named_parameters())[name], value), name
+
+
+def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
+    for name, seeds in (("laptop", 5), ("laptop-tinystories", 3)):
+        grid = GRIDS[name]()
+        assert [v.name for v in grid.variants] == [
+            *("baseline", "local-2", "local-8", "global-2", "global-8"),
+            *("random-static", "random-token", "frozen-base", "random-init"),
+        ]
+        assert len(grid.seeds) == seeds
+        by_name = {v.name: v for v in grid.variants}
+        assert by_name["random-static"].gates.scores == "random-static"
+        assert by_name["random-token"].gates.scores == "random-token"
+        assert by_name["frozen-base"].training == "gates"
+        assert by_name["random-init"].training == "none"
+        assert {by_name[c].gates.k_mlp for c in ("random-static", "random-token", "frozen-base", "random-init")} == {8}
+
+
+def test_the_paper_grid_is_the_papers_nine_cells():
+    grid = GRIDS["paper"]()
+    assert {v.name for v in grid.variants} == {*PAPER}
+    assert (grid.run.model, grid.run.train.steps, grid.run.train.batch_size) == (ModelConfig(), 400_000, 24)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_column_of_every_group_is_in_the_table(name):
+    groups = GRIDS[name]().groups
+    columns = [column for group in groups for column in group.columns]
+    assert len(columns) == len(set(columns))
+    assert set(columns) == {*COLUMNS}
+    for group in groups:
+        assert group.work(RunConfig(gates=GateConfig(scope="local"))) > 0
+
+
+def test_edges_are_counted_as_in_the_paper():
+    assert n_edges(RunConfig()) == 23_981
+    assert n_edges(RunConfig(model=ModelConfig(n_layers=4))) == 5_327
+    assert n_edges(RunConfig(model=ModelConfig(n_layers=2, n_heads=8))) == 310
+
+
+def test_the_sae_sits_where_the_papers_does():
+    assert [sae_hook(n) for n in (8, 2, 1)] == [f"blocks.{layer}.hook_mlp_out" for layer in (6, 1, 0)]
+
+
+def test_a_grid_begins_with_its_baseline():
+    local = Variant("local-1", GateConfig(k_attn=1, k_mlp=1))
+    for variants in ((local,), (local, baseline()), (baseline(), local, local), ()):
+        with pytest.raises(ValueError, match="first must be 'baseline'"):
+            Grid("bad", "", RunConfig(), variants, (), (0,))
+
+
+def test_gates_on_a_baseline_need_one():
+    grid = GRIDS["smoke"]()
+    frozen = next(v for v in grid.variants if v.training == "gates")
+    with pytest.raises(ValueError, match="train that first"):
+        grid.config(frozen, 0)
+
+
+def test_an_unknown_grid_is_refused():
+    with pytest.raises(ValueError, match="grid='desk' is none of laptop"):
+        grid_named("desk")
+
+
+def test_another_text_keeps_all_else(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("once upon a time\n")
+    grid = GRIDS["laptop-tinystories"]()
+    assert grid.run.data.streaming
+    here = with_text(grid, str(file)).run.data
+    assert (here.source, here.streaming, here.max_documents) == (str(file), False, None)
+    there = with_text(grid, "someone/stories", "someone/others").run.data
+    assert (there.source, there.validation, there.streaming) == ("someone/stories", "someone/others", True)
+    assert here.vocab_size == there.vocab_size == grid.run.data.vocab_size
+
+
+def test_a_tokenizer_trained_on_real_text_keeps_the_names_whole(tmp_path):
+    path = tmp_path / "names.txt"
+    assert with_names_whole(GRIDS["laptop"](), path).run.data.keep_whole is None
+    assert with_names_whole(GRIDS["laptop-tinystories"](), path).run.data.keep_whole == str(path)
+    assert with_names_whole(GRIDS["paper"](), path).run.data.keep_whole is None

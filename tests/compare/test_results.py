@@ -1,0 +1,194 @@
+"""Tables of made-up figures: means, paired differences, corrected verdicts, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from sa_lens.compare.columns import COLUMNS, PAPER, WHOLE, family, paper_value
+from sa_lens.compare.figure import small_multiples
+from sa_lens.compare.report import latex, markdown, table, verdict_table, write
+from sa_lens.compare.results import Comparison
+from sa_lens.views import draw
+
+BASE = [80.0, 82.0, 78.0, 81.0]
+LOCAL = [40.0, 43.0, 38.0, 40.0]
+"""ACDC edges: differences -40, -39, -40, -41."""
+
+
+def comparison(**more: dict[tuple[str, str], list[float]]) -> Comparison:
+    """Four seeds; by variant, (column, stream): a value a seed."""
+    figures = {
+        "baseline": {("acdc_edges_0.01", "clean"): BASE, ("mean_abs_weight", WHOLE): [0.1, 0.1, 0.1, 0.1]},
+        "local-8": {
+            ("acdc_edges_0.01", "clean"): LOCAL,
+            ("acdc_edges_0.01", "ablated"): [30.0, 120.0, math.nan, 60.0],
+            ("mean_abs_weight", WHOLE): [0.1, 0.11, 0.09, 0.1],
+        },
+        **more,
+    }
+    rows = [
+        {"variant": variant, "seed": seed, "column": column, "stream": stream, "value": value}
+        for variant, columns in figures.items()
+        for (column, stream), values in columns.items()
+        for seed, value in enumerate(values)
+    ]
+    notes = pd.DataFrame([{"variant": "local-8", "seed": 2, "group": "acdc", "note": "too weak"}])
+    return Comparison("made-up", tuple(figures), (0, 1, 2, 3), pd.DataFrame(rows), notes, 0)
+
+
+def row(found: pd.DataFrame, variant: str, column: str, stream: str) -> dict:
+    (only,) = found[(found["variant"] == variant) & (found["column"] == column) & (found["stream"] == stream)].to_dict(
+        "records"
+    )
+    return only
+
+
+def test_means_and_differences_are_over_seeds():
+    found = row(comparison().summary(), "local-8", "acdc_edges_0.01", "clean")
+    assert (found["n"], found["mean"], found["n_pairs"]) == (4, np.mean(LOCAL), 4)
+    assert found["difference"] == -40
+    twin = stats.ttest_rel(LOCAL, BASE)
+    assert found["p"] == pytest.approx(twin.pvalue)
+    low, high = twin.confidence_interval(0.95)
+    assert (found["difference_low"], found["difference_high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_the_ablated_stream_is_compared_with_the_only_stream_of_the_baseline():
+    found = row(comparison().summary(), "local-8", "acdc_edges_0.01", "ablated")
+    assert (found["n"], found["n_pairs"]) == (3, 3)
+    assert found["difference"] == pytest.approx(np.mean([30 - 80, 120 - 82, 60 - 81]))
+    assert found["verdict"] == "undecided"
+
+
+def test_verdicts_are_corrected_over_the_whole_family():
+    """Two of the claims on the clean stream are measured; the correction is that of all of them."""
+    summary = comparison().summary()
+    edges, weight = (
+        row(summary, "local-8", name, stream)
+        for name, stream in (("acdc_edges_0.01", "clean"), ("mean_abs_weight", ""))
+    )
+    n = len(family("clean"))
+    assert n > 2
+    assert edges["p_holm"] == pytest.approx(n * edges["p"])
+    assert weight["p_holm"] == pytest.approx(min(1.0, (n - 1) * weight["p"]))
+    assert (edges["verdict"], weight["verdict"]) == ("holds", "undecided")
+
+
+def test_a_claim_can_fail():
+    worse = {("acdc_edges_0.01", "clean"): [120.0, 123.0, 119.0, 120.0]}
+    assert row(comparison(worse=worse).summary(), "worse", "acdc_edges_0.01", "clean")["verdict"] == "fails"
+
+
+def test_no_verdict_without_a_claim_or_on_the_baseline():
+    loss = {("loss", "clean"): [1.0, 1.1, 1.2, 1.3]}
+    summary = comparison(other=loss).summary()
+    assert row(summary, "other", "loss", "clean")["verdict"] == ""
+    assert set(summary[summary["variant"] == "baseline"]["verdict"]) == {""}
+
+
+def test_differences_from_another_variant_are_of_like_streams():
+    control = {("acdc_edges_0.01", "clean"): [41.0] * 4, ("acdc_edges_0.01", "ablated"): [10.0] * 4}
+    summary = comparison(control=control).summary("control")
+    assert row(summary, "local-8", "acdc_edges_0.01", "ablated")["difference"] == pytest.approx(60)
+    with pytest.raises(ValueError, match="against='nobody'"):
+        comparison().summary("nobody")
+
+
+def test_one_seed_gives_no_verdict():
+    one = comparison()
+    one = Comparison(one.name, one.variants, (0,), one.values[one.values["seed"] == 0], one.notes, 0)
+    found = row(one.summary(), "local-8", "acdc_edges_0.01", "clean")
+    assert found["verdict"] == "undecided"
+    assert math.isnan(found["low"])
+    assert "40" in table(one).to_string()
+
+
+def test_the_table_shows_ours_and_the_papers_figures():
+    shown = table(comparison()).set_index(["column", "stream"])
+    label = COLUMNS["acdc_edges_0.01"].label
+    half = np.diff(stats.ttest_1samp(LOCAL, 0).confidence_interval(0.95))[0] / 2
+    assert shown.loc[(label, "clean"), "local-8"] == f"40 ± {half:.0f}"
+    assert shown.loc[(label, "ablated"), "local-8"].endswith("(n=3)")
+    assert shown.loc[(label, "ablated"), "baseline"] == ""
+    assert shown.loc[(label, "paper, clean"), "baseline"] == "79"
+    assert shown.loc[(label, "paper, clean"), "local-8"] == "36"
+
+
+def test_missing_values_are_shown_as_such():
+    nothing = {("cpr", "clean"): [math.nan] * 4}
+    shown = table(comparison(weak=nothing)).set_index(["column", "stream"])
+    assert shown.loc[(COLUMNS["cpr"].label, "clean"), "weak"] == "n/a"
+
+
+def test_verdicts_are_shown_with_their_differences():
+    shown = verdict_table(comparison())
+    assert list(shown["stream"]) == ["weights", "clean", "ablated"]
+    assert shown["local-8"][1].startswith("holds (-40 [-4")
+    assert "smaller" in shown["claim"][1]
+
+
+def test_files_are_whole(tmp_path):
+    made = comparison()
+    written = write(made, tmp_path)
+    assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "summary.csv", keep_default_na=True).drop(columns=["stream", "verdict", "claim"]),
+        made.summary().drop(columns=["stream", "verdict", "claim"]),
+    )
+    text = (tmp_path / "table.md").read_text()
+    assert text == markdown(made)
+    assert "too weak" in text
+    assert "excludes 0" in text
+    tex = (tmp_path / "table.tex").read_text()
+    assert tex == latex(made)
+    assert r"$\pm$" in tex
+    assert tex.count(r"\begin{tabular}") == 2
+    assert json.loads((tmp_path / "figure.json").read_text())["variants"] == ["baseline", "local-8"]
+    assert "plotly" in (tmp_path / "figure.html").read_text()
+
+
+def test_an_unfinished_comparison_says_so():
+    made = comparison()
+    partial = Comparison(made.name, made.variants, made.seeds, made.values, made.notes, 7)
+    assert "Unfinished: 7" in markdown(partial)
+    assert "Unfinished" not in markdown(made)
+
+
+def test_the_figure_has_a_panel_a_column_and_a_dot_a_variant():
+    record = small_multiples(comparison())
+    assert [panel.title for panel in record.panels] == [
+        COLUMNS[name].label for name in ("mean_abs_weight", "acdc_edges_0.01")
+    ]
+    edges = record.panels[1]
+    assert edges.reference == np.mean(BASE)
+    assert edges.paper == (79, 36)
+    clean, ablated = edges.dots
+    assert clean.mean == (np.mean(BASE), np.mean(LOCAL))
+    assert ablated.mean == (None, 70.0)
+    figure = draw(record)
+    assert [list(trace.x) for trace in figure.data if trace.name == "ablated stream"] == [[None, 70.0]]
+    with pytest.raises(ValueError, match="no values of cpr"):
+        small_multiples(comparison(), ("cpr",))
+
+
+def test_every_claim_has_a_direction_and_words():
+    for column in COLUMNS.values():
+        assert column.direction in (-1, 0, 1)
+        assert bool(column.claim) == bool(column.direction)
+    assert len(set(family("clean"))) == len(family("clean"))
+    assert {"mean_abs_weight"} <= {*family("clean")} - {*family("ablated")}
+
+
+def test_the_papers_figures_are_those_of_the_published_table():
+    assert paper_value("baseline", "perplexity") == 5.73
+    assert paper_value("local-2", "acdc_edges_0.01") == 54
+    assert paper_value("local-2", "cpr") is None
+    assert paper_value("random-init", "perplexity") is None
+    assert len(PAPER) == 9
+    assert all(len(figures) == 5 for figures in PAPER.values())
