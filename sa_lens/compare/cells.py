@@ -21,8 +21,9 @@ from typing import Any
 from sa_lens.compare.grids import BASELINE, Grid, Variant
 from sa_lens.compare.subject import Group, Measured, inputs_of
 from sa_lens.config import RunConfig, to_dict
-from sa_lens.core.checkpoints import WEIGHTS, atomic_write, complete_steps
+from sa_lens.core.checkpoints import WEIGHTS, complete_steps
 from sa_lens.data.disk import fingerprint, key_of
+from sa_lens.data.writing import atomic_write
 
 FORMAT = 1
 """Version of the files; part of every key."""

@@ -6,10 +6,15 @@ section 4), carried over to the columns that measure the same thing under like c
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 WHOLE = ""
 """Stream of columns that belong to the weights, and so to no stream."""
+
+OTHER = "Other columns"
+"""Theme of columns that are not in `COLUMNS`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class Column:
     """Field of the paper's published row that this is; empty: it has none."""
     streams: tuple[str, ...] = ("clean", "ablated")
     """Streams in which it has a value."""
+    theme: str = OTHER
+    """Columns of one theme stand in one table."""
+    drawn: bool = False
+    """Whether the figure shows it unless other columns are asked for."""
 
 
 _MORE_LOCAL = "circuits are smaller"
@@ -38,62 +47,96 @@ _CONCENTRATED = "features are more concentrated"
 _SPECIALIZED = "units are more specialized"
 _LESS_SPARSE = "weights are less sparse"
 
-_ALL = (
-    Column("loss", "loss, nats a token", 3),
-    Column("perplexity", "perplexity", 2, -1, "no loss in language modelling", "perplexity"),
-    Column("units_used", "share of units ever kept", 2, streams=("ablated",)),
-    Column(
-        "mean_abs_weight",
-        "mean absolute weight, all parameters",
-        3,
-        +1,
-        _LESS_SPARSE,
-        "mean_abs_weight",
-        streams=(WHOLE,),
+_THEMES: dict[str, tuple[Column, ...]] = {
+    "Language modelling": (
+        Column("loss", "loss, nats a token", 3, drawn=True),
+        Column("perplexity", "perplexity", 2, -1, "no loss in language modelling", "perplexity"),
+        Column("units_used", "share of units ever kept", 2, streams=("ablated",)),
     ),
-    Column("mean_abs_weight_inner", "mean absolute weight without embeddings", 4, streams=(WHOLE,)),
-    Column("hoyer", "Hoyer sparsity of matrices", 3, streams=(WHOLE,)),
-    Column("hoyer_inner", "Hoyer sparsity without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,)),
-    Column("gini_inner", "Gini of weights without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,)),
-    Column("small_inner", "share of weights below 1 % of scale, without embeddings", 4, streams=(WHOLE,)),
-    Column("pair_accuracy", "IOI pair accuracy", 3),
-    Column("top1_accuracy", "IOI top-1 accuracy", 3),
-    Column("logit_difference", "IOI logit difference", 2),
-    Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
-    Column("acdc_edges_0.003", "ACDC edges, tau 0.003", 0),
-    Column("acdc_edges_0.01", "ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL, "acdc_edges"),
-    Column("acdc_edges_0.03", "ACDC edges, tau 0.03", 0),
-    Column("acdc_edges_own", "ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL),
-    Column("acdc_order_spread", "spread of ACDC edges over random orders (sd), tau 0.01", 1),
-    Column("edges_0.9", "edges for f >= 0.9", 0, -1, _MORE_LOCAL),
-    Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL),
-    Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
-    Column("live_units", "share of live units", 3),
-    Column("firing_rate", "firing rate of live units", 4),
-    Column("effective_tokens", "effective tokens of live units", 1),
-    Column(
-        "effective_tokens_matched",
-        "effective tokens against the baseline at equal layer and activity",
-        2,
-        -1,
-        _SPECIALIZED,
+    "Weights": (
+        Column(
+            "mean_abs_weight",
+            "mean absolute weight, all parameters",
+            3,
+            +1,
+            _LESS_SPARSE,
+            "mean_abs_weight",
+            streams=(WHOLE,),
+            drawn=True,
+        ),
+        Column("mean_abs_weight_inner", "mean absolute weight without embeddings", 4, streams=(WHOLE,)),
+        Column("hoyer", "Hoyer sparsity of matrices", 3, streams=(WHOLE,)),
+        Column("hoyer_inner", "Hoyer sparsity without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,), drawn=True),
+        Column("gini_inner", "Gini of weights without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,)),
+        Column("small_inner", "share of weights below 1 % of scale, without embeddings", 4, streams=(WHOLE,)),
     ),
-    Column("label_coverage", "share of labels with a unit (F1 >= 0.8)", 3, +1, _SPECIALIZED),
-    Column("explanation_f1", "F1 of explanations", 3, +1, _SPECIALIZED),
-    Column("explanation_coverage", "share of live units explained", 3, +1, _SPECIALIZED),
-    Column("token_list_f1", "F1 of token lists", 3),
-    Column("mask_share", "share of context that masks alone carry", 3, streams=("ablated",)),
-    Column("probe_mask_nats", "nats a probe reads off the masks", 3, streams=("ablated",)),
-    Column("self_read_cost", "cost of gates that read the ablated stream, nats", 3, streams=("ablated",)),
-    Column("sae_l0", "SAE L0", 2, -1, _CONCENTRATED, "sae_l0"),
-    Column("sae_ce_score", "SAE CE score", 3, +1, _CONCENTRATED, "sae_ce_score"),
-    Column("sae_ce_span", "CE of zeroing the SAE's hook over the model's, nats", 3),
-    Column("sae_explained_variance", "SAE explained variance", 3),
-    Column("sae_dead", "share of dead SAE latents", 3),
-)
+    "Indirect object identification": (
+        Column("pair_accuracy", "IOI pair accuracy", 3, drawn=True),
+        Column("top1_accuracy", "IOI top-1 accuracy", 3),
+        Column("logit_difference", "IOI logit difference", 2),
+    ),
+    "Circuits by ACDC": (
+        Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
+        Column("acdc_edges_0.003", "ACDC edges, tau 0.003", 0),
+        Column("acdc_edges_0.01", "ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL, "acdc_edges", drawn=True),
+        Column("acdc_edges_0.03", "ACDC edges, tau 0.03", 0),
+        Column("acdc_edges_own", "ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("acdc_order_spread", "spread of ACDC edges over random orders (sd), tau 0.01", 1),
+    ),
+    "Faithfulness": (
+        Column("edges_0.9", "edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
+        Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
+    ),
+    "Units": (
+        Column("live_units", "share of live units", 3, drawn=True),
+        Column("firing_rate", "firing rate of live units", 4),
+        Column("effective_tokens", "effective tokens of live units", 1),
+        Column(
+            "effective_tokens_matched",
+            "effective tokens less the baseline's, at equal layer and activity",
+            2,
+            -1,
+            _SPECIALIZED,
+            drawn=True,
+        ),
+        Column("label_coverage", "share of labels with a unit (F1 >= 0.8)", 3, +1, _SPECIALIZED, drawn=True),
+    ),
+    "Explanations": (
+        Column("explanation_f1", "F1 of explanations", 3, +1, _SPECIALIZED, drawn=True),
+        Column("explanation_coverage", "share of live units explained", 3, +1, _SPECIALIZED),
+        Column("token_list_f1", "F1 of token lists", 3),
+    ),
+    "What masks carry": (
+        Column("mask_share", "share of context that masks alone carry", 3, streams=("ablated",), drawn=True),
+        Column("probe_mask_nats", "nats a probe reads off the masks", 3, streams=("ablated",)),
+        Column("self_read_cost", "cost of gates that read the ablated stream, nats", 3, streams=("ablated",)),
+    ),
+    "Sparse autoencoders": (
+        Column("sae_l0", "SAE L0", 2, -1, _CONCENTRATED, "sae_l0", drawn=True),
+        Column("sae_ce_score", "SAE CE score", 3, +1, _CONCENTRATED, "sae_ce_score", drawn=True),
+        Column("sae_ce_span", "CE of zeroing the SAE's hook over the model's, nats", 3),
+        Column("sae_explained_variance", "SAE explained variance", 3),
+        Column("sae_dead", "share of dead SAE latents", 3),
+    ),
+}
 
-COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
-"""Columns by name, in the order of the table."""
+COLUMNS: dict[str, Column] = {
+    column.name: dataclasses.replace(column, theme=theme) for theme, some in _THEMES.items() for column in some
+}
+"""Columns by name, in the order of the tables."""
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of columns, each once, in the order of the tables; those that are not in `COLUMNS` last."""
+    order = [*COLUMNS]
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in COLUMNS else len(order))
+
+
+def column_named(name: str) -> Column:
+    """The column of this name; one without label and claim where `COLUMNS` does not have it."""
+    return COLUMNS.get(name) or Column(name, name, 3)
+
 
 PAPER: dict[str, dict[str, float]] = {
     "baseline": {"acdc_edges": 79, "sae_l0": 7.22, "sae_ce_score": 0.63, "perplexity": 5.73, "mean_abs_weight": 0.44},
@@ -111,14 +154,14 @@ PAPER: dict[str, dict[str, float]] = {
 
 def paper_value(variant: str, column: str) -> float | None:
     """The paper's figure for a column of a variant; None where it has none."""
-    field = COLUMNS[column].paper
+    field = column_named(column).paper
     return PAPER.get(variant, {}).get(field) if field else None
 
 
 def family(stream: str) -> tuple[str, ...]:
     """Columns whose claims are decided together: all of the clean stream and of the weights, or all of the ablated.
 
-    The family is that of the table here, whatever of it is measured.
+    The family is that of `COLUMNS`, whatever of it is measured.
     """
     streams = {"ablated"} if stream == "ablated" else {"clean", WHOLE}
-    return tuple(column.name for column in _ALL if column.direction and streams & {*column.streams})
+    return tuple(name for name, column in COLUMNS.items() if column.direction and streams & {*column.streams})

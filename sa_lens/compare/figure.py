@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from sa_lens.compare.columns import COLUMNS, WHOLE, paper_value
+from sa_lens.compare.columns import OTHER, WHOLE, column_named, in_order, paper_value
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.results import Comparison
 from sa_lens.views import Figure, draw
@@ -66,15 +66,16 @@ def small_multiples(comparison: Comparison, columns: tuple[str, ...] | None = No
     """The record of the figure.
 
     Args:
-        columns: which, in order; None: all that have a value.
+        columns: which, in order; None: those that `COLUMNS` marks as drawn and all that it does not have.
 
     Raises:
         ValueError: an unknown column, or no value at all.
     """
     table = comparison.summary()
     table = table[table["n"] > 0]
-    present = [name for name in COLUMNS if name in set(table["column"])]
-    chosen = present if columns is None else list(columns)
+    present = in_order(table["column"])
+    marked = [name for name in present if column_named(name).drawn or column_named(name).theme == OTHER]
+    chosen = (marked or present) if columns is None else list(columns)
     unknown = [name for name in chosen if name not in present]
     if unknown or not chosen:
         raise ValueError(
@@ -96,7 +97,7 @@ def small_multiples(comparison: Comparison, columns: tuple[str, ...] | None = No
         base = some[(some["variant"] == BASELINE) & (some["stream"] != "ablated")]
         panels.append(
             Panel(
-                COLUMNS[name].label,
+                column_named(name).label,
                 tuple(dots),
                 float(base["mean"].iloc[0]) if len(base) else None,
                 tuple(paper_value(variant, name) for variant in variants),

@@ -20,7 +20,7 @@ from sa_lens.compare.sae_columns import SAE
 from sa_lens.compare.subject import Group
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
 from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
-from sa_lens.core.checkpoints import atomic_write
+from sa_lens.data.writing import atomic_write
 from sa_lens.sae import PRESETS as SAE_PRESETS
 from sa_lens.sae import SAESettings
 

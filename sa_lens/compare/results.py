@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_lens.compare.cells import Cell
-from sa_lens.compare.columns import COLUMNS, WHOLE, family
+from sa_lens.compare.columns import WHOLE, column_named, family, in_order
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.subject import Group
 from sa_lens.compare.verdicts import holm, paired, t_interval, verdict
@@ -63,7 +63,7 @@ class Comparison:
             if variant != against:
                 _decide(of_variant)
             rows += of_variant
-        order = [*COLUMNS]
+        order = in_order(key[1] for key in series)
         rows.sort(key=lambda row: (self.variants.index(row["variant"]), order.index(row["column"])))
         return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -90,7 +90,8 @@ def _row(
     reference = series.get((against, column, stream)) or series.get((against, column, "clean"), {})
     row: dict[str, Any] = {"variant": variant, "column": column, "stream": stream}
     row |= t_interval([*own.values()])._asdict()
-    row |= {"direction": COLUMNS[column].direction, "verdict": "", "claim": COLUMNS[column].claim, "p_holm": math.nan}
+    about = column_named(column)
+    row |= {"direction": about.direction, "verdict": "", "claim": about.claim, "p_holm": math.nan}
     if variant == against:
         missing = ("difference", "difference_low", "difference_high", "p")
         return row | {"n_pairs": 0} | dict.fromkeys(missing, math.nan)

@@ -10,9 +10,18 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from sa_lens.compare.columns import COLUMNS, PAPER, WHOLE, family, paper_value
+from sa_lens.compare.columns import COLUMNS, OTHER, PAPER, WHOLE, Column, family, paper_value
 from sa_lens.compare.figure import small_multiples
-from sa_lens.compare.report import latex, markdown, table, verdict_table, write
+from sa_lens.compare.report import (
+    THE_PAPERS,
+    difference_tables,
+    latex,
+    markdown,
+    tables,
+    verdict_table,
+    verdict_text,
+    write,
+)
 from sa_lens.compare.results import Comparison
 from sa_lens.views import draw
 
@@ -106,31 +115,77 @@ def test_one_seed_gives_no_verdict():
     found = row(one.summary(), "local-8", "acdc_edges_0.01", "clean")
     assert found["verdict"] == "undecided"
     assert math.isnan(found["low"])
-    assert "40" in table(one).to_string()
+    assert "40" in tables(one)["Circuits by ACDC"].to_string()
 
 
-def test_the_table_shows_ours_and_the_papers_figures():
-    shown = table(comparison()).set_index(["column", "stream"])
-    label = COLUMNS["acdc_edges_0.01"].label
+def test_the_first_table_shows_ours_and_the_papers_figures():
+    title, shown = next(iter(tables(comparison()).items()))
+    assert title == THE_PAPERS
+    shown = shown.set_index(["variant", "stream"])
+    edges, weight = COLUMNS["acdc_edges_0.01"].label, COLUMNS["mean_abs_weight"].label
     half = np.diff(stats.ttest_1samp(LOCAL, 0).confidence_interval(0.95))[0] / 2
-    assert shown.loc[(label, "clean"), "local-8"] == f"40 ± {half:.0f}"
-    assert shown.loc[(label, "ablated"), "local-8"].endswith("(n=3)")
-    assert shown.loc[(label, "ablated"), "baseline"] == ""
-    assert shown.loc[(label, "paper, clean"), "baseline"] == "79"
-    assert shown.loc[(label, "paper, clean"), "local-8"] == "36"
+    assert shown.loc[("local-8", "clean"), edges] == f"40 ± {half:.0f}"
+    assert shown.loc[("local-8", "ablated"), edges].endswith("(n=3)")
+    assert shown.loc[("local-8", "clean"), weight].startswith("0.100 ±")
+    assert shown.loc[("local-8", "ablated"), weight] == "", "weights stand with the clean stream"
+    assert ("baseline", "ablated") not in shown.index
+    assert shown.loc[("baseline", "paper, clean"), edges] == "79"
+    assert shown.loc[("local-8", "paper, clean"), edges] == "36"
+
+
+def test_a_theme_is_a_table():
+    shown = tables(comparison())
+    assert list(shown) == [THE_PAPERS, "Weights", "Circuits by ACDC"]
+    assert set(shown["Weights"]["stream"]) == {"weights"}
 
 
 def test_missing_values_are_shown_as_such():
     nothing = {("cpr", "clean"): [math.nan] * 4}
-    shown = table(comparison(weak=nothing)).set_index(["column", "stream"])
-    assert shown.loc[(COLUMNS["cpr"].label, "clean"), "weak"] == "n/a"
+    made = comparison(weak=nothing)
+    assert tables(made)["Faithfulness"].to_dict("records") == [{"variant": "weak", "stream": "clean", "CPR": "n/a"}]
+    assert difference_tables(made)["Faithfulness"]["CPR"].item() == "n/a"
+    assert verdict_table(made).set_index("column").loc["CPR: higher", "weak"] == "n/a"
 
 
 def test_verdicts_are_shown_with_their_differences():
-    shown = verdict_table(comparison())
-    assert list(shown["stream"]) == ["weights", "clean", "ablated"]
-    assert shown["local-8"][1].startswith("holds (-40 [-4")
-    assert "smaller" in shown["claim"][1]
+    shown = verdict_table(comparison()).set_index(["column", "stream"])["local-8"]
+    label = COLUMNS["acdc_edges_0.01"].label
+    assert shown.to_dict() == {
+        ("mean absolute weight, all parameters: higher", "weights"): "undecided",
+        (f"{label}: lower", "clean"): "holds",
+        (f"{label}: lower", "ablated"): "undecided",
+    }
+    cells = difference_tables(comparison())["Circuits by ACDC"].set_index("stream")[label]
+    assert cells["clean"].startswith("-40 [-4")
+    assert cells["clean"].endswith(": holds")
+    assert "(n=3)" in cells["ablated"], "one seed has no value"
+
+
+def test_verdicts_in_short_name_the_variants_of_each():
+    worse = {("acdc_edges_0.01", "clean"): [120.0, 123.0, 119.0, 120.0]}
+    text = verdict_text(comparison(worse=worse))
+    assert "circuits are smaller\n" in text
+    assert "holds: local-8; fails: worse" in text
+
+
+def test_an_own_column_is_shown_without_a_claim():
+    made = comparison(own={("my_column", "clean"): [1.0, 2.0, 3.0, 4.0]})
+    assert row(made.summary(), "own", "my_column", "clean")["verdict"] == ""
+    assert list(tables(made))[-1] == OTHER
+    assert "my_column" in markdown(made)
+    assert [panel.title for panel in small_multiples(made).panels][-1] == "my_column"
+
+
+def test_an_own_claim_joins_its_family(monkeypatch):
+    n = len(family("clean"))
+    monkeypatch.setitem(COLUMNS, "my_column", Column("my_column", "mine", 2, +1, "it grows", streams=("clean",)))
+    assert (len(family("clean")), family("ablated")) == (n + 1, family("ablated"))
+    summary = comparison(
+        own={("my_column", "clean"): [1.0, 2.0, 3.0, 4.0], ("acdc_edges_0.01", "clean"): LOCAL}
+    ).summary()
+    edges = row(summary, "own", "acdc_edges_0.01", "clean")
+    assert edges["p_holm"] == pytest.approx((n + 1) * edges["p"])
+    assert row(summary, "own", "my_column", "clean")["verdict"] == "undecided", "the baseline has no value"
 
 
 def test_files_are_whole(tmp_path):
@@ -148,7 +203,8 @@ def test_files_are_whole(tmp_path):
     tex = (tmp_path / "table.tex").read_text()
     assert tex == latex(made)
     assert r"$\pm$" in tex
-    assert tex.count(r"\begin{tabular}") == 2
+    made_of = len(tables(made)) + len(difference_tables(made)) + 1
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == made_of
     assert json.loads((tmp_path / "figure.json").read_text())["variants"] == ["baseline", "local-8"]
     assert "plotly" in (tmp_path / "figure.html").read_text()
 
