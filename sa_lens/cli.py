@@ -329,7 +329,7 @@ def units(
     """
     import pandas as pd
 
-    from sa_lens.core.checkpoints import atomic_write
+    from sa_lens.data.writing import atomic_write
     from sa_lens.training.report import load_run, text_of_run
     from sa_lens.units.activations import model_streams
     from sa_lens.units.comparison import summary

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sa_lens.core.checkpoints import atomic_write
 from sa_lens.core.host import Host
 from sa_lens.core.nodes import not_additive
+from sa_lens.data.writing import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd

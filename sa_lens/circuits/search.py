@@ -26,8 +26,8 @@ from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, skill
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.running import Ablation, Gates, check_choices
 from sa_lens.config import Stream
-from sa_lens.core.checkpoints import atomic_write
 from sa_lens.core.host import Host
+from sa_lens.data.writing import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +24,7 @@ from transformers import AutoTokenizer
 
 from sa_lens.config import GateConfig, from_dict, to_dict
 from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.data.writing import atomic_write, staged_folder
 
 FORMAT = "sa_lens"
 VERSION = 1
@@ -34,87 +32,6 @@ CONFIG, WEIGHTS, MARKER = "config.json", "model.safetensors", "complete"
 
 _NOT_SAVED = ("device", "dtype", "seed", "tokenizer_name", "init_weights", "n_devices", "model_name", "n_params")
 """Fields of HookedTransformerConfig that belong to a process, or are written in another way."""
-
-
-def atomic_write(path: str | Path, write: bytes | Callable[[Path], object]) -> None:
-    """Writes a file so that other readers see the old or the new content, never a part.
-
-    Args:
-        write: the content, or a function that writes it to the temporary path it is given.
-    """
-    path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        if isinstance(write, bytes):
-            temporary.write_bytes(write)
-        else:
-            write(temporary)
-        _finish(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def staged_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary folder whose files become those of `folder` at the end, if nothing was raised.
-
-    A new folder appears under its name only when complete. In an existing one the files replace those of the same name,
-    `config.json` last, after all of them have been written; other files are left alone.
-
-    Raises:
-        NotADirectoryError: the folder's name is a file.
-        OSError: a full disk or a folder that cannot be written; then everything is as it was.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: give the name of a folder")
-    exists = folder.is_dir()
-    # within an existing folder, which may be a mount point that files cannot be moved into
-    place = folder if exists else folder.parent
-    place.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name}."))
-    try:
-        yield temporary
-        files = sorted(temporary.iterdir(), key=lambda file: (file.name == CONFIG, file.name))
-        for file in files:
-            _finish(file)
-        if exists:
-            for file in files:
-                file.replace(folder / file.name)
-        else:
-            temporary.chmod(0o777 & ~_umask())
-            temporary.rename(folder)
-        sync_folder(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _finish(file: Path) -> None:
-    """Puts a written file on the disk, with the permissions of a file made in the ordinary way."""
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
-    file.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -174,7 +91,7 @@ def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str,
         if bool(model.get_parameter(name).any()):
             raise ValueError(f"{name} is not zero, but this model has no such bias: set it to zero before saving")
     folder = Path(folder)
-    with staged_folder(folder) as temporary:
+    with staged_folder(folder, last=CONFIG) as temporary:
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)
         write_weights(weights_of(model), temporary / WEIGHTS)

@@ -14,13 +14,12 @@ from sa_lens.core import reference
 from sa_lens.core.checkpoints import (
     CONFIG,
     WEIGHTS,
-    atomic_write,
     describe,
     save_tokenizer,
-    staged_folder,
     write_weights,
 )
 from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.data.writing import atomic_write, staged_folder
 
 _HF_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
@@ -39,7 +38,7 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     described = describe(model)
     cfg = described["model"] | {"tie_word_embeddings": False, "init_weights": False}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()}
-    with staged_folder(folder) as temporary:
+    with staged_folder(folder, last=CONFIG) as temporary:
         write_weights(weights, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
         if model.tokenizer is not None:
@@ -127,7 +126,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
     torch.nn.Module.to(hf, cfg.dtype)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     hf.load_state_dict(_gpt2_state(model, state), strict=True)
-    with staged_folder(folder) as temporary:
+    with staged_folder(folder, last=CONFIG) as temporary:
         hf.save_pretrained(temporary)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)

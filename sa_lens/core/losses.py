@@ -9,14 +9,13 @@ import logging
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sa_lens.config import LossConfig
 from sa_lens.core.fused import fused_loss, why_not_fused
 from sa_lens.core.fused.support import has_user_hooks
-from sa_lens.core.gate import at_least_float32
+from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.model import SelfAblatingTransformer
 
 log = logging.getLogger(__name__)
@@ -33,38 +32,6 @@ class LossTerms(NamedTuple):
     """Cross-entropy of the ablated stream; None without gates."""
     reconstruction: Float[Tensor, ""] | None
     """R; None without gates or if its coefficient is 0."""
-
-
-def cross_entropy(
-    logits: Float[Tensor, "batch pos d_vocab"],
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, "batch pos"] | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats per predicted token, in float32 or wider.
-
-    Without targets the next token is predicted (T - 1 predictions); pairs that touch padding are left out.
-    """
-    logits = at_least_float32(logits)
-    if targets is None:
-        logits, targets = logits[:, :-1], tokens[:, 1:]
-        keep = None if attention_mask is None else (attention_mask[:, :-1] & attention_mask[:, 1:]).bool()
-    else:
-        keep = None if attention_mask is None else attention_mask.bool()
-    if keep is not None:
-        return F.cross_entropy(logits[keep], targets[keep])
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def reconstruction_loss(
-    clean: list[Float[Tensor, "batch pos d_model"]], ablated: list[Float[Tensor, "batch pos d_model"]]
-) -> Float[Tensor, ""]:
-    """R: mean over the given outputs of the mean squared difference between the L2-normalised vectors."""
-    terms = [
-        F.mse_loss(F.normalize(at_least_float32(a), dim=-1), F.normalize(at_least_float32(c), dim=-1))
-        for c, a in zip(clean, ablated, strict=True)
-    ]
-    return torch.stack(terms).mean()
 
 
 class TwoStreamLoss(nn.Module):

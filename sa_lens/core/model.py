@@ -23,6 +23,7 @@ from transformer_lens.utilities import get_attention_mask
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
 from sa_lens.core.gate import Gate
+from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.streams import (
     Ablation,
     CleanPass,
@@ -335,8 +336,6 @@ class SelfAblatingTransformer(HookedTransformer):
             prepend_bos: for strings; None: the model's default.
             padding_side: for strings; None: the tokenizer's.
         """
-        from sa_lens.core.losses import cross_entropy, reconstruction_loss
-
         if not isinstance(input, Tensor):
             given = {"prepend_bos": prepend_bos, "padding_side": padding_side}
             options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

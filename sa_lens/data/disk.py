@@ -7,11 +7,11 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sa_lens.data.writing import replacement, staged_folder
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -44,49 +44,37 @@ def key_of(values: Any) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, syncs it and renames it."""
+    """Writes a text file, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written; the message says which setting names another.
+    """
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what stands there at the end is synced and becomes `path`.
+    """Yields a temporary name beside `path`; what stands there at the end becomes `path`.
 
     Raises:
         OSError: the folder cannot be written; the message says which setting names another.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with replacement(path) as temporary:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `path` that becomes `path` at the end.
+    """Yields an empty temporary folder that becomes `path` at the end.
 
     Raises:
         OSError: the folder cannot be written; the message says which setting names another.
     """
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            temporary.chmod(0o755)
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with explained(path), staged_folder(path) as temporary:
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.core.fused import why_not_fused
 from sa_lens.core.gate import Gate
-from sa_lens.core.losses import cross_entropy
+from sa_lens.core.loss_terms import cross_entropy
 from sa_lens.core.masks import masks_of
 from sa_lens.data import TokenFile
 

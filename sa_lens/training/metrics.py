@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa_lens.config import RunConfig
 from sa_lens.core import LossTerms
-from sa_lens.core.checkpoints import atomic_write
+from sa_lens.data.writing import atomic_write
 
 
 class TrainingDiverged(RuntimeError):

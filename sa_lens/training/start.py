@@ -15,6 +15,7 @@ from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_ya
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
+from sa_lens.data.writing import atomic_write
 from sa_lens.training import run_folder, state
 from sa_lens.training.metrics import MetricsFile
 from sa_lens.training.optimizer import adamw, choose_trained
@@ -124,13 +125,13 @@ def _check_same_data(out: Path, before: dict[str, str], now: dict[str, str]) -> 
 
 def _open_folder(run: RunConfig, out: Path, model: SelfAblatingTransformer, at: state.RunState) -> None:
     run_folder.clear_leftovers(out)
-    checkpoints.atomic_write(out / run_folder.CONFIG_YAML, lambda path: write_yaml(run, path))
+    atomic_write(out / run_folder.CONFIG_YAML, lambda path: write_yaml(run, path))
     MetricsFile(out / run_folder.METRICS).drop_after(at.step)
     if not (out / checkpoints.CONFIG).is_file():
         if model.tokenizer is not None:
             checkpoints.save_tokenizer(model.tokenizer, out)
         config = {**checkpoints.describe(model), "run": to_dict(run)}
-        checkpoints.atomic_write(out / checkpoints.CONFIG, json.dumps(config, indent=2).encode())
+        atomic_write(out / checkpoints.CONFIG, json.dumps(config, indent=2).encode())
 
 
 def initial(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblatingTransformer]:

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sa_lens.core.checkpoints import MARKER, WEIGHTS, atomic_write, complete_steps, staged_folder, write_weights
+from sa_lens.core.checkpoints import MARKER, WEIGHTS, complete_steps, write_weights
+from sa_lens.data.writing import atomic_write, staged_folder
 from sa_lens.training.sharding import shared_like, whole
 
 VERSION = 1

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import SelfAblatingTransformer, checkpoints
-from sa_lens.data import HubUnreachable
+from sa_lens.data import HubUnreachable, writing
 
 SCOPES = ["none", "local", "global", "both"]
 
@@ -278,9 +278,9 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
     file = tmp_path / "f"
-    checkpoints.atomic_write(file, b"old")
+    writing.atomic_write(file, b"old")
     with full_disk(10), pytest.raises(OSError, match="File too large"):
-        checkpoints.atomic_write(file, b"new content of the file")
+        writing.atomic_write(file, b"new content of the file")
     assert content(tmp_path) == {"f": b"old"}
 
 

@@ -8,7 +8,7 @@ from small_models import gated_model, random_tokens
 
 from sa_lens.config import LossConfig
 from sa_lens.core import TwoStreamLoss
-from sa_lens.core.losses import cross_entropy, reconstruction_loss
+from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 
 
 def slow_cross_entropy(logits, targets):

@@ -21,6 +21,7 @@ from sa_lens.config import LossConfig
 from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
+from sa_lens.core.loss_terms import reconstruction_loss
 
 if TYPE_CHECKING:
     from sa_lens.core.model import SelfAblatingTransformer
@@ -59,8 +60,6 @@ def fused_loss(
         dtype: of the matrix products; scores, top-k, surrogate, softmax and losses are float32 or wider.
         recompute: keep only each layer's input and compute the layer again in the backward pass.
     """
-    from sa_lens.core.losses import reconstruction_loss
-
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
     passes = _Passes(model, dtype, recompute and torch.is_grad_enabled())
