@@ -426,6 +426,54 @@ def sae(
     return None
 
 
+@command("train and measure a grid of models, one table", "sa-lens compare --grid laptop --dry-run")
+def compare(
+    grid: Literal["laptop", "laptop-tinystories", "paper", "smoke"] = "laptop",
+    out: Path | None = None,
+    seeds: int | None = None,
+    columns: str | None = None,
+    text: str | None = None,
+    validation: str | None = None,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> int | None:
+    """Train and measure a dense baseline, self-ablating models and controls under equal conditions, over seeds.
+
+    Everything that is finished stays on disk: after Ctrl-C the same command goes on, a further seed or group of columns
+    costs only itself, and several processes may share the folder.
+
+    Args:
+        grid: laptop: nine small models, five seeds, generated stories. laptop-tinystories: the same on real text, three
+            seeds. paper: the nine models of the paper, for GPUs. smoke: tiny models, to see that everything runs.
+        out: Folder of models, tables and figure; None: runs/compare-GRID.
+        seeds: How many, from 0 on; None: the grid's.
+        columns: Groups of columns, separated by commas, such as losses,acdc; None: all.
+        text: Train on this text instead: a file, a folder or a dataset id on the Hub.
+        validation: Its validation text; None: a part of it.
+        device: Where to run.
+        dry_run: Say what is to do and how long it takes, and do nothing.
+    """
+    from sa_lens.compare import compare as run_comparison
+    from sa_lens.compare.report import verdict_text
+
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds {seeds}: give at least 1")
+    folder = out or Path("runs") / f"compare-{grid}"
+    groups = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    found = run_comparison(
+        grid, folder, seeds=seeds, columns=groups, text=text, validation=validation, device=device, dry_run=dry_run
+    )
+    if dry_run:
+        return None
+    verdicts = verdict_text(found)
+    if verdicts:
+        print(f"\nClaims against the dense baseline, over {len(found.seeds)} seeds\n\n{verdicts}")
+    if found.unfinished:
+        print(f"\n{found.unfinished} groups of columns are not measured yet.")
+    print(f"\nIn {folder}: table.md, table.tex, values.csv, summary.csv, figure.html, and the models")
+    return None
+
+
 @command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
 def export(
     run: Run,

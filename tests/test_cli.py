@@ -397,3 +397,87 @@ class TestUnits:
     def test_bad_input(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "tokens" in fails(["units", reader, "--tokens", "0", "--device", "cpu"], capsys)
         assert "no-such-run" in fails(["units", "no-such-run"], capsys)
+
+
+class TestCompare:
+    def test_says_what_is_to_do(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = tmp_path / "out"
+        assert cli.main(["compare", "--grid", "smoke", "--out", str(folder), "--device", "cpu", "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+        assert "random-token" in printed
+        assert "left in all" in printed
+        assert not folder.exists()
+
+    def test_trains_measures_and_says_where_it_is(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / "out"
+        arguments = [
+            "compare",
+            "--grid",
+            "smoke",
+            "--out",
+            str(folder),
+            "--device",
+            "cpu",
+            "--columns",
+            "weights,losses",
+        ]
+        assert cli.main([*arguments, "--seeds", "1"]) == 0
+        printed = capsys.readouterr().out
+        assert "weights are less sparse\n" in printed
+        assert re.search("perplexity: lower, clean +undecided: all", printed), "one seed decides nothing"
+        files = re.findall(r"[\w.]+\.\w+", printed.splitlines()[-1].split(": ")[1])
+        assert {"table.md", "figure.html"} <= set(files)
+        assert all((folder / file).is_file() for file in files)
+        values = pandas.read_csv(folder / "values.csv")
+        assert set(values["seed"]) == {0}
+        assert {"loss", "hoyer"} <= set(values["column"])
+        assert "cpr" not in set(values["column"])
+
+    def test_a_stop_says_that_the_same_command_goes_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from sa_lens.compare import running
+
+        def stopped(*arguments: object, **options: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(running, "train", stopped)
+        line = fails(
+            ["compare", "--grid", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"], capsys, code=130
+        )
+        assert "stopped at baseline, seed 0" in line
+        assert "The same command goes on" in line
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--grid", "desk"], "laptop-tinystories"),
+            (["--seeds", "0"], "--seeds 0"),
+            (["--columns", "losses,circuits"], "no group circuits; there are losses, weights"),
+            (["--columns", ","], "no group given"),
+            (["--validation", "text.txt"], "goes with text="),
+            (["--text", "no-such.txt"], "no-such.txt"),
+        ],
+    )
+    def test_bad_input(
+        self,
+        flags: list[str],
+        message: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        arguments = ["compare", "--grid", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"]
+        assert message in fails([*arguments, *flags], capsys)
+        assert not (tmp_path / "out" / "models").exists()
+
+    def test_grids_on_offer_are_those_there_are(self) -> None:
+        from sa_lens.compare import GRIDS
+
+        assert set(typing.get_args(typing.get_type_hints(cli.compare)["grid"])) == set(GRIDS)

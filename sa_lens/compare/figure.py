@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from sa_lens.compare.columns import OTHER, WHOLE, column_named, in_order, paper_value
+from sa_lens.compare.columns import OTHER, WHOLE, column_named, in_order
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.results import Comparison
 from sa_lens.views import Figure, draw
 from sa_lens.views.records import number
-from sa_lens.views.theme import heading, palette, plain, template
+from sa_lens.views.theme import heading, palette, plain, template, wrapped
 
 ACROSS = 3
 """Panels beside one another."""
@@ -44,8 +44,6 @@ class Panel:
     """One for each stream."""
     reference: float | None
     """Mean of the baseline, drawn as a line."""
-    paper: tuple[float | None, ...]
-    """The paper's figures, one for each variant; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ def small_multiples(comparison: Comparison, columns: tuple[str, ...] | None = No
                 column_named(name).label,
                 tuple(dots),
                 float(base["mean"].iloc[0]) if len(base) else None,
-                tuple(paper_value(variant, name) for variant in variants),
             )
         )
     note = f"means over {len(comparison.seeds)} seeds with 95 % intervals; dotted line: the dense baseline"
@@ -109,21 +106,22 @@ def small_multiples(comparison: Comparison, columns: tuple[str, ...] | None = No
 
 @draw.register
 def figure_of_small_multiples(record: SmallMultiples, *, dark: bool = False) -> Figure:
-    """The figure: filled dots for the clean stream, open ones for the ablated, crosses for the paper's figures."""
+    """The figure: filled dots for the clean stream and for the weights, open ones for the ablated stream."""
     from plotly.subplots import make_subplots
 
     colours = palette(dark)
     rows = math.ceil(len(record.panels) / ACROSS)
     height = 22 * len(record.variants) + 60
     title, room = heading(record.title, record.note, WIDTH, dark)
+    total = room + rows * height + 102
     figure = Figure(
         make_subplots(
             rows,
             ACROSS,
             shared_yaxes=True,
             horizontal_spacing=0.03,
-            vertical_spacing=min(0.9 / rows, 44 / (height * rows)),
-            subplot_titles=[plain(panel.title) for panel in record.panels],
+            vertical_spacing=min(0.9 / rows, 60 / (height * rows)),
+            subplot_titles=[wrapped(panel.title, 0.9 * WIDTH / ACROSS) for panel in record.panels],
         )
     )
     seen: set[str] = set()
@@ -131,7 +129,8 @@ def figure_of_small_multiples(record: SmallMultiples, *, dark: bool = False) -> 
     for i, panel in enumerate(record.panels):
         at = {"row": i // ACROSS + 1, "col": i % ACROSS + 1}
         if panel.reference is not None:
-            figure.add_vline(x=panel.reference, line={"color": colours.faint, "width": 1, "dash": "dot"}, **at)
+            line = {"color": colours.faint, "width": 1, "dash": "dot"}
+            figure.add_vline(x=panel.reference, line=line, exclude_empty_subplots=False, **at)
         for dots in panel.dots:
             kind = dots.stream or "weights"
             shift = {"clean": -0.14, "ablated": 0.14}.get(dots.stream, 0.0)
@@ -139,21 +138,6 @@ def figure_of_small_multiples(record: SmallMultiples, *, dark: bool = False) -> 
                 _dots(dots, kind, [y + shift for y in places], record.variants, dark, kind not in seen), **at
             )
             seen.add(kind)
-        if any(value is not None for value in panel.paper):
-            figure.add_trace(
-                go.Scatter(
-                    x=list(panel.paper),
-                    y=places,
-                    mode="markers",
-                    name="paper, other model and text",
-                    legendgroup="paper",
-                    showlegend="paper" not in seen,
-                    marker={"symbol": "x-thin-open", "size": 8, "color": colours.faint},
-                    hovertemplate="paper %{x:.4g}<extra></extra>",
-                ),
-                **at,
-            )
-            seen.add("paper")
     figure.update_yaxes(
         tickvals=places, ticktext=[plain(name) for name in record.variants], range=[len(places) - 0.4, -0.6]
     )
@@ -162,15 +146,17 @@ def figure_of_small_multiples(record: SmallMultiples, *, dark: bool = False) -> 
         template=template(dark),
         title=title,
         width=WIDTH,
-        height=room + rows * height + 60,
-        margin={"t": room + 30},
-        legend={"orientation": "h", "y": 0, "yanchor": "top", "yref": "container"},
+        height=total,
+        margin={"t": room + 62, "b": 40},
+        legend={
+            **{"orientation": "h", "x": 0, "xanchor": "left", "xref": "container"},
+            **{"y": 1 - room / total, "yanchor": "top", "yref": "container"},
+        },
     )
     return figure
 
 
 def _dots(dots: Dots, kind: str, y: list[float], variants: tuple[str, ...], dark: bool, legend: bool) -> go.Scatter:
-
     colours = palette(dark)
     colour = colours.lines[{"clean": 0, "ablated": 1}.get(kind, 2)]
     return go.Scatter(

@@ -223,12 +223,13 @@ def test_the_figure_has_a_panel_a_column_and_a_dot_a_variant():
     ]
     edges = record.panels[1]
     assert edges.reference == np.mean(BASE)
-    assert edges.paper == (79, 36)
     clean, ablated = edges.dots
     assert clean.mean == (np.mean(BASE), np.mean(LOCAL))
     assert ablated.mean == (None, 70.0)
     figure = draw(record)
     assert [list(trace.x) for trace in figure.data if trace.name == "ablated stream"] == [[None, 70.0]]
+    lines = [shape.x0 for shape in figure.layout.shapes]
+    assert lines == [panel.reference for panel in record.panels]
     with pytest.raises(ValueError, match="no values of cpr"):
         small_multiples(comparison(), ("cpr",))
 
