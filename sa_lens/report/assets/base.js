@@ -1,0 +1,106 @@
+// Elements, packs and figures: what every part of the page is made with.
+// Texts of the report become text nodes and attribute values, never markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(made, properties, children) {
+  for (const [name, value] of Object.entries(properties || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, part] of Object.entries(value)) made.style.setProperty(key, part);
+    else made.setAttribute(name, value === true ? "" : String(value));
+  }
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+}
+
+const h = (tag, properties, ...children) => fill(document.createElement(tag), properties, children);
+const s = (tag, properties, ...children) => fill(document.createElementNS(SVG, tag), properties, children);
+
+// ---------------------------------------------------------------------------------------------------------- packs
+
+const opened = new Map();
+
+async function unpackedText(name) {
+  const packed = document.getElementById("pack-" + name);
+  const letters = atob(packed.textContent);
+  packed.remove();
+  const bytes = Uint8Array.from(letters, (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+// A part of the report, unpacked when it is first wanted.
+function pack(name) {
+  if (!opened.has(name)) opened.set(name, unpackedText(name).then(JSON.parse));
+  return opened.get(name);
+}
+
+// -------------------------------------------------------------------------------------------------------- figures
+
+const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
+const count = (n) => n.toLocaleString("en");
+
+// A note as a sentence, to stand before another.
+const sentence = (note) => (note ? note[0].toUpperCase() + note.slice(1) + (/[.!?]$/.test(note) ? " " : ". ") : "");
+
+// A number as it is read: three significant digits.
+function figure3(value) {
+  if (value === null || value === undefined) return "n/a";
+  if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
+  return String(Number(value.toPrecision(3)));
+}
+
+// A share as per cent.
+function percent(share) {
+  if (share === null || share === undefined) return "n/a";
+  if (share > 0 && share < 0.0001) return "<0.01%";
+  return (share >= 0.0995 ? (100 * share).toFixed(0) : Number((100 * share).toPrecision(2))) + "%";
+}
+
+// --------------------------------------------------------------------------------------------------------- controls
+
+let labels = 0;
+
+// A choice among few or many, with its label.
+function picker(label, options, chosen, change) {
+  const id = "choice-" + labels++;
+  const select = h(
+    "select",
+    { id, onchange: () => change(select.value) },
+    options.map(([value, words]) => h("option", { value, selected: String(value) === String(chosen) }, words)),
+  );
+  return h("div", { class: "field controls" }, h("label", { for: id }, label), select);
+}
+
+function tick(label, checked, change) {
+  const box = h("input", { type: "checkbox", checked, onchange: () => change(box.checked) });
+  return h("label", { class: "tick controls" }, box, label);
+}
+
+function searchBox(label, placeholder, change) {
+  const id = "search-" + labels++;
+  const box = h("input", { id, type: "search", placeholder, autocomplete: "off", spellcheck: "false" });
+  box.addEventListener("input", () => change(box.value));
+  return h("div", { class: "field search controls" }, h("label", { for: id }, label), box);
+}
+
+// A part of a section: heading, what it holds and how to read it, content.
+function block(title, how, ...content) {
+  const id = "block-" + labels++;
+  return h(
+    "section",
+    { class: "block", "aria-labelledby": id },
+    h("h3", { id }, title),
+    how ? h("p", { class: "how" }, how) : null,
+    ...content,
+  );
+}
+
+// Something wide that scrolls within the page, also by keyboard.
+const scroller = (label, ...content) => h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, ...content);
+
+// A calm moment of the browser.
+const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 500 }) : setTimeout(done, 50)));
+
+// The report: set once the front pack is open.
+let report = null;

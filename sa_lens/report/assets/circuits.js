@@ -1,0 +1,184 @@
+// Circuits: what a model does at a task, and the edges through which it does it, at any size.
+
+const circuits = { task: null, method: null, stream: null, models: [0, 1], together: true, parts: null, panels: [] };
+
+function drawCircuits(into) {
+  const tasks = taskNames();
+  if (!tasks.length) {
+    into.append(h("p", { class: "note" }, "This report holds no tasks."));
+    return;
+  }
+  circuits.task = tasks.includes(circuits.task) ? circuits.task : tasks[0];
+  const controls = h("div", { class: "bar-of-controls controls" });
+  const about = h("div", {});
+  const panels = h("div", { class: "columns panels" });
+  circuits.parts = { controls, about, panels };
+  into.append(h("p", { class: "how" }, "A circuit is a set of edges between the parts of a transformer. Move the slider: the most important edges are drawn first."), controls, about, panels);
+  showCircuits();
+}
+
+const taskNames = () => [...new Set(report.models.flatMap((model) => model.tasks.map((task) => task.task)))];
+const shownModels = () => (several() ? circuits.models : [0]);
+const taskOf = (model) => report.models[model].tasks.find((task) => task.task === circuits.task);
+
+function showCircuits() {
+  const rankings = shownModels().flatMap((model) => taskOf(model)?.rankings ?? []);
+  const methods = [...new Set(rankings.map((ranking) => ranking.method))];
+  if (!methods.includes(circuits.method)) circuits.method = methods[0] ?? null;
+  const streams = [...new Set(rankings.filter((ranking) => ranking.method === circuits.method).map((ranking) => ranking.stream))];
+  if (!streams.includes(circuits.stream)) circuits.stream = streams[0] ?? null;
+  const set = (name) => (value) => {
+    circuits[name] = value;
+    showCircuits();
+    circuits.parts.controls.querySelector(`[data-role="${name}"] select`)?.focus();
+  };
+  const marked = (name, field) => {
+    field.setAttribute("data-role", name);
+    return field;
+  };
+  const named = (values) => values.map((value) => [value, value]);
+  const sides = several() && report.models.length > 2 ? circuits.models.map((model, side) => picker(side ? "Right" : "Left", report.models.map((one, i) => [i, one.name]), model, (value) => {
+    circuits.models[side] = Number(value);
+    showCircuits();
+  })) : [];
+  circuits.parts.controls.replaceChildren(
+    marked("task", picker("Task", named(taskNames()), circuits.task, set("task"))),
+    marked("method", picker("Method", named(methods), circuits.method, set("method"))),
+    marked("stream", picker("Stream", named(streams), circuits.stream, set("stream"))),
+    ...sides,
+    several() ? tick("Both sliders together", circuits.together, (on) => (circuits.together = on)) : "",
+  );
+  const abouts = [...new Set(shownModels().map((model) => taskOf(model)?.about).filter(Boolean))];
+  circuits.parts.about.replaceChildren(block(circuits.task, null, abouts.map((about) => h("p", { class: "about-task" }, about))));
+  circuits.panels = shownModels().map((model) => circuitPanel(model));
+  circuits.parts.panels.replaceChildren(...circuits.panels.map((panel) => panel.element));
+  for (const panel of circuits.panels) panel.start?.();
+}
+
+// Sizes that the slider stops at: every one while they are few, then steps of about 4 per cent.
+function stops(n, chosen) {
+  const found = new Set([0, n, chosen]);
+  for (let size = 1; size < n; size = Math.max(size + 1, Math.round(size * 1.04))) found.add(size);
+  return [...found].filter((size) => size <= n).sort((a, b) => a - b);
+}
+
+function circuitPanel(model) {
+  const task = taskOf(model);
+  const name = report.models[model].name;
+  const element = h("div", { class: "panel" });
+  element.append(several() ? h("h3", { class: "panel-name" }, name) : h("div", {}));
+  if (!task) {
+    element.append(h("p", { class: "note" }, `No task ${circuits.task} for this model.`));
+    return { element };
+  }
+  element.append(
+    tableBlock(task.skill, "How often, and by how much, each stream prefers the right answer; a circuit means something only where the model can do the task.", { model }),
+  );
+  element.append(task.note ? h("p", { class: "note boxed" }, task.note) : h("div", {}));
+  const ranking = task.rankings.find((one) => one.method === circuits.method && one.stream === circuits.stream);
+  if (!ranking) {
+    element.append(h("p", { class: "note boxed" }, circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for."));
+    return { element };
+  }
+  return rankingPanel(model, task, ranking, element);
+}
+
+function rankingPanel(model, task, ranking, element) {
+  const total = ranking.edges.length;
+  const sizes = stops(total, Math.min(ranking.chosen, total));
+  const output = h("output", { "aria-live": "polite" });
+  const id = "size-" + labels++;
+  const slider = h("input", { id, type: "range", min: 0, max: sizes.length - 1, step: 1, class: "size" });
+  const exact = h("input", { type: "number", min: 0, max: total, step: 1, "aria-label": "Number of edges, exactly" });
+  const back = h("button", { type: "button", class: "plain" }, `As found: ${count(ranking.chosen)}`);
+  const edges = h("div", {});
+  const shown = { n: 0 };
+  const graph = new Graph(task, ranking, () => listEdges());
+  const curve = ranking.curve ? chartFigure(ranking.curve, "How much of what the whole model does the circuit does alone, by its size; the upright line is the size on the slider.", { height: 250, level: "h4" }) : null;
+
+  function show(n) {
+    shown.n = Math.max(0, Math.min(total, n));
+    slider.value = String(sizes.findLastIndex((size) => size <= shown.n));
+    slider.setAttribute("aria-valuetext", plural(shown.n, "edge"));
+    exact.value = String(shown.n);
+    graph.show(shown.n);
+    output.textContent = `${plural(shown.n, "edge")} of ${count(task.n_edges)} (${percent(shown.n / task.n_edges)})${faithfulnessWords(ranking.curve, shown.n)}`;
+    if (curve) curve.chart.mark(markAt(ranking.curve, shown.n));
+    listEdges();
+  }
+
+  function listEdges() {
+    const mine = ranking.edges.slice(0, shown.n).map((edge, i) => [i, edge]).filter(([, edge]) => !graph.node || edge.source === graph.node || edge.destination === graph.node);
+    const some = mine.slice(0, 40);
+    const open = edges.querySelector("details")?.open || graph.node !== null;
+    const of = graph.node ? ` of ${nodeWords(graph.node)}` : "";
+    edges.replaceChildren(
+      h(
+        "details",
+        { open },
+        h("summary", {}, `Edges${of} as a table`),
+        h("p", { class: "how" }, `Edges${of} in the order in which they join; score: ${ranking.scale}.${some.length < mine.length ? ` The first ${some.length} of ${count(mine.length)}.` : ""}`),
+        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${ranking.scale})`], some.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), [true, false, false, false, true])),
+      ),
+    );
+  }
+
+  const move = (n) => {
+    for (const panel of circuits.together ? circuits.panels : [{ show }]) panel.show?.(n);
+  };
+  let waiting = null;
+  slider.addEventListener("input", () => {
+    const n = sizes[Number(slider.value)];
+    if (waiting === null) requestAnimationFrame(() => {
+      move(waiting);
+      waiting = null;
+    });
+    waiting = n;
+  });
+  exact.addEventListener("change", () => move(Math.round(Number(exact.value)) || 0));
+  back.addEventListener("click", () => show(Math.min(ranking.chosen, total)));
+
+  element.append(
+    block(
+      `${ranking.method} circuit, ${ranking.stream} stream`,
+      [linked(model, sentence(ranking.note)), "Layers upward; circles are heads, squares MLPs. Wider is a larger score; orange is positive, blue negative. Click a node to see its edges alone."],
+      h("div", { class: "slider-row controls" }, h("label", { for: id }, "Edges"), slider, exact, back),
+      h("p", { class: "size-words" }, output),
+      scroller("The circuit as a graph", graph.element),
+      graphLegend(ranking),
+      edges,
+    ),
+  );
+  if (curve) element.append(curve.figure);
+  return { element, show, start: () => show(Math.min(ranking.chosen, total)) };
+}
+
+function graphLegend(ranking) {
+  const sample = (kind, width) => s("svg", { width: 34, height: 10, "aria-hidden": "true" }, s("path", { d: "M2,5H32", class: `edge ${kind}`, "stroke-width": width }));
+  const scores = ranking.edges.map((edge) => edge.score).filter((score) => score !== null);
+  const largest = scores.length ? Math.max(...scores.map(Math.abs)) : null;
+  return h(
+    "p",
+    { class: "graph-legend" },
+    h("span", {}, sample("positive", 3), " positive"),
+    scores.some((score) => score < 0) ? h("span", {}, sample("negative", 3), " negative") : null,
+    h("span", {}, sample("positive", 4.8), largest === null ? " no scores" : ` ${figure3(largest)}`),
+    h("span", {}, sample("positive", 0.8), " 0"),
+    h("span", { class: "faint" }, ranking.scale),
+  );
+}
+
+// The largest measured size that is not larger than the circuit shown.
+function faithfulnessWords(curve, n) {
+  if (!curve || !curve.lines.length) return "";
+  const line = curve.lines[0];
+  const at = line.x.findLastIndex((x) => x <= n);
+  if (at < 0 || line.y[at] === null) return "";
+  return `; at ${plural(line.x[at], "edge")}: ${figure3(line.y[at])} ${curve.y_title}`;
+}
+
+function markAt(curve, n) {
+  const first = Math.min(...curve.lines.flatMap((line) => line.x).filter((x) => curve.x_scale !== "log" || x > 0));
+  const x = curve.x_scale === "log" ? Math.max(n, Number.isFinite(first) ? first : 1) : n;
+  return [{ type: "line", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, line: { color: colours().text, width: 1.5 } }];
+}

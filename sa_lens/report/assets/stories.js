@@ -1,0 +1,354 @@
+// The story explorer: a story in colours, and what happens at one of its tokens.
+
+const explorer = { model: 0, story: 0, token: null, track: null, head: null, query: "", all: new Set(), parts: null, data: null };
+
+async function drawStories(into) {
+  const list = h("div", { class: "story-list", role: "listbox", "aria-label": "Stories", tabindex: "-1" });
+  const state = h("p", { class: "note", role: "status" });
+  const text = h("div", { class: "story-text" });
+  const details = h("div", { class: "story-details" });
+  explorer.parts = { list, state, text, details };
+  into.append(
+    h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. The right side shows what happens at that token."),
+    h(
+      "div",
+      { class: "bar-of-controls controls" },
+      several() ? picker("Model", report.models.map((model, i) => [i, model.name]), explorer.model, (value) => openStory({ model: Number(value) })) : null,
+      searchBox("Search stories", "a word of the story", (value) => {
+        explorer.query = value;
+        listStories();
+      }),
+    ),
+    h("div", { class: "explorer" }, h("div", {}, h("div", { class: "controls" }, list, state), text), details),
+  );
+  into.querySelector("select")?.setAttribute("data-role", "story-model");
+  list.addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const options = [...list.children];
+    const at = options.indexOf(event.target.closest("[role=option]"));
+    if (!step || at < 0) return;
+    event.preventDefault();
+    options[Math.max(0, Math.min(options.length - 1, at + step))].focus();
+  });
+  themed.add(() => {
+    if (explorer.data) colourStory();
+  });
+  await openStory({});
+}
+
+async function openStory(change) {
+  const before = explorer.story;
+  Object.assign(explorer, change);
+  if (!explorer.parts) return;
+  const stories = await pack(`stories-${explorer.model}`);
+  const chooser = document.querySelector("[data-role=story-model]");
+  if (chooser) chooser.value = String(explorer.model);
+  if (!stories.length) {
+    explorer.parts.text.replaceChildren(h("p", { class: "note" }, "This report holds no stories."));
+    return;
+  }
+  explorer.story = Math.max(0, Math.min(stories.length - 1, explorer.story));
+  explorer.data = stories[explorer.story];
+  if (before !== explorer.story && !("token" in change)) explorer.token = null;
+  const n = explorer.data.tokens.length;
+  explorer.token = explorer.token === null ? Math.floor(n / 3) : Math.max(0, Math.min(n - 1, explorer.token));
+  if (explorer.head && !explorer.data.looks.some((looks) => headName(looks) === explorer.head)) explorer.head = null;
+  listStories();
+  showStory();
+}
+
+const storyAddress = (model, story, token) => `#stories/${encodeURIComponent(report.models[model].name)}/${story + 1}/${token}`;
+
+function listStories() {
+  const { list, state } = explorer.parts;
+  const query = explorer.query.trim().toLowerCase();
+  pack(`stories-${explorer.model}`).then((stories) => {
+    const matching = stories.map((_, i) => i).filter((i) => !query || (stories[i].title + "\n" + stories[i].tokens.join("")).toLowerCase().includes(query));
+    const focused = list.contains(document.activeElement);
+    list.replaceChildren(
+      ...matching.map((i) => {
+        const chosen = i === explorer.story;
+        const choose = () => openStory({ story: i });
+        return h(
+          "div",
+          {
+            role: "option",
+            tabindex: chosen || (i === matching[0] && !matching.includes(explorer.story)) ? "0" : "-1",
+            "aria-selected": String(chosen),
+            onclick: choose,
+            onkeydown: (event) => {
+              if (event.key !== "Enter" && event.key !== " ") return;
+              event.preventDefault();
+              choose();
+            },
+          },
+          h("span", { class: "faint" }, `${i + 1} `),
+          h("bdi", {}, stories[i].title),
+        );
+      }),
+    );
+    if (focused) list.querySelector("[aria-selected=true]")?.focus();
+    state.textContent = query ? `${matching.length} of ${plural(stories.length, "story").replace("storys", "stories")} match` : "";
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- the story
+
+function showStory() {
+  const { text } = explorer.parts;
+  const { data } = explorer;
+  if (!data.tracks.some((track) => track.name === explorer.track)) explorer.track = data.tracks[0]?.name ?? null;
+  const tokens = h("div", { class: "tokens", role: "listbox", "aria-label": "Tokens of the story", "aria-orientation": "horizontal" });
+  data.tokens.forEach((token, i) => tokens.append(...runningToken(token, { role: "option", "data-token": i, tabindex: "-1", "aria-selected": "false" })));
+  explorer.tokens = [...tokens.querySelectorAll("[data-token]")];
+  tokens.addEventListener("click", (event) => {
+    const token = event.target.closest("[data-token]");
+    if (token) chooseToken(Number(token.dataset.token), true);
+  });
+  tokens.addEventListener("keydown", moveToken);
+  explorer.legend = h("div", { class: "legends" });
+  text.replaceChildren(
+    h("h3", {}, h("bdi", {}, data.title)),
+    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), explorer.track, (value) => {
+      explorer.track = value;
+      colourStory();
+    }) : null,
+    explorer.legend,
+    h("p", { class: "how" }, `Each token in the colour of ${data.tracks.length ? "the chosen number" : "nothing: this story has no numbers"}; none where there is no number. ${sentence(data.note)}`),
+    tokens,
+  );
+  colourStory();
+  chooseToken(explorer.token, false);
+}
+
+function colourStory() {
+  const track = explorer.data.tracks.find((one) => one.name === explorer.track);
+  explorer.legend.replaceChildren();
+  if (!track) return;
+  const scale = scaleOf(track.values, track.colours);
+  explorer.tokens.forEach((element, i) => paint(element, scale, track.values[i]));
+  explorer.legend.append(h("p", { class: "legend-name" }, linked(explorer.model, track.name)), legend(scale, track.scale));
+}
+
+// Arrow keys: along the text, and to the nearest token of the line above or below.
+function moveToken(event) {
+  const n = explorer.tokens.length;
+  const along = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  let to = null;
+  if (along) to = explorer.token + along;
+  else if (event.key === "Home") to = 0;
+  else if (event.key === "End") to = n - 1;
+  else if (event.key === "ArrowDown" || event.key === "ArrowUp") to = nextLine(event.key === "ArrowDown" ? 1 : -1);
+  else if (event.key === "Enter" || event.key === " ") to = explorer.tokens.indexOf(document.activeElement);
+  if (to === null) return;
+  event.preventDefault();
+  if (to >= 0 && to < n) chooseToken(to, true);
+}
+
+function nextLine(way) {
+  const places = explorer.tokens.map((token) => token.getClientRects()[0] || token.getBoundingClientRect());
+  const here = places[explorer.token];
+  const middle = (place) => place.left + place.width / 2;
+  let best = null;
+  places.forEach((place, i) => {
+    const down = (place.top - here.top) * way;
+    if (down < here.height / 2) return;
+    const cost = [Math.round(down / 4), Math.abs(middle(place) - middle(here))];
+    if (!best || cost[0] < best.cost[0] || (cost[0] === best.cost[0] && cost[1] < best.cost[1])) best = { i, cost };
+  });
+  return best ? best.i : explorer.token;
+}
+
+function chooseToken(i, byHand) {
+  explorer.tokens[explorer.token]?.setAttribute("aria-selected", "false");
+  explorer.tokens[explorer.token]?.setAttribute("tabindex", "-1");
+  explorer.token = i;
+  const element = explorer.tokens[i];
+  element.setAttribute("aria-selected", "true");
+  element.setAttribute("tabindex", "0");
+  if (byHand) {
+    element.focus({ preventScroll: false });
+    history.replaceState(null, "", storyAddress(explorer.model, explorer.story, i));
+  }
+  showToken();
+}
+
+// ------------------------------------------------------------------------------------------------- one of its tokens
+
+function showToken() {
+  const { data, token, parts } = explorer;
+  const numbers = data.tracks.filter((track) => track.values[token] !== null);
+  parts.details.replaceChildren(
+    h("h3", { "aria-live": "polite" }, `Token ${token}: `, tokenLabel(data.tokens[token])),
+    numbers.length ? h("p", { class: "numbers-of-token" }, numbers.map((track) => h("span", {}, `${track.name} `, h("b", {}, figure3(track.values[token])), h("span", { class: "faint" }, ` ${track.scale}`)))) : null,
+    predictionsBlock(data, token),
+    data.looks.length ? looksBlock(data, token) : null,
+    staysBlock(data, token),
+  );
+  lightLooks();
+}
+
+function predictionsBlock(data, at) {
+  const next = data.tokens[at + 1];
+  const streams = data.predictions.map((one) => {
+    const shown = one.top[at];
+    const row = (token, log, extra) => {
+      const p = Math.exp(log);
+      return h("li", { class: token === next ? "right" : null }, tokenLabel(token), bar(p, streamVariable(one.stream)), h("span", { class: "number", title: `log-probability ${figure3(log)} nats` }, percent(p)), extra);
+    };
+    const missing = next !== undefined && one.actual[at] !== null && !shown.some((guess) => guess.token === next);
+    return h(
+      "div",
+      { class: "stream" },
+      h("h5", {}, `${one.stream} stream`),
+      h("ol", { class: "guesses" }, shown.map((guess) => row(guess.token, guess.log_probability)), missing ? row(next, one.actual[at]) : null),
+    );
+  });
+  return part("What comes next", "Probability of the likeliest next tokens in each stream, per cent; the frame marks the token that does come next.", h("div", { class: "streams predictions" }, streams));
+}
+
+const part = (title, how, ...content) => h("section", { class: "part" }, h("h4", {}, title), h("p", { class: "how" }, how), ...content);
+
+// ------------------------------------------------------------------------------------------------------------- heads
+
+const headName = (looks) => `${looks.layer}.${looks.head}`;
+
+function looksBlock(data, at) {
+  const layers = new Map();
+  for (const looks of data.looks) {
+    if (!layers.has(looks.layer)) layers.set(looks.layer, new Set());
+    layers.get(looks.layer).add(looks.head);
+  }
+  const streams = [...new Set(data.looks.map((looks) => looks.stream))];
+  const rows = [...layers].sort((a, b) => a[0] - b[0]).map(([layer, heads]) =>
+    h(
+      "div",
+      { class: "heads" },
+      h("span", { class: "faint" }, `layer ${layer}`),
+      [...heads].sort((a, b) => a - b).map((head) => {
+        const name = `${layer}.${head}`;
+        const found = streams.map((stream) => looksOf(data, stream, name)).filter(Boolean);
+        const tip = found.map((looks) => `${looks.stream}: ${looks.positions[at].slice(0, 3).map((place, i) => `${JSON.stringify(data.tokens[place])} ${percent(looks.shares[at][i] / 1000)}`).join(", ")}`).join("\n");
+        return h("button", { type: "button", class: "head", "data-head": name, "aria-pressed": String(explorer.head === name), "aria-label": `layer ${layer} head ${head}`, title: tip, onclick: () => chooseHead(name) }, String(head));
+      }),
+    ),
+  );
+  return part(
+    "Where a head looks",
+    "Choose a head: the tokens it attends to from here are marked in the story, the clean stream below them and the ablated stream above; the bars are shares of its attention.",
+    h("div", { class: "controls head-grid", role: "group", "aria-label": "Heads" }, rows),
+    h("div", { class: "looks" }, looksLists(data, at, streams)),
+  );
+}
+
+const looksOf = (data, stream, name) => data.looks.find((looks) => looks.stream === stream && headName(looks) === name);
+
+function looksLists(data, at, streams) {
+  if (!explorer.head) return h("p", { class: "note" }, "No head is chosen.");
+  return h(
+    "div",
+    { class: "streams" },
+    streams.map((stream) => {
+      const looks = looksOf(data, stream, explorer.head);
+      if (!looks) return null;
+      return h(
+        "div",
+        { class: "stream" },
+        h("h5", {}, `head ${explorer.head}, ${stream} stream`),
+        h("ol", { class: "guesses" }, looks.positions[at].map((place, i) => h("li", {}, tokenLabel(data.tokens[place]), bar(looks.shares[at][i] / 1000, streamVariable(stream)), h("span", { class: "number", title: `token ${place}` }, percent(looks.shares[at][i] / 1000))))),
+      );
+    }),
+  );
+}
+
+function chooseHead(name) {
+  explorer.head = explorer.head === name ? null : name;
+  showToken();
+  document.querySelector(`[data-head="${name}"]`)?.focus();
+}
+
+// Marks the tokens that the chosen head attends to: clean below, ablated above.
+function lightLooks() {
+  const { data, token, head, tokens } = explorer;
+  const marks = tokens.map(() => []);
+  if (head) {
+    for (const looks of data.looks) {
+      if (headName(looks) !== head) continue;
+      const edge = looks.stream === "ablated" ? "0 -3px 0 0" : "0 3px 0 0";
+      looks.positions[token].forEach((place, i) => {
+        const strength = Math.round(100 * Math.sqrt(looks.shares[token][i] / 1000));
+        if (strength >= 10) marks[place].push(`${edge} color-mix(in srgb, ${streamVariable(looks.stream)} ${strength}%, transparent)`);
+      });
+    }
+  }
+  tokens.forEach((element, i) => {
+    element.classList.toggle("looked-at", marks[i].length > 0);
+    if (marks[i].length) element.style.setProperty("box-shadow", marks[i].join(", "));
+    else element.style.removeProperty("box-shadow");
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------------- units
+
+const FEW = 5;
+
+// For each token of a story the units that stay there, found once a story.
+function staysAt(data, at) {
+  if (!data.stays) {
+    data.stays = data.tokens.map(() => []);
+    for (const unit of data.gates.units) unit.positions.forEach((place, i) => data.stays[place].push({ unit, value: unit.values[i] }));
+  }
+  return data.stays[at];
+}
+
+function staysBlock(data, at) {
+  if (!data.gates) return part("Units that stay", "This model has no gates: every unit takes part at every token.");
+  const groups = new Map();
+  for (const one of staysAt(data, at)) {
+    const key = `layer ${one.unit.layer}, ${one.unit.kind === "mlp" ? "neurons" : "attention units"}`;
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(one);
+  }
+  const blocks = [...groups].map(([key, members]) => {
+    members.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+    const whole = explorer.all.has(key);
+    const most = Math.abs(members[0].value) || 1;
+    const rest = members.length - FEW;
+    return h(
+      "div",
+      { class: "layer-units" },
+      h("h5", {}, `${key}: ${members.length} stay`),
+      h("ul", {}, (whole ? members : members.slice(0, FEW)).map((one) => unitRow(one, most))),
+      rest > 0
+        ? h("button", { type: "button", class: "plain controls", "aria-expanded": String(whole), onclick: () => {
+            if (whole) explorer.all.delete(key);
+            else explorer.all.add(key);
+            showToken();
+            [...document.querySelectorAll(".layer-units")].find((block) => block.firstChild.textContent.startsWith(key))?.querySelector("button")?.focus();
+          } }, whole ? `Only the largest ${FEW}` : `${rest} more`)
+        : null,
+    );
+  });
+  return part("Units that stay", `Units that the gates keep at this token, the largest values first (${data.gates.scale}); each name leads to the unit's page.`, h("div", { class: "stays" }, blocks.length ? blocks : h("p", { class: "note" }, "No unit stays at this token.")));
+}
+
+function unitRow({ unit, value }, most) {
+  const words = unit.name.replace(/^layer \d+ /, "");
+  const known = unitPlaces[explorer.model].get(unit.name);
+  const explanation = known === undefined ? "" : explanationOf(report.models[explorer.model].units[known]);
+  return h(
+    "li",
+    {},
+    unitLink(explorer.model, unit.name, words),
+    h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: { width: `${(100 * Math.abs(value)) / most}%`, background: value < 0 ? "var(--negative)" : "var(--positive)" } })),
+    h("span", { class: "number" }, figure3(value)),
+    h("span", { class: "about" }, unit.promotes.length ? ["promotes ", unit.promotes.map((token) => [tokenLabel(token), " "])] : null, explanation ? [" · ", explanation] : null),
+  );
+}
+
+// What a unit stands for, in the stream of which most is known.
+function explanationOf(unit) {
+  const streams = [...unit.streams].reverse();
+  const explained = streams.find((one) => one.explanation) || streams.find((one) => one.label);
+  return explained ? explained.explanation || explained.label : "";
+}

@@ -1,0 +1,92 @@
+// Tokens, tables, and links to units.
+
+// Which unit of a model a name belongs to; filled when the report opens.
+const unitPlaces = [];
+
+const unitId = (name) => name.replaceAll(" ", "-");
+const unitAddress = (model, name) => `#unit/${encodeURIComponent(report.models[model].name)}/${encodeURIComponent(unitId(name))}`;
+
+// A unit's name, as a link to its page where it has one.
+function unitLink(model, name, words = name) {
+  return unitPlaces[model].has(name) ? h("a", { class: "unit-link", href: unitAddress(model, name) }, words) : h("span", {}, words);
+}
+
+const UNIT_NAME = /layer \d+ (?:neuron \d+|head \d+ channel \d+)/g;
+
+// Text in which every name of a unit is a link to it.
+function linked(model, text) {
+  const found = [];
+  let from = 0;
+  for (const match of text.matchAll(UNIT_NAME)) {
+    found.push(text.slice(from, match.index), unitLink(model, match[0]));
+    from = match.index + match[0].length;
+  }
+  found.push(text.slice(from));
+  return found;
+}
+
+// ---------------------------------------------------------------------------------------------------------- tokens
+
+// A token's text with signs for what cannot be seen: line breaks, tabs, spaces that stand alone.
+function visibleToken(token) {
+  if (token === "") return [h("span", { class: "sign" }, "∅")];
+  const lonely = token.trim() === "";
+  return [...token.matchAll(/\n|\t| |[^\n\t ]+/g)].map(([piece]) => {
+    if (piece === "\n") return h("span", { class: "sign" }, "↵");
+    if (piece === "\t") return h("span", { class: "sign" }, "⇥");
+    if (piece === " " && lonely) return h("span", { class: "sign" }, "␣");
+    return piece;
+  });
+}
+
+// A token alone, as a label: its first space shows as a sign.
+function tokenLabel(token) {
+  const spaced = token.length > 1 && token.startsWith(" ");
+  return h("bdi", { class: "token-label" }, spaced ? [h("span", { class: "sign" }, "␣"), visibleToken(token.slice(1))] : visibleToken(token));
+}
+
+// A token within running text; a line break shows as a sign and breaks the line.
+function runningToken(token, properties) {
+  const made = h("bdi", { class: "token", ...properties }, visibleToken(token));
+  return token.includes("\n") ? [made, document.createTextNode("\n")] : [made];
+}
+
+// Tokens in the colours of a unit's values, the one they were drawn for with a frame.
+function snippetText(snippet, most) {
+  const scale = { kind: "diverging", share: (value) => 0.5 + value / 2 };
+  const run = h("span", { class: "run" });
+  const painted = [];
+  snippet.tokens.forEach((token, i) => {
+    const value = (snippet.steps[i] / 100) * snippet.most;
+    const made = runningToken(token, { title: `value ${figure3(i === snippet.focus ? snippet.value : value)}`, class: i === snippet.focus ? "token focus" : "token" });
+    painted.push([made[0], most ? value / most : 0, snippet.steps[i] !== 0]);
+    run.append(...made);
+  });
+  const colour = () => painted.forEach(([element, value, some]) => paint(element, scale, some ? value : null));
+  colour();
+  return { run, colour };
+}
+
+// A bar for a part of a whole.
+const bar = (share, colour) => h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: { width: `${Math.max(0, Math.min(1, share)) * 100}%`, background: colour } }));
+
+// ---------------------------------------------------------------------------------------------------------- tables
+
+function plainTable(columns, rows, numeric, cell = (text) => text) {
+  const side = (i) => (numeric[i] ? "number" : null);
+  return h(
+    "table",
+    {},
+    h("thead", {}, h("tr", {}, columns.map((name, i) => h("th", { scope: "col", class: side(i) }, name)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((text, i) => (i === 0 && !numeric[0] ? h("th", { scope: "row" }, cell(text)) : h("td", { class: side(i) }, cell(text))))))),
+  );
+}
+
+// A table of the report with its heading and how to read it.
+function tableBlock(record, how, { model = 0, title = record.title } = {}) {
+  return block(
+    title,
+    [linked(model, sentence(record.note)), how],
+    scroller(title, plainTable(record.columns, record.rows, record.numeric, (text) => linked(model, text))),
+  );
+}
