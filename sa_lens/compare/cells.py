@@ -11,7 +11,9 @@ A key is a hash of inputs, so a changed setting makes a new cell and leaves the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ class Cell:
         for name in ("source", "validation", "tokenizer", "keep_whole"):
             place = values["data"][name]
             if place is not None and place != "stories" and Path(place).expanduser().exists():
-                values["data"][name] = fingerprint(Path(place).expanduser())
+                values["data"][name] = _content(Path(place).expanduser())
         return key_of([FORMAT, values, self.variant.training])
 
     @property
@@ -126,11 +128,15 @@ class Cell:
         return None if trained is None else read_record(self.group_file(group, trained))
 
     def keep(self, group: Group, measured: Measured, seconds: float) -> None:
-        """Writes the figures of a group."""
+        """Writes the figures of a group; one that is not finite counts as missing."""
         trained = self.trained()
         if trained is None:
             raise ValueError(f"{self.name} is not trained, so nothing can have been measured on it")
-        record = {"cell": self.name, **inputs_of(group), "values": measured.values, "notes": measured.notes}
+        values = {
+            column: {stream: x if x is not None and math.isfinite(x) else None for stream, x in of_stream.items()}
+            for column, of_stream in measured.values.items()
+        }
+        record = {"cell": self.name, **inputs_of(group), "values": values, "notes": measured.notes}
         write_record(self.group_file(group, trained), {**record, "seconds": seconds})
 
     @contextmanager
@@ -149,6 +155,19 @@ class Cell:
             yield True
         finally:
             lock.release()
+
+
+def _content(path: Path) -> str:
+    """Fingerprint of a text; a file is read again only if its size or time of change differs."""
+    if not path.is_file():
+        return fingerprint(path)
+    found = path.stat()
+    return _of_file(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _of_file(path: Path, size: int, changed: int) -> str:
+    return fingerprint(path)
 
 
 def cells_of(grid: Grid, seeds: tuple[int, ...], out: Path) -> list[Cell]:

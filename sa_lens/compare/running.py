@@ -6,16 +6,21 @@ Several processes may work on one folder: each takes cells that nobody else is a
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from sa_lens.compare.cells import Cell, cells_of
 from sa_lens.compare.grids import Grid
-from sa_lens.compare.subject import Group, Subject
+from sa_lens.compare.subject import Group, Subject, check_validation
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.architecture import check_supported, hooked_config
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import Interrupted, train
 from sa_lens.training.report import load_run
@@ -39,9 +44,12 @@ def run_cells(
 
     Raises:
         ComparisonStopped: Ctrl-C or SIGTERM.
-        ValueError, OSError: what training or measuring raises; the text is another one than that of earlier cells.
+        ValueError, OSError: gates that do not fit the model, too short a validation text, another text than that of
+            earlier cells, or what training or measuring raises.
     """
+    check_gates(grid)
     data = prepare(grid.run.data, grid.run.model.n_ctx, progress=progress)
+    check_validation(data, grid.run.model.n_ctx)
     text = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
     cells = cells_of(grid, seeds, out)
     waiting, done = list(cells), 0
@@ -52,7 +60,8 @@ def run_cells(
                 if ours and _ready(cell):
                     done += 1
                     try:
-                        _work(cell, groups, data, text, device, progress, f"[{done}/{len(cells)}] {cell.name}")
+                        with _terminable():
+                            _work(cell, groups, data, text, device, progress, f"[{done}/{len(cells)}] {cell.name}")
                     except KeyboardInterrupt as stop:
                         raise ComparisonStopped(out, cell.name) from stop
                     continue
@@ -61,6 +70,33 @@ def run_cells(
             time.sleep(WAIT)
         waiting = later
     return cells
+
+
+def check_gates(grid: Grid) -> None:
+    """Raises ValueError if the gates of a variant do not fit the grid's model."""
+    shape = dataclasses.replace(grid.run.model, d_vocab=grid.run.model.d_vocab or 2)
+    for variant in grid.variants:
+        try:
+            check_supported(hooked_config(shape, device="cpu"), variant.gates)
+        except ValueError as error:
+            raise ValueError(f"variant {variant.name}: {error}") from error
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the context SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ready(cell: Cell) -> bool:

@@ -20,6 +20,9 @@ from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import has_ablated_stream
 from sa_lens.data import PreparedData, validation_blocks
 
+MINIMUM_BLOCKS = 8
+"""Blocks of validation text that measurements need."""
+
 Values = dict[str, dict[str, float | None]]
 """Value by column and stream; None: there is none, and a note says why."""
 
@@ -77,17 +80,23 @@ class Subject:
         A text too short for both is shared out in the same proportion.
 
         Raises:
-            ValueError: a validation text of fewer than 8 blocks.
+            ValueError: a validation text of fewer than `MINIMUM_BLOCKS` blocks.
         """
         n_ctx = self.run.model.n_ctx
+        check_validation(self.data, n_ctx)
         blocks = torch.from_numpy(validation_blocks(self.data.validation, n_ctx, calibration + tokens))[:, :n_ctx]
-        if len(blocks) < 8:
-            raise ValueError(
-                f"the validation text has {len(blocks)} blocks of {n_ctx} tokens, 8 are needed: raise "
-                "data.validation_fraction, or name a longer data.validation"
-            )
         first = min(len(blocks) - 4, max(4, round(len(blocks) * calibration / (calibration + tokens))))
         return blocks[:first], blocks[first:]
+
+
+def check_validation(data: PreparedData, n_ctx: int) -> None:
+    """Raises ValueError if the validation text is too short to calibrate on a part of it and measure on the rest."""
+    blocks = data.validation.n_blocks(n_ctx)
+    if blocks < MINIMUM_BLOCKS:
+        raise ValueError(
+            f"the validation text has {blocks} blocks of {n_ctx} tokens, {MINIMUM_BLOCKS} are needed: raise "
+            "data.validation_fraction, or name a longer data.validation"
+        )
 
 
 class Group(ABC):

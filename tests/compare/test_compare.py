@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from sa_lens.compare import Comparison, ComparisonStopped, Grid, circuit_columns
 from sa_lens.compare.basic_columns import Losses, Weights
 from sa_lens.compare.cells import Cell, cells_of
 from sa_lens.compare.grids import GRIDS
+from sa_lens.compare.subject import Group, Measured
 from sa_lens.core import SelfAblatingTransformer
 
 
@@ -371,6 +378,60 @@ def test_bad_input_is_refused_before_anything_is_done(options, message, tmp_path
     with pytest.raises(ValueError, match=message):
         compare(given.pop("grid"), tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_gates_that_do_not_fit_are_refused_before_training(tmp_path, cache, jobs):
+    grid = tiny(cache, "local-4")
+    gates = dataclasses.replace(grid.variants[1].gates, k_mlp=65)
+    grid = dataclasses.replace(grid, variants=(grid.variants[0], dataclasses.replace(grid.variants[1], gates=gates)))
+    with pytest.raises(ValueError, match=r"variant local-4: gates.k_mlp=65 is more than the 64 units"):
+        run(grid, tmp_path)
+    assert jobs == []
+
+
+def test_a_short_validation_text_is_refused_before_training(tmp_path, cache, jobs):
+    grid = tiny(cache)
+    data = dataclasses.replace(grid.run.data, n_stories=100, validation_fraction=0.02)
+    with pytest.raises(ValueError, match="8 are needed"):
+        run(dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data)), tmp_path)
+    assert jobs == []
+
+
+def test_sigterm_stops_like_ctrl_c(tmp_path, cache, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(self, subject):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(Weights, "measure", terminated)
+    with pytest.raises(ComparisonStopped):
+        run(tiny(cache), tmp_path, seeds=1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@dataclass(frozen=True)
+class Odd(Group):
+    """A group of one's own whose figure is not a number in one stream."""
+
+    name: ClassVar[str] = "odd"
+    columns: ClassVar[tuple[str, ...]] = ("odd_one",)
+
+    def work(self, run):
+        return 1.0
+
+    def measure(self, subject):
+        return Measured({"odd_one": {"clean": 1.5, "ablated": math.nan}})
+
+
+def test_own_groups_are_cached_and_shown(tmp_path, cache):
+    grid = tiny(cache, "random-init", groups=(Odd(),))
+    for _ in range(2):
+        found = run(grid, tmp_path, seeds=1)
+        values = found.values.set_index(["variant", "stream"])["value"]
+        assert values["baseline", "clean"] == 1.5
+        assert math.isnan(values["random-init", "ablated"])
+    assert "odd_one" in (tmp_path / "table.md").read_text()
 
 
 def test_a_file_is_no_folder(tmp_path):
