@@ -1,14 +1,18 @@
-"""A browser that opens pages as a reader would, for every test that needs one."""
+"""What several test files share: a browser that opens pages as a reader would, the site, executed notebooks."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 
 @dataclass
@@ -69,3 +73,77 @@ def browser() -> Iterator[Browser]:
         chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield Browser(chromium)
         chromium.close()
+
+
+Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: a folder that `make` has filled, one time for all processes that share the tests."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.made").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (root / f"{name}.made").touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def site(once: Once) -> Path:
+    """The documentation, built strictly."""
+    pytest.importorskip("mkdocs")
+
+    def build(folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+            cwd=Path(__file__).parents[1],
+            env={"PATH": "", "NO_MKDOCS_2_WARNING": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    return once("site", build)
+
+
+@pytest.fixture(scope="session")
+def executed(once: Once) -> Callable[[Path], Any]:
+    """`executed(path)`: the notebook with its outputs at small size; all notebooks share models and token files."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    home = once("notebooks", lambda folder: None)
+
+    def run(path: Path) -> Any:
+        def execute(folder: Path) -> None:
+            notebook = nbformat.read(path, as_version=4)
+            small = {
+                "SA_LENS_RUN": str(home / "run"),
+                "SA_LENS_BASELINE": str(home / "baseline"),
+                "SA_LENS_OUT": str(folder / "out"),
+                "SA_LENS_PAIRS": "32",
+                "SA_LENS_STEPS": "4",
+                "SA_LENS_CACHE": os.environ.get("SA_LENS_CACHE", str(home / "cache")),
+                "HF_HUB_OFFLINE": "1",
+            }
+            client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+            # one at a time: the first trains the models that others find
+            with FileLock(home / "lock"), pytest.MonkeyPatch.context() as environment:
+                for name, value in small.items():
+                    environment.setenv(name, value)
+                client.execute()
+            nbformat.write(notebook, folder / path.name)
+
+        return nbformat.read(once(f"notebook-{path.stem}", execute) / path.name, as_version=4)
+
+    return run

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
-SHOWS_CIRCUITSVIS = {"01_train_and_patch"}
+SHOWS_CIRCUITSVIS = {"01_train_and_patch", "05_views"}
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -24,16 +22,8 @@ def test_there_are_notebooks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("SA_LENS_RUN", str(tmp_path / "run"))
-    monkeypatch.setenv("SA_LENS_BASELINE", str(tmp_path / "baseline"))
-    monkeypatch.setenv("SA_LENS_OUT", str(tmp_path / "out"))
-    monkeypatch.setenv("SA_LENS_PAIRS", "32")
-    monkeypatch.setenv("SA_LENS_STEPS", "4")
-    monkeypatch.setenv("SA_LENS_CACHE", os.environ.get("SA_LENS_CACHE", str(tmp_path / "cache")))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+def test_notebook_runs(path, executed):
+    notebook = executed(path)
     shown = outputs(notebook)
     assert not [output for output in shown if output.output_type == "error"]
     kinds = {kind for output in shown for kind in output.get("data", {})}

@@ -1,0 +1,98 @@
+"""The documentation and executed notebooks, opened from disk in a browser: everything drawn, no error, no request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NO_SCRIPTS_OF_OTHERS = {"require_js_url": "data:,", "mathjax_url": "data:,"}
+"""Without these, nbconvert's page fetches RequireJS and MathJax from a server."""
+
+
+@pytest.fixture
+def open_page(browser, site):
+    """Opens a page of the site."""
+    opened: list[Any] = []
+
+    def open_page(name: str, **options: Any) -> Any:
+        opened.append(browser.open(site / name, folder=site, **options))
+        return opened[-1]
+
+    yield open_page
+    for one in opened:
+        one.page.close()
+
+
+def pictures(page: Any) -> list[bool]:
+    """Whether each picture of a page was found and drawn."""
+    return page.evaluate("Array.from(document.images, image => image.complete && image.naturalWidth > 0)")
+
+
+class TestSite:
+    def test_home_leads_on(self, open_page):
+        home = open_page("index.html")
+        assert pictures(home.page)
+        assert all(pictures(home.page))
+        home.page.locator("article a", has_text="Getting started").first.click()
+        assert "Getting started" in home.page.title()
+        assert home.clean()
+
+    @pytest.mark.parametrize(
+        ("name", "drawn"),
+        [("method.html", "math"), ("circuits.html", "img"), ("units.html", "code"), ("api/model.html", ".doc-heading")],
+    )
+    def test_pages_are_drawn(self, open_page, name, drawn):
+        opened = open_page(name)
+        assert opened.page.locator(f"article {drawn}").first.is_visible()
+        assert all(pictures(opened.page))
+        assert opened.clean()
+
+    def test_every_page_opens_without_an_error(self, browser, site):
+        for path in sorted(site.rglob("*.html")):
+            if path.name != "404.html":
+                opened = browser.open(path, folder=site)
+                assert opened.page.locator("article h1").count() == 1, path.name
+                assert opened.clean()
+                opened.page.close()
+
+    def test_search_finds_from_disk(self, open_page):
+        opened = open_page("index.html", viewport={"width": 1280, "height": 900})
+        opened.page.locator("input.md-search__input").click()
+        opened.page.keyboard.type("ablated stream")
+        found = opened.page.locator(".md-search-result__item a")
+        found.first.wait_for(timeout=20_000)
+        found.first.click()
+        opened.page.wait_for_url("**/*.html*h=*")
+        assert "ablated" in opened.page.locator("article").inner_text().lower()
+        assert opened.clean()
+
+    def test_fits_a_phone(self, open_page):
+        for name in ("index.html", "faq.html", "getting-started.html"):
+            opened = open_page(name, viewport={"width": 390, "height": 844})
+            assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "views"), [("01_train_and_patch", 4), ("05_views", 9)])
+def test_a_notebook_as_html(name, views, browser, executed, tmp_path):
+    """`views`: pictures that a script draws; pictures that are plain HTML need none."""
+    from nbconvert import HTMLExporter
+
+    notebook = executed(ROOT / "examples" / f"{name}.ipynb")
+    text, _ = HTMLExporter(**NO_SCRIPTS_OF_OTHERS).from_notebook_node(notebook)
+    path = tmp_path / f"{name}.html"
+    path.write_text(text, encoding="utf-8")
+    assert text.count("data-sa-lens-library='plotly'") == text.count("data-sa-lens-library='circuitsvis'") == 1
+    opened = browser.open(path)
+    opened.page.wait_for_function("document.querySelectorAll('.sa-lens-view:not([data-drawn])').length === 0")
+    assert opened.page.locator(".sa-lens-view[data-drawn]").count() >= views
+    plots, others = (opened.page.locator(f".sa-lens-view[data-library='{name}']") for name in ("plotly", "circuitsvis"))
+    for plot in plots.all():
+        assert plot.locator(".main-svg").count() >= 1
+    for other in others.all():
+        other.locator("canvas, select").first.wait_for(state="attached")
+    assert opened.clean()
+    opened.page.close()
