@@ -335,8 +335,8 @@ def units(
     from sa_lens.units.comparison import summary
     from sa_lens.units.firing import calibrate
     from sa_lens.units.labels import label_stories, selectivity
-    from sa_lens.units.sparsity import effective_connections, sparsity
-    from sa_lens.units.specialization import specialization
+    from sa_lens.units.sparsity_tables import effective_connections, sparsity
+    from sa_lens.units.unit_tables import specialization
 
     model = load_run(run, device=device)
     text = text_of_run(run, model)

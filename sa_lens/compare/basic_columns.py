@@ -13,10 +13,12 @@ from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_s
 from sa_lens.config import RunConfig
 from sa_lens.data import validation_blocks
 from sa_lens.training import bytes_per_token, evaluate
-from sa_lens.units.sparsity import sparsity
+from sa_lens.units.sparsity_tables import sparsity
 
 PROMPT_TOKENS = 32
 """About as many tokens has a prompt."""
+OBJECT = "object_"
+"""What names of columns on object recall begin with; those without it are on IOI."""
 
 
 @dataclass(frozen=True)
@@ -84,28 +86,29 @@ class NoPrompts(ValueError):
     """The tokenizer splits the names, so that there are no prompts."""
 
 
-def task_pairs(subject: Subject, n: int) -> PromptPairs:
-    """IOI pairs, the same for every model of a grid; on generated stories of names that never meet in one.
+def task_pairs(subject: Subject, n: int, task: str = "ioi") -> PromptPairs:
+    """Pairs of a task, the same for every model of a grid; IOI on generated stories with names that never meet in one.
 
     Raises:
         NoPrompts: the tokenizer leaves too few names whole.
     """
-    unseen = {"name_pairs": "held-out"} if subject.world == "stories" else {}
+    unseen = {"name_pairs": "held-out"} if subject.world == "stories" and task == "ioi" else {}
     try:
-        return make("ioi", subject.data.tokenizer, n, 0, world=subject.world, **unseen)
+        return make(task, subject.data.tokenizer, n, 0, world=subject.world, **unseen)
     except ValueError as error:
         raise NoPrompts(f"no prompts: {error}") from error
 
 
 @dataclass(frozen=True)
 class Skill(Group):
-    """How well both streams do the task."""
+    """How well both streams do IOI."""
 
     pairs: int = 400
     """Prompts."""
 
     name: ClassVar[str] = "skill"
     columns: ClassVar[tuple[str, ...]] = ("pair_accuracy", "top1_accuracy", "logit_difference")
+    task: ClassVar[str] = "ioi"
 
     def work(self, run: RunConfig) -> float:
         return 3.0 * self.pairs * PROMPT_TOKENS
@@ -114,15 +117,24 @@ class Skill(Group):
         values: Values = in_every_stream(self.columns, subject.streams)
         notes = []
         try:
-            pairs = task_pairs(subject, self.pairs)
+            pairs = task_pairs(subject, self.pairs, self.task)
         except NoPrompts as error:
             return Measured(values, (str(error),))
         for stream in subject.streams:
             found: dict[Any, Any] = skill(subject.model, pairs, stream).iloc[0].to_dict()
             for name in self.columns:
-                values[name][stream] = float(found[name])
+                values[name][stream] = float(found[name.removeprefix(OBJECT)])
             if not found["able"]:
                 notes.append(
                     f"the {stream} stream has {found['pair_accuracy']:.0%} pair accuracy: below {SKILL_BAR:.0%}"
                 )
         return Measured(values, tuple(notes))
+
+
+@dataclass(frozen=True)
+class ObjectSkill(Skill):
+    """How well both streams do object recall, which small models learn before IOI."""
+
+    name: ClassVar[str] = "object-skill"
+    columns: ClassVar[tuple[str, ...]] = ("object_pair_accuracy", "object_logit_difference")
+    task: ClassVar[str] = "object"

@@ -18,7 +18,7 @@ from sa_lens.circuits.faithfulness import faithfulness_curve
 from sa_lens.circuits.graph import Graph
 from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.compare.basic_columns import PROMPT_TOKENS, NoPrompts, task_pairs
+from sa_lens.compare.basic_columns import OBJECT, PROMPT_TOKENS, NoPrompts, task_pairs
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig, Stream
 
@@ -68,18 +68,21 @@ class ACDC(Group):
         "acdc_edges_own",
         "acdc_order_spread",
     )
+    task: ClassVar[str] = "ioi"
+    prefix: ClassVar[str] = ""
 
     def work(self, run: RunConfig) -> float:
         searches = len(self.taus) + 1 + self.orders
         return 0.13 * searches * n_edges(run) * self.pairs * PROMPT_TOKENS
 
     def measure(self, subject: Subject) -> Measured:
-        names = tuple(f"acdc_edges_{tau:g}" for tau in self.taus)
-        values: Values = in_every_stream((*names, "acdc_edges_own", "corrupt_kl"), subject.streams)
+        names = tuple(f"{self.prefix}acdc_edges_{name}" for name in (*(f"{tau:g}" for tau in self.taus), "own"))
+        kl_name, spread = f"{self.prefix}corrupt_kl", f"{self.prefix}acdc_order_spread"
+        values: Values = in_every_stream((*names, kl_name), subject.streams)
         if self.orders:
-            values |= in_every_stream(("acdc_order_spread",), subject.streams)
+            values |= in_every_stream((spread,), subject.streams)
         try:
-            pairs = task_pairs(subject, self.pairs)
+            pairs = task_pairs(subject, self.pairs, self.task)
         except NoPrompts as error:
             return Measured(values, (str(error),))
         notes = []
@@ -87,15 +90,15 @@ class ACDC(Group):
             weak = too_weak(subject, pairs, stream, self.bar)
             clean, corrupt = (last_logits(subject.model, pairs, stream, prompt) for prompt in ("clean", "corrupt"))
             divergence = float(kl(corrupt, clean).double().mean())
-            values["corrupt_kl"][stream] = divergence
+            values[kl_name][stream] = divergence
             if weak is not None:
                 notes.append(weak)
                 continue
-            for name, tau in zip((*names, "acdc_edges_own"), (*self.taus, OWN * divergence), strict=True):
+            for name, tau in zip(names, (*self.taus, OWN * divergence), strict=True):
                 values[name][stream] = float(_edges(subject, pairs, tau, stream, None))
             if self.orders:
                 counts = [_edges(subject, pairs, 0.01, stream, seed) for seed in range(self.orders)]
-                values["acdc_order_spread"][stream] = statistics.stdev(counts) if len(counts) > 1 else 0.0
+                values[spread][stream] = statistics.stdev(counts) if len(counts) > 1 else 0.0
         return Measured(values, tuple(notes))
 
 
@@ -121,6 +124,8 @@ class Faithfulness(Group):
 
     name: ClassVar[str] = "faithfulness"
     columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd")
+    task: ClassVar[str] = "ioi"
+    prefix: ClassVar[str] = ""
 
     def work(self, run: RunConfig) -> float:
         return 110.0 * self.pairs * PROMPT_TOKENS
@@ -128,7 +133,7 @@ class Faithfulness(Group):
     def measure(self, subject: Subject) -> Measured:
         values, notes = in_every_stream(self.columns, subject.streams), []
         try:
-            find, report = task_pairs(subject, 2 * self.pairs).split(0)
+            find, report = task_pairs(subject, 2 * self.pairs, self.task).split(0)
         except NoPrompts as error:
             return Measured(values, (str(error),))
         for stream in subject.streams:
@@ -144,5 +149,28 @@ class Faithfulness(Group):
                 continue
             found = {"edges_0.9": curve.edges_for(0.9).edges, "cpr": curve.cpr.mean, "cmd": curve.cmd.mean}
             for name, value in found.items():
-                values[name][stream] = float(value) if math.isfinite(value) else None
+                values[self.prefix + name][stream] = float(value) if math.isfinite(value) else None
         return Measured(values, tuple(notes))
+
+
+@dataclass(frozen=True)
+class ObjectACDC(ACDC):
+    """The same for object recall, which small models learn before IOI; without the spread over orders."""
+
+    orders: int = 0
+    """Random orders within layers at tau 0.01, for the spread; 0: none."""
+
+    name: ClassVar[str] = "object-acdc"
+    columns: ClassVar[tuple[str, ...]] = tuple(OBJECT + name for name in ACDC.columns[:-1])
+    task: ClassVar[str] = "object"
+    prefix: ClassVar[str] = OBJECT
+
+
+@dataclass(frozen=True)
+class ObjectFaithfulness(Faithfulness):
+    """The same for object recall."""
+
+    name: ClassVar[str] = "object-faithfulness"
+    columns: ClassVar[tuple[str, ...]] = tuple(OBJECT + name for name in Faithfulness.columns)
+    task: ClassVar[str] = "object"
+    prefix: ClassVar[str] = OBJECT

@@ -88,6 +88,18 @@ _THEMES: dict[str, tuple[Column, ...]] = {
         Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
         Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
     ),
+    "Object recall": (
+        Column("object_pair_accuracy", "object recall, pair accuracy", 3),
+        Column("object_logit_difference", "object recall, logit difference", 2),
+        Column("object_corrupt_kl", "object recall, KL(clean prompt || corrupt prompt), nats", 2),
+        Column("object_acdc_edges_0.003", "object recall, ACDC edges, tau 0.003", 0),
+        Column("object_acdc_edges_0.01", "object recall, ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL),
+        Column("object_acdc_edges_0.03", "object recall, ACDC edges, tau 0.03", 0),
+        Column("object_acdc_edges_own", "object recall, ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("object_edges_0.9", "object recall, edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("object_cpr", "object recall, CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
+        Column("object_cmd", "object recall, CMD", 3, -1, _MORE_FAITHFUL),
+    ),
     "Units": (
         Column("live_units", "share of live units", 3, drawn=True),
         Column("firing_rate", "firing rate of live units", 4),

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from sa_lens.circuits.tinystories import NAMES
-from sa_lens.compare.basic_columns import Losses, Skill, Weights
-from sa_lens.compare.circuit_columns import ACDC, Faithfulness
+from sa_lens.compare.basic_columns import Losses, ObjectSkill, Skill, Weights
+from sa_lens.compare.circuit_columns import ACDC, Faithfulness, ObjectACDC, ObjectFaithfulness
 from sa_lens.compare.sae_columns import SAE
 from sa_lens.compare.subject import Group
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
@@ -140,6 +140,9 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
             Skill(),
             ACDC(),
             Faithfulness(pairs=64),
+            ObjectSkill(),
+            ObjectACDC(),
+            ObjectFaithfulness(pairs=64),
             Units(),
             Labels(),
             Explanations(units=24, tokens=30_000),
@@ -177,6 +180,9 @@ def paper() -> Grid:
         Skill(),
         ACDC(),
         Faithfulness(),
+        ObjectSkill(),
+        ObjectACDC(),
+        ObjectFaithfulness(),
         Units(tokens=500_000, calibration=250_000),
         Labels(),
         Explanations(units=256, tokens=200_000, calibration=250_000),
@@ -209,6 +215,9 @@ def smoke() -> Grid:
             Skill(pairs=16),
             ACDC(pairs=8, orders=2, bar=0.0),
             Faithfulness(pairs=16, steps=1, bar=0.0),
+            ObjectSkill(pairs=16),
+            ObjectACDC(pairs=8, bar=0.0),
+            ObjectFaithfulness(pairs=16, steps=1, bar=0.0),
             Units(tokens=512, calibration=512),
             Labels(stories=60, calibration=512),
             Explanations(units=2, tokens=512, calibration=512),

@@ -14,8 +14,8 @@ from sa_lens.units.comparison import compare as compare_units
 from sa_lens.units.explanations import explain
 from sa_lens.units.firing import calibrate
 from sa_lens.units.labels import label_stories, selectivity
-from sa_lens.units.leakage import leakage
-from sa_lens.units.specialization import specialization
+from sa_lens.units.mask_leakage import leakage
+from sa_lens.units.unit_tables import specialization
 
 
 def finite(value: float) -> float | None:

@@ -1,1 +1,44 @@
 """What single units do: specialization, explanations, leakage through masks, and sparsity; tables and records."""
+
+from sa_lens.units.activations import Site, stream_units, unit_counts, unit_sites
+from sa_lens.units.comparison import compare, summary
+from sa_lens.units.explanations import Explanation, Explanations, explain
+from sa_lens.units.firing import Thresholds, calibrate
+from sa_lens.units.labels import LabelledText, Selectivity, label_stories, selectivity
+from sa_lens.units.language_model import ChatModel, explain_by_chat
+from sa_lens.units.mask_leakage import Leakage, leakage
+from sa_lens.units.sparsity_tables import activation_sparsity, effective_connections, sparsity
+from sa_lens.units.token_classes import TokenClasses, word_classes
+from sa_lens.units.unit_tables import Specialization, specialization
+from sa_lens.units.windows import Snippets, snippets
+
+__all__ = [
+    "ChatModel",
+    "Explanation",
+    "Explanations",
+    "LabelledText",
+    "Leakage",
+    "Selectivity",
+    "Site",
+    "Snippets",
+    "Specialization",
+    "Thresholds",
+    "TokenClasses",
+    "activation_sparsity",
+    "calibrate",
+    "compare",
+    "effective_connections",
+    "explain",
+    "explain_by_chat",
+    "label_stories",
+    "leakage",
+    "selectivity",
+    "snippets",
+    "sparsity",
+    "specialization",
+    "stream_units",
+    "summary",
+    "unit_counts",
+    "unit_sites",
+    "word_classes",
+]

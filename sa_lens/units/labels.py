@@ -27,7 +27,7 @@ from sa_lens.units.activations import (
 )
 from sa_lens.units.firing import SHARE, Thresholds, unit_scores
 from sa_lens.units.measures import effective_number
-from sa_lens.units.specialization import rules_for
+from sa_lens.units.unit_tables import rules_for
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from sa_lens.units.comparison import compare, summary
-from sa_lens.units.specialization import specialization
+from sa_lens.units.unit_tables import specialization
 
 
 def table_of(rates, values, layer=0, kind="mlp", stream="clean"):

@@ -32,7 +32,7 @@ from sa_lens.units.activations import (
 from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, unit_scores
 from sa_lens.units.measures import effective_number, gini, hoyer_from_sums
 from sa_lens.units.tallies import EXACT_IN_FLOAT32, CoActivation, Moments, TokenTally
-from sa_lens.units.word_classes import TokenClasses, word_classes
+from sa_lens.units.token_classes import TokenClasses, word_classes
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,8 +8,8 @@ from scipy import stats
 from sa_lens.units.activations import TOKENS_AT_ONCE, Site, unit_sites
 from sa_lens.units.firing import calibrate
 from sa_lens.units.measures import gini, hoyer
-from sa_lens.units.specialization import specialization
-from sa_lens.units.word_classes import TokenClasses, word_classes
+from sa_lens.units.token_classes import TokenClasses, word_classes
+from sa_lens.units.unit_tables import specialization
 
 CLASSES = TokenClasses(("low", "planted", "high"), torch.tensor([0] * 3 + [1] * 5 + [2] * 16))
 

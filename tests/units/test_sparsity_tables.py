@@ -6,8 +6,8 @@ import torch
 
 from sa_lens.units.activations import unit_sites
 from sa_lens.units.measures import gini, hoyer
-from sa_lens.units.sparsity import activation_sparsity, effective_connections, sparsity
-from sa_lens.units.specialization import specialization
+from sa_lens.units.sparsity_tables import activation_sparsity, effective_connections, sparsity
+from sa_lens.units.unit_tables import specialization
 
 
 def test_weights_row_by_row_and_in_all(gated):

@@ -5,7 +5,7 @@ import torch
 
 from sa_lens.units.activations import Site, unit_sites
 from sa_lens.units.firing import unit_scores
-from sa_lens.units.snippets import snippets
+from sa_lens.units.windows import snippets
 
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])

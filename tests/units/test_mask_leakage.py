@@ -6,7 +6,7 @@ import torch
 from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
-from sa_lens.units.leakage import CONDITIONS, leakage
+from sa_lens.units.mask_leakage import CONDITIONS, leakage
 from sa_lens.units.swaps import other_occurrences, permuted_units
 
 V, N_CTX = 6, 8
