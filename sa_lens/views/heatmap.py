@@ -31,8 +31,10 @@ WHAT = {
 
 MOST_NUMBERS = 80
 """Cells up to which each shows its number."""
-_CELL, _ROW = 46, 34
-"""Pixels of a column and of a row."""
+_CELL, _NARROW, _ROW = 46, 24, 34
+"""Pixels of a column, of the narrowest one, and of a row."""
+_SEVERAL = 1000
+"""Pixels that heat maps beside one another share, if their columns are then wide enough."""
 
 
 def to_record(table: pd.DataFrame, value: str = "normalised", title: str | None = None) -> HeatMap | Bars:
@@ -93,6 +95,18 @@ def to_record(table: pd.DataFrame, value: str = "normalised", title: str | None 
     )
 
 
+def _shared(titles: Sequence[str]) -> tuple[str, list[str]]:
+    """The parts, between commas, with which all the titles begin, and what is left of each.
+
+    Titles that begin differently, or are alike to the end of one, are left as they are, below the first one.
+    """
+    parts = [title.split(", ") for title in titles]
+    n = next((i for i, some in enumerate(zip(*parts, strict=False)) if len(set(some)) > 1), min(map(len, parts)))
+    if n == 0 or n == min(map(len, parts)):
+        return titles[0], [*titles]
+    return ", ".join(parts[0][:n]), [", ".join(some[n:]) for some in parts]
+
+
 def _title(table: pd.DataFrame) -> str:
     one = table.iloc[0]
     kinds = " and ".join(WHAT.get(what, what) for what in table["what"].unique())
@@ -107,7 +121,7 @@ def _note(one: pd.Series) -> str:
         "noise": "values of the corrupt prompt put into the clean run (1: all lost)",
     }
     ends = f"{metric} {one['clean']:.2f} clean, {one['corrupt']:.2f} corrupt"
-    return f"{how[one['direction']]}; {ends}; {one['n']} pairs"
+    return f"{how[one['direction']]}; {ends}; {one['n']} {'pair' if one['n'] == 1 else 'pairs'}"
 
 
 def _unit_label(row: pd.Series) -> str:
@@ -138,8 +152,8 @@ def _limits(records: Sequence[HeatMap]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _trace(record: HeatMap, limits: tuple[float, float], dark: bool) -> go.Heatmap:
-    small = len(record.x.labels) * len(record.y.labels) <= MOST_NUMBERS
+def _trace(record: HeatMap, limits: tuple[float, float], dark: bool, cell: int = _CELL) -> go.Heatmap:
+    small = len(record.x.labels) * len(record.y.labels) <= MOST_NUMBERS and cell > 1.3 * _NARROW
     columns, rows = len(record.x.labels), len(record.y.labels)
     names = [[(plain(y), plain(x)) for x in record.x.labels] for y in record.y.labels]
     return go.Heatmap(
@@ -233,8 +247,8 @@ def side_by_side(
 
     Args:
         shown: records of heat maps, or tables of patches; or circuits, or records of them.
-        title: heading; empty: the first one's.
-        names: a name above each; default: their headings.
+        title: heading; empty: what their headings begin with alike.
+        names: a name above each; default: their headings, without what the title says of all.
         dark: the dark look.
 
     Raises:
@@ -254,13 +268,16 @@ def side_by_side(
             raise ValueError(f"side_by_side has one colour scale, but {record.scale!r} is not {heat_maps[0].scale!r}")
     if len(heat_maps) < 2:
         raise ValueError(f"side_by_side needs two heat maps or more, not {len(heat_maps)}")
-    names = [record.title for record in heat_maps] if names is None else list(names)
+    alike, rest = _shared([record.title for record in heat_maps])
+    if names is None:
+        names = [record.title for record in heat_maps] if title else rest
     if len(names) != len(heat_maps):
         raise ValueError(f"{len(names)} names for {len(heat_maps)} heat maps")
     colours = palette(dark)
     # the width that a subplot title may take before it runs into the next
     widest = max(len(record.x.labels) for record in heat_maps)
-    each = max(8, widest) * _CELL + 40
+    cell = max(_NARROW, min(_CELL, _SEVERAL // (len(heat_maps) * widest)))
+    each = max(8 * _CELL, widest * cell) + 40
     all_notes = list(dict.fromkeys(record.note for record in heat_maps))
     captions = [
         f"<b>{wrapped(name, each)}</b>"
@@ -278,7 +295,7 @@ def side_by_side(
     figure.update_annotations(font_size=13, font_color=colours.text, yanchor="bottom")
     limits = _limits(heat_maps)
     for column, record in enumerate(heat_maps, 1):
-        trace = _trace(record, limits, dark)
+        trace = _trace(record, limits, dark, cell)
         trace.showscale = column == len(heat_maps)
         figure.add_trace(trace, row=1, col=column)
         x, y = _axes(record)
@@ -286,7 +303,7 @@ def side_by_side(
         figure.update_yaxes(y, row=1, col=column)
     lines = max(caption.count("<br>") for caption in captions)
     width = 150 + each * len(heat_maps)
-    above, room = heading(title or heat_maps[0].title, all_notes[0] if len(all_notes) == 1 else "", width, dark)
+    above, room = heading(title or alike, all_notes[0] if len(all_notes) == 1 else "", width, dark)
     room += 20 + 17 * lines
     figure.update_layout(
         template=template(dark),

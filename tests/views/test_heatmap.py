@@ -141,6 +141,19 @@ def test_side_by_side_shares_the_colours():
         side_by_side([clean, ablated], names=["clean"])
 
 
+def test_side_by_side_says_once_what_holds_for_all():
+    streams = [table(rows=POSITIONS), table(rows=POSITIONS, stream="ablated", gates="frozen")]
+    figure = side_by_side(streams)
+    first, second = (note.text for note in figure.layout.annotations[:2])
+    assert "residual stream" in figure.layout.title.text
+    assert "clean stream" not in figure.layout.title.text
+    assert first.startswith("<b>clean stream")
+    assert second.startswith("<b>ablated stream, frozen gates")
+    other = table("heads", rows=HEADS)
+    assert "residual" in side_by_side([streams[0], other]).layout.annotations[0].text
+    assert "residual" in side_by_side([streams[0], streams[0]]).layout.annotations[0].text
+
+
 def test_no_theme_is_set_for_others():
     draw(table(rows=POSITIONS), dark=True)
     assert pio.templates.default == "plotly"
