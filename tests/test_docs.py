@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
 import pkgutil
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import zlib
@@ -96,6 +99,56 @@ def test_python_blocks_are_formatted():
                 check=False,
             )
             assert done.returncode == 0, f"{name(page)}, line {line}: not as the formatter wants it"
+
+
+# -------------------------------------------------------------------------------------------------------- the errors
+
+
+@pytest.fixture
+def faq(reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The page, with a copy of the demo's model in the current folder; what its blocks fake is undone."""
+    import huggingface_hub.constants
+
+    shutil.copytree(reader / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", huggingface_hub.constants.HF_HUB_OFFLINE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = dict(sys.modules)
+    yield ROOT / "docs" / "faq.md"
+    for name in [name for name, module in sys.modules.items() if module is None]:
+        del sys.modules[name]
+        sys.modules |= {name: before[name]} if name in before else {}
+
+
+def test_errors_are_quoted_as_they_are_raised(faq):
+    """Word for word; only line breaks are free, and dots stand for what depends on versions or chance."""
+    text = "\n".join(source for _, source in blocks(faq, "pycon"))
+    test = doctest.DocTestParser().get_doctest(text, {}, "faq", str(faq), 0)
+    assert sum(example.exc_msg is not None for example in test.examples) >= 35
+    said: list[str] = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    result = doctest.DocTestRunner(optionflags=flags).run(test, out=said.append, clear_globs=False)
+    assert result.failed == 0, "".join(said)
+
+
+def test_complaints_of_commands_are_quoted_as_they_are_printed(faq, capsys):
+    from sa_lens import cli
+
+    quoted = [source.split("\n", 1) for _, source in blocks(faq, "console")]
+    assert quoted
+    for command, expected in quoted:
+        try:
+            code = cli.main(shlex.split(command.removeprefix("$ sa-lens ")))
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 2, command
+        assert capsys.readouterr().err.split() == expected.split(), command
+
+
+def test_the_message_of_missing_pictures_is_quoted(faq):
+    from sa_lens.views.page import MISSING
+
+    assert [source.split() for _, source in blocks(faq, "text")] == [MISSING.split()]
 
 
 # ---------------------------------------------------------------------------------------------------- command lines

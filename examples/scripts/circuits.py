@@ -1,0 +1,84 @@
+"""Circuits of a dense and a self-ablating model at equal faithfulness: notebook 02 as a script.
+
+python examples/scripts/circuits.py --run runs/demo/local --baseline runs/demo/baseline --out runs/circuits
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+
+import sa_lens as sa  # noqa: E402
+from sa_lens.circuits.agreement import agreement_table  # noqa: E402
+from sa_lens.circuits.gate_circuit import gate_rankings  # noqa: E402
+from sa_lens.circuits.search import Method, find_circuit, table  # noqa: E402
+from sa_lens.circuits.tasks import make  # noqa: E402
+from sa_lens.views import draw, faithfulness_chart, save, side_by_side  # noqa: E402
+
+METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "exact")
+
+
+def main(
+    run: Path = Path("runs/demo/local"),
+    baseline: Path = Path("runs/demo/baseline"),
+    out: Path = Path("runs/circuits"),
+    task: str = "ioi",
+    words: Literal["stories", "tinystories"] = "stories",
+    pairs: int = 128,
+    methods: tuple[Method, ...] = METHODS,
+) -> None:
+    """Find circuits in three streams, compare them on other prompts, and hold the gates against them.
+
+    Args:
+        run: Run folder of a self-ablating model, such as `make demo` leaves.
+        baseline: Run folder of the dense model trained like it.
+        out: Folder of tables and figures.
+        task: ioi, pronoun, object, repeated, or a JSON file.
+        words: Words of the prompts.
+        pairs: Prompts to find with, and as many to report on.
+        methods: How to find circuits.
+    """
+    dense, gated = (sa.SelfAblatingTransformer.from_pretrained(folder) for folder in (baseline, run))
+    streams = {("dense", "clean"): dense, ("self-ablating", "clean"): gated, ("self-ablating", "ablated"): gated}
+    find, report = make(task, gated.tokenizer, 2 * pairs, seed=0, world=words).split(seed=0)
+    out.mkdir(parents=True, exist_ok=True)
+
+    found = {
+        (name, stream, method): find_circuit(model, find, report, method, stream=stream)
+        for (name, stream), model in streams.items()
+        for method in methods
+    }
+    results = table(found, ("model", "stream", "method"))
+    results.to_csv(out / "circuits.csv", index=False)
+    shown = ["model", "stream", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "edges_0.9", "cmd"]
+    print(results[shown].round(3).to_string(index=False))
+
+    names = [f"{name}, {stream} stream" for name, stream in streams]
+    for method in methods:
+        circuits = [found[name, stream, method].circuit for name, stream in streams]
+        print("wrote", save(side_by_side(circuits, f"{task}: {method}", names=names), out / f"{method}.html"))
+        curves = {
+            f"{name}, {stream}": curve.table()
+            for name, stream in streams
+            if (curve := found[name, stream, method].curve) is not None
+        }
+        if curves and method != "acdc":
+            print("wrote", save(draw(faithfulness_chart(curves)), out / f"faithfulness-{method}.html"))
+
+    rankings = gate_rankings(gated, find, draws=3)
+    references = {
+        f"{method}, {stream}": one.circuit for (name, stream, method), one in found.items() if name != "dense"
+    }
+    agreement = agreement_table(rankings, references)
+    agreement.to_csv(out / "gate.csv", index=False)
+    print("\nThe gate as a circuit: AUROC against edges found, 0.5 is chance")
+    print(agreement.pivot_table(index="ranking", columns="reference", values="auroc", sort=False).round(2).to_string())
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

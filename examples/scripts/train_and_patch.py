@@ -1,0 +1,69 @@
+"""Two streams, and where the answer comes from: notebook 01 as a script. Figures are HTML files that open from disk.
+
+python examples/scripts/train_and_patch.py --run runs/demo/local --out runs/patching
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+
+import sa_lens as sa  # noqa: E402
+from sa_lens.circuits.metrics import skill  # noqa: E402
+from sa_lens.circuits.patching import patch  # noqa: E402
+from sa_lens.circuits.tasks import make  # noqa: E402
+from sa_lens.views import attention, save, side_by_side, to_record, view  # noqa: E402
+
+
+def main(
+    run: Path = Path("runs/demo/local"),
+    out: Path = Path("runs/patching"),
+    task: str = "ioi",
+    words: Literal["stories", "tinystories"] = "stories",
+    pairs: int = 64,
+    steps: int | None = None,
+) -> None:
+    """Patch the residual stream, the heads and the masks of both streams of a model.
+
+    Args:
+        run: Run folder; the demo's model is trained there if it is missing.
+        out: Folder of the figures.
+        task: ioi, pronoun, object, repeated, or a JSON file.
+        words: Words of the prompts.
+        pairs: Prompts.
+        steps: Steps of training, if there is any; None: all.
+    """
+    if not (run / "config.json").exists():
+        from sa_lens.demo import demo_run
+        from sa_lens.training import train
+
+        settings = demo_run("local")
+        if steps is not None:
+            settings = dataclasses.replace(
+                settings, train=dataclasses.replace(settings.train, steps=steps, warmup_steps=0)
+            )
+        train(settings, run)
+    model = sa.SelfAblatingTransformer.from_pretrained(run)
+
+    prompts = make(task, model.tokenizer, pairs, seed=0, world=words)
+    print(prompts.report(), "-", prompts.clean_texts[0])
+    print(skill(model, prompts)[["stream", "n", "pair_accuracy", "logit_difference", "able"]].to_string(index=False))
+
+    for what in ("resid_pre", "heads"):
+        tables = [patch(model, prompts, what, stream) for stream in ("clean", "ablated")]
+        figure = side_by_side([to_record(table) for table in tables], f"{task}: {what}", names=["clean", "ablated"])
+        print("wrote", save(figure, out / f"{what}.html"))
+    for what in ("mask_attn", "mask_mlp"):
+        print("wrote", save(view(to_record(patch(model, prompts, what, "ablated"))), out / f"{what}.html"))
+    heads = attention(model, prompts.clean_texts[0], layer=model.cfg.n_layers - 1)
+    print("wrote", view(heads).save(out / "attention.html"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

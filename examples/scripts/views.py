@@ -1,0 +1,67 @@
+"""Every view of one text on both streams, as HTML files that open from disk: notebook 05 as a script.
+
+python examples/scripts/views.py --run runs/demo/local --text "Lily and Tom went to the park."
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+
+import sa_lens as sa  # noqa: E402
+from sa_lens.views import (  # noqa: E402
+    attention,
+    gate_raster,
+    logit_lens,
+    predictions,
+    records,
+    story,
+    training_curves,
+    unit_activations,
+    view,
+)
+
+
+def main(
+    run: Path = Path("runs/demo/local"),
+    out: Path = Path("runs/views"),
+    text: str = "It was a cool day. Lily and Tom went to the park. Tom gave a ball to Lily.",
+    layer: int = -1,
+    dark: bool = False,
+) -> None:
+    """Write every view of a text, and the records that they are drawn from.
+
+    Args:
+        run: Run folder of a self-ablating model, such as `make demo` leaves, or a Hub id.
+        out: Folder to write.
+        text: The text.
+        layer: Layer of the attention patterns; negative: from the last.
+        dark: The dark look.
+    """
+    model = sa.SelfAblatingTransformer.from_pretrained(run)
+    raster = gate_raster(model, text)
+    neurons = [unit for unit in raster.units if unit.kind == "mlp"]
+    strongest = max(neurons, key=lambda unit: max(map(abs, unit.values)))
+    unit = (strongest.layer, "mlp", int(strongest.name.rsplit(" ", 1)[1]))
+    shown: dict[str, Any] = {
+        "story": story(model, text, units=[unit]),
+        "predictions": predictions(model, text),
+        "lens": logit_lens(model, text),
+        "raster": raster,
+        "activations": unit_activations(model, text, most=12),
+        "attention": attention(model, text, layer=layer % model.cfg.n_layers),
+    }
+    if (run / "metrics.jsonl").exists():
+        shown["training"] = training_curves([run])
+    for name, record in shown.items():
+        records.write(record, out / f"{name}.json")
+        print("wrote", view(record, dark=dark).save(out / f"{name}.html"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
