@@ -1,0 +1,168 @@
+"""What a model is, how well its streams predict, and text that they write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sa_lens.data import validation_blocks
+from sa_lens.report.records import Fact, Overview, Sample
+from sa_lens.report.subjects import Subject
+from sa_lens.report.texts import ModelText, Texts
+from sa_lens.training import Evaluation, bytes_per_token, evaluate, sample
+from sa_lens.views import training_curves
+from sa_lens.views.records import Curves, Table
+
+EVALUATED = 50_000
+"""Predicted tokens that losses are the means of, at most."""
+PROMPT_WORDS = 4
+"""Words of a story that begin a sample."""
+SAMPLE_TOKENS = 60
+"""Tokens of a sample."""
+
+
+def measured(subject: Subject, text: ModelText) -> Evaluation:
+    """Losses of both streams, and how the gates use their units."""
+    blocks = validation_blocks(text.held_out, subject.n_ctx, EVALUATED)
+    return evaluate(subject.model, blocks, bytes_per_token=bytes_per_token(text.held_out))
+
+
+def overview(subject: Subject, texts: Texts, found: Evaluation, seed: int) -> Overview:
+    """The first page of a model.
+
+    Args:
+        found: from `measured`.
+        seed: of the samples.
+    """
+    return Overview(
+        facts=(*_shape(subject), *_training(subject), *_use(found, texts)),
+        losses=losses(found),
+        training=_curves(subject),
+        samples=tuple(_samples(subject, texts.stories, seed)),
+    )
+
+
+def _shape(subject: Subject) -> list[Fact]:
+    cfg = subject.model.cfg
+    neurons = "no MLP" if cfg.attn_only else f"{cfg.d_mlp:,} neurons"
+    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    return [
+        Fact("Transformer", f"{_count(cfg.n_layers, 'layer')} of {_count(cfg.n_heads, 'head')} and {neurons}", ""),
+        Fact("Width", f"{cfg.d_model:,}, {cfg.d_head:,} a head", "Size of the residual stream, channels of a head."),
+        Fact("Parameters", f"{parameters:,}", "Gates included."),
+        Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at once."),
+        Fact("Vocabulary", f"{cfg.d_vocab:,} tokens", ""),
+        _gates(subject),
+    ]
+
+
+def _gates(subject: Subject) -> Fact:
+    gates, cfg = subject.model.gates, subject.model.cfg
+    if not gates.gated:
+        return Fact("Gates", "none", "A plain transformer: it has the clean stream alone.")
+    units = f"{gates.k_attn} of {cfg.n_heads} heads"
+    if gates.attn_unit == "channel":
+        units = f"{gates.k_attn} of {cfg.n_heads * cfg.d_head:,} attention units"
+    if not cfg.attn_only:
+        units += f" and {gates.k_mlp} of {cfg.d_mlp:,} neurons"
+    read = {
+        "local": "each layer's own clean input",
+        "global": "the end of a clean pass",
+        "both": "each layer's own clean input and the end of a clean pass",
+    }[gates.scope]
+    how = "" if gates.scores == "learned" else f" Control: scores are {gates.scores}, not learned."
+    stay = "stay" if gates.kind == "hard" else "stay in part, as soft weights say,"
+    return Fact(
+        "Gates",
+        f"{gates.scope}, {gates.kind}: {units}",
+        f"So many {stay} at each token and layer of the ablated stream; the gates read {read}.{how}",
+    )
+
+
+def _training(subject: Subject) -> list[Fact]:
+    run = subject.settings
+    if run is None:
+        return []
+    train, data = run.train, run.data
+    batch = train.batch_size * train.accumulate
+    text = f"{data.n_stories:,} generated stories" if data.source == "stories" else data.source
+    facts = [
+        Fact("Trained on", text, ""),
+        Fact(
+            "Training",
+            f"{train.steps:,} steps of {batch:,} x {run.model.n_ctx:,} tokens",
+            f"Learning rate {train.lr:g}, seed {train.seed}; {train.steps * batch * run.model.n_ctx / 1e6:,.1f} "
+            "million tokens for each of the processes that trained it.",
+        ),
+    ]
+    if run.gates.gated:
+        loss = run.loss
+        facts.append(
+            Fact(
+                "Loss",
+                f"{loss.clean:g} clean + {loss.ablated:g} ablated + {loss.reconstruction:g} reconstruction",
+                "Coefficients of the cross-entropy of each stream and of the distance between them.",
+            )
+        )
+    if train.init is not None:
+        facts.append(Fact("Started from", train.init, "Weights before training."))
+    return facts
+
+
+def _use(found: Evaluation, texts: Texts) -> list[Fact]:
+    facts = [Fact("Measured on", f"{found.tokens:,} tokens", f"Losses and use of units: {texts.name}.")]
+    for name, share, meaning in (
+        ("Attention units used", found.attn_units_used, "Kept at one token of that text or more."),
+        ("Neurons used", found.mlp_units_used, "Kept at one token of that text or more."),
+        ("Mask overlap", found.mask_overlap, "Share of a token's kept units that the next token keeps too."),
+    ):
+        if share is not None:
+            facts.append(Fact(name, f"{share:.1%}", meaning))
+    return facts
+
+
+def losses(found: Evaluation) -> Table:
+    """A row a stream."""
+    rows = [_row("clean", found.clean_loss, found.clean_perplexity, found.clean_bits_per_byte, 0.0)]
+    if found.ablated_loss is not None:
+        assert found.ablated_perplexity is not None
+        assert found.ablated_bits_per_byte is not None
+        rows.append(
+            _row(
+                *("ablated", found.ablated_loss, found.ablated_perplexity, found.ablated_bits_per_byte),
+                found.ablated_loss - found.clean_loss,
+            )
+        )
+    columns = ("stream", "loss, nats per token", "perplexity", "bits per byte", "cost of the gates, nats")
+    note = f"means over {found.tokens:,} predicted tokens of held-out text"
+    return Table("Losses", note, columns, tuple(rows), (False, True, True, True, True))
+
+
+def _row(stream: str, loss: float, perplexity: float, bits: float, cost: float) -> tuple[str, ...]:
+    return stream, f"{loss:.4f}", f"{perplexity:,.2f}", f"{bits:.4f}", "" if stream == "clean" else f"{cost:+.4f}"
+
+
+def _curves(subject: Subject) -> Curves | None:
+    """Training curves; None where the run kept none."""
+    try:
+        return training_curves({subject.name: subject.run})
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample]:
+    """A text from its beginning, and the first words of two stories continued, by each stream."""
+    prompts = ["", *dict.fromkeys(" ".join(story.split()[:PROMPT_WORDS]) for story in stories)][:3]
+    room = subject.model.cfg.n_ctx - 1
+    found = []
+    for prompt in prompts:
+        if len(subject.model.tokenizer.encode(prompt, add_special_tokens=False)) >= room:
+            continue
+        drawn = sample(subject.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=seed)
+        for stream, text in (("clean", drawn.clean), ("ablated", drawn.ablated)):
+            if text is not None:
+                found.append(Sample(prompt, stream, text.removeprefix(prompt)))
+    return found
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"

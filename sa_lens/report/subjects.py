@@ -1,0 +1,84 @@
+"""The models of a report: loaded, named apart, and checked before anything takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa_lens.circuits.tasks import World
+from sa_lens.config import RunConfig, Stream
+from sa_lens.core import SelfAblatingTransformer
+from sa_lens.training.report import load_run, trained_on_stories
+from sa_lens.training.run_folder import CONFIG_YAML, stored_config
+from sa_lens.units.activations import model_streams
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and what is known of its run."""
+
+    name: str
+    """Name by which the report calls it."""
+    run: str
+    """Run folder or Hub id."""
+    model: SelfAblatingTransformer
+    """The model."""
+    settings: RunConfig | None
+    """How it was trained; None for a folder without `run.yaml` and for a model from the Hub."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams that the model has."""
+        return model_streams(self.model)
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that it reads at once: those of its training, where they are known."""
+        n_ctx = int(self.model.cfg.n_ctx)
+        return n_ctx if self.settings is None else min(self.settings.model.n_ctx, n_ctx)
+
+    @property
+    def world(self) -> World:
+        """Words of the tasks' prompts: those of the text it was trained on."""
+        return "stories" if trained_on_stories(self.run) else "tinystories"
+
+
+def open_subjects(runs: Sequence[str | Path], device: str) -> tuple[Subject, ...]:
+    """Loads the models of all runs.
+
+    Raises:
+        ValueError: no run, one run twice, a model without a tokenizer, or an unknown device.
+        FileNotFoundError: a folder without a model.
+    """
+    names = distinct_names([str(run) for run in runs])
+    found = []
+    for name, run in zip(names, map(str, runs), strict=True):
+        model = load_run(run, device=device)
+        if model.tokenizer is None:
+            raise ValueError(
+                f"{run} has no tokenizer, so it can read no text: a report shows what a model does with text. Save the "
+                "model with its tokenizer (model.set_tokenizer, then save_pretrained)"
+            )
+        settings = stored_config(Path(run)) if (Path(run) / CONFIG_YAML).is_file() else None
+        found.append(Subject(name, run, model.requires_grad_(False), settings))
+    return tuple(found)
+
+
+def distinct_names(runs: Sequence[str]) -> tuple[str, ...]:
+    """A short name for each run: the last part of its path, with as many parts before it as it takes to be told apart.
+
+    Raises:
+        ValueError: no run, or one run twice.
+    """
+    if not runs:
+        raise ValueError("runs is empty: name at least one run folder")
+    whole = [Path(run).resolve().parts if Path(run).exists() else Path(run).parts for run in runs]
+    for i, parts in enumerate(whole):
+        if parts in whole[:i]:
+            raise ValueError(f"{runs[i]} is named twice: name each run once")
+    for count in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-count:]) for parts in whole]
+        if len(set(names)) == len(names):
+            break
+    return tuple(names)

@@ -1,0 +1,208 @@
+"""What every unit of a model does: figures for all of them, a closer look at the most telling ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sa_lens.config import Stream
+from sa_lens.report.closer_look import Look, closer_look
+from sa_lens.report.records import UnitPage, UnitStream
+from sa_lens.report.rounding import rounded
+from sa_lens.report.subjects import Subject
+from sa_lens.report.texts import ModelText
+from sa_lens.units.activations import Site, unit_counts
+from sa_lens.units.firing import Thresholds, calibrate
+from sa_lens.units.labels import COVERED, label_stories, selectivity
+from sa_lens.units.unit_tables import specialization
+from sa_lens.views.raster import promoted_tokens
+from sa_lens.views.texts import unit_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CALIBRATION, DESCRIBED = 30_000, 40_000
+"""Tokens that set firing thresholds, and tokens that units are described on."""
+LABELLED = 600
+"""Generated stories whose labels are looked for."""
+PROMOTED = 5
+"""Tokens named that a unit promotes."""
+
+
+@dataclass(frozen=True)
+class UnitFigures:
+    """Means over the live units of a stream, by which models are compared; None: not defined."""
+
+    stream: Stream
+    """The stream."""
+    live: float
+    """Share of units that are live."""
+    firing_rate: float | None
+    """Mean share of tokens at which they fire."""
+    effective_tokens: float | None
+    """Mean effective number of different tokens that they fire on."""
+    labelled: float | None
+    """Share of them that stand for a label: F1 of 0.8 or more."""
+    explanation_f1: float | None
+    """Mean F1 of the explanations made."""
+
+
+def unit_pages(
+    subject: Subject, text: ModelText, n_units: int, mentioned: Collection[str], seed: int, progress: bool
+) -> tuple[tuple[UnitPage, ...], str, tuple[UnitFigures, ...]]:
+    """A page for every unit that is live in a stream or mentioned, a note on how they were looked at, and figures.
+
+    Args:
+        n_units: units to look at more closely.
+        mentioned: names of units that stories mention.
+        seed: of explanations and labelled stories.
+    """
+    model, streams = subject.model, subject.streams
+    rules = calibrate(model, text.calibration_blocks, streams, n_tokens=CALIBRATION, progress=progress)
+    found = specialization(
+        *(model, text.held_out_blocks, rules, streams),
+        n_tokens=DESCRIBED,
+        coactivation_tokens=0,
+        sample_tokens=1,
+        progress=progress,
+    ).table
+    labels = _labels(subject, rules, seed, progress)
+    chosen = most_telling(found, n_units)
+    seen = closer_look(subject, text.held_out_blocks, rules, chosen, DESCRIBED, seed, progress)
+    figures = tuple(_figures(stream, found, labels, seen) for stream in streams)
+    pages = _pages(subject, found, labels, seen, mentioned)
+    n = found.attrs["n_tokens"]
+    total = sum(unit_counts(model).values())
+    close = len({(site, unit) for site, unit, _ in seen})
+    note = (
+        f"{len(pages):,} of {total:,} units are shown: those that are live in a stream, and those that a story "
+        f"mentions. Figures are of {n:,} tokens of held-out text; a unit fires above half of its 99.9th percentile on "
+        f"{found.attrs['n_calibration_tokens']:,} other tokens. {close} units, spread evenly over layers and kinds, "
+        "were looked at more closely: explanation, histogram, snippets"
+    )
+    if labels is not None:
+        note += f". Labels are those of {LABELLED:,} generated stories, of another seed than the training text"
+    return pages, note + ".", figures
+
+
+def most_telling(table: pd.DataFrame, n_units: int) -> dict[Site, list[int]]:
+    """Units to look at more closely, spread evenly over layers and kinds, in the order of the sites.
+
+    Of each site come first those whose firing says most about the token: firing rate times the bits between the
+    effective number of tokens of the text and that of the tokens the unit fires on; in the ablated stream where there
+    is one. Dead units never come.
+    """
+    stream = "ablated" if "ablated" in set(table["stream"]) else "clean"
+    of_text = table.attrs["effective_tokens_of_text"]
+    ordered: dict[Site, list[int]] = {}
+    for (layer, kind), rows in table[table["stream"] == stream].groupby(["layer", "kind"], sort=False):
+        live = rows[rows["live"] & (rows["firing_rate"] > 0)]
+        bits = [
+            rate * math.log2(of_text / own)
+            for rate, own in zip(live["firing_rate"], live["effective_tokens"], strict=True)
+        ]
+        order = sorted(range(len(live)), key=lambda i: (-bits[i], live["unit"].iloc[i]))
+        ordered[Site(int(layer), kind)] = [int(live["unit"].iloc[i]) for i in order]
+    turns = [
+        (site, units[turn])
+        for turn in range(max(map(len, ordered.values()), default=0))
+        for site, units in ordered.items()
+        if turn < len(units)
+    ][:n_units]
+    chosen = {site: sorted(unit for at, unit in turns if at == site) for site in ordered}
+    return {site: units for site, units in chosen.items() if units}
+
+
+def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int, progress: bool) -> pd.DataFrame | None:
+    """Label of each unit and stream; None for a model that was not trained on generated stories."""
+    run = subject.settings
+    if run is None or subject.world != "stories":
+        return None
+    other = run.data.stories_seed + 1 + seed
+    stories = label_stories(subject.model.tokenizer, LABELLED, subject.n_ctx, seed=other)
+    # one token: the area under the ROC curve is not shown
+    return selectivity(subject.model, stories, rules, subject.streams, sample_tokens=2, progress=progress).table
+
+
+def _pages(
+    subject: Subject,
+    table: pd.DataFrame,
+    labels: pd.DataFrame | None,
+    seen: Mapping[tuple[Site, int, Stream], Look],
+    mentioned: Collection[str],
+) -> tuple[UnitPage, ...]:
+    rows = {
+        stream: {(r["layer"], r["kind"], r["unit"]): r for r in some.to_dict("records")}
+        for stream, some in table.groupby("stream", sort=False)
+    }
+    labelled: dict[Any, dict[str, Any]] = {}
+    if labels is not None:
+        labelled = {(r["stream"], r["layer"], r["kind"], r["unit"]): r for r in labels.to_dict("records")}
+    pages = []
+    for site, count in unit_counts(subject.model).items():
+        names = {unit: unit_name(subject.model, site.layer, site.kind, unit) for unit in range(count)}
+        shown = [
+            unit
+            for unit, name in names.items()
+            if name in mentioned or any(of[site.layer, site.kind, unit]["live"] for of in rows.values())
+        ]
+        promoted = promoted_tokens(subject.model, site, shown, PROMOTED)
+        for unit, promotes in zip(shown, promoted, strict=True):
+            key = (site.layer, site.kind, unit)
+            streams = tuple(
+                _stream(stream, rows[stream][key], labelled.get((stream, *key)), seen.get((site, unit, stream)))
+                for stream in subject.streams
+            )
+            pages.append(UnitPage(names[unit], site.layer, site.kind, unit, promotes, streams))
+    return tuple(pages)
+
+
+def _stream(stream: Stream, row: Mapping[str, Any], label: Mapping[str, Any] | None, look: Look | None) -> UnitStream:
+    named = label is not None and isinstance(label["f1_label"], str)
+    return UnitStream(
+        stream=stream,
+        mask_on=_known(row["mask_rate"]),
+        firing_rate=rounded(float(row["firing_rate"])),
+        live=bool(row["live"]),
+        effective_tokens=_known(row["effective_tokens"]) if row["firing_rate"] > 0 else None,
+        label=str(label["f1_label"]) if label is not None and named else "",
+        label_f1=_known(label["f1"]) if label is not None and named else None,
+        explanation=look.explanation if look is not None else "",
+        explanation_f1=_known(look.f1) if look is not None else None,
+        histogram=look.histogram if look is not None else None,
+        snippets=look.snippets if look is not None else (),
+    )
+
+
+def _known(value: float | None) -> float | None:
+    return rounded(float(value)) if value is not None and math.isfinite(value) else None
+
+
+def _figures(
+    stream: Stream,
+    table: pd.DataFrame,
+    labels: pd.DataFrame | None,
+    seen: Mapping[tuple[Site, int, Stream], Look],
+) -> UnitFigures:
+    some = table[table["stream"] == stream]
+    live = some[some["live"]]
+    scores = [look.f1 for (_, _, of), look in seen.items() if of == stream and look.f1 is not None]
+    labelled = None
+    if labels is not None:
+        of_live = labels[(labels["stream"] == stream) & labels["live"]]
+        labelled = _mean((of_live["f1"] >= COVERED).tolist())
+    return UnitFigures(
+        stream,
+        float(some["live"].mean()),
+        _mean(live["firing_rate"]),
+        _mean(live["effective_tokens"][live["firing_rate"] > 0]),
+        labelled,
+        _mean(scores),
+    )
+
+
+def _mean(values: Sequence[float] | pd.Series) -> float | None:
+    known = [float(value) for value in values if math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else None
