@@ -48,7 +48,7 @@ N_LAYERS, N_HEADS = 3, 4
 def story_tokens() -> list[tuple[str, ...]]:
     words = CALM.replace("\n", " \n ").split(" ")
     calm = [word if i == 0 or word == "\n" else " " + word for i, word in enumerate(words)]
-    return [tuple(calm), EVIL, tuple(calm[:12] + [" zebra"] + calm[12:])]
+    return [tuple(calm), EVIL, (*calm[:12], " zebra", *calm[12:])]
 
 
 def unit_names() -> list[tuple[str, int, str, int]]:

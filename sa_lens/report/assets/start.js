@@ -135,6 +135,7 @@ async function start() {
   for (const name of sections.keys()) {
     await idle();
     await drawn(name);
+    if (name === "units") await unitDetails(table.model);
   }
   document.documentElement.dataset.complete = "";
 }

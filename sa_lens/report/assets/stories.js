@@ -6,14 +6,16 @@ async function drawStories(into) {
   const list = h("div", { class: "story-list", role: "listbox", "aria-label": "Stories", tabindex: "-1" });
   const state = h("p", { class: "note", role: "status" });
   const text = h("div", { class: "story-text" });
-  const details = h("div", { class: "story-details" });
-  explorer.parts = { list, state, text, details };
+  const details = h("div", { class: "story-details", role: "region", tabindex: "0", "aria-label": "The chosen token" });
+  const chooser = several() ? picker("Model", report.models.map((model, i) => [i, model.name]), explorer.model, (value) => openStory({ model: Number(value) })) : null;
+  chooser?.setAttribute("data-role", "story-model");
+  explorer.parts = { list, state, text, details, chooser: chooser?.querySelector("select") };
   into.append(
-    h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. The right side shows what happens at that token."),
+    h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. What happens at that token stands beside the story, or below it where there is no room."),
     h(
       "div",
       { class: "bar-of-controls controls" },
-      several() ? picker("Model", report.models.map((model, i) => [i, model.name]), explorer.model, (value) => openStory({ model: Number(value) })) : null,
+      chooser,
       searchBox("Search stories", "a word of the story", (value) => {
         explorer.query = value;
         listStories();
@@ -21,7 +23,6 @@ async function drawStories(into) {
     ),
     h("div", { class: "explorer" }, h("div", {}, h("div", { class: "controls" }, list, state), text), details),
   );
-  into.querySelector("select")?.setAttribute("data-role", "story-model");
   list.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     const options = [...list.children];
@@ -41,7 +42,7 @@ async function openStory(change) {
   Object.assign(explorer, change);
   if (!explorer.parts) return;
   const stories = await pack(`stories-${explorer.model}`);
-  const chooser = document.querySelector("[data-role=story-model]");
+  const { chooser } = explorer.parts;
   if (chooser) chooser.value = String(explorer.model);
   if (!stories.length) {
     explorer.parts.text.replaceChildren(h("p", { class: "note" }, "This report holds no stories."));
@@ -179,7 +180,7 @@ function showToken() {
   const { data, token, parts } = explorer;
   const numbers = data.tracks.filter((track) => track.values[token] !== null);
   parts.details.replaceChildren(
-    h("h3", { "aria-live": "polite" }, `Token ${token}: `, tokenLabel(data.tokens[token])),
+    h("h3", {}, `Token ${token}: `, tokenLabel(data.tokens[token])),
     numbers.length ? h("p", { class: "numbers-of-token" }, numbers.map((track) => h("span", {}, `${track.name} `, h("b", {}, figure3(track.values[token])), h("span", { class: "faint" }, ` ${track.scale}`)))) : null,
     predictionsBlock(data, token),
     data.looks.length ? looksBlock(data, token) : null,
