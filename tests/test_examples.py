@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import runpy
+import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "examples" / "scripts").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SHOWS_CIRCUITSVIS = {"01_train_and_patch", "05_views"}
 
 
@@ -37,3 +43,61 @@ def test_notebook_names_no_machine(path):
     text = path.read_text(encoding="utf-8")
     for folder in (Path(__file__).parents[1], Path.home(), Path(tempfile.gettempdir())):
         assert f"{folder}/" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------ scripts
+
+
+@pytest.fixture
+def arguments(executed, once, tmp_path) -> dict[str, list[str]]:
+    """For each script, its arguments at small size; models are those that the notebooks have trained."""
+    from transformers import AutoTokenizer
+
+    from sa_lens.circuits.tasks import ioi
+
+    for name in ("01_train_and_patch", "02_circuits"):
+        executed(ROOT / "examples" / f"{name}.ipynb")
+    home = once("notebooks", lambda folder: None)
+    run, baseline, out = (str(path) for path in (home / "run", home / "baseline", tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    pairs = ioi(tokenizer, 64, world="stories")
+    prompts = [
+        {"clean": clean, "corrupt": corrupt, "answers": [answer], "wrong_answers": [wrong]}
+        for clean, corrupt, answer, wrong in zip(
+            pairs.clean_texts,
+            pairs.corrupt_texts,
+            tokenizer.batch_decode(pairs.answers[:, None]),
+            tokenizer.batch_decode(pairs.wrong_answers[:, None]),
+            strict=True,
+        )
+    ]
+    task, text = tmp_path / "names.json", tmp_path / "text.txt"
+    task.write_text(json.dumps({"prompts": prompts}), encoding="utf-8")
+    text.write_text("\n".join(pairs.clean_texts * 20), encoding="utf-8")
+    own = ["--base", baseline, "--text", str(text), "--task", str(task), "--steps", "2", "--pairs", "32"]
+    return {
+        "train_and_patch": ["--run", run, "--out", out, "--pairs", "8"],
+        "circuits": ["--run", run, "--baseline", baseline, "--out", out, "--pairs", "32", "--methods", "eap"],
+        "views": ["--run", run, "--out", out, "--text", "Lily ran.", "--dark"],
+        "your_own_model": [*own, "--out", out],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_script_writes_its_figures(path, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [path.name, *arguments[path.stem]])
+    monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
+    runpy.run_path(str(path), run_name="__main__")
+    said = capsys.readouterr().out
+    written = [Path(line.removeprefix("wrote ")) for line in said.splitlines() if line.startswith("wrote ")]
+    assert written
+    assert all(file.stat().st_size > 1000 and file.is_relative_to(tmp_path) for file in written)
+
+
+def test_notebooks_and_scripts_are_documented():
+    """The table of the documentation has a row for each notebook, with its script."""
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \|", (ROOT / "docs" / "examples.md").read_text("utf-8"), re.MULTILINE)
+    folder = ROOT / "examples"
+    assert {folder / notebook for notebook, _ in rows} == set(NOTEBOOKS)
+    assert {folder / script for _, script in rows} == set(SCRIPTS)
