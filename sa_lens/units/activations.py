@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
+from sa_lens.core.fused import fused_units, reads_fused
 from sa_lens.core.host import Host, device_of, gate_hook_names, has_ablated_stream, in_stream
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import check_blocks
@@ -236,7 +237,31 @@ def _batches(
 def read_units(
     model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sites: Sequence[Site]
 ) -> tuple[dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]], dict[Site, Float[Tensor, "batch pos unit"]]]:
-    """Values by stream and site, and masks by site, of one batch; see `UnitBatch`."""
+    """Values by stream and site, and masks by site, of one batch; see `UnitBatch`.
+
+    Without hooks where the model and its state allow it, several times faster; the same values up to rounding.
+    """
+    if reads_fused(model):
+        return _without_hooks(model, tokens, streams, sites)
+    return read_by_hooks(model, tokens, streams, sites)
+
+
+def _without_hooks(
+    model: Any, tokens: Tensor, streams: Sequence[Stream], sites: Sequence[Site]
+) -> tuple[dict[Stream, dict[Site, Tensor]], dict[Site, Tensor]]:
+    found = fused_units(model, tokens, "ablated" if "ablated" in streams else "clean")
+    read = {"clean": found.clean, "ablated": found.ablated}
+    values: dict[Stream, dict[Site, Tensor]] = {
+        stream: {site: read[stream][site.layer, site.kind] for site in sites} for stream in streams
+    }
+    masks = {site: found.masks[site.layer, site.kind] for site in sites if (site.layer, site.kind) in found.masks}
+    return values, {site: _widened(mask, values["ablated"][site]) for site, mask in masks.items()}
+
+
+def read_by_hooks(
+    model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sites: Sequence[Site]
+) -> tuple[dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]], dict[Site, Float[Tensor, "batch pos unit"]]]:
+    """What `read_units` gives, of any model with hook points."""
     values: dict[Stream, dict[Site, Tensor]] = {stream: {} for stream in streams}
     masks: dict[Site, Tensor] = {}
     stop = model.cfg.n_layers

@@ -5,9 +5,18 @@ import pytest
 import torch
 
 import sa_lens as sa
+from sa_lens.core.fused import reads_fused
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import write_tokens
-from sa_lens.units.activations import Site, TextBlocks, stream_units, unit_counts, unit_sites
+from sa_lens.units.activations import (
+    Site,
+    TextBlocks,
+    read_by_hooks,
+    read_units,
+    stream_units,
+    unit_counts,
+    unit_sites,
+)
 
 
 def gathered(model, text, streams, **options):
@@ -107,3 +116,39 @@ def test_bad_input_is_refused_at_once(gated, planted, text, tmp_path, word_token
         stream_units(gated, short)
     with pytest.raises(ValueError, match="text is empty"):
         write_tokens(tmp_path / "none.bin", [], word_tokenizer, name="test", progress=False)
+
+
+@pytest.mark.parametrize("streams", [("clean",), ("ablated",), ("clean", "ablated")], ids="+".join)
+@pytest.mark.parametrize(
+    "gates",
+    [
+        sa.GateConfig(k_attn=6, k_mlp=7),
+        sa.GateConfig(scope="global", k_attn=6, k_mlp=7),
+        sa.GateConfig(scope="both", k_attn=1, k_mlp=20, attn_unit="head"),
+        sa.GateConfig(kind="soft", k_attn=3, k_mlp=3),
+        sa.GateConfig(scores="random-token", k_attn=3, k_mlp=3),
+    ],
+    ids=["local", "global", "both, whole heads, all neurons", "soft", "random"],
+)
+def test_without_hooks_the_values_are_the_same(gates, streams, text):
+    cfg = sa.ModelConfig(n_layers=3, d_model=16, n_heads=2, d_mlp=20, n_ctx=16, d_vocab=24, init="gpt2")
+    model = sa.SelfAblatingTransformer(cfg, gates, seed=2, device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    sites = unit_sites(model)
+    assert reads_fused(model)
+    fast, slow = (read(model, text, streams, sites) for read in (read_units, read_by_hooks))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_of_the_user_is_heard(gated, text):
+    sites = [Site(1, "mlp")]
+    gated.add_hook("blocks.0.hook_resid_post", lambda x, hook: 0 * x)
+    try:
+        assert not reads_fused(gated)
+        (values, _), (expected, _) = (read(gated, text, ("clean",), sites) for read in (read_units, read_by_hooks))
+    finally:
+        gated.reset_hooks()
+    assert torch.equal(values["clean"][sites[0]], expected["clean"][sites[0]])
+    assert float(values["clean"][sites[0]].std(1).max()) < 1e-5, "positions no longer differ"

@@ -61,7 +61,8 @@ def test_activations_token_by_token(gated, text):
             row = table.loc[(stream, site.layer, site.kind)]
             assert row.hoyer == pytest.approx(np.mean([float(hoyer(x)) for x in tokens]), rel=1e-5)
             assert row.gini == pytest.approx(np.mean([float(gini(x)) for x in tokens]), rel=1e-5)
-            assert row.share_zero == pytest.approx(float((tokens == 0).float().mean()))
+            # far below 0, gelu is 0 in one of its formulas and next to 0 in another
+            assert row.share_zero == pytest.approx(float((tokens == 0).float().mean()), abs=0.005)
             small = [float((x.abs() <= 0.2 * x.square().mean().sqrt()).float().mean()) for x in tokens]
             assert row.share_small == pytest.approx(np.mean(small), rel=1e-5)
     kept = 1 - table.loc["ablated"].share_zero

@@ -62,7 +62,7 @@ def fused_loss(
     """
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
-    passes = _Passes(model, dtype, recompute and torch.is_grad_enabled())
+    passes = Passes(model, dtype, recompute and torch.is_grad_enabled())
     embedded = F.embedding(tokens, model.embed.W_E) + model.pos_embed.W_pos[: tokens.shape[1]]
     if not model.gates.gated:
         outputs = passes.clean(embedded)
@@ -88,7 +88,7 @@ class _Clean(NamedTuple):
     v: Float[Tensor, "batch pos head d_head"]
 
 
-class _Passes:
+class Passes:
     """Runs the layers of one model in one precision."""
 
     def __init__(self, model: SelfAblatingTransformer, dtype: torch.dtype, recompute: bool) -> None:
@@ -96,6 +96,7 @@ class _Passes:
         self.cfg = model.cfg
         self.dtype = dtype
         self.recompute = recompute
+        self.qkv_bias = model.qkv_bias
 
     # ------------------------------------------------------------------------------------------------------ streams
 
@@ -143,7 +144,7 @@ class _Passes:
     def _clean_layer(self, block: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._qkv(block, resid)
         z = stream_attention(q, k[0], v[0], None, None, 1 / block.attn.attn_scale)
-        return self._rest(block, resid, z, lambda z: z, lambda post: post), k[0], v[0]
+        return self._rest(block, resid, z, *self._no_gates(block)), k[0], v[0]
 
     def _joint_layer(self, block: Any, resid: Tensor) -> Tensor:
         q, k, v = self._qkv(block, resid)
@@ -157,6 +158,10 @@ class _Passes:
         q, own_k, own_v = self._qkv(block, resid)
         z = stream_attention(q, k, v, own_k[0], own_v[0], 1 / block.attn.attn_scale)
         return self._rest(block, resid, z, *self._gates(block, clean_pre[0], final[0]))
+
+    def _no_gates(self, block: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """Functions that leave `z` and `post` of the clean stream as they are."""
+        return (lambda z: z), (lambda post: post)
 
     def _gates(self, block: Any, local: Tensor, final: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
         """Functions that mask `z` and `post` of the last stream."""
@@ -174,7 +179,7 @@ class _Passes:
     def _qkv(self, block: Any, resid: Tensor) -> tuple[Tensor, ...]:
         attn = block.attn
         weight = torch.stack([attn.W_Q, attn.W_K, attn.W_V]).permute(2, 0, 1, 3).flatten(1)
-        bias = torch.stack([attn.b_Q, attn.b_K, attn.b_V]).flatten() if self.model.qkv_bias else None
+        bias = torch.stack([attn.b_Q, attn.b_K, attn.b_V]).flatten() if self.qkv_bias else None
         qkv = self.linear(self.normalised(block.ln1, resid), weight, bias)
         return qkv.unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(3)
 

@@ -89,6 +89,13 @@ class _MaskedUnits(torch.autograd.Function):
         return grad_values, grad_scores, None, None
 
 
+def mask_of(scores: Float[Tensor, "row score"], k: int, cfg: GateConfig) -> Tensor:
+    """What `gate_mask(scores, k, cfg)` gives, without gradients; Boolean where the gate is hard."""
+    if k == scores.shape[-1]:
+        return torch.ones_like(scores)
+    return _mask(scores, largest(scores, k + 1)[0][:, k - 1 :], k, cfg)
+
+
 def _last_masked(values: Tensor, mask: Tensor) -> Tensor:
     """Values of all streams, the last one's times a mask that has an entry for each unit or for each head."""
     out = torch.empty_like(values, memory_format=torch.contiguous_format)

@@ -1,0 +1,105 @@
+"""Values of all units in both streams, and the masks, without hooks and without gradients.
+
+The same layers as in training, but every layer's `z` and `post` are kept after the mask. For analyses that read all
+units of many tokens; whoever wants to edit or to read anything else uses hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.config import Stream
+from sa_lens.core.fused.passes import Passes
+from sa_lens.core.fused.selection import mask_of
+from sa_lens.core.fused.support import has_user_hooks, why_not_fused
+
+if TYPE_CHECKING:
+    from sa_lens.core.model import SelfAblatingTransformer
+
+
+class UnitValues(NamedTuple):
+    """What `fused_units` read; keys are (layer, `attn` or `mlp`)."""
+
+    clean: dict[tuple[int, str], Float[Tensor, "batch pos unit"]]
+    """Values in the clean stream."""
+    ablated: dict[tuple[int, str], Float[Tensor, "batch pos unit"]]
+    """Values in the ablated stream, after the mask; empty if only the clean one was run."""
+    masks: dict[tuple[int, str], Float[Tensor, "batch pos score"]]
+    """Masks, an entry for each unit or for each head."""
+
+
+def reads_fused(model: Any) -> bool:
+    """Whether `fused_units` gives what hooks would give: a model that the fused path runs, and no hook of the user."""
+    from sa_lens.core.model import SelfAblatingTransformer
+
+    return isinstance(model, SelfAblatingTransformer) and why_not_fused(model) is None and not has_user_hooks(model)
+
+
+@torch.no_grad()
+def fused_units(
+    model: SelfAblatingTransformer, tokens: Int[Tensor, "batch pos"], stream: Stream = "ablated"
+) -> UnitValues:
+    """Values of all units; with `stream="ablated"` of both streams, otherwise of the clean one.
+
+    Raises:
+        ValueError: more tokens than the context holds.
+    """
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
+    reader = _Reader(model)
+    embedded = F.embedding(tokens, model.embed.W_E) + model.pos_embed.W_pos[: tokens.shape[1]]
+    if stream == "clean":
+        reader.clean(embedded)
+    elif model.gates.reads_global:
+        reader.one_after_the_other(embedded)
+    else:
+        reader.together(embedded)
+    return reader.found
+
+
+class _Reader(Passes):
+    """Passes that keep the units of every layer."""
+
+    def __init__(self, model: SelfAblatingTransformer) -> None:
+        super().__init__(model, model.W_E.dtype, recompute=False)
+        # a model that trains without biases may have been given some
+        self.qkv_bias = True
+        self.layer_of = {id(block): layer for layer, block in enumerate(model.blocks)}
+        self.found = UnitValues({}, {}, {})
+
+    def _no_gates(self, block: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
+        layer = self.layer_of[id(block)]
+
+        def keeping(kind: str) -> Callable[[Tensor], Tensor]:
+            def keep(units: Tensor) -> Tensor:
+                self.found.clean[layer, kind] = units[0]
+                return units
+
+            return keep
+
+        return keeping("attn"), keeping("mlp")
+
+    def _gates(self, block: Any, local: Tensor, final: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
+        layer = self.layer_of[id(block)]
+
+        def keeping(kind: str, gate: Any) -> Callable[[Tensor], Tensor]:
+            def keep(units: Float[Tensor, "stream batch pos unit"]) -> Tensor:
+                mask = mask_of(self.scores(gate, local, final), gate.k, gate.cfg).to(units.dtype)
+                mask = mask.unflatten(0, units.shape[1:3])
+                # `units` is nobody else's, so the last stream can be masked in place
+                units[-1].unflatten(-1, (mask.shape[-1], -1)).mul_(mask[..., None])
+                if len(units) == 2:
+                    self.found.clean[layer, kind] = units[0]
+                self.found.ablated[layer, kind], self.found.masks[layer, kind] = units[-1], mask
+                return units
+
+            return keep
+
+        attn = keeping("attn", block.attn_gate)
+        return attn, keeping("mlp", block.mlp_gate) if hasattr(block, "mlp_gate") else lambda x: x
