@@ -326,7 +326,10 @@ def test_the_api_has_every_public_name(site):
         "sa_lens.data.stories",
         "sa_lens.training",
         "sa_lens.sae",
+        "sa_lens.compare",
+        "sa_lens.units",
         "sa_lens.views",
+        "sa_lens.report",
     ):
         for public in importlib.import_module(module).__all__:
             known = {f"{module}.{public}", f"sa_lens.config.{public}"}
