@@ -474,6 +474,43 @@ def compare(
     return None
 
 
+@command("one page about trained models, for a browser", "sa-lens report runs/local runs/dense -o report.html")
+def report(
+    runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [OTHER_RUN ...]"), tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
+    text: str | None = None,
+    stories: int = 12,
+    units: int = 96,
+    title: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+) -> int | None:
+    """Write one HTML file that opens without a network: losses, stories token by token, circuits, units; several runs
+    beside one another.
+
+    Args:
+        runs: Run folders or Hub ids; their stories come from the first one's validation text.
+        out: File to write, ending in .html.
+        text: Text to read instead: a file, or a dataset on the Hub.
+        stories: Stories to show.
+        units: Units of each model to explain, with snippets.
+        title: Heading; None: the names of the runs.
+        seed: Seed of samples, prompts and explanations.
+        device: Where to run.
+    """
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out} must end in .html: the report is a page for a browser")
+    if not runs:
+        raise ValueError("name at least one run: sa-lens report runs/local")
+
+    from sa_lens.report import make_report, write_page
+
+    made = make_report(runs, text=text, n_stories=stories, n_units=units, title=title, seed=seed, device=device)
+    path = write_page(made, out)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
+    return None
+
+
 @command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
 def export(
     run: Run,

@@ -6,7 +6,7 @@ Everything is seeded and offline. A model that an earlier call has finished is n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sa_lens.core import SelfAblatingTransformer
     from sa_lens.data import PreparedData
 
+REPORT_UNITS = 48
+"""Units of each model that the demo's report explains."""
 PAIR_BAR, TOP1_BAR, LOSS_BAR = 0.95, 0.80, 1.10
 """What the demo's model must reach: IOI pair accuracy, IOI top-1 accuracy, clean loss over the baseline's."""
 
@@ -50,7 +52,7 @@ def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", progress: bool = True) -> Path:
-    """Trains a baseline and a local self-ablating model, measures both, patches both streams, writes figures.
+    """Trains a baseline and a local self-ablating model, measures and patches them, writes figures and a report.
 
     Args:
         out: folder of the runs and figures.
@@ -83,6 +85,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
     figures = write_figures(models["local"], pairs, out)
     _conclude(losses, skills, unigram_entropy(data))
     print("Figures:", *(f"  {path}" for path in figures), sep="\n")
+    print(f"\nReport, to open in a browser:\n  {write_report(runs, out, seed, device, progress)}")
     print(
         f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Next:\n"
         f'  sa-lens generate {out / "local"} "Lily and Tom went to the park."\n'
@@ -201,6 +204,17 @@ def write_figures(
     curves = draw(training_curves([out / "baseline", out / "local"]))
     written.append(save(curves, out / "training.html"))
     return written
+
+
+def write_report(runs: Iterable[str], out: Path, seed: int, device: str, progress: bool) -> Path:
+    """Writes one page about the models: their stories token by token, circuits, units, side by side."""
+    from sa_lens.report import make_report, write_page
+
+    folders = [out / name for name in reversed([*runs])]
+    made = make_report(
+        folders, title="The demo's models", n_units=REPORT_UNITS, seed=seed, device=device, progress=progress
+    )
+    return write_page(made, out / "report.html")
 
 
 def _conclude(losses: pd.DataFrame, skills: pd.DataFrame, entropy: float) -> None:

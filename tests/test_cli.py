@@ -399,6 +399,24 @@ class TestUnits:
         assert "no-such-run" in fails(["units", "no-such-run"], capsys)
 
 
+class TestReport:
+    def test_one_page(self, tmp_path: Path, cache: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        reader, page = str(tmp_path / "reader"), tmp_path / "report.html"
+        longer = ["--model.n-ctx", "48", "--data.vocab-size", "700", "--data.validation-fraction", "0.1"]
+        assert cli.main(["train", "--out", reader, "--device", "cpu", *TINY, *longer, *cache]) == 0
+        small = ["--stories", "2", "--units", "2", "--device", "cpu", "--title", "Mine & yours"]
+        assert cli.main(["report", reader, "-o", str(page), *small]) == 0
+        assert str(page) in capsys.readouterr().out
+        assert "<title>Mine &amp; yours" in page.read_text(encoding="utf-8")
+
+    def test_bad_input(self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "name at least one run" in fails(["report"], capsys)
+        assert "must end in .html" in fails(["report", reader, "-o", str(tmp_path / "report.pdf")], capsys)
+        assert "stories" in fails(["report", reader, "--stories", "0", "--device", "cpu"], capsys)
+        assert "no-such-run" in fails(["report", reader, "no-such-run"], capsys)
+        assert not list(tmp_path.iterdir())
+
+
 class TestCompare:
     def test_says_what_is_to_do(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "out"
