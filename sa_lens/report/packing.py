@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import zip_longest
 from typing import Any
 
-from sa_lens.report.records import ModelPage, Report, Snippet, StoryPage, UnitPage
+from sa_lens.report.records import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
 
 __all__ = ["packed"]
 
@@ -108,7 +109,7 @@ def _snippet(snippet: Snippet) -> dict[str, Any]:
 
 
 def _story(story: StoryPage) -> dict[str, Any]:
-    """A story, its tokens told once; attention in thousandths."""
+    """A story, its tokens told once."""
     return {
         "title": story.title,
         "tokens": list(story.tokens),
@@ -119,14 +120,21 @@ def _story(story: StoryPage) -> dict[str, Any]:
         "gates": None
         if story.gates is None
         else {"note": story.gates.note, "scale": story.gates.scale, "units": plain(story.gates.units, 3)},
-        "looks": [
-            {
-                "stream": looks.stream,
-                "layer": looks.layer,
-                "head": looks.head,
-                "positions": [list(row) for row in looks.positions],
-                "shares": [[round(1000 * share) for share in row] for row in looks.shares],
-            }
-            for looks in story.looks
-        ],
+        "looks": [_looks(looks) for looks in story.looks],
+    }
+
+
+def _looks(looks: Looks) -> dict[str, Any]:
+    """Attention in columns, one for the most attended positions, one for the next, and so on, which compress better.
+
+    `back`: how many tokens back; `percent`: shares. None where a token attends to fewer.
+    """
+    back = [[at - position for position in row] for at, row in enumerate(looks.positions)]
+    percent = [[round(100 * share) for share in row] for row in looks.shares]
+    return {
+        "stream": looks.stream,
+        "layer": looks.layer,
+        "head": looks.head,
+        "back": [list(column) for column in zip_longest(*back)],
+        "percent": [list(column) for column in zip_longest(*percent)],
     }

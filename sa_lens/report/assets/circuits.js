@@ -8,7 +8,7 @@ function drawCircuits(into) {
     into.append(h("p", { class: "note" }, "This report holds no tasks."));
     return;
   }
-  circuits.task = tasks.includes(circuits.task) ? circuits.task : tasks[0];
+  circuits.task = tasks.find((name) => report.models.some((model) => model.tasks.some((task) => task.task === name && task.rankings.length))) || tasks[0];
   const controls = h("div", { class: "bar-of-controls controls" });
   const about = h("div", {});
   const panels = h("div", { class: "columns panels" });
@@ -43,8 +43,8 @@ function showCircuits() {
   })) : [];
   circuits.parts.controls.replaceChildren(
     marked("task", picker("Task", named(taskNames()), circuits.task, set("task"))),
-    marked("method", picker("Method", named(methods), circuits.method, set("method"))),
-    marked("stream", picker("Stream", named(streams), circuits.stream, set("stream"))),
+    methods.length ? marked("method", picker("Method", named(methods), circuits.method, set("method"))) : "",
+    streams.length ? marked("stream", picker("Stream", named(streams), circuits.stream, set("stream"))) : "",
     ...sides,
     several() ? tick("Both sliders together", circuits.together, (on) => (circuits.together = on)) : "",
   );
@@ -77,7 +77,7 @@ function circuitPanel(model) {
   element.append(task.note ? h("p", { class: "note boxed" }, task.note) : h("div", {}));
   const ranking = task.rankings.find((one) => one.method === circuits.method && one.stream === circuits.stream);
   if (!ranking) {
-    element.append(h("p", { class: "note boxed" }, circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for."));
+    if (circuits.method || !task.note) element.append(h("p", { class: "note boxed" }, circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for."));
     return { element };
   }
   return rankingPanel(model, task, ranking, element);
@@ -168,13 +168,13 @@ function graphLegend(ranking) {
   );
 }
 
-// The largest measured size that is not larger than the circuit shown.
+// What was measured at the size nearest to that of the circuit shown, by ratio.
 function faithfulnessWords(curve, n) {
   if (!curve || !curve.lines.length) return "";
   const line = curve.lines[0];
-  const at = line.x.findLastIndex((x) => x <= n);
-  if (at < 0 || line.y[at] === null) return "";
-  return `; at ${plural(line.x[at], "edge")}: ${figure3(line.y[at])} ${curve.y_title}`;
+  const ratio = (x) => Math.abs(Math.log((x + 1) / (n + 1)));
+  const near = line.x.map((_, i) => i).filter((i) => line.y[i] !== null).sort((i, j) => ratio(line.x[i]) - ratio(line.x[j]))[0];
+  return near === undefined ? "" : `; ${curve.y_title} measured at ${plural(line.x[near], "edge")}: ${figure3(line.y[near])}`;
 }
 
 function markAt(curve, n) {

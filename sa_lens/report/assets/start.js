@@ -82,6 +82,7 @@ async function drawEverything() {
 let lookBefore;
 
 function onPaper() {
+  if (document.documentElement.classList.contains("paper")) return;
   lookBefore = document.documentElement.dataset.theme || "";
   document.documentElement.classList.add("paper");
   setTheme("light");

@@ -229,7 +229,7 @@ function looksBlock(data, at) {
       [...heads].sort((a, b) => a - b).map((head) => {
         const name = `${layer}.${head}`;
         const found = streams.map((stream) => looksOf(data, stream, name)).filter(Boolean);
-        const tip = found.map((looks) => `${looks.stream}: ${looks.positions[at].slice(0, 3).map((place, i) => `${JSON.stringify(data.tokens[place])} ${percent(looks.shares[at][i] / 1000)}`).join(", ")}`).join("\n");
+        const tip = found.map((looks) => `${looks.stream}: ${attended(looks, at).slice(0, 3).map(({ place, share }) => `${JSON.stringify(data.tokens[place])} ${percent(share)}`).join(", ")}`).join("\n");
         return h("button", { type: "button", class: "head", "data-head": name, "aria-pressed": String(explorer.head === name), "aria-label": `layer ${layer} head ${head}`, title: tip, onclick: () => chooseHead(name) }, String(head));
       }),
     ),
@@ -241,6 +241,10 @@ function looksBlock(data, at) {
     h("div", { class: "looks" }, looksLists(data, at, streams)),
   );
 }
+
+// The tokens that a head attends to from a token, with its shares of attention, most first.
+const attended = (looks, at) =>
+  looks.back.map((column, i) => [column[at], looks.percent[i][at]]).filter(([back]) => back !== null).map(([back, percent]) => ({ place: at - back, share: percent / 100 }));
 
 const looksOf = (data, stream, name) => data.looks.find((looks) => looks.stream === stream && headName(looks) === name);
 
@@ -256,7 +260,7 @@ function looksLists(data, at, streams) {
         "div",
         { class: "stream" },
         h("h5", {}, `head ${explorer.head}, ${stream} stream`),
-        h("ol", { class: "guesses" }, looks.positions[at].map((place, i) => h("li", {}, tokenLabel(data.tokens[place]), bar(looks.shares[at][i] / 1000, streamVariable(stream)), h("span", { class: "number", title: `token ${place}` }, percent(looks.shares[at][i] / 1000))))),
+        h("ol", { class: "guesses" }, attended(looks, at).map(({ place, share }) => h("li", {}, tokenLabel(data.tokens[place]), bar(share, streamVariable(stream)), h("span", { class: "number", title: `token ${place}` }, percent(share))))),
       );
     }),
   );
@@ -276,8 +280,8 @@ function lightLooks() {
     for (const looks of data.looks) {
       if (headName(looks) !== head) continue;
       const edge = looks.stream === "ablated" ? "0 -3px 0 0" : "0 3px 0 0";
-      looks.positions[token].forEach((place, i) => {
-        const strength = Math.round(100 * Math.sqrt(looks.shares[token][i] / 1000));
+      attended(looks, token).forEach(({ place, share }) => {
+        const strength = Math.round(100 * Math.sqrt(share));
         if (strength >= 10) marks[place].push(`${edge} color-mix(in srgb, ${streamVariable(looks.stream)} ${strength}%, transparent)`);
       });
     }
@@ -343,7 +347,7 @@ function unitRow({ unit, value }, most) {
     unitLink(explorer.model, unit.name, words),
     h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: { width: `${(100 * Math.abs(value)) / most}%`, background: value < 0 ? "var(--negative)" : "var(--positive)" } })),
     h("span", { class: "number" }, figure3(value)),
-    h("span", { class: "about" }, unit.promotes.length ? ["promotes ", unit.promotes.map((token) => [tokenLabel(token), " "])] : null, explanation ? [" · ", explanation] : null),
+    h("span", { class: "about" }, unit.promotes.length ? ["promotes ", chips(unit.promotes)] : null, explanation ? [" · ", explanation] : null),
   );
 }
 

@@ -45,10 +45,14 @@ function tokenLabel(token) {
   return h("bdi", { class: "token-label" }, spaced ? [h("span", { class: "sign" }, "␣"), visibleToken(token.slice(1))] : visibleToken(token));
 }
 
-// A token within running text; a line break shows as a sign and breaks the line.
+const chips = (tokens) => tokens.map((token) => [h("span", { class: "chip" }, tokenLabel(token)), " "]);
+
+// A token within running text: its first space stands before it, out of its colour; a line break shows as a sign and
+// breaks the line.
 function runningToken(token, properties) {
-  const made = h("bdi", { class: "token", ...properties }, visibleToken(token));
-  return token.includes("\n") ? [made, document.createTextNode("\n")] : [made];
+  const spaced = token.startsWith(" ") && token.trim() !== "";
+  const made = h("bdi", { class: "token", ...properties }, visibleToken(spaced ? token.slice(1) : token));
+  return [spaced ? " " : "", made, token.includes("\n") ? "\n" : ""];
 }
 
 // Tokens in the colours of a unit's values, the one they were drawn for with a frame.
@@ -59,8 +63,8 @@ function snippetText(snippet, most) {
   snippet.tokens.forEach((token, i) => {
     const value = (snippet.steps[i] / 100) * snippet.most;
     const made = runningToken(token, { title: `value ${figure3(i === snippet.focus ? snippet.value : value)}`, class: i === snippet.focus ? "token focus" : "token" });
-    painted.push([made[0], most ? value / most : 0, snippet.steps[i] !== 0]);
-    run.append(...made);
+    painted.push([made[1], most ? value / most : 0, snippet.steps[i] !== 0]);
+    run.append(...(i ? made : made.slice(1)));
   });
   const colour = () => painted.forEach(([element, value, some]) => paint(element, scale, some ? value : null));
   colour();

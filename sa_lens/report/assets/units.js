@@ -19,7 +19,7 @@ const COLUMNS = [
   { key: "label_f1", head: "label F1", title: "F1 of the label on stories that it was not chosen on", by: (row) => row.stream.label_f1, cell: (row) => (row.stream.label_f1 === null ? "" : figure3(row.stream.label_f1)), number: true },
   { key: "explanation", head: "explanation", title: "what it fires on", by: (row) => row.stream.explanation || null, cell: (row) => row.stream.explanation, wide: true },
   { key: "explanation_f1", head: "explanation F1", title: "F1 of the explanation on text that it was not made from", by: (row) => row.stream.explanation_f1, cell: (row) => (row.stream.explanation_f1 === null ? "" : figure3(row.stream.explanation_f1)), number: true },
-  { key: "promotes", head: "promotes", title: "tokens whose logits it raises most, directly", by: (row) => row.unit.promotes[0] ?? null, cell: (row) => row.unit.promotes.map((token) => [tokenLabel(token), " "]) },
+  { key: "promotes", head: "promotes", title: "tokens whose logits it raises most, directly", by: (row) => row.unit.promotes[0] ?? null, cell: (row) => chips(row.unit.promotes), tokens: true },
   { key: "values", head: "values", title: "how often values of each size occur, smallest left, on a log axis", cell: (row) => spark(row) },
 ];
 
@@ -44,6 +44,9 @@ function unitControls() {
     table.page = 0;
     showUnits();
   };
+  // the units of which most is known come first
+  if (model.units.some((unit) => unit.streams.some((one) => one.explanation_f1 !== null))) [table.sort, table.down] = ["explanation_f1", true];
+  else [table.sort, table.down] = ["unit", false];
   const layers = [...new Set(model.units.map((unit) => unit.layer))].sort((a, b) => a - b);
   const search = searchBox("Search units", "name, token, label, explanation", set("query"));
   search.querySelector("input").value = table.query;
@@ -124,7 +127,7 @@ function drawRows() {
     return h("th", { scope: "col", "aria-sort": sorted, class: column.number ? "number" : null, title: column.title }, h("button", { type: "button", class: "sort", "data-sort": column.key, onclick: () => sortBy(column) }, column.head + arrow(column)));
   });
   const rows = shown.map((row) =>
-    h("tr", { "data-unit": row.unit.name }, columns.map((column, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: column.number ? "number" : column.wide ? "wide" : null }, column.cell(row)))),
+    h("tr", { "data-unit": row.unit.name }, columns.map((column, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: column.number ? "number" : column.wide ? "wide" : column.tokens ? "tokens-cell" : null }, column.cell(row)))),
   );
   body.replaceChildren(scroller("Table of units", h("table", { class: "units" }, h("caption", {}, "A row a unit, shares in per cent of tokens. Choose a heading to sort by it, a name to see the unit."), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))));
   const turn = (words, page) => h("button", { type: "button", disabled: page < 0 || page >= pages || page === table.page, onclick: () => {
@@ -187,7 +190,7 @@ async function openUnit(model, id) {
   one.replaceChildren(
     h("p", { class: "unit-nav controls" }, backToAll(), step("← unit before", at - 1), step("unit after →", at + 1), at >= 0 ? h("span", { class: "faint" }, `${count(at + 1)} of ${count(table.rows.length)} in the table`) : null),
     h("h3", { tabindex: "-1", class: "unit-name" }, unit.name, several() ? h("span", { class: "faint" }, ` of ${report.models[model].name}`) : null),
-    h("p", {}, `${kindWords[unit.kind]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", unit.promotes.map((token) => [tokenLabel(token), " "]), "most, directly."] : "No tokens that it promotes are known."),
+    h("p", {}, `${kindWords[unit.kind]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
     h("div", { class: "columns unit-streams" }, unit.streams.map((stream, i) => unitStream(stream, details[i]))),
     h("div", { class: "unit-stories" }),
   );
@@ -198,7 +201,7 @@ const backToAll = () => h("a", { href: `#units/${encodeURIComponent(report.model
 
 function unitStream(stream, { histogram, snippets }) {
   const facts = [
-    ["kept at", stream.mask_on === null ? null : `${percent(stream.mask_on)} of tokens`],
+    ["kept at", stream.mask_on === null ? "every token: no gate" : `${percent(stream.mask_on)} of tokens`],
     ["fires at", `${percent(stream.firing_rate)} of tokens`],
     ["effective tokens", stream.effective_tokens === null ? null : figure3(stream.effective_tokens)],
     ["label", stream.label ? `${stream.label}${stream.label_f1 === null ? "" : ` (F1 ${figure3(stream.label_f1)})`}` : null],
@@ -210,7 +213,7 @@ function unitStream(stream, { histogram, snippets }) {
     h("h4", {}, `${stream.stream} stream`),
     stream.live ? null : h("p", { class: "note" }, "It fires too rarely in this stream to be described."),
     h("dl", {}, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
-    histogram ? chartFigure(histogram, "How often the unit has a value of each size; the axis of counts is logarithmic.", { histogram: true, height: 200, level: "h5" }).figure : null,
+    histogram ? chartFigure(histogram, "How often the unit has a value of each size; the axis of counts is logarithmic.", { histogram: true, height: 200, level: "h5", title: "Its values" }).figure : null,
     snippetsBlock("Where its value is largest", "Each line a piece of text with the value at the framed token; orange is positive, blue negative.", snippets.filter((one) => one.kind === "top")),
     snippetsBlock("A sample of all its values", "Pieces of text from each part of its range, so that the largest values do not mislead.", snippets.filter((one) => one.kind !== "top")),
     snippets.length || histogram ? null : h("p", { class: "note" }, "It was not looked at more closely."),
