@@ -408,8 +408,10 @@ def test_a_deep_link_opens_a_unit(browser, path):
         assert streams.nth(i).locator(".snippets .focus").count() == 5
         streams.nth(i).locator(".chart").scroll_into_view_if_needed()
     wait(opened.page.locator(".unit-stream .chart[data-drawn] .bars .point")).to_have_count(40)
-    opened.page.get_by_role("link", name="unit after").click()
-    wait(opened.page.locator(".unit-name")).to_have_text("layer 2 neuron 5 of gated/one")
+    link = opened.page.get_by_role("link", name="unit after")
+    after = link.get_attribute("href").split("/")[2].replace("-", " ")
+    link.click()
+    wait(opened.page.locator(".unit-name")).to_have_text(f"{after} of gated/one")
     opened.page.evaluate("location.hash = '#unit/gated%2Fone/layer-9-neuron-9'")
     opened.page.wait_for_selector("text=This report holds no unit layer 9 neuron 9")
     assert opened.clean()
