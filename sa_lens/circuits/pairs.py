@@ -38,7 +38,7 @@ class Draft(NamedTuple):
     where word is None, of the tokens in which the two prompts differ."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PromptPairs:
     """Clean and corrupt prompts, equal in length within a pair, with answers that are single tokens.
 
@@ -77,6 +77,9 @@ class PromptPairs:
     def uniform(self) -> bool:
         """Whether all prompts have the same length."""
         return bool((self.lengths == self.lengths[0]).all())
+
+    def __repr__(self) -> str:
+        return f"<PromptPairs {self.report()}>"
 
     def report(self) -> str:
         """How many pairs were kept and why others were not."""

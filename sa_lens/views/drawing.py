@@ -49,12 +49,22 @@ class Figure(go.Figure):
         return scripts_to_carry(("plotly",)) + self.fragment()
 
     def _ipython_display_(self) -> None:
-        if not in_notebook() or not set(str(pio.renderers.default or "").split("+")) <= _USUAL:
+        if not self._displayed():
             super()._ipython_display_()
-            return
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        """Shows the figure: in the notebook, or in a browser. Arguments are plotly's, and make it plotly's display."""
+        if args or kwargs or not self._displayed():
+            super().show(*args, **kwargs)
+
+    def _displayed(self) -> bool:
+        """Displays the figure if this is a notebook and nobody wished another renderer; whether it did."""
+        if not in_notebook() or not set(str(pio.renderers.default or "").split("+")) <= _USUAL:
+            return False
         from IPython.display import display
 
         display(self._repr_mimebundle_(), raw=True)
+        return True
 
     def save(self, path: str | Path, *, scale: float = 2) -> Path:
         """Writes the figure to a file, as `sa_lens.views.save` does."""

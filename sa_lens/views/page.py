@@ -202,7 +202,10 @@ def style_of(dark: bool) -> str:
         f".{look} th{{text-align:left;color:{c.faint};font-weight:600;position:sticky;top:0;background:{c.background}}}"
         f".{look} th,.{look} td{{padding:3px 12px 3px 0;border-bottom:1px solid {c.grid};text-align:left;"
         "vertical-align:top}"
-        f".{look} .right{{text-align:right}}"
+        # notebooks have styles of their own for the rows and cells of tables
+        f".sa-lens.{look} table tbody tr:nth-child(n){{background:{c.background}}}"
+        f".sa-lens.{look} table th,.sa-lens.{look} table td{{text-align:left;max-width:none;white-space:normal}}"
+        f".sa-lens.{look} table .right{{text-align:right}}"
         f".{look} .scroll{{max-height:540px;overflow:auto}}"
         f".{look} bdi{{white-space:pre-wrap}}"
         "@media print{.sa-lens .scroll{max-height:none}}</style>"

@@ -151,6 +151,7 @@ def test_what_cannot_be_used_is_dropped_and_reported(bad, reason, tokenizer):
     assert len(pairs) == 2
     assert pairs.dropped == {reason: 1}
     assert pairs.report() == f"made: kept 2 of 3 pairs; 1 dropped: {reason}"
+    assert repr(pairs) == f"<PromptPairs {pairs.report()}>"
     with pytest.raises(ValueError, match=rf"2 usable pairs with this tokenizer, 3 needed\s+1 dropped: {reason}"):
         encode("made", [*good, bad], tokenizer, minimum=3)
 

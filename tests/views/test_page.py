@@ -137,6 +137,12 @@ def test_figures_show_themselves(model, shell, monkeypatch):
     data = json.loads(Elements(figure.fragment()).scripts[0])
     assert data["layout"]["title"]["text"] == figure.layout.title.text
     assert "mathjax" not in figure.fragment().lower()
+    displayed = []
+    show = types.SimpleNamespace(display=lambda bundle, raw: displayed.append(bundle))
+    monkeypatch.setitem(__import__("sys").modules, "IPython.display", show)
+    figure.show()
+    figure._ipython_display_()
+    assert [set(one) for one in displayed] == [set(bundle)] * 2, "by show() as well, HTML is there for saved notebooks"
 
 
 def test_saved_page(model, tmp_path):
