@@ -155,7 +155,7 @@ def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample
     room = subject.model.cfg.n_ctx - 1
     found = []
     for prompt in prompts:
-        if len(subject.model.tokenizer.encode(prompt, add_special_tokens=False)) >= room:
+        if len(subject.tokenizer.encode(prompt, add_special_tokens=False)) >= room:
             continue
         drawn = sample(subject.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=seed)
         for stream, text in (("clean", drawn.clean), ("ablated", drawn.ablated)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sa_lens.circuits.tasks import World
 from sa_lens.config import RunConfig, Stream
@@ -26,6 +27,11 @@ class Subject:
     """The model."""
     settings: RunConfig | None
     """How it was trained; None for a folder without `run.yaml` and for a model from the Hub."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, which every model of a report has."""
+        return self.model.tokenizer
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sa_lens.circuits.graph import Circuit, Graph
@@ -87,20 +88,25 @@ def check_tasks(tasks: Sequence[str]) -> None:
 def prompts_for(subject: Subject, task: str, seed: int) -> Prompts:
     """The prompts of a task, the same for every model with the same tokenizer.
 
+    A task whose words are no single tokens of the tokenizer has none, and says why.
+
     Raises:
         FileNotFoundError: a JSON file that is not there.
+        ValueError: a JSON file that is none of prompts, or holds too few for this model.
     """
     # two people of a prompt that never meet in the training text
     unseen: dict[str, Any] = {"name_pairs": "held-out"} if (task, subject.world) == ("ioi", "stories") else {}
     try:
-        pairs = make(task, subject.model.tokenizer, 2 * PAIRS, seed, world=subject.world, **unseen)
+        pairs = make(task, subject.tokenizer, 2 * PAIRS, seed, world=subject.world, **unseen)
         find, report = pairs.split(seed)
         longest = int(pairs.lengths.max())
         if longest > subject.model.cfg.n_ctx:
             raise ValueError(f"a prompt has {longest} tokens, more than the {subject.model.cfg.n_ctx} of the context")
     except ValueError as error:
-        return Prompts(task, None, None, "", str(error))
-    answer, wrong = (subject.model.tokenizer.decode([int(x[0])]) for x in (report.answers, report.wrong_answers))
+        if task not in TASKS:
+            raise ValueError(f"task {task} for {subject.name}: {error}") from error
+        return Prompts(task, None, None, "", " ".join(str(error).split()).rstrip("."))
+    answer, wrong = (subject.tokenizer.decode([int(x[0])]) for x in (report.answers, report.wrong_answers))
     return Prompts(task, find, report, f"“{report.clean_texts[0]}” → “{answer}”, not “{wrong}”", "")
 
 
@@ -119,7 +125,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
         seed: of the intervals.
     """
     cfg = subject.model.cfg
-    task = prompts.task
+    title = TITLES.get(prompts.task, Path(prompts.task).stem)
     notes, rankings = [], []
     accuracy: dict[Stream, str] = {}
     kept: dict[tuple[Stream, Method], int] = {}
@@ -157,7 +163,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
                 kept[stream, method] = len(found.circuit)
                 needed[stream, method] = found.curve.edges_for(LEVEL).edges if found.curve is not None else None
     page = TaskPage(
-        task=TITLES.get(task, task),
+        task=title,
         about=_about(prompts),
         skill=table,
         n_layers=cfg.n_layers,
@@ -167,7 +173,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
         rankings=tuple(rankings),
         note=" ".join(notes),
     )
-    return page, TaskFigures(TITLES.get(task, task), accuracy, kept, needed)
+    return page, TaskFigures(title, accuracy, kept, needed)
 
 
 def _methods(subject: Subject, stream: Stream) -> tuple[Method, ...]:
@@ -175,7 +181,7 @@ def _methods(subject: Subject, stream: Stream) -> tuple[Method, ...]:
 
 
 def _about(prompts: Prompts) -> str:
-    asked = ABOUT.get(prompts.task, f"Prompts of {prompts.task}.")
+    asked = ABOUT.get(prompts.task, f"Prompts of {Path(prompts.task).name}.")
     return f"{asked} Example: {prompts.example}." if prompts.example else asked
 
 

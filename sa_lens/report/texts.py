@@ -100,7 +100,7 @@ def encode_for(subject: Subject, texts: Texts, folder: Path, progress: bool) -> 
         documents: tuple[str, ...] = getattr(texts, part)
         path = folder / f"{subject.name.replace('/', '-')}-{part}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = write_tokens(path, documents, subject.model.tokenizer, name=part.replace("_", "-"), progress=progress)
+        file = write_tokens(path, documents, subject.tokenizer, name=part.replace("_", "-"), progress=progress)
         file.check_vocabulary(subject.model.cfg.d_vocab)
         if file.n_blocks(subject.n_ctx) < LEAST_BLOCKS:
             raise ValueError(
@@ -182,8 +182,7 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
 def _fits(text: str, subjects: Sequence[Subject]) -> bool:
     """Whether every model reads the text whole."""
     return all(
-        len(encoded(subject.model.tokenizer, text)) <= min(STORY_TOKENS, subject.model.cfg.n_ctx)
-        for subject in subjects
+        len(encoded(subject.tokenizer, text)) <= min(STORY_TOKENS, subject.model.cfg.n_ctx) for subject in subjects
     )
 
 

@@ -97,11 +97,12 @@ def most_telling(table: pd.DataFrame, n_units: int) -> dict[Site, list[int]]:
     stream = "ablated" if "ablated" in set(table["stream"]) else "clean"
     of_text = table.attrs["effective_tokens_of_text"]
     ordered: dict[Site, list[int]] = {}
-    for (layer, kind), rows in table[table["stream"] == stream].groupby(["layer", "kind"], sort=False):
-        live = rows[rows["live"] & (rows["firing_rate"] > 0)]
+    own = table[table["stream"] == stream]
+    for layer, kind in own[["layer", "kind"]].drop_duplicates().itertuples(index=False):
+        live = own[(own["layer"] == layer) & (own["kind"] == kind) & own["live"] & (own["firing_rate"] > 0)]
         bits = [
-            rate * math.log2(of_text / own)
-            for rate, own in zip(live["firing_rate"], live["effective_tokens"], strict=True)
+            rate * math.log2(of_text / number)
+            for rate, number in zip(live["firing_rate"], live["effective_tokens"], strict=True)
         ]
         order = sorted(range(len(live)), key=lambda i: (-bits[i], live["unit"].iloc[i]))
         ordered[Site(int(layer), kind)] = [int(live["unit"].iloc[i]) for i in order]
@@ -121,7 +122,7 @@ def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int, pro
     if run is None or subject.world != "stories":
         return None
     other = run.data.stories_seed + 1 + seed
-    stories = label_stories(subject.model.tokenizer, LABELLED, subject.n_ctx, seed=other)
+    stories = label_stories(subject.tokenizer, LABELLED, subject.n_ctx, seed=other)
     # one token: the area under the ROC curve is not shown
     return selectivity(subject.model, stories, rules, subject.streams, sample_tokens=2, progress=progress).table
 
@@ -133,30 +134,30 @@ def _pages(
     seen: Mapping[tuple[Site, int, Stream], Look],
     mentioned: Collection[str],
 ) -> tuple[UnitPage, ...]:
-    rows = {
-        stream: {(r["layer"], r["kind"], r["unit"]): r for r in some.to_dict("records")}
-        for stream, some in table.groupby("stream", sort=False)
-    }
-    labelled: dict[Any, dict[str, Any]] = {}
-    if labels is not None:
-        labelled = {(r["stream"], r["layer"], r["kind"], r["unit"]): r for r in labels.to_dict("records")}
+    rows, labelled = _by_unit(table), _by_unit(labels) if labels is not None else {}
     pages = []
     for site, count in unit_counts(subject.model).items():
         names = {unit: unit_name(subject.model, site.layer, site.kind, unit) for unit in range(count)}
         shown = [
             unit
             for unit, name in names.items()
-            if name in mentioned or any(of[site.layer, site.kind, unit]["live"] for of in rows.values())
+            if name in mentioned or any(rows[stream, site, unit]["live"] for stream in subject.streams)
         ]
         promoted = promoted_tokens(subject.model, site, shown, PROMOTED)
         for unit, promotes in zip(shown, promoted, strict=True):
-            key = (site.layer, site.kind, unit)
+            places = [(stream, site, unit) for stream in subject.streams]
             streams = tuple(
-                _stream(stream, rows[stream][key], labelled.get((stream, *key)), seen.get((site, unit, stream)))
-                for stream in subject.streams
+                _stream(place[0], rows[place], labelled.get(place), seen.get((site, unit, place[0])))
+                for place in places
             )
             pages.append(UnitPage(names[unit], site.layer, site.kind, unit, promotes, streams))
     return tuple(pages)
+
+
+def _by_unit(table: pd.DataFrame) -> dict[tuple[Stream, Site, int], dict[str, Any]]:
+    """Rows of a table of units by stream, site and unit."""
+    rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
+    return {(row["stream"], Site(row["layer"], row["kind"]), row["unit"]): row for row in rows}
 
 
 def _stream(stream: Stream, row: Mapping[str, Any], label: Mapping[str, Any] | None, look: Look | None) -> UnitStream:

@@ -82,14 +82,27 @@ def easy_task(gated: Subject, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A task that the gated model does in both streams, barely trained as it is: to prefer, after a prompt, what its
     own logits prefer there and not after another prompt."""
     tokenizer, model = gated.tokenizer, gated.model
-    places = ("park", "lake", "farm", "beach", "shop")
+    places = (
+        "park",
+        "lake",
+        "farm",
+        "beach",
+        "shop",
+        "store",
+        "house",
+        "garden",
+        "school",
+        "river",
+        "market",
+        "museum",
+    )
     texts = [f"{a} and {b} went to the {place}. {b} gave" for a in NAMES for b in NAMES for place in places if a != b]
     words = {
         tokenizer.decode([i]): i
         for i in range(model.cfg.d_vocab)
         if tokenizer.decode([i])[:1] == " " and tokenizer.decode([i])[1:].isalpha()
     }
-    usable = torch.tensor([i for word, i in words.items() if tokenizer.encode(word) == [i]])
+    usable = torch.tensor([i for word, i in words.items() if tokenizer.encode(word, add_special_tokens=False) == [i]])
     by_length: dict[int, list[str]] = {}
     for text in texts:
         by_length.setdefault(len(tokenizer.encode(text)), []).append(text)

@@ -42,6 +42,8 @@ def test_samples_continue_the_same_prompts_in_each_stream(report: Report, gated)
     drawn = sample(gated.model, prompts[1], max_new_tokens=60, seed=0)
     assert prompts[1] + found[2].text == drawn.clean
     assert prompts[1] + found[3].text == drawn.ablated
+    other = sample(gated.model, prompts[1], max_new_tokens=60, seed=1)
+    assert other.clean != drawn.clean
 
 
 def test_training_curves_are_those_of_the_run(report: Report, dense_run: Path) -> None:
