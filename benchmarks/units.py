@@ -28,7 +28,9 @@ from sa_lens.units import calibrate, specialization
 from sa_lens.units.activations import TOKENS_AT_ONCE, model_streams, read_by_hooks, read_units, unit_sites
 
 GOAL = 5_000_000
-"""Tokens that the last rows are scaled to."""
+"""Tokens that times are scaled to."""
+COMPANY = 500_000
+"""Tokens on which `specialization` counts pairs."""
 
 
 class Clock:
@@ -85,7 +87,10 @@ def main() -> None:
     clocks = passes(model, timed)
     rules = calibrate(model, blocks[:8], model_streams(model), progress=False)
     clocks["specialization"] = Clock()
-    clocks["specialization"].time(lambda: specialization(model, blocks, rules, progress=False))
+    pairs = max(1, COMPANY * blocks.numel() // GOAL)  # the share of the text on which pairs are counted at the goal
+    clocks["specialization"].time(
+        lambda: specialization(model, blocks, rules, coactivation_tokens=pairs, progress=False)
+    )
     n_pass = timed.numel() - max(1, TOKENS_AT_ONCE["cpu"] // n_ctx) * n_ctx
     rows = []
     for name, clock in clocks.items():

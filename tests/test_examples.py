@@ -78,6 +78,8 @@ def arguments(executed, once, tmp_path) -> dict[str, list[str]]:
     return {
         "train_and_patch": ["--run", run, "--out", out, "--pairs", "8"],
         "circuits": ["--run", run, "--baseline", baseline, "--out", out, "--pairs", "32", "--methods", "eap"],
+        "units": [*("--run", run, "--baseline", baseline, "--out", out, "--tokens", "4000"), "--explained", "2"],
+        "compare": [*("--out", out, "--steps", "4", "--seeds", "1", "--stories", "300", "--tokens", "512")],
         "views": ["--run", run, "--out", out, "--text", "Lily ran.", "--dark"],
         "your_own_model": [*own, "--out", out],
     }

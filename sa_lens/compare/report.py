@@ -97,7 +97,8 @@ def verdict_table(comparison: Comparison, against: str = BASELINE) -> pd.DataFra
                 place = {"claim": column.claim, "column": f"{column.label}: {sign}", "stream": at or "weights"}
                 rows.append({**place, **dict.fromkeys(names, MISSING), **cells})
     frame = pd.DataFrame(rows, columns=["claim", "column", "stream", *names])
-    return frame.sort_values("claim", key=lambda claims: claims.map([*dict.fromkeys(claims)].index), kind="stable")
+    in_turn = {claim: place for place, claim in enumerate(dict.fromkeys(frame["claim"]))}
+    return frame.sort_values("claim", key=lambda claims: claims.map(in_turn), kind="stable", ignore_index=True)
 
 
 def verdict_text(comparison: Comparison) -> str:

@@ -1,0 +1,70 @@
+"""A small comparison with controls and seeds: notebook 04 as a script.
+
+python examples/scripts/compare.py --steps 600 --seeds 3 --out runs/compare-small
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import tyro
+
+warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+
+from sa_lens.compare import GRIDS, Grid, compare, plan  # noqa: E402
+from sa_lens.compare.basic_columns import Losses, ObjectSkill, Weights  # noqa: E402
+from sa_lens.compare.report import verdict_text  # noqa: E402
+from sa_lens.compare.unit_columns import Leakage, Units  # noqa: E402
+
+
+def small_grid(steps: int, stories: int, tokens: int) -> Grid:
+    """The grid `smoke` with larger models, longer training and fewer variants and columns."""
+    small = GRIDS["smoke"]()
+    run = dataclasses.replace(
+        small.run,
+        model=dataclasses.replace(small.run.model, d_model=32, n_heads=4, n_ctx=64),
+        data=dataclasses.replace(small.run.data, n_stories=stories),
+        train=dataclasses.replace(small.run.train, steps=steps, batch_size=8, eval_every=steps, save_every=steps),
+    )
+    groups = (
+        Losses(tokens),
+        Weights(),
+        ObjectSkill(64),
+        Units(tokens, tokens),
+        Leakage(tokens, probe_tokens=max(256, tokens // 5)),
+    )
+    variants = tuple(v for v in small.variants if v.name not in ("frozen-base", "random-init"))
+    return dataclasses.replace(small, name="small", run=run, variants=variants, groups=groups)
+
+
+def main(
+    out: Path = Path("runs/compare-small"),
+    steps: int = 600,
+    seeds: int = 3,
+    stories: int = 6000,
+    tokens: int = 10_000,
+    device: str = "auto",
+) -> None:
+    """Train a baseline, self-ablating models and controls on the same tokens, measure all, print verdicts.
+
+    Args:
+        out: Folder of models, tables and figure; what is there already is not done again.
+        steps: Training steps of each model.
+        seeds: Seeds of each variant.
+        stories: Generated stories.
+        tokens: Validation tokens of each measurement.
+        device: Where to run.
+    """
+    grid = small_grid(steps, stories, tokens)
+    left = plan(grid, out, seeds=seeds, device=device)["seconds"].sum()
+    print(f"about {left / 60:.1f} minutes; after Ctrl-C the same command goes on")
+    found = compare(grid, out, seeds=seeds, device=device)
+    print(f"\nClaims against the dense baseline\n\n{verdict_text(found)}\n")
+    for name in ("table.md", "summary.csv", "figure.html"):
+        print("wrote", out / name)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,89 @@
+"""Units of a dense and a self-ablating model, at equal activity: notebook 03 as a script.
+
+python examples/scripts/units.py --run runs/demo/local --baseline runs/demo/baseline --out runs/units
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import tyro
+
+warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+
+import pandas as pd  # noqa: E402
+
+import sa_lens as sa  # noqa: E402
+from sa_lens import units  # noqa: E402
+from sa_lens.training.report import text_of_run  # noqa: E402
+from sa_lens.views import draw, histogram, save  # noqa: E402
+
+
+def main(
+    run: Path = Path("runs/demo/local"),
+    baseline: Path = Path("runs/demo/baseline"),
+    out: Path = Path("runs/units"),
+    tokens: int = 100_000,
+    explained: int = 16,
+    probe_tokens: int = 5000,
+) -> None:
+    """Describe and compare all units, explain some, ask what the masks carry and how sparse the weights are.
+
+    Args:
+        run: Run folder of a self-ablating model, such as `make demo` leaves.
+        baseline: Run folder of the dense model trained like it.
+        out: Folder of tables and figures.
+        tokens: Training tokens to calibrate on, and validation tokens to measure on.
+        explained: Units of the ablated stream to explain.
+        probe_tokens: Tokens of each half that the probes of the masks read.
+    """
+    models = {
+        name: sa.SelfAblatingTransformer.from_pretrained(folder)
+        for name, folder in (("dense", baseline), ("self-ablating", run))
+    }
+    gated = models["self-ablating"]
+    text = text_of_run(str(run), gated)
+    streams = {"dense": ("clean",), "self-ablating": ("clean", "ablated")}
+    rules = {name: units.calibrate(model, text.train, streams[name], n_tokens=tokens) for name, model in models.items()}
+    tables = {
+        name: units.specialization(model, text.validation, rules[name], n_tokens=tokens).table
+        for name, model in models.items()
+    }
+    written = {f"units-{name}": table for name, table in tables.items()}
+
+    columns = ["effective_tokens", "effective_classes", "kurtosis"]
+    written["matched"] = pd.concat(
+        units.compare(tables["dense"], tables["self-ablating"], columns, streams=("clean", stream)).assign(
+            stream=stream
+        )
+        for stream in streams["self-ablating"]
+    )
+    print("At equal layer and activity, self-ablating minus dense")
+    print(written["matched"][["stream", "column", "difference", "low", "high"]].round(3).to_string(index=False))
+
+    found = units.explain(gated, text.validation, rules["self-ablating"]["ablated"], explained, n_tokens=tokens)
+    written["explanations"] = found.table
+    print("\nExplained units, ablated stream")
+    print(found.table[["layer", "kind", "unit", "pattern", "text_f1", "list_text_f1"]].round(2).to_string(index=False))
+
+    leak = units.leakage(gated, text.validation, n_tokens=min(tokens, 20_000), probe_tokens=probe_tokens)
+    written["leakage"] = leak.losses
+    print(f"\nWhat the masks carry\n{leak.summary.round(3).to_string()}")
+    written["sparsity"] = pd.concat(units.sparsity(model).assign(model=name) for name, model in models.items())
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in written.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+        print("wrote", out / f"{name}.csv")
+    spread = {
+        f"{name}, {stream}": some.loc[some["live"], "effective_tokens"].dropna().to_numpy()
+        for name, table in tables.items()
+        for stream, some in table.groupby("stream", sort=False)
+    }
+    figure = draw(histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units"))
+    print("wrote", save(figure, out / "effective-tokens.html"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
