@@ -12,7 +12,7 @@ from sa_lens.training import Evaluation, bytes_per_token, evaluate, sample
 from sa_lens.views import training_curves
 from sa_lens.views.records import Curves, Table
 
-EVALUATED = 50_000
+EVALUATED = 100_000
 """Predicted tokens that losses are the means of, at most."""
 PROMPT_WORDS = 4
 """Words of a story that begin a sample."""

@@ -228,7 +228,7 @@ def _note(found: FoundCircuit, method: Method, n_find: int, n_report: int, shown
     parts = [f"{how}. Found with {n_find} prompts, judged on {n_report} others"]
     if about.get("ablation"):
         parts[0] += f"; other edges carry what they carry in the corrupt prompt ({about['ablation']})"
-    if about.get("gates"):
+    if about.get("gates") in ("frozen", "live"):
         parts[0] += f"; {about['gates']} gates"
     if found.own is not None:
         point = found.own.points[0]

@@ -21,7 +21,7 @@ from sa_lens.training.report import text_of_run
 from sa_lens.units.activations import TextBlocks
 from sa_lens.views.texts import encoded
 
-HELD_OUT, CALIBRATION = 60_000, 35_000
+HELD_OUT, CALIBRATION = 110_000, 35_000
 """Tokens, of the first model's tokenizer, that are taken to measure on and to set firing thresholds with."""
 STORY_TOKENS = 128
 """Tokens of a story at most, in every model; longer ones are cut."""

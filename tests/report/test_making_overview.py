@@ -12,7 +12,7 @@ from sa_lens.views import training_curves
 
 
 def test_losses_are_those_of_an_evaluation(report: Report, gated_run: Path) -> None:
-    found = evaluate_run(str(gated_run), tokens=50_000, device="cpu")
+    found = evaluate_run(str(gated_run), tokens=100_000, device="cpu")
     clean, ablated = report.models[0].overview.losses.rows
     assert clean[:3] == ("clean", f"{found.clean_loss:.4f}", f"{math.exp(found.clean_loss):,.2f}")
     assert ablated[1] == f"{found.ablated_loss:.4f}"
