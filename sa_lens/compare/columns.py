@@ -91,11 +91,15 @@ _THEMES: dict[str, tuple[Column, ...]] = {
     "Object recall": (
         Column("object_pair_accuracy", "object recall, pair accuracy", 3),
         Column("object_logit_difference", "object recall, logit difference", 2),
+    ),
+    "Object recall: circuits by ACDC": (
         Column("object_corrupt_kl", "object recall, KL(clean prompt || corrupt prompt), nats", 2),
         Column("object_acdc_edges_0.003", "object recall, ACDC edges, tau 0.003", 0),
         Column("object_acdc_edges_0.01", "object recall, ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL),
         Column("object_acdc_edges_0.03", "object recall, ACDC edges, tau 0.03", 0),
         Column("object_acdc_edges_own", "object recall, ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL, drawn=True),
+    ),
+    "Object recall: faithfulness": (
         Column("object_edges_0.9", "object recall, edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
         Column("object_cpr", "object recall, CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
         Column("object_cmd", "object recall, CMD", 3, -1, _MORE_FAITHFUL),
