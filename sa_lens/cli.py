@@ -481,6 +481,7 @@ def report(
     text: str | None = None,
     stories: int = 12,
     units: int = 96,
+    tasks: tuple[str, ...] | None = None,
     title: str | None = None,
     seed: int = 0,
     device: Device = "auto",
@@ -491,9 +492,10 @@ def report(
     Args:
         runs: Run folders or Hub ids; their stories come from the first one's validation text.
         out: File to write, ending in .html.
-        text: Text to read instead: a file, or a dataset on the Hub.
+        text: Stories to show instead: a file, or a dataset on the Hub. Figures stay those of the first run's text.
         stories: Stories to show.
         units: Units of each model to explain, with snippets.
+        tasks: ioi, pronoun, object, repeated or JSON files; None: ioi, and the others that a model can do.
         title: Heading; None: the names of the runs.
         seed: Seed of samples, prompts and explanations.
         device: Where to run.
@@ -505,7 +507,9 @@ def report(
 
     from sa_lens.report import make_report, write_page
 
-    made = make_report(runs, text=text, n_stories=stories, n_units=units, title=title, seed=seed, device=device)
+    made = make_report(
+        runs, text=text, n_stories=stories, n_units=units, tasks=tasks, title=title, seed=seed, device=device
+    )
     path = write_page(made, out)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
     return None

@@ -199,7 +199,7 @@ class ModelPage:
     """The same stories in every model of a report."""
     tasks: tuple[TaskPage, ...]
     units: tuple[UnitPage, ...]
-    """Every unit that is live in a stream, the rest being counted in `units_note`."""
+    """Every unit that is live in a stream or that a story mentions; `units_note` counts them."""
     units_note: str
     """On how much text the units were looked at, and how many of how many are shown."""
 
