@@ -78,7 +78,10 @@ def evaluate_run(
 
 
 def text_of_run(run: str, model: SelfAblatingTransformer) -> PreparedData:
-    """Training and validation text of a run, from the cache where it is there.
+    """Training and validation text of a run, in its model's tokens, from the cache where they are there.
+
+    Where the text, or the generator of the stories, is no longer what the run's tokenizer was trained on, the text of
+    today is read with the tokenizer of the run.
 
     Raises:
         ValueError: a model that was not saved by a training run.
@@ -86,7 +89,11 @@ def text_of_run(run: str, model: SelfAblatingTransformer) -> PreparedData:
     settings = _training_config(run)
     if settings is None:
         raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
-    return prepare(data_config(settings, model), min(settings.model.n_ctx, model.cfg.n_ctx))
+    config, n_ctx = data_config(settings, model), min(settings.model.n_ctx, model.cfg.n_ctx)
+    data = prepare(config, n_ctx)
+    if model.tokenizer is None or data.tokenizer.get_vocab() == model.tokenizer.get_vocab():
+        return data
+    return prepare(dataclasses.replace(config, tokenizer=run, keep_whole=None), n_ctx)
 
 
 def _training_config(run: str) -> RunConfig | None:
