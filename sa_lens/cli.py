@@ -250,7 +250,7 @@ def circuit(
         tau: ACDC's threshold, nats of KL.
         edges: Size of a ranking's circuit; None: the fewest with f >= 0.9.
         ablation: What other edges carry.
-        gates: Masks of the ablated stream; None: frozen.
+        gates: Masks of the ablated stream alone; None: frozen.
         pairs: Prompts to find with, and to report on.
         words: Words of the prompts; auto: as the run's text.
         seed: Seed of prompts and bootstrap.
@@ -321,7 +321,7 @@ def units(
     Args:
         run: Run folder or Hub id.
         tokens: Validation tokens to read, and training tokens to calibrate on.
-        labels: Generated stories for labels; 0: none.
+        labels: How many generated stories to score labels on; 0: none.
         seed: Seed of these stories.
         out: Folder to write; None: RUN/units.
         device: Where to run.
@@ -524,13 +524,10 @@ def export(
 ) -> int | None:
     """Write a model in a format of other programs.
 
-    hooked: a plain HookedTransformer (config.json, model.safetensors), with the lines of Python that load it.
-    reference: a state dict (.pt) with the names of the paper's code, gates included.
-    hf: a GPT-2 folder for transformers; clean stream only.
-
     Args:
         run: Run folder or Hub id.
-        to: The format.
+        to: hooked: a plain HookedTransformer, with the lines of Python that load it; reference: a state dict (.pt) with
+            the names of the paper's code, gates included; hf: a GPT-2 folder for transformers, clean stream only.
         out: Folder to write, or file for reference.
         which: The best weights, or the last checkpoint's.
     """
