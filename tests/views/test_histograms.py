@@ -34,10 +34,12 @@ def test_unit_in_both_streams(model, plain_model):
         mask = cache["ablated"]["mask", 1, "mlp_gate"][0, :, 7]
         kept += [v for v, on in zip(cache["ablated"]["post", 1][0, :, 7].tolist(), mask.tolist(), strict=True) if on]
     assert sum(record.series[0].counts) == len(clean) == 14
-    edges = record.edges
+    edges, near = record.edges, 1e-5  # the two ways of computing a value differ in the last bits
     for one, values in zip(record.series, (clean, kept), strict=False):
-        for i, count in enumerate(one.counts[:-1]):
-            assert count == sum(edges[i] <= value < edges[i + 1] for value in values)
+        for i, count in enumerate(one.counts):
+            surely = sum(edges[i] + near < value < edges[i + 1] - near for value in values)
+            perhaps = sum(edges[i] - near <= value <= edges[i + 1] + near for value in values)
+            assert surely <= count <= perhaps
     assert f"stays at {len(kept)} of them" in record.note
     assert len(unit_histogram(plain_model, blocks, (1, "attn", 7)).series) == 1
     with pytest.raises(ValueError, match="no unit"):
