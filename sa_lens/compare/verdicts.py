@@ -16,6 +16,9 @@ import numpy as np
 LEVEL = 0.95
 """Coverage of intervals; claims are decided at 1 - LEVEL."""
 
+LEAST_PAIRS = 3
+"""Seeds without which there is no test: counts of edges can differ by the same number twice, and p would be 0."""
+
 Verdict = Literal["holds", "fails", "undecided"]
 
 
@@ -44,7 +47,7 @@ class Difference(NamedTuple):
     high: float
     """Upper end."""
     p: float
-    """Two-sided p-value of the paired t test; NaN with fewer than two seeds."""
+    """Two-sided p-value of the paired t test; NaN with fewer than `LEAST_PAIRS` seeds."""
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -77,7 +80,7 @@ def paired(values: Sequence[float], reference: Sequence[float], level: float = L
     from scipy.stats import t
 
     found = t_interval([a - b for a, b in zip(values, reference, strict=True)], level)
-    if found.n < 2:
+    if found.n < LEAST_PAIRS:
         return Difference(*found, math.nan)
     half = found.high - found.mean
     if half == 0:

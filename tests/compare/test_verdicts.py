@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sa_lens.compare.verdicts import holm, paired, t_interval, verdict
+from sa_lens.compare.verdicts import LEAST_PAIRS, holm, paired, t_interval, verdict
 
 numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=8).filter(lambda x: np.std(x) > 1e-3)
 
@@ -50,6 +50,9 @@ def test_paired_tests_are_those_of_scipy(values, seed):
     found = paired(values, reference.tolist())
     twin = stats.ttest_rel(values, reference)
     assert found.mean == pytest.approx(np.mean(np.subtract(values, reference)))
+    if len(values) < LEAST_PAIRS:
+        assert math.isnan(found.p)
+        return
     assert found.p == pytest.approx(twin.pvalue, rel=1e-6, abs=1e-12)
     assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
@@ -58,11 +61,12 @@ def test_pairs_with_a_missing_half_are_left_out():
     found = paired([1.0, 5.0, math.nan, 4.0], [0.0, 3.0, 1.0, math.nan])
     assert (found.n, found.mean) == (2, 1.5)
     assert math.isnan(paired([1.0], [0.0]).p)
+    assert math.isnan(paired([16.0, 21.0], [10.0, 15.0]).p), "two equal differences are no proof"
 
 
 def test_equal_differences_are_certain():
     assert paired([3.0, 3.0, 3.0], [1.0, 1.0, 1.0]).p == 0.0
-    assert paired([3.0, 3.0], [3.0, 3.0]).p == 1.0
+    assert paired([3.0, 3.0, 3.0], [3.0, 3.0, 3.0]).p == 1.0
     with pytest.raises(ValueError, match="argument 2 is longer"):
         paired([1.0], [1.0, 2.0])
 
