@@ -109,6 +109,7 @@ class Skill(Group):
     name: ClassVar[str] = "skill"
     columns: ClassVar[tuple[str, ...]] = ("pair_accuracy", "top1_accuracy", "logit_difference")
     task: ClassVar[str] = "ioi"
+    prefix: ClassVar[str] = ""
 
     def work(self, run: RunConfig) -> float:
         return 3.0 * self.pairs * PROMPT_TOKENS
@@ -123,7 +124,7 @@ class Skill(Group):
         for stream in subject.streams:
             found: dict[Any, Any] = skill(subject.model, pairs, stream).iloc[0].to_dict()
             for name in self.columns:
-                values[name][stream] = float(found[name.removeprefix(OBJECT)])
+                values[name][stream] = float(found[name.removeprefix(self.prefix)])
             if not found["able"]:
                 notes.append(
                     f"the {stream} stream has {found['pair_accuracy']:.0%} pair accuracy: below {SKILL_BAR:.0%}"
@@ -136,5 +137,6 @@ class ObjectSkill(Skill):
     """How well both streams do object recall, which small models learn before IOI."""
 
     name: ClassVar[str] = "object-skill"
-    columns: ClassVar[tuple[str, ...]] = ("object_pair_accuracy", "object_logit_difference")
+    columns: ClassVar[tuple[str, ...]] = (f"{OBJECT}pair_accuracy", f"{OBJECT}logit_difference")
     task: ClassVar[str] = "object"
+    prefix: ClassVar[str] = OBJECT

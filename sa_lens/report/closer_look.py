@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.report.records import Snippet
-from sa_lens.report.rounding import rounded
 from sa_lens.report.subjects import Subject
 from sa_lens.units.activations import Site, TextBlocks, stream_units
 from sa_lens.units.explanations import explain
@@ -131,14 +130,13 @@ def _histogram(
     n = min(n_tokens // blocks.length, len(blocks)) * blocks.length
     clean = stream == "clean"
     note = f"{n:,} tokens" if clean else f"stays at {len(values):,} of {n:,} tokens ({len(values) / n:.2%})"
-    made = histogram(
+    return histogram(
         {"clean" if clean else "ablated, where it stays": values.numpy()},
         name[0].upper() + name[1:],
         "value of the unit",
         note=note,
         bins=BINS,
     )
-    return replace(made, edges=tuple(map(rounded, made.edges)))
 
 
 def _snippets(
@@ -167,7 +165,7 @@ def _snippets(
             made[site, unit] = tuple(
                 Snippet(
                     tokens=token_texts(subject.model, tokens),
-                    values=tuple(map(rounded, values)),
+                    values=tuple(values),
                     focus=peak,
                     kind="top" if i < some.n_top else "sample",
                 )

@@ -87,7 +87,7 @@ def _unit(unit: UnitPage) -> dict[str, Any]:
 def _unit_details(unit: UnitPage) -> list[dict[str, Any]]:
     return [
         {
-            "histogram": plain(stream.histogram),
+            "histogram": plain(stream.histogram, 3),
             "snippets": [_snippet(snippet) for snippet in stream.snippets],
         }
         for stream in unit.streams
@@ -114,8 +114,8 @@ def _story(story: StoryPage) -> dict[str, Any]:
         "title": story.title,
         "tokens": list(story.tokens),
         "note": story.tracks.note,
-        "tracks": plain(story.tracks.tracks),
-        "predictions": plain(story.predictions.streams),
+        "tracks": plain(story.tracks.tracks, 3),
+        "predictions": plain(story.predictions.streams, 3),
         "predictions_note": story.predictions.note,
         "gates": None
         if story.gates is None

@@ -19,7 +19,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from sa_lens.core.checkpoints import atomic_write
+from sa_lens.data.writing import atomic_write
 from sa_lens.report.packing import packed
 from sa_lens.report.records import Report
 from sa_lens.views.page import library_script

@@ -6,7 +6,7 @@ import json
 import typing
 
 from sa_lens.report.records import Report
-from sa_lens.views.records import _built
+from sa_lens.views.records import built
 
 
 def to_json(report: Report) -> str:
@@ -21,6 +21,6 @@ def from_json(text: str) -> Report:
         ValueError: not a report.
     """
     try:
-        return typing.cast(Report, _built(Report, json.loads(text)))
+        return typing.cast(Report, built(Report, json.loads(text)))
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not a report: {type(error).__name__}: {error}; text begins {text[:60]!r}") from error

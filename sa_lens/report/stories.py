@@ -8,10 +8,8 @@ import torch
 
 from sa_lens.core.host import in_stream
 from sa_lens.report.records import Looks, StoryPage
-from sa_lens.report.rounding import rounded
 from sa_lens.report.subjects import Subject
 from sa_lens.views import gate_raster, predictions, story
-from sa_lens.views.records import GateRaster, Predictions, Story
 from sa_lens.views.texts import read_text
 
 TITLE = 56
@@ -32,12 +30,12 @@ def story_page(subject: Subject, text: str) -> StoryPage:
     """
     model = subject.model
     title = title_of(text)
-    tracks = _rounded_story(replace(story(model, text), title=title))
+    tracks = replace(story(model, text), title=title)
     gates = None
     if model.gates.gated and model.gates.kind == "hard":
-        gates = _rounded_raster(gate_raster(model, text, title=title))
+        gates = gate_raster(model, text, title=title)
     guesses = replace(predictions(model, text, top=min(GUESSES, model.cfg.d_vocab)), title=title)
-    return StoryPage(title, tracks.tokens, tracks, _rounded_predictions(guesses), gates, looks(subject, text))
+    return StoryPage(title, tracks.tokens, tracks, guesses, gates, looks(subject, text))
 
 
 def title_of(text: str) -> str:
@@ -73,31 +71,7 @@ def looks(subject: Subject, text: str) -> tuple[Looks, ...]:
                         tuple(
                             tuple(at for at, share in zip(*row, strict=True) if share >= LEAST_SHARE) for row in rows
                         ),
-                        tuple(tuple(round(share, 2) for share in row[1] if share >= LEAST_SHARE) for row in rows),
+                        tuple(tuple(share for share in row[1] if share >= LEAST_SHARE) for row in rows),
                     )
                 )
     return tuple(found)
-
-
-def _rounded_story(record: Story) -> Story:
-    tracks = (replace(track, values=tuple(map(rounded, track.values))) for track in record.tracks)
-    return replace(record, tracks=tuple(tracks))
-
-
-def _rounded_predictions(record: Predictions) -> Predictions:
-    streams = (
-        replace(
-            one,
-            top=tuple(
-                tuple(replace(guess, log_probability=rounded(guess.log_probability)) for guess in row)
-                for row in one.top
-            ),
-            actual=tuple(map(rounded, one.actual)),
-        )
-        for one in record.streams
-    )
-    return replace(record, streams=tuple(streams))
-
-
-def _rounded_raster(record: GateRaster) -> GateRaster:
-    return replace(record, units=tuple(replace(unit, values=tuple(map(rounded, unit.values))) for unit in record.units))

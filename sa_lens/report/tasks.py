@@ -14,7 +14,6 @@ from sa_lens.circuits.search import LEVEL, FoundCircuit, Method, find_circuit
 from sa_lens.circuits.tasks import TASKS, make
 from sa_lens.config import Stream
 from sa_lens.report.records import Ranking, TaskPage
-from sa_lens.report.rounding import rounded
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
 from sa_lens.views.records import CircuitEdge, Curves, Table
@@ -213,8 +212,7 @@ def in_order(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
     places: list[int] = (values.abs() if absolute else values).sort(descending=True, stable=True).indices.tolist()
     edges = graph.edges
     return [
-        CircuitEdge(str(edges[i].source), str(edges[i].destination), edges[i].port, rounded(float(values[i])))
-        for i in places
+        CircuitEdge(str(edges[i].source), str(edges[i].destination), edges[i].port, float(values[i])) for i in places
     ]
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from sa_lens.config import Stream
 from sa_lens.report.closer_look import Look, closer_look
 from sa_lens.report.records import UnitPage, UnitStream
-from sa_lens.report.rounding import rounded
 from sa_lens.report.subjects import Subject
 from sa_lens.report.texts import ModelText
 from sa_lens.units.activations import Site, unit_counts
@@ -18,6 +17,7 @@ from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
 from sa_lens.units.unit_tables import specialization
 from sa_lens.views.raster import promoted_tokens
+from sa_lens.views.records import number
 from sa_lens.views.texts import unit_name
 
 if TYPE_CHECKING:
@@ -164,21 +164,17 @@ def _stream(stream: Stream, row: Mapping[str, Any], label: Mapping[str, Any] | N
     named = label is not None and isinstance(label["f1_label"], str)
     return UnitStream(
         stream=stream,
-        mask_on=_known(row["mask_rate"]),
-        firing_rate=rounded(float(row["firing_rate"])),
+        mask_on=number(row["mask_rate"]),
+        firing_rate=float(row["firing_rate"]),
         live=bool(row["live"]),
-        effective_tokens=_known(row["effective_tokens"]) if row["firing_rate"] > 0 else None,
+        effective_tokens=number(row["effective_tokens"]) if row["firing_rate"] > 0 else None,
         label=str(label["f1_label"]) if label is not None and named else "",
-        label_f1=_known(label["f1"]) if label is not None and named else None,
+        label_f1=number(label["f1"]) if label is not None and named else None,
         explanation=look.explanation if look is not None else "",
-        explanation_f1=_known(look.f1) if look is not None else None,
+        explanation_f1=number(look.f1) if look is not None else None,
         histogram=look.histogram if look is not None else None,
         snippets=look.snippets if look is not None else (),
     )
-
-
-def _known(value: float | None) -> float | None:
-    return rounded(float(value)) if value is not None and math.isfinite(value) else None
 
 
 def _figures(

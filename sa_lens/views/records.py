@@ -55,6 +55,7 @@ __all__ = [
     "Table",
     "Track",
     "UnitActivations",
+    "built",
     "from_json",
     "number",
     "numbers",
@@ -316,23 +317,23 @@ def from_json(text: str) -> Record:
     try:
         content = json.loads(text)
         kind = _KINDS[content.pop("kind")]
-        return typing.cast(Record, _built(kind, content))
+        return typing.cast(Record, built(kind, content))
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"not a record of {', '.join(_KINDS)}: {type(error).__name__}: {error}; text begins {text[:60]!r}"
         ) from error
 
 
-def _built(hint: Any, value: Any) -> Any:
+def built(hint: Any, value: Any) -> Any:
     """The value in the type that a field declares."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
-        return hint(**{name: _built(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        return hint(**{name: built(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
     if origin is tuple:
-        return tuple(_built(arguments[0], item) for item in value)
+        return tuple(built(arguments[0], item) for item in value)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _built(arguments[0], value)
+        return None if value is None else built(arguments[0], value)
     return float(value) if hint is float else value
 
 
