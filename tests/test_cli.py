@@ -15,6 +15,7 @@ import torch
 
 from sa_lens import cli
 from sa_lens.circuits.graph import Circuit
+from sa_lens.cli import making, reading
 from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
 
 TINY = [
@@ -78,13 +79,13 @@ class TestHelp:
 
     def test_flags_named_in_the_short_help_exist(self) -> None:
         settings = to_dict(RunConfig())
-        named = re.findall(r"--(\w+)\.([\w-]+)", cli.TRAIN_HELP)
+        named = re.findall(r"--(\w+)\.([\w-]+)", making.TRAIN_HELP)
         assert len(named) > 10
         for section, name in named:
             assert name.replace("-", "_") in settings[section]
 
     def test_presets_on_offer_are_those_there_are(self) -> None:
-        offered = typing.get_args(typing.get_type_hints(cli.TrainOptions)["preset"])[0]
+        offered = typing.get_args(typing.get_type_hints(making.TrainOptions)["preset"])[0]
         assert set(typing.get_args(offered)) == set(PRESETS)
 
     def test_needs_nothing_heavy(self) -> None:
@@ -498,4 +499,4 @@ class TestCompare:
     def test_grids_on_offer_are_those_there_are(self) -> None:
         from sa_lens.compare import GRIDS
 
-        assert set(typing.get_args(typing.get_type_hints(cli.compare)["grid"])) == set(GRIDS)
+        assert set(typing.get_args(typing.get_type_hints(reading.compare)["grid"])) == set(GRIDS)

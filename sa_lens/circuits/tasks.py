@@ -27,6 +27,7 @@ __all__ = [
     "PromptPairs",
     "ioi",
     "make",
+    "make_unseen",
     "object_recall",
     "pronoun_gender",
     "read_json",
@@ -345,3 +346,18 @@ def make(
         raise ValueError(f"{next(iter(options))} does not apply to prompt pairs read from {task}")
     pairs = read_json(task, tokenizer, minimum=min(n, MINIMUM))
     return pairs.subset(random.Random(seed).sample(range(len(pairs)), min(n, len(pairs))))
+
+
+def make_unseen(
+    task: str, tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, *, world: World = "tinystories"
+) -> PromptPairs:
+    """As `make`, with what training cannot have shown: IOI on generated stories takes names that never meet in one.
+
+    Other tasks and worlds have no record of what training showed, and are those of `make`.
+
+    Raises:
+        ValueError: as `make`.
+    """
+    if (task, world) == ("ioi", "stories"):
+        return ioi(tokenizer, n, seed, world=world, name_pairs="held-out")
+    return make(task, tokenizer, n, seed, world=world)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.tasks import make
+from sa_lens.circuits.tasks import make_unseen
 from sa_lens.compare.columns import WHOLE
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig
@@ -92,9 +92,8 @@ def task_pairs(subject: Subject, n: int, task: str = "ioi") -> PromptPairs:
     Raises:
         NoPrompts: the tokenizer leaves too few names whole.
     """
-    unseen = {"name_pairs": "held-out"} if subject.world == "stories" and task == "ioi" else {}
     try:
-        return make(task, subject.data.tokenizer, n, 0, world=subject.world, **unseen)
+        return make_unseen(task, subject.data.tokenizer, n, 0, world=subject.world)
     except ValueError as error:
         raise NoPrompts(f"no prompts: {error}") from error
 

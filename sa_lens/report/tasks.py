@@ -11,7 +11,7 @@ from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.search import LEVEL, FoundCircuit, Method, find_circuit
-from sa_lens.circuits.tasks import TASKS, make
+from sa_lens.circuits.tasks import TASKS, make_unseen
 from sa_lens.config import Stream
 from sa_lens.report.records import Ranking, TaskPage
 from sa_lens.report.subjects import Subject
@@ -93,10 +93,8 @@ def prompts_for(subject: Subject, task: str, seed: int) -> Prompts:
         FileNotFoundError: a JSON file that is not there.
         ValueError: a JSON file that is none of prompts, or holds too few for this model.
     """
-    # two people of a prompt that never meet in the training text
-    unseen: dict[str, Any] = {"name_pairs": "held-out"} if (task, subject.world) == ("ioi", "stories") else {}
     try:
-        pairs = make(task, subject.tokenizer, 2 * PAIRS, seed, world=subject.world, **unseen)
+        pairs = make_unseen(task, subject.tokenizer, 2 * PAIRS, seed, world=subject.world)
         find, report = pairs.split(seed)
         longest = int(pairs.lengths.max())
         if longest > subject.model.cfg.n_ctx:

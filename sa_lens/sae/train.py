@@ -6,14 +6,9 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +17,7 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of
 from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
 from sa_lens.sae.settings import SAESettings, resolve
+from sa_lens.stopping import StopRequest, stop_requests
 
 TRAINING, CHECKPOINT, FINISHED = "training.json", "checkpoint", "cfg.json"
 NORM_BATCHES = 100
@@ -113,7 +109,7 @@ def train_sae(
         if (folder / FINISHED).is_file():
             return _loaded(sae_lens, folder, model)
 
-    with _stop_requests() as request:
+    with stop_requests() as request:
 
         def batches(start: int = 0) -> ActivationBatches:
             return ActivationBatches(
@@ -151,7 +147,7 @@ def train_sae(
 
 
 def _fit(
-    trainer: Any, steps: int, folder: Path | None, checkpoint_every: int, progress: bool, request: SimpleNamespace
+    trainer: Any, steps: int, folder: Path | None, checkpoint_every: int, progress: bool, request: StopRequest
 ) -> None:
     """SAELens's loop, by the steps that its trainer offers, so that a stop falls between two of them."""
     from tqdm.auto import tqdm
@@ -298,24 +294,3 @@ def _save_checkpoint(trainer: Any, folder: Path) -> None:
     (base / "writing").rename(final)
     if before is not None:
         shutil.rmtree(before)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[SimpleNamespace]:
-    """Within the context the first SIGINT or SIGTERM sets `made`; a second SIGINT raises at once."""
-    request = SimpleNamespace(made=False)
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if request.made and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.made = True
-
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

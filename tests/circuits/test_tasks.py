@@ -82,6 +82,15 @@ def test_held_out_and_seen_pairs(tokenizer):
             assert (frozenset(words_of(pairs, tokenizer, i)) in held_out) == (which == "held-out")
 
 
+def test_unseen_pairs_never_met_in_training(tokenizer):
+    unseen = tasks.make_unseen("ioi", tokenizer, 12, seed=4, world="stories")
+    for i in range(len(unseen)):
+        assert frozenset(words_of(unseen, tokenizer, i)) in held_out_pairs()
+    for task, world in (("ioi", "tinystories"), ("object", "stories")):
+        found = tasks.make_unseen(task, tokenizer, 12, seed=4, world=world)
+        assert found.clean_texts == tasks.make(task, tokenizer, 12, seed=4, world=world).clean_texts
+
+
 def test_same_seed_same_pairs(tokenizer):
     one, same, other = (tasks.ioi(tokenizer, 10, seed=seed, world="stories") for seed in (4, 4, 5))
     assert one.clean_texts == same.clean_texts

@@ -1,0 +1,150 @@
+"""What every command has in common: how it is registered, its command line read, its errors told."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Run = Annotated[str, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand."""
+
+    summary: str
+    """One line for the list of commands."""
+    example: str
+    """A whole command line."""
+    call: Callable[[list[str]], int | None]
+    """Runs it on its arguments; returns the exit code, None for 0."""
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(summary: str, example: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
+    """Registers a function as the subcommand of its name; its parameters become arguments and flags."""
+
+    def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
+        name = function.__name__.rstrip("_")
+
+        def call(arguments: list[str]) -> int | None:
+            about = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
+            return parse(
+                function,
+                arguments,
+                name,
+                f"{about}\n\nExample:\n  {example}",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+
+        COMMANDS[name] = Command(summary, example, call)
+        return function
+
+    return register
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, 1 (training failed), 2 (bad input) or 130 (interrupted).
+
+    Errors print one line; with `--debug`, or `SA_LENS_DEBUG` in the environment, their traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or bool(os.environ.get("SA_LENS_DEBUG"))
+    arguments = [a for a in arguments if a != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from sa_lens import __version__
+
+        print(f"sa-lens {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return _fail(f"no command {name!r}: choose from {', '.join(COMMANDS)}")
+    logging.basicConfig(level=logging.WARNING, format="sa-lens: %(message)s")
+    try:
+        return COMMANDS[name].call(rest) or 0
+    except BrokenPipeError:
+        # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"sa-lens {name}: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if debug:
+            raise
+        _fail(f"{name}: {_told(error)}")
+        return 1 if type(error).__name__ == "TrainingDiverged" else 2
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {found.summary}" for name, found in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sa-lens COMMAND ...",
+            "",
+            "Self-ablating transformers: train them, read both of their streams.",
+            "",
+            *lines,
+            "",
+            "sa-lens COMMAND --help shows a command's flags and an example; --debug shows where an error comes from.",
+        ]
+    )
+
+
+def parse(what: Any, arguments: list[str], name: str, description: str, **options: Any) -> Any:
+    """As `tyro.cli`, with its boxed complaints made one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(what, args=arguments, prog=f"sa-lens {name}", description=description, **options)
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            message = _one_line(complaint.getvalue()).removeprefix(f"Error parsing {name}: ")
+            raise SystemExit(_fail(f"{name}: {message}")) from None
+        raise
+
+
+def _one_line(boxed: str) -> str:
+    """The first paragraph of a box drawn by tyro, in Unicode or ASCII, and the flag it suggests."""
+    _title, *rows = [re.sub(r"^-{3,}$", "", re.sub(r"[│╭╮╰╯─]+", "", line).strip()) for line in boxed.splitlines()]
+    paragraphs = [" ".join(group) for filled, group in itertools.groupby(rows, key=bool) if filled]
+    message = paragraphs[0] if paragraphs else boxed.strip()
+    suggested = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(paragraphs))
+    return message + (f" (perhaps you meant {suggested.group(1)})" if suggested else "")
+
+
+def _fail(message: str) -> int:
+    print(f"sa-lens {message}", file=sys.stderr)
+    return 2
+
+
+def _told(error: Exception) -> str:
+    """An error's message without the number that Python puts before those of the operating system."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """What `--json` prints."""
+    return json.dumps(record, indent=1)

@@ -1,0 +1,305 @@
+"""Commands that look into trained models: circuit, units, sae, compare, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sa_lens.cli.parsing import Device, Run, as_json, command
+
+
+@command("find a circuit for a task and judge it", "sa-lens circuit runs/local --task ioi --stream ablated")
+def circuit(
+    run: Run,
+    task: str = "ioi",
+    method: Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"] = "acdc",
+    stream: Literal["clean", "ablated"] = "clean",
+    tau: float = 0.01,
+    edges: int | None = None,
+    ablation: Literal["resample", "zero", "mean"] = "resample",
+    gates: Literal["frozen", "live"] | None = None,
+    pairs: int = 128,
+    words: Literal["auto", "stories", "tinystories"] = "auto",
+    seed: int = 0,
+    out: Path | None = None,
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Find the circuit of a task in one stream, and say how faithful it is on other prompts.
+
+    Prints the task skill first: a circuit for a task that the model cannot do explains nothing. Writes the circuit,
+    its ranking, tables and figures into a folder.
+
+    Args:
+        run: Run folder or Hub id.
+        task: ioi, pronoun, object, repeated, or a JSON file.
+        method: acdc decides edge by edge; the others rank all edges.
+        stream: Stream to look at.
+        tau: ACDC's threshold, nats of KL.
+        edges: Size of a ranking's circuit; None: the fewest with f >= 0.9.
+        ablation: What other edges carry.
+        gates: Masks of the ablated stream alone; None: frozen.
+        pairs: Prompts to find with, and to report on.
+        words: Words of the prompts; auto: as the run's text.
+        seed: Seed of prompts and bootstrap.
+        out: Folder to write; None: in RUN/circuits.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    from sa_lens.circuits.pairs import MINIMUM
+    from sa_lens.circuits.search import find_circuit
+    from sa_lens.circuits.tasks import make_unseen
+    from sa_lens.training.report import load_run, trained_on_stories
+    from sa_lens.views import draw, faithfulness_chart, save
+
+    if 2 * pairs < MINIMUM:
+        raise ValueError(
+            f"--pairs {pairs}: figures of fewer than {MINIMUM} prompts in all mean little; give at least {MINIMUM // 2}"
+        )
+    if words == "auto":
+        words = "stories" if trained_on_stories(run) else "tinystories"
+    model = load_run(run, device=device)
+    if model.tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
+    both = make_unseen(task, model.tokenizer, 2 * pairs, seed, world=words)
+    find, report = both.split(seed)
+    found = find_circuit(
+        model,
+        find,
+        report,
+        method,
+        tau=tau,
+        edges=edges,
+        ablation=ablation,
+        stream=stream,
+        gates=gates,
+        progress=not json,
+        seed=seed,
+    )
+    folder = found.save(out or Path(run) / "circuits" / f"{both.task}-{method}-{stream}")
+    figures = {"circuit": draw(found.circuit)}
+    if found.curve is not None:
+        figures["faithfulness"] = draw(faithfulness_chart({f"{method}, {stream} stream": found.curve.table()}))
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.html")
+    if json:
+        print(as_json(found.row()))
+        return None
+    print(f"{both.report()}; {len(find)} to find with, {len(report)} to report on\n")
+    print(found.summary())
+    print(f"\nIn {folder}: circuit.json, ranking.json, edges.csv, {', '.join(f'{name}.html' for name in figures)}")
+    return None
+
+
+@command("what every unit fires on, and sparsity", "sa-lens units runs/local --tokens 200000")
+def units(
+    run: Run,
+    tokens: int = 200_000,
+    labels: int = 2_000,
+    seed: int = 1,
+    out: Path | None = None,
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Describe every unit of every stream on the run's validation text, and how sparse weights and activations are.
+
+    Firing thresholds come from the beginning of the training text. Labels are those of generated stories.
+
+    Args:
+        run: Run folder or Hub id.
+        tokens: Validation tokens to read, and training tokens to calibrate on.
+        labels: How many generated stories to score labels on; 0: none.
+        seed: Seed of these stories.
+        out: Folder to write; None: RUN/units.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    import pandas as pd
+
+    from sa_lens.data.writing import atomic_write
+    from sa_lens.training.report import load_run, text_of_run
+    from sa_lens.units.activations import model_streams
+    from sa_lens.units.comparison import summary
+    from sa_lens.units.firing import calibrate
+    from sa_lens.units.labels import label_stories, selectivity
+    from sa_lens.units.sparsity_tables import effective_connections, sparsity
+    from sa_lens.units.unit_tables import specialization
+
+    model = load_run(run, device=device)
+    text = text_of_run(run, model)
+    labelled = label_stories(model.tokenizer, labels, model.cfg.n_ctx, seed=seed) if labels else None
+    thresholds = calibrate(model, text.train, model_streams(model), n_tokens=tokens, progress=not json)
+    found = specialization(model, text.validation, thresholds, n_tokens=tokens, progress=not json).table
+    tables = {"units": found, "sparsity": sparsity(model), "connections": effective_connections(model, found)}
+    summaries = [summary(found)]
+    if labelled is not None:
+        selected = selectivity(model, labelled, thresholds, progress=not json)
+        tables |= {"labels": selected.table, "coverage": selected.coverage}
+        summaries.append(summary(selected.table))
+    tables["summary"] = pd.concat(summaries, ignore_index=True)
+    folder = out or Path(run) / "units"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    whole = tables["summary"].query("kind == 'all'").drop_duplicates(["column", "stream"])
+    if json:
+        means = {str(name): dict(zip(at["column"], at["mean"], strict=True)) for name, at in whole.groupby("stream")}
+        print(as_json(means))
+        return None
+    shown = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
+    print("Means over live units, by stream\n")
+    print(shown.dropna(how="all").to_string(float_format=lambda x: f"{x:.3f}", index_names=False))
+    print(f"\nIn {folder}: {', '.join(f'{name}.csv' for name in tables)}")
+    return None
+
+
+@command("train a sparse autoencoder on a hook", "sa-lens sae runs/local --hook blocks.2.hook_mlp_out --stream ablated")
+def sae(
+    run: Run,
+    hook: str | None = None,
+    stream: Literal["clean", "ablated"] = "clean",
+    preset: Literal["laptop", "paper"] = "laptop",
+    steps: int | None = None,
+    d_sae: int | None = None,
+    l1_coefficient: float | None = None,
+    tokens: int = 100_000,
+    seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    device: Device = "auto",
+    json: bool = False,
+) -> int | None:
+    """Train an SAE on what a hook holds in one stream, with SAELens, and measure it on the run's validation text.
+
+    Args:
+        run: Run folder or Hub id.
+        hook: Hook point; None: the MLP's output in the middle layer.
+        stream: Stream of the activations and losses.
+        preset: Settings to start from.
+        steps: Optimizer steps; None: the preset's.
+        d_sae: Latents; None: the preset's.
+        l1_coefficient: Sparsity penalty; None: the preset's.
+        tokens: Validation tokens.
+        seed: Seed of weights and order.
+        out: Folder to write; None: in RUN/sae.
+        resume: Go on from the checkpoint in the folder.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+    from sa_lens.sae import evaluate_sae, train_sae
+    from sa_lens.training.report import load_run, text_of_run
+
+    model = load_run(run, device=device)
+    text = text_of_run(run, model)
+    hook = hook or f"blocks.{model.cfg.n_layers // 2}.hook_mlp_out"
+    folder = out or Path(run) / "sae" / f"{hook}-{stream}-{preset}-{seed}"
+    chosen = {"steps": steps, "d_sae": d_sae, "l1_coefficient": l1_coefficient}
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    options: dict[str, Any] = {"stream": stream, "preset": preset, "seed": seed, "progress": not json}
+    trained = train_sae(model, hook, text.train, output=folder, resume=resume, **options, **changes)
+    found = dataclasses.asdict(evaluate_sae(model, trained, text.validation, n_tokens=tokens, progress=not json))
+    found = {name: value for name, value in found.items() if name != "density"}
+    if json:
+        print(as_json(found))
+        return None
+    width = max(map(len, found))
+    print(
+        "\n".join(
+            f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
+            for name, value in found.items()
+        )
+    )
+    print(f"\nIn {folder}: load it with sae_lens.SAE.load_from_disk")
+    return None
+
+
+@command("train and measure a grid of models, one table", "sa-lens compare --grid laptop --dry-run")
+def compare(
+    grid: Literal["laptop", "laptop-tinystories", "paper", "smoke"] = "laptop",
+    out: Path | None = None,
+    seeds: int | None = None,
+    columns: str | None = None,
+    text: str | None = None,
+    validation: str | None = None,
+    device: Device = "auto",
+    dry_run: bool = False,
+) -> int | None:
+    """Train and measure a dense baseline, self-ablating models and controls under equal conditions, over seeds.
+
+    Everything that is finished stays on disk: after Ctrl-C the same command goes on, a further seed or group of columns
+    costs only itself, and several processes may share the folder.
+
+    Args:
+        grid: laptop: nine small models, five seeds, generated stories. laptop-tinystories: the same on real text, three
+            seeds. paper: the nine models of the paper, for GPUs. smoke: tiny models, to see that everything runs.
+        out: Folder of models, tables and figure; None: runs/compare-GRID.
+        seeds: How many, from 0 on; None: the grid's.
+        columns: Groups of columns, separated by commas, such as losses,acdc; None: all.
+        text: Train on this text instead: a file, a folder or a dataset id on the Hub.
+        validation: Its validation text; None: a part of it.
+        device: Where to run.
+        dry_run: Say what is to do and how long it takes, and do nothing.
+    """
+    from sa_lens.compare import compare as run_comparison
+    from sa_lens.compare.report import verdict_text
+
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds {seeds}: give at least 1")
+    folder = out or Path("runs") / f"compare-{grid}"
+    groups = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    found = run_comparison(
+        grid, folder, seeds=seeds, columns=groups, text=text, validation=validation, device=device, dry_run=dry_run
+    )
+    if dry_run:
+        return None
+    verdicts = verdict_text(found)
+    if verdicts:
+        print(f"\nClaims against the dense baseline, over {len(found.seeds)} seeds\n\n{verdicts}")
+    if found.unfinished:
+        print(f"\n{found.unfinished} groups of columns are not measured yet.")
+    print(f"\nIn {folder}: table.md, table.tex, values.csv, summary.csv, figure.html, and the models")
+    return None
+
+
+@command("one page about trained models, for a browser", "sa-lens report runs/local runs/dense -o report.html")
+def report(
+    runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [OTHER_RUN ...]"), tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
+    text: str | None = None,
+    stories: int = 12,
+    units: int = 96,
+    tasks: tuple[str, ...] | None = None,
+    title: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+) -> int | None:
+    """Write one HTML file that opens without a network: losses, stories token by token, circuits, units; several runs
+    beside one another.
+
+    Args:
+        runs: Run folders or Hub ids; their stories come from the first one's validation text.
+        out: File to write, ending in .html.
+        text: Stories to show instead: a file, or a dataset on the Hub. Figures stay those of the first run's text.
+        stories: Stories to show.
+        units: Units of each model to explain, with snippets.
+        tasks: ioi, pronoun, object, repeated or JSON files; None: ioi, and the others that a model can do.
+        title: Heading; None: the names of the runs.
+        seed: Seed of samples, prompts and explanations.
+        device: Where to run.
+    """
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out} must end in .html: the report is a page for a browser")
+    if not runs:
+        raise ValueError("name at least one run: sa-lens report runs/local")
+
+    from sa_lens.report import make_report, write_page
+
+    made = make_report(
+        runs, text=text, n_stories=stories, n_units=units, tasks=tasks, title=title, seed=seed, device=device
+    )
+    path = write_page(made, out)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
+    return None
