@@ -25,6 +25,8 @@ Found = dict[tuple[str, str, str], dict[Any, Any]]
 
 MISSING = "n/a"
 """A cell without a value."""
+UNDECIDED = "·"
+"""How the verdict `undecided` is written where words have no room."""
 
 RULE = (
     "A claim holds or fails only if the 95 % t interval of the paired difference over seeds excludes 0 after Holm's "
@@ -181,9 +183,8 @@ def _decision(row: Any, digits: int, seeds: int) -> str:
         return MISSING
     shown = f"{row['difference']:+,.{digits}f}"
     if math.isfinite(row["difference_low"]):
-        shown += (
-            f" [{row['difference_low']:+,.{digits}f}, {row['difference_high']:+,.{digits}f}], p {row['p_holm']:.2g}"
-        )
+        p = f"p {row['p_holm']:.2g}" if math.isfinite(row["p_holm"]) else "no test"
+        shown += f" [{row['difference_low']:+,.{digits}f}, {row['difference_high']:+,.{digits}f}], {p}"
     if row["n_pairs"] < seeds:
         shown += f" (n={int(row['n_pairs'])})"
     return f"{shown}: {row['verdict']}"
@@ -238,8 +239,11 @@ def _markdown_table(frame: pd.DataFrame) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """Verdicts, tables and differences as LaTeX, a `table` each; needs the packages booktabs and array."""
-    made = [_latex_table(_once(verdict_table(comparison), "claim"), f"Verdicts, comparison {comparison.name}", 2)]
+    """Verdicts claim by claim, tables and differences as LaTeX, a `table` each; needs packages booktabs and array."""
+    made = []
+    for claim, frame in verdict_table(comparison).groupby("claim", sort=False):
+        short = frame.drop(columns="claim").replace({"undecided": UNDECIDED})
+        made.append(_latex_table(short, f"Claim: {claim} ({UNDECIDED} is undecided)", 1))
     differences = difference_tables(comparison)
     for theme, frame in tables(comparison).items():
         made.append(_latex_table(_once(frame, "variant"), theme))
@@ -249,15 +253,16 @@ def latex(comparison: Comparison) -> str:
 
 
 def _latex_table(frame: pd.DataFrame, caption: str, wide: int = 0) -> str:
-    """A table as wide as a page: columns of text break their lines, the first `wide` ones get twice the room."""
+    """A table as wide as a page: columns of text break their lines, the first `wide` ones get more room."""
     fixed = 0 if wide else 2
-    shares = [2.0] * wide + [1.0] * (len(frame.columns) - wide - fixed)
+    shares = [2.4] * wide + [1.0] * (len(frame.columns) - wide - fixed)
     # 0.2 of the width is left for the two narrow columns in front, the rest for what separates columns
-    room = (0.88 if wide else 0.72) - 0.01 * len(shares)
+    room = (0.92 if wide else 0.72) - 0.01 * len(shares)
     breaking = "".join(rf">{{\raggedright\arraybackslash}}p{{{room * s / sum(shares):.3f}\linewidth}}" for s in shares)
     text = frame.to_latex(index=False, escape=True, caption=caption, column_format="l" * fixed + breaking)
-    text = text.replace("±", r"$\pm$").replace(">=", r"$\geq$").replace("||", r"$\Vert$")
-    return text.replace(r"\begin{tabular}", "\\footnotesize\n\\setlength{\\tabcolsep}{3pt}\n\\begin{tabular}")
+    text = text.replace("±", r"$\pm$").replace(">=", r"$\geq$").replace("||", r"$\Vert$").replace(UNDECIDED, r"$\cdot$")
+    size = r"\scriptsize" if wide else r"\footnotesize"
+    return text.replace(r"\begin{tabular}", f"{size}\n\\setlength{{\\tabcolsep}}{{3pt}}\n\\begin{{tabular}}")
 
 
 def write(comparison: Comparison, out: str | Path) -> list[Path]:

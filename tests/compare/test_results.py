@@ -203,7 +203,7 @@ def test_files_are_whole(tmp_path):
     tex = (tmp_path / "table.tex").read_text()
     assert tex == latex(made)
     assert r"$\pm$" in tex
-    made_of = len(tables(made)) + len(difference_tables(made)) + 1
+    made_of = len(tables(made)) + len(difference_tables(made)) + verdict_table(made)["claim"].nunique()
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == made_of
     assert json.loads((tmp_path / "figure.json").read_text())["variants"] == ["baseline", "local-8"]
     assert "plotly" in (tmp_path / "figure.html").read_text()
