@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import plotly.graph_objects as go
 
 from sa_lens.compare.columns import OTHER, WHOLE, column_named, in_order
@@ -18,6 +20,8 @@ ACROSS = 3
 """Panels beside one another."""
 WIDTH = 1080
 """Pixels of the figure."""
+FENCE = 3.0
+"""A mean so many interquartile ranges off the middle half is an arrow at the edge, so that the others can be read."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ def small_multiples(comparison: Comparison, columns: tuple[str, ...] | None = No
                 float(base["mean"].iloc[0]) if len(base) else None,
             )
         )
-    note = f"means over {len(comparison.seeds)} seeds with 95 % intervals; dotted line: the dense baseline"
+    note = (
+        f"means over {len(comparison.seeds)} seeds with 95 % intervals; dotted line: the dense baseline; arrows: means "
+        "beyond the panel"
+    )
     return SmallMultiples(f"Comparison {comparison.name}", note, variants, tuple(panels))
 
 
@@ -131,12 +138,15 @@ def figure_of_small_multiples(record: SmallMultiples, *, dark: bool = False) -> 
         if panel.reference is not None:
             line = {"color": colours.faint, "width": 1, "dash": "dot"}
             figure.add_vline(x=panel.reference, line=line, exclude_empty_subplots=False, **at)
+        edges = _edges(panel)
+        figure.update_xaxes(range=edges, **at)
         for dots in panel.dots:
             kind = dots.stream or "weights"
             shift = {"clean": -0.14, "ablated": 0.14}.get(dots.stream, 0.0)
-            figure.add_trace(
-                _dots(dots, kind, [y + shift for y in places], record.variants, dark, kind not in seen), **at
-            )
+            rows_of = [y + shift for y in places]
+            figure.add_trace(_dots(dots, edges, kind, rows_of, record.variants, dark, kind not in seen), **at)
+            for arrow in _arrows(dots, edges, kind, rows_of, record.variants, dark):
+                figure.add_trace(arrow, **at)
             seen.add(kind)
     figure.update_yaxes(
         tickvals=places, ticktext=[plain(name) for name in record.variants], range=[len(places) - 0.4, -0.6]
@@ -156,11 +166,39 @@ def figure_of_small_multiples(record: SmallMultiples, *, dark: bool = False) -> 
     return figure
 
 
-def _dots(dots: Dots, kind: str, y: list[float], variants: tuple[str, ...], dark: bool, legend: bool) -> go.Scatter:
-    colours = palette(dark)
-    colour = colours.lines[{"clean": 0, "ablated": 1}.get(kind, 2)]
+def _edges(panel: Panel) -> tuple[float, float]:
+    """Ends of the axis: round all means but outliers, and round their intervals as far as these leave means apart."""
+    dots = [
+        (mean, mean if low is None else low, mean if high is None else high)
+        for some in panel.dots
+        for mean, low, high in zip(some.mean, some.low, some.high, strict=True)
+        if mean is not None
+    ]
+    means = [mean for mean, *_ in dots]
+    lower, upper = np.quantile(means, (0.25, 0.75))
+    reach = FENCE * (upper - lower) or math.inf
+    inner = [dot for dot in dots if lower - reach <= dot[0] <= upper + reach]
+    least, most = min(mean for mean, *_ in inner), max(mean for mean, *_ in inner)
+    room = (most - least) or abs(most) or 1.0
+    left = max(least - room, min(low for _, low, _ in inner))
+    right = min(most + room, max(high for *_, high in inner))
+    margin = 0.08 * ((right - left) or room)
+    return float(left - margin), float(right + margin)
+
+
+def _dots(
+    dots: Dots,
+    edges: tuple[float, float],
+    kind: str,
+    y: list[float],
+    variants: tuple[str, ...],
+    dark: bool,
+    legend: bool,
+) -> go.Scatter:
+    """The means within the panel and their intervals."""
+    means = [mean if mean is None or edges[0] <= mean <= edges[1] else None for mean in dots.mean]
     return go.Scatter(
-        x=list(dots.mean),
+        x=means,
         y=y,
         mode="markers",
         name=kind if kind == "weights" else f"{kind} stream",
@@ -170,14 +208,41 @@ def _dots(dots: Dots, kind: str, y: list[float], variants: tuple[str, ...], dark
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [_gap(high, mean) for high, mean in zip(dots.high, dots.mean, strict=True)],
-            "arrayminus": [_gap(mean, low) for low, mean in zip(dots.low, dots.mean, strict=True)],
+            "array": [_gap(high, mean) for high, mean in zip(dots.high, means, strict=True)],
+            "arrayminus": [_gap(mean, low) for low, mean in zip(dots.low, means, strict=True)],
             "thickness": 1.5,
             "width": 0,
         },
-        marker={"color": colour, "size": 7, "symbol": "circle-open" if kind == "ablated" else "circle"},
+        marker={"color": _colour(kind, dark), "size": 7, "symbol": "circle-open" if kind == "ablated" else "circle"},
         hovertemplate="%{customdata}<br><b>%{x:.4g}</b><extra></extra>",
     )
+
+
+def _arrows(
+    dots: Dots, edges: tuple[float, float], kind: str, y: list[float], variants: tuple[str, ...], dark: bool
+) -> Iterator[go.Scatter]:
+    """An arrow and a number at the edge for each mean beyond the panel."""
+    inset = 0.03 * (edges[1] - edges[0])
+    for name, mean, place in zip(variants, dots.mean, y, strict=True):
+        if mean is None or edges[0] <= mean <= edges[1]:
+            continue
+        right = mean > edges[1]
+        yield go.Scatter(
+            x=[edges[1] - inset if right else edges[0] + inset],
+            y=[place],
+            mode="markers+text",
+            text=[f"{mean:.3g}"],
+            textposition="middle left" if right else "middle right",
+            textfont={"size": 10, "color": _colour(kind, dark)},
+            legendgroup=kind,
+            showlegend=False,
+            marker={"color": _colour(kind, dark), "size": 7, "symbol": f"triangle-{'right' if right else 'left'}"},
+            hovertemplate=f"{name}, {kind}<br><b>{mean:.4g}</b><extra></extra>",
+        )
+
+
+def _colour(kind: str, dark: bool) -> str:
+    return palette(dark).lines[{"clean": 0, "ablated": 1}.get(kind, 2)]
 
 
 def _gap(above: float | None, below: float | None) -> float | None:

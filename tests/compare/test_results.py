@@ -249,3 +249,17 @@ def test_the_papers_figures_are_those_of_the_published_table():
     assert paper_value("random-init", "perplexity") is None
     assert len(PAPER) == 9
     assert all(len(figures) == 5 for figures in PAPER.values())
+
+
+def test_a_mean_far_off_is_an_arrow_at_the_edge_and_all_others_are_where_they_are():
+    near = {f"global-{k}": {("loss", "clean"): [1.0 + k / 100] * 4} for k in (1, 2, 4, 8)}
+    made = comparison(**near, **{"random-init": {("loss", "clean"): [7.2] * 4}})
+    figure = draw(small_multiples(made, ("loss",)))
+    dots, arrow = figure.data
+    low, high = figure.layout.xaxis.range
+    assert dots.x[made.variants.index("global-4")] == 1.04
+    assert dots.x[made.variants.index("random-init")] is None
+    assert low < 1.01
+    assert 1.08 < arrow.x[0] < high < 2
+    assert (arrow.marker.symbol, *arrow.text) == ("triangle-right", "7.2")
+    assert "random-init, clean" in arrow.hovertemplate
