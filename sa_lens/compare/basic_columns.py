@@ -57,6 +57,7 @@ class Weights(Group):
     """A weight is small below this share of its layer's root mean square."""
 
     name: ClassVar[str] = "weights"
+    version: ClassVar[int] = 2
     columns: ClassVar[tuple[str, ...]] = (
         "mean_abs_weight",
         "mean_abs_weight_inner",

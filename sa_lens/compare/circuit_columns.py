@@ -18,7 +18,7 @@ from sa_lens.circuits.faithfulness import faithfulness_curve
 from sa_lens.circuits.graph import Graph
 from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.compare.basic_columns import OBJECT, PROMPT_TOKENS, NoPrompts, task_pairs
+from sa_lens.compare.basic_columns import OBJECT, PROMPT_TOKENS, NoPrompts, Skill, task_pairs
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig, Stream
 
@@ -31,7 +31,7 @@ def too_weak(subject: Subject, pairs: PromptPairs, stream: Stream, bar: float) -
     accuracy = float(pair_accuracy(last_logits(subject.model, pairs, stream), pairs).double().mean())
     if accuracy >= bar:
         return None
-    return f"the {stream} stream has {accuracy:.0%} pair accuracy, below {bar:.0%}: no circuit"
+    return f"the {stream} stream has {accuracy:.1%} pair accuracy, below {bar:.0%}: no circuit"
 
 
 def n_edges(run: RunConfig) -> int:
@@ -58,8 +58,11 @@ class ACDC(Group):
     """Random orders within layers at tau 0.01, for the spread; 0: none."""
     bar: float = SKILL_BAR
     """Pair accuracy below which there is no value."""
+    skill_pairs: int = Skill.pairs
+    """Prompts that pair accuracy is judged on, those of the columns of skill: one choice of models for all circuits."""
 
     name: ClassVar[str] = "acdc"
+    version: ClassVar[int] = 2
     columns: ClassVar[tuple[str, ...]] = (
         "corrupt_kl",
         "acdc_edges_0.003",
@@ -83,11 +86,12 @@ class ACDC(Group):
             values |= in_every_stream((spread,), subject.streams)
         try:
             pairs = task_pairs(subject, self.pairs, self.task)
+            judged = task_pairs(subject, self.skill_pairs, self.task)
         except NoPrompts as error:
             return Measured(values, (str(error),))
         notes = []
         for stream in subject.streams:
-            weak = too_weak(subject, pairs, stream, self.bar)
+            weak = too_weak(subject, judged, stream, self.bar)
             clean, corrupt = (last_logits(subject.model, pairs, stream, prompt) for prompt in ("clean", "corrupt"))
             divergence = float(kl(corrupt, clean).double().mean())
             values[kl_name][stream] = divergence
@@ -120,9 +124,12 @@ class Faithfulness(Group):
     steps: int = 5
     """Steps of the integrated gradient."""
     bar: float = SKILL_BAR
-    """Pair accuracy, on the prompts to judge on, below which there is no value."""
+    """Pair accuracy below which there is no value."""
+    skill_pairs: int = Skill.pairs
+    """Prompts that pair accuracy is judged on, those of the columns of skill: one choice of models for all circuits."""
 
     name: ClassVar[str] = "faithfulness"
+    version: ClassVar[int] = 2
     columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd")
     task: ClassVar[str] = "ioi"
     prefix: ClassVar[str] = ""
@@ -134,10 +141,11 @@ class Faithfulness(Group):
         values, notes = in_every_stream(self.columns, subject.streams), []
         try:
             find, report = task_pairs(subject, 2 * self.pairs, self.task).split(0)
+            judged = task_pairs(subject, self.skill_pairs, self.task)
         except NoPrompts as error:
             return Measured(values, (str(error),))
         for stream in subject.streams:
-            weak = too_weak(subject, report, stream, self.bar)
+            weak = too_weak(subject, judged, stream, self.bar)
             if weak is not None:
                 notes.append(weak)
                 continue

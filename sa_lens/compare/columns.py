@@ -116,6 +116,9 @@ _THEMES: dict[str, tuple[Column, ...]] = {
             _SPECIALIZED,
             drawn=True,
         ),
+        Column("effective_tokens_matched_0.3", "the same, firing at 0.3 of the percentile", 2),
+        Column("effective_tokens_matched_0.7", "the same, firing at 0.7 of the percentile", 2),
+        Column("share_matched", "share of live units that have a match", 2),
         Column("label_coverage", "share of labels with a unit (F1 >= 0.8)", 3, +1, _SPECIALIZED, drawn=True),
     ),
     "Explanations": (

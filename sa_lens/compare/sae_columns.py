@@ -6,8 +6,9 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
+from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream, inputs_of
 from sa_lens.config import RunConfig
+from sa_lens.data.disk import key_of
 from sa_lens.sae import SAESettings, evaluate_sae, train_sae
 
 
@@ -49,7 +50,7 @@ class SAE(Group):
                 subject.data.train,
                 preset=self.settings,
                 seed=subject.seed,
-                output=subject.folder / f"sae-{stream}",
+                output=subject.folder / f"sae-{stream}-{key_of(inputs_of(self))[:10]}",
                 resume=True,
                 **common,
             )

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
-from sa_lens.config import RunConfig
+from sa_lens.config import RunConfig, Stream
+from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import has_ablated_stream
 from sa_lens.units.comparison import compare as compare_units
 from sa_lens.units.explanations import explain
-from sa_lens.units.firing import calibrate
+from sa_lens.units.firing import OTHER_SHARES, SHARE, calibrate
 from sa_lens.units.labels import label_stories, selectivity
 from sa_lens.units.mask_leakage import leakage
 from sa_lens.units.unit_tables import specialization
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def finite(value: float) -> float | None:
@@ -33,16 +37,30 @@ class Units(Group):
     """Tokens of the validation text that set the firing thresholds."""
 
     name: ClassVar[str] = "units"
-    columns: ClassVar[tuple[str, ...]] = ("live_units", "firing_rate", "effective_tokens", "effective_tokens_matched")
+    version: ClassVar[int] = 2
+    columns: ClassVar[tuple[str, ...]] = (
+        *("live_units", "firing_rate", "effective_tokens", "effective_tokens_matched"),
+        *(f"effective_tokens_matched_{share:g}" for share in OTHER_SHARES),
+        "share_matched",
+    )
     against_baseline: ClassVar[bool] = True
 
     def work(self, run: RunConfig) -> float:
-        return 6.0 * (self.tokens + self.calibration)
+        return 3.0 * (2 * self.calibration + 6 * self.tokens)
 
     def measure(self, subject: Subject) -> Measured:
         calibration, text = subject.texts(self.calibration, self.tokens)
-        options = {"coactivation_tokens": 0, "progress": subject.progress}
-        table = specialization(subject.model, text, calibration, subject.streams, **options).table  # type: ignore[arg-type]
+
+        def tables(model: SelfAblatingTransformer, streams: tuple[Stream, ...]) -> dict[float, pd.DataFrame]:
+            rules = calibrate(model, calibration, streams, progress=subject.progress)
+            options: dict[str, Any] = {"sample_tokens": 2, "coactivation_tokens": 0, "progress": subject.progress}
+            return {
+                share: specialization(model, text, rules, streams, share=share, **options).table
+                for share in (SHARE, *OTHER_SHARES)
+            }
+
+        found = tables(subject.model, subject.streams)
+        table = found[SHARE]
         values, notes = in_every_stream(self.columns, subject.streams), []
         for stream in subject.streams:
             some = table[table["stream"] == stream]
@@ -50,19 +68,23 @@ class Units(Group):
             values["live_units"][stream] = float(some["live"].mean())
             for name in ("firing_rate", "effective_tokens"):
                 values[name][stream] = finite(live[name].mean())
+        matched = {share: "effective_tokens_matched" + ("" if share == SHARE else f"_{share:g}") for share in found}
         if subject.baseline is None:
-            values["effective_tokens_matched"] = {"clean": 0.0}
-            return Measured(values)
-        reference = specialization(subject.baseline, text, calibration, "clean", **options).table  # type: ignore[arg-type]
+            return Measured(
+                values | {name: {"clean": 0.0} for name in matched.values()} | {"share_matched": {"clean": 1.0}}
+            )
+        reference = tables(subject.baseline, ("clean",))
         for stream in subject.streams:
-            try:
-                found = compare_units(
-                    reference, table, ["effective_tokens"], streams=("clean", stream), resamples=1
-                ).iloc[0]
-            except ValueError as error:
-                notes.append(f"the {stream} stream against the baseline: {error}")
-                continue
-            values["effective_tokens_matched"][stream] = finite(found["difference"])
+            for share, name in matched.items():
+                options: dict[str, Any] = {"streams": ("clean", stream), "resamples": 1}
+                try:
+                    row = compare_units(reference[share], found[share], ["effective_tokens"], **options).iloc[0]
+                except ValueError as error:
+                    notes.append(f"the {stream} stream against the baseline: {error}")
+                    continue
+                values[name][stream] = finite(row["difference"])
+                if share == SHARE:
+                    values["share_matched"][stream] = float(row["share_matched"])
         return Measured(values, tuple(notes))
 
 

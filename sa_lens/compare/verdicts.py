@@ -47,7 +47,7 @@ class Difference(NamedTuple):
     high: float
     """Upper end."""
     p: float
-    """Two-sided p-value of the paired t test; NaN with fewer than `LEAST_PAIRS` seeds."""
+    """Two-sided p-value of the paired t test; NaN with fewer than `LEAST_PAIRS` seeds, or differences all alike."""
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -72,7 +72,8 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 def paired(values: Sequence[float], reference: Sequence[float], level: float = LEVEL) -> Difference:
     """Difference of values that belong together by seed; pairs with a NaN are left out.
 
-    Differences that are all equal have p = 0, or 1 if they are all 0.
+    Differences that are all equal have no test, or p = 1 if they are all 0: counts of edges may differ by the same
+    number in every seed, which is no certainty.
 
     Raises:
         ValueError: sequences of unequal length, or a level outside (0, 1).
@@ -84,7 +85,7 @@ def paired(values: Sequence[float], reference: Sequence[float], level: float = L
         return Difference(*found, math.nan)
     half = found.high - found.mean
     if half == 0:
-        return Difference(*found, 1.0 if found.mean == 0 else 0.0)
+        return Difference(*found, 1.0 if found.mean == 0 else math.nan)
     statistic = abs(found.mean) / half * float(t.ppf((1 + level) / 2, found.n - 1))
     return Difference(*found, 2 * float(t.sf(statistic, found.n - 1)))
 

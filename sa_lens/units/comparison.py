@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 NOT_MEASURES = frozenset(("stream", "layer", "kind", "unit", "top_token", "threshold", "mean", "std"))
 """Columns of a table of units whose means say nothing, or depend on the scale of the model."""
-BINS_PER_DECADE = 2
-"""Bins of the firing rate for a factor of ten."""
+BINS_PER_DECADE = 8
+"""Bins of the firing rate for a factor of ten: wider ones leave a difference of activity within a bin."""
 KEY = ["stream", "layer", "kind", "unit"]
 
 
@@ -36,7 +36,8 @@ def summary(
 ) -> pd.DataFrame:
     """Means over a model's units with bootstrap intervals over units.
 
-    Units without a value (dead ones have none for most columns) are left out of a mean, which `n` counts.
+    Of a table of `specialization` dead units count in the mean of `live` alone. Units without a value are left out of a
+    mean, which `n` counts.
 
     Args:
         table: from `specialization` or `selectivity`.
@@ -60,6 +61,8 @@ def summary(
         for kind in ("all", *of_stream["kind"].unique()):
             some = of_stream if kind == "all" else of_stream[of_stream["kind"] == kind]
             values = some[columns].to_numpy(dtype=float, na_value=np.nan)
+            if "live" in some:
+                values[np.ix_(~some["live"].to_numpy(dtype=bool), [name != "live" for name in columns])] = np.nan
             found = bootstrap_means(values, level=level, resamples=resamples, seed=seed)
             known = np.isfinite(values).sum(0)
             rows += [
@@ -81,7 +84,7 @@ def compare(
 ) -> pd.DataFrame:
     """Two models' units at equal layer, kind and activity: the difference second minus first, with intervals.
 
-    Live units are put into cells of one layer, one kind and half a decade of the firing rate. In each cell the
+    Live units are put into cells of one layer, one kind and an eighth of a decade of the firing rate. In each cell the
     difference of the means is taken, and cells are weighted by the smaller of the two numbers of units; a cell that
     one model leaves empty does not count. The interval comes from drawing units with replacement within each cell.
 

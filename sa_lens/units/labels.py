@@ -115,6 +115,7 @@ def selectivity(
     calibration: TokenFile | Tensor | Mapping[Stream, Thresholds],
     streams: Stream | Sequence[Stream] | None = None,
     *,
+    share: float = SHARE,
     min_tokens: int = 30,
     sample_tokens: int = 16_384,
     progress: bool = True,
@@ -129,12 +130,13 @@ def selectivity(
         text: from `label_stories`.
         calibration: another text, or thresholds from `calibrate`.
         streams: None: all that the model has.
+        share: firing level as a share of the 99.9th percentile.
         min_tokens: tokens that a label must have in each half.
         sample_tokens: tokens of each half whose values are kept for AUROC (4 bytes a unit and stream each).
         progress: show progress bars.
 
     Raises:
-        ValueError: an unknown stream, a text of one block, no label with enough tokens.
+        ValueError: an unknown stream, a text of one block, no label with enough tokens, a share outside (0, 1].
     """
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
@@ -147,8 +149,8 @@ def selectivity(
     kept = _frequent(text, half, min_tokens)
     rules = rules_for(model, calibration, chosen, progress)
     halves = [
-        _count(model, text, slice(0, half), kept, rules, chosen, sample_tokens, progress, "labels: choice"),
-        _count(model, text, slice(half, None), kept, rules, chosen, sample_tokens, progress, "labels: held out"),
+        _count(model, text, slice(0, half), kept, rules, chosen, share, sample_tokens, progress, "labels: choice"),
+        _count(model, text, slice(half, None), kept, rules, chosen, share, sample_tokens, progress, "labels: held out"),
     ]
     names = [text.names[i] for i in kept.tolist()]
     return _scored(halves, rules, names, chosen, unit_counts(model))
@@ -182,6 +184,7 @@ def _count(
     kept: Int[Tensor, " label"],
     rules: Mapping[Stream, Thresholds],
     streams: Sequence[Stream],
+    share: float,
     sample_tokens: int,
     progress: bool,
     name: str,
@@ -212,7 +215,7 @@ def _count(
         member = member.to(device)
         for stream, site in keys:
             scores = unit_scores(site, batch.values[stream][site].flatten(0, 1).float())
-            fired = torch.gt(scores, rules[stream].levels(site, SHARE).to(device), out=torch.empty_like(scores))
+            fired = torch.gt(scores, rules[stream].levels(site, share).to(device), out=torch.empty_like(scores))
             together[stream, site] += member.T @ fired
             sample[stream, site][low:high] = scores[rows.to(device)]
     areas = {key: auroc(sample.pop(key), members.to(device)) for key in keys}

@@ -1,15 +1,16 @@
 """How sparse weights, activations and connections are, by the paper's measure and by ones without a scale.
 
 The paper's mean absolute weight counts every entry of the plain transformer, embedding and unembedding each (also
-where they are tied), and changes with any rescaling that leaves the function as it is. Hoyer, Gini and the share of
-entries below a fraction of their layer's root mean square do not. Gates are no part of the plain transformer and are
-left out.
+where they are tied), and changes with any rescaling that leaves the function as it is. Hoyer and Gini of a matrix do
+not change when the matrix is rescaled, so for several matrices they are means over them. The share of entries below a
+fraction of the layer's root mean square changes when matrices of one layer are rescaled against one another. Gates are
+no part of the plain transformer and are left out, and so are biases that TransformerLens creates but the model lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -30,7 +31,10 @@ LAYER_VECTORS = (
     *("ln1.w", "ln1.b", "ln2.w", "ln2.b"),
     *("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out"),
 )
-END_VECTORS = ("ln_final.w", "ln_final.b", "unembed.b_U")
+UNEMBEDDING_BIAS = "unembed.b_U"
+END_VECTORS = ("ln_final.w", "ln_final.b", UNEMBEDDING_BIAS)
+MEASURES = ("hoyer", "gini", "share_small")
+"""Measures of single matrices."""
 EPS = 0.01
 """Share of a layer's root mean square below which a weight counts as absent."""
 
@@ -45,8 +49,8 @@ def sparsity(model: Host, eps: float = EPS) -> pd.DataFrame:
     Returns:
         A row a matrix, then `matrices` (all of them), `matrices without embeddings`, and `all parameters` (biases and
         LayerNorms too: the paper's figure is its `mean_abs`), `all parameters without embeddings`. Columns: weight,
-        layer (-1 where none), n, mean_abs, hoyer, gini, share_small (NaN for rows with biases, which have no layer
-        scale of their own).
+        layer (-1 where none), n, mean_abs, hoyer, gini (of several matrices: means weighted by their entries),
+        share_small; the last three are NaN for rows with biases.
 
     Raises:
         ValueError: eps not above 0.
@@ -56,15 +60,17 @@ def sparsity(model: Host, eps: float = EPS) -> pd.DataFrame:
     _check_eps(eps)
     matrices = _matrices(model)
     scales = layer_scales(model)
-    vectors = [x for name in _vector_names(model) if (x := _found(model, name)) is not None]
-    small = {name: x.abs() < eps * scales[name] for name, (_, x) in matrices.items()}
-    rows = [_row(name, layer, [x], [small[name]]) for name, (layer, x) in matrices.items()]
+    each = {name: _row(name, layer, x, eps * scales[name]) for name, (layer, x) in matrices.items()}
     inner = [name for name in matrices if name not in EMBEDDINGS]
-    for title, names in (("matrices", list(matrices)), ("matrices without embeddings", inner)):
-        rows.append(_row(title, -1, [matrices[name][1] for name in names], [small[name] for name in names]))
-    for title, names in (("all parameters", list(matrices)), ("all parameters without embeddings", inner)):
-        rows.append(_row(title, -1, [*(matrices[name][1] for name in names), *vectors], []))
-    return pd.DataFrame(rows)
+    parts = {"": list(matrices), " without embeddings": inner}
+    means = [_mean_row(f"matrices{which}", [each[name] for name in names]) for which, names in parts.items()]
+    vectors = {name: x for name in _vector_names(model) if (x := _found(model, name)) is not None}
+    inner_vectors = [x for name, x in vectors.items() if name != UNEMBEDDING_BIAS]
+    whole = [
+        _all_row(f"all parameters{which}", [*(matrices[name][1] for name in names), *others])
+        for (which, names), others in zip(parts.items(), ([*vectors.values()], inner_vectors), strict=True)
+    ]
+    return pd.DataFrame([*each.values(), *means, *whole])
 
 
 def activation_sparsity(
@@ -189,7 +195,9 @@ def _matrices(model: Host) -> dict[str, tuple[int, Tensor]]:
 
 
 def _vector_names(model: Host) -> list[str]:
-    return [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in LAYER_VECTORS] + [*END_VECTORS]
+    names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in LAYER_VECTORS]
+    lacking = getattr(model, "zero_biases", ())
+    return [name for name in (*names, *END_VECTORS) if name not in lacking]
 
 
 def layer_scales(model: Host) -> dict[str, float]:
@@ -205,18 +213,30 @@ def layer_scales(model: Host) -> dict[str, float]:
     return {name: scale[name if layer < 0 else layer] for name, (layer, _) in matrices.items()}
 
 
-def _row(name: str, layer: int, some: Sequence[Tensor], small: Sequence[Tensor]) -> dict[str, object]:
-    flat = torch.cat([x.flatten() for x in some])
-    absolute, squares = flat.abs().double().sum(), flat.double().square().sum()
+def _row(name: str, layer: int, x: Tensor, floor: float) -> dict[str, Any]:
+    absolute, squares = x.abs().double().sum(), x.double().square().sum()
     return {
         "weight": name,
         "layer": layer,
-        "n": flat.numel(),
-        "mean_abs": float(absolute) / flat.numel(),
-        "hoyer": float(hoyer_from_sums(flat.numel(), absolute, squares)),
-        "gini": float(gini(flat)),
-        "share_small": sum(int(x.sum()) for x in small) / flat.numel() if small else float("nan"),
+        "n": x.numel(),
+        "mean_abs": float(absolute) / x.numel(),
+        "hoyer": float(hoyer_from_sums(x.numel(), absolute, squares)),
+        "gini": float(gini(x.flatten())),
+        "share_small": int((x.abs() < floor).sum()) / x.numel(),
     }
+
+
+def _mean_row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means of the rows of matrices, weighted by their entries."""
+    n = sum(row["n"] for row in rows)
+    means = {key: sum(row["n"] * row[key] for row in rows) / n for key in ("mean_abs", *MEASURES)}
+    return {"weight": name, "layer": -1, "n": n, **means}
+
+
+def _all_row(name: str, some: Sequence[Tensor]) -> dict[str, Any]:
+    n = sum(x.numel() for x in some)
+    mean = sum(float(x.abs().double().sum()) for x in some) / n
+    return {"weight": name, "layer": -1, "n": n, "mean_abs": mean, **dict.fromkeys(MEASURES, float("nan"))}
 
 
 def _weights_of_units(

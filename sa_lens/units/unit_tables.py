@@ -78,6 +78,7 @@ def specialization(
     calibration: TokenFile | Tensor | Mapping[Stream, Thresholds],
     streams: Stream | Sequence[Stream] | None = None,
     *,
+    share: float = SHARE,
     n_tokens: int | None = None,
     classes: TokenClasses | None = None,
     n_partners: int = 5,
@@ -93,6 +94,7 @@ def specialization(
         text: a token file or blocks `[block pos]`.
         calibration: another text from which each unit's firing threshold comes, or thresholds from `calibrate`.
         streams: None: all that the model has.
+        share: firing level as a share of the 99.9th percentile.
         n_tokens: tokens to read at most; None: all.
         classes: word classes of tokens; None: `word_classes` of the model's tokenizer, or none without tokenizer.
         n_partners: most co-active units that the table names for each.
@@ -103,7 +105,8 @@ def specialization(
         progress: show progress bars.
 
     Raises:
-        ValueError: an unknown stream, a text of one token type or without a whole block, settings below 1.
+        ValueError: an unknown stream, a text of one token type or without a whole block, a share outside (0, 1],
+            settings below 1.
     """
     settings = {"sample_tokens": sample_tokens, "distinct_tokens": distinct_tokens, "n_partners": n_partners}
     for name, value in {**settings, "coactivation_units": coactivation_units - 1}.items():
@@ -124,7 +127,7 @@ def specialization(
     rules = rules_for(model, calibration, chosen, progress)
     vocabulary = _Vocabulary.of(frequencies, distinct_tokens, device_of(model))
     tallies = {
-        (stream, site): _SiteTally(site, n, rules[stream], vocabulary, blocks, sample_tokens)
+        (stream, site): _SiteTally(site, n, rules[stream], share, vocabulary, blocks, sample_tokens)
         for stream in chosen
         for site, n in unit_counts(model).items()
     }
@@ -143,6 +146,7 @@ def specialization(
     parts = [tally.columns(stream, vocabulary, classes) for (stream, _), tally in tallies.items()]
     table = _table(parts, company, n_partners)
     table.attrs = {
+        "share": share,
         "n_tokens": blocks.n_tokens,
         "n_calibration_tokens": next(iter(rules.values())).n_tokens,
         "n_coactivation_tokens": pairs_seen if company else 0,
@@ -219,11 +223,19 @@ class _SiteTally:
     """All that is counted of one site in one stream."""
 
     def __init__(
-        self, site: Site, n_units: int, rule: Thresholds, vocabulary: _Vocabulary, blocks: TextBlocks, sample: int
+        self,
+        site: Site,
+        n_units: int,
+        rule: Thresholds,
+        share: float,
+        vocabulary: _Vocabulary,
+        blocks: TextBlocks,
+        sample: int,
     ) -> None:
         device = vocabulary.slot_of.device
         self.site, self.rule, self.blocks = site, rule, blocks
-        self.levels = {share: rule.levels(site, share).to(device) for share in (SHARE, *OTHER_SHARES)}
+        self.threshold = rule.levels(site, share).to(device)
+        self.levels = {share: rule.levels(site, share).to(device) for share in OTHER_SHARES}
         self.rates = {share: torch.zeros(n_units, dtype=torch.float64, device=device) for share in OTHER_SHARES}
         self.kept: Tensor | None = None
         self.moments = Moments()
@@ -242,7 +254,7 @@ class _SiteTally:
         scores = unit_scores(self.site, x)
         ones = x.new_ones(1, len(x))
         # a comparison written straight into floats, which the products below need
-        fired = torch.gt(scores, self.levels[SHARE], out=torch.empty_like(scores))
+        fired = torch.gt(scores, self.threshold, out=torch.empty_like(scores))
         above = torch.empty_like(scores)
         for share, rate in self.rates.items():
             rate += (ones @ torch.gt(scores, self.levels[share], out=above))[0]
@@ -276,7 +288,7 @@ class _SiteTally:
             "mask_rate": self.kept / n if self.kept is not None else never,
             "firing_rate": fires / n,
             **{f"firing_rate_{share:g}": rate / n for share, rate in self.rates.items()},
-            "threshold": self.levels[SHARE],
+            "threshold": self.threshold,
             "mean": self.moments.mean(),
             "std": self.moments.variance().sqrt(),
             "kurtosis": self.moments.kurtosis(),

@@ -64,8 +64,8 @@ def test_pairs_with_a_missing_half_are_left_out():
     assert math.isnan(paired([16.0, 21.0], [10.0, 15.0]).p), "two equal differences are no proof"
 
 
-def test_equal_differences_are_certain():
-    assert paired([3.0, 3.0, 3.0], [1.0, 1.0, 1.0]).p == 0.0
+def test_equal_differences_have_no_test():
+    assert math.isnan(paired([3.0, 3.0, 3.0], [1.0, 1.0, 1.0]).p)
     assert paired([3.0, 3.0, 3.0], [3.0, 3.0, 3.0]).p == 1.0
     with pytest.raises(ValueError, match="argument 2 is longer"):
         paired([1.0], [1.0, 2.0])

@@ -16,6 +16,14 @@ def table_of(rates, values, layer=0, kind="mlp", stream="clean"):
     )  # fmt: skip
 
 
+def test_dead_units_count_in_the_share_of_live_ones_alone():
+    found = summary(table_of([0.2, 0.0, 0.4, 0.0], [0.5, 0.9, 0.7, 0.9]), resamples=20).set_index(["kind", "column"])
+    assert found.loc[("all", "live")]["mean"] == 0.5
+    assert found.loc[("all", "firing_rate")]["mean"] == pytest.approx(0.3)
+    assert found.loc[("all", "gini")]["mean"] == pytest.approx(0.6)
+    assert found.loc[("all", "gini")]["n"] == 2
+
+
 def test_summary_gives_means_counts_and_intervals(gated, text, calibration):
     table = specialization(gated, text, calibration, progress=False).table
     found = summary(table, ["live", "firing_rate", "effective_tokens"], resamples=200).set_index(
@@ -29,6 +37,9 @@ def test_summary_gives_means_counts_and_intervals(gated, text, calibration):
         assert row.low <= row["mean"] <= row.high
         neurons = some[some.kind == "mlp"]
         assert found.loc[(stream, "mlp", "live")]["mean"] == pytest.approx(neurons.live.mean())
+        assert found.loc[(stream, "mlp", "firing_rate")]["mean"] == pytest.approx(
+            neurons[neurons.live].firing_rate.mean()
+        )
     assert set(summary(table, resamples=5).column) >= {"kurtosis", "gini", "hoyer", "mask_rate", "partner_jaccard"}
     with pytest.raises(ValueError, match="'colour' is no measure"):
         summary(table, ["colour"])

@@ -1,5 +1,7 @@
 """Labels of units: planted ones are found, random ones are not, and each measure agrees with scipy or a count."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,23 @@ def test_the_label_is_chosen_on_one_half_and_scored_on_the_other(gated, calibrat
     assert abs(live.auroc.mean() - 0.5) < 0.03
     assert live.mutual_information_when_chosen.mean() > 1.5 * live.mutual_information.mean()
     assert live.f1_when_chosen.mean() > 1.3 * live.f1.mean()
+
+
+def test_another_share_of_the_percentile(gated, text, calibration):
+    """0.3 of the percentile is half of 0.6 of it."""
+    labels = torch.randint(0, 4, (1, *text.shape), generator=torch.Generator().manual_seed(2))
+    labelled = LabelledText(text, labels, tuple(f"random={i}" for i in range(4)))
+    rules = calibrate(gated, calibration, ("clean", "ablated"), progress=False)
+    lower = {
+        stream: dataclasses.replace(rule, peaks={site: 0.6 * peaks for site, peaks in rule.peaks.items()})
+        for stream, rule in rules.items()
+    }
+    options = {"min_tokens": 3, "progress": False}
+    found = selectivity(gated, labelled, rules, share=0.3, **options)
+    twin = selectivity(gated, labelled, lower, **options)
+    assert found.coverage.equals(twin.coverage)
+    assert found.table.f1.equals(twin.table.f1)
+    assert not found.table.f1.equals(selectivity(gated, labelled, rules, **options).table.f1)
 
 
 def test_swapping_what_the_second_half_says_leaves_the_choice_alone(planted, planted_labels, even_text):

@@ -12,7 +12,11 @@ from sa_lens.units.unit_tables import specialization
 
 def test_weights_row_by_row_and_in_all(gated):
     table = sparsity(gated, eps=0.1).set_index("weight")
-    weights = {name: x.detach() for name, x in gated.named_parameters() if "_gate." not in name}
+    weights = {
+        name: x.detach()
+        for name, x in gated.named_parameters()
+        if "_gate." not in name and name not in gated.zero_biases
+    }
     weights["unembed.W_U"] = gated.W_U
     matrices = {name: x for name, x in weights.items() if name.rsplit(".", 1)[-1].startswith("W_")}
     assert set(table.index[:-4]) == set(matrices)
@@ -28,12 +32,12 @@ def test_weights_row_by_row_and_in_all(gated):
     assert table.loc["all parameters"].n == len(everything)
     assert table.loc["all parameters"].mean_abs == pytest.approx(float(everything.abs().mean()), rel=1e-5)
     inner = torch.cat([x.flatten() for name, x in weights.items() if "embed" not in name])
-    # the unembedding's bias is no embedding matrix
-    inner = torch.cat([inner, weights["unembed.b_U"]])
     row = table.loc["all parameters without embeddings"]
     assert (row.n, row.mean_abs) == (len(inner), pytest.approx(float(inner.abs().mean()), rel=1e-5))
-    blocks = torch.cat([x.flatten() for name, x in matrices.items() if "embed" not in name])
-    assert table.loc["matrices without embeddings"].gini == pytest.approx(float(gini(blocks)))
+    sizes = {name: x.numel() for name, x in matrices.items() if "embed" not in name}
+    for measure in ("hoyer", "gini", "share_small"):
+        mean = sum(n * table.loc[name][measure] for name, n in sizes.items()) / sum(sizes.values())
+        assert table.loc["matrices without embeddings"][measure] == pytest.approx(mean)
 
 
 def test_only_the_papers_measure_depends_on_scale(gated):
@@ -47,6 +51,21 @@ def test_only_the_papers_measure_depends_on_scale(gated):
     np.testing.assert_allclose(other.mean_abs, 3 * one.mean_abs, rtol=1e-5)
     for column in ("hoyer", "gini", "share_small"):
         np.testing.assert_allclose(other[column], one[column], rtol=1e-4, atol=1e-6)
+
+
+def test_matrices_rescaled_against_one_another_leave_function_hoyer_and_gini(gated, text):
+    import copy
+
+    scaled = copy.deepcopy(gated)
+    with torch.no_grad():
+        for block in scaled.blocks:
+            for name, factor in (("W_V", 4), ("b_V", 4), ("W_O", 1 / 4), ("W_Q", 3), ("b_Q", 3), ("W_K", 1 / 3)):
+                getattr(block.attn, name).mul_(factor)
+        torch.testing.assert_close(scaled(text), gated(text), atol=1e-5, rtol=1e-4)
+    one, other = sparsity(gated), sparsity(scaled)
+    for column in ("hoyer", "gini"):
+        np.testing.assert_allclose(other[column], one[column], rtol=1e-4)
+    assert not np.allclose(other.mean_abs, one.mean_abs, rtol=1e-2)
 
 
 def test_activations_token_by_token(gated, text):

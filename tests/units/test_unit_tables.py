@@ -47,6 +47,15 @@ def test_a_pair_that_fires_together(described):
     assert described.coactivation(0).loc["mlp.1", "mlp.2"] == 1
 
 
+def test_another_share_of_the_percentile(gated, text, calibration):
+    usual = specialization(gated, text, calibration, progress=False).table
+    low = specialization(gated, text, calibration, share=0.3, progress=False).table
+    assert low.firing_rate.equals(usual["firing_rate_0.3"])
+    assert (low.effective_tokens > usual.effective_tokens).any()
+    with pytest.raises(ValueError, match=r"share=0 .* must be above 0"):
+        specialization(gated, text, calibration, share=0, progress=False)
+
+
 def test_a_dead_neuron(described):
     row = unit_row(described, 3)
     assert not row.live
