@@ -8,8 +8,9 @@ from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
 from sa_lens.units.activations import Site
-from sa_lens.units.explanations import correlation, explain, firing_places, judge, silent_places, token_list, window_of
+from sa_lens.units.explanations import explain
 from sa_lens.units.firing import calibrate
+from sa_lens.units.judging import correlation, firing_places, judge, silent_places, token_list, window_of
 from sa_lens.units.pruning import Fill, UnitReader, likely_tokens
 from sa_lens.units.trie import ANY
 
