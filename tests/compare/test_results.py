@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -207,6 +209,22 @@ def test_files_are_whole(tmp_path):
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == made_of
     assert json.loads((tmp_path / "figure.json").read_text())["variants"] == ["baseline", "local-8"]
     assert "plotly" in (tmp_path / "figure.html").read_text()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
+def test_the_latex_compiles(tmp_path):
+    text = latex(comparison())
+    page = rf"\documentclass{{article}}\usepackage{{booktabs,array}}\begin{{document}}{text}\end{{document}}"
+    (tmp_path / "page.tex").write_text(page)
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "page.pdf").stat().st_size > 0
 
 
 def test_an_unfinished_comparison_says_so():
