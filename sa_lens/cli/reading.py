@@ -150,7 +150,7 @@ def units(
         print(as_json(means))
         return None
     shown = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
-    print("Means over live units, by stream\n")
+    print("Means over live units (live: over all), by stream\n")
     print(shown.dropna(how="all").to_string(float_format=lambda x: f"{x:.3f}", index_names=False))
     print(f"\nIn {folder}: {', '.join(f'{name}.csv' for name in tables)}")
     return None
