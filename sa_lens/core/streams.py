@@ -110,6 +110,8 @@ def torch_hooks(hooks: Sequence[AttachedHook]) -> Iterator[None]:
     machinery do not see them.
     """
     with ExitStack() as stack:
+        for point in {id(point): point for point, _, prepend in hooks if not prepend}.values():
+            stack.enter_context(_backward_hooks_on_the_value(point))
         for point, function, prepend in hooks:
 
             def hook(_module: Any, _inputs: Any, output: Tensor, function: Any = function) -> Tensor | None:
@@ -117,6 +119,40 @@ def torch_hooks(hooks: Sequence[AttachedHook]) -> Iterator[None]:
 
             stack.callback(point.register_forward_hook(hook, prepend=prepend).remove)
         yield
+
+
+@contextmanager
+def _backward_hooks_on_the_value(point: HookPoint) -> Iterator[None]:
+    """Runs a caller's backward hooks on the gradient of the value that forward hooks read.
+
+    torch puts them behind all forward hooks of a module, where the gradient of what such a hook took away never comes.
+    """
+    table = point._backward_hooks
+    if not table:
+        yield
+        return
+
+    def on_gradient(gradient: Tensor) -> Tensor | None:
+        inward: Any = (gradient,)
+        for hook in list(table.values()):
+            found = hook(point, inward, (gradient,))
+            inward = inward if found is None else found
+        return inward[0] if isinstance(inward, tuple) else inward
+
+    def watched(_module: Any, _inputs: Any, output: Tensor) -> Tensor | None:
+        if not output.requires_grad:
+            return None
+        output = output.view_as(output)
+        output.register_hook(on_gradient)
+        return output
+
+    point._backward_hooks = OrderedDict()
+    handle = point.register_forward_hook(watched)
+    try:
+        yield
+    finally:
+        handle.remove()
+        point._backward_hooks = table
 
 
 @contextmanager

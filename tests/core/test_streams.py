@@ -412,6 +412,45 @@ def test_backward_hooks_of_the_caller_fire_once():
     torch.testing.assert_close(cache["blocks.0.attn.hook_z_grad"], gradients["blocks.0.attn.hook_z"])
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("options", [{}, {"position": -1}, {"position": -1, "gates": "live"}], ids=str)
+def test_backward_hooks_get_the_gradient_of_what_is_added_at_their_point(shape, options):
+    """The slow twin adds a tensor of zeros at the hook point and asks for its gradient."""
+    model, tokens = gated_model(shape), random_tokens()
+    rotary = shape == "llama"
+    names = [f"blocks.0.attn.hook_{at}" for at in ("q", "k", "v", "attn_scores", "pattern", "z")]
+    names += ["blocks.1.attn.hook_v", "blocks.1.hook_resid_pre", "blocks.1.mlp.hook_post", "blocks.1.hook_resid_post"]
+    names += [f"blocks.{layer}.attn.hook_rot_{at}" for layer in (0, 1) for at in "qk"] if rotary else []
+    for name in names:
+        found: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
+
+        def add(x, hook, added=added):
+            added.append(torch.zeros_like(x, requires_grad=True))
+            return x + added[-1]
+
+        with model.ablated(**options):
+            with model.hooks(bwd_hooks=[(name, lambda g, hook, found=found: found.append(g.clone()))]):
+                model(tokens, return_type="loss").backward()
+            with model.hooks(fwd_hooks=[(name, add)]):
+                loss = model(tokens, return_type="loss")
+        # with live gates the point is passed twice, and the first time may have no consequence
+        expected = torch.autograd.grad(loss, added, allow_unused=True, materialize_grads=True)
+        torch.testing.assert_close(sum(found), sum(expected), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_backward_hook_may_change_the_gradient():
+    model, tokens = gated_model(), random_tokens()
+    with model.ablated(), model.hooks(bwd_hooks=[("blocks.0.attn.hook_v", lambda g, hook: (torch.zeros_like(g),))]):
+        model(tokens, return_type="loss").backward()
+    # keys and values of earlier positions are the clean stream's, whose hooks are silent
+    with model.ablated(), model.hooks(fwd_hooks=[("blocks.0.attn.hook_v", lambda x, hook: x.detach())]):
+        loss = model(tokens, return_type="loss")
+    parameter = model.blocks[0].attn.W_V
+    torch.testing.assert_close(parameter.grad, torch.autograd.grad(loss, parameter)[0])
+    assert not any(point._backward_hooks for point in model.hook_dict.values())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @torch.no_grad()
 def test_copies_are_equal_and_start_on_the_clean_stream(copied):
