@@ -32,11 +32,18 @@ def cross_entropy(
 
 
 def reconstruction_loss(
-    clean: list[Float[Tensor, "batch pos d_model"]], ablated: list[Float[Tensor, "batch pos d_model"]]
+    clean: list[Float[Tensor, "batch pos d_model"]],
+    ablated: list[Float[Tensor, "batch pos d_model"]],
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, ""]:
-    """R: mean over the given outputs of the mean squared difference between the L2-normalised vectors."""
-    terms = [
-        F.mse_loss(F.normalize(at_least_float32(a), dim=-1), F.normalize(at_least_float32(c), dim=-1))
-        for c, a in zip(clean, ablated, strict=True)
-    ]
+    """R: mean over the given outputs of the mean squared difference between the L2-normalised vectors.
+
+    Padding is left out.
+    """
+
+    def direction(x: Tensor) -> Tensor:
+        kept = x if attention_mask is None else x[attention_mask.bool()]
+        return F.normalize(at_least_float32(kept), dim=-1)
+
+    terms = [F.mse_loss(direction(a), direction(c)) for c, a in zip(clean, ablated, strict=True)]
     return torch.stack(terms).mean()

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.utilities import get_attention_mask
+from transformer_lens.utilities import LocallyOverridenDefaults, get_attention_mask
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
@@ -331,21 +331,30 @@ class SelfAblatingTransformer(HookedTransformer):
 
         Args:
             targets: the token to predict at each position; None: the next token of the input, T - 1 predictions.
-            attention_mask: 1 for tokens, 0 for padding; None: as TransformerLens (computed when padding is on the
-                left). Padding is left out of the losses.
+            attention_mask: 1 for tokens, 0 for padding; None: known for strings, and for tokens computed as
+                TransformerLens does when padding is on the left. Padding is left out of the losses.
             prepend_bos: for strings; None: the model's default.
             padding_side: for strings; None: the tokenizer's.
         """
+        given = {"prepend_bos": prepend_bos, "padding_side": padding_side}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        side = padding_side or (None if self.tokenizer is None else self.tokenizer.padding_side)
+        texts = None if isinstance(input, Tensor) else [input] if isinstance(input, str) else input
         if not isinstance(input, Tensor):
-            given = {"prepend_bos": prepend_bos, "padding_side": padding_side}
-            options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
             input = self.to_tokens(input, **options)
         tokens = input[None] if input.ndim == 1 else input
         tokens = tokens.to(self.embed.W_E.device)
-        if attention_mask is None and self.tokenizer is not None and self.tokenizer.padding_side == "left":
+        seen = attention_mask
+        if attention_mask is None and texts is not None:
+            lengths = [self.to_tokens(text, **options).shape[1] for text in texts]
+            attention_mask = padding_mask(lengths, tokens.shape[1], side == "left").to(tokens.device)
+            # what comes after a token never reaches it, so that padding on the right needs no mask in the passes
+            seen = attention_mask if side == "left" else None
+        elif attention_mask is None and side == "left" and self.tokenizer is not None:
             bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            attention_mask = get_attention_mask(self.tokenizer, tokens, bos)
-        both = self.run_both_passes(tokens, attention_mask)
+            with LocallyOverridenDefaults(self, padding_side=side):
+                seen = attention_mask = get_attention_mask(self.tokenizer, tokens, bos)
+        both = self.run_both_passes(tokens, seen)
 
         def loss(logits: Tensor) -> Tensor:
             return cross_entropy(logits, tokens, targets, attention_mask)
@@ -359,7 +368,9 @@ class SelfAblatingTransformer(HookedTransformer):
             mask_mlp=torch.stack(both.masks["mlp_gate"]) if gated and both.masks["mlp_gate"] else None,
             clean_loss=loss(both.clean_logits),
             ablated_loss=loss(both.ablated_logits) if both.ablated_logits is not None else None,
-            reconstruction=reconstruction_loss(both.clean_outputs, both.ablated_outputs) if gated else None,
+            reconstruction=(
+                reconstruction_loss(both.clean_outputs, both.ablated_outputs, attention_mask) if gated else None
+            ),
         )
 
     def run_both_passes(
@@ -599,6 +610,13 @@ class SelfAblatingTransformer(HookedTransformer):
         from sa_lens.core import reference
 
         return reference.load(source, gates, n_heads)
+
+
+def padding_mask(lengths: Sequence[int], length: int, left: bool) -> Int[Tensor, "batch pos"]:
+    """1 for the tokens of prompts of these lengths, 0 for their padding to one length."""
+    place = torch.arange(length)
+    size = torch.tensor(lengths)[:, None]
+    return (place >= length - size if left else place < size).long()
 
 
 class BothPasses(NamedTuple):

@@ -115,15 +115,33 @@ def test_run_streams_on_strings(with_tokenizer):
     ):
         for name, value in found._asdict().items():
             assert torch.equal(value, getattr(expected, name)), name
-    model.tokenizer.padding_side = "left"
-    padded = model.run_streams(["w1 w2 w3", "w4"])
-    assert padded.tokens.tolist() == [[0, 4, 5, 6], [1, 1, 0, 7]]
-    model.tokenizer.padding_side = "right"
-    rows = [model.run_streams("w1 w2 w3"), model.run_streams("w4")]
+
+
+@pytest.mark.parametrize(
+    ("side", "of_tokenizer", "options"),
+    [
+        ("right", "right", {}),
+        ("left", "left", {}),
+        ("left", "right", {"padding_side": "left"}),
+        ("right", "left", {"padding_side": "right"}),
+    ],
+)
+@torch.no_grad()
+def test_run_streams_leaves_padding_out(with_tokenizer, side, of_tokenizer, options):
+    model = with_tokenizer
+    model.tokenizer.padding_side = of_tokenizer
+    texts = ["w1 w2 w3", "w4"]
+    padded = model.run_streams(texts, **options)
+    assert padded.tokens.tolist() == [[0, 4, 5, 6], [1, 1, 0, 7] if side == "left" else [0, 7, 1, 1]]
+    rows = [model.run_streams(text) for text in texts]
     for name in ("clean_loss", "ablated_loss"):  # 3 predictions of the first prompt, 1 of the second
         expected = (3 * getattr(rows[0], name) + getattr(rows[1], name)) / 4
         torch.testing.assert_close(getattr(padded, name), expected)
-    torch.testing.assert_close(padded.ablated_logits[1, 2:], rows[1].ablated_logits[0], rtol=1e-5, atol=1e-5)
+    expected = (4 * rows[0].reconstruction + 2 * rows[1].reconstruction) / 6
+    torch.testing.assert_close(padded.reconstruction, expected)
+    place = slice(2, None) if side == "left" else slice(2)
+    for name in ("clean_logits", "ablated_logits"):
+        torch.testing.assert_close(getattr(padded, name)[1, place], getattr(rows[1], name)[0], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
