@@ -279,6 +279,11 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
         "load it with HookedTransformer.from_pretrained(...), then "
         "SelfAblatingTransformer.from_hooked(model, GateConfig())"
     )
+    if "dtype" in unknown and Path(name).exists():
+        raise ValueError(
+            "from_pretrained loads a model in the dtype that it was saved in, so dtype is no argument; change it "
+            f"afterwards: SelfAblatingTransformer.from_pretrained({str(name)!r}).to({unknown['dtype']})"
+        )
     if unknown:
         raise ValueError(
             f"from_pretrained has no argument {next(iter(unknown))!r}; it loads sa_lens's own models as they are. "

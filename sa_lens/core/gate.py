@@ -197,6 +197,9 @@ class Gate(nn.Module):
         if mask is None:
             assert scores is not None
             mask = self.select(self.hook_scores(scores))
+        else:
+            # a hook that writes into its value must not change what the caller gave
+            mask = mask.clone()
         masked = x * self.hook_mask(mask.to(x.dtype))
         if where is None:
             return masked

@@ -52,6 +52,8 @@ _FORWARD_ARGUMENTS = (
     "past_kv_cache",
 )
 """Positional order of `HookedTransformer.forward` after `input` and `return_type`."""
+_END = object()
+"""What is left of a generator at its end."""
 
 
 class Streams(NamedTuple):
@@ -132,9 +134,14 @@ class SelfAblatingTransformer(HookedTransformer):
         architecture.check_supported(tl_cfg, gates)
         seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
         tl_cfg.seed = None
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        gpus = [torch.device(str(tl_cfg.device))] if "cuda" in str(tl_cfg.device) else []
+        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-            torch.manual_seed(seed)
+            # torch.manual_seed would also seed GPUs that this model is not on
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
             super().__init__(tl_cfg, tokenizer=tokenizer, default_padding_side=default_padding_side)
         self.cfg.seed = seed
         self.gates = gates
@@ -415,9 +422,23 @@ class SelfAblatingTransformer(HookedTransformer):
             return super().generate(*args, **kwargs)
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:  # type: ignore[override]
-        """As `HookedTransformer.generate_stream`; train or eval mode is kept."""
-        with self._mode_kept():
-            yield from super().generate_stream(*args, **kwargs)
+        """As `HookedTransformer.generate_stream`, from the stream that this thread has chosen at the call.
+
+        Train or eval mode is kept.
+        """
+        chosen = self._streams.current
+        parts = super().generate_stream(*args, **kwargs)
+
+        def stream() -> Iterator[Any]:
+            with self._mode_kept():
+                while True:
+                    with self._streams.entered(chosen):
+                        part = next(parts, _END)
+                    if part is _END:
+                        return
+                    yield part
+
+        return stream()
 
     @contextmanager
     def _mode_kept(self) -> Iterator[None]:
@@ -497,7 +518,9 @@ class SelfAblatingTransformer(HookedTransformer):
         """
         if self.tied:
             embedding.check_tied(state_dict, self.embed.W_E)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._admit_filled_biases()
+        return found
 
     def untie(self) -> None:
         """Gives the unembedding a parameter of its own, equal to the transposed embedding."""

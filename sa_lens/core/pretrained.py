@@ -15,8 +15,8 @@ from sa_lens.core.model import SelfAblatingTransformer
 def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> SelfAblatingTransformer:
     """A model on the CPU with the weights of another one and the gates that are asked for.
 
-    Gate weights are kept if the other model has gates of the same scope and units (k, surrogate and temperature may
-    differ); otherwise the gates are fresh.
+    Gate weights are kept if the other model has gates of the same scope, units and scores (k, surrogate and temperature
+    may differ); otherwise the gates are fresh.
 
     Args:
         name: a run folder, a Hub id of a model that sa_lens saved, or a name that TransformerLens knows (its weights
@@ -36,7 +36,8 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
     else:
         base = checkpoints.load(name, device="cpu")
     model = SelfAblatingTransformer.from_hooked(base, gates, seed=seed)
-    kept = {key: value for key, value in base.state_dict().items() if "_gate." in key}
+    same = isinstance(base, SelfAblatingTransformer) and base.gates.scores == gates.scores
+    kept = {key: value for key, value in base.state_dict().items() if same and "_gate." in key}
     fresh = {key: value for key, value in model.state_dict().items() if "_gate." in key}
     if kept and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in fresh.items()}:
         model.load_state_dict({**model.state_dict(), **kept})

@@ -74,7 +74,9 @@ def open_source(
     if path.exists():
         read = _local_reader(path.resolve(), split, column)
         part = split if path.is_dir() else None
-        key = key_of({"content": fingerprint(path), "split": part, **limits})
+        # the ending says how a file is read, so the same bytes under another one are another text
+        kind = {} if path.is_dir() else {"kind": KINDS.get(path.suffix.lower())}
+        key = key_of({"content": fingerprint(path), "split": part, **kind, **limits})
         return Source(str(path), key, lambda: _cleaned(read(), max_documents))
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in KINDS:
         raise FileNotFoundError(f"no file or folder {source!r}")

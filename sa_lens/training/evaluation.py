@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
-from sa_lens.core.fused import why_not_fused
+from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
 from sa_lens.core.masks import masks_of
@@ -66,7 +66,7 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Evaluation:
-    """Evaluates both streams in float32, by the fused path where the model has one.
+    """Evaluates both streams in float32, by the fused path where the model has one and no hook of the caller waits.
 
     A mask entry counts as kept above one half, which is exact for hard gates.
 
@@ -78,7 +78,7 @@ def evaluate(
     """
     rank, processes = share
     n_ctx = blocks.shape[1] - 1
-    fused = why_not_fused(model) is None
+    fused = reads_fused(model)
     at_once = TOKENS_AT_ONCE if fused else min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
     device = model.W_E.device
     losses, overlaps = _Sum(), _Sum()

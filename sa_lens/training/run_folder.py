@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.config import RunConfig, read_yaml, to_dict
-from sa_lens.core.checkpoints import CONFIG, complete_steps
+from sa_lens.core.checkpoints import CONFIG, WEIGHTS, complete_steps
 from sa_lens.training.state import differences
 
 log = logging.getLogger(__name__)
 
 CONFIG_YAML, METRICS = "run.yaml", "metrics.jsonl"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+)
+"""What tokenizers of Hugging Face are saved as."""
 
 _MAY_CHANGE = {
     "train.eval_every",
@@ -93,9 +98,11 @@ def stored_config(out: Path) -> RunConfig:
 
 
 def clear_leftovers(out: Path) -> None:
-    """Removes temporary files and folders of a killed trainer: `.name.` and the eight characters of `tempfile`."""
+    """Removes temporary files and folders of a killed trainer: `.name.` and the eight characters of `tempfile`, where
+    the name is one that a trainer writes."""
+    names = "|".join(map(re.escape, (out.resolve().name, CONFIG_YAML, METRICS, CONFIG, WEIGHTS, *TOKENIZER_FILES)))
     for entry in out.iterdir():
-        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", entry.name):
+        if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", entry.name):
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:

@@ -395,7 +395,12 @@ def test_names_of_transformer_lens_are_refused_with_the_fix(name):
         SelfAblatingTransformer.from_pretrained(name)
 
 
-@pytest.mark.parametrize("keyword", ["fold_ln", "center_unembed", "dtype", "hf_model", "default_prepend_bos"])
+def test_another_dtype_is_asked_for_afterwards(saved):
+    with pytest.raises(ValueError, match=r"dtype is no argument; change it afterwards: .*\.to\(torch\.float16\)"):
+        SelfAblatingTransformer.from_pretrained(saved, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("keyword", ["fold_ln", "center_unembed", "hf_model", "default_prepend_bos"])
 def test_keywords_of_transformer_lens_are_refused_with_the_fix(saved, keyword):
     with pytest.raises(ValueError, match=rf"no argument '{keyword}'.*from_hooked"):
         SelfAblatingTransformer.from_pretrained(saved, **{keyword: True})

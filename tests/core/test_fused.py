@@ -355,3 +355,23 @@ def test_hooks_on_the_model_fire(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.allclose(edited.clean, plain.clean, rtol=1e-10)
     assert edited.ablated is not None
     assert not torch.allclose(edited.ablated, plain.ablated)
+
+
+def test_biases_that_a_state_brings_along_count_on_both_paths() -> None:
+    model = build()
+    tokens, targets = batch()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    for name in model.zero_biases:
+        state[name] = torch.randn(state[name].shape, generator=generator, dtype=torch.float64)
+    before = TwoStreamLoss(model, LOSS, path="fused")(tokens, targets).total
+    model.load_state_dict(state)
+    fused, hooked = (TwoStreamLoss(model, LOSS, path=path)(tokens, targets).total for path in ("fused", "hooked"))
+    torch.testing.assert_close(fused, hooked)
+    assert not torch.isclose(fused, before)
+    by_hand = build()
+    with torch.no_grad():
+        by_hand.unembed.b_U.fill_(1)
+        by_hand.unembed.b_U[0] = 5
+    with pytest.raises(ValueError, match="biases that its configuration does not have"):
+        TwoStreamLoss(by_hand, LOSS, path="fused")

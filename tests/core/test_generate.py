@@ -140,3 +140,19 @@ def test_sampling_is_repeatable_by_seed(tokenizer):
         with model.ablated():
             found.append(model.generate(tokens, max_new_tokens=6, verbose=False, stop_at_eos=False))
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_stream_of_tokens_belongs_to_the_context_it_was_asked_for_in(tokenizer):
+    _, model = two_models(tokenizer)
+    tokens, options = random_tokens(1, 4), {"max_new_tokens": 4, "max_tokens_per_yield": 1, **GREEDY}
+    with model.ablated():
+        expected = [part.tolist() for part in model.generate_stream(tokens, **options)]
+        later = model.generate_stream(tokens, **options)
+    assert [part.tolist() for part in later] == expected
+    clean = model.generate_stream(tokens, **options)
+    with model.ablated():
+        next(clean)
+        inside = model(tokens)
+        assert [part.tolist() for part in clean] != expected[1:]
+        assert torch.equal(model(tokens), inside)

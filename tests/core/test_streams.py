@@ -451,6 +451,22 @@ def test_a_backward_hook_may_change_the_gradient():
     assert not any(point._backward_hooks for point in model.hook_dict.values())
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_hook_that_writes_into_a_mask_leaves_what_was_given_alone(form):
+    model, tokens = gated_model(), random_tokens()
+    masks = model.run_streams(tokens).masks
+    before = {name: mask.clone() for name, mask in masks.items()}
+
+    def nothing_stays(mask, hook):
+        mask[:] = 0
+        return mask
+
+    with model.ablated(masks=masks, **FORMS[form]):
+        model.run_with_hooks(tokens, fwd_hooks=[(ATTN_MASK.format(0), nothing_stays)])
+    assert all(torch.equal(masks[name], mask) for name, mask in before.items())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @torch.no_grad()
 def test_copies_are_equal_and_start_on_the_clean_stream(copied):

@@ -256,3 +256,13 @@ def test_generated_stories() -> None:
     assert list(stories_source(5, 3, None).read()) == [story.text for story in stories.generate(5, 3)]
     assert list(stories_source(5, 3, 2).read()) == [story.text for story in stories.generate(2, 3)]
     assert len({stories_source(n, seed, None).fingerprint for n in (5, 6) for seed in (0, 1)}) == 4
+
+
+def test_the_same_bytes_read_as_another_kind_are_another_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", list(TEXTS))
+    (tmp_path / "a.txt").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    lines, text, copied = (opened(tmp_path / name, tmp_path / "cache") for name in ("a.jsonl", "a.txt", "b.jsonl"))
+    assert list(lines.read()) != list(text.read())
+    assert lines.fingerprint != text.fingerprint
+    assert lines.fingerprint == copied.fingerprint

@@ -30,7 +30,7 @@ def test_against_a_slow_twin(gates: dict[str, object], path: str, monkeypatch: p
     gated = model(**gates)
     assert why_not_fused(gated) is None
     if path == "hooked":
-        monkeypatch.setattr(evaluation, "why_not_fused", lambda model: "a reason")
+        monkeypatch.setattr(evaluation, "reads_fused", lambda model: False)
     found = evaluate(gated, BLOCKS, bytes_per_token=3.0)
     nats: dict[str, list[float]] = {"clean": [], "ablated": []}
     kept: dict[tuple[str, int], set[int]] = {}
@@ -115,3 +115,19 @@ def test_masks_are_those_of_the_ablated_pass(scope: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(found[name], expected[name], strict=True))
     with pytest.raises(ValueError, match="needs gates"):
         masks_of(model(scope="none"), tokens)
+
+
+@torch.no_grad()
+def test_hooks_of_the_caller_act_on_every_figure() -> None:
+    gated = model()
+
+    def zero(x: torch.Tensor, hook: object) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    plain = evaluate(gated, BLOCKS, bytes_per_token=3.0)
+    with gated.hooks(fwd_hooks=[("hook_embed", zero)]):
+        found = evaluate(gated, BLOCKS, bytes_per_token=3.0)
+        streams = gated.run_streams(torch.from_numpy(BLOCKS[:, :-1]), torch.from_numpy(BLOCKS[:, 1:]))
+    assert found.clean_loss == pytest.approx(float(streams.clean_loss), rel=1e-5)
+    assert found.ablated_loss == pytest.approx(float(streams.ablated_loss), rel=1e-5)
+    assert found.ablated_loss != pytest.approx(plain.ablated_loss, rel=1e-3)

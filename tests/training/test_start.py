@@ -12,6 +12,7 @@ from tiny_runs import MakeRun, same, weights
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sa_lens.config import GateConfig, RunConfig
+from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import train
@@ -92,3 +93,24 @@ def test_gates_are_kept_where_they_fit_and_fresh_where_not(make_run: MakeRun, tm
     assert same({name: w for name, w in fresh.items() if "_gate." not in name}, base)
     assert {name.split(".")[-1] for name in fresh if "_gate." in name} == {"W_global", "b_global"}
     assert same(weights(initial_model(tmp_path / "run", GateConfig(scope="none"))), base)
+    for scores in ("random-static", "random-token"):
+        control = GateConfig(k_attn=2, k_mlp=3, scores=scores)
+        found = weights(initial_model(tmp_path / "run", control, seed=5))
+        expected = weights(
+            SelfAblatingTransformer.from_hooked(
+                initial_model(tmp_path / "run", GateConfig(scope="none")), control, seed=5
+            )
+        )
+        assert same(found, expected), "the gates of a control are its own"
+
+
+def test_only_what_a_trainer_left_is_cleared(make_run: MakeRun, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / ".data.archived").mkdir(parents=True)
+    kept = [out / ".env.template", out / ".bashrc.original", out / ".data.archived" / "file"]
+    left = [out / ".config.json.ab12cd_3", out / ".run.yaml.0123abcd", out / ".run.ab12cd_3"]
+    for path in (*kept, *left):
+        path.touch()
+    train(make_run(steps=1), out, progress=False)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)

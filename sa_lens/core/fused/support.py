@@ -37,6 +37,9 @@ def why_not_fused(model: SelfAblatingTransformer) -> str | None:
         "several devices": cfg.n_devices > 1,
         f"the original architecture {cfg.original_architecture!r}": str(cfg.original_architecture).startswith("Olmo"),
         f"parameters of type {cfg.dtype}": cfg.dtype not in (torch.float32, torch.float64),
+        "biases that its configuration does not have": any(
+            bool(model.get_parameter(name).any()) for name in model.zero_biases
+        ),
         "a tokenizer that pads on the left": model.tokenizer is not None and model.tokenizer.padding_side == "left",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
