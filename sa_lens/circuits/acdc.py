@@ -324,9 +324,6 @@ def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> N
         dead = [place for place in left if graph.inputs[place[0]].node not in live]
         engine.drop(dead)
         search.discard(dead)
-        if len(left) < len(step):
-            for node in live:
-                engine.resume(node)
         _decide(search, [place for place in left if graph.inputs[place[0]].node in live], engine)
 
 

@@ -66,9 +66,10 @@ class Recomputation:
     # ------------------------------------------------------------------------------------------------------- steps
 
     def enter(self, nodes: Sequence[Node]) -> list[Node]:
-        """Goes down to the nodes of the next step, all of whose edges are present; returns those that are live.
+        """Goes down to the nodes of the next step; returns those that are live.
 
-        Computes the present values of all live nodes from scratch, so that rounding does not add up.
+        Their edges are all present, but for those that an interrupted search removed before it was resumed. Computes
+        the present values of all live nodes from scratch, the lowest first, so that rounding does not add up.
         """
         self.above = [*self.here.values(), *self.above]
         live = [found for node in nodes if (found := self._live(node)) is not None]
@@ -76,7 +77,7 @@ class Recomputation:
         self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
         for item in live:
             entering = self.full_at[self.graph.sources_before(item.node)]
-            item.x = [self._where(item, i, entering) for i in range(len(item.inputs))]
+            item.x = [self._where(item, i, entering) - self._gone(item, i) for i in range(len(item.inputs))]
             self._compute(item)
         for item in self.above:
             entering = self.base_at[self.graph.sources_before(item.node)]
@@ -87,16 +88,6 @@ class Recomputation:
                 item.x[i] = x
             self._compute(item)
         return [item.node for item in live]
-
-    def resume(self, node: Node) -> None:
-        """Takes the removals of a live node's edges that were decided earlier into its present values."""
-        item = self.here[node]
-        for i, to in enumerate(item.inputs):
-            n = self.graph.n_sources[to]
-            gone = (~self.present[to, :n]).nonzero()[:, 0].to(self.difference.device)
-            if len(gone):
-                item.x[i] = item.x[i] - self._differences(item, i)[gone].sum(0)
-        self._compute(item)
 
     def drop(self, places: Sequence[tuple[int, int]]) -> None:
         """Removes edges (input, source) into nodes that are not live."""
@@ -154,6 +145,12 @@ class Recomputation:
 
     def _differences(self, item: Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
         return self.difference if self._wide(item, i) else self.at_last
+
+    def _gone(self, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+        """What removed edges took from an input of a node of the present step; 0 if none is removed."""
+        to = item.inputs[i]
+        gone = self.graph.exists[to] & ~self.present[to]
+        return self._differences(item, i)[gone.to(self.difference.device)].sum(0)
 
     def _sends(self, source: int, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
         """What a present edge adds to the base of an input."""

@@ -164,37 +164,75 @@ def test_the_value_is_that_of_the_circuit_as_run() -> None:
     assert abs(float((p.exp() * (p - q)).sum(-1).mean()) - found.value) < 1e-9
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 9])
-def test_ctrl_c_keeps_what_is_decided_and_can_go_on(after: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pairs = plain(**DOUBLE), token_pairs(n=3)
-    whole = acdc(model, pairs, 0.05, progress=False)
-    calls = []
+def stop_after(n: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Lets Ctrl-C come in place of block n; returns a list of the sizes of the blocks that were asked for."""
+    asked: list[int] = []
     plainly = Recomputation.try_removals
 
     def interrupted(self: Recomputation, rows: Any) -> Any:
-        calls.append(len(rows))
-        if len(calls) > after:
+        asked.append(len(rows))
+        if len(asked) > n:
             raise KeyboardInterrupt
         return plainly(self, rows)
 
-    monkeypatch.setattr(Recomputation, "try_removals", interrupted)
-    part = acdc(model, pairs, 0.05, progress=False)
-    monkeypatch.undo()
-    decided = ~part.circuit.scores.isnan() & part.circuit.graph.exists
-    assert not part.complete
-    assert torch.equal(part.circuit.mask[decided], whole.circuit.mask[decided])
-    assert int(decided.sum()) == part.tried + part.untouched < len(part.circuit.graph)
-    saved = Circuit.load(part.circuit.save(tmp_path / "part.json"))
-    for resumed in (part, saved):
-        rest = acdc(model, pairs, 0.05, progress=False, resume=resumed)
-        assert rest.complete
-        assert rest.circuit == whole.circuit
-        assert rest.start == whole.start
-        assert abs(rest.value - whole.value) < 1e-12
-        scores = [r.circuit.scores[r.circuit.graph.exists] for r in (rest, whole)]
-        assert torch.allclose(*scores, atol=1e-10)
-    with pytest.raises(ValueError, match="another search: its tau"):
-        acdc(model, pairs, 0.06, resume=part)
+    patch.setattr(Recomputation, "try_removals", interrupted)
+    return asked
+
+
+def within_a_step(graph: Graph, decided: torch.Tensor) -> bool:
+    """Whether some step is decided in part."""
+    steps: dict[int, set[bool]] = {}
+    for to, source in graph.exists.nonzero().tolist():
+        steps.setdefault(graph.n_sources[to], set()).add(bool(decided[to, source]))
+    return any(len(found) == 2 for found in steps.values())
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
+    stream: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = (gated if stream == "ablated" else plain)(**DOUBLE), token_pairs(n=3, lengths=(6, 7))
+
+    def search(resume: Any = None) -> Any:
+        return acdc(model, pairs, 0.05, stream=stream, progress=False, resume=resume)
+
+    with monkeypatch.context() as patch:
+        blocks = stop_after(10**6, patch)
+        whole = search()
+    exists = whole.circuit.graph.exists
+    midway = 0
+    for n in range(len(blocks)):
+        with monkeypatch.context() as patch:
+            stop_after(n, patch)
+            part = search()
+        decided = ~part.circuit.scores.isnan() & exists
+        assert not part.complete
+        assert torch.equal(part.circuit.mask[decided], whole.circuit.mask[decided])
+        assert int(decided.sum()) == part.tried + part.untouched < len(part.circuit.graph)
+        midway += within_a_step(part.circuit.graph, decided)
+        saved = Circuit.load(part.circuit.save(tmp_path / "part.json"))
+        for resumed in (part, saved) if n % 8 == 0 else (saved,):
+            rest = search(resumed)
+            assert rest.complete
+            assert rest.circuit == whole.circuit
+            assert rest.start == whole.start
+            assert abs(rest.value - whole.value) < 1e-12
+            assert torch.allclose(rest.circuit.scores[exists], whole.circuit.scores[exists], atol=1e-10)
+    assert midway > 10, "too few interruptions within a step"
+
+
+def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = plain(**DOUBLE), token_pairs(n=3)
+    whole = acdc(model, pairs, 0.05, progress=False)
+    part, rounds = None, 0
+    while part is None or not part.complete:
+        with monkeypatch.context() as patch:
+            stop_after(1, patch)
+            part = acdc(model, pairs, 0.05, progress=False, resume=part)
+        rounds += 1
+    assert rounds > 10
+    assert part.circuit == whole.circuit
+    assert part.tried + part.untouched == len(whole.circuit.graph)
 
 
 def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
