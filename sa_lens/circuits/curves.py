@@ -109,7 +109,7 @@ class FaithfulnessCurve:
         return pd.DataFrame(rows)
 
 
-_SETTINGS = ("pair_accuracy", "task", "n", "metric", "stream", "gates", "ablation", "prune")
+_SETTINGS = ("pair_accuracy", "task", "n", "metric", "stream", "gates", "ablation", "prune", "masks_alone")
 
 
 def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:

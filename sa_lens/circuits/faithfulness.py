@@ -35,6 +35,9 @@ from sa_lens.core.host import Host
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which MIB measures f."""
 
+MASKS_BRING = 0.05
+"""f of frozen masks alone from which a warning says so."""
+
 Order = Literal["mib", "absolute", "signed"]
 """Which edges of a ranking come first: those with the largest score (`signed`: harmful edges come last), or with the
 largest absolute score (`absolute`: strong edges come first, whatever they do). `mib`: both, CPR from the signed order
@@ -54,7 +57,7 @@ def faithfulness_curve(
     sizes: Sequence[int | float] = MIB_SIZES,
     order: Order = "mib",
     levels: Sequence[float] = (0.9,),
-    prune: bool = True,
+    prune: bool = False,
     ablation: Ablation = "resample",
     stream: Stream = "clean",
     gates: Gates | None = None,
@@ -76,7 +79,8 @@ def faithfulness_curve(
         order: which edges come first; see `Order`. Where no score is negative all are the same.
         levels: values of f, below 1, to search the edges needed for: along absolute scores unless `order="signed"`.
         prune: leave out edges on no path from the embedding to the logits before running, as MIB does. This changes
-            nothing in the clean stream with `resample`.
+            nothing in the clean stream with `resample`. In the ablated stream with frozen gates such edges do work:
+            their nodes are under the masks of the clean prompt, and so write something else than in the corrupt run.
         ablation: what edges outside carry; see `running.Ablation`.
         gates: in the ablated stream, `frozen` (default) or `live`; see `run_circuit`.
         batch_size: prompts run at once.
@@ -119,7 +123,7 @@ def faithfulness_curves(
     sizes: Sequence[int | float] = MIB_SIZES,
     order: Order = "mib",
     levels: Sequence[float] = (0.9,),
-    prune: bool = True,
+    prune: bool = False,
     ablation: Ablation = "resample",
     stream: Stream = "clean",
     gates: Gates | None = None,
@@ -142,6 +146,7 @@ def faithfulness_curves(
     measure = CircuitMetric(
         model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
     )
+    measure.about["masks_alone"] = _masks_alone(measure) if measure.about["gates"] == "frozen" else math.nan
     return {
         name: _curve(measure, ranking, sizes, order, levels, prune, level, resamples, seed, progress)
         for name, ranking in rankings.items()
@@ -245,7 +250,7 @@ def _curve(
         areas[name] = _interval(_area([chosen[i].share for i in columns], curve[:, columns]), level)
     return FaithfulnessCurve(
         *(points, _interval(clean, level), _interval(empty, level), gap, areas["cpr"], areas["cmd"], needed),
-        _warnings(measure.pairs.task, measure.accuracy, gap),
+        _warnings(measure.pairs.task, measure.accuracy, gap, measure.about["masks_alone"]),
         about,
     )
 
@@ -317,8 +322,20 @@ def _area(shares: Sequence[float], y: np.ndarray) -> np.ndarray:
     return ((y[:, 1:] + y[:, :-1]) / 2) @ np.diff(shares)
 
 
-def _warnings(task: str, accuracy: float, gap: Interval) -> tuple[str, ...]:
+def _masks_alone(measure: CircuitMetric) -> float:
+    """f of all edges but those out of the embedding: no edge brings a token, so it is what frozen masks bring."""
+    mask = measure.graph.exists.clone()
+    mask[:, 0] = False
+    return measure.f(mask)
+
+
+def _warnings(task: str, accuracy: float, gap: Interval, masks_alone: float) -> tuple[str, ...]:
     found = []
+    if masks_alone >= MASKS_BRING:
+        found.append(
+            f"without any edge out of the embedding f is {masks_alone:.2f}: the frozen masks of the clean prompt bring "
+            "that much of the answer themselves, which no edge has to carry; gates='live' brings nothing"
+        )
     if accuracy < SKILL_BAR:
         found.append(
             f"the model does not do {task}: pair accuracy {accuracy:.2f} is below {SKILL_BAR}, so a circuit for it "

@@ -57,7 +57,10 @@ class FoundCircuit:
     own: FaithfulnessCurve | None
     """Faithfulness of the circuit itself."""
     seconds: float
-    """Time of the search."""
+    """Time of ACDC's search, or of ranking all edges."""
+    choices: Mapping[str, Any]
+    """What was chosen: `gates` (`none` in the clean stream), `ablation`, `tau` of ACDC, `steps` of EAP-IG; empty where
+    the method has none."""
     warnings: tuple[str, ...] = field(default=())
     """What speaks against trusting this circuit."""
 
@@ -68,6 +71,7 @@ class FoundCircuit:
             "task": self.skill["task"],
             "stream": self.skill["stream"],
             "method": about["method"],
+            **self.choices,
             **{name: self.skill[name] for name in ("pair_accuracy", "top1_accuracy", "logit_difference", "able")},
             "corrupt_kl": self.corrupt_kl,
             "edges": len(self.circuit),
@@ -76,6 +80,7 @@ class FoundCircuit:
         missing = (math.nan,) * 3
         point = self.own.points[0] if self.own is not None else None
         found |= {"f": point.f.mean if point else math.nan, "kl": point.kl.mean if point else math.nan}
+        found["masks_alone"] = self.own.about["masks_alone"] if self.own is not None else math.nan
         found["edges_0.9"] = self.curve.edges_for(LEVEL).edges if self.curve is not None else math.nan
         for name in ("cpr", "cmd"):
             mean, low, high = getattr(self.curve, name) if self.curve is not None else missing
@@ -99,9 +104,12 @@ class FoundCircuit:
             "",
             f"{about['method']}: {row['edges']:,} of {len(self.circuit.graph):,} edges ({row['connected']:,} on a "
             f"path from embedding to logits), {row['seconds']:.1f} s",
+            "  " + ", ".join(f"{name} {value}" for name, value in self.choices.items() if value not in ("none", "")),
         ]
         if self.own is not None:
             lines.append(f"  faithfulness f    {row['f']:.3f}, KL {row['kl']:.3f} nats")
+            if row["gates"] == "frozen":
+                lines.append(f"  masks alone       {row['masks_alone']:.3f}, f without any edge out of the embedding")
         if self.curve is not None:
             lines.append(f"  edges for f >= {LEVEL:g}  {row['edges_0.9']:,} along the ranking")
             lines.append(f"  CPR {row['cpr']:.3f} (area under f), CMD {row['cmd']:.3f} (area of |1 - f|)")
@@ -157,7 +165,12 @@ def find_circuit(
         raise ValueError(f"method={method!r} is none of {', '.join(get_args(Method))}")
     if method == "acdc" and edges is not None:
         raise ValueError(f"edges={edges} has no meaning for ACDC, whose size follows from tau: give tau, or a ranking")
-    check_choices(model, find, ablation, stream, gates)
+    choices = {
+        "gates": check_choices(model, find, ablation, stream, gates),
+        "ablation": ablation,
+        "tau": tau if method == "acdc" else "",
+        "steps": steps if method == "eap-ig" else "",
+    }
     shared = _prompts(find) & _prompts(report)
     if shared:
         raise ValueError(
@@ -177,6 +190,7 @@ def find_circuit(
             warnings.append("ACDC was interrupted: edges not visited count as kept")
     else:
         ranking = _rankings(steps)[method](model, find, options)
+    seconds = time.perf_counter() - began
     order: Any = "signed" if method == "acdc" else "mib"
     judged = {**options, "seed": seed, "order": order}
     if circuit is None:
@@ -187,7 +201,6 @@ def find_circuit(
             edges = 0
             warnings.append(f"no faithful size was found: {error}")
         circuit = ranking.keep(edges)
-    seconds = time.perf_counter() - began
     ability = {str(k): v for k, v in skill(model, report, stream, seed=seed).to_dict("records")[0].items()}
     if not ability["able"]:
         warnings.append(
@@ -199,6 +212,7 @@ def find_circuit(
         complete = not bool(ranking.scores[ranking.graph.exists].isnan().any())
         curve = faithfulness_curve(model, report, ranking, **judged) if complete else None
         own = faithfulness_curve(model, report, [circuit], **judged)
+        warnings += [warning for warning in own.warnings if "masks" in warning]
     except GapTooSmall as error:
         warnings.append(f"no faithfulness: {error}")
     logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
@@ -210,6 +224,7 @@ def find_circuit(
         curve,
         own,
         seconds,
+        choices,
         tuple(warnings),
     )
 

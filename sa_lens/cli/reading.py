@@ -79,7 +79,10 @@ def circuit(
         progress=not json,
         seed=seed,
     )
-    folder = found.save(out or Path(run) / "circuits" / f"{both.task}-{method}-{stream}")
+    choices = {"gates": gates or "frozen", "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
+    usual = {"gates": "frozen", "ablation": "resample", "tau": 0.01}
+    unusual = [f"{name}-{value}" for name, value in choices.items() if value != usual[name]]
+    folder = found.save(out or Path(run) / "circuits" / "-".join([both.task, method, stream, *unusual]))
     figures = {"circuit": draw(found.circuit)}
     if found.curve is not None:
         figures["faithfulness"] = draw(faithfulness_chart({f"{method}, {stream} stream": found.curve.table()}))

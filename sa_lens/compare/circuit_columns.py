@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sa_lens.circuits.acdc import acdc, visiting_order
 from sa_lens.circuits.attribution import eap_ig
 from sa_lens.circuits.circuit_metric import GapTooSmall
+from sa_lens.circuits.curves import FaithfulnessCurve
 from sa_lens.circuits.faithfulness import faithfulness_curve
 from sa_lens.circuits.graph import Graph
 from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy
 from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.running import Gates
 from sa_lens.compare.basic_columns import OBJECT, PROMPT_TOKENS, NoPrompts, Skill, task_pairs
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig, Stream
@@ -117,7 +119,11 @@ def _edges(subject: Subject, pairs: PromptPairs, tau: float, stream: Stream, ord
 
 @dataclass(frozen=True)
 class Faithfulness(Group):
-    """Faithfulness of the ranking by EAP-IG on other prompts than those that made it."""
+    """Faithfulness of the ranking by EAP-IG on other prompts than those that made it.
+
+    In the ablated stream gates are live: they choose under the same edits, so that all a circuit knows comes by its
+    edges. Beside it stands what frozen masks, those of the clean prompt, bring without any edge.
+    """
 
     pairs: int = 128
     """Prompts to rank with, and as many others to judge on."""
@@ -129,13 +135,13 @@ class Faithfulness(Group):
     """Prompts that pair accuracy is judged on, those of the columns of skill: one choice of models for all circuits."""
 
     name: ClassVar[str] = "faithfulness"
-    version: ClassVar[int] = 2
-    columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd")
+    version: ClassVar[int] = 3
+    columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd", "edges_0.9_frozen", "masks_alone")
     task: ClassVar[str] = "ioi"
     prefix: ClassVar[str] = ""
 
     def work(self, run: RunConfig) -> float:
-        return 110.0 * self.pairs * PROMPT_TOKENS
+        return 400.0 * self.pairs * PROMPT_TOKENS
 
     def measure(self, subject: Subject) -> Measured:
         values, notes = in_every_stream(self.columns, subject.streams), []
@@ -149,16 +155,25 @@ class Faithfulness(Group):
             if weak is not None:
                 notes.append(weak)
                 continue
-            ranking = eap_ig(subject.model, find, steps=self.steps, stream=stream, progress=False)
             try:
-                curve = faithfulness_curve(subject.model, report, ranking, stream=stream, progress=False)
+                curve = self._curve(subject, find, report, stream, "live" if stream == "ablated" else None)
+                frozen = self._curve(subject, find, report, stream, "frozen") if stream == "ablated" else None
             except GapTooSmall as error:
                 notes.append(f"the {stream} stream: {error}")
                 continue
             found = {"edges_0.9": curve.edges_for(0.9).edges, "cpr": curve.cpr.mean, "cmd": curve.cmd.mean}
+            if frozen is not None:
+                found |= {"edges_0.9_frozen": frozen.edges_for(0.9).edges, "masks_alone": frozen.about["masks_alone"]}
             for name, value in found.items():
                 values[self.prefix + name][stream] = float(value) if math.isfinite(value) else None
         return Measured(values, tuple(notes))
+
+    def _curve(
+        self, subject: Subject, find: PromptPairs, report: PromptPairs, stream: Stream, gates: Gates | None
+    ) -> FaithfulnessCurve:
+        options: dict[str, Any] = {"stream": stream, "gates": gates, "progress": False}
+        ranking = eap_ig(subject.model, find, steps=self.steps, **options)
+        return faithfulness_curve(subject.model, report, ranking, **options)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ _THEMES: dict[str, tuple[Column, ...]] = {
         Column("edges_0.9", "edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
         Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
         Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
+        Column("edges_0.9_frozen", "edges for f >= 0.9 under masks of the clean prompt", 0, streams=("ablated",)),
+        Column("masks_alone", "f of the clean prompt's masks without any edge", 2, streams=("ablated",)),
     ),
     "Object recall": (
         Column("object_pair_accuracy", "object recall, pair accuracy", 3),
@@ -103,6 +105,18 @@ _THEMES: dict[str, tuple[Column, ...]] = {
         Column("object_edges_0.9", "object recall, edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
         Column("object_cpr", "object recall, CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
         Column("object_cmd", "object recall, CMD", 3, -1, _MORE_FAITHFUL),
+        Column(
+            "object_edges_0.9_frozen",
+            "object recall, edges for f >= 0.9 under masks of the clean prompt",
+            0,
+            streams=("ablated",),
+        ),
+        Column(
+            "object_masks_alone",
+            "object recall, f of the clean prompt's masks without any edge",
+            2,
+            streams=("ablated",),
+        ),
     ),
     "Units": (
         Column("live_units", "share of live units", 3, drawn=True),

@@ -151,6 +151,8 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
                     *(subject.model, prompts.find, prompts.report, method),
                     tau=TAU,
                     stream=stream,
+                    # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
+                    gates="live" if stream == "ablated" and method != "acdc" else None,
                     progress=progress,
                     seed=seed,
                 )
@@ -215,17 +217,15 @@ def in_order(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
 
 
 def _note(found: FoundCircuit, method: Method, n_find: int, n_report: int, shown: int) -> str:
-    about = found.circuit.about
     how = {
         "acdc": f"Edge by edge, an edge goes if KL rises by less than tau = {TAU:g} nats without it",
         "eap-ig": f"Integrated gradients of the logit difference; the fewest edges tried with f ≥ {LEVEL:g}",
         "gate": f"Which units the gates keep at the last token; the fewest edges tried with f ≥ {LEVEL:g}",
     }[method]
     parts = [f"{how}. Found with {n_find} prompts, judged on {n_report} others"]
-    if about.get("ablation"):
-        parts[0] += f"; other edges carry what they carry in the corrupt prompt ({about['ablation']})"
-    if about.get("gates") in ("frozen", "live"):
-        parts[0] += f"; {about['gates']} gates"
+    parts[0] += f"; other edges carry what they carry in the corrupt prompt ({found.choices['ablation']})"
+    if found.choices["gates"] != "none":
+        parts[0] += f"; {found.choices['gates']} gates"
     if found.own is not None:
         point = found.own.points[0]
         parts.append(

@@ -146,6 +146,24 @@ def test_every_size_equals_a_run_of_its_own(stream, gates, ablation, prune) -> N
         assert point.kl.mean == pytest.approx(float(kl(logits, reference).mean()), abs=1e-5)
 
 
+def test_what_frozen_masks_bring_without_any_edge_is_told() -> None:
+    model, pairs = gated(), token_pairs(n=6, lengths=(6, 8))
+    graph = Graph.from_model(model)
+    scores = random_ranking(graph)
+    options = {"stream": "ablated", "levels": (), "minimum_gap": 1e-6}
+    frozen, live = (faithfulness_curve(model, pairs, scores, gates=gates, **options) for gates in ("frozen", "live"))
+    without = Circuit.of(graph, [edge for edge in graph.edges if str(edge.source) != "embed"])
+    value = float(logit_difference(run_circuit(model, pairs, without, stream="ablated").logits, pairs).mean())
+    expected = (value - frozen.empty.mean) / (frozen.clean.mean - frozen.empty.mean)
+    assert abs(expected) > 0.05
+    assert frozen.about["masks_alone"] == pytest.approx(expected, abs=1e-4)
+    assert any("masks of the clean prompt" in warning for warning in frozen.warnings) == (expected > 0)
+    # live gates choose from what the edges bring: nothing
+    assert math.isnan(live.about["masks_alone"])
+    logits = [run_circuit(model, pairs, c, "resample", "ablated", "live").logits for c in (without, Circuit.of(graph))]
+    torch.testing.assert_close(*logits)
+
+
 def test_pruning_changes_nothing_with_resampling_in_the_clean_stream() -> None:
     model, pairs = plain(), token_pairs()
     scores = random_ranking(Graph.from_model(model))

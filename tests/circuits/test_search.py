@@ -64,8 +64,17 @@ def test_each_figure_is_that_of_the_part_it_comes_from(method: Method, stream: s
         assert len(found.circuit) == 9
         assert found.circuit == found.ranking.keep(9)
     measure = CircuitMetric(model, report, "logit_difference", "resample", stream)
-    mask = found.circuit.prune_dangling().mask
-    assert row["f"] == pytest.approx(measure.f(mask), abs=1e-4)
+    assert row["f"] == pytest.approx(measure.f(found.circuit.mask), abs=1e-4)
+    assert row["gates"] == ("none" if stream == "clean" else "frozen")
+    assert row["ablation"] == "resample"
+    assert (row["tau"], row["steps"]) == (0.01 if method == "acdc" else "", 5 if method == "eap-ig" else "")
+    no_embedding = Circuit.full(found.circuit.graph).mask
+    no_embedding[:, 0] = False
+    if stream == "ablated":
+        assert row["masks_alone"] == pytest.approx(measure.f(no_embedding), abs=1e-4)
+        assert "masks alone" in found.summary()
+    else:
+        assert math.isnan(row["masks_alone"])
     empty = Circuit.of(found.circuit.graph)
     if stream == "clean":
         assert row["corrupt_kl"] == pytest.approx(float(measure(empty.mask).kl.mean()), rel=1e-4)
