@@ -61,6 +61,7 @@ def unsupported(model: Host) -> str | None:
     cfg = model.cfg
     reasons = {
         f"normalisation {cfg.normalization_type!r}": cfg.normalization_type not in _NORMS,
+        "a final RMSNorm after LayerNorms": cfg.final_rms and cfg.normalization_type in ("LN", "LNPre"),
         f"positions {cfg.positional_embedding_type!r}": cfg.positional_embedding_type not in _POSITIONS,
         "a soft cap on attention scores": cfg.attn_scores_soft_cap > 0,
         "a soft cap on logits": cfg.output_logits_soft_cap > 0,
