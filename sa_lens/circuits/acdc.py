@@ -21,7 +21,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -138,7 +138,8 @@ def acdc(
             residual stream, so that every edge must be tried by passes of the whole model.
         order: all edges, in the order in which to visit them; None: `visiting_order(graph)`. An order that visits a
             destination before a later step's switches the shortcuts off, and says so.
-        resume: an interrupted result, or its circuit as read from disk, of the same search.
+        resume: an interrupted result, or its circuit as read from disk, of the same search: the same weights, prompts
+            and arguments.
         progress: show a bar with the edges left and the time left.
         batch_size: prompts run at once in passes of the whole model.
 
@@ -164,6 +165,7 @@ def acdc(
         **{"task": pairs.task, "pairs": len(pairs), "tau": tau, "metric": metric_name},
         **{"ablation": ablation, "stream": stream, "gates": gates_name},
         "order": "reverse" if order is None else hashlib.sha256(repr(places).encode()).hexdigest()[:16],
+        **{"weights": _hash_of_model(model, stream), "prompts": _hash_of_prompts(pairs)},
     }
     state = _resumed(graph, about, resume)
     why_not = _no_shortcuts(model, graph, places, tau, gates_name)
@@ -208,16 +210,49 @@ def _no_shortcuts(model: Host, graph: Graph, places: list[Place], tau: float, ga
     return unsupported(model)
 
 
+_HASHED = {"weights": "weights or gates", "prompts": "prompts or answers"}
+"""What stands behind those settings of a search that are hashes."""
+
+
+def _hash(parts: Iterable[tuple[str, Tensor]], about: str = "") -> str:
+    """A short hash of names, shapes, precisions and every number."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in parts:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        # as bytes, since numpy has no bfloat16
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _hash_of_model(model: Host, stream: Stream) -> str:
+    # how many units the gates keep is in no weight
+    gates = "" if stream == "clean" else repr(model.gates)  # type: ignore[attr-defined]
+    return _hash(model.named_parameters(), gates)  # type: ignore[attr-defined]
+
+
+def _hash_of_prompts(pairs: PromptPairs) -> str:
+    names = ("clean", "corrupt", "answers", "wrong_answers", "lengths")
+    return _hash((name, getattr(pairs, name).long()) for name in names)
+
+
 def _resumed(graph: Graph, about: dict[str, Any], resume: ACDCResult | Circuit | None) -> _State:
     if resume is None:
         rises = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
         return _State(graph.exists.clone(), rises)
     circuit = resume.circuit if isinstance(resume, ACDCResult) else resume
+    if circuit.graph != graph:
+        raise ValueError(
+            f"resume= is of another search: its graph is {circuit.graph}, here it is {graph}. Give a model of the same "
+            "shape, or start anew"
+        )
     for name, value in about.items():
-        if circuit.graph != graph or circuit.about.get(name) != value:
+        before = circuit.about.get(name)
+        if before != value:
+            differs = f"its {name} is {before!r}, here it is {value!r}"
+            if name in _HASHED:
+                differs = f"it was made with other {_HASHED[name]}"
             raise ValueError(
-                f"resume= is of another search: its {name} is {circuit.about.get(name)!r}, here it is {value!r}. Give "
-                "the same model, pairs and arguments, or start anew"
+                f"resume= is of another search: {differs}. Give the same model, pairs and arguments, or start anew"
             )
     counts = [circuit.about[name] for name in _State._fields[2:]]
     return _State(circuit.mask.clone(), circuit.scores.clone(), *counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,9 +111,18 @@ def test_an_order_from_the_first_layer_up_switches_the_shortcuts_off() -> None:
     assert "before one of a later step" in found.shortcuts
 
 
-def test_models_that_cannot_be_recomputed_are_run_as_a_whole() -> None:
-    found = assert_same(plain(n_layers=1, positional_embedding_type="alibi", **DOUBLE), token_pairs(n=2), 0.1, 1e-9)
-    assert "alibi" in found.shortcuts
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"positional_embedding_type": "alibi"}, "alibi"),
+        ({"final_rms": True}, "a final RMSNorm"),
+        ({"final_rms": True, "normalization_type": "LNPre"}, "a final RMSNorm"),
+    ],
+    ids=str,
+)
+def test_models_that_cannot_be_recomputed_are_run_as_a_whole(changes: dict[str, Any], reason: str) -> None:
+    found = assert_same(plain(n_layers=1, **changes, **DOUBLE), token_pairs(n=2), 0.1, 1e-9)
+    assert reason in found.shortcuts
 
 
 def test_default_order_is_the_reverse_of_the_order_of_computation() -> None:
@@ -233,6 +243,55 @@ def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monk
     assert rounds > 10
     assert part.circuit == whole.circuit
     assert part.tried + part.untouched == len(whole.circuit.graph)
+
+
+def test_what_is_of_another_search_is_not_resumed(tmp_path: Any) -> None:
+    choices: dict[str, Any] = {"tau": 0.05, "stream": "ablated", "progress": False}
+    model, pairs = gated(n_layers=1), token_pairs(n=4, lengths=(6, 7))
+    done = acdc(model, pairs, **choices)
+    saved = Circuit.load(done.circuit.save(tmp_path / "done.json"))
+    assert saved.about == done.circuit.about
+    # the same search in other objects
+    same = pairs.subset(range(len(pairs)))
+    assert acdc(gated(n_layers=1), same, **choices, resume=saved).circuit == done.circuit
+
+    def others(**changes: Any) -> PromptPairs:
+        return replace(pairs, **changes)
+
+    clean, corrupt = pairs.clean.clone(), pairs.corrupt.clone()
+    clean[2, 3] += 1
+    corrupt[0, 4] += 1
+    for prompts in (
+        others(clean=clean),
+        others(corrupt=corrupt),
+        others(answers=pairs.answers - 1),
+        others(wrong_answers=pairs.wrong_answers - 1),
+        pairs.subset([1, 0, 2, 3]),
+        token_pairs(n=4, lengths=(6, 7), seed=12),
+    ):
+        with pytest.raises(ValueError, match="with other prompts or answers"):
+            acdc(model, prompts, **choices, resume=saved)
+    nudged = gated(n_layers=1)
+    with torch.no_grad():
+        nudged.blocks[0].mlp.W_out[3, 2] += 1e-3
+    for other in (nudged, gated(n_layers=1, k=6), gated("global", n_layers=1), gated(n_layers=1, **DOUBLE)):
+        with pytest.raises(ValueError, match="with other weights or gates"):
+            acdc(other, pairs, **choices, resume=done)
+    for changes, message in (
+        ({"tau": 0.06}, "its tau is 0.05, here it is 0.06"),
+        ({"stream": "clean"}, "its stream is 'ablated', here it is 'clean'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            acdc(model, pairs, **{**choices, **changes}, resume=done)
+    with pytest.raises(ValueError, match="its graph is"):
+        acdc(gated(n_layers=2), pairs, **choices, resume=done)
+
+
+def test_a_dense_model_does_not_go_on_from_a_gated_one_of_the_same_shape() -> None:
+    pairs = token_pairs(n=2)
+    found = acdc(gated(n_layers=1), pairs, 0.05, progress=False)
+    with pytest.raises(ValueError, match="weights or gates"):
+        acdc(plain(n_layers=1), pairs, 0.05, progress=False, resume=found)
 
 
 def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
