@@ -10,7 +10,6 @@ from small_models import plain_model, random_tokens
 
 from sa_lens.core.nodes import NodeFunctions, unsupported
 
-
 NORMS = [(norm, final) for norm in ("LN", "LNPre", "RMS", "RMSPre", None) for final in (False, True)]
 
 
