@@ -1,8 +1,10 @@
 """Activation and mask patching on either stream: what one prompt's value does in the other prompt's run.
 
 `denoise` runs the corrupt prompt and puts in values of the clean one; `noise` the other way round. Frozen gates use the
-masks of the unedited prompt that is run (its own corrupt masks when denoising), live ones are recomputed under the
-patch. Many pairs and many patches go through the model in one pass.
+masks of the unedited prompt that is run (its own corrupt masks when denoising). Live gates read a clean pass under the
+same patch: it gets the other prompt's value of the clean stream, the ablated pass that of the ablated stream. The clean
+pass has no masks, so patches of masks come to the same under both. Many pairs and many patches go through the model in
+one pass.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from sa_lens.circuits.metrics import Metric, check_fits, logit_difference, metric_named
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, require_hooks, run_to_last
+from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, in_stream, require_hooks, run_to_last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +91,9 @@ class _Run(NamedTuple):
     rows: Int[Tensor, " group"]
     base: Int[Tensor, "group pos"]
     source: dict[str, Tensor]
-    """Activations of the other prompt, by hook name."""
+    """Activations of the other prompt in the chosen stream, by hook name."""
+    clean_source: dict[str, Tensor]
+    """The same in the clean stream, for the clean pass that live gates read; else empty."""
     masks: dict[str, Tensor] | None
     """Masks of the base prompt; None in the clean stream and with live gates."""
     clean: Float[Tensor, "group d_vocab"]
@@ -129,8 +133,8 @@ def patch(
         layers: layers to patch; None: all.
         top_n: for kinds of many units, how many to try (default 64, `all` for all): those with the largest first-order
             effect (gradient times difference, over all positions) on the logit difference.
-        gates: in the ablated stream, `frozen` (default): masks of the unedited base prompt. `live`: recomputed under
-            the patch.
+        gates: in the ablated stream, `frozen` (default): masks of the unedited base prompt. `live`: those of a clean
+            pass of the base prompt under the same patch, with the other prompt's values of the clean stream.
         batch_size: prompts in one pass, patched copies counted.
         progress: a progress bar, where it takes more than a few seconds.
 
@@ -158,7 +162,7 @@ def patch(
     gates = gates or "frozen"
     metric_named(metric, torch.empty(0))
     runs = [
-        _prepare(model, group, rows, list(hooks.values()), stream, direction, gates)
+        _prepare(model, group, rows, kind, list(hooks.values()), stream, direction, gates)
         for rows, group in pairs.by_length(batch_size)
     ]
     edits = _edits(model, runs, kind, hooks, places, top_n, stream)
@@ -176,7 +180,7 @@ def patch(
             before["corrupt"] += float(score(run.corrupt, run.pairs).double().sum())
             for start in range(0, len(edits), copies):
                 chunk = edits[start : start + copies]
-                logits = _patched_logits(model, run, chunk, places, stream, gates)
+                logits = _patched_logits(model, run, chunk, places, stream)
                 for i, one in enumerate(logits):
                     totals[start + i] += float(score(one, run.pairs).double().sum())
                 bar.update(len(chunk))
@@ -291,21 +295,25 @@ def _prepare(
     model: Host,
     pairs: PromptPairs,
     rows: Int[Tensor, " group"],
+    kind: Kind,
     hooks: list[str],
     stream: Stream,
     direction: Direction,
     gates: Gates,
 ) -> _Run:
-    """Runs both prompts once: logits, the source's activations, the base's masks."""
+    """Runs both prompts once: logits, the source's activations in each stream that is patched, the base's masks."""
     device = device_of(model)
     clean, corrupt = pairs.clean.to(device), pairs.corrupt.to(device)
     base, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
     names = set(gate_hook_names(model)) if stream == "ablated" and gates == "frozen" else set()
     base_logits, base_cache = _cached(model, base, names, stream)
     source_logits, source_cache = _cached(model, source, set(hooks), stream)
+    clean_source: dict[str, Tensor] = {}
+    if stream == "ablated" and gates == "live" and not kind.mask:
+        _, clean_source = _cached(model, source, set(hooks), "clean")
     masks = {name: base_cache[name] for name in names} if names else None
     logits = (source_logits, base_logits) if direction == "denoise" else (base_logits, source_logits)
-    return _Run(pairs, rows, base, source_cache, masks, *logits)
+    return _Run(pairs, rows, base, source_cache, clean_source, masks, *logits)
 
 
 def _cached(
@@ -379,34 +387,34 @@ def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], s
 
 
 def _patched_logits(
-    model: Host, run: _Run, edits: list[_Edit], places: list[_Place], stream: Stream, gates: Gates
+    model: Host, run: _Run, edits: list[_Edit], places: list[_Place], stream: Stream
 ) -> Float[Tensor, "edit group d_vocab"]:
     """Logits at the end of the base prompts, under each edit alone: one pass with a copy of the prompts an edit."""
     copies, (group, length) = len(edits), run.base.shape
     prompt = torch.arange(group, device=run.base.device)
 
-    def put(x: Tensor, hook: Any) -> Tensor:
-        x = x.unflatten(0, (copies, group)).clone()
-        for copy, edit in zip(x, edits, strict=True):
-            if edit.hook != hook.name:
-                continue
-            offset = places[edit.place].offset
-            where: tuple[Any, ...] = (slice(None), slice(None))
-            if offset is not None:
-                where = (prompt, (offset[run.rows] + length).to(prompt.device))
-            copy[(*where, *edit.unit)] = run.source[hook.name][(*where, *edit.unit)]
-        return x.flatten(0, 1)
+    def puts(source: dict[str, Tensor]) -> list[Hook]:
+        """Hooks that put in the values of `source`."""
+
+        def put(x: Tensor, hook: Any) -> Tensor:
+            x = x.unflatten(0, (copies, group)).clone()
+            for copy, edit in zip(x, edits, strict=True):
+                if edit.hook != hook.name:
+                    continue
+                offset = places[edit.place].offset
+                where: tuple[Any, ...] = (slice(None), slice(None))
+                if offset is not None:
+                    where = (prompt, (offset[run.rows] + length).to(prompt.device))
+                copy[(*where, *edit.unit)] = source[hook.name][(*where, *edit.unit)]
+            return x.flatten(0, 1)
+
+        return [(name, put) for name in dict.fromkeys(edit.hook for edit in edits) if name in source]
 
     def repeated(x: Tensor) -> Tensor:
         return x.repeat(copies, *[1] * (x.ndim - 1))
 
-    tokens = repeated(run.base)
-    hooks = [(name, put) for name in dict.fromkeys(edit.hook for edit in edits)]
-    if stream == "ablated" and gates == "live":
-        with in_stream(model, stream, position=-1, gates="live"):
-            logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
-    else:
-        masks = {name: repeated(mask) for name, mask in run.masks.items()} if run.masks else None
-        with in_stream(model, stream, position=-1, masks=masks):
-            logits = run_to_last(model, tokens, hooks)
+    masks = {name: repeated(mask) for name, mask in run.masks.items()} if run.masks else None
+    # without given masks a clean pass precedes, in which clean_hooks alone fire: live gates read it
+    with in_stream(model, stream, position=-1, masks=masks, clean_hooks=puts(run.clean_source)):
+        logits = run_to_last(model, repeated(run.base), puts(run.source))
     return logits.unflatten(0, (copies, group))

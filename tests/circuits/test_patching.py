@@ -1,5 +1,7 @@
 """Patching agrees with `transformer_lens.patching`, and with loops that patch one thing in one prompt at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -41,38 +43,96 @@ def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
         close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
 
 
+GATED = {"attn_gate": "attn.hook_z", "mlp_gate": "mlp.hook_post"}
+
+
+def plain_pass(model, tokens, hooks):
+    """Logits and activations, as the hooks leave them, of an ordinary pass."""
+    with model.clean(), model.hooks(fwd_hooks=hooks):
+        return model.run_with_cache(tokens)
+
+
+def chosen_masks(model, cache):
+    """What each gate chooses from the activations of a clean pass: ones for the k largest scores."""
+    final = model.ln_final(cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"])
+    masks = {}
+    for layer, block in enumerate(model.blocks):
+        for name, point in GATED.items():
+            gate, units = getattr(block, name), cache[f"blocks.{layer}.{point}"].shape
+            local = cache[f"blocks.{layer}.hook_resid_pre"]
+            scores = local @ gate.W_local + gate.b_local + final @ gate.W_global + gate.b_global
+            best = scores.argsort(-1, descending=True)[..., : gate.k]
+            masks[f"blocks.{layer}.{name}.hook_mask"] = torch.zeros_like(scores).scatter(-1, best, 1.0).reshape(units)
+    return masks
+
+
+def masking(model, masks):
+    """Hooks that multiply by the masks at the last position."""
+
+    def at(name):
+        def multiply(x, hook):
+            x = x.clone()
+            x[:, -1] *= masks[name][:, -1]
+            return x
+
+        return multiply
+
+    return [
+        (f"blocks.{layer}.{point}", at(f"blocks.{layer}.{gate}.hook_mask"))
+        for layer in range(model.cfg.n_layers)
+        for gate, point in GATED.items()
+    ]
+
+
 def by_loop(model, pairs, i, hook_name, index, stream, direction, gates, metric):
-    """One prompt, one patch: an ordinary pass with one hook. `index` selects within `[batch, pos, ...]`."""
+    """One prompt, one patch, by ordinary passes and hooks. `index` selects within `[batch, pos, ...]`.
+
+    The ablated stream is an ordinary pass whose last position is masked; what the gates choose comes from a pass
+    before it, which live gates see patched with the source's value in such a pass.
+    """
     length = int(pairs.lengths[i])
     clean, corrupt = pairs.clean[i : i + 1, -length:], pairs.corrupt[i : i + 1, -length:]
     source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
 
-    def put(x, hook):
-        x = x.clone()
-        x[index] = cache[hook_name][index]
-        return x
+    def putting(values):
+        def put(x, hook):
+            x = x.clone()
+            x[index] = values[hook_name][index]
+            return x
+
+        return [(hook_name, put)]
 
     with torch.no_grad():
-        with in_stream(model, stream, position=-1):
-            _, cache = model.run_with_cache(source)
-            reference = model(clean)[:, -1]
-        with in_stream(model, stream, position=-1, gates=gates):
-            logits = model.run_with_hooks(base, fwd_hooks=[(hook_name, put)])[:, -1]
+        reference, _ = plain_pass(model, clean, [])
+        _, in_clean = plain_pass(model, source, [])
+        if stream == "clean":
+            logits, _ = plain_pass(model, base, putting(in_clean))
+        else:
+            masks = {id(tokens): chosen_masks(model, plain_pass(model, tokens, [])[1]) for tokens in (source, base)}
+            reference, _ = plain_pass(model, clean, masking(model, masks[id(clean)]))
+            if hook_name in masks[id(base)]:
+                masks[id(base)][hook_name][index] = masks[id(source)][hook_name][index]
+                logits, _ = plain_pass(model, base, masking(model, masks[id(base)]))
+            else:
+                _, in_ablated = plain_pass(model, source, masking(model, masks[id(source)]))
+                _, before = plain_pass(model, base, putting(in_clean) if gates == "live" else [])
+                hooks = masking(model, chosen_masks(model, before)) + putting(in_ablated)
+                logits, _ = plain_pass(model, base, hooks)
     if metric == "kl":
-        return kl(logits, reference).item()
-    return logit_difference(logits, pairs.subset([i])).item()
+        return kl(logits[:, -1], reference[:, -1]).item()
+    return logit_difference(logits[:, -1], pairs.subset([i])).item()
+
+
+CASES = [
+    (what, stream, gates)
+    for what, kind in KINDS.items()
+    for stream, gates in (("clean", None), ("ablated", "frozen"), ("ablated", "live"))
+    if stream == "ablated" or not kind.mask
+]
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize(
-    ("what", "stream", "gates"),
-    [
-        (what, stream, gates)
-        for what, kind in KINDS.items()
-        for stream, gates in (("clean", None), ("ablated", "frozen"), ("ablated", "live"))
-        if stream == "ablated" or not kind.mask
-    ],
-)
+@pytest.mark.parametrize(("what", "stream", "gates"), CASES)
 def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates, direction, model, pairs):
     metric = "kl" if direction == "noise" else "logit_difference"
     options = {"top_n": 5} if KINDS[what].many else {}
@@ -81,7 +141,8 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates,
     # passes of 4 prompts hold several patches of a small group
     table = patch(model, pairs, what, stream, direction=direction, metric=metric, gates=gates, batch_size=4, **options)
     assert tuple(table.columns) == COLUMNS
-    picked = table.iloc[:: max(1, len(table) // 2)]
+    # the last row is at the end, where the masks act
+    picked = table.iloc[sorted({*range(0, len(table), max(1, len(table) // 2)), len(table) - 1})]
     for _, row in picked.iterrows():
         unit = tuple(int(row[name]) for name in KINDS[what].unit)
         values = []
@@ -94,22 +155,38 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates,
         close(row["value"], sum(values) / len(values))
 
 
+@pytest.mark.parametrize(("what", "stream", "gates"), CASES)
+def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, gates, model, pairs):
+    pairs = replace(pairs, corrupt=pairs.clean)
+    for positions in [None] if KINDS[what].mask else ["named", "all"]:
+        table = patch(model, pairs, what, stream, gates=gates, positions=positions)
+        close(table["value"], table["clean"])
+        assert table["normalised"].isna().all()
+
+
 @pytest.mark.parametrize("stream", STREAMS)
-def test_patching_everything_at_the_start_gives_the_other_prompt(stream, model, pairs):
+def test_patching_the_whole_residual_stream_gives_the_other_prompt(stream, model, pairs):
     for direction, reached in (("denoise", "clean"), ("noise", "corrupt")):
         # with live gates the masks come over with the residual stream; frozen ones stay
         gates = None if stream == "clean" else "live"
-        table = patch(model, pairs, "resid_pre", stream, direction=direction, positions="all", gates=gates, layers=[0])
+        table = patch(model, pairs, "resid_pre", stream, direction=direction, positions="all", gates=gates)
         close(table["value"], table[reached])
-        close(table["normalised"], [1.0])
+        close(table["normalised"], [1.0, 1.0])
         for prompt in ("clean", "corrupt"):
-            close(table[prompt], [logit_difference(last_logits(model, pairs, stream, prompt), pairs).mean().item()])
+            unedited = logit_difference(last_logits(model, pairs, stream, prompt), pairs).mean().item()
+            close(table[prompt], [unedited] * 2)
 
 
 def test_patching_what_comes_too_late_changes_nothing(model, pairs):
     table = patch(model, pairs, "mlp_out", "ablated", layers=[1], positions=["S2"])
     close(table["value"], table["corrupt"])
     close(table["normalised"], [0.0])
+
+
+def test_masks_are_patched_alike_under_frozen_and_live_gates(model, pairs):
+    for what in ("mask_attn", "mask_mlp_units"):
+        frozen, live = (patch(model, pairs, what, "ablated", gates=gates) for gates in ("frozen", "live"))
+        close(live["value"], frozen["value"])
 
 
 def test_frozen_and_live_gates_differ(model, pairs):
