@@ -67,12 +67,12 @@ def test_acdc_is_the_search_itself(easy: TaskPage, gated: Subject, easy_task: st
 
 def test_curves_and_sizes_are_those_of_direct_calls(easy: TaskPage, gated: Subject, easy_task: str) -> None:
     prompts = prompts_for(gated, easy_task, 0)
-    whole = find_circuit(gated.model, prompts.find, prompts.report, "gate", stream="ablated", progress=False)
+    live = {"stream": "ablated", "gates": "live", "progress": False}
+    whole = find_circuit(gated.model, prompts.find, prompts.report, "gate", **live)
     found = of(easy, "gate circuit", "ablated")
     assert found.chosen == len(whole.circuit)
     assert set(named(found.edges[: found.chosen])) == {str(edge) for edge in whole.circuit}
-    options = {"order": "absolute", "stream": "ablated", "progress": False}
-    true = faithfulness_curve(gated.model, prompts.report, whole.ranking, **options)
+    true = faithfulness_curve(gated.model, prompts.report, whole.ranking, order="absolute", **live)
     assert found.curve is not None
     (line,) = found.curve.lines
     points = [point for point in true.points if point.edges > 0]
@@ -114,7 +114,7 @@ def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pyt
     def make(*_: object, **__: object) -> None:
         raise ValueError("names are cut in pieces")
 
-    monkeypatch.setattr(tasks, "make", make)
+    monkeypatch.setattr(tasks, "make_unseen", make)
     page, figures = task_page(gated, prompts_for(gated, "ioi", 0), 0, False)
     assert page.rankings == ()
     assert page.skill.rows == ()
