@@ -19,7 +19,7 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host
 from sa_lens.data import TokenFile
 from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
-from sa_lens.units.firing import SHARE, Thresholds, unit_scores
+from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.judging import firing_places, judge, listed, silent_places, token_list, window_of
 from sa_lens.units.pruning import Context, Fill, UnitReader, likely_tokens, pruned, substituted
 from sa_lens.units.swaps import mean_interval
@@ -171,8 +171,7 @@ def _check(
         raise ValueError(f"snippets={snippets} must be at least 2 and substitutes={substitutes} at least 0")
     if not 1 <= context <= blocks.length:
         raise ValueError(f"context={context} must be from 1 to the {blocks.length} tokens of a block")
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be above 0 and at most 1")
+    check_share(share)
 
 
 def _chosen(

@@ -30,6 +30,12 @@ DEAD_BELOW = 1e-4
 """A unit whose percentile is below this share of its layer's root mean square is dead."""
 
 
+def check_share(share: float) -> None:
+    """Raises ValueError if a firing level is no share of the percentile."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} of the percentile must be above 0 and at most 1; the rule's is {SHARE}")
+
+
 def unit_scores(site: Site, values: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
     """What the rule looks at: a neuron's value, an attention unit's absolute value."""
     return values.abs() if site.kind == "attn" else values
@@ -59,8 +65,7 @@ class Thresholds:
         Raises:
             ValueError: a share outside (0, 1].
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share} of the percentile must be above 0 and at most 1; the rule's is {SHARE}")
+        check_share(share)
         return torch.where(self.live(site), share * self.peaks[site], math.inf)
 
     def fires(self, site: Site, values: Float[Tensor, "... unit"], share: float = SHARE) -> Bool[Tensor, "... unit"]:

@@ -25,7 +25,7 @@ from sa_lens.units.activations import (
     text_blocks,
     unit_counts,
 )
-from sa_lens.units.firing import SHARE, Thresholds, unit_scores
+from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.measures import effective_number
 from sa_lens.units.unit_tables import rules_for
 
@@ -138,6 +138,7 @@ def selectivity(
     Raises:
         ValueError: an unknown stream, a text of one block, no label with enough tokens, a share outside (0, 1].
     """
+    check_share(share)
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
     if streams is None:

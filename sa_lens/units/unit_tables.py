@@ -29,7 +29,7 @@ from sa_lens.units.activations import (
     unit_counts,
     unit_sites,
 )
-from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, unit_scores
+from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
 from sa_lens.units.measures import effective_number, gini, hoyer_from_sums
 from sa_lens.units.tallies import EXACT_IN_FLOAT32, CoActivation, Moments, TokenTally
 from sa_lens.units.token_classes import TokenClasses, word_classes
@@ -108,6 +108,7 @@ def specialization(
         ValueError: an unknown stream, a text of one token type or without a whole block, a share outside (0, 1],
             settings below 1.
     """
+    check_share(share)
     settings = {"sample_tokens": sample_tokens, "distinct_tokens": distinct_tokens, "n_partners": n_partners}
     for name, value in {**settings, "coactivation_units": coactivation_units - 1}.items():
         if value < 1:

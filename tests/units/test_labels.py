@@ -72,6 +72,8 @@ def test_another_share_of_the_percentile(gated, text, calibration):
     assert found.coverage.equals(twin.coverage)
     assert found.table.f1.equals(twin.table.f1)
     assert not found.table.f1.equals(selectivity(gated, labelled, rules, **options).table.f1)
+    with pytest.raises(ValueError, match=r"share=1\.2 .* at most 1"):
+        selectivity(gated, labelled, None, share=1.2, **options)
 
 
 def test_swapping_what_the_second_half_says_leaves_the_choice_alone(planted, planted_labels, even_text):

@@ -52,8 +52,9 @@ def test_another_share_of_the_percentile(gated, text, calibration):
     low = specialization(gated, text, calibration, share=0.3, progress=False).table
     assert low.firing_rate.equals(usual["firing_rate_0.3"])
     assert (low.effective_tokens > usual.effective_tokens).any()
+    # refused before the calibration text is read, which is none here
     with pytest.raises(ValueError, match=r"share=0 .* must be above 0"):
-        specialization(gated, text, calibration, share=0, progress=False)
+        specialization(gated, text, None, share=0, progress=False)
 
 
 def test_a_dead_neuron(described):
