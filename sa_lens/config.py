@@ -7,8 +7,14 @@ file at construction, or chooses a device (the device is an argument of the func
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
+import numbers
+import re
+import reprlib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +23,34 @@ import yaml
 
 Scope = Literal["none", "local", "global", "both"]
 Stream = Literal["clean", "ablated"]
+Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu", "solu_ln"]
+
+LARGEST_SEED = 2**32 - 1
+"""Largest seed that every random generator in use takes."""
+
+_LARGEST: dict[str, float] = {
+    "model.n_layers": 1_000,
+    "model.d_model": 100_000,
+    "model.n_heads": 10_000,
+    "model.d_head": 100_000,
+    "model.d_mlp": 1_000_000,
+    "model.n_ctx": 10_000_000,
+    "model.d_vocab": 10_000_000,
+    "model.eps": 1.0,
+    "gates.temperature": 1e6,
+    "loss.clean": 1e6,
+    "loss.ablated": 1e6,
+    "loss.reconstruction": 1e6,
+    "data.n_stories": 100_000_000,
+    "data.stories_seed": LARGEST_SEED,
+    "data.vocab_size": 10_000_000,
+    "train.workers": 1_000,
+    "train.seed": LARGEST_SEED,
+}
+_LARGEST_WHOLE = 10**12
+"""Largest value of any other whole number."""
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 _C = TypeVar("_C")
 
@@ -28,7 +62,120 @@ def _check(condition: bool, message: str) -> None:
 
 def _check_choice(name: str, value: object, annotation: Any) -> None:
     choices = typing.get_args(annotation)
-    _check(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+    _check(value in choices, f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}")
+
+
+def _check_fields(config: Any, prefix: str) -> None:
+    """Gives every field its declared type and refuses what no key of a configuration can hold: a value of another type,
+    a number that is not finite or larger than `_LARGEST`, empty text.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        path = f"{prefix}{name}"
+        value = convert(path, getattr(config, name), hint)
+        object.__setattr__(config, name, value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            most = _LARGEST.get(path, _LARGEST_WHOLE if isinstance(value, int) else math.inf)
+            _check(value <= most, f"{path}={shown(value)} must be at most {most:,.15g}".replace(",", "_"))
+        if isinstance(value, str):
+            _check(bool(value.strip()), f"{path}={value!r} is empty: name something, or leave the setting out")
+            _check("\0" not in value, f"{path}={shown(value)} holds a NUL character")
+
+
+def shown(value: object) -> str:
+    """A value as an error quotes it: short, however long or deeply nested the value is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict = 2, 4, 4, 4
+    short.maxstring, short.maxother, short.maxlong = 60, 60, 40
+    try:
+        return short.repr(value)
+    except ValueError:
+        # Python refuses to write out whole numbers of thousands of digits
+        return "(a number of thousands of digits)"
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """`; perhaps you meant NAME` with the known name that is nearest to a misspelt one; empty if none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; perhaps you meant {near[0]}" if near else ""
+
+
+def from_dict(cls: type[_C], values: dict[str, Any], *, base: _C | None = None, where: str = "") -> _C:
+    """Builds the dataclass `cls` from nested dictionaries, starting from `base` (default: the defaults).
+
+    Args:
+        where: path of the values, with a dot at its end, for errors.
+
+    Raises:
+        ValueError: an unknown key (with the known ones), a missing one, a value of the wrong type, or one out of range.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or cls.__name__} must be a mapping, not {shown(values)}")
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in known:
+            near = suggestion(name, known)
+            raise ValueError(f"unknown key {where}{shown(name)}; known keys: {', '.join(known)}{near}")
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        start = getattr(base, name) if base is not None else None
+        changes[name] = convert(f"{where}{name}", value, hints[name], base=start)
+    if base is not None:
+        return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    for name, f in known.items():
+        if name not in changes and (f.default, f.default_factory) == missing:
+            raise ValueError(f"{where or cls.__name__} lacks the key {name!r}")
+    return cls(**changes)
+
+
+def convert(path: str, value: Any, hint: Any, *, base: Any = None) -> Any:
+    """The value in the type that a field declares: a dataclass from a dictionary, a tuple from a list, a float from a
+    whole number.
+
+    Args:
+        path: name of the value, for errors.
+        base: a dataclass to start from.
+
+    Raises:
+        ValueError: a value of another type, or a number that is not finite.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, base=base, where=f"{path}.")
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None and type(None) in args:
+            return None
+        return convert(path, value, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        _check_choice(path, value, hint)
+        return value
+    if origin in (tuple, list):
+        many = origin is list or args[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (many or len(value) == len(args)):
+            what = "a list" if many else f"a list of {len(args)} numbers"
+            raise ValueError(f"{path}={shown(value)} must be {what}")
+        return origin(convert(path, item, args[0] if many else args[i]) for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}={shown(value)} must be a mapping")
+        return {convert(path, key, args[0]): convert(f"{path}.{key}", item, args[1]) for key, item in value.items()}
+    kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{path}={shown(value)} must be {_TYPE_NAMES[hint]}")
+    try:
+        value = hint(value)
+        finite = hint is not float or math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"{path}={shown(value)} must be a finite number")
+    return value
 
 
 @dataclass(frozen=True)
@@ -52,7 +199,7 @@ class ModelConfig:
     """Longest sequence, in tokens."""
     d_vocab: int | None = None
     """Vocabulary size; None: taken from the tokenizer."""
-    act_fn: str = "gelu_new"
+    act_fn: Activation = "gelu_new"
     """Activation of the MLP, by TransformerLens's name."""
     eps: float = 1e-5
     """Epsilon of LayerNorm."""
@@ -68,6 +215,7 @@ class ModelConfig:
     """`reference`: uniform +-1/sqrt(fan_in), positions N(0, 1). `gpt2`: TransformerLens's N(0, 0.8/sqrt(d_model))."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "model.")
         for name in ("n_layers", "d_model", "n_heads", "n_ctx"):
             value = getattr(self, name)
             _check(value >= 1, f"model.{name}={value} must be at least 1")
@@ -79,7 +227,6 @@ class ModelConfig:
         _check(self.d_mlp is None or self.d_mlp >= 0, f"model.d_mlp={self.d_mlp} must be 0 (no MLP) or more")
         _check(self.d_vocab is None or self.d_vocab >= 2, f"model.d_vocab={self.d_vocab} must be at least 2")
         _check(self.eps > 0, f"model.eps={self.eps} must be above 0")
-        _check_choice("model.init", self.init, Literal["reference", "gpt2"])
 
 
 @dataclass(frozen=True)
@@ -108,17 +255,10 @@ class GateConfig:
     random score for each unit of a layer, the same for every token."""
 
     def __post_init__(self) -> None:
-        _check_choice("gates.scope", self.scope, Scope)
-        _check_choice("gates.kind", self.kind, Literal["hard", "soft"])
-        _check_choice("gates.surrogate", self.surrogate, Literal["sigmoid", "softmax"])
-        _check_choice("gates.attn_unit", self.attn_unit, Literal["channel", "head"])
-        _check_choice("gates.scores", self.scores, Literal["learned", "random-token", "random-static"])
+        _check_fields(self, "gates.")
         for name in ("k_attn", "k_mlp"):
             value = getattr(self, name)
-            _check(
-                isinstance(value, int) and value >= 1,
-                f"gates.{name}={value!r} must be a whole number from 1 to the units of a layer",
-            )
+            _check(value >= 1, f"gates.{name}={value} must be a whole number from 1 to the units of a layer")
         _check(self.temperature > 0, f"gates.temperature={self.temperature} must be above 0")
 
     @property
@@ -152,6 +292,7 @@ class LossConfig:
     """Coefficient of R, the distance between the normalised residual streams."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "loss.")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             _check(value >= 0, f"loss.{f.name}={value} must be 0 or more")
@@ -193,6 +334,8 @@ class DataConfig:
     """Folder for tokens on disk; None: `$SA_LENS_CACHE`, else `~/.cache/sa_lens`."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "data.")
+        _check(self.stories_seed >= 0, f"data.stories_seed={self.stories_seed} must be 0 or more")
         _check(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1",
@@ -262,6 +405,7 @@ class TrainConfig:
     """Seed of initialisation and of the order of blocks."""
 
     def __post_init__(self) -> None:
+        _check_fields(self, "train.")
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "save_every", "log_every"):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name}={value} must be at least 1")
@@ -277,10 +421,10 @@ class TrainConfig:
             self.batch_size % self.accumulate == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate}",
         )
-        _check_choice("train.precision", self.precision, Literal["fp32", "bf16"])
-        _check_choice("train.path", self.path, Literal["auto", "fused", "hooked"])
-        _check_choice("train.freeze", self.freeze, Literal["none", "base"])
-        _check_choice("train.tracker", self.tracker, Literal["none", "wandb", "tensorboard"])
+        _check(
+            all(0 <= beta < 1 for beta in self.betas), f"train.betas={self.betas} must be two numbers from 0 to below 1"
+        )
+        _check(self.adam_eps > 0, f"train.adam_eps={self.adam_eps} must be above 0")
         _check(
             self.freeze == "none" or self.init is not None,
             "train.freeze='base' trains gates on an existing model: name it in train.init",
@@ -301,6 +445,9 @@ class RunConfig:
     """Text and tokenizer."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimisation."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "")
 
 
 PRESETS: dict[str, RunConfig] = {
@@ -354,56 +501,38 @@ def to_dict(config: Any) -> dict[str, Any]:
     return listed(plain)
 
 
-def from_dict(cls: type[_C], values: dict[str, Any], *, base: _C | None = None, where: str = "") -> _C:
-    """Builds the dataclass `cls` from nested dictionaries, starting from `base` (default: the defaults).
+class _Loader(yaml.SafeLoader):
+    """YAML as `write_yaml` writes it: `1e-3` is a number, a key may stand only once, merged keys are bounded."""
 
-    Raises:
-        ValueError: an unknown key (with the known ones), a value of the wrong type, or one out of range.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where or cls.__name__} must be a mapping, not {values!r}")
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"unknown key {where}{unknown[0]!r}; known keys: {', '.join(known)}")
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        path = f"{where}{name}"
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            start = getattr(base, name) if base is not None else None
-            changes[name] = from_dict(hint, value, base=start, where=f"{path}.")
-        else:
-            changes[name] = _converted(path, value, hint)
-    return dataclasses.replace(base, **changes) if base is not None else cls(**changes)  # type: ignore[type-var]
+    MERGED = 1_000
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > self.MERGED:
+            raise yaml.MarkedYAMLError(problem="too many keys are merged", problem_mark=node.start_mark)
 
 
-def _converted(path: str, value: Any, hint: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in args:
-            return None
-        hint = next(a for a in args if a is not type(None))
-        return _converted(path, value, hint)
-    if origin is Literal:
-        _check_choice(path, value, hint)
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(args):
-            raise ValueError(f"{path}={value!r} must be a list of {len(args)} numbers")
-        return tuple(_converted(path, item, arg) for item, arg in zip(value, args, strict=True))
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads `1e-3` as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{path}={value!r} must be of type {hint.__name__}")
-    return value
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads back."""
+
+
+for _yaml in (_Loader, _Dumper):
+    # YAML 1.1 takes `1e-3` for text, since it has no dot
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def read_yaml(path: str | Path, *, base: RunConfig | None = None) -> RunConfig:
@@ -413,14 +542,17 @@ def read_yaml(path: str | Path, *, base: RunConfig | None = None) -> RunConfig:
         FileNotFoundError: no such file.
         ValueError: not YAML, an unknown key, or a value out of range.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return from_dict(RunConfig, values, base=base)
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid YAML: its lists or mappings are nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return from_dict(RunConfig, {} if values is None else values, base=base)
 
 
 def write_yaml(config: RunConfig, path: str | Path) -> None:
     """Writes a run configuration so that `read_yaml` gives an equal one."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    Path(path).write_text(yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False), encoding="utf-8")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import subprocess
 import sys
+import typing
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -63,20 +67,31 @@ def test_keys_left_out_keep_the_base(tmp_path):
         ("modl: {}", r"unknown key 'modl'; known keys: model, gates"),
         ("model: 3", r"model\. must be a mapping, not 3"),
         ("- 1", "must be a mapping"),
-        ("model: {n_layers: 2.5}", r"model\.n_layers=2\.5 must be of type int"),
-        ("model: {n_layers: true}", r"model\.n_layers=True must be of type int"),
-        ("model: {n_layers: '2'}", r"model\.n_layers='2' must be of type int"),
-        ("model: {attn_scale: 1}", r"model\.attn_scale=1 must be of type bool"),
-        ("model: {d_vocab: many}", r"model\.d_vocab='many' must be of type int"),
-        ("model: {n_layers: null}", r"model\.n_layers=None must be of type int"),
-        ("train: {lr: fast}", r"train\.lr='fast' must be of type float"),
+        ("model: {n_layers: 2.5}", r"model\.n_layers=2\.5 must be a whole number"),
+        ("model: {n_layers: true}", r"model\.n_layers=True must be a whole number"),
+        ("model: {n_layers: '2'}", r"model\.n_layers='2' must be a whole number"),
+        ("model: {attn_scale: 1}", r"model\.attn_scale=1 must be true or false"),
+        ("model: {d_vocab: many}", r"model\.d_vocab='many' must be a whole number"),
+        ("model: {n_layers: null}", r"model\.n_layers=None must be a whole number"),
+        ("train: {lr: fast}", r"train\.lr='fast' must be a number"),
         ("train: {betas: [0.9]}", r"train\.betas=\[0\.9\] must be a list of 2 numbers"),
-        ("train: {betas: [0.9, x]}", r"train\.betas='x' must be of type float"),
+        ("train: {betas: [0.9, x]}", r"train\.betas='x' must be a number"),
         ("gates: {scope: everywhere}", r"gates\.scope='everywhere' is not one of 'none', 'local', 'global', 'both'"),
         ("gates: {kind: firm}", r"gates\.kind='firm' is not one of 'hard', 'soft'"),
         ("gates: {scope: [local]}", r"gates\.scope=\['local'\] is not one of"),
         ("gates: {k_attn: 0}", r"gates\.k_attn=0 must be a whole number from 1"),
         ("a: [", "is not valid YAML"),
+        ("{1: a, b: c}", "unknown key 1; known keys: model"),
+        ("gates: {null: 1, foo: 2}", r"unknown key gates\.None"),
+        ("train: {seeds: 1}", "perhaps you meant seed$"),
+        ("train: {steps: 3}\ntrain: {steps: 4}", "the key 'train' stands twice.*line 2"),
+        ("train: {steps: 3, seed: 1, 'steps': 4}", "the key 'steps' stands twice"),
+        ("train: {lr: 1" + "0" * 400 + "}", r"train\.lr=.{,60} must be a finite number"),
+        ("train: {steps: 1" + "0" * 400 + "}", r"train\.steps=.{,60} must be at most 1_000_000_000_000$"),
+        ("train: {seed: 1" + "0" * 5000 + "}", "is not valid YAML: .*limit"),
+        ("data: {source: " + "[" * 3000 + "]" * 3000 + "}", r"run\.yaml is not valid YAML: .* nested too deeply"),
+        ("a: 1\n---\nb: 2", "is not valid YAML"),
+        ("model: !!python/name:os.system", "is not valid YAML"),
     ],
 )
 def test_what_a_file_may_not_say(text, message, tmp_path):
@@ -84,6 +99,42 @@ def test_what_a_file_may_not_say(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_yaml(file)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("data: {source: é.txt}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"run\.yaml is not UTF-8 text \(byte 15\)"):
+        read_yaml(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("first", "next_level", "message"),
+    [
+        ("[x, x, x, x, x, x, x, x, x]", "[{}]", "unknown key 'l0'"),
+        ("{a: 1, b: 2, c: 3, d: 4, e: 5, f: 6, g: 7, h: 8, i: 9}", "{{<<: [{}]}}", "too many keys are merged"),
+    ],
+    ids=["aliases", "merged keys"],
+)
+def test_aliases_that_unfold_to_a_billion_items_are_refused_at_once(first, next_level, message, tmp_path):
+    """Each level holds the one before nine times, 9^11 items in all: if they were written out, this would not end."""
+    levels = [first, *(next_level.format(", ".join([f"*l{level}"] * 9)) for level in range(10))]
+    (tmp_path / "run.yaml").write_text("\n".join(f"l{i}: &l{i} {level}" for i, level in enumerate(levels)))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_yaml(tmp_path / "run.yaml")
+    assert len(str(raised.value)) < 500
+
+
+def test_aliases_and_merged_keys_of_a_sound_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("gates: {k_attn: &k 3, k_mlp: *k}\ntrain: &t {steps: 7}\n")
+    assert read_yaml(tmp_path / "run.yaml") == RunConfig(
+        gates=GateConfig(k_attn=3, k_mlp=3), train=TrainConfig(steps=7)
+    )
+
+
+def test_text_that_looks_like_a_number_comes_back(tmp_path):
+    run = RunConfig(data=DataConfig(source="1e5", column="3"), train=TrainConfig(lr=1e-3, adam_eps=1e-30))
+    write_yaml(run, tmp_path / "run.yaml")
+    assert read_yaml(tmp_path / "run.yaml") == run
 
 
 def test_a_missing_file(tmp_path):
@@ -123,11 +174,58 @@ def test_a_missing_file(tmp_path):
         (TrainConfig, {"clip": -1.0}, r"train\.clip=-1\.0"),
         (TrainConfig, {"precision": "fp8"}, r"train\.precision='fp8'"),
         (TrainConfig, {"freeze": "base"}, r"name it in train\.init"),
+        (TrainConfig, {"betas": (0.9, 1.0)}, r"train\.betas=\(0\.9, 1\.0\) must be two numbers from 0 to below 1"),
+        (TrainConfig, {"adam_eps": 0.0}, r"train\.adam_eps=0\.0 must be above 0"),
+        (TrainConfig, {"steps": 10**13}, r"train\.steps=10000000000000 must be at most 1_000_000_000_000"),
+        (TrainConfig, {"seed": 2**32}, r"train\.seed=4294967296 must be at most 4_294_967_295"),
+        (DataConfig, {"stories_seed": -1}, r"data\.stories_seed=-1 must be 0 or more"),
+        (DataConfig, {"source": "a\0b"}, r"data\.source='a.x00b' holds a NUL character"),
+        (RunConfig, {"gates": 3}, r"gates\. must be a mapping, not 3"),
     ],
 )
 def test_values_out_of_range(cls, values, message):
     with pytest.raises(ValueError, match=message):
         cls(**values)
+
+
+SECTIONS = {"model": ModelConfig, "gates": GateConfig, "loss": LossConfig, "data": DataConfig, "train": TrainConfig}
+KEYS = [(section, f.name) for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=[".".join(key) for key in KEYS])
+def test_every_key_refuses_what_it_cannot_be_and_is_named(section, key):
+    """In the dataclass, and in a dictionary as a file or a flag gives it."""
+    for value in (
+        {},
+        object(),
+        math.inf,
+        -math.inf,
+        math.nan,
+        10**400,
+        -(10**13),
+        "",
+        " ",
+        "nonsense\0",
+        [],
+        (1, 2, 3),
+    ):
+        with pytest.raises(ValueError, match=rf"^(unknown key )?{section}\.{key}\b") as raised:
+            SECTIONS[section](**{key: value})
+        assert len(str(raised.value)) < 300
+        with pytest.raises(ValueError, match=rf"^(unknown key )?{section}\.{key}\b"):
+            from_dict(RunConfig, {section: {key: value}})
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    gates, train = GateConfig(k_attn=np.int64(3), temperature=np.float32(0.5)), TrainConfig(betas=[0.5, np.float64(0)])
+    assert (type(gates.k_attn), type(gates.temperature), type(train.betas)) == (int, float, tuple)
+    assert json.loads(json.dumps(to_dict(gates)))["temperature"] == 0.5
+
+
+def test_activations_are_those_of_transformer_lens():
+    from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
+
+    assert set(typing.get_args(config.Activation)) <= set(SUPPORTED_ACTIVATIONS)
 
 
 def test_the_smallest_values_are_allowed():
