@@ -364,9 +364,16 @@ class TrainConfig:
     """Micro-batches a step is split into, over all processes: with 2, one process takes both in turn, or two processes
     take one each with the same result. Fewer than the processes: as many as there are processes."""
     lr: float = 1e-3
-    """Peak learning rate; cosine to 0 at the last step."""
+    """Peak learning rate; cosine to 0 at the last step. With `dense_steps`, the rate at which both streams begin."""
     warmup_steps: int = 0
     """Steps of linear warm-up before the cosine."""
+    dense_steps: int = 0
+    """First steps in which only the clean stream is trained, at a dense step's cost; after them both streams are. 0:
+    both from the first step, as in the paper. The learning rate is constant until then; without gates that is all."""
+    dense_lr: float | None = None
+    """Learning rate of the dense steps; None: `lr`."""
+    ramp_steps: int = 0
+    """Steps after `dense_steps` over which the coefficients of the ablated stream rise linearly to their values."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
     adam_eps: float = 1e-8
@@ -409,13 +416,34 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "save_every", "log_every"):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name}={value} must be at least 1")
-        for name in ("warmup_steps", "weight_decay", "clip", "sample_tokens", "workers", "seed"):
+        whole = (
+            "warmup_steps",
+            "dense_steps",
+            "ramp_steps",
+            "weight_decay",
+            "clip",
+            "sample_tokens",
+            "workers",
+            "seed",
+        )
+        for name in whole:
             value = getattr(self, name)
             _check(value >= 0, f"train.{name}={value} must be 0 or more")
         _check(self.lr > 0, f"train.lr={self.lr} must be above 0")
+        _check(self.dense_lr is None or self.dense_lr > 0, f"train.dense_lr={self.dense_lr} must be above 0")
         _check(
             self.warmup_steps < self.steps,
             f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}",
+        )
+        _check(
+            self.dense_steps + self.ramp_steps < self.steps,
+            f"train.dense_steps={self.dense_steps} and train.ramp_steps={self.ramp_steps} must add up to less than "
+            f"train.steps={self.steps}: the ablated stream is trained after them",
+        )
+        _check(
+            self.freeze == "none" or self.dense_steps == 0,
+            f"train.dense_steps={self.dense_steps} trains the clean stream alone, which train.freeze='base' does not "
+            "train: set train.dense_steps=0",
         )
         _check(
             self.batch_size % self.accumulate == 0,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -61,7 +62,7 @@ class _Speeds:
         self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         self.trainings: dict[str, list[float]] = {}
         self.groups: dict[tuple[str, bool], list[float]] = {}
-        self.timed: dict[GateConfig, tuple[float, float]] = {}
+        self.timed: dict[GateConfig, StepTimes] = {}
         for cell in cells:
             trained = cell.trained()
             if trained is not None and cell.variant.training != "none":
@@ -75,7 +76,9 @@ class _Speeds:
         known = self.trainings.get(cell.variant.name)
         if known:
             return sum(known) / len(known)
-        return cell.grid.run.train.steps * self._timed(cell.grid, cell.variant)[0]
+        times, train = self._timed(cell.grid, cell.variant), cell.config.train
+        dense = train.dense_steps if cell.variant.gates.gated else 0
+        return dense * times.dense + (train.steps - dense) * times.full
 
     def group(self, cell: Cell, group: Group) -> float:
         known = self.groups.get((group.name, cell.variant.gates.gated))
@@ -83,10 +86,9 @@ class _Speeds:
             return sum(known) / len(known)
         run = dataclasses.replace(cell.grid.run, gates=cell.variant.gates)
         streams = 2 if cell.variant.gates.gated else 1
-        return streams / 2 * group.work(run) * self._timed(cell.grid, cell.grid.variants[0])[1]
+        return streams / 2 * group.work(run) * self._timed(cell.grid, cell.grid.variants[0]).token
 
-    def _timed(self, grid: Grid, variant: Variant) -> tuple[float, float]:
-        """Seconds of a training step, and of a token's forward pass."""
+    def _timed(self, grid: Grid, variant: Variant) -> StepTimes:
         gates = dataclasses.replace(variant.gates, scores="learned")
         if gates not in self.timed:
             run = dataclasses.replace(grid.run, gates=gates)
@@ -94,8 +96,19 @@ class _Speeds:
         return self.timed[gates]
 
 
-def timed_steps(run: RunConfig, device: str) -> tuple[float, float]:
-    """Seconds of one training step (without data loading) and of one token of a clean forward pass."""
+class StepTimes(NamedTuple):
+    """Seconds of one training step, data loading left out, and of a forward pass."""
+
+    full: float
+    """A step that trains all streams of the model."""
+    dense: float
+    """A step that trains the clean stream alone."""
+    token: float
+    """One token of a clean forward pass."""
+
+
+def timed_steps(run: RunConfig, device: str) -> StepTimes:
+    """Times of a model of the run's shape, from a few steps."""
     d_vocab = run.model.d_vocab or (run.data.vocab_size if run.data.tokenizer == "bpe" else OF_UNKNOWN_TOKENIZER)
     shape = dataclasses.replace(run.model, d_vocab=d_vocab)
     model = SelfAblatingTransformer(shape, run.gates, seed=0, device=device)
@@ -106,8 +119,8 @@ def timed_steps(run: RunConfig, device: str) -> tuple[float, float]:
     part = max(1, run.train.batch_size // run.train.accumulate)
     tokens = torch.randint(d_vocab, (part, run.model.n_ctx + 1), generator=generator).to(device)
 
-    def step() -> None:
-        loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+    def step(ablated_weight: float = 1.0) -> None:
+        loss(tokens[:, :-1], tokens[:, 1:], ablated_weight=ablated_weight).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -115,7 +128,10 @@ def timed_steps(run: RunConfig, device: str) -> tuple[float, float]:
         with torch.no_grad():
             model(tokens[:, :-1])
 
-    return _seconds(step, device) * run.train.accumulate, _seconds(forward, device) / (part * run.model.n_ctx)
+    full = _seconds(step, device) * run.train.accumulate
+    has_dense_steps = run.gates.gated and run.train.dense_steps > 0
+    dense = _seconds(partial(step, 0.0), device) * run.train.accumulate if has_dense_steps else full
+    return StepTimes(full, dense, _seconds(forward, device) / (part * run.model.n_ctx))
 
 
 def _seconds(action: Any, device: str) -> float:

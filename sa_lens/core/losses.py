@@ -29,9 +29,9 @@ class LossTerms(NamedTuple):
     clean: Float[Tensor, ""]
     """Cross-entropy of the clean stream, nats per predicted token, without its coefficient."""
     ablated: Float[Tensor, ""] | None
-    """Cross-entropy of the ablated stream; None without gates."""
+    """Cross-entropy of the ablated stream; None without gates, or if the ablated pass was left out."""
     reconstruction: Float[Tensor, ""] | None
-    """R; None without gates or if its coefficient is 0."""
+    """R; None without gates, if its coefficient is 0, or if the ablated pass was left out."""
 
 
 class TwoStreamLoss(nn.Module):
@@ -88,25 +88,44 @@ class TwoStreamLoss(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self._said_hooks = False
 
-    def forward(self, tokens: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"] | None = None) -> LossTerms:
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        targets: Int[Tensor, "batch pos"] | None = None,
+        *,
+        ablated_weight: float | Float[Tensor, ""] = 1.0,
+    ) -> LossTerms:
         """Terms of the loss on a batch.
 
         Args:
             targets: the token to predict at each position, -100 where none is; None: the next token of `tokens`,
                 T - 1 predictions.
+            ablated_weight: factor of the ablated and the reconstruction coefficient, from 0 to 1. The number 0 trains
+                the clean stream alone: the loss is CE(clean) with coefficient 1 as without gates, the ablated pass is
+                not computed and the gates get no gradient. Give a tensor if the factor changes from step to step and
+                the loss is compiled, which otherwise compiles again for each value.
         """
+        clean_alone = not isinstance(ablated_weight, Tensor) and ablated_weight == 0
         device = self.model.embed.W_E.device.type
         dtype = self._matmul_dtype(device)
         if self.path == "hooked" or self._must_fire_hooks():
             with torch.autocast(device, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-                return hooked_loss(self.model, self.cfg, tokens, targets)
+                if clean_alone:
+                    return clean_loss(self.model, tokens, targets)
+                return hooked_loss(self.model, self.cfg, tokens, targets, ablated_weight)
         with torch.autocast(device, enabled=False):
             clean, ablated, reconstruction = fused_loss(
-                self.model, self.cfg, tokens, targets, dtype=dtype, recompute=self.checkpoint_activations
+                self.model,
+                self.cfg,
+                tokens,
+                targets,
+                dtype=dtype,
+                recompute=self.checkpoint_activations,
+                clean_alone=clean_alone,
             )
         if ablated is None:
             return LossTerms(clean, clean, None, None)
-        return combine(self.cfg, clean, ablated, reconstruction)
+        return combine(self.cfg, clean, ablated, reconstruction, ablated_weight)
 
     def _matmul_dtype(self, device: str) -> torch.dtype:
         if self.dtype is not None:
@@ -129,6 +148,7 @@ def hooked_loss(
     cfg: LossConfig,
     tokens: Int[Tensor, "batch pos"],
     targets: Int[Tensor, "batch pos"] | None,
+    ablated_weight: float | Float[Tensor, ""] = 1.0,
 ) -> LossTerms:
     """The loss by hooks, on the model's own modules: the definition that faster paths must agree with."""
     both = model.run_both_passes(tokens)
@@ -137,14 +157,27 @@ def hooked_loss(
         return LossTerms(clean, clean, None, None)
     ablated = cross_entropy(both.ablated_logits, tokens, targets)
     reconstruction = reconstruction_loss(both.clean_outputs, both.ablated_outputs) if cfg.reconstruction else None
-    return combine(cfg, clean, ablated, reconstruction)
+    return combine(cfg, clean, ablated, reconstruction, ablated_weight)
+
+
+def clean_loss(
+    model: SelfAblatingTransformer, tokens: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"] | None
+) -> LossTerms:
+    """The loss of the clean stream alone, by hooks."""
+    with model.clean():
+        clean = cross_entropy(model(tokens), tokens, targets)
+    return LossTerms(clean, clean, None, None)
 
 
 def combine(
-    cfg: LossConfig, clean: Float[Tensor, ""], ablated: Float[Tensor, ""], reconstruction: Float[Tensor, ""] | None
+    cfg: LossConfig,
+    clean: Float[Tensor, ""],
+    ablated: Float[Tensor, ""],
+    reconstruction: Float[Tensor, ""] | None,
+    ablated_weight: float | Float[Tensor, ""] = 1.0,
 ) -> LossTerms:
     """The weighted sum of the terms of a gated model."""
-    total = cfg.clean * clean + cfg.ablated * ablated
+    of_ablated = cfg.ablated * ablated
     if reconstruction is not None:
-        total = total + cfg.reconstruction * reconstruction
-    return LossTerms(total, clean, ablated, reconstruction)
+        of_ablated = of_ablated + cfg.reconstruction * reconstruction
+    return LossTerms(cfg.clean * clean + ablated_weight * of_ablated, clean, ablated, reconstruction)

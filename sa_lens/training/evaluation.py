@@ -27,7 +27,7 @@ LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation; those of the ablated stream are None without gates."""
+    """Figures of one evaluation; those of the ablated stream are None without gates, or if it was left out."""
 
     tokens: int
     """Predicted tokens."""
@@ -63,6 +63,7 @@ def evaluate(
     blocks: Int64[np.ndarray, "batch pos_and_next"],
     *,
     bytes_per_token: float,
+    clean_alone: bool = False,
     share: tuple[int, int] = (0, 1),
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Evaluation:
@@ -73,6 +74,7 @@ def evaluate(
     Args:
         blocks: validation text; position t of a block predicts position t + 1.
         bytes_per_token: bytes of text per token, for bits per byte.
+        clean_alone: leave the ablated stream out, as while it is not trained yet.
         share: (rank, processes): this process takes every so many-th block from its rank on.
         total: sums a tensor over all processes.
     """
@@ -89,7 +91,7 @@ def evaluate(
         for batch in mine.split(max(1, at_once // n_ctx)):
             if len(batch) == 0:
                 continue
-            clean_loss, ablated_loss, masks = _figures(model, batch[:, :-1], batch[:, 1:], fused)
+            clean_loss, ablated_loss, masks = _figures(model, batch[:, :-1], batch[:, 1:], fused, clean_alone)
             losses.add(clean_loss, len(batch))
             if ablated_loss is None:
                 continue
@@ -103,7 +105,7 @@ def evaluate(
                         overlaps.add(both_keep.mean(), len(batch))
     clean = losses.mean(total)
     bits = 1 / math.log(2) / bytes_per_token
-    if not model.gates.gated:
+    if clean_alone or not model.gates.gated:
         return Evaluation(blocks.shape[0] * n_ctx, clean, _exp(clean), clean * bits)
     ablated = ablated_losses.mean(total)
     used = {kind: torch.cat([total(c) for c in counts]) > 0 for kind, counts in kept.items() if counts}
@@ -123,12 +125,17 @@ def evaluate(
 
 
 def _figures(
-    model: SelfAblatingTransformer, tokens: Int64[Tensor, "batch pos"], targets: Int64[Tensor, "batch pos"], fused: bool
+    model: SelfAblatingTransformer,
+    tokens: Int64[Tensor, "batch pos"],
+    targets: Int64[Tensor, "batch pos"],
+    fused: bool,
+    clean_alone: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None, dict[str, list[Tensor]]]:
-    """Clean loss, ablated loss (None without gates) and masks of a batch."""
-    if fused:
-        terms = TwoStreamLoss(model, path="fused", dtype=model.cfg.dtype)(tokens, targets)
-        return terms.clean, terms.ablated, masks_of(model, tokens) if model.gates.gated else {}
+    """Clean loss, ablated loss (None if it is left out) and masks of a batch."""
+    if fused or clean_alone:
+        loss = TwoStreamLoss(model, path="fused" if fused else "hooked", dtype=model.cfg.dtype)
+        terms = loss(tokens, targets, ablated_weight=0.0 if clean_alone else 1.0)
+        return terms.clean, terms.ablated, {} if terms.ablated is None else masks_of(model, tokens)
     both = model.run_both_passes(tokens)
     clean = cross_entropy(both.clean_logits, tokens, targets)
     if both.ablated_logits is None:

@@ -24,10 +24,11 @@ class TrainingDiverged(RuntimeError):
 class Window:
     """Loss terms and gradient norms of the steps since the last record.
 
-    Adding a step copies nothing off the device; `fetch` does, once for all steps since it was last called.
+    Adding a step copies nothing off the device; `fetch` does, once for all steps since it was last called. All rows of
+    a window have the same terms: `means` empties it before the first step whose terms differ.
 
     Args:
-        names: of the terms, in the order in which a row holds them.
+        names: of the terms, in the order in which a row holds them; set anew where the terms change.
         mean_over_processes: averages a tensor over all processes.
     """
 
@@ -74,9 +75,13 @@ def _finite(value: float) -> bool:
     return math.isfinite(value)
 
 
-def term_names(run: RunConfig) -> tuple[str, ...]:
-    """Names of the values of a step: those of the terms that `term_row` returns, and the gradient's norm."""
-    if not run.gates.gated:
+def term_names(run: RunConfig, weight: float) -> tuple[str, ...]:
+    """Names of the values of a step: those of the terms that `term_row` returns, and the gradient's norm.
+
+    Args:
+        weight: the step's factor of the ablated stream (`schedule.ablated_weight`); with 0 it has no terms.
+    """
+    if weight == 0:
         return ("loss", "clean", "grad_norm")
     reconstruction = ("reconstruction",) if run.loss.reconstruction else ()
     return ("loss", "clean", "ablated", *reconstruction, "grad_norm")

@@ -42,6 +42,11 @@ def is_gate(name: str) -> bool:
     return "_gate." in name
 
 
+def gate_names(model: nn.Module) -> frozenset[str]:
+    """Names of the gates' parameters."""
+    return frozenset(name for name, _ in model.named_parameters() if is_gate(name))
+
+
 def decays(name: str) -> bool:
     """Whether a parameter gets weight decay: a matrix outside the gates; never a bias or LayerNorm."""
     return name.rsplit(".", 1)[-1].lstrip("_").startswith("W_") and not is_gate(name)

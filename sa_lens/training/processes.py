@@ -58,6 +58,7 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     # Accelerate would pick the best accelerator whatever the caller asked for
     mine = not AcceleratorState._shared_state and not PartialState._shared_state
@@ -72,6 +73,10 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
             log_with=None if run.train.tracker == "none" else run.train.tracker,
             project_dir=str(out),
             step_scheduler_with_optimizer=False,
+            # while the clean stream alone is trained, the gates have no gradient that processes could wait for
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=run.gates.gated and run.train.dense_steps > 0)
+            ],
         )
         if device not in ("auto", accelerator.device.type):
             raise ValueError(

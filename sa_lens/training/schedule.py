@@ -1,22 +1,42 @@
-"""The learning rate as a function of the step."""
+"""What depends on the step: the learning rate, and which streams are trained."""
 
 from __future__ import annotations
 
 import math
 
-from sa_lens.config import TrainConfig
+from sa_lens.config import RunConfig, TrainConfig
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    A linear warm-up over `w = warmup_steps` steps, `lr * (step + 1) / w`, then half a cosine,
-    `lr * (1 + cos(pi * (step - w) / (steps - w))) / 2`, which reaches 0 after the last step.
+    A linear warm-up over `warmup_steps` steps, then `dense_lr` until the `dense_steps` are over, then half a cosine
+    from `lr`, which reaches 0 after the last step: with `s = max(warmup_steps, dense_steps)`
+    `lr * (1 + cos(pi * (step - s) / (steps - s))) / 2`. The rate is the same with and without gates.
 
     Args:
         step: from 0 to `cfg.steps`; a run takes steps 0 to `cfg.steps - 1`.
     """
+    dense_lr = cfg.dense_lr if cfg.dense_lr is not None else cfg.lr
     if step < cfg.warmup_steps:
-        return cfg.lr * ((step + 1) / cfg.warmup_steps)
-    done = (step - cfg.warmup_steps) / (cfg.steps - cfg.warmup_steps)
-    return cfg.lr * (1 + math.cos(math.pi * done)) / 2
+        return (dense_lr if cfg.dense_steps else cfg.lr) * ((step + 1) / cfg.warmup_steps)
+    if step < cfg.dense_steps:
+        return dense_lr
+    start = max(cfg.warmup_steps, cfg.dense_steps)
+    return cfg.lr * (1 + math.cos(math.pi * (step - start) / (cfg.steps - start))) / 2
+
+
+def ablated_weight(step: int, run: RunConfig) -> float:
+    """Factor of the ablated stream's coefficients in optimizer step `step`, counted from 0.
+
+    0 in the first `dense_steps` steps, in which the clean stream alone is trained; then it rises linearly over
+    `ramp_steps` steps and stays 1. Without gates it is always 0.
+    """
+    if not run.gates.gated or step < run.train.dense_steps:
+        return 0.0
+    return min(1.0, (step - run.train.dense_steps + 1) / (run.train.ramp_steps + 1))
+
+
+def trains_both(step: int, run: RunConfig) -> bool:
+    """Whether the ablated stream has been trained in the `step` steps taken so far."""
+    return run.gates.gated and step > run.train.dense_steps

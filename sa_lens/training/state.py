@@ -127,15 +127,23 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    untouched: frozenset[str] = frozenset(),
+) -> None:
     """Puts back what `optimizer_tensors` returned.
+
+    Args:
+        untouched: parameters that had no gradient yet, so that AdamW holds nothing for them.
 
     Raises:
         ValueError: tensors of other parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    wanted = {names[id(p)] for p in trained}
+    wanted = {names[id(p)] for p in trained} - untouched
     quantities: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, quantity = key.rsplit(".", 1)

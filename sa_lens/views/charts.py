@@ -66,6 +66,8 @@ def training_curves(
 ) -> Curves:
     """Losses of one or several runs, from their `metrics.jsonl`.
 
+    Where a run trains the clean stream alone at first, a mark says from which step on the ablated one is trained too.
+
     Args:
         runs: run folders by name, or folders that give their own names.
         kind: `eval`: losses on the validation text. `train`: on the training batches.
@@ -82,14 +84,16 @@ def training_curves(
     named = dict(runs) if isinstance(runs, Mapping) else {Path(run).name: run for run in runs}
     if not named or len(named) < len(runs):
         raise ValueError("runs: give at least one run folder, and names if two folders are called the same")
-    lines = []
+    lines, switches = [], []
     for name, folder in named.items():
         path = Path(folder) / "metrics.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"no metrics.jsonl in {folder}: name the folder of a training run")
-        records = [record for record in MetricsFile(path).read() if record.get("kind") == kind]
+        written = MetricsFile(path).read()
+        records = [record for record in written if record.get("kind") == kind]
         if not records:
             raise ValueError(f"{path} has no record of kind {kind!r} yet")
+        switches += [record["step"] for record in written if record.get("ablated_weight") == 0][-1:]
         for stream in ("clean", "ablated"):
             key = f"{stream}_loss" if kind == "eval" else stream
             points = [(record["step"], number(record.get(key))) for record in records]
@@ -97,7 +101,8 @@ def training_curves(
                 x, y = zip(*points, strict=True)
                 lines.append(Line(name, stream, tuple(map(float, x)), tuple(y)))
     text = "validation text" if kind == "eval" else "training batches"
-    return Curves(title, f"on the {text}", "optimizer steps", "loss, nats per token", tuple(lines))
+    moments = tuple(Level(float(step), "ablated stream trained from here") for step in sorted({*switches}))
+    return Curves(title, f"on the {text}", "optimizer steps", "loss, nats per token", tuple(lines), moments=moments)
 
 
 def faithfulness_chart(
@@ -196,6 +201,13 @@ def figure_of_curves(record: Curves, *, dark: bool = False) -> Figure:
             line={"color": colours.faint, "width": 1, "dash": "dot"},
             annotation={"text": plain(level.label), "font": {"size": 11, "color": colours.faint}},
             annotation_position="top left",
+        )
+    for moment in record.moments:
+        figure.add_vline(
+            x=moment.value,
+            line={"color": colours.faint, "width": 1, "dash": "dot"},
+            annotation={"text": plain(moment.label), "font": {"size": 11, "color": colours.faint}},
+            annotation_position="top right",
         )
     for line in record.lines:
         label = plain(f"{line.name}, {line.stream}" if line.stream else line.name)

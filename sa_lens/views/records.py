@@ -176,6 +176,8 @@ class Curves:
     """Spacing of the x axis."""
     levels: tuple[Level, ...] = ()
     """Values to compare the curves with."""
+    moments: tuple[Level, ...] = ()
+    """Values of x at which something changes."""
 
 
 @dataclass(frozen=True)

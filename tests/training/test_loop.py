@@ -13,9 +13,10 @@ import torch
 from tiny_runs import MakeRun, records, same, weights
 
 from sa_lens.config import GateConfig, LossConfig, RunConfig, read_yaml
-from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, checkpoints
 from sa_lens.data import BlockOrder, prepare, validation_blocks
-from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, evaluate, loop, train
+from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, evaluate, loop, state, train
+from sa_lens.training.start import initial
 
 
 def plain_loop(run: RunConfig) -> SelfAblatingTransformer:
@@ -35,10 +36,12 @@ def plain_loop(run: RunConfig) -> SelfAblatingTransformer:
     for step in range(cfg.steps):
         indices = order.indices(step * cfg.batch_size, cfg.batch_size)
         blocks = torch.stack([torch.from_numpy(data.train.block(int(i), n_ctx)) for i in indices])
-        loss(blocks[:, :-1], blocks[:, 1:]).total.backward()
+        factor = 0.0 if step < cfg.dense_steps else min(1.0, (step - cfg.dense_steps + 1) / (cfg.ramp_steps + 1))
+        loss(blocks[:, :-1], blocks[:, 1:], ablated_weight=factor).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 + math.cos(math.pi * step / cfg.steps)) / 2
+            cosine = math.cos(math.pi * (step - cfg.dense_steps) / (cfg.steps - cfg.dense_steps))
+            group["lr"] = cfg.lr if step < cfg.dense_steps else cfg.lr * (1 + cosine) / 2
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -54,6 +57,56 @@ def test_it_is_a_plain_loop(make_run: MakeRun, tmp_path: Path, scope: str) -> No
     )
     found = train(run, tmp_path / "run", progress=False)
     assert same(weights(found.model), weights(plain_loop(run)))
+
+
+SCHEDULE = {"dense_steps": 5, "ramp_steps": 3}
+"""The clean stream alone for five of the twelve steps, which no record, evaluation or checkpoint falls on."""
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_with_a_schedule_it_is_a_plain_loop_too(make_run: MakeRun, tmp_path: Path, scope: str) -> None:
+    gates = GateConfig(scope=scope, k_attn=4, k_mlp=8)  # type: ignore[arg-type]
+    run = make_run(gates, LossConfig(0.5, 1.0, 0.1), weight_decay=0.1, **SCHEDULE)
+    result = train(run, tmp_path / "run", progress=False)
+    assert same(weights(result.model), weights(plain_loop(run)))
+
+
+def test_the_dense_steps_are_those_of_the_baseline(make_run: MakeRun, tmp_path: Path) -> None:
+    """Until the switch the transformer is the dense one of the same seed, bit for bit, and the gates are as drawn."""
+    settings = {"dense_steps": 8, "save_every": 8, "steps": 12, "log_every": 1}
+    gated = train(make_run(**settings), tmp_path / "gated", progress=False)
+    dense = train(make_run(GateConfig(scope="none"), **settings), tmp_path / "dense", progress=False)
+    (_, at_switch), (_, baseline) = (state.read(r.folder / "state" / "step-8") for r in (gated, dense))
+    fresh = weights(initial(make_run(**settings), progress=False)[1])
+    for name, weight in at_switch.weights.items():
+        assert torch.equal(weight, fresh[name] if "_gate." in name else baseline.weights[name]), name
+    assert same(at_switch.optimizer, baseline.optimizer)
+
+
+def test_what_a_scheduled_run_records(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(eval_every=2, log_every=3, **SCHEDULE)
+    result = train(run, tmp_path / "run", progress=False)
+    rows = records(result.folder, "train")
+    # a record at the switch, so that none mixes steps of both kinds
+    assert [row["step"] for row in rows] == [3, 5, 6, 9, 12]
+    assert [row["ablated_weight"] for row in rows] == [0, 0, 0.25, 1, 1]
+    assert ["ablated" in row for row in rows] == [False, False, True, True, True]
+    evaluations = records(result.folder, "eval")
+    assert ["ablated_loss" in row for row in evaluations] == [False, False, True, True, True, True]
+    # the best model is chosen among those whose ablated stream was trained
+    assert result.best_step == min((row["ablated_loss"], row["step"]) for row in evaluations[2:])[1]
+    assert math.isfinite(result.best_loss)
+
+
+def test_no_best_model_before_the_ablated_stream_is_trained(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_after = []
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda m, f, extra: saved_after.append(extra["step"]) or save(m, f, extra))
+    # the clean loss falls from evaluation to evaluation, so that each would be the best one
+    train(make_run(eval_every=2, dense_steps=6), tmp_path / "run", progress=False)
+    assert saved_after[0] == 8
 
 
 def test_twice_the_same(make_run: MakeRun, tmp_path: Path) -> None:
@@ -179,8 +232,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     forward = TwoStreamLoss.forward
     calls = []
 
-    def poisoned(self: TwoStreamLoss, *args: torch.Tensor) -> object:
-        terms = forward(self, *args)
+    def poisoned(self: TwoStreamLoss, *args: torch.Tensor, **options: Any) -> object:
+        terms = forward(self, *args, **options)
         calls.extend([1] * torch.is_grad_enabled())
         if len(calls) != 8 or not torch.is_grad_enabled():
             return terms

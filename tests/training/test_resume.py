@@ -82,6 +82,20 @@ def test_ctrl_c_saves_and_stops(
     assert records(out, timed=False) == records(whole.folder, timed=False)
 
 
+@pytest.mark.parametrize("step", [2, 5, 6, 7])
+def test_a_schedule_resumes_in_and_between_its_parts(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Stopped in the dense steps, at the switch, in the ramp: the end is the same, AdamW's averages included."""
+    schedule = {"dense_steps": 6, "ramp_steps": 2, "log_every": 4}
+    uninterrupted = train(make_run(**schedule), tmp_path / "whole", progress=False)
+    out = tmp_path / "run"
+    interrupt_at(monkeypatch, step)
+    with pytest.raises(Interrupted):
+        train(make_run(**schedule), out, progress=False)
+    assert_as_if_whole(out, train(make_run(**schedule), out, resume=True, progress=False), uninterrupted)
+
+
 def test_a_second_ctrl_c_stops_at_once(
     make_run: MakeRun, tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
-"""The schedule is the written formula, and torch's own cosine."""
+"""The learning rate is the written formula, and torch's own cosine; the ablated stream comes in when it is said to."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa_lens.config import TrainConfig
+from sa_lens.config import GateConfig, RunConfig, TrainConfig
 from sa_lens.training import learning_rate
+from sa_lens.training.schedule import ablated_weight, trains_both
 
 
 def test_without_warmup_it_is_torchs_cosine() -> None:
@@ -31,6 +33,18 @@ def test_by_hand_with_warmup() -> None:
     assert [learning_rate(step, cfg) for step in range(10)] == pytest.approx(expected)
 
 
+def test_by_hand_with_dense_steps() -> None:
+    cfg = TrainConfig(steps=12, lr=1.0, dense_lr=2.0, warmup_steps=2, dense_steps=4)
+    # warm-up to the dense rate, which stays until the switch; then (1 + cos(pi * i / 8)) / 2 for i = 0 ... 7
+    expected = [1.0, 2.0, 2.0, 2.0] + [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert [learning_rate(step, cfg) for step in range(12)] == pytest.approx(expected)
+    without = dataclasses.replace(cfg, dense_lr=None)
+    assert [learning_rate(step, without) for step in range(4)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
+    longer_warmup = dataclasses.replace(cfg, warmup_steps=6)
+    expected = [2.0 * i / 6 for i in range(1, 7)] + [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    assert [learning_rate(step, longer_warmup) for step in range(12)] == pytest.approx(expected)
+
+
 @given(steps=st.integers(2, 500), share=st.floats(0, 0.99), lr=st.floats(1e-6, 1))
 def test_rises_in_warmup_then_falls(steps: int, share: float, lr: float) -> None:
     cfg = TrainConfig(steps=steps, lr=lr, warmup_steps=int(share * steps))
@@ -40,3 +54,21 @@ def test_rises_in_warmup_then_falls(steps: int, share: float, lr: float) -> None
     assert rates[cfg.warmup_steps :] == sorted(rates[cfg.warmup_steps :], reverse=True)
     assert max(rates) == pytest.approx(lr)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_ablated_stream_comes_in_by_hand() -> None:
+    run = RunConfig(train=TrainConfig(steps=10, dense_steps=3, ramp_steps=3))
+    # three steps without it, then 1/4, 2/4, 3/4, 1, 1 ...
+    assert [ablated_weight(step, run) for step in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert [trains_both(steps_taken, run) for steps_taken in (0, 3, 4, 10)] == [False, False, True, True]
+    at_once = RunConfig(train=TrainConfig(steps=10))
+    assert [ablated_weight(step, at_once) for step in range(10)] == [1] * 10
+    dense = RunConfig(gates=GateConfig(scope="none"), train=TrainConfig(steps=10, dense_steps=3))
+    assert [ablated_weight(step, dense) for step in range(10)] == [0] * 10
+
+
+def test_a_schedule_that_never_trains_the_ablated_stream() -> None:
+    with pytest.raises(ValueError, match=r"dense_steps=7 and train\.ramp_steps=3 must add up to less than .*steps=10"):
+        TrainConfig(steps=10, dense_steps=7, ramp_steps=3)
+    with pytest.raises(ValueError, match=r"dense_steps=5 trains the clean stream alone, which .*freeze='base'"):
+        TrainConfig(steps=10, dense_steps=5, freeze="base", init="runs/dense")

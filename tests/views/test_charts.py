@@ -47,6 +47,21 @@ def test_losses_of_runs(runs):
     ]
 
 
+def test_the_step_from_which_the_ablated_stream_is_trained(tmp_path):
+    scheduled = [
+        {"kind": "train", "step": 10, "clean": 5.0, "ablated_weight": 0.0},
+        {"kind": "train", "step": 15, "clean": 4.0, "ablated_weight": 0.0},
+        {"kind": "eval", "step": 15, "clean_loss": 4.1},
+        {"kind": "train", "step": 20, "clean": 3.0, "ablated": 5.0, "ablated_weight": 0.5},
+        {"kind": "eval", "step": 30, "clean_loss": 3.1, "ablated_loss": 3.9},
+    ]
+    record = training_curves([run_folder(tmp_path / "scheduled", scheduled)])
+    assert [(moment.value, moment.label) for moment in record.moments] == [(15, "ablated stream trained from here")]
+    assert [(line.stream, line.y) for line in record.lines] == [("clean", (4.1, 3.1)), ("ablated", (None, 3.9))]
+    assert from_json(to_json(record)) == record
+    assert draw(record).layout.shapes[0].x0 == 15
+
+
 def test_runs_that_cannot_be_drawn(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
         training_curves([tmp_path])

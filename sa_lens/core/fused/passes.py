@@ -37,7 +37,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class StreamLosses(NamedTuple):
-    """What the fused path computes; None without gates, R also if it is not asked for."""
+    """What the fused path computes; None where the ablated pass is left out, R also if it is not asked for."""
 
     clean: Float[Tensor, ""]
     ablated: Float[Tensor, ""] | None
@@ -52,8 +52,9 @@ def fused_loss(
     *,
     dtype: torch.dtype,
     recompute: bool = False,
+    clean_alone: bool = False,
 ) -> StreamLosses:
-    """Loss terms of both streams.
+    """Loss terms of both streams; without gates, or if asked for, of the clean stream alone.
 
     Args:
         targets: the token to predict at each position; None: the next token, T - 1 predictions.
@@ -64,7 +65,7 @@ def fused_loss(
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
     passes = Passes(model, dtype, recompute and torch.is_grad_enabled())
     embedded = F.embedding(tokens, model.embed.W_E) + model.pos_embed.W_pos[: tokens.shape[1]]
-    if not model.gates.gated:
+    if clean_alone or not model.gates.gated:
         outputs = passes.clean(embedded)
         return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
     base_trains = any(p.requires_grad for name, p in model.named_parameters() if "_gate." not in name)
