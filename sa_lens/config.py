@@ -372,8 +372,6 @@ class TrainConfig:
     both from the first step, as in the paper. The learning rate is constant until then; without gates that is all."""
     dense_lr: float | None = None
     """Learning rate of the dense steps; None: `lr`."""
-    ramp_steps: int = 0
-    """Steps after `dense_steps` over which the coefficients of the ablated stream rise linearly to their values."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
     adam_eps: float = 1e-8
@@ -416,17 +414,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "save_every", "log_every"):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name}={value} must be at least 1")
-        whole = (
-            "warmup_steps",
-            "dense_steps",
-            "ramp_steps",
-            "weight_decay",
-            "clip",
-            "sample_tokens",
-            "workers",
-            "seed",
-        )
-        for name in whole:
+        for name in ("warmup_steps", "dense_steps", "weight_decay", "clip", "sample_tokens", "workers", "seed"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name}={value} must be 0 or more")
         _check(self.lr > 0, f"train.lr={self.lr} must be above 0")
@@ -436,9 +424,9 @@ class TrainConfig:
             f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}",
         )
         _check(
-            self.dense_steps + self.ramp_steps < self.steps,
-            f"train.dense_steps={self.dense_steps} and train.ramp_steps={self.ramp_steps} must add up to less than "
-            f"train.steps={self.steps}: the ablated stream is trained after them",
+            self.dense_steps < self.steps,
+            f"train.dense_steps={self.dense_steps} must be below train.steps={self.steps}: the ablated stream is "
+            "trained after them",
         )
         _check(
             self.freeze == "none" or self.dense_steps == 0,

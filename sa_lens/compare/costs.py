@@ -119,8 +119,8 @@ def timed_steps(run: RunConfig, device: str) -> StepTimes:
     part = max(1, run.train.batch_size // run.train.accumulate)
     tokens = torch.randint(d_vocab, (part, run.model.n_ctx + 1), generator=generator).to(device)
 
-    def step(ablated_weight: float = 1.0) -> None:
-        loss(tokens[:, :-1], tokens[:, 1:], ablated_weight=ablated_weight).total.backward()
+    def step(clean_alone: bool = False) -> None:
+        loss(tokens[:, :-1], tokens[:, 1:], clean_alone=clean_alone).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -130,7 +130,7 @@ def timed_steps(run: RunConfig, device: str) -> StepTimes:
 
     full = _seconds(step, device) * run.train.accumulate
     has_dense_steps = run.gates.gated and run.train.dense_steps > 0
-    dense = _seconds(partial(step, 0.0), device) * run.train.accumulate if has_dense_steps else full
+    dense = _seconds(partial(step, True), device) * run.train.accumulate if has_dense_steps else full
     return StepTimes(full, dense, _seconds(forward, device) / (part * run.model.n_ctx))
 
 

@@ -79,7 +79,7 @@ class Grid:
             return dataclasses.replace(self.run, gates=variant.gates, train=train)
         if baseline is None:
             raise ValueError(f"{variant.name} is trained on the baseline of seed {seed}: train that first")
-        train = dataclasses.replace(train, freeze="base", init=baseline, dense_steps=0, ramp_steps=0)
+        train = dataclasses.replace(train, freeze="base", init=baseline, dense_steps=0)
         # the shape is that of the baseline
         shape = ModelConfig(n_ctx=self.run.model.n_ctx)
         return dataclasses.replace(self.run, model=shape, gates=variant.gates, train=train)

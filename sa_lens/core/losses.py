@@ -93,26 +93,23 @@ class TwoStreamLoss(nn.Module):
         tokens: Int[Tensor, "batch pos"],
         targets: Int[Tensor, "batch pos"] | None = None,
         *,
-        ablated_weight: float | Float[Tensor, ""] = 1.0,
+        clean_alone: bool = False,
     ) -> LossTerms:
         """Terms of the loss on a batch.
 
         Args:
             targets: the token to predict at each position, -100 where none is; None: the next token of `tokens`,
                 T - 1 predictions.
-            ablated_weight: factor of the ablated and the reconstruction coefficient, from 0 to 1. The number 0 trains
-                the clean stream alone: the loss is CE(clean) with coefficient 1 as without gates, the ablated pass is
-                not computed and the gates get no gradient. Give a tensor if the factor changes from step to step and
-                the loss is compiled, which otherwise compiles again for each value.
+            clean_alone: train the clean stream alone. The loss is CE(clean) with coefficient 1 as without gates, the
+                ablated pass is not computed and the gates get no gradient.
         """
-        clean_alone = not isinstance(ablated_weight, Tensor) and ablated_weight == 0
         device = self.model.embed.W_E.device.type
         dtype = self._matmul_dtype(device)
         if self.path == "hooked" or self._must_fire_hooks():
             with torch.autocast(device, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
                 if clean_alone:
                     return clean_loss(self.model, tokens, targets)
-                return hooked_loss(self.model, self.cfg, tokens, targets, ablated_weight)
+                return hooked_loss(self.model, self.cfg, tokens, targets)
         with torch.autocast(device, enabled=False):
             clean, ablated, reconstruction = fused_loss(
                 self.model,
@@ -125,7 +122,7 @@ class TwoStreamLoss(nn.Module):
             )
         if ablated is None:
             return LossTerms(clean, clean, None, None)
-        return combine(self.cfg, clean, ablated, reconstruction, ablated_weight)
+        return combine(self.cfg, clean, ablated, reconstruction)
 
     def _matmul_dtype(self, device: str) -> torch.dtype:
         if self.dtype is not None:
@@ -148,7 +145,6 @@ def hooked_loss(
     cfg: LossConfig,
     tokens: Int[Tensor, "batch pos"],
     targets: Int[Tensor, "batch pos"] | None,
-    ablated_weight: float | Float[Tensor, ""] = 1.0,
 ) -> LossTerms:
     """The loss by hooks, on the model's own modules: the definition that faster paths must agree with."""
     both = model.run_both_passes(tokens)
@@ -157,7 +153,7 @@ def hooked_loss(
         return LossTerms(clean, clean, None, None)
     ablated = cross_entropy(both.ablated_logits, tokens, targets)
     reconstruction = reconstruction_loss(both.clean_outputs, both.ablated_outputs) if cfg.reconstruction else None
-    return combine(cfg, clean, ablated, reconstruction, ablated_weight)
+    return combine(cfg, clean, ablated, reconstruction)
 
 
 def clean_loss(
@@ -170,14 +166,10 @@ def clean_loss(
 
 
 def combine(
-    cfg: LossConfig,
-    clean: Float[Tensor, ""],
-    ablated: Float[Tensor, ""],
-    reconstruction: Float[Tensor, ""] | None,
-    ablated_weight: float | Float[Tensor, ""] = 1.0,
+    cfg: LossConfig, clean: Float[Tensor, ""], ablated: Float[Tensor, ""], reconstruction: Float[Tensor, ""] | None
 ) -> LossTerms:
     """The weighted sum of the terms of a gated model."""
-    of_ablated = cfg.ablated * ablated
+    total = cfg.clean * clean + cfg.ablated * ablated
     if reconstruction is not None:
-        of_ablated = of_ablated + cfg.reconstruction * reconstruction
-    return LossTerms(cfg.clean * clean + ablated_weight * of_ablated, clean, ablated, reconstruction)
+        total = total + cfg.reconstruction * reconstruction
+    return LossTerms(total, clean, ablated, reconstruction)

@@ -134,7 +134,7 @@ def _figures(
     """Clean loss, ablated loss (None if it is left out) and masks of a batch."""
     if fused or clean_alone:
         loss = TwoStreamLoss(model, path="fused" if fused else "hooked", dtype=model.cfg.dtype)
-        terms = loss(tokens, targets, ablated_weight=0.0 if clean_alone else 1.0)
+        terms = loss(tokens, targets, clean_alone=clean_alone)
         return terms.clean, terms.ablated, {} if terms.ablated is None else masks_of(model, tokens)
     both = model.run_both_passes(tokens)
     clean = cross_entropy(both.clean_logits, tokens, targets)

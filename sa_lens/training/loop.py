@@ -26,7 +26,7 @@ from sa_lens.training.interruption import Interrupted
 from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.processes import accelerator_for, check_device, check_tracker, micro_batches
 from sa_lens.training.sampling import Sample, sample
-from sa_lens.training.schedule import ablated_weight, learning_rate, trains_both
+from sa_lens.training.schedule import learning_rate, trains_ablated
 from sa_lens.training.sharding import whole, whole_parameters
 from sa_lens.training.start import Start, start
 
@@ -105,7 +105,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     batches = _batches(run, begun, accelerator)
     parts = micro_batches(run, accelerator.num_processes)
     step = at.step
-    window = Window(term_names(run, ablated_weight(step, run)), lambda x: accelerator.reduce(x, "mean"))
+    window = Window(term_names(run, trains_ablated(step, run)), lambda x: accelerator.reduce(x, "mean"))
     window.fetched = list(at.window)
     tokens_a_step = cfg.batch_size * run.model.n_ctx
     began = time.perf_counter() - at.seconds
@@ -130,7 +130,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                         model,
                         validation,
                         bytes_per_token=bytes_per_token(begun.data.validation),
-                        clean_alone=not trains_both(step, run),
+                        clean_alone=not trains_ablated(step - 1, run),
                         share=(accelerator.process_index, accelerator.num_processes),
                         total=lambda x: _total(x, accelerator),
                     )
@@ -138,7 +138,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 found = dataclasses.asdict(evaluation)
                 at = dataclasses.replace(at, evaluation=found)
                 record("eval", found)
-                selectable = trains_both(step, run) or not run.gates.gated
+                selectable = trains_ablated(step - 1, run) or not run.gates.gated
                 if selectable and (at.best_loss is None or evaluation.selection_loss < at.best_loss):
                     at = dataclasses.replace(at, best_loss=evaluation.selection_loss, best_step=step)
                     extra = {"run": to_dict(run), "step": step, "validation": found}
@@ -169,15 +169,15 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
 
             # ----------------------------------------------------------------------------------------- *** step ***
             logged_at += time.perf_counter() - paused_at
-            lr, weight = learning_rate(step, cfg), ablated_weight(step, run)
-            window.names = term_names(run, weight)
+            lr, ablated = learning_rate(step, cfg), trains_ablated(step, run)
+            window.names = term_names(run, ablated)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows: list[Tensor] = []
             for part in range(1, parts + 1):
                 tokens, targets = next(batches)
                 with nullcontext() if part == parts else accelerator.no_sync(module):
-                    terms = module(tokens, targets, ablated_weight=_as_argument(weight, accelerator))
+                    terms = module(tokens, targets, clean_alone=not ablated)
                     accelerator.backward(terms.total / parts)
                 rows.append(term_row(terms))
             norm = accelerator.clip_grad_norm_(module.parameters(), cfg.clip or math.inf)
@@ -195,7 +195,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 logged_step, logged_at = step, now
                 figures = {"tokens": step * tokens_a_step, **means, "lr": lr, "tokens_per_s": round(speed)}
                 if run.gates.gated:
-                    figures["ablated_weight"] = weight
+                    figures["streams"] = "both" if ablated else "clean"
                 record("train", {**figures, "seconds": round(now - began, 1)})
                 bar.set_postfix_str(_status(means, speed))
 
@@ -208,11 +208,6 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     return TrainResult(
         out, model, step, at.best_loss, at.best_step, Evaluation(**at.evaluation), drawn, time.perf_counter() - began
     )
-
-
-def _as_argument(weight: float, accelerator: Accelerator) -> float | Tensor:
-    """The factor as the loss takes it: a tensor while it rises, so that a compiled loss is compiled once."""
-    return torch.tensor(weight, device=accelerator.device) if 0 < weight < 1 else weight
 
 
 def _batches(run: RunConfig, begun: Start, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:

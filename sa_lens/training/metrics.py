@@ -75,13 +75,13 @@ def _finite(value: float) -> bool:
     return math.isfinite(value)
 
 
-def term_names(run: RunConfig, weight: float) -> tuple[str, ...]:
+def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
     """Names of the values of a step: those of the terms that `term_row` returns, and the gradient's norm.
 
     Args:
-        weight: the step's factor of the ablated stream (`schedule.ablated_weight`); with 0 it has no terms.
+        ablated: whether the step trains the ablated stream (`schedule.trains_ablated`).
     """
-    if weight == 0:
+    if not ablated:
         return ("loss", "clean", "grad_norm")
     reconstruction = ("reconstruction",) if run.loss.reconstruction else ()
     return ("loss", "clean", "ablated", *reconstruction, "grad_norm")

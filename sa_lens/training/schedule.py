@@ -26,17 +26,6 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * (1 + math.cos(math.pi * (step - start) / (cfg.steps - start))) / 2
 
 
-def ablated_weight(step: int, run: RunConfig) -> float:
-    """Factor of the ablated stream's coefficients in optimizer step `step`, counted from 0.
-
-    0 in the first `dense_steps` steps, in which the clean stream alone is trained; then it rises linearly over
-    `ramp_steps` steps and stays 1. Without gates it is always 0.
-    """
-    if not run.gates.gated or step < run.train.dense_steps:
-        return 0.0
-    return min(1.0, (step - run.train.dense_steps + 1) / (run.train.ramp_steps + 1))
-
-
-def trains_both(step: int, run: RunConfig) -> bool:
-    """Whether the ablated stream has been trained in the `step` steps taken so far."""
-    return run.gates.gated and step > run.train.dense_steps
+def trains_ablated(step: int, run: RunConfig) -> bool:
+    """Whether optimizer step `step`, counted from 0, trains the ablated stream: after the dense steps, with gates."""
+    return run.gates.gated and step >= run.train.dense_steps

@@ -20,7 +20,7 @@ from sa_lens.training import run_folder, state
 from sa_lens.training.metrics import MetricsFile
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
-from sa_lens.training.schedule import learning_rate, trains_both
+from sa_lens.training.schedule import learning_rate, trains_ablated
 from sa_lens.training.sharding import check_sharding
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
         )
     else:
         before, tensors = earlier
-        untouched = gate_names(model) if not trains_both(before.step, run) else frozenset()
+        untouched = gate_names(model) if not trains_ablated(before.step - 1, run) else frozenset()
         state.restore_optimizer(model, optimizer.optimizer, tensors.optimizer, untouched)
         state.restore_generators(accelerator.process_index, tensors.generators)
         if different := environment.differences(Environment(**before.environment)):

@@ -380,14 +380,14 @@ def test_biases_that_a_state_brings_along_count_on_both_paths() -> None:
 @pytest.mark.parametrize("scope", ["none", "local", "global"])
 @pytest.mark.parametrize("path", ["fused", "hooked"])
 def test_the_clean_stream_alone_is_the_dense_model(scope: str, path: str) -> None:
-    """With the factor 0 the loss and every gradient are those of the same transformer without gates."""
+    """The loss and every gradient are those of the same transformer without gates."""
     model = build(dataclasses.replace(GATES, scope=scope))
     dense = build(GateConfig(scope="none"))
     dense.load_state_dict(model.state_dict(), strict=False)
     tokens, targets = batch()
     expected, expected_grads = gradients(dense, LossConfig(), tokens, targets, path=path)
     model.zero_grad()
-    terms = TwoStreamLoss(model, LOSS, path=path)(tokens, targets, ablated_weight=0.0)
+    terms = TwoStreamLoss(model, LOSS, path=path)(tokens, targets, clean_alone=True)
     terms.total.backward()
     assert terms.ablated is None
     assert terms.reconstruction is None
@@ -397,18 +397,3 @@ def test_the_clean_stream_alone_is_the_dense_model(scope: str, path: str) -> Non
             assert parameter.grad is None, name
         elif parameter.requires_grad:
             assert torch.equal(parameter.grad, expected_grads[name]), name
-
-
-@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.25, dtype=torch.float64), 1e-30])
-def test_the_factor_of_the_ablated_stream(weight: float | Tensor) -> None:
-    """It multiplies the coefficients of the ablated stream, on both paths, whether a number or a tensor."""
-    model, (tokens, targets) = build(), batch()
-    scaled = dataclasses.replace(LOSS, ablated=LOSS.ablated * float(weight), reconstruction=0.3 * float(weight))
-    _, expected_grads = gradients(model, scaled, tokens, targets, path="hooked")
-    for path in ("fused", "hooked"):
-        model.zero_grad()
-        terms = TwoStreamLoss(model, LOSS, path=path)(tokens, targets, ablated_weight=weight)
-        terms.total.backward()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert relative(parameter.grad, expected_grads[name]) < 1e-8, name

@@ -36,8 +36,7 @@ def plain_loop(run: RunConfig) -> SelfAblatingTransformer:
     for step in range(cfg.steps):
         indices = order.indices(step * cfg.batch_size, cfg.batch_size)
         blocks = torch.stack([torch.from_numpy(data.train.block(int(i), n_ctx)) for i in indices])
-        factor = 0.0 if step < cfg.dense_steps else min(1.0, (step - cfg.dense_steps + 1) / (cfg.ramp_steps + 1))
-        loss(blocks[:, :-1], blocks[:, 1:], ablated_weight=factor).total.backward()
+        loss(blocks[:, :-1], blocks[:, 1:], clean_alone=step < cfg.dense_steps).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         for group in optimizer.param_groups:
             cosine = math.cos(math.pi * (step - cfg.dense_steps) / (cfg.steps - cfg.dense_steps))
@@ -59,7 +58,7 @@ def test_it_is_a_plain_loop(make_run: MakeRun, tmp_path: Path, scope: str) -> No
     assert same(weights(found.model), weights(plain_loop(run)))
 
 
-SCHEDULE = {"dense_steps": 5, "ramp_steps": 3}
+SCHEDULE = {"dense_steps": 5}
 """The clean stream alone for five of the twelve steps, which no record, evaluation or checkpoint falls on."""
 
 
@@ -89,7 +88,7 @@ def test_what_a_scheduled_run_records(make_run: MakeRun, tmp_path: Path) -> None
     rows = records(result.folder, "train")
     # a record at the switch, so that none mixes steps of both kinds
     assert [row["step"] for row in rows] == [3, 5, 6, 9, 12]
-    assert [row["ablated_weight"] for row in rows] == [0, 0, 0.25, 1, 1]
+    assert [row["streams"] for row in rows] == ["clean", "clean", "both", "both", "both"]
     assert ["ablated" in row for row in rows] == [False, False, True, True, True]
     evaluations = records(result.folder, "eval")
     assert ["ablated_loss" in row for row in evaluations] == [False, False, True, True, True, True]

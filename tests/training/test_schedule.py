@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sa_lens.config import GateConfig, RunConfig, TrainConfig
 from sa_lens.training import learning_rate
-from sa_lens.training.schedule import ablated_weight, trains_both
+from sa_lens.training.schedule import trains_ablated
 
 
 def test_without_warmup_it_is_torchs_cosine() -> None:
@@ -57,18 +57,15 @@ def test_rises_in_warmup_then_falls(steps: int, share: float, lr: float) -> None
 
 
 def test_the_ablated_stream_comes_in_by_hand() -> None:
-    run = RunConfig(train=TrainConfig(steps=10, dense_steps=3, ramp_steps=3))
-    # three steps without it, then 1/4, 2/4, 3/4, 1, 1 ...
-    assert [ablated_weight(step, run) for step in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
-    assert [trains_both(steps_taken, run) for steps_taken in (0, 3, 4, 10)] == [False, False, True, True]
-    at_once = RunConfig(train=TrainConfig(steps=10))
-    assert [ablated_weight(step, at_once) for step in range(10)] == [1] * 10
+    run = RunConfig(train=TrainConfig(steps=6, dense_steps=3))
+    assert [trains_ablated(step, run) for step in range(6)] == [False, False, False, True, True, True]
+    assert trains_ablated(0, RunConfig(train=TrainConfig(steps=10)))
     dense = RunConfig(gates=GateConfig(scope="none"), train=TrainConfig(steps=10, dense_steps=3))
-    assert [ablated_weight(step, dense) for step in range(10)] == [0] * 10
+    assert not any(trains_ablated(step, dense) for step in range(10))
 
 
 def test_a_schedule_that_never_trains_the_ablated_stream() -> None:
-    with pytest.raises(ValueError, match=r"dense_steps=7 and train\.ramp_steps=3 must add up to less than .*steps=10"):
-        TrainConfig(steps=10, dense_steps=7, ramp_steps=3)
+    with pytest.raises(ValueError, match=r"dense_steps=10 must be below train\.steps=10: the ablated stream"):
+        TrainConfig(steps=10, dense_steps=10)
     with pytest.raises(ValueError, match=r"dense_steps=5 trains the clean stream alone, which .*freeze='base'"):
         TrainConfig(steps=10, dense_steps=5, freeze="base", init="runs/dense")
