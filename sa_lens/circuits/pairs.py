@@ -250,8 +250,9 @@ def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[st
         if word is None:
             places = [i for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)) if a != b]
         else:
-            ids = encoder(word)
-            places = [i for i, token in enumerate(clean) if [token] == ids]
+            # a name at the very beginning of a text is another token than after a space
+            forms = (encoder(word), encoder(word.lstrip()))
+            places = [i for i, token in enumerate(clean) if [token] in forms]
         if -len(places) <= index < len(places):
             positions[name] = places[index] - len(clean)
     positions["end"] = -1

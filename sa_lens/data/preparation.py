@@ -13,7 +13,7 @@ import numpy as np
 
 from sa_lens.config import DataConfig
 from sa_lens.data.disk import cache_folder, key_of, locked
-from sa_lens.data.sources import Source, open_source, stories_source, story_names
+from sa_lens.data.sources import Source, open_source, stories_source, story_words
 from sa_lens.data.tokenizers import fetch_tokenizer, load_tokenizer, read_words, tokenizer_fingerprint, train_bpe
 from sa_lens.data.tokens import FORMAT, TokenFile, check_blocks, vocabulary_of, write_tokens
 
@@ -83,7 +83,7 @@ def _kept_words(data: DataConfig) -> list[str]:
                 f"data.keep_whole applies to data.tokenizer='bpe', not to {data.tokenizer!r}; leave it out"
             )
         return []
-    return sorted({*words, *story_names()}) if data.source == "stories" else words
+    return sorted({*words, *story_words()}) if data.source == "stories" else words
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,11 @@ def stories_source(n: int, seed: int, max_documents: int | None) -> Source:
     return Source("stories", key, lambda: _cleaned((s.text for s in stories.generate(count, seed)), None))
 
 
-def story_names() -> list[str]:
-    """The names of the generated stories' characters."""
+def story_words() -> list[str]:
+    """Every word of the generated stories."""
     from sa_lens.data import stories
 
-    return sorted(stories.NAMES)
+    return sorted(stories.vocabulary())
 
 
 def _python_files(folder: Path) -> dict[str, str]:

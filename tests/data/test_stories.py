@@ -80,7 +80,8 @@ def test_label_values_are_the_declared_ones_and_all_of_them_occur(stories: list[
 def test_part_of_speech_of_words_whose_class_is_known(labelled: list[Story]) -> None:
     expected = {
         **dict.fromkeys(NAMES, "PROPN"),
-        **dict.fromkeys(("he", "she", "He", "She", "him", "his", "They", "I"), "PRON"),
+        **dict.fromkeys(("he", "she", "He", "She", "him", "his", "They", "they", "I"), "PRON"),
+        "'s": "PART",
         **dict.fromkeys(("a", "an", "the", "The"), "DET"),
         **dict.fromkeys(("ball", "kite", "park", "bench"), "NOUN"),
         **dict.fromkeys(("gave", "handed", "lost", "found", "thanked"), "VERB"),
@@ -106,18 +107,33 @@ def test_referents_count_in_order_of_first_mention(labelled: list[Story]) -> Non
 
 
 def test_every_word_is_in_the_vocabulary_and_every_word_of_it_occurs(stories: list[Story]) -> None:
-    seen = {word for story in stories for word in re.findall("[A-Za-z]+", story.text)}
+    seen = {word for story in stories for word in re.findall("[A-Za-z]+", story.text.replace("'s", ""))}
     assert seen == vocabulary()
     assert len({word.lower() for word in seen}) >= 250
     assert len(seen & set(NAMES)) >= 40
 
 
-def test_names_are_no_common_words_and_always_follow_a_space(stories: list[Story]) -> None:
+def test_names_are_no_common_words_and_stand_anywhere(stories: list[Story]) -> None:
     lower = {word.lower() for word in vocabulary() - set(NAMES)}
     assert not {name.lower() for name in NAMES} & lower
-    glued = re.compile(rf"(?<! )\b({'|'.join(NAMES)})\b")
-    assert not any(glued.search(story.text) for story in stories)
     assert min(Counter(NAMES.values()).values()) >= 20
+    names = "|".join(NAMES)
+    places = {
+        "first in a story": rf"^({names})\b",
+        "first in a sentence": rf"\. ({names})\b",
+        "after a quotation mark": rf'"({names})\b',
+        "after a comma": rf", ({names})\b",
+        "before a comma": rf"\b({names}),",
+        "owner": rf"\b({names})'s\b",
+    }
+    share = {
+        where: sum(re.search(place, story.text) is not None for story in stories) / len(stories)
+        for where, place in places.items()
+    }
+    assert min(share.values()) > 0.01
+    assert 0.3 < share["first in a story"] < 0.6
+    starts = Counter(story.text.split()[0] for story in stories)
+    assert min(starts[name] for name in NAMES) > 50
 
 
 def test_stories_are_50_to_120_words_in_two_or_three_characters(stories: list[Story]) -> None:
@@ -197,6 +213,8 @@ def replay(story: Story) -> None:
             has[thing] = set(role["member"])
         elif pattern == "have_each":
             has.update({thing: {owner} for thing, owner in zip(objects, role["owner"], strict=True)})
+        elif pattern == "share":
+            assert set(role["owner"]) & holders[thing], story.text
         elif pattern in ("have", "buy", "feel_has_new", "find_new"):
             assert holders[thing] is None
             has[thing] = set(role["owner"] + role["finder"])
@@ -247,7 +265,10 @@ def check_pronouns(story: Story) -> None:
                 if here == {word.referent}:
                     continue
                 # the last one of this gender, and no other one in this sentence and the two before it in the scene
-                assert [w for w in before if gender[w.referent] == want][-1].referent == word.referent
+                assert [w for w in before if gender[w.referent] == want][-1].referent == word.referent, (
+                    word,
+                    story.text,
+                )
                 near = {
                     w.referent
                     for w in itertools.chain(*said[max(scene, len(said) - 2) :], words[:i])
@@ -294,12 +315,19 @@ def test_indirect_object_sentences_are_frequent_and_name_the_other_character(lab
     assert 0.4 < orders["ABBA"] / orders.total() < 0.6
 
 
-def test_after_to_in_giving_comes_a_name_and_after_because_a_pronoun(stories: list[Story]) -> None:
-    give = re.compile(r"(?:gave|give|handed|passed|offered|lent|threw) (?:an?|the|it)\b[a-z ]*? to (\w+)")
-    why = re.compile(r"(?:because|said that) (\w+)")
+def test_after_to_in_giving_comes_a_name_and_after_because_mostly_a_pronoun(stories: list[Story]) -> None:
+    give = re.compile(
+        r"(?:gave|give|handed|hand|passed|pass|offered|offer|lent|sent|sold|threw|kicked|rolled|brought|bring)"
+        r" (?:an?|the|it)\b(?: (?!and\b)[a-z]+)*? to (?!the\b)(\w+)"
+    )
+    why = re.compile(r"\b(?:because|that|until) (\w+) (?:was|had|wanted|liked|loved)\b")
+    reasons: Counter[str] = Counter()
     for story in stories:
-        assert set(give.findall(story.text)) <= set(NAMES)
-        assert set(why.findall(story.text)) <= {"he", "she"}
+        assert set(give.findall(story.text)) <= set(NAMES), story.text
+        reasons.update(why.findall(story.text))
+    pronouns = reasons["he"] + reasons["she"]
+    assert pronouns > 0.6 * reasons.total()
+    assert set(reasons) - {"it"} <= {"he", "she"} | set(NAMES)
 
 
 # held-out pairs, determinism, no repetition

@@ -30,13 +30,9 @@ class Beats(Writer):
         """An object comes into the scene, or is there, and one gives it to the other."""
         x, y, _ = self.scene
         if self.things:
-            o = self.things[0]
+            o = self.pick(self.things)
             self.give(o, self.owner(o))
-            return
-        kind = self.random()
-        if kind < 0.6:
-            self.give_new(definite=kind < 0.1 and not self.holder)
-        elif kind < 0.68 and len(self.holder) < 3:
+        elif self.chance(0.1) and len(self.holder) < 3:
             o, q = self.new_thing(), self.new_thing()
             self.say("have_each", x=x, y=y, o=o, q=q)
             self.owned(o, x)
@@ -44,22 +40,20 @@ class Beats(Writer):
             o = self.pick((o, q))
             self.give(o, self.owner(o))
         else:
-            g, o = self.have()
-            if self.chance(0.2):
-                self.say("use_" + o.kind, x=g, o=o)
-            self.give(o, g)
+            self.another_gift()
 
     def have(self) -> tuple[Character, Thing]:
         """One of them has, finds or buys an object."""
         place = self.scene.place
         x, o = self.pick(self.scene[:2]), self.new_thing()
+        y = self.scene.other(x)
         kind = self.random()
         if kind < 0.3:
             self.say("find_new", x=x, o=o, s=self.pick(OUTDOOR_SPOTS if place.outdoors else INDOOR_SPOTS))
-            if self.chance(0.4):
+            if self.chance(0.3):
                 self.say("pick_up", x=x, o=o)
-        elif kind < 0.45 and self.unambiguous(x):
-            self.say("feel_has_new", x=x, o=o, f=self.pick(PROUD))
+        elif kind < 0.45:
+            self.say("feel_has_new", x=x, y=y, o=o, f=self.pick(PROUD))
         elif place.sells:
             self.say("buy", x=x, o=o)
         else:
@@ -67,18 +61,30 @@ class Beats(Writer):
         self.owned(o, x)
         return x, o
 
-    def give_new(self, *, definite: bool = False) -> None:
-        """One gives the other an object not mentioned before, as `a ball` or, definite, as `the ball`."""
+    def another_gift(self) -> None:
+        """One gives the other an object that is new to the story, or first has it and then gives it."""
+        kind = self.random()
+        if kind < 0.45:
+            self.give_new()
+            return
+        g, o = self.have()
+        if kind < 0.55:
+            self.say("use_" + o.kind, x=g, o=o)
+        elif kind < 0.7:
+            self.remark()
+        self.give(o, g)
+
+    def give_new(self) -> None:
+        """One gives the other an object not mentioned before, as `a ball` or, now and then, as `the ball`."""
         g, o = self.pick(self.scene[:2]), self.new_thing()
         r = self.scene.other(g)
         kind = self.random()
-        if definite:
-            pattern = "give"
-        elif kind < 0.15 and o.kind != "food":
-            pattern = "lend_new"
+        if kind < 0.15:
+            self.say("give", g=g, r=r, o=o, definite=True)
+        elif kind < 0.25 and o.kind != "food":
+            self.say("lend", g=g, r=r, o=o)
         else:
-            pattern = "give_decide_new" if kind > 0.8 else "give_new"
-        self.say(pattern, g=g, r=r, o=o)
+            self.say("give" if kind < 0.7 else "give_new", g=g, r=r, o=o)
         self.owned(o, r, first=g)
         self.after_gift(o, g)
 
@@ -90,32 +96,26 @@ class Beats(Writer):
             self.say("give_back", g=g, r=r, o=o)
         elif o.kind == "ball" and kind < 0.6:
             self.say("throw", g=g, r=r, o=o)
-        elif kind < 0.1 and self.recent(g):
+        elif kind < 0.08 and self.recent(g):
             self.say("give_pronoun", g=g, r=r, o=o)
         elif kind < 0.2 and self.last_thing is o:
             self.say("give_it", g=g, r=r, o=o)
         elif kind < 0.28 and self.holder[o.noun] is g:
             self.say("want_give", g=g, r=r, o=o)
             self.say("give_it", g=g, r=r, o=o)
-        elif kind < 0.34 and self.unambiguous(r):
+        elif kind < 0.32:
             self.say("give_double", g=g, r=r, o=o)
-        elif kind < 0.38 and o.kind != "food":
-            self.say("lend", g=g, r=r, o=o)
-        elif kind < 0.65:
-            self.say("give", g=g, r=r, o=o)
+        elif kind < 0.4 and o.kind != "food":
+            self.say("sell" if self.scene.place.sells and self.chance(0.5) else "lend", g=g, r=r, o=o)
         else:
-            self.say(self.pick(("give_then", "give_adverb", "give_decide")), g=g, r=r, o=o)
+            self.say("give", g=g, r=r, o=o)
         self.owned(o, r)
         self.after_gift(o, g)
 
     def give_back(self, o: Thing, g: Character) -> None:
         """The holder gives the object to the one who had it before."""
         r = self.scene.other(g)
-        kind = self.random()
-        pattern = "give_back" if kind < 0.5 else "give_then" if kind < 0.65 else "give_adverb" if kind < 0.8 else "give"
-        if kind > 0.9 and self.last_thing is o:
-            pattern = "give_it"
-        self.say(pattern, g=g, r=r, o=o)
+        self.say("give_back" if self.chance(0.5) else "give", g=g, r=r, o=o)
         self.owned(o, r)
         self.after_gift(o, g)
 
@@ -123,22 +123,21 @@ class Beats(Writer):
         """The one who got the object (and has it) says thanks or uses it."""
         r = self.scene.other(g)
         kind = self.random()
-        if kind < 0.2:
+        if kind < 0.1:
             self.say("thank", x=r, y=g)
-        elif kind < 0.5:
+        elif kind < 0.4:
             self.say("thank_for", x=r, y=g, o=o)
-        elif kind < 0.62:
+        elif kind < 0.5:
             self.say("thank_quote", x=r, y=g)
             if self.chance(0.5):
                 self.say("reply", x=r, y=g)
-        elif kind < 0.7:
+        elif kind < 0.56:
             self.say("feel", x=r, f=self.pick(PROUD))
-        elif kind < 0.78 and self.unambiguous(r):
-            why = self.pick(("feel_has", "feel_likes"))
-            self.say(why, x=r, o=o, f=self.pick(GLAD))
-        elif kind < 0.84 and "say_like" not in self.told:
+        elif kind < 0.66:
+            self.say(self.pick(("feel_has", "feel_likes")), x=r, y=g, o=o)
+        elif kind < 0.71 and "say_like" not in self.told:
             self.say("say_like", x=r, o=o)
-        elif kind < 0.95:
+        elif kind < 0.85:
             self.say("use_" + o.kind, x=r, o=o)
 
     # beats
@@ -167,20 +166,11 @@ class Beats(Writer):
         else:
             self.remark()
 
-    def another_gift(self) -> None:
-        if self.chance(0.4):
-            self.give_new()
-        else:
-            g, o = self.have()
-            self.give(o, g)
-
     def ask_and_give(self, o: Thing) -> None:
         """The other asks for the object and gets it; each way of asking once in a story."""
         g = self.owner(o)
         r = self.scene.other(g)
         ways = [way for way in ("ask_for", "ask_quote", "say_want") if way not in self.told]
-        if not self.unambiguous(r) and "say_want" in ways:
-            ways.remove("say_want")
         if not ways or self.holder[o.noun] is None:
             self.remark()
             return
@@ -188,12 +178,7 @@ class Beats(Writer):
         self.say(way, x=r, y=g, o=o)
         if way == "ask_quote" and self.chance(0.5):
             self.say("answer_yes", x=r, y=g)
-        if self.chance(0.25):
-            self.say("give_so", g=g, r=r, o=o)
-            self.owned(o, r)
-            self.after_gift(o, g)
-        else:
-            self.give(o, g)
+        self.give(o, g)
 
     def lose_and_find(self, o: Thing) -> None:
         x = self.owner(o)
@@ -203,7 +188,7 @@ class Beats(Writer):
         first = self.random()
         if first < 0.3:
             self.say("not_find", x=x, o=o)
-        elif first < 0.5 and self.unambiguous(x):
+        elif first < 0.5:
             self.say("feel_lost", x=x, o=o, f=self.pick(SAD))
         elif first < 0.8:
             self.say("feel", x=x, f=self.pick(SAD))
@@ -214,7 +199,7 @@ class Beats(Writer):
         elif second < 0.45:
             self.say("tell_lost", x=x, y=y, o=o)
         elif second < 0.6:
-            self.say("look_for", x=x, o=o)
+            self.say("look_for", o=o)
         if self.chance(0.35):
             self.say("offer_help", x=x, y=y)
         if self.chance(0.75):
@@ -231,7 +216,7 @@ class Beats(Writer):
         self.say("breaks", o=o)
         if self.chance(0.5):
             self.say("feel", x=x, f=self.pick(SAD))
-        self.say(self.pick(("give", "give_then")), g=x, r=y, o=o)
+        self.say("give", g=x, r=y, o=o)
         self.holder[o.noun] = y
         self.say("mend", y=y, o=o)
         self.give_back(o, y)
@@ -257,31 +242,32 @@ class Beats(Writer):
     def use_together(self, o: Thing) -> None:
         x = self.owner(o)
         if o.kind == "food":
-            self.say("share_food", x=x, o=o)
+            self.say("share_food", o=o)
             self.things.remove(o)
+        elif self.chance(0.3) and "share" not in self.told:
+            self.say("share", g=x, r=self.scene.other(x), o=o)
         elif o.kind in ("ball", "toy") and "play_with" not in self.told:
-            self.say("play_with", x=x, o=o)
+            self.say("play_with", o=o)
         elif o.noun in SMALL and self.chance(0.6) and "bag" not in self.told:
             self.say("bag", x=x, o=o)
         else:
             self.say("use_" + o.kind, x=x, o=o)
 
     def remark(self) -> None:
-        """A sentence that changes nothing: what they see, do or feel; no kind twice in a story."""
-        x, y, place = self.scene
-        one = self.pick((x, y))
-        options = [
-            "fun",
-            "game",
-            "walk",
-            "glad_together",
-            "smile",
-            "like_place",
-            "animal" if place.outdoors else "place_is",
-        ]
-        if self.unambiguous(one):
-            options += ["feel_place", "say_need"]
+        """A sentence that changes nothing: what they see, do or feel, or one turns to the other; no kind twice."""
+        place = self.scene.place
+        options = ["fun", "place_is", "smile", "like_place", "feel_place", "say_need", "ask_play", "call", "treat"]
+        options += ["animal"] * place.outdoors
         options = [pattern for pattern in options if pattern not in self.told]
-        pattern = self.pick(options) if options else "smile"
-        feeling = self.pick(NEEDY if pattern == "say_need" else GLAD)
-        self.say(pattern, x=one, p=place, n=self.pick(ANIMALS), f=feeling)
+        self.turn() if self.chance(0.3) or not options else self.observe(self.pick(options))
+
+    def observe(self, pattern: str) -> None:
+        """A sentence of one of the patterns of `remark`."""
+        g, r = self.either_order()
+        feelings = NEEDY if pattern == "say_need" or (pattern == "smile" and self.chance(0.4)) else GLAD
+        self.say(pattern, x=g, y=r, g=g, r=r, n=self.pick(ANIMALS), f=self.pick(feelings))
+
+    def turn(self) -> None:
+        """One of the two does something to or with the other."""
+        g, r = self.either_order()
+        self.say("greet", g=g, r=r)

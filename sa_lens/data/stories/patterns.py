@@ -1,22 +1,15 @@
-r"""The sentence patterns of the generated stories, and how a pattern becomes sentences and labels.
+"""The sentences of the generated stories, composed of clauses: who, when, where, what (marks: see `grammar`).
 
-A pattern is a few templates. In a template `{g:giver}` is a slot: the variable `g`, in its default form, with the role
-`giver`; `{x.he:speaker}` asks for another form (a field of the entity). `[a|b]` is a choice between fixed words,
-`{x?:agent}` a subject that may be a pronoun, `{o?}` an object that may be `it`; `to/PART` gives the part of speech of
-a word where it differs from the usual one. Variables: x y g r characters, o q objects, p a place, s a spot, n an
-animal, f a feeling.
-
-Every name comes after a space (never first in a story or after an opening quote), so that a byte-level tokenizer has
-one token for it. After `to` in a giving sentence comes a name and nothing else.
+A pattern is a list of templates, each equally likely; it is also the label of every word of its sentences. To add a way
+of saying something, add a template; to add a part that many sentences share, add a fragment. Names may come anywhere:
+first in a story, after a comma, after a quotation mark. In a story a giving sentence always names the receiver.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from functools import cache
-from typing import NamedTuple
 
+from sa_lens.data.stories.grammar import CHARACTERS, OBJECTS, Node, parse, pieces_of
 from sa_lens.data.stories.words import (
     ADJECTIVES,
     ANIMALS,
@@ -26,7 +19,6 @@ from sa_lens.data.stories.words import (
     NAMES,
     NEEDY,
     OUTDOOR_SPOTS,
-    PART_OF_SPEECH,
     PARTS_OF_SPEECH,
     PLACES,
     PROUD,
@@ -34,147 +26,571 @@ from sa_lens.data.stories.words import (
     character,
 )
 
+FRAGMENTS: dict[str, tuple[str, ...]] = {
+    # when: at the start of a story, of a later scene, of a sentence in between
+    "once": (
+        *("", "", "", "", "", "", "", "one day,", "one day,", "one [morning|afternoon|evening],"),
+        *(
+            "one [sunny|warm|windy|lovely] day,",
+            "after [school|lunch|dinner|breakfast],",
+            "on a [sunny|warm|lovely] day,",
+        ),
+        *(
+            "[yesterday|today],",
+            "in the [morning|evening],",
+            "last week,",
+            "once,",
+            "it was a [sunny|warm|lovely] day, and",
+        ),
+        "<then>",
+    ),
+    "long_ago": ("once upon a time,", "once upon a time", "long ago,", "once", "", ""),
+    "next_day": (
+        "the next/ADJ [day|morning],",
+        "later,",
+        "later that/DET day,",
+        "another day,",
+        "then",
+        "in the evening,",
+        "after [lunch|dinner],",
+        "",
+    ),
+    "then": (
+        "then",
+        "then",
+        "then,",
+        "soon",
+        "soon,",
+        "later,",
+        "later",
+        "afterwards,",
+        "later that/DET day,",
+        "after a while/NOUN,",
+        "after that/PRON,",
+        "at last/NOUN,",
+        "suddenly,",
+        "now",
+        "in the end,",
+        "so",
+        "and then",
+        "but then",
+        "just then,",
+        "finally,",
+        "a little later,",
+        "that/DET [morning|afternoon|evening],",
+        "after some time,",
+    ),
+    "perhaps_then": ("", "", "", "<then>"),
+    # what two characters do together; who they are
+    "moved": ("went", "went", "walked", "ran", "came"),
+    "both": (
+        "they",
+        "they",
+        "{x:member} and {y:member}",
+        "{x:member} and {y:member}",
+        "both {x:member} and {y:member}",
+        "{x:member} and {x.his:member} friend {y:member}",
+    ),
+    "pair": (
+        *("{x:member} and {y:member}",) * 6,
+        "both {x:member} and {y:member}",
+        "{x:member} and {x.his:member} friend {y:member}",
+        "{x:member} and {x.his:member} friend, {y:member},",
+        "two friends, {x:member} and {y:member},",
+        "{x:member}, with {y:member},",
+    ),
+    "pair_went": (
+        "<moved> to {p}",
+        "<moved> to {p}",
+        "<moved> to {p}",
+        "<moved> to {p} together",
+        "<moved> to {p} to/PART play",
+        "[played|met|sat|talked|were/VERB] [{p.at}|{p.at}|near] {p}",
+        "were/VERB {p.at} {p}",
+        "were/VERB [playing|walking|sitting|working|talking] {p.at} {p}",
+        "were/VERB thinking about going to {p}",
+        "had/VERB a [long|good] talk {p.at} {p}",
+        "played together {p.at} {p}",
+        "had/VERB [a lot of|so much/ADJ] fun {p.at} {p}",
+        "wanted to/PART [go|run/VERB|walk/VERB] to {p}",
+        "were/VERB on the way to {p}",
+        "[liked|loved] to/PART [play|sit/VERB|walk/VERB|talk/VERB] {p.at} {p}",
+        "decided to/PART go to {p}",
+    ),
+    "with_friend": (
+        "{x:agent} <moved> to {p} with {y:friend}",
+        "{x:agent} <moved> to {p} with {x.his:agent} friend {y:friend}",
+        "{x:agent} [played|sat|was/VERB] {p.at} {p} with {y:friend}",
+        "{x:agent} was/VERB with {y:friend} {p.at} {p}",
+        "{x:agent} [met|saw|found|visited] {y:friend} {p.at} {p}",
+        "{x:agent} [met|saw] {x.his:agent} friend {y:friend} [{p.at}|near] {p}",
+        "{x:agent} [took|invited|brought] {y:friend} to {p}",
+        "{x:agent} asked {y:friend} to/PART [come|go] to {p}",
+        "{x:agent} [was/VERB|played|sat|was/VERB playing] {p.at} {p} when {y:friend} came[| by/ADV| too| to/PART play]",
+        "[when|as] {x:agent} <moved> to {p}, {y:friend} was/VERB there/ADV",
+        "[when|while|as] {x:agent} [played|sat|was/VERB] {p.at} {p}, {y:friend} came[| by/ADV| too| to/PART play]",
+        "{x:agent} <moved> to {p} because {y:friend} was/VERB there/ADV",
+        "{x:agent} was/VERB {p.at} {p}[, and|, but| and] {y:friend} was/VERB [there/ADV|{p.at} {p}] too",
+        "{x:agent} <moved> to {p}, and {y:friend} [went|came] [too|with {x.him:agent}]",
+        "{x:experiencer} was/VERB [very|so] {f} because {y:friend} came [to/PART play|to {p}]",
+    ),
+    # clauses before a giving clause: they name nobody, both, the giver or the receiver
+    "before": (
+        *("",) * 8,
+        *("<then>",) * 5,
+        "<when>",
+        "<when>",
+        "<when>",
+        "<and>",
+        "<and>",
+        "<then> <when>",
+        "[smiling|laughing|with a smile/NOUN],",
+        "<then> [smiling|with a smile/NOUN],",
+    ),
+    "when": (
+        "[when|while|as] they were/VERB {p.at} {p},",
+        "[when|while|as] they [played|sat|talked|walked][| together| there/ADV],",
+        "after/SCONJ they [played|sat down/ADV|talked][| for a while/NOUN],",
+        "before/SCONJ they went home/ADV,",
+        "[when|while|as] {x:member} and {y:member} were/VERB [{p.at} {p}|there/ADV|together],",
+        "after/SCONJ {x:member} and {y:member} [played|sat down/ADV|talked],",
+        "[when|after/SCONJ] {g:agent} [saw|met|looked at] {r:friend},",
+        "[when|after/SCONJ] {r:friend} [saw|looked at] {g:agent},",
+        "[when|as|after/SCONJ] {r:friend} [smiled|came back|sat down/ADV|laughed|waved],",
+        "[when|as|after/SCONJ] {g:agent} [smiled|came back|sat down/ADV|stood up/ADV],",
+        "because {r:friend} was/VERB [sad|kind|good|tired|late],",
+        "because {g:agent} was/VERB [kind|good|happy],",
+        "because {g:agent} liked {r:friend},",
+    ),
+    "and": (
+        "{r:friend} [smiled|came over|sat down/ADV|stopped|was/VERB happy][,|, and|, so| and]",
+        "{g:agent} [saw|liked|met|looked at] {r:friend}[,| and|, and|, so]",
+        "{r:friend} [saw|liked|met|looked at] {g:agent}[, and|, and|, so| and]",
+        "they [sat down/ADV|stopped|talked][| for a while/NOUN][, and| and]",
+        "it was/VERB [late|time to/PART go home/ADV|a good day][, so|, and|, but]",
+        "the [sun was/VERB warm|sky was/VERB blue][, and| and|, so]",
+    ),
+    "when_pair": (
+        "[when|while|as] {x:member} and {y:member} were/VERB [{p.at}|near] {p},",
+        "[when|after/SCONJ|before/SCONJ|as] {x:member} and {y:member} <moved> to {p},",
+        "[when|while] {x:member} and {y:member} [played|sat|talked|met|were/VERB playing] [{p.at}|near] {p},",
+        "[when|after/SCONJ|as] {x:member} [met|saw|visited|found] {y:member} {p.at} {p},",
+    ),
+    "and_then": (", and", ", so", "and then", ", and then", ", but"),
+    # giving
+    "gave": (
+        "gave",
+        "gave",
+        "gave",
+        "gave",
+        "handed",
+        "handed",
+        "passed",
+        "offered",
+        "brought",
+        "took",
+        "[decided|chose|started|came over|stopped|was/VERB {f}] to/PART [give|give|hand/VERB|pass|offer|bring]",
+        "did not/PART wait/VERB to/PART [give|hand/VERB]",
+    ),
+    "kindly": ("", "", "", "", "[kindly|quickly|gently|happily|slowly|also|finally]"),
+    "first_act": (
+        "smiled",
+        "laughed",
+        "stopped",
+        "ran over",
+        "walked over",
+        "came back",
+        "sat down/ADV",
+        "stood up/ADV",
+        "turned around/ADV",
+        "went over",
+        "jumped up/ADV",
+        "said hello",
+        "said yes",
+        "thought about {r:friend}",
+        "was/VERB {f}",
+    ),
+    "after_gift": (
+        *("",) * 9,
+        "with a smile/NOUN",
+        "again",
+        "to/PART [play with/ADV|hold|see|keep]",
+        "{p.at} {p}",
+        "and smiled",
+        "and sat down/ADV",
+        "because {g.he:giver} was/VERB [kind|good|{f}]",
+        ", and they were/VERB {f}",
+        ", and {r:recipient} was/VERB {f}",
+        "and {r:recipient} [smiled|said yes|laughed]",
+        "before/SCONJ they went home/ADV",
+    ),
+    "very": ("", "very", "so"),
+}
+
 PATTERNS: dict[str, tuple[str, ...]] = {
-    # settings and introductions
-    "weather": ("It was a [sunny|warm|bright|windy|cool|lovely] [day|morning|afternoon].",),
-    "sky": ("The [sun was warm|sky was blue|sun was bright|birds were singing/VERB|wind was soft].",),
+    # introductions: one of them, both, both at a place
+    "weather": (
+        "it was a [sunny|warm|bright|windy|cool|lovely] [day|morning|afternoon].",
+        "the [sun was warm|sky was blue|sun was bright|birds were singing/VERB|wind was soft].",
+    ),
     "intro_one": (
-        "[Once upon a time|Long ago], there/PRON was a [little|young|kind|clever|brave] {x.girl:protagonist} named "
-        "{x:protagonist}.",
+        "<long_ago> there was a [little|young|kind|clever|brave] {x.girl:protagonist} named {x:protagonist}.",
+        "{x:protagonist} was a [little|young|kind|clever|brave|good] {x.girl:protagonist}.",
     ),
-    "intro_home": ("{x.He:agent} lived in a [small|big|little|white] house near {p}.",),
-    "intro_likes": ("{x.He:experiencer} [loved|liked] to/PART [play|read|sing|dance|draw|swim] [every day|outside].",),
-    "intro_friend": ("{x:agent} had/VERB a [good|best] friend named {y:friend}.",),
+    "intro_home": ("{x?:agent} lived in a [small|big|little|white] house[| near {p}].",),
+    "intro_likes": ("{x?:experiencer} [loved|liked] to/PART [play|read|sing|dance|draw|swim] [every day|outside|].",),
+    "intro_friend": (
+        "{x?:agent} had/VERB a [good|best|] friend named {y:friend}.",
+        "{x.his:agent} [best|good|] friend was {y:friend}.",
+        "{y:friend} was {x.his:agent} [best|good|] friend.",
+        "{y:friend} was {x:agent}'s [best|good|] friend.",
+        "{x?:agent} often/ADV played with {y:friend}.",
+        "{x?:agent} [knew|liked|loved] {y:friend}.",
+        "{x?:agent} and {y:friend} were/VERB [good|best|] friends.",
+    ),
     "intro_two": (
-        "[Once upon a time|Long ago], there/PRON were two [friends|children|good friends] named {x:member} and "
-        "{y:member}.",
+        "<long_ago> there were two [friends|children|good friends] named {x:member} and {y:member}.",
+        "<long_ago> there were two [friends|children], {x:member} and {y:member}.",
+        "{x:member} and {y:member} were/VERB [best|good|] friends.",
+        "{x:member} and {y:member} were/VERB two [good|little|young] friends.",
+        "{x:member} and {y:member} lived near {p}.",
+        "{x:member} and {y:member} [liked|loved] to/PART [play|read|sing|dance|draw] together.",
+        "{x:member} had/VERB a [good|best|] friend named {y:member}.",
+        "{x:member} lived near {y:member}.",
+        "{x:member} was a [little|kind] {x.girl:member}, and {y:member} was a [little|kind] {y.girl:member}.",
+        "this/PRON is/VERB a story about {x:member} and {y:member}.",
+        "{x:member} was {y:member}'s [best|good|] friend.",
     ),
-    "intro_two_like": ("{x.They:group} [loved|liked] to/PART [play|read|sing|dance|draw|swim] together.",),
-    "go": (
-        "[One day|One morning|One afternoon|After lunch|After school], {x:member} and {y:member} "
-        "[went|walked|ran] to {p}.",
+    "intro_two_like": ("<both> [loved|liked] to/PART [play|read|sing|dance|draw|swim] [together|every day|].",),
+    "go": ("<once> <pair> <pair_went>.", "<once> <pair> <pair_went>.", "<once> <with_friend>."),
+    "next_day": ("<next_day> <pair> <pair_went>.", "<next_day> <with_friend>."),
+    "carry": (
+        "<once> {x:member} and {y:member} [took|brought] {o} to {p}.",
+        "{x:member} and {y:member} [had/VERB|found|got] {o} {p.at} {p}.",
+        "<once> {x:member} and {y:member} <moved> to {p} with {o}.",
     ),
-    "go_plain": ("{x:member} and {y:member} [went|walked|ran] to {p}.",),
-    "at": (
-        "[One day|One morning|One afternoon|After lunch|After school], {x:member} and {y:member} "
-        "[met|played|were/VERB] {p.at} {p}.",
+    "go_alone": (
+        "<once> {x?:agent} [<moved>|wanted to/PART go] to {p}.",
+        "<once> {x?:agent} [was/VERB|played|sat|was/VERB [playing|walking|sitting]] {p.at} {p}.",
     ),
-    "at_plain": ("{x:member} and {y:member} [met|played|were/VERB] {p.at} {p}.",),
-    "carry": ("[One day|One morning|One afternoon|After school], {x:member} and {y:member} took {o.a} to {p}.",),
-    "go_alone": ("[One day|One morning|One afternoon|After lunch|After school], {x:agent} [went|walked|ran] to {p}.",),
-    "meet": ("{x?:agent} met {y:friend} {p.at} {p}.", "{x?:agent} saw {y:friend} {p.at} {p}."),
-    "next_day": ("[The next day|The next morning|Later], {x:member} and {y:member} [went|walked|ran] to {p}.",),
+    "meet": (
+        "<perhaps_then> {x?:agent} [met|saw|found|visited|played with|talked to] {y:friend}[| there/ADV].",
+        "{y:friend} [came|was/VERB there/ADV|was/VERB {p.at} {p}|went there/ADV|came to {p}] too.",
+        "<perhaps_then> {y:friend} came [by/ADV|over|to/PART play|to {p}].",
+        "{x.his:agent} friend {y:friend} was/VERB there/ADV[| too].",
+        "there/ADV {x?:agent} [met|saw] {y:friend}.",
+        "{x?:agent} was/VERB with {y:friend}.",
+        "[soon|then] {x?:agent} saw {x.his:agent} friend {y:friend}.",
+        "{y:friend} [saw|met] {x:agent} {p.at} {p}.",
+        "{x?:agent} was/VERB very {f} when {x.he:agent} saw {y:friend}.",
+        "{x?:agent} asked {y:friend} to/PART play.",
+    ),
     "meet_new": (
-        "[The next day|The next morning|Later], {x:agent} met a {y.girl:friend} named {y:friend} {p.at} {p}.",
+        "[the next/ADJ day|the next/ADJ morning|later], {x:agent} met a {y.girl:friend} named {y:friend} {p.at} {p}.",
+        "[the next/ADJ day|later], {x:agent} [met|saw] {x.his:agent} friend {y:friend} {p.at} {p}.",
     ),
-    # in between
-    "animal": ("{x.They:group} saw a [small|little|brown|funny|white] {n}.", "A [small|brown] {n} went by/ADV."),
-    "fun": ("{x.They:group} had/VERB [a lot of|so much/ADJ] fun.", "{x.They:group} laughed and [danced|sang|jumped]."),
-    "game": ("{x.They:group} [played a game|sang a song|told a story|sat down/ADV].",),
-    "walk": ("{x.They:group} [walked|talked|played] for a long time.",),
-    "glad_together": ("{x.They:group} were [very|so] {f}.",),
-    "place_is": ("{p.The} was [big|quiet|beautiful|lovely].",),
-    "like_place": ("{x?:experiencer} [liked|loved] {p}.",),
-    "hello": ("{g:speaker} [said hello|waved] to {r:listener}.",),
-    "smile": ("{x?:agent} [smiled|laughed].", "{x?:agent} was [very|so] {f}."),
+    # in between: what changes nothing, about nobody, one of them or both
+    "animal": (
+        "<perhaps_then> <both> saw a [small|little|brown|funny|white] {n}.",
+        "<perhaps_then> {x:agent} saw a [small|little|brown|funny] {n}.",
+        "a [small|brown|little] {n} [went by/ADV|ran to {x:friend} and {y:friend}|came to/ADP {p}].",
+    ),
+    "fun": (
+        "<perhaps_then> <both> had/VERB [a lot of|so much/ADJ] fun.",
+        "<both> [laughed|talked|played] and [danced|sang|jumped].",
+        "<perhaps_then> <both> [played a game|sang a song|told a story|sat down/ADV|laughed|had/VERB lunch].",
+        "<both> [walked|talked|played|sat] [for a long time|together|there/ADV].",
+        "<both> were/VERB [very|so] {f}.",
+        "[{p}|it] was a good [place/NOUN|day] for {x:member} and {y:member}.",
+        "<perhaps_then> <both> drank a [bottle|glass] of [milk|water].",
+    ),
+    "place_is": (
+        "{p} was [very|so|] [big|quiet|beautiful|lovely].",
+        "there were [some|no|many/ADJ] [people|birds|flowers] {p.at} {p}.",
+        "it was [a good day|warm|very quiet|late].",
+    ),
+    "like_place": ("{x?:experiencer} [liked|loved] {p}.", "<both> [liked|loved] {p}."),
+    "smile": (
+        "<perhaps_then> {x?:agent} [smiled|laughed|sat down/ADV|danced|sang a song|jumped up/ADV and down/ADV].",
+        "{x?:agent} was/VERB <very> {f}.",
+        "{x:agent} [liked|loved] to/PART [play|sing|dance|read].",
+        "{x?:agent} [drank some|had/VERB some] [milk|water|bread].",
+        "{x:agent} was/VERB a [good|kind] friend.",
+    ),
+    # one of them turns to the other
+    "greet": (
+        "<before> {g:speaker} [said hello|waved|talked|said something] to {r:listener}.",
+        "<before> {g:agent} [ran|walked|went|came] [over|back|up/ADV|] to {r:friend}.",
+        "<before> {g:agent} [smiled|waved|looked|laughed] at {r:friend}.",
+        "<before> {g:agent} [played|danced|talked|walked|sat|laughed|sang] with {r:friend}.",
+        "<before> {g:agent} [sat|stood] next to {r:friend}.",
+        "<before> {g:agent} [hugged|helped|followed] {r:friend}.",
+        "{g:experiencer} was/VERB <very> {f} to/PART [see|help|play with/ADV] {r:friend}.",
+        "<before> {g:agent} gave a [hug|kiss|smile/NOUN] to {r:friend}.",
+        "<before> {g:agent} [told a story|sang a song] [to|for] {r:friend}.",
+        "<before> {g:agent} [wanted|asked|went|came] to/PART [play|talk/VERB|sit/VERB|walk/VERB] with {r:friend}.",
+        "<before> {g:agent} [was/VERB [nice|kind|good]|listened] to {r:friend}.",
+    ),
+    "call": (
+        '"{r:listener}, [look at|come to] {p}!" said {g:speaker}.',
+        '"hello, {r:listener}," said {g:speaker}.',
+        '"{r:listener}, can {g.I:speaker} play with {r.you:listener}?" asked {g:speaker}.',
+        '{g:speaker} said to {r:listener}, "{g.I:speaker} [like|love] {p}."',
+        '{g:speaker} said, "{r:listener}, {r.you:listener} are/VERB [good|kind|funny]."',
+        '"look, {r:listener}!" [said|called] {g:speaker}.',
+    ),
+    "ask_play": (
+        "<perhaps_then> {g:speaker} asked {r:listener} to/PART [play|dance|sing|draw|come] [with {g.him:speaker}|].",
+    ),
     # having and finding things
-    "have": ("{x?:owner} [had/VERB|was holding|brought|carried] {o.a}.",),
-    "have_each": ("{x:owner} had/VERB {o.a} and {y:owner} had/VERB {q.a}.",),
-    "buy": ("{x?:owner} bought {o.a}.",),
-    "find_new": ("{x?:finder} found {o.a} {s.under} {s}.", "Then {x:finder} found {o.a} {s.under} {s}."),
-    "pick_up": ("{x?:holder} picked up/ADV {o}.",),
-    # giving: "to" is followed by the other one's name
-    "give": ("{g:giver} [gave|handed|passed|offered] {o} to {r:recipient}.",),
-    "give_new": ("{g:giver} [gave|handed|passed|offered] {o.a} to {r:recipient}.",),
-    "lend": ("{g:giver} lent {o} to {r:recipient}.",),
-    "lend_new": ("{g:giver} lent {o.a} to {r:recipient}.",),
-    "give_then": ("[Then|Soon] {g:giver} [gave|handed|passed] {o} to {r:recipient}.",),
-    "give_so": ("So {g:giver} [gave|handed|passed] {o} to {r:recipient}.",),
-    "give_adverb": ("{g:giver} [kindly|quickly|gently|happily|slowly] [gave|handed|passed] {o} to {r:recipient}.",),
-    "give_decide": ("{g:giver} decided to/PART give {o} to {r:recipient}.",),
-    "give_decide_new": ("{g:giver} decided to/PART give {o.a} to {r:recipient}.",),
-    "give_when": (
-        "[When|While] {x:member} and {y:member} were/VERB {p.at} {p}, {g:giver} [gave|handed|passed] {o.a} to "
-        "{r:recipient}.",
+    "have": (
+        "<perhaps_then> {x?:owner} [had/VERB|was/VERB holding|brought|carried|got|took] {o}.",
+        "<perhaps_then> {x:owner} had/VERB {o} with {x.him:owner}.",
+        "<perhaps_then> {x:owner} had/VERB {o} in {x.his:owner} [hand|pocket].",
     ),
-    "give_after": (
-        "After/SCONJ {x:member} and {y:member} [went|walked|ran] to {p}, {g:giver} [gave|handed|passed] {o.a} to "
-        "{r:recipient}.",
+    "have_each": (
+        "<perhaps_then> {x:owner} had/VERB {o}[,|] and {y:owner} had/VERB {q}.",
+        "{x:owner} [brought|had/VERB] {o}, but {y:owner} [brought|had/VERB] {q}.",
     ),
-    "want_give": ("{g:owner} wanted to/PART give {o} to {r:listener}.",),
-    "give_it": ("Then {g:giver} gave {o.it} to {r:recipient}.", "{g:giver} gave {o.it} to {r:recipient}."),
+    "buy": ("<perhaps_then> {x?:owner} bought {o}.",),
+    "find_new": (
+        "<perhaps_then> {x?:finder} found {o} {s.under} {s}.",
+        "<perhaps_then> {x:finder} [found|saw and took] {o}.",
+    ),
+    "pick_up": ("<perhaps_then> {x?:holder} picked up/ADV {o}.", "{x?:holder} picked {o?} up/ADV."),
+    # giving: the receiver is named
+    "give": (
+        "<before> {g:giver} <kindly> <gave> {o} to {r:recipient} <after_gift>.",
+        "<before> {g:giver} <kindly> <gave> {o} to {r:recipient}.",
+        "<before> {g:giver} <first_act> and <kindly> <gave> {o} to {r:recipient} <after_gift>.",
+        "<before> {g:giver} [took|picked up/ADV|held up/ADV|got] {o} and <kindly> <gave> {o.it} to {r:recipient}.",
+        "<before> {g:giver} [went|ran|came|walked] to {r:friend} with {o} and <gave> {o.it} to {r:recipient}.",
+    ),
+    "give_new": (
+        "<before> {g:giver} [had/VERB|found|bought|made|brought|got] {o} and <kindly> <gave> {o.it} to {r:recipient}.",
+        "<before> {g:giver} [found|bought|made|got|brought|had/VERB] {o} for {r:recipient} <after_gift>.",
+        "<before> {g:giver} [found|bought|made|got] {o}, and [then|] {g:giver} <gave> {o.it} to {r:recipient}.",
+    ),
+    "give_meeting": (
+        "<once> <when_pair> {g:giver} <gave> {o} to {r:recipient} <after_gift>.",
+        "<once> <with_friend> <and_then> {g:giver} <gave> {o} to {r:recipient}.",
+        "<once> <pair> <pair_went> <and_then> {g:giver} <gave> {o} to {r:recipient} <after_gift>.",
+        "{p.at} {p}, {x:member} [met|saw] {y:member}, and {g:giver} <gave> {o} to {r:recipient}.",
+    ),
+    "give_it": ("<before> {g:giver} <kindly> <gave> {o.it} to {r:recipient} <after_gift>.",),
     "give_back": (
-        "{g:giver} [gave|handed|passed] {o} back to {r:recipient}.",
-        "Then {g:giver} gave {o} back to {r:recipient}.",
+        "<before> {g:giver} <kindly> [gave|handed|passed|brought|took] [{o}|{o}|{o.it}] back to {r:recipient}.",
     ),
-    "give_pronoun": ("{g.He:giver} [gave|handed|passed] {o} to {r:recipient}.",),
-    "give_double": ("{g:giver} gave {r:recipient} {o}.", "{g:giver} gave {r.him:recipient} {o}."),
-    "throw": ("{g:giver} threw {o} to {r:recipient}.",),
-    "show": ("{g:presenter} showed {o} to {r:viewer}.",),
-    "read_to": ("{g:presenter} read {o} to {r:viewer}.",),
+    "give_pronoun": ("<perhaps_then> {g.he:giver} <kindly> <gave> {o} to {r:recipient}.",),
+    "give_double": (
+        "<perhaps_then> {g:giver} [gave|handed|offered] {r:recipient} {o}.",
+        "<perhaps_then> {g:giver} gave {r.him:recipient} {o}.",
+    ),
+    "lend": ("<before> {g:giver} [lent|lent|sent] {o} to {r:recipient}.",),
+    "sell": ("<before> {g:giver} sold {o} to {r:recipient}.",),
+    "throw": ("<before> {g:giver} [threw|kicked|rolled] {o?} to {r:recipient}.",),
+    "want_give": ("<perhaps_then> {g:owner} wanted to/PART [give|hand/VERB|show] {o} to {r:listener}.",),
+    "treat": (
+        "<before> {g:agent} <kindly> <gave> [some [milk|water|bread]|a [bottle|glass] of [milk|water]] to {r:friend}.",
+    ),
+    "show": (
+        "<before> {g:presenter} [showed|showed|wanted to/PART show] {o?} to {r:viewer}.",
+        "<before> {g:presenter} showed {r:viewer} {o}.",
+    ),
+    "read_to": ("<before> {g:presenter} read {o?} [to|to|for] {r:viewer}.",),
+    "share": ("<before> {g:owner} [shared|played with|looked at] {o?} with {r:friend}.",),
     # thanks and speech
-    "thank": ("{x:speaker} thanked {y:listener}.", "{x:speaker} smiled and thanked {y:listener}."),
-    "thank_for": ("{x:speaker} thanked {y:listener} for {o}.",),
-    "thank_quote": ('"Thank {y.you:listener}[| so much/ADV], {y:listener}," said {x:speaker}.',),
-    "reply": ('"{x.You:listener} are/VERB welcome," said {y:speaker}.',),
+    "thank": (
+        "<perhaps_then> {x:speaker} thanked {y:listener}.",
+        "{x:speaker} [smiled|laughed|sat down/ADV] and thanked {y:listener}.",
+        "{x:speaker} wanted to/PART thank {y:listener}.",
+    ),
+    "thank_for": (
+        "<perhaps_then> {x:speaker} <kindly> thanked {y:listener} for {o}.",
+        "{x:speaker} smiled and thanked {y:listener} for {o}.",
+        '"thank {y.you:listener} for {o}, {y:listener}," said {x:speaker}.',
+        "{x:speaker} was/VERB very {f} and thanked {y:listener} for {o}.",
+    ),
+    "thank_quote": (
+        '"thank {y.you:listener}[| so much/ADV][|, {y:listener}]," said {x:speaker}.',
+        '{x:speaker} said, "thank {y.you:listener}, {y:listener}."',
+        '"{y:listener}, {y.you:listener} are/VERB so kind," said {x:speaker}.',
+    ),
+    "reply": ('"{x.you:listener} are/VERB welcome," said {y:speaker}.',),
     "say_like": ('"{x.I:speaker} [like|love] {o}," said {x:speaker}.',),
-    "say_to": ('{g:speaker} said to {r:listener}, "{g.I:speaker} like {o}."',),
-    "ask_like": ('"Do/AUX {y.you:listener} like {o}?" asked {x:speaker}.',),
-    "answer_like": ('"Yes, {y.I:speaker} [do/VERB|like {o.it}|love {o.it}]," said {y:speaker}.',),
-    "ask_for": ("{x:speaker} asked {y:listener} for {o}.", "{x:speaker} wanted {o}."),
-    "ask_quote": ('"Can {x.I:speaker} [have|see|hold] {o}, please?" asked {x:speaker}.',),
-    "answer_yes": ('"Yes, {x.you:listener} can," said {y:speaker}.', '"Of course/ADV," said {y:speaker}.'),
-    "say_want": ("{x:speaker} said that/SCONJ {x.he:speaker} wanted {o}.",),
-    "say_need": ("{x:speaker} said that/SCONJ {x.he:speaker} was [very|so] {f}.",),
-    # feelings
-    "feel": ("{x?:experiencer} [was|felt] [very|so] {f}.",),
-    "feel_has_new": ("{x:experiencer} was {f} because {x.he:owner} had/VERB {o.a}.",),
-    "feel_has": ("{x:experiencer} was {f} because {x.he:owner} had/VERB {o}.",),
-    "feel_likes": ("{x:experiencer} was {f} because {x.he:experiencer} [liked|loved] {o}.",),
-    "feel_place": ("{x:experiencer} was {f} because {x.he:experiencer} [liked|loved] {p}.",),
-    "feel_lost": ("{x:experiencer} was {f} because {x.he:loser} had lost {o}.",),
+    "say_to": (
+        '{g:speaker} said to {r:listener}, "{g.I:speaker} like {o}."',
+        '"{r:listener}, {g.I:speaker} like {o}," said {g:speaker}.',
+        "{g:speaker} talked to {r:listener} about {o}.",
+    ),
+    "ask_like": (
+        '"do/AUX {y.you:listener} like {o}?" asked {x:speaker}.',
+        '"{y:listener}, do/AUX {y.you:listener} like {o}?" asked {x:speaker}.',
+    ),
+    "answer_like": ('"yes, {y.I:speaker} [do/VERB|like {o.it}|love {o.it}]," said {y:speaker}.',),
+    "ask_for": (
+        "<perhaps_then> {x:speaker} asked {y:listener} for {o}.",
+        "<perhaps_then> {x?:speaker} wanted {o}.",
+        "{x:speaker} wanted to/PART [play with/ADV|hold|see|have] {o}.",
+        "<perhaps_then> {x:speaker} asked {y:listener} to/PART [bring|give|show] {x.him:speaker} {o}.",
+    ),
+    "ask_quote": (
+        '"can {x.I:speaker} [have|see|hold] {o}, please?" asked {x:speaker}.',
+        '"{y:listener}, can {x.I:speaker} [have|see|hold] {o}?" asked {x:speaker}.',
+    ),
+    "answer_yes": ('"yes, {x.you:listener} can," said {y:speaker}.', '"of course/ADV," said {y:speaker}.'),
+    "say_want": (
+        "{x:speaker} [said that/SCONJ|cried/VERB because] {x.he:speaker} wanted {o}.",
+        "{x:speaker} came over because {x.he:speaker} wanted {o}.",
+    ),
+    # feelings and reasons: a pronoun for the subject of the clause before
+    "say_need": (
+        "<perhaps_then> {x:speaker} [said|thought|knew] [that/SCONJ|] {x.he:speaker} was/VERB [very|so|] {f}.",
+        "<perhaps_then> {x:speaker} [told|said to] {y:listener} that/SCONJ {x.he:speaker} was/VERB <very> {f}.",
+        "<perhaps_then> {x:experiencer} was/VERB {f}, so {x.he:agent} [sat down/ADV|went home/ADV|rested|stopped].",
+        "<perhaps_then> {x:agent} [sat down/ADV|stopped|rested] because {x.he:experiencer} was/VERB {f}.",
+        "<perhaps_then> {x:experiencer} was/VERB {f}, but {x.he:agent} [was/VERB brave|smiled|did not/PART stop/VERB].",
+        "<perhaps_then> {x:agent} [played|walked|ran] until {x.he:experiencer} was/VERB {f}.",
+        "<perhaps_then> {x:agent} [sat down/ADV|rested] when {x.he:experiencer} was/VERB {f}.",
+    ),
+    "feel_place": (
+        "<perhaps_then> {x:experiencer} was/VERB <very> {f} because {x.he:experiencer} [liked|loved] {p}.",
+        "<perhaps_then> {x:experiencer} [smiled|laughed|sang|danced] because {x.he:experiencer} [liked|loved] {p}.",
+        "{x:experiencer} was/VERB <very> {f} when {x.he:experiencer} [saw|came to/ADP] {p}.",
+        "{x:experiencer} said that/SCONJ {x.he:experiencer} [liked|loved] {p}.",
+        "<perhaps_then> {x:experiencer} [smiled|laughed] because {x.he:experiencer} was/VERB {f}.",
+        "<perhaps_then> {x:experiencer} [smiled|laughed] when {x.he:experiencer} saw {y:friend}.",
+        "{x:experiencer} liked {y:friend} and said that/SCONJ {x.he:experiencer} was/VERB {f}.",
+        "{x:experiencer} [wanted to/PART stay/VERB|ran to {p}], [so|and|but] {x.he:experiencer} was/VERB {f}.",
+    ),
+    "feel": ("<perhaps_then> {x?:experiencer} [was/VERB|felt] [very|so|] {f}.",),
+    "feel_has_new": (
+        "<perhaps_then> {x:experiencer} was/VERB <very> {f} because {x.he:owner} had/VERB {o}.",
+        "{x:experiencer} [smiled|laughed|danced] because {x.he:owner} had/VERB {o}.",
+        "{x:experiencer} was/VERB {f} when {x.he:owner} [found|got] {o}.",
+        "{x:owner} said that/SCONJ {x.he:owner} had/VERB {o}.",
+    ),
+    "feel_has": (
+        "{x:experiencer} was/VERB <very> {f} because {x.he:owner} had/VERB {o}.",
+        "{x:experiencer} [smiled|laughed|danced] because {x.he:owner} had/VERB {o}.",
+        "{x:owner} was/VERB {f} to/PART have {o}.",
+    ),
+    "feel_likes": (
+        "{x:experiencer} was/VERB <very> {f} because {x.he:experiencer} [liked|loved] {o}.",
+        "{x:experiencer} [smiled|laughed] when {x.he:experiencer} [saw|looked at] {o}.",
+        "{x:experiencer} said that/SCONJ {x.he:experiencer} [liked|loved] {o}.",
+    ),
+    "feel_lost": (
+        "{x:experiencer} was/VERB <very> {f} because {x.he:loser} had lost {o}.",
+        "{x:experiencer} was/VERB <very> {f} when {x.he:loser} could not/PART find {o}.",
+    ),
     # using things
-    "use_ball": ("{x?:agent} [played with|ran with] {o?}.", "{x?:agent} held {o?} up/ADV."),
-    "use_toy": ("{x?:agent} played with {o?}.", "{x?:agent} looked at {o?}."),
-    "use_food": ("{x?:agent} looked at {o?}.", "{x?:agent} [liked|loved] {o?}."),
-    "use_reading": ("{x?:agent} [read|looked at] {o?}.",),
-    "use_clothing": ("{x?:agent} [tried|put] on/ADV {o}.", "{x?:agent} looked at {o?}."),
-    "use_thing": ("{x?:agent} [looked at|liked|loved] {o?}.",),
-    "bag": ("{x?:agent} put {o?} in {x.his:owner} bag.",),
-    "play_with": ("{x.They:group} played with {o?}.", "{x.They:group} played with {o?} for a long time."),
-    "share_food": ("{x.They:group} [shared|ate] {o?} together.",),
+    "use_ball": ("<perhaps_then> {x?:agent} [played with|ran with] {o?}.", "{x?:agent} held {o?} up/ADV."),
+    "use_toy": ("<perhaps_then> {x?:agent} [played with|looked at] {o?}.",),
+    "use_food": ("<perhaps_then> {x?:agent} looked at {o?}.", "{x?:agent} [liked|loved] {o?}."),
+    "use_reading": ("<perhaps_then> {x?:agent} [read|looked at] {o?}.",),
+    "use_clothing": ("{x?:agent} [tried|put] on/ADV {o}.", "<perhaps_then> {x?:agent} looked at {o?}."),
+    "use_thing": ("<perhaps_then> {x?:agent} [looked at|liked|loved|held] {o?}.",),
+    "bag": ("<perhaps_then> {x?:agent} put {o?} in {x.his:owner} pocket.",),
+    "play_with": ("<perhaps_then> <both> played with {o?}[| for a long time| together].",),
+    "share_food": ("<perhaps_then> <both> [shared|ate] {o?} together.",),
     # losing, seeking, finding, mending
-    "lose": ("[Then|But then|Later], {x:loser} lost {o}.", "Then {x:loser} dropped {o} and {o.it} was gone."),
-    "not_find": ("{x?:seeker} [could not/PART find|looked for] {o?}.",),
-    "look_for": ("{x.They:group} looked for {o?} [everywhere/ADV|for a long time].",),
+    "lose": ("[then|but then|later] {x:loser} lost {o}.", "<then> {x:loser} dropped {o} and {o.it} was/VERB gone."),
+    "not_find": (
+        "{x?:seeker} [could not/PART find|looked for] {o?}.",
+        "{x:seeker} looked for {o?}, but {x.he:seeker} could not/PART find {o.it}.",
+    ),
+    "look_for": ("<both> looked for {o?} [everywhere|for a long time].",),
     "ask_where": ("{y:speaker} asked {x:listener} where {o} was/VERB.",),
     "tell_lost": (
         '"{x.I:speaker} lost {o}," said {x:speaker}.',
-        "{x:speaker} told {y:listener} that/SCONJ {o} was gone.",
+        "{x:speaker} told {y:listener} that/SCONJ {o} was/VERB gone.",
+        "{x:speaker} [told {y:listener}|said] that/SCONJ {x.he:speaker} had lost {o}.",
     ),
     "offer_help": (
         '"{y.I:speaker} can help {x.you:listener}," said {y:speaker}.',
-        '"Do/AUX not/PART be sad," said {y:speaker}.',
+        '"do/AUX not/PART be/VERB sad," said {y:speaker}[| to {x:listener}].',
+        '"{x:listener}, {y.I:speaker} can help {x.you:listener}," said {y:speaker}.',
     ),
     "find": (
-        "[Soon|Then] {y:finder} found {o} {s.under} {s}.",
+        "<perhaps_then> {y:finder} found {o} {s.under} {s}.",
         "{y:finder} looked {s.under} {s} and found {o}.",
         "{y:finder} found {o?} {s.under} {s}.",
+        "{y:finder} smiled because {y.he:finder} had found {o}.",
     ),
-    "tell_found": ("{y:speaker} told {x:listener} that/SCONJ {o} was {s.under} {s}.",),
-    "take": ("[|So ]{y:finder} picked up/ADV {o}.",),
-    "breaks": ("[Then|But then|Suddenly,] {o} broke.", "{o.The} was broken."),
+    "tell_found": ("{y:speaker} told {x:listener} that/SCONJ {o} was/VERB {s.under} {s}.",),
+    "take": ("<perhaps_then> {y:finder} picked up/ADV {o}.",),
+    "breaks": ("[then|but then|suddenly,] {o} broke.", "{o} was/VERB broken."),
     "mend": ("{y?:helper} fixed {o?}.", "{y?:helper} [quickly|carefully|soon] fixed {o?}."),
     # endings
-    "go_home": ("[In the evening|At the end of the day|After that/PRON], {x:member} and {y:member} went home/ADV.",),
-    "best_friends": ("{x:member} and {y:member} were/VERB [best|good|great] friends.",),
-    "good_day": ("It was a [good|great|wonderful|beautiful] day.",),
-    "from_then": ("From that day on/ADV, {x.they:group} [played|laughed|sang] together every day.",),
-    "dream": ("That night, {x:experiencer} dreamed of {o}.", "That night, {x:experiencer} slept well."),
-    "lesson": ("{x.They:group} learned that/SCONJ [sharing/VERB|helping/VERB] is/VERB good.",),
-    "happy_end": ("{x.They:group} were [very|so] {f}.",),
+    "go_home": (
+        "[in the evening|at the end of the day|after that/PRON], {x:member} and {y:member} went home/ADV[| together].",
+        "<then> <both> went home/ADV[| together].",
+        "it was/VERB late, so {x:member} and {y:member} went home/ADV.",
+        "{x:agent} went home/ADV with {y:friend}.",
+    ),
+    "best_friends": (
+        "{x:member} and {y:member} were/VERB [best|good|great] friends.",
+        "<both> were/VERB [good|great] friends now.",
+        "everyone liked {x:member} and {y:member}.",
+    ),
+    "good_day": (
+        "it was a [good|great|wonderful|beautiful] day.",
+        "it was a [good|great|wonderful] day for {x:member} and {y:member}.",
+    ),
+    "from_then": ("from that day on/ADV, <both> [played|laughed|sang] together every day.",),
+    "dream": ("that night, {x:experiencer} dreamed of {o}.",),
+    "sleep": (
+        "that night, {x:experiencer} slept well.",
+        "that night, {x:experiencer} slept well because {x.he:experiencer} was/VERB happy.",
+    ),
+    "lesson": ("<both> learned that/SCONJ [sharing/VERB|helping/VERB] is/VERB good.",),
+    "happy_end": ("<both> were/VERB [very|so] {f}.",),
 }
 """Every sentence pattern by name, with its templates."""
+
+HELD_OUT_PATTERNS: dict[str, tuple[str, ...]] = {
+    # two people come in
+    "held_out_meeting": (
+        "near {p}, {x:member} and {y:member} sat and talked.",
+        "then there were {x:member} and {y:member}, {p.at} {p}.",
+        "{x:member} saw {p} first, and then {y:member} saw {p} too.",
+        "{p} was quiet when {x:member} came, but then {y:member} came too.",
+        "with {x.his:member} friend {y:member}, {x:member} walked to {p}.",
+        "they were {x:member} and {y:member}, and they liked {p}.",
+    ),
+    # giving
+    "held_out_give": (
+        "for a while/NOUN {g:giver} looked at {o}, but in the end {g:giver} <kindly> <gave> {o.it} to {r:recipient}.",
+        "still smiling, {g:giver} ran to get {o} and [handed|gave] {o.it} to {r:recipient}.",
+        "there/ADV {g:giver} stopped, smiled and <gave> {o} to {r:recipient}.",
+        "on the way home/ADV, {g:giver} thought it was time to/PART [give|hand/VERB|show] {o} to {r:recipient}.",
+        "{o} was in the hand of {g:giver}, who/PRON <gave> {o.it} to {r:recipient}.",
+        "in the evening it was {g:giver} who/PRON <kindly> <gave> {o} to {r:recipient}.",
+    ),
+    # a pronoun for the subject
+    "held_out_pronoun": (
+        "as they walked home/ADV, {x:speaker} called that/SCONJ {x.he:speaker} was/VERB {f}.",
+        "{x:experiencer} did not/PART stop/VERB until {x.he:experiencer} was/VERB {f}.",
+        "now {x:experiencer} knew why/SCONJ {x.he:experiencer} was/VERB {f}.",
+        "{x:experiencer} smiled at {p}, for/SCONJ {x.he:experiencer} was/VERB {f}.",
+    ),
+    # an object that was given is named again
+    "held_out_object": (
+        "for a long time {r:agent} sat and looked at {o}.",
+        '{r:agent} said, "{r.I:speaker} will keep {o}."',
+        "at home/ADV, {r:agent} told a story about {o}.",
+        "that/DET night, {r:agent} slept next to {o}.",
+    ),
+    # two names, named before
+    "held_out_again": (
+        "it was no day for work, so everyone was happy for {x:member} and {y:member}.",
+        "all the birds were singing/VERB when {x:member} and {y:member} came back.",
+        "the next/ADJ day was a good day, because {x:member} and {y:member} played again.",
+        "so it was that/SCONJ {x:member} and {y:member} played together.",
+    ),
+}
+"""Sentences of the same words that no story holds: what a model does with them it has not learnt by heart."""
 
 ROLES = (
     *("none", "protagonist", "friend", "member", "group", "agent", "experiencer", "giver", "recipient", "owner"),
@@ -193,124 +609,32 @@ LABELS: dict[str, tuple[str, ...]] = {
 }
 """Every value that each label of a word can take."""
 
-# default form and role of a variable's slots
-_DEFAULTS: dict[str, tuple[str, str]] = {
-    **dict.fromkeys("xygr", ("name", "none")),
-    **dict.fromkeys("oq", ("the", "object")),
-    "p": ("the", "place"),
-    "s": ("the", "spot"),
-    "n": ("noun", "animal"),
-    "f": ("word", "feeling"),
-}
-# forms that are the same whoever the character is
-_FIXED_FORMS = {"They": "They", "they": "they", "You": "You"}
-_PIECE = re.compile(
-    r"\{(?P<var>\w)(?:\.(?P<form>\w+))?(?::(?P<role>\w+))?\}|(?P<word>[A-Za-z]+)(?:/(?P<tag>[A-Z]+))?"
-    r"|(?P<mark>[.,!?\"])|(?P<gap> )"
-)
-
-
-class Piece(NamedTuple):
-    """A part of a sentence: a fixed word or punctuation mark (`var` empty), or a slot."""
-
-    text: str
-    """The fixed text; for a slot, the form asked for."""
-    var: str
-    role: str
-    pos: str
-    """Part of speech of a fixed word; empty for gaps between words and for slots."""
-
-
-class Sentence(NamedTuple):
-    """One template without choices, ready to be filled."""
-
-    pattern: str
-    format: str
-    """For `str.format`, with entities as keyword arguments."""
-    pieces: tuple[Piece, ...]
-    named: tuple[str, ...]
-    """Variables of the characters mentioned."""
-    last_thing: str
-    """Variable of the thing that a following `it` would mean; empty where it might mean something else."""
-
-
-def _choices(template: str) -> list[str]:
-    parts = re.split(r"\[([^\]]*)\]", template)
-    options = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in itertools.product(*options)]
-
-
-def _compile(pattern: str, template: str) -> Sentence:
-    pieces: list[Piece] = []
-    text: list[str] = []
-    named: list[str] = []
-    last_thing = ""
-    position = 0
-    for match in _PIECE.finditer(template):
-        if match.start() != position:
-            raise ValueError(f"pattern {pattern!r}: cannot read {template[position : match.start()]!r} in {template!r}")
-        position = match.end()
-        var, word = match["var"], match["word"]
-        if var:
-            form, role = match["form"] or _DEFAULTS[var][0], match["role"] or _DEFAULTS[var][1]
-            pieces.append(Piece(form, var, role, ""))
-            text.append(_FIXED_FORMS.get(form) or f"{{{var}.{form}}}")
-            if var in "xygr" and role != "group":
-                named.append(var)
-            elif var in "oqn":
-                last_thing = var
-            elif var in "ps" and form == "the":
-                last_thing = ""
-        elif word:
-            tag = match["tag"] or PART_OF_SPEECH[word.lower()]
-            pieces.append(Piece(word, "", "action" if tag == "VERB" else "none", tag))
-            text.append(word)
-            last_thing = "" if tag == "NOUN" else last_thing
-        else:
-            pieces.append(Piece(match[0], "", "none", "PUNCT" if match["mark"] else ""))
-            text.append(match[0])
-    if position != len(template):
-        raise ValueError(f"pattern {pattern!r}: cannot read {template[position:]!r} in {template!r}")
-    if {"o", "q"} <= {piece.var for piece in pieces}:
-        last_thing = ""
-    return Sentence(pattern, "".join(text), tuple(pieces), tuple(dict.fromkeys(named)), last_thing)
-
-
-def _with_pronouns(template: str, he: bool, it: bool) -> str:
-    template = re.sub(r"\{(\w)\?(:\w+)\}", r"{\1.He\2}" if he else r"{\1\2}", template)
-    return re.sub(r"\{o\?\}", "{o.it}" if it else "{o}", template)
-
 
 @cache
-def sentences() -> dict[str, tuple[tuple[Sentence, ...], ...]]:
-    """All sentences of each pattern: plain, with the subject a pronoun, with the object `it`, with both."""
-    compiled: dict[str, tuple[tuple[Sentence, ...], ...]] = {}
-    for pattern, templates in PATTERNS.items():
-        groups = []
-        for it, he in itertools.product((False, True), repeat=2):
-            kept = [t for t in templates if (not he or re.search(r"\{\w\?:", t)) and (not it or "{o?}" in t)]
-            expanded = [_with_pronouns(choice, he, it) for t in kept for choice in _choices(t)]
-            groups.append(tuple(_compile(pattern, t) for t in expanded))
-        compiled[pattern] = tuple(groups)
-    return compiled
+def trees(pattern: str) -> tuple[Node, ...]:
+    """The templates of a pattern, held out or not, ready to be drawn from."""
+    return tuple(parse(template, FRAGMENTS) for template in (PATTERNS | HELD_OUT_PATTERNS)[pattern])
 
 
 @cache
 def vocabulary() -> frozenset[str]:
     """Every word that can occur in a story, as it is written there; without punctuation marks."""
-    words = set(NAMES) | set(KIND_OF) | {adjective for some in ADJECTIVES.values() for adjective in some}
-    words |= {"a", "an", "the", "The"}
+    words = set(NAMES) | set(KIND_OF) | {adjective for words in ADJECTIVES.values() for adjective in words}
+    words |= {"a", "an", "the"}
     words |= {spot.under for spot in (*OUTDOOR_SPOTS, *INDOOR_SPOTS)} | {place.at for place in PLACES}
     words |= {
-        entity[0] for some in (PLACES, OUTDOOR_SPOTS, INDOOR_SPOTS, ANIMALS, GLAD, PROUD, SAD, NEEDY) for entity in some
+        entity[0] for kind in (PLACES, OUTDOOR_SPOTS, INDOOR_SPOTS, ANIMALS, GLAD, PROUD, SAD, NEEDY) for entity in kind
     }
-    for groups in sentences().values():
-        for piece in (piece for group in groups for sentence in group for piece in sentence.pieces):
-            if piece.var in tuple("xygr"):
-                fixed = _FIXED_FORMS.get(piece.text)
-                words |= {fixed} if fixed else {getattr(character(name), piece.text) for name in ("Lily", "Tom")}
-            elif piece.var in ("o", "q") and piece.text == "it":
-                words.add("it")
-            elif not piece.var and piece.pos not in ("", "PUNCT"):
-                words.add(piece.text)
+    for piece, capital in {pair for pattern in PATTERNS for tree in trees(pattern) for pair in pieces_of(tree)}:
+        if piece.var in tuple(CHARACTERS):
+            texts = (
+                {getattr(character(name), piece.text) for name in ("Lily", "Tom")} if piece.text != "name" else set()
+            )
+        elif piece.var in tuple(OBJECTS):
+            texts = {piece.text}
+        elif piece.text == "at":
+            texts = {place.at for place in PLACES}
+        else:
+            texts = {"the"} if piece.text == "the" else set() if piece.var else {piece.text}
+        words |= {text[0].upper() + text[1:] if capital else text for text in texts if text != "'s"}
     return frozenset(words)

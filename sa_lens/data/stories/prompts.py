@@ -14,78 +14,141 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
-from sa_lens.data.stories.patterns import sentences
+from sa_lens.data.stories.grammar import CHARACTERS, OBJECTS, draw, spelled
+from sa_lens.data.stories.patterns import trees
 from sa_lens.data.stories.words import GLAD, KIND_OF, NAMES, NEEDY, PLACES, Entity, Place, character, thing
 
 Task = Literal["ioi", "pronoun", "object", "repeated"]
+Patterns = Literal["seen", "held-out"]
+"""Sentence patterns of the stories, or with at least one of `HELD_OUT_PATTERNS`."""
 
-# x y g r p o q f are the variables of the patterns; the value names the slot of the prompt that fills it
-_PAIR = {"x": "first", "y": "second", "p": "place", "o": "object"}
-_GIVE = {"g": "subject", "r": "other", "o": "object"}
-_Step = tuple[str, dict[str, str]]
-_GO: tuple[_Step, ...] = (("go", _PAIR), ("at", _PAIR))
-_FILLERS: tuple[_Step, ...] = tuple(
-    (pattern, {"x": "first", "p": "place", "f": "feeling"}) for pattern in ("fun", "game", "walk", "glad_together")
-)
-_GIVE_NEW: tuple[_Step, ...] = (("give_new", _GIVE), ("give_decide_new", _GIVE), ("give", _GIVE))
-_GIVE_OLD: tuple[_Step, ...] = (("give", _GIVE), ("give_adverb", _GIVE), ("give_then", _GIVE), ("give_decide", _GIVE))
-_WHY = {"x": "subject", "p": "place", "o": "object", "f": "feeling"}
-_NEED = {"x": "subject", "f": "need"}
-_TWO: tuple[_Step, ...] = (("intro_two", _PAIR),)
-_AGAIN = {**_PAIR, "x": "subject"}
-_ASK = {"x": "subject", "y": "other", "o": "object"}
-_THANKS: tuple[_Step, ...] = (("thank_for", {"x": "other", "y": "subject", "o": "object"}),)
+
+class _Step(NamedTuple):
+    """One sentence of a prompt: patterns to choose from, and the slot of the prompt that fills each variable."""
+
+    patterns: str
+    slots: dict[str, str]
+
+
+def _step(patterns: str, **slots: str) -> _Step:
+    return _Step(patterns, {"p": "place", "o": "object", "f": "feeling", **slots})
+
+
+_EACH = {"x": "first", "y": "second"}
+_TURN = {"g": "subject", "r": "other"}
+_BACK = {"g": "other", "r": "subject"}
+# the two come in
+_TWO = _step("intro_two", **_EACH)
+_GO = _step("go", **_EACH)
+_STRANGE_GO = _step("held_out_meeting", **_EACH)
+_ALONE = _step("go_alone", x="first")
+_MEET = _step("meet", **_EACH)
+# what changes nothing
+_FUN = _step("fun place_is like_place", **_EACH)
+_ONE = _step("smile like_place", x="other")
+_TURNS = _step("greet", **_TURN)
+_TURNS_BACK = _step("greet", **_BACK)
+# one gives
+_GIVE = _step("give give give give_new lend", **_EACH, **_TURN)
+_GIVE_OLD = _step("give", **_EACH, **_TURN)
+_MEET_AND_GIVE = _step("give_meeting", **_EACH, **_TURN)
+_STRANGE_GIVE = _step("held_out_give", **_EACH, **_TURN)
+_OTHER_HAS = _step("have", x="other", o="distractor")
 
 
 class _Recipe(NamedTuple):
     name: str
-    steps: tuple[tuple[_Step, ...], ...]
-    """For each sentence in turn the patterns it may have."""
-    cut: tuple[str, str]
+    steps: tuple[_Step, ...]
+    cut: str
     """Variable and form of the slot of the last sentence that the prompt ends before."""
     subject: tuple[str, ...] = ("first", "second")
     """Which of the two can be the subject."""
 
 
-_ALONE: tuple[_Step, ...] = (("go_alone", {"x": "subject", "p": "place"}),)
-_EACH = {"x": "first", "y": "second"}
-_RECIPES: dict[Task, tuple[_Recipe, ...]] = {
-    "ioi": (
-        _Recipe("go-give", (_GO, _GIVE_NEW), ("r", "name")),
-        _Recipe("go-filler-give", (_GO, _FILLERS, _GIVE_NEW), ("r", "name")),
-        _Recipe("weather-go-give", ((("weather", {}),), (("go_plain", _PAIR),), _GIVE_NEW), ("r", "name")),
-        _Recipe("two-go-give", (_TWO, _GO, _GIVE_NEW), ("r", "name")),
-        _Recipe("carry-give", ((("carry", _PAIR),), _GIVE_OLD), ("r", "name")),
-        _Recipe("when-give", ((("give_when", {**_PAIR, **_GIVE}), ("give_after", {**_PAIR, **_GIVE})),), ("r", "name")),
-    ),
-    "pronoun": (
-        _Recipe("alone-because", (_ALONE, (("feel_place", _WHY), ("feel_has_new", _WHY))), ("x", "he")),
-        _Recipe("alone-said", (_ALONE, (("say_need", _NEED),)), ("x", "he")),
-        _Recipe("go-because", (_GO, (("feel_place", _WHY), ("feel_has_new", _WHY))), ("x", "he")),
-        _Recipe("go-said", (_GO, (("say_need", _NEED),)), ("x", "he")),
-    ),
-    "object": (
-        _Recipe("give-thank", (_GO, _GIVE_NEW[:2], _THANKS), ("o", "the")),
-        _Recipe("give-ask", (_GO, _GIVE_NEW[:2], (("ask_for", _ASK),)), ("o", "the")),
-        _Recipe("give-show", (_GO, _GIVE_NEW[:2], (("show", {**_GIVE, "g": "other", "r": "subject"}),)), ("o", "the")),
-        _Recipe(
-            "first-has-thank",
-            (_GO, (("have_each", {**_EACH, "o": "object", "q": "distractor"}),), _GIVE_OLD, _THANKS),
-            ("o", "the"),
-            ("first",),
+_WHY = _step("feel_place feel_has_new", x="subject", y="other")
+_NEED = _step("say_need", x="subject", y="other", f="need")
+_STRANGE_PRONOUN = _step("held_out_pronoun", x="subject", y="other")
+_THANK = _step("thank_for", x="other", y="subject")
+_USE = _step("use_thing use_toy feel_likes feel_has lose dream", x="other", y="subject")
+_ASK = _step("ask_for", x="subject", y="other")
+_AGAIN = _step("go_home best_friends good_day fun from_then", x="subject", y="other")
+_NEXT = _step("next_day", x="subject", y="other")
+_STRANGE_AGAIN = _step("held_out_again", x="subject", y="other")
+
+_RECIPES: dict[Patterns, dict[Task, tuple[_Recipe, ...]]] = {
+    "seen": {
+        "ioi": (
+            _Recipe("go-give", (_GO, _GIVE), "r.name"),
+            _Recipe("go-filler-give", (_GO, _FUN, _GIVE), "r.name"),
+            _Recipe("go-other-give", (_GO, _ONE, _GIVE), "r.name"),
+            _Recipe("go-turn-give", (_GO, _TURNS_BACK, _GIVE), "r.name"),
+            _Recipe("go-filler-other-give", (_GO, _FUN, _ONE, _GIVE), "r.name"),
+            _Recipe("two-go-give", (_TWO, _GO, _GIVE), "r.name"),
+            _Recipe("two-give", (_TWO, _GIVE), "r.name"),
+            _Recipe("alone-meet-give", (_ALONE, _MEET, _GIVE), "r.name"),
+            _Recipe("carry-give", (_step("carry", **_EACH), _GIVE_OLD), "r.name"),
+            _Recipe("have-give", (_GO, _step("have", x="subject"), _GIVE_OLD), "r.name"),
+            _Recipe("when-give", (_MEET_AND_GIVE,), "r.name"),
+            _Recipe("go-turn", (_GO, _TURNS), "r.name"),
+            _Recipe("go-show", (_GO, _step("show", **_TURN)), "r.name"),
         ),
-        _Recipe(
-            "second-has-thank",
-            (_GO, (("have_each", {**_EACH, "o": "distractor", "q": "object"}),), _GIVE_OLD, _THANKS),
-            ("o", "the"),
-            ("second",),
+        "pronoun": (
+            _Recipe("alone-because", (_step("go_alone", x="subject"), _WHY), "x.he"),
+            _Recipe("alone-said", (_step("go_alone", x="subject"), _NEED), "x.he"),
+            _Recipe("go-because", (_GO, _WHY), "x.he"),
+            _Recipe("go-said", (_GO, _NEED), "x.he"),
+            _Recipe("go-filler-because", (_GO, _ONE, _WHY), "x.he"),
         ),
-    ),
-    "repeated": (
-        _Recipe("two-go", (_TWO, (("go", _AGAIN), ("at", _AGAIN))), ("y", "name"), ("first",)),
-        _Recipe("two-like-go", (_TWO, (("intro_two_like", _PAIR),), (("go", _AGAIN),)), ("y", "name"), ("first",)),
-        _Recipe("go-filler-home", (_GO, _FILLERS, (("go_home", _AGAIN),)), ("y", "name"), ("first",)),
-    ),
+        "object": (
+            _Recipe("give-thank", (_GO, _GIVE, _THANK), "o.the"),
+            _Recipe("give-ask", (_GO, _GIVE, _ASK), "o.the"),
+            _Recipe("give-use", (_GO, _GIVE, _USE), "o.the"),
+            _Recipe("give-show", (_GO, _GIVE, _step("show", **_BACK)), "o.the"),
+            _Recipe("give-filler-thank", (_GO, _GIVE, _ONE, _THANK), "o.the"),
+            _Recipe("other-has-thank", (_GO, _OTHER_HAS, _GIVE, _THANK), "o.the"),
+            _Recipe(
+                "first-has-thank",
+                (_GO, _step("have_each", **_EACH, q="distractor"), _GIVE_OLD, _THANK),
+                "o.the",
+                ("first",),
+            ),
+            _Recipe(
+                "second-has-thank",
+                (_GO, _step("have_each", **_EACH, o="distractor", q="object"), _GIVE_OLD, _THANK),
+                "o.the",
+                ("second",),
+            ),
+        ),
+        "repeated": (
+            _Recipe("two-go", (_TWO, _step("go", x="subject", y="other")), "y.name"),
+            _Recipe("two-like-go", (_TWO, _FUN, _step("go", x="subject", y="other")), "y.name"),
+            _Recipe("go-filler-home", (_GO, _FUN, _AGAIN), "y.name"),
+            _Recipe("go-other-home", (_GO, _ONE, _AGAIN), "y.name"),
+            _Recipe("alone-meet-home", (_ALONE, _MEET, _AGAIN), "y.name"),
+            _Recipe("go-next", (_GO, _FUN, _NEXT), "y.name"),
+        ),
+    },
+    "held-out": {
+        "ioi": (
+            _Recipe("new-go-give", (_STRANGE_GO, _GIVE), "r.name"),
+            _Recipe("go-new-give", (_GO, _STRANGE_GIVE), "r.name"),
+            _Recipe("new-go-new-give", (_STRANGE_GO, _STRANGE_GIVE), "r.name"),
+        ),
+        "pronoun": (
+            _Recipe("alone-new-why", (_step("go_alone", x="subject"), _STRANGE_PRONOUN), "x.he"),
+            _Recipe("go-new-why", (_GO, _STRANGE_PRONOUN), "x.he"),
+            _Recipe("new-go-why", (_STRANGE_GO, _WHY), "x.he"),
+        ),
+        "object": (
+            _Recipe("new-give-thank", (_GO, _STRANGE_GIVE, _THANK), "o.the"),
+            _Recipe("give-new-use", (_GO, _GIVE, _step("held_out_object", **_TURN)), "o.the"),
+        ),
+        "repeated": (
+            _Recipe("new-go-home", (_STRANGE_GO, _AGAIN), "y.name"),
+            _Recipe("go-new-home", (_GO, _STRANGE_AGAIN), "y.name"),
+            _Recipe("two-new-home", (_TWO, _STRANGE_AGAIN), "y.name"),
+        ),
+    },
 }
 
 TASKS: tuple[Task, ...] = ("ioi", "pronoun", "object", "repeated")
@@ -99,7 +162,7 @@ class PromptTemplate(NamedTuple):
     """A prompt with slots for names, place, objects and feeling."""
 
     name: str
-    """Recipe and number; the same in every version of the grammar's random choices."""
+    """Recipe and number."""
     task: Task
     text: str
     """For `str.format` with entities; `fill` takes plain words. The answer is the next word."""
@@ -168,44 +231,78 @@ def _entity(slot: str, word: str) -> Entity:
 
 
 @cache
-def prompt_templates(task: Task) -> tuple[PromptTemplate, ...]:
+def prompt_templates(task: Task, patterns: Patterns = "seen") -> tuple[PromptTemplate, ...]:
     """The templates of a task, up to `TEMPLATES_PER_RECIPE` of each recipe, always the same ones.
 
+    Args:
+        task: One of `TASKS`.
+        patterns: `seen`: of sentences that stories have; `held-out`: one sentence or more that no story has.
+
     Raises:
-        ValueError: unknown task.
+        ValueError: unknown task or patterns.
     """
-    if task not in _RECIPES:
+    if task not in TASKS:
         raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}")
+    if patterns not in _RECIPES:
+        raise ValueError(f"patterns={patterns!r} must be {' or '.join(map(repr, _RECIPES))}")
     templates = []
-    for recipe in _RECIPES[task]:
+    for recipe in _RECIPES[patterns][task]:
         rng = random.Random(recipe.name)
         texts: dict[str, None] = {}
-        # 8 draws a template: enough to meet every text of a recipe that has fewer
-        for _ in range(8 * TEMPLATES_PER_RECIPE):
-            texts[_draw_text(recipe, rng)] = None
-        kept = list(texts)[:TEMPLATES_PER_RECIPE]
-        templates += [PromptTemplate(f"{recipe.name}-{i}", task, text, recipe.subject) for i, text in enumerate(kept)]
+        # most draws of some recipes are no prompt: the name to cut before is missing, or a pronoun gives it away
+        for _ in range(200 * TEMPLATES_PER_RECIPE):
+            text = _draw_text(task, recipe, rng)
+            if text:
+                texts[text] = None
+            if len(texts) == TEMPLATES_PER_RECIPE:
+                break
+        templates += [PromptTemplate(f"{recipe.name}-{i}", task, text, recipe.subject) for i, text in enumerate(texts)]
     return tuple(templates)
 
 
-def _draw_text(recipe: _Recipe, rng: random.Random) -> str:
-    text = ""
-    for index, options in enumerate(recipe.steps):
-        pattern, slots = rng.choice(options)
-        variable, form = recipe.cut
-        choices = sentences()[pattern][0]
-        last = index == len(recipe.steps) - 1
-        if last:
-            choices = tuple(s for s in choices if any((p.var, p.text) == recipe.cut for p in s.pieces))
-        for piece in rng.choice(choices).pieces:
-            if last and (piece.var, piece.text) == (variable, form):
-                return text + "the" if form == "the" else text.rstrip()
-            if piece.role == "group" or not piece.var:
-                text += piece.text
-            else:
-                text += f"{{{slots[piece.var]}.{piece.text}}}"
-        text += " "
-    raise AssertionError(f"recipe {recipe.name!r} has no {recipe.cut} in its last sentence")
+class _Slot:
+    """Stands for an entity that is not chosen yet: each form is a field of `str.format`."""
+
+    def __init__(self, slot: str):
+        self.slot = slot
+
+    def __getattr__(self, form: str) -> str:
+        return f"{{{self.slot}.{form}}}"
+
+
+def _draw_text(task: Task, recipe: _Recipe, rng: random.Random) -> str:
+    """The text of a template; empty if what was drawn is no prompt of the task."""
+    sentences: list[str] = []
+    mentioned: set[str] = set()
+    definite = task == "ioi" and rng.random() < 0.3
+    variable, form = recipe.cut.split(".")
+    for index, (names, slots) in enumerate(recipe.steps):
+        pattern = rng.choice(names.split())
+        pieces = draw(rng.choice(trees(pattern)), rng.random)
+        if index == len(recipe.steps) - 1:
+            cuts = [i for i, piece in enumerate(pieces) if (piece.var, piece.text) == (variable, form)]
+            if not cuts:
+                return ""
+            pieces = pieces[: cuts[0] if task == "pronoun" else cuts[-1]]
+            people = [slots.get(piece.var) for piece in pieces if piece.var and piece.var in CHARACTERS]
+            if task != "object" and people[-1:] != ["subject"]:
+                return ""
+            if task == "repeated" and pieces[-1].text not in ("and", "friend"):
+                return ""
+        for i, piece in enumerate(pieces):
+            slot = slots.get(piece.var, "")
+            if piece.var and not slot:
+                return ""
+            if piece.var and piece.var in CHARACTERS and piece.text != "name" and task != "object":
+                return ""
+            if piece.var and piece.var in OBJECTS and slot not in mentioned:
+                mentioned.add(slot)
+                if not (definite and pattern == "give"):
+                    pieces[i] = piece._replace(text="a")
+        sentences.append(spelled(pieces, {var: _Slot(slot) for var, slot in slots.items()}))
+    text = " ".join(sentences) + (" the" if task == "object" else "")
+    # what stands for `the ball` or `she` cannot be given a capital letter
+    return "" if re.search(r'(^|[.!?] )"?\{\w+\.(?!name)', text) else text
 
 
 def draw_prompts(
@@ -214,6 +311,7 @@ def draw_prompts(
     *,
     seed: int = 0,
     pairs: Collection[frozenset[str]] | None = None,
+    patterns: Patterns = "seen",
     templates: Sequence[PromptTemplate] | None = None,
 ) -> list[Prompt]:
     """Draws n different prompts of a task, templates and orders equally often on average.
@@ -223,12 +321,13 @@ def draw_prompts(
         n: Number of prompts.
         seed: Any integer.
         pairs: Pairs of names to use, for example `held_out_pairs()`; None: any two names.
-        templates: Templates to use, for example those of one length; None: all of the task.
+        patterns: Sentences that stories have (`seen`), or at least one that none has (`held-out`).
+        templates: Templates to use, for example those of one length; None: all of the task and these patterns.
 
     Raises:
         ValueError: unknown task, no template, a template of another task, or fewer than n different prompts.
     """
-    templates = prompt_templates(task) if templates is None else templates
+    templates = prompt_templates(task, patterns) if templates is None else templates
     if not templates or any(template.task != task for template in templates):
         raise ValueError(f"templates: give at least one, all of task {task!r} (see prompt_templates)")
     allowed = [frozenset(two) for two in itertools.combinations(NAMES, 2)] if pairs is None else list(pairs)
@@ -280,6 +379,9 @@ def _draw(rng: random.Random, template: PromptTemplate, pair: tuple[str, ...]) -
         answer, wrong = character(subject).he, character(corrupt["subject"]).he
     else:
         corrupt |= dict(zip(("first", "second", "subject"), rng.sample(fresh, 3), strict=True))
+        corrupt["other"] = corrupt["first" if other == first else "second"]
         answer, wrong = other, subject
-    order = ("ABBA" if subject == second else "BABA") if template.task == "ioi" else ""
-    return Prompt(template.fill(**clean), template.fill(**corrupt), f" {answer}", f" {wrong}", template.name, order)
+    text = template.fill(**clean)
+    in_order = sorted((first, second), key=lambda name: text.find(name))
+    order = ("ABBA" if subject == in_order[1] else "BABA") if template.task == "ioi" else ""
+    return Prompt(text, template.fill(**corrupt), f" {answer}", f" {wrong}", template.name, order)

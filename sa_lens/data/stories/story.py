@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from sa_lens.data.stories.patterns import Piece, Sentence
+from sa_lens.data.stories.grammar import Piece, spell
 from sa_lens.data.stories.words import Animal, Character, Entity, Place, Spot, Thing
 
 
@@ -36,7 +36,8 @@ class Word(NamedTuple):
 class Line(NamedTuple):
     """A sentence of a story with what fills its slots."""
 
-    sentence: Sentence
+    pattern: str
+    pieces: tuple[Piece, ...]
     entities: dict[str, Entity]
 
 
@@ -72,8 +73,8 @@ class Story:
     def _mentioned(self, kind: type) -> dict[str, None]:
         found: dict[str, None] = {}
         for line in self.lines:
-            for piece in line.sentence.pieces:
-                if piece.var and piece.role != "group" and isinstance(line.entities[piece.var], kind):
+            for piece in line.pieces:
+                if piece.var and isinstance(line.entities[piece.var], kind):
                     found[line.entities[piece.var][0]] = None
         return found
 
@@ -87,30 +88,25 @@ def _label(story: Story) -> Iterator[Word]:
     places = {noun: f"place-{i}" for i, noun in enumerate(story.places)}
     offset = 0
     for index, line in enumerate(story.lines):
-        for piece in line.sentence.pieces:
-            if not piece.var:
-                end = offset + len(piece.text)
-                if piece.pos:
-                    yield Word(piece.text, offset, end, index, line.sentence.pattern, piece.role, "none", piece.pos)
-                offset = end
-                continue
-            entity = line.entities[piece.var]
-            for text, role, referent, pos in _slot_words(piece, entity, referents, places):
-                yield Word(text, offset, offset + len(text), index, line.sentence.pattern, role, referent, pos)
-                offset += len(text) + 1
+        offset += index > 0
+        for piece, text, space in spell(line.pieces, line.entities):
+            offset += space
+            if piece.var:
+                labelled = _slot_words(piece, text, line.entities[piece.var], referents, places)
+            else:
+                labelled = iter([(text, piece.role, "group" if piece.role == "group" else "none", piece.pos)])
+            for word, role, referent, pos in labelled:
+                yield Word(word, offset, offset + len(word), index, line.pattern, role, referent, pos)
+                offset += len(word) + 1
             offset -= 1
-        offset += 1
 
 
 def _slot_words(
-    piece: Piece, entity: Entity, referents: dict[str, str], places: dict[str, str]
+    piece: Piece, text: str, entity: Entity, referents: dict[str, str], places: dict[str, str]
 ) -> Iterator[tuple[str, str, str, str]]:
     """Text, role, referent and part of speech of each word in a slot."""
-    if piece.role == "group":
-        yield piece.text, "group", "group", "PRON"
-    elif isinstance(entity, Character):
+    if isinstance(entity, Character):
         pos = {"name": "PROPN", "girl": "NOUN"}.get(piece.text, "PRON")
-        text = piece.text if piece.text == "You" else getattr(entity, piece.text)
         yield text, piece.role, referents[entity.name], pos
     elif isinstance(entity, Thing | Place | Spot):
         referent = (
@@ -120,7 +116,7 @@ def _slot_words(
             if isinstance(entity, Place)
             else "spot"
         )
-        words = getattr(entity, piece.text).split(" ")
+        words = text.split(" ")
         for word in words[:-1]:
             article = re.fullmatch("an?|the", word, re.IGNORECASE) is not None
             yield (word, "none", "none", "DET") if article else (word, "property", referent, "ADJ")

@@ -14,7 +14,7 @@ from itertools import count
 
 from sa_lens.data.stories.beats import Beats
 from sa_lens.data.stories.story import Story
-from sa_lens.data.stories.words import GLAD, NAMES, NEEDY, PLACES, PROUD, Character, character
+from sa_lens.data.stories.words import NAMES, NEEDY, PLACES, PROUD, Character, character
 from sa_lens.data.stories.words import held_out_pairs as default_held_out_pairs
 from sa_lens.data.stories.writer import Scene
 
@@ -85,124 +85,111 @@ class _Telling(Beats):
         x, y = character(first), character(second)
         self.scene = Scene(x, y, self.pick(PLACES))
         self.open()
+        for _ in range(self.pick((0, 0, 0, 0, 1, 1, 1, 2, 2, 3))):
+            self.remark()
         self.gift()
         # the close adds up to 22 words
         target = 40 + 22 * self.random()
         while self.n_words < (min(target, 44) if thirds else target):
             self.beat()
-        if thirds and self.n_words <= 58:
+        if thirds and self.n_words <= 64:
             self.change_scene(character(self.pick(thirds)))
+            if self.chance(0.3):
+                self.remark()
             self.gift()
         self.close()
         return Story(" ".join(self.texts), tuple(self.lines))
 
     def open(self) -> None:
+        """Introduces the two: one after the other, or both at once, before or as they come to a place."""
         x, y, place = self.scene
+        elsewhere = self.pick([p for p in PLACES if p.outdoors and p is not place])
         kind = self.random()
-        if kind < 0.18:
+        if kind < 0.3:
             self.alone = True
-            self.say("intro_one", x=x)
-            if self.chance(0.35):
-                self.say("intro_home", x=x, p=self.pick([p for p in PLACES if p.outdoors and p is not place]))
-            elif self.chance(0.5):
-                self.say("intro_likes", x=x)
-            self.meet_alone() if self.chance(0.4) else self.befriend()
-        elif kind < 0.28:
-            self.alone = True
-            self.meet_alone()
+            friends = self.chance(0.4)
+            if friends or kind < 0.15:
+                self.say("intro_home" if self.chance(0.2) else "intro_one", x=x, p=elsewhere)
+                if self.chance(0.2):
+                    self.say("intro_likes", x=x)
+            if not friends:
+                self.meet_alone()
+            else:
+                self.say("intro_friend", x=x, y=y)
+                self.alone = False
+                self.go()
         elif kind < 0.45:
-            self.say("intro_two", x=x, y=y)
-            if self.chance(0.5):
-                self.say("intro_two_like", x=x)
+            self.say("intro_two", p=elsewhere)
+            if self.chance(0.3):
+                self.say("intro_two_like")
             self.go()
         else:
-            if self.chance(0.3):
+            if self.chance(0.12):
                 self.say("weather")
-                if place.outdoors and self.chance(0.2):
-                    self.say("sky")
             self.go()
-        if self.chance(0.3):
-            self.remark()
-
-    def befriend(self) -> None:
-        x, y, _ = self.scene
-        self.say("intro_friend", x=x, y=y)
-        self.alone = False
-        self.go()
 
     def meet_alone(self) -> None:
         """One character goes somewhere alone and meets the other."""
-        x, y, place = self.scene
-        self.say("go_alone", x=x, p=place)
-        if self.chance(0.6):
-            self.feel_why(x)
-        if self.chance(0.25):
-            self.say("place_is", p=place)
-        self.say("meet", x=x, y=y, p=place)
-        self.alone = False
+        x, y, _ = self.scene
+        self.say("go_alone", x=x)
         if self.chance(0.4):
-            g = self.pick((x, y))
-            self.say("hello", g=g, r=self.scene.other(g))
+            self.feel_why(x)
+        if self.chance(0.15):
+            self.say("place_is")
+        self.say("meet", x=x, y=y)
+        self.alone = False
 
     def go(self) -> None:
-        """Both go somewhere; they may take an object along, or one may give the other one in the same sentence."""
-        x, y, place = self.scene
-        weather = bool(self.told & {"weather", "sky"})
+        """Both come to the place; they may take an object along, or one may give the other one in the same sentence."""
         kind = self.random()
-        if kind < 0.08 and not weather:
+        if kind < 0.1:
             o = self.new_thing()
-            self.say("carry", x=x, y=y, o=o, p=place)
+            self.say("carry", o=o)
             self.owned(o, None)
-        elif kind < 0.2:
-            g, o = self.pick((x, y)), self.new_thing()
-            r = self.scene.other(g)
-            self.say(self.pick(("give_when", "give_after")), x=x, y=y, p=place, g=g, r=r, o=o)
+        elif kind < 0.25:
+            (g, r), o = self.either_order(), self.new_thing()
+            self.say("give_meeting", g=g, r=r, o=o)
             self.owned(o, r, first=g)
             self.after_gift(o, g)
-        elif weather:
-            self.say("go_plain" if self.chance(0.65) else "at_plain", x=x, y=y, p=place)
         else:
-            self.say("go" if self.chance(0.65) else "at", x=x, y=y, p=place)
+            self.say("go")
 
     def change_scene(self, third: Character) -> None:
         """One of the two goes on with a third character, elsewhere and with other objects."""
         stays = self.pick(self.scene[:2])
         place = self.pick([p for p in PLACES if p is not self.scene.place])
-        x, y = (stays, third) if self.chance(0.5) else (third, stays)
         self.things = []
+        self.scene = Scene(stays, third, place)
         if self.chance(0.4):
-            self.scene = Scene(stays, third, place)
-            self.say("meet_new", x=stays, y=third, p=place)
+            self.say("meet_new", x=stays, y=third)
         else:
-            self.scene = Scene(x, y, place)
-            self.say("next_day", x=x, y=y, p=place)
+            self.say("next_day")
 
     def close(self) -> None:
-        x, y, _ = self.scene
-        if self.chance(0.6):
-            self.say("go_home", x=x, y=y)
+        if self.chance(0.5):
+            self.say("go_home")
         ending = self.random()
-        if ending < 0.25:
-            self.say("best_friends", x=x, y=y)
-        elif ending < 0.45:
+        if ending < 0.2:
+            self.say("best_friends")
+        elif ending < 0.4:
             self.say("good_day")
-        elif ending < 0.6:
-            self.say("from_then", x=x)
+        elif ending < 0.5:
+            self.say("from_then")
         elif ending < 0.75:
-            if self.things:
+            if self.things and self.chance(0.6):
                 o = self.pick(self.things)
                 self.say("dream", x=self.owner(o), o=o)
             else:
-                self.say("good_day")
+                self.say("sleep")
         elif ending < 0.85:
-            self.say("lesson", x=x)
+            self.say("lesson")
         else:
-            self.say("happy_end", x=x, f=self.pick(GLAD))
+            self.say("happy_end")
 
     def feel_why(self, one: Character) -> None:
         """Why a character who is alone feels so."""
         if self.chance(0.5):
-            self.say("feel_place", x=one, p=self.scene.place, f=self.pick(GLAD))
+            self.say("feel_place", x=one)
         elif self.chance(0.7):
             o = self.new_thing()
             self.say("feel_has_new", x=one, o=o, f=self.pick(PROUD))

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 
 Gender = Literal["girl", "boy"]
 
-_GIRLS = "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Clara Sophie Alice Julia Nora"
-_BOYS = "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Toby Felix Hugo Oliver Martin"
+_GIRLS = "Lily Anna Mia Lucy Emma Sarah Zoe Amy Kate Nina Ella Molly Jane Lisa Maria Mary Sophie Alice Julia Nora"
+_BOYS = "Tom Ben Sam Tim Leo Dan Joe Fred Peter Paul Adam David Oscar Henry Simon Max Felix Jack Oliver John"
 
 NAMES: dict[str, Gender] = {**dict.fromkeys(_GIRLS.split(), "girl"), **dict.fromkeys(_BOYS.split(), "boy")}
 """Every name with its gender. None of them is also a common word, and each is one word, so prompts stay aligned."""
@@ -28,7 +28,6 @@ class Character(NamedTuple):
     he: str
     him: str
     his: str
-    He: str
     I: str = "I"  # noqa: E741
     you: str = "you"
 
@@ -40,7 +39,6 @@ class Thing(NamedTuple):
     kind: str
     a: str
     the: str
-    The: str
     it: str = "it"
 
 
@@ -52,7 +50,6 @@ class Place(NamedTuple):
     outdoors: bool
     sells: bool
     the: str
-    The: str
 
 
 class Spot(NamedTuple):
@@ -82,19 +79,47 @@ Entity = Character | Thing | Place | Spot | Animal | Feeling
 def character(name: str) -> Character:
     """The character of that name."""
     if NAMES[name] == "girl":
-        return Character(name, "girl", "she", "her", "her", "She")
-    return Character(name, "boy", "he", "him", "his", "He")
+        return Character(name, "girl", "she", "her", "her")
+    return Character(name, "boy", "he", "him", "his")
 
 
 OBJECTS: dict[str, tuple[str, ...]] = {
-    "ball": ("ball", "balloon", "stick", "plane"),
-    "toy": ("kite", "doll", "drum", "truck", "robot", "boat", "train", "puzzle", "car", "wagon", "whistle"),
-    "food": ("apple", "cake", "cookie", "orange", "banana", "sandwich", "pear", "muffin", "pie", "peach"),
+    "ball": ("ball", "balloon", "stick", "plane", "basketball"),
+    "toy": (
+        "kite",
+        "doll",
+        "drum",
+        "truck",
+        "robot",
+        "boat",
+        "train",
+        "puzzle",
+        "car",
+        "wagon",
+        "whistle",
+        "toy",
+        "bike",
+    ),
+    "food": (
+        "apple",
+        "cake",
+        "cookie",
+        "orange",
+        "banana",
+        "sandwich",
+        "pear",
+        "muffin",
+        "pie",
+        "peach",
+        "drink",
+        "snack",
+    ),
     "reading": ("book", "letter", "map", "card", "poem"),
-    "clothing": ("hat", "scarf", "coat", "crown", "cap", "ring"),
+    "clothing": ("hat", "scarf", "coat", "crown", "cap", "ring", "necklace", "watch"),
     "thing": (
         *("cup", "shell", "flower", "box", "key", "lamp", "coin", "basket", "blanket", "umbrella", "bell", "stone"),
-        *("feather", "leaf", "brush", "pencil", "bucket", "mirror"),
+        *("feather", "leaf", "brush", "pencil", "bucket", "mirror", "pen", "bottle", "gift", "present", "bag"),
+        *("computer", "bone", "picture"),
     ),
 }
 """Objects by kind; the kind decides what can be done with one."""
@@ -117,19 +142,19 @@ def thing(noun: str, adjective: str = "") -> Thing:
     """The object of that noun, its first mention with the adjective."""
     phrase = f"{adjective} {noun}" if adjective else noun
     article = "an" if phrase[0] in "aeiou" else "a"
-    return Thing(noun, KIND_OF[noun], f"{article} {phrase}", f"the {noun}", f"The {noun}")
+    return Thing(noun, KIND_OF[noun], f"{article} {phrase}", f"the {noun}")
 
 
 def _places(at: str, nouns: str, *, outdoors: bool, sells: bool = False) -> list[Place]:
-    return [Place(n, at, outdoors, sells, f"the {n}", f"The {n}") for n in nouns.split()]
+    return [Place(n, at, outdoors, sells, f"the {n}") for n in nouns.split()]
 
 
 PLACES: tuple[Place, ...] = (
     *_places("in", "park garden forest field yard meadow", outdoors=True),
     *_places("at", "beach zoo farm lake river playground pond fair", outdoors=True),
     *_places("on", "hill", outdoors=True),
-    *_places("in", "kitchen library museum barn attic classroom", outdoors=False),
-    *_places("at", "school station", outdoors=False),
+    *_places("in", "kitchen library museum barn attic classroom house room", outdoors=False),
+    *_places("at", "school station restaurant office hospital", outdoors=False),
     *_places("at", "market", outdoors=True, sells=True),
     *_places("at", "shop store", outdoors=False, sells=True),
 )
@@ -156,37 +181,42 @@ NEEDY = tuple(map(Feeling, ("hungry", "tired", "thirsty", "cold", "sleepy")))
 PART_OF_SPEECH: dict[str, str] = {
     word: tag
     for tag, words in {
-        "DET": "a the every that",
-        "PRON": "it everywhere",
-        "ADP": "to in at on near with for of from upon by after down up",
-        "AUX": "was were is are can could be had",
+        "DET": "a the every that both another all some no",
+        "PRON": "it everyone there",
+        "ADP": "by down up before around to in at on near with for of from upon after about until next",
+        "AUX": "is are be was were can could had did will",
         "VERB": (
-            "went walked ran met played sat lived loved liked held holding brought carried found saw bought took gave "
-            "handed passed lent offered decided give wanted threw showed read said told asked thanked tried put looked "
-            "lost dropped find help fixed broke felt play sing dance draw swim shared ate sang danced laughed talked "
-            "jumped smiled waved dreamed slept learned named singing picked have see hold like love thank sharing "
-            "helping"
+            "went walked ran met played sat lived loved liked held holding brought carried found saw bought took "
+            "gave handed passed lent offered decided give wanted threw showed read said told asked thanked tried "
+            "put looked lost dropped find help fixed broke felt play sing dance draw swim shared ate sang danced "
+            "laughed talked jumped smiled waved dreamed slept learned named picked have see hold like love thank "
+            "came come go visited invited got made sent sold kicked stood stopped turned knew thought helped "
+            "rested working thinking going playing walking sitting talking smiling laughing rolled pass keep "
+            "bring called hugged followed listened offer drank started chose show get"
         ),
         "NOUN": (
-            "day morning afternoon evening night time friend friends children house sun sky wind birds lunch school "
-            "end home game song story bag fun lot course"
+            "hand day morning afternoon evening night time friend friends children house sun sky wind birds lunch "
+            "school end game song story fun lot way dinner breakfast week flowers people talk water milk bottle "
+            "glass kiss hug pocket bread work something"
         ),
+        "SCONJ": "since while when because where as",
         "ADJ": (
-            "sunny warm bright windy cool lovely little young kind clever brave small big white good best blue soft "
-            "brown funny wonderful great beautiful gone broken welcome next quiet long sad"
+            "sunny warm bright windy cool lovely little young kind clever brave small big white good best blue "
+            "soft brown funny wonderful great beautiful gone broken welcome quiet long sad late tired last nice "
+            "happy"
         ),
         "ADV": (
-            "once together outside then so later soon very kindly quickly gently happily slowly carefully "
-            "suddenly ago back well please not there much"
+            "not much away always here once together outside then so later soon very kindly quickly gently happily slowly carefully too "
+            "again suddenly ago back well please over now also everywhere yesterday today just finally first "
+            "still afterwards"
         ),
-        "SCONJ": "when while because where",
-        "CCONJ": "and but",
+        "CCONJ": "or and but",
         "NUM": "one two",
-        "INTJ": "yes hello",
+        "INTJ": "yes hello look",
     }.items()
     for word in words.split()
 }
-"""Universal part of speech of each fixed word of the patterns; a pattern marks an exception as `word/TAG`."""
+"""Universal part of speech of the fixed words of the patterns, where a template gives none as `word/TAG`."""
 
 PARTS_OF_SPEECH = (
     *("NOUN", "PROPN", "PRON", "VERB", "AUX", "ADJ", "ADV", "ADP", "DET", "CCONJ", "SCONJ", "PART", "NUM", "INTJ"),
