@@ -364,12 +364,13 @@ class TrainConfig:
     """Micro-batches a step is split into, over all processes: with 2, one process takes both in turn, or two processes
     take one each with the same result. Fewer than the processes: as many as there are processes."""
     lr: float = 1e-3
-    """Peak learning rate; cosine to 0 at the last step. With `dense_steps`, the rate at which both streams begin."""
+    """Peak learning rate; cosine to 0 at the last step. With `dense_share`, the rate at which both streams begin."""
     warmup_steps: int = 0
     """Steps of linear warm-up before the cosine."""
-    dense_steps: int = 0
-    """First steps in which only the clean stream is trained, at a dense step's cost; after them both streams are. 0:
-    both from the first step, as in the paper. The learning rate is constant until then; without gates that is all."""
+    dense_share: float = 0.0
+    """Share of the steps, the first ones, in which only the clean stream is trained, at a dense step's cost; after them
+    both streams are. 0: both from the first step, as in the paper. The learning rate is constant in these steps; for a
+    model without gates that is all. A frozen base has no such steps."""
     dense_lr: float | None = None
     """Learning rate of the dense steps; None: `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -414,7 +415,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "save_every", "log_every"):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name}={value} must be at least 1")
-        for name in ("warmup_steps", "dense_steps", "weight_decay", "clip", "sample_tokens", "workers", "seed"):
+        for name in ("warmup_steps", "weight_decay", "clip", "sample_tokens", "workers", "seed"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name}={value} must be 0 or more")
         _check(self.lr > 0, f"train.lr={self.lr} must be above 0")
@@ -424,14 +425,9 @@ class TrainConfig:
             f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}",
         )
         _check(
-            self.dense_steps < self.steps,
-            f"train.dense_steps={self.dense_steps} must be below train.steps={self.steps}: the ablated stream is "
-            "trained after them",
-        )
-        _check(
-            self.freeze == "none" or self.dense_steps == 0,
-            f"train.dense_steps={self.dense_steps} trains the clean stream alone, which train.freeze='base' does not "
-            "train: set train.dense_steps=0",
+            0 <= self.dense_share <= 1 and self.dense_steps < self.steps,
+            f"train.dense_share={self.dense_share} must be from 0 to below 1, and leave at least one of the "
+            f"{self.steps} steps for the ablated stream",
         )
         _check(
             self.batch_size % self.accumulate == 0,
@@ -445,6 +441,11 @@ class TrainConfig:
             self.freeze == "none" or self.init is not None,
             "train.freeze='base' trains gates on an existing model: name it in train.init",
         )
+
+    @property
+    def dense_steps(self) -> int:
+        """First steps in which only the clean stream is trained; 0 if the base is frozen."""
+        return 0 if self.freeze == "base" else round(self.dense_share * self.steps)
 
 
 @dataclass(frozen=True)
@@ -493,8 +494,10 @@ PRESETS: dict[str, RunConfig] = {
         gates=GateConfig(temperature=0.1),
         train=TrainConfig(
             steps=3_000,
+            dense_share=0.65,
             batch_size=8,
-            lr=3e-3,
+            dense_lr=3e-3,
+            lr=1.5e-3,
             warmup_steps=100,
             precision="bf16",
             eval_every=500,

@@ -37,8 +37,10 @@ def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
         train=TrainConfig(
             # copying a name is learnt suddenly, after some number of optimizer steps: many small ones get there first
             steps=4_600,
+            dense_share=0.65,
             batch_size=4,
-            lr=3e-3,
+            dense_lr=3e-3,
+            lr=1.5e-3,
             betas=(0.9, 0.98),
             warmup_steps=100,
             eval_every=2_300,

@@ -79,7 +79,7 @@ class Grid:
             return dataclasses.replace(self.run, gates=variant.gates, train=train)
         if baseline is None:
             raise ValueError(f"{variant.name} is trained on the baseline of seed {seed}: train that first")
-        train = dataclasses.replace(train, freeze="base", init=baseline, dense_steps=0)
+        train = dataclasses.replace(train, freeze="base", init=baseline)
         # the shape is that of the baseline
         shape = ModelConfig(n_ctx=self.run.model.n_ctx)
         return dataclasses.replace(self.run, model=shape, gates=variant.gates, train=train)
@@ -118,8 +118,11 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         data=source,
         train=TrainConfig(
             steps=steps,
+            # trained on both streams from the first step, small models learn to copy late or not at all
+            dense_share=0.65,
             batch_size=4,
-            lr=3e-3,
+            dense_lr=3e-3,
+            lr=1.5e-3,
             betas=(0.9, 0.98),
             warmup_steps=100,
             precision="bf16",

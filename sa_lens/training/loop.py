@@ -195,7 +195,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 logged_step, logged_at = step, now
                 figures = {"tokens": step * tokens_a_step, **means, "lr": lr, "tokens_per_s": round(speed)}
                 if run.gates.gated:
-                    figures["streams"] = "both" if ablated else "clean"
+                    figures["streams"] = 2 if ablated else 1
                 record("train", {**figures, "seconds": round(now - began, 1)})
                 bar.set_postfix_str(_status(means, speed))
 

@@ -93,7 +93,7 @@ def training_curves(
         records = [record for record in written if record.get("kind") == kind]
         if not records:
             raise ValueError(f"{path} has no record of kind {kind!r} yet")
-        switches += [record["step"] for record in written if record.get("streams") == "clean"][-1:]
+        switches += [record["step"] for record in written if record.get("streams") == 1][-1:]
         for stream in ("clean", "ablated"):
             key = f"{stream}_loss" if kind == "eval" else stream
             points = [(record["step"], number(record.get(key))) for record in records]

@@ -58,7 +58,7 @@ def test_it_is_a_plain_loop(make_run: MakeRun, tmp_path: Path, scope: str) -> No
     assert same(weights(found.model), weights(plain_loop(run)))
 
 
-SCHEDULE = {"dense_steps": 5}
+SCHEDULE = {"dense_share": 5 / 12}
 """The clean stream alone for five of the twelve steps, which no record, evaluation or checkpoint falls on."""
 
 
@@ -72,7 +72,7 @@ def test_with_a_schedule_it_is_a_plain_loop_too(make_run: MakeRun, tmp_path: Pat
 
 def test_the_dense_steps_are_those_of_the_baseline(make_run: MakeRun, tmp_path: Path) -> None:
     """Until the switch the transformer is the dense one of the same seed, bit for bit, and the gates are as drawn."""
-    settings = {"dense_steps": 8, "save_every": 8, "steps": 12, "log_every": 1}
+    settings = {"dense_share": 8 / 12, "save_every": 8, "steps": 12, "log_every": 1}
     gated = train(make_run(**settings), tmp_path / "gated", progress=False)
     dense = train(make_run(GateConfig(scope="none"), **settings), tmp_path / "dense", progress=False)
     (_, at_switch), (_, baseline) = (state.read(r.folder / "state" / "step-8") for r in (gated, dense))
@@ -88,7 +88,7 @@ def test_what_a_scheduled_run_records(make_run: MakeRun, tmp_path: Path) -> None
     rows = records(result.folder, "train")
     # a record at the switch, so that none mixes steps of both kinds
     assert [row["step"] for row in rows] == [3, 5, 6, 9, 12]
-    assert [row["streams"] for row in rows] == ["clean", "clean", "both", "both", "both"]
+    assert [row["streams"] for row in rows] == [1, 1, 2, 2, 2]
     assert ["ablated" in row for row in rows] == [False, False, True, True, True]
     evaluations = records(result.folder, "eval")
     assert ["ablated_loss" in row for row in evaluations] == [False, False, True, True, True, True]
@@ -104,7 +104,7 @@ def test_no_best_model_before_the_ablated_stream_is_trained(
     save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda m, f, extra: saved_after.append(extra["step"]) or save(m, f, extra))
     # the clean loss falls from evaluation to evaluation, so that each would be the best one
-    train(make_run(eval_every=2, dense_steps=6), tmp_path / "run", progress=False)
+    train(make_run(eval_every=2, dense_share=0.5), tmp_path / "run", progress=False)
     assert saved_after[0] == 8
 
 

@@ -47,7 +47,7 @@ def test_two_processes_give_the_losses_of_one(make_run: MakeRun, tmp_path: Path,
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_schedule_on_two_processes(make_run: MakeRun, tmp_path: Path, shard: bool) -> None:
     """The gates have no gradient before the switch, which neither DDP nor FSDP may wait for or make up."""
-    run = make_run(lr=1e-3, log_every=1, accumulate=2, dense_steps=5, clip=100)
+    run = make_run(lr=1e-3, log_every=1, accumulate=2, dense_share=5 / 12, clip=100)
     train(run, tmp_path / "one", progress=False)
     child_processes.train_together(run, tmp_path / "two", 2, shard=shard)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)

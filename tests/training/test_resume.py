@@ -87,7 +87,7 @@ def test_a_schedule_resumes_in_and_between_its_parts(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Stopped in the dense steps, at the switch and after it: the end is the same, AdamW's averages included."""
-    schedule = {"dense_steps": 6, "log_every": 4}
+    schedule = {"dense_share": 0.5, "log_every": 4}
     uninterrupted = train(make_run(**schedule), tmp_path / "whole", progress=False)
     out = tmp_path / "run"
     interrupt_at(monkeypatch, step)

@@ -34,7 +34,7 @@ def test_by_hand_with_warmup() -> None:
 
 
 def test_by_hand_with_dense_steps() -> None:
-    cfg = TrainConfig(steps=12, lr=1.0, dense_lr=2.0, warmup_steps=2, dense_steps=4)
+    cfg = TrainConfig(steps=12, lr=1.0, dense_lr=2.0, warmup_steps=2, dense_share=1 / 3)
     # warm-up to the dense rate, which stays until the switch; then (1 + cos(pi * i / 8)) / 2 for i = 0 ... 7
     expected = [1.0, 2.0, 2.0, 2.0] + [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
     assert [learning_rate(step, cfg) for step in range(12)] == pytest.approx(expected)
@@ -57,15 +57,16 @@ def test_rises_in_warmup_then_falls(steps: int, share: float, lr: float) -> None
 
 
 def test_the_ablated_stream_comes_in_by_hand() -> None:
-    run = RunConfig(train=TrainConfig(steps=6, dense_steps=3))
+    run = RunConfig(train=TrainConfig(steps=6, dense_share=0.5))
     assert [trains_ablated(step, run) for step in range(6)] == [False, False, False, True, True, True]
     assert trains_ablated(0, RunConfig(train=TrainConfig(steps=10)))
-    dense = RunConfig(gates=GateConfig(scope="none"), train=TrainConfig(steps=10, dense_steps=3))
+    dense = RunConfig(gates=GateConfig(scope="none"), train=TrainConfig(steps=10, dense_share=0.3))
     assert not any(trains_ablated(step, dense) for step in range(10))
 
 
-def test_a_schedule_that_never_trains_the_ablated_stream() -> None:
-    with pytest.raises(ValueError, match=r"dense_steps=10 must be below train\.steps=10: the ablated stream"):
-        TrainConfig(steps=10, dense_steps=10)
-    with pytest.raises(ValueError, match=r"dense_steps=5 trains the clean stream alone, which .*freeze='base'"):
-        TrainConfig(steps=10, dense_steps=5, freeze="base", init="runs/dense")
+def test_the_share_of_dense_steps() -> None:
+    assert [TrainConfig(steps=steps, dense_share=0.65).dense_steps for steps in (4600, 100, 3)] == [2990, 65, 2]
+    assert TrainConfig(steps=100, dense_share=0.65, freeze="base", init="runs/dense").dense_steps == 0
+    for share in (-0.1, 1.0, 0.96):
+        with pytest.raises(ValueError, match=rf"dense_share={share} must be from 0 to below 1, .* one of the 10 steps"):
+            TrainConfig(steps=10, dense_share=share)

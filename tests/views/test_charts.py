@@ -49,10 +49,10 @@ def test_losses_of_runs(runs):
 
 def test_the_step_from_which_the_ablated_stream_is_trained(tmp_path):
     scheduled = [
-        {"kind": "train", "step": 10, "clean": 5.0, "streams": "clean"},
-        {"kind": "train", "step": 15, "clean": 4.0, "streams": "clean"},
+        {"kind": "train", "step": 10, "clean": 5.0, "streams": 1},
+        {"kind": "train", "step": 15, "clean": 4.0, "streams": 1},
         {"kind": "eval", "step": 15, "clean_loss": 4.1},
-        {"kind": "train", "step": 20, "clean": 3.0, "ablated": 5.0, "streams": "both"},
+        {"kind": "train", "step": 20, "clean": 3.0, "ablated": 5.0, "streams": 2},
         {"kind": "eval", "step": 30, "clean_loss": 3.1, "ablated_loss": 3.9},
     ]
     record = training_curves([run_folder(tmp_path / "scheduled", scheduled)])

@@ -1,0 +1,120 @@
+"""Does the demo's model learn its task whatever the seed, the number of threads and the precision?
+
+    python benchmarks/learning.py --rows rows.jsonl                           10 seeds x 1 and 2 threads, bf16
+    python benchmarks/learning.py --rows rows.jsonl --precision fp32 --seeds 0 1
+    python benchmarks/learning.py --rows rows.jsonl --training joint          both streams from the first step
+    python benchmarks/learning.py --rows rows.jsonl --table                   the table of what is in the file
+
+Every training is one row, appended to the file when it ends; rows that are there are not trained again, so that the
+program can be stopped and several can share a file by taking different seeds. The dense baseline of each seed sees the
+same tokens with the same learning rates and is trained once, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sa_lens.circuits.metrics import skill
+from sa_lens.circuits.tasks import ioi
+from sa_lens.config import RunConfig
+from sa_lens.data import prepare
+from sa_lens.demo import demo_run
+from sa_lens.training import train
+
+PAIRS = 400
+"""IOI prompts, with pairs of names that no training story holds together."""
+BARS = {"clean pair": 0.95, "ablated pair": 0.90, "clean / dense": 1.05, "ablated loss": 0.95}
+"""Accuracies at least, losses at most."""
+KEY = ["training", "seed", "threads", "precision"]
+"""What tells rows apart."""
+
+
+def configuration(training: str, seed: int, precision: str) -> RunConfig:
+    """The run: `scheduled` as in the demo, `joint` both streams from the first step, `dense` without gates."""
+    run = demo_run("none" if training == "dense" else "local", seed)
+    changes: dict[str, Any] = {"precision": precision, "eval_every": run.train.steps, "save_every": run.train.steps}
+    if training == "joint":
+        changes |= {"dense_share": 0.0, "dense_lr": None, "lr": run.train.dense_lr or run.train.lr}
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
+
+
+def measure(training: str, seed: int, threads: int, precision: str) -> dict[str, Any]:
+    """Trains one model and returns its row."""
+    run = configuration(training, seed, precision)
+    torch.set_num_threads(threads)
+    data = prepare(run.data, run.model.n_ctx, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        began, busy = time.perf_counter(), time.process_time()
+        result = train(run, Path(folder) / "run", device="cpu", progress=sys.stderr.isatty())
+        seconds, processor_seconds = time.perf_counter() - began, time.process_time() - busy
+    skills = skill(result.model.eval(), ioi(data.tokenizer, n=PAIRS, seed=seed, world="stories", name_pairs="held-out"))
+    row: dict[str, Any] = dict(zip(KEY, (training, seed, threads, precision), strict=True))
+    row |= {"clean loss": result.evaluation.clean_loss, "ablated loss": result.evaluation.ablated_loss}
+    for stream in skills.to_dict("records"):
+        row[f"{stream['stream']} pair"] = stream["pair_accuracy"]
+        row[f"{stream['stream']} top-1"] = stream["top1_accuracy"]
+    return {**row, "seconds": round(seconds), "processor seconds": round(processor_seconds)}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per training, with the ratio to the dense baseline of the same seed and precision, and the verdict."""
+    trained = pd.DataFrame(rows).drop_duplicates(KEY, keep="last")
+    dense = trained[trained.training == "dense"].set_index(["seed", "precision"])["clean loss"]
+    shown = trained.sort_values(KEY).reset_index(drop=True)
+    shown["clean / dense"] = [
+        row["clean loss"] / dense.get((row["seed"], row["precision"]), float("nan")) for _, row in shown.iterrows()
+    ]
+    passes = (shown["clean pair"] >= BARS["clean pair"]) & (shown["ablated pair"] >= BARS["ablated pair"])
+    passes &= (shown["clean / dense"] <= BARS["clean / dense"]) & (shown["ablated loss"] <= BARS["ablated loss"])
+    shown["passes"] = ["" if kind == "dense" else str(ok) for kind, ok in zip(shown.training, passes, strict=True)]
+    return shown
+
+
+def main() -> None:
+    """Trains what is asked for and missing, then prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True, help="JSON Lines file of the rows")
+    parser.add_argument(
+        "--training", choices=["scheduled", "joint", "dense"], nargs="+", default=["dense", "scheduled"]
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--precision", choices=["bf16", "fp32"], nargs="+", default=["bf16"])
+    parser.add_argument("--table", action="store_true", help="print the table of the file and train nothing")
+    options = parser.parse_args()
+    wanted = [
+        (training, seed, threads, precision)
+        for seed in options.seeds
+        for precision in options.precision
+        for training in options.training
+        for threads in ([1] if training == "dense" else options.threads)
+    ]
+    for inputs in [] if options.table else wanted:
+        if not any(tuple(row[name] for name in KEY) == inputs for row in read(options.rows)):
+            row = measure(*inputs)
+            with options.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+    rows = read(options.rows)
+    if not rows:
+        raise SystemExit(f"{options.rows} holds no rows: run without --table first")
+    print(table(rows).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
