@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import apply_softcap
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.core.embedding import TiedUnembed
 
 if TYPE_CHECKING:
     from sa_lens.core.model import SelfAblatingTransformer
@@ -86,6 +89,37 @@ def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
         for name, k, n in limits:
             if k > n:
                 raise ValueError(f"gates.{name}={k} is more than the {n} units of a layer: choose from 1 to {n}")
+
+
+def actual_config(model: HookedTransformer) -> HookedTransformerConfig:
+    """A copy of the model's configuration in which dtype, device, sizes and tying are those of its parameters.
+
+    `model.cfg` may say otherwise: torch's `half()` and `double()`, for one, do not change that of a HookedTransformer.
+    """
+    cfg = copy.deepcopy(model.cfg)
+    cfg.dtype, cfg.device = model.W_E.dtype, str(model.W_E.device)
+    cfg.d_vocab, cfg.d_vocab_out = model.W_E.shape[0], model.W_U.shape[1]
+    cfg.n_layers = min(cfg.n_layers, len(model.blocks))
+    if hasattr(model, "pos_embed"):
+        cfg.n_ctx = model.W_pos.shape[0]
+    cfg.tie_word_embeddings = isinstance(model.unembed, TiedUnembed)
+    return cfg
+
+
+def check_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, refusal: str) -> None:
+    """Checks that weights are finite numbers of one floating type.
+
+    Args:
+        refusal: what the message begins with.
+
+    Raises:
+        ValueError: the first weight of another type or with a value that is not finite.
+    """
+    for name, tensor in weights.items():
+        if tensor.dtype != dtype or not dtype.is_floating_point:
+            raise ValueError(f"{refusal}: {name} is of type {tensor.dtype}, but the model is of type {dtype}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{refusal}: {name} holds values that are NaN or infinite")
 
 
 def soft_capped(logits: Tensor, cfg: HookedTransformerConfig) -> Tensor:

@@ -1,5 +1,9 @@
 """Models on disk: `config.json`, `model.safetensors` and the tokenizer in one folder. No pickle is ever read.
 
+A file says everything: a key that `config.json` lacks is never filled with a default, so that a model means the same
+in every version of sa_lens. The key `version` names the format. This sa_lens reads version 1, the format of 0.1; files
+written during the development of 0.1 are read if they are complete, and otherwise refused with the key that they lack.
+
 A run folder also holds `state/step-N/`, checkpoints of training that count only once their marker file exists; what is
 in them beside the weights is the trainer's affair (`sa_lens.training`).
 """
@@ -10,6 +14,7 @@ import dataclasses
 import json
 import re
 import tempfile
+import typing
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +28,50 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoTokenizer
 
 from sa_lens.config import GateConfig, from_dict, to_dict
+from sa_lens.core import architecture
+from sa_lens.core.gate import Gate
 from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.data.reading import DamagedFile, check_object, read_json
 from sa_lens.data.writing import atomic_write, staged_folder
 
 FORMAT = "sa_lens"
 VERSION = 1
 CONFIG, WEIGHTS, MARKER = "config.json", "model.safetensors", "complete"
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+REMEDY = "save the model again, or fetch its files again"
+
 _NOT_SAVED = ("device", "dtype", "seed", "tokenizer_name", "init_weights", "n_devices", "model_name", "n_params")
 """Fields of HookedTransformerConfig that belong to a process, or are written in another way."""
+
+_NAMES = """
+NTK_by_parts_factor NTK_by_parts_high_freq_factor NTK_by_parts_low_freq_factor NTK_original_ctx_len act_fn
+attention_dir attn_only attn_scale attn_scores_soft_cap attn_types checkpoint_index checkpoint_label_type
+checkpoint_value d_head d_mlp d_model d_vocab d_vocab_out decoder_start_token_id default_prepend_bos eps
+experts_per_token final_rms from_checkpoint gated_mlp init_mode initializer_range layer_norm_folding load_in_4bit
+n_ctx n_heads n_key_value_heads n_layers norm_topk_prob normalization_type num_experts original_architecture
+output_logits_soft_cap parallel_attn_mlp positional_embedding_type post_embedding_ln
+relative_attention_max_distance relative_attention_num_buckets rotary_adjacent_pairs rotary_base rotary_base_local
+rotary_dim rotary_scaling_factor scale_attn_by_inverse_layer_idx tie_word_embeddings tokenizer_prepends_bos
+trust_remote_code ungroup_grouped_query_attention use_NTK_by_parts_rope use_attn_in use_attn_result use_attn_scale
+use_hook_mlp_in use_hook_tokens use_local_attn use_normalization_before_and_after use_qk_norm use_split_qkv_input
+use_yarn_rope uses_rms_norm window_size yarn_attention_factor yarn_beta_fast yarn_beta_slow yarn_factor
+yarn_original_max_position_embeddings
+"""
+_MODEL_KEYS = frozenset(_NAMES.split())
+"""Fields of HookedTransformerConfig that every file holds: those of the oldest TransformerLens that sa_lens runs on."""
+
+_LATER_KEYS: dict[str, Any] = {
+    "clip_qkv": None,
+    "quantization_method": None,
+    "train_seq_length": None,
+    "use_attention_sinks": False,
+    "use_dynamic_ntk_rope": False,
+    "use_logn_attn": False,
+    "yarn_global_attn_only": False,
+    "yarn_truncate": True,
+}
+"""Fields that later releases of TransformerLens added, and the value that stands for what earlier ones do."""
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -52,26 +92,54 @@ def weights_of(model: SelfAblatingTransformer) -> dict[str, Tensor]:
 
 
 def describe(model: SelfAblatingTransformer) -> dict[str, Any]:
-    """What `config.json` holds: everything needed to rebuild the model without its weights."""
-    cfg = {
-        f.name: getattr(model.cfg, f.name)
-        for f in dataclasses.fields(model.cfg)
-        if f.name not in _NOT_SAVED and _is_plain(getattr(model.cfg, f.name))
-    }
+    """What `config.json` holds: everything needed to rebuild the model without its weights.
+
+    Raises:
+        ValueError: a field of the model's configuration that JSON cannot express.
+    """
+    cfg = architecture.actual_config(model)
+    described = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in _NOT_SAVED}
+    for name, value in described.items():
+        if not (value is None or isinstance(value, bool | int | float | str | list | tuple)):
+            raise ValueError(
+                f"model.cfg.{name} is a {type(value).__name__}, which {CONFIG} cannot hold: set it to a number, a "
+                "text, a list or None before saving"
+            )
     return {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "dtype": str(cfg.dtype).removeprefix("torch."),
         "qkv_bias": model.qkv_bias,
         "unembed_bias": model.unembed_bias,
         "tokenizer": model.tokenizer is not None,
         "gates": to_dict(model.gates),
-        "model": cfg,
+        "model": {**_LATER_KEYS, **described},
     }
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list)
+def check_description(model: SelfAblatingTransformer, described: Mapping[str, Any]) -> None:
+    """Checks that a model built from its description is this one, weights aside.
+
+    Raises:
+        ValueError: a parameter or a setting of a module that the description gets wrong.
+    """
+
+    def settings(module: torch.nn.Module) -> dict[str, Any]:
+        plain = bool | int | float | GateConfig
+        return {name: v for name, v in vars(module).items() if isinstance(v, plain) and name != "training"}
+
+    twin = build(described, device="meta")
+    wanted = {name: (tuple(p.shape), p.dtype) for name, p in twin.named_parameters()}
+    actual = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    for name, module in twin.named_modules():
+        if isinstance(module, Gate) or name.endswith((".attn", ".ln1", ".ln2", "ln_final")):
+            wanted[name], actual[name] = settings(module), settings(model.get_submodule(name))  # type: ignore[assignment]
+    for name in sorted(wanted.keys() | actual.keys()):
+        if wanted.get(name) != actual.get(name):
+            raise ValueError(
+                f"the model cannot be saved: by its cfg and gates {name} is {wanted.get(name)}, but it is "
+                f"{actual.get(name)}; make them agree first"
+            )
 
 
 def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
@@ -83,20 +151,23 @@ def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str,
         extra: further entries of `config.json`, such as the training run's configuration.
 
     Raises:
-        ValueError: a bias that the model does not have is not zero.
+        ValueError: a bias that the model does not have is not zero, a weight is not finite, or the configuration does
+            not describe the model.
         NotADirectoryError: the folder's name is a file.
         OSError: a full disk or a folder that cannot be written; what was there before is still there.
     """
     for name in model.zero_biases:
         if bool(model.get_parameter(name).any()):
             raise ValueError(f"{name} is not zero, but this model has no such bias: set it to zero before saving")
-    folder = Path(folder)
+    folder, weights, described = Path(folder), weights_of(model), describe(model)
+    check_description(model, described)
+    architecture.check_weights(weights, model.W_E.dtype, "the model cannot be saved")
     with staged_folder(folder, last=CONFIG) as temporary:
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)
-        write_weights(weights_of(model), temporary / WEIGHTS)
-        config = {**describe(model), **(extra or {})}
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_weights(weights, temporary / WEIGHTS)
+        text = json.dumps({**described, **(extra or {})}, indent=2, allow_nan=False)
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -127,14 +198,19 @@ def load(
         raise ValueError(f"which={which!r} must be 'best' or 'last'")
     folder = _folder(name)
     config = read_config(folder)
-    weights = folder / WEIGHTS
+    path = folder / WEIGHTS
     if which == "last":
         steps = complete_steps(folder)
         if not steps:
             raise FileNotFoundError(f"{folder} has no complete checkpoint under state/: use which='best'")
-        weights = steps[-1] / WEIGHTS
+        path = steps[-1] / WEIGHTS
+    weights = _read_weights(path)
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if isinstance(n_layers := config["model"].get("n_layers"), int) and n_layers > layers:
+        # found out before memory is taken for that many
+        raise ValueError(f"{path} does not fit this model: it has {layers} layers, expected {n_layers}")
     model = build(config, folder, device=device)
-    load_weights(model, weights)
+    _fill(model, weights, path)
     return model.eval()
 
 
@@ -148,24 +224,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is not a model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    config = read_json(path, remedy=REMEDY)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by sa_lens. A Hugging Face model goes through TransformerLens first: "
             "SelfAblatingTransformer.from_hooked(HookedTransformer.from_pretrained(name), GateConfig(...))"
         )
     version = config.get("version")
-    if not isinstance(version, int):
-        raise ValueError(f"{path} is damaged: its version is {version!r}")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _damaged(path, f"its version is {version!r}")
     if version > VERSION:
         raise ValueError(f"{path} has version {version}, this sa_lens reads up to {VERSION}: upgrade sa_lens")
-    missing = [key for key in ("dtype", "qkv_bias", "unembed_bias", "gates", "model") if key not in config]
-    if missing:
-        raise ValueError(f"{path} is damaged: it lacks {missing[0]!r}")
+    try:
+        check_object(
+            config,
+            {"dtype": str, "qkv_bias": bool, "unembed_bias": bool, "tokenizer": bool, "gates": dict, "model": dict},
+            other_keys=True,
+        )
+    except ValueError as error:
+        raise _damaged(path, error) from error
     return config
+
+
+def _damaged(path: Path, fault: object) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged: {fault}; {REMEDY}")
 
 
 def build(
@@ -174,32 +256,81 @@ def build(
     """The model that a `config.json` describes, with weights still to be loaded, and its tokenizer if there is one.
 
     Raises:
-        ValueError: a description that makes no model.
+        ValueError: a description that makes no model, or a damaged tokenizer.
     """
-    known = {f.name for f in dataclasses.fields(HookedTransformerConfig)}
-    dtype = getattr(torch, str(config["dtype"]), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{CONFIG} is damaged: dtype {config['dtype']!r} is unknown")
+    if device is not None:
+        # a device that is not there is no fault of the file
+        torch.empty(0, device=device)
     try:
-        cfg = HookedTransformerConfig(
-            **{key: value for key, value in config["model"].items() if key in known},
-            dtype=dtype,
-            init_weights=False,
-            device=None if device is None else str(device),
-        )
-    except (TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{CONFIG} is damaged: its model is not a HookedTransformer's ({error})") from error
+        model = _described_model(config, device)
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ArithmeticError, RuntimeError) as error:
+        raise _damaged(Path(CONFIG) if folder is None else folder / CONFIG, error) from error
+    if folder is not None and config["tokenizer"]:
+        model.set_tokenizer(_tokenizer_of(folder))
+    return model
+
+
+def _described_model(config: Mapping[str, Any], device: str | torch.device | None) -> SelfAblatingTransformer:
+    if config["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {config['dtype']!r} is unknown, it must be one of {', '.join(DTYPES)}")
+    cfg = HookedTransformerConfig(
+        **_checked_shape(config["model"]),
+        dtype=getattr(torch, config["dtype"]),
+        init_weights=False,
+        device=None if device is None else str(device),
+    )
     gates = from_dict(GateConfig, config["gates"], where="gates.")
+    lacking = [name for name in to_dict(gates) if name not in config["gates"]]
+    if lacking:
+        raise ValueError(f"gates lacks {lacking[0]!r}")
     model = SelfAblatingTransformer(cfg, gates)
     model.qkv_bias, model.unembed_bias = config["qkv_bias"], config["unembed_bias"]
     with torch.no_grad():
         for name in model.zero_biases:
             model.get_parameter(name).zero_()
     model.freeze_unused_biases()
-    if folder is not None and config.get("tokenizer") and (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model.set_tokenizer(tokenizer)
     return model
+
+
+def _checked_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a HookedTransformerConfig from a file, complete and of the right types.
+
+    Raises:
+        ValueError: the first fault.
+    """
+    hints = {**typing.get_type_hints(HookedTransformerConfig), "act_fn": str | None}
+    shape = {key: value for key, value in shape.items() if key in hints or _LATER_KEYS.get(key, _UNKNOWN) != value}
+    required = {key: hints.get(key, object) for key in _MODEL_KEYS | (_LATER_KEYS.keys() & hints.keys())}
+    later = {key: hint for key, hint in hints.items() if key not in required and key not in _NOT_SAVED}
+    check_object(shape, required, later, where="model.")
+    limits = {
+        "a whole number above 0": [
+            *("d_model", "d_head", "d_vocab", "d_vocab_out", "n_layers", "n_heads", "n_ctx"),
+            *(key for key in ("d_mlp", "n_key_value_heads", "rotary_dim", "window_size") if shape[key] is not None),
+        ],
+        "above 0": ["rotary_base", *(["attn_scale"] if shape["use_attn_scale"] else [])],
+    }
+    for limit, names in limits.items():
+        for name in names:
+            if not shape[name] > 0:
+                raise ValueError(f"model.{name}={shape[name]} must be {limit}")
+    if shape["eps"] < 0:
+        raise ValueError(f"model.eps={shape['eps']} must be 0 or above")
+    return shape
+
+
+_UNKNOWN = object()
+"""Stands for a field that this module does not know."""
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{folder} lacks the tokenizer of its model (tokenizer_config.json, ...): {REMEDY}")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # the tokenizers library reports a damaged file as a bare Exception
+        raise DamagedFile(f"the tokenizer in {folder} is damaged: {error}; {REMEDY}") from error
 
 
 def load_weights(model: SelfAblatingTransformer, path: Path) -> None:
@@ -207,14 +338,21 @@ def load_weights(model: SelfAblatingTransformer, path: Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or weights of another model.
+        ValueError: a damaged file, weights of another model or type, or weights that are not finite.
     """
+    _fill(model, _read_weights(path), path)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the model's weights are missing")
     try:
-        weights = load_file(path, device="cpu")
+        return load_file(path, device="cpu")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise _damaged(path, error) from error
+
+
+def _fill(model: SelfAblatingTransformer, weights: dict[str, Tensor], path: Path) -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -222,6 +360,7 @@ def load_weights(model: SelfAblatingTransformer, path: Path) -> None:
         raise ValueError(
             f"{path} does not fit this model: {odd} has shape {found.get(odd)}, expected {expected.get(odd)}"
         )
+    architecture.check_weights(weights, model.W_E.dtype, f"{path} cannot be loaded")
     model.load_state_dict(weights, strict=False)
 
 

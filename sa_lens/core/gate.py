@@ -42,6 +42,11 @@ def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... u
     return above | (tied & (tied.cumsum(-1) <= free))
 
 
+def with_nan_rows(mask: Float[Tensor, "... unit"], scores: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
+    """The mask with NaN in every row that has a NaN score, which the comparisons of a top-k would lose."""
+    return mask.masked_fill(scores.amax(-1, keepdim=True).isnan(), math.nan)
+
+
 def surrogate_weights(
     scores: Float[Tensor, "... unit"],
     k: int,
@@ -61,7 +66,7 @@ def surrogate_weights(
     Source: sigmoid, the reference's code; softmax, the paper (section 3).
     """
     if k == scores.shape[-1]:
-        return torch.ones_like(scores)
+        return with_nan_rows(torch.ones_like(scores), scores)
     scores = scores.clamp(-LARGEST, LARGEST)
     top = scores.topk(k + 1, dim=-1).values
     upper, lower = top[..., k - 1 : k], top[..., k : k + 1]
@@ -78,11 +83,11 @@ def surrogate_weights(
 def gate_mask(scores: Float[Tensor, "... unit"], k: int, cfg: GateConfig) -> Float[Tensor, "... unit"]:
     """The mask of a gate: 0/1 with the surrogate's gradient (`hard`), or the surrogate weights (`soft`).
 
-    `scores` must be float32 or wider.
+    `scores` must be float32 or wider. A row with a NaN score has a mask of NaN.
     """
     if cfg.kind == "soft":
         return surrogate_weights(scores, k, cfg.surrogate, cfg.temperature)
-    hard = top_k_mask(scores, k).to(scores.dtype)
+    hard = with_nan_rows(top_k_mask(scores, k).to(scores.dtype), scores)
     if not (torch.is_grad_enabled() and scores.requires_grad):
         return hard
     weights = surrogate_weights(scores, k, cfg.surrogate, cfg.temperature)

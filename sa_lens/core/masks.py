@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.core.gate import at_least_float32, top_k_mask
 from sa_lens.core.model import SelfAblatingTransformer
 from sa_lens.core.streams import gated_points
 
@@ -31,11 +29,5 @@ def masks_of(
         for name, _ in gated_points(block):
             gate = getattr(block, name)
             local = cache[f"blocks.{layer}.hook_resid_pre"]
-            scores = gate.project(local, final)
-            if gate.cfg.kind == "hard" and not torch.is_grad_enabled():
-                # without a gradient the surrogate is not needed
-                hard = top_k_mask(at_least_float32(scores).flatten(2), gate.k).to(scores.dtype)
-                masks[name].append(hard.unflatten(-1, gate.unit_shape))
-            else:
-                masks[name].append(gate.select(scores))
+            masks[name].append(gate.select(gate.project(local, final)))
     return masks

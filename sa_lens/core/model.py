@@ -468,9 +468,9 @@ class SelfAblatingTransformer(HookedTransformer):
         """
         if not isinstance(model, HookedTransformer):
             raise ValueError(f"from_hooked takes a HookedTransformer, not a {type(model).__name__}")
-        cfg = copy.deepcopy(model.cfg)
+        cfg = architecture.actual_config(model)
         cfg.init_weights = False
-        cfg.tie_word_embeddings = embedding.agree(model) and bool(cfg.tie_word_embeddings)
+        cfg.tie_word_embeddings = embedding.agree(model) and bool(model.cfg.tie_word_embeddings)
         cfg.tokenizer_name = None
         copied = cls(cfg, gates, seed=seed)
         copied.cfg.tokenizer_name = model.cfg.tokenizer_name
@@ -497,7 +497,7 @@ class SelfAblatingTransformer(HookedTransformer):
 
     def to_hooked_transformer(self) -> HookedTransformer:
         """A plain HookedTransformer with a copy of the clean stream's weights and no gates."""
-        cfg = copy.deepcopy(self.cfg)
+        cfg = architecture.actual_config(self)
         cfg.init_weights = False
         cfg.tie_word_embeddings = False
         name, cfg.tokenizer_name = cfg.tokenizer_name, None
@@ -521,6 +521,12 @@ class SelfAblatingTransformer(HookedTransformer):
         found = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._admit_filled_biases()
         return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
+        moved = super()._apply(fn, recurse)
+        self.cfg.dtype, self.cfg.device = self.W_E.dtype, str(self.W_E.device)
+        return moved
 
     def untie(self) -> None:
         """Gives the unembedding a parameter of its own, equal to the transposed embedding."""

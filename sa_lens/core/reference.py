@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, Scope
+from sa_lens.core.architecture import check_weights
 from sa_lens.core.model import SelfAblatingTransformer
 
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.")
@@ -57,6 +58,7 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
             raise ValueError(f"the reference's weights lack what {name} is made of")
         if converted[name].shape != shape:
             raise ValueError(f"{name}: the reference has shape {tuple(converted[name].shape)}, expected {tuple(shape)}")
+    check_weights(converted, cfg.dtype, "the reference's weights cannot be loaded")
     zeros = {name: torch.zeros_like(model.get_parameter(name)) for name in model.zero_biases}
     model.load_base({**converted, **zeros})
     return model

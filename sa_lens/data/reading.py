@@ -6,8 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 
 class DamagedFile(ValueError):
@@ -19,8 +18,8 @@ def read_json(
     *,
     remedy: str,
     complaint: str = "is damaged",
-    keys: Mapping[str, type | UnionType] | None = None,
-    optional: Mapping[str, type | UnionType] | None = None,
+    keys: Mapping[str, Any] | None = None,
+    optional: Mapping[str, Any] | None = None,
     other_keys: bool = False,
 ) -> Any:
     """The content of a JSON file, checked.
@@ -80,8 +79,8 @@ def parse_json(data: bytes | str) -> Any:
 
 def check_object(
     content: Any,
-    keys: Mapping[str, type | UnionType],
-    optional: Mapping[str, type | UnionType] | None = None,
+    keys: Mapping[str, Any],
+    optional: Mapping[str, Any] | None = None,
     *,
     other_keys: bool = False,
     where: str = "",
@@ -110,11 +109,11 @@ def check_object(
             raise ValueError(f"{where}{key} must be of type {expected}, not {_shown(content[key])}")
 
 
-def has_type(value: Any, kind: type | UnionType) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value read from JSON is of a type; whole numbers count as `float`, Boolean values as `bool` alone."""
-    kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    kinds = get_args(kind) or (kind,)
     if isinstance(value, bool):
-        return bool in kinds
+        return bool in kinds or object in kinds
     return isinstance(value, kind) or (isinstance(value, int) and float in kinds)
 
 

@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, LossConfig, ModelConfig
 from sa_lens.core import LossTerms, SelfAblatingTransformer, TwoStreamLoss
+from sa_lens.core.masks import masks_of
 
 SHAPE = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_ctx=12, d_vocab=31)
 GATES = GateConfig(scope="local", k_attn=3, k_mlp=4, temperature=0.7)
@@ -397,3 +398,27 @@ def test_the_clean_stream_alone_is_the_dense_model(scope: str, path: str) -> Non
             assert parameter.grad is None, name
         elif parameter.requires_grad:
             assert torch.equal(parameter.grad, expected_grads[name]), name
+
+
+@pytest.mark.parametrize("k_mlp", [4, 64])
+@pytest.mark.parametrize(("scope", "kind"), [("local", "hard"), ("global", "hard"), ("both", "soft")])
+@torch.no_grad()
+def test_a_gate_that_is_not_a_number_gives_no_finite_loss(scope, kind, k_mlp):
+    """On either path, with any gate weight, and with k equal to the number of units; the clean stream is untouched."""
+    model = build(dataclasses.replace(GATES, scope=scope, kind=kind, k_mlp=k_mlp))
+    tokens, _ = batch()
+    losses = [TwoStreamLoss(model, path=path) for path in ("fused", "hooked")]
+    clean = losses[0](tokens).clean
+    for name, parameter in model.named_parameters():
+        if "_gate." not in name:
+            continue
+        _, layer, gate, _ = name.split(".")
+        first = parameter.flatten()[0].clone()
+        parameter.view(-1)[0] = float("nan")
+        assert masks_of(model, tokens)[gate][int(layer)].isnan().all(), name
+        for loss in losses:
+            terms = loss(tokens)
+            assert terms.ablated.isnan(), (name, loss.path)
+            torch.testing.assert_close(terms.clean, clean)
+        parameter.view(-1)[0] = first
+    assert losses[0](tokens).ablated.isfinite()

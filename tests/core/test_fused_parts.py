@@ -14,7 +14,7 @@ from torch import Tensor
 from sa_lens.config import GateConfig
 from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
-from sa_lens.core.fused.selection import hard_mask, largest, masked_units
+from sa_lens.core.fused.selection import hard_mask, largest, mask_of, masked_units
 from sa_lens.core.gate import gate_mask, top_k_mask
 
 
@@ -172,3 +172,29 @@ def test_linear_cross_entropy_in_bfloat16() -> None:
     for a, b in zip(torch.autograd.grad(found, [x, table]), torch.autograd.grad(expected, [x, table]), strict=True):
         assert a.dtype == torch.float32
         assert float((a - b).norm()) < 1e-2 * float(b.norm())
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize(("width", "k"), [(12, 1), (12, 5), (12, 12), (256, 3)])
+def test_nan_scores_give_a_mask_of_nan_in_their_rows_alone(kind: str, width: int, k: int) -> None:
+    """On both paths; 256 scores and k = 3 take the two-stage top-k."""
+    cfg = GateConfig(kind=kind)  # type: ignore[arg-type]
+    scores = torch.randn(6, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    untouched = gate_mask(scores, k, cfg)
+    scores[1, 0] = scores[3] = float("nan")
+    lost = torch.tensor([False, True, False, True, False, False])
+    readable, fused = gate_mask(scores, k, cfg), mask_of(scores, k, cfg).double()
+    masked = masked_units(values, scores, k, cfg)
+    for mask in (readable, fused, masked[1] / values[1]):
+        assert mask[lost].isnan().all()
+        torch.testing.assert_close(mask[~lost], untouched[~lost])
+    assert torch.equal(masked[0], values[0])
+    if k == width:
+        return
+    expected, actual = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    (values[1] * gate_mask(expected, k, cfg)).square().sum().backward()
+    masked_units(values, actual, k, cfg).square().sum().backward()
+    assert expected.grad is not None
+    assert actual.grad is not None
+    torch.testing.assert_close(actual.grad[~lost], expected.grad[~lost])

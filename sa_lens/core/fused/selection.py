@@ -6,6 +6,7 @@ the gradient of the scores from the scores and the k-th and next of them alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.config import GateConfig
-from sa_lens.core.gate import EPS, top_k_mask
+from sa_lens.core.gate import EPS, top_k_mask, with_nan_rows
 
 GROUP = 8
 """Scores a group in the two-stage top-k."""
@@ -65,9 +66,8 @@ class _MaskedUnits(torch.autograd.Function):
         ctx.k, ctx.cfg = k, cfg
         if k == scores.shape[-1]:
             ctx.save_for_backward(values, scores)
-            return values.clone()
-        top, index = largest(scores, k + 1)
-        edge, edge_index = top[:, k - 1 :].contiguous(), index[:, k - 1 :].contiguous()
+            return _last_masked(values, mask_of(scores, k, cfg))
+        edge, edge_index = _edge(scores, k)
         ctx.save_for_backward(values, scores, edge, edge_index)
         return _last_masked(values, _mask(scores, edge, k, cfg))
 
@@ -90,10 +90,17 @@ class _MaskedUnits(torch.autograd.Function):
 
 
 def mask_of(scores: Float[Tensor, "row score"], k: int, cfg: GateConfig) -> Tensor:
-    """What `gate_mask(scores, k, cfg)` gives, without gradients; Boolean where the gate is hard."""
+    """What `gate_mask(scores, k, cfg)` gives, without gradients; it may be Boolean where the gate is hard."""
     if k == scores.shape[-1]:
-        return torch.ones_like(scores)
-    return _mask(scores, largest(scores, k + 1)[0][:, k - 1 :], k, cfg)
+        return with_nan_rows(torch.ones_like(scores), scores)
+    return _mask(scores, _edge(scores, k)[0], k, cfg)
+
+
+def _edge(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th and the next score of each row, and where they are; NaN for a row that has a NaN, which sorts first."""
+    top, index = largest(scores, k + 1)
+    first = top[:, :1]
+    return torch.where(first.isnan(), first, top[:, k - 1 :]), index[:, k - 1 :].contiguous()
 
 
 def _last_masked(values: Tensor, mask: Tensor) -> Tensor:
@@ -112,7 +119,11 @@ def _mask(scores: Tensor, edge: Tensor, k: int, cfg: GateConfig) -> Tensor:
             return torch.softmax(shifted, dim=-1)
         v = shifted.sigmoid_()
         return v.mul_(k / v.sum(-1, keepdim=True))
-    return hard_mask(scores, edge, k)
+    mask, lost = hard_mask(scores, edge, k), edge[:, :1].isnan()
+    # looking for NaN waits for a GPU, so not there
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(lost.any()):
+        return mask
+    return mask.to(scores.dtype).masked_fill_(lost, math.nan)
 
 
 def largest(
