@@ -150,7 +150,7 @@ def acdc(
     began = time.perf_counter()
     if not (tau >= 0 and math.isfinite(tau)):
         raise ValueError(f"tau={tau} must be 0 or more, and finite: it is the rise of the metric that keeps an edge")
-    gates_name = check_choices(model, pairs, ablation, stream, gates)
+    gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
     metric_name = metric_named(metric, torch.empty(0))[0]
     graph = Graph.from_model(model)
     edges = visiting_order(graph) if order is None else list(order)

@@ -33,7 +33,6 @@ from sa_lens.circuits.costs import sign_of
 from sa_lens.circuits.gradients import (
     EdgePasses,
     batches,
-    check_batch_size,
     check_differentiable,
     needs_gradient_at_clean,
     products,
@@ -44,7 +43,7 @@ from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.relevance import propagation_rules
 from sa_lens.circuits.running import Ablation, Gates, check_choices
 from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.core.host import Host, widened
 from sa_lens.core.nodes import split_inputs
 
 Rule = Literal["left", "right", "midpoint"]
@@ -189,8 +188,7 @@ def _attribute(
     progress: bool,
 ) -> Circuit:
     """Every edge with its score, the derivative being the mean of those at these points of the line of embeddings."""
-    gates_name = check_choices(model, pairs, ablation, stream, gates)
-    check_batch_size(batch_size)
+    gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
     name = check_differentiable(metric, pairs, model.cfg.d_vocab)
     graph = Graph.from_model(model)
     rules = propagation_rules(model, stream, more["fix_attention"]) if method == "relp" else []
@@ -221,6 +219,7 @@ def _attribute(
                     function = metric_named(metric, logits)[1]
                     inputs = [x for one in seen for x in one.inputs.values()]
                     found = torch.autograd.grad(function(now, batch.pairs).sum(), inputs, materialize_grads=True)
+                    found = tuple(map(widened, found))
                 # their sum, so that the products, which cost as much as a pass, are taken once
                 gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else list(found)
                 bar.update(len(batch.pairs))

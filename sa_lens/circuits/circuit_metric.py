@@ -62,7 +62,7 @@ class CircuitMetric:
         self._seen: dict[bytes, Measured] = {}
         self.clean = self._measured(self._clean_logits).value
         self.empty = self(torch.zeros_like(self.graph.exists)).value
-        self.accuracy = float(pair_accuracy(self._clean_logits, pairs).mean())
+        self.accuracy = float(pair_accuracy(self._clean_logits, pairs).double().mean())
         self.about: dict[str, Any] = {
             "task": pairs.task,
             "n": len(pairs),
@@ -97,9 +97,4 @@ class CircuitMetric:
 
     def _measured(self, logits: Float[Tensor, "pair d_vocab"]) -> Measured:
         value = self._metric(logits, self.pairs).detach()
-        if tuple(value.shape) != (len(self.pairs),) or not bool(value.isfinite().all()):
-            raise ValueError(
-                f"metric {self.name!r} gave {'values that are not finite' if value.ndim == 1 else 'no value a pair'} "
-                f"(shape {tuple(value.shape)}): it must give one finite value for each of the {len(self.pairs)} pairs"
-            )
         return Measured(value.double().cpu(), kl(logits, self._clean_logits.to(logits.device)).double().cpu())

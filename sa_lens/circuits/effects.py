@@ -62,9 +62,7 @@ def exact_effects(
     Raises:
         ValueError: an unknown choice, pairs that do not fit the model, a metric that is not finite.
     """
-    gates_name = check_choices(model, pairs, ablation, stream, gates)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1: it is the number of prompts in one pass")
+    gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
     name = metric_named(metric, torch.empty(0))[0]
     graph = Graph.from_model(model)
     live = "live gates read the whole residual stream" if gates_name == "live" else None

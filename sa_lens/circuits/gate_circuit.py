@@ -28,7 +28,7 @@ from sa_lens.circuits.metrics import check_fits
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.running import record_masks
 from sa_lens.core.gate import top_k_mask
-from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream
+from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, widened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,11 +151,9 @@ def mask_shares(
         raise ValueError(f"masks={masks!r} must be one of {', '.join(map(repr, get_args(Masks)))}")
     if scale not in get_args(Scale):
         raise ValueError(f"scale={scale!r} must be one of {', '.join(map(repr, get_args(Scale)))}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     with in_stream(model, "ablated", position=-1):
         pass
-    check_fits(model, pairs)
+    check_fits(model, pairs, batch_size)
     graph = Graph.from_model(model)
     generator = torch.Generator().manual_seed(seed)
     read: Callable[[Int[Tensor, "pair pos"]], dict[str, Tensor]]
@@ -298,7 +296,7 @@ def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
             values = record_masks(model, tokens, list(values_of.values()))
         found = {}
         for name, point in values_of.items():
-            size = values[point].abs()
+            size = widened(values[point]).abs()
             if by_head and "attn_gate" in name:
                 size = size.norm(dim=-1, keepdim=True)
             found[name] = top_k_mask(size.flatten(2), _kept(model, name)).reshape(size.shape)

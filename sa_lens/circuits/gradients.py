@@ -14,7 +14,7 @@ from sa_lens.circuits.metrics import Metric, metric_named
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.running import Ablation, Written, instead, record_masks
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, in_stream, run_to_last, weight
+from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, in_stream, run_to_last, weight, widened
 
 
 class Batch(NamedTuple):
@@ -154,10 +154,11 @@ class EdgePasses:
 
 
 def _sent(model: Host, carried: Written, written: Written) -> Float[Tensor, "source pair pos d_model"]:
+    carried, written = carried.map(widened), written.map(widened)
     parts = [(carried.embed - written.embed)[None]]
     for layer, z in enumerate(written.z):
         by_head = (carried.z[layer] - z).permute(2, 0, 1, 3)
-        parts.append(by_head @ weight(model, f"blocks.{layer}.attn.W_O").detach()[:, None])
+        parts.append(by_head @ widened(weight(model, f"blocks.{layer}.attn.W_O").detach())[:, None])
         if written.mlp_out:
             parts.append((carried.mlp_out[layer] - written.mlp_out[layer])[None])
     return torch.cat(parts)
@@ -170,7 +171,7 @@ def products(
     scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
     flat = sent.flatten(1)
     for name, inputs in _ends(graph):
-        g = gradients[name]
+        g = widened(gradients[name])
         by_input = g.permute(2, 0, 1, 3).flatten(1) if g.ndim == 4 else g.flatten()[None]
         n = graph.n_sources[inputs[0]]
         scores[inputs, :n] = (by_input @ flat[:n].T).double().cpu()
@@ -178,7 +179,7 @@ def products(
 
 
 def check_differentiable(metric: str | Metric, pairs: PromptPairs, d_vocab: int) -> str:
-    """The name of a metric that has a gradient and gives a value a pair.
+    """The name of a metric that has a gradient.
 
     Raises:
         ValueError: another one.
@@ -187,26 +188,12 @@ def check_differentiable(metric: str | Metric, pairs: PromptPairs, d_vocab: int)
     name, function = metric_named(metric, torch.zeros(1, d_vocab))
     with torch.enable_grad():
         values = function(logits, pairs.subset([0]))
-    if tuple(values.shape) != (1,):
-        raise ValueError(
-            f"metric={name!r} gives a result of shape {tuple(values.shape)} for one pair: it must give one value a pair"
-        )
     if not values.requires_grad:
         raise ValueError(
             f"metric={name!r} has no gradient, being constant but for jumps: use 'logit_difference' or "
             "'answer_log_probability', or exact_effects, which takes any metric"
         )
     return name
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Checks the number of pairs in one pass.
-
-    Raises:
-        ValueError: below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1: it is the number of pairs in one pass")
 
 
 def needs_gradient_at_clean(method: str, metric: str | Metric) -> None:

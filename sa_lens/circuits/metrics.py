@@ -1,13 +1,14 @@
 """What is measured at the end of a prompt: metrics, their intervals, and how well a model does a task at all.
 
-A metric is a plain function of the logits at the last position and the pairs, and gives a value a pair; means are the
-caller's. All but the accuracies are differentiable.
+A metric is a plain function of the logits at the last position and the pairs, and gives one value per pair; means are
+the caller's. It is computed in float32 or wider, whatever the model's precision. All but accuracies and rank are
+differentiable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, has_ablated_stream, in_stream, run_to_last
+from sa_lens.core.host import Host, device_of, has_ablated_stream, in_stream, run_to_last, widened
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Metric = Callable[[Float[Tensor, "pair d_vocab"], PromptPairs], Float[Tensor, " pair"]]
-"""A metric: logits at the last position and the pairs they belong to; a value a pair."""
+"""A metric: logits at the last position and the pairs they belong to; one finite value per pair."""
 
 SKILL_BAR = 0.8
 """Pair accuracy below which a circuit for the task explains little: the model cannot do it."""
@@ -35,29 +36,29 @@ def logit_difference(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) 
 
 def pair_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """1 where the answer's logit is above the wrong answer's, else 0; a tie is wrong."""
-    return (logit_difference(logits, pairs) > 0).to(logits.dtype)
+    return widened(logit_difference(logits, pairs) > 0)
 
 
 def top1_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """1 where the answer's logit is above that of every other token, else 0; a tie is wrong."""
-    return (answer_rank(logits, pairs) == 0).to(logits.dtype)
+    return widened(answer_rank(logits, pairs) == 0)
 
 
 def answer_rank(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """Number of other tokens whose logit is not below the answer's; 0 is best."""
     answer = _pick(logits, pairs.answers)
-    return (logits >= answer[:, None]).sum(-1).to(logits.dtype) - 1
+    return widened((widened(logits) >= answer[:, None]).sum(-1) - 1)
 
 
 def answer_log_probability(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """Log-probability of the answer, in nats."""
-    return _pick(logits.log_softmax(-1), pairs.answers)
+    return _pick(widened(logits).log_softmax(-1), pairs.answers)
 
 
 def kl(logits: Float[Tensor, "pair d_vocab"], reference: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
     """KL(p || q) over the full vocabulary, in nats: p of the reference logits (of the unedited clean prompt, in the
     same stream), q of `logits`."""
-    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    p, q = widened(reference).log_softmax(-1), widened(logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -72,37 +73,55 @@ METRICS: dict[str, Metric] = {
 
 
 def _pick(x: Float[Tensor, "pair d_vocab"], tokens: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    return x.gather(-1, tokens.to(x.device)[:, None])[:, 0]
+    return widened(x.gather(-1, tokens.to(x.device)[:, None])[:, 0])
 
 
-def metric_named(
-    metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab"] | None
-) -> tuple[str, Callable[[Float[Tensor, "pair d_vocab"], PromptPairs], Float[Tensor, " pair"]]]:
-    """Name and function of a metric.
+def metric_named(metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab"] | None) -> tuple[str, Metric]:
+    """Name and function of a metric; every call checks that the function gives one finite value per pair.
 
     Args:
         clean_logits: of the unedited clean prompts, for `kl`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; and by the function: values of another shape, or not finite.
     """
     if callable(metric):
-        return getattr(metric, "__name__", type(metric).__name__), metric
-    if metric == "kl":
+        name, function = getattr(metric, "__name__", type(metric).__name__), metric
+    elif metric == "kl":
         if clean_logits is None:
             raise ValueError("metric='kl' needs the logits of the unedited clean prompts")
-        return "kl", lambda logits, pairs: kl(logits, clean_logits.to(logits.device))
-    if metric not in METRICS:
+        name, function = "kl", lambda logits, pairs: kl(logits, clean_logits.to(logits.device))
+    elif metric in METRICS:
+        name, function = metric, METRICS[metric]
+    else:
         raise ValueError(f"metric={metric!r} is none of {', '.join([*METRICS, 'kl'])}, nor a function")
-    return metric, METRICS[metric]
+
+    def checked(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+        if callable(metric) and len(pairs) == 1:
+            # one pair alone cannot show whether there is a value for each
+            return checked(logits.expand(2, -1), pairs.subset([0, 0]))[:1]
+        values = function(logits, pairs)
+        if not isinstance(values, Tensor):
+            given = f"a {type(values).__name__}"
+        elif tuple(values.shape) != (len(pairs),):
+            given = f"a tensor of shape {tuple(values.shape)}"
+        elif not bool(values.isfinite().all()):
+            given = "values that are not finite"
+        else:
+            return widened(values)
+        raise ValueError(f"metric {name!r} gave {given} for {len(pairs)} pairs: it must give one finite value for each")
+
+    return name, checked
 
 
-def check_fits(model: Host, pairs: PromptPairs) -> None:
+def check_fits(model: Host, pairs: PromptPairs, batch_size: int = 1) -> None:
     """Checks that the model can read these pairs.
 
     Raises:
-        ValueError: a token beyond the vocabulary, or a prompt longer than the context.
+        ValueError: a token beyond the vocabulary, a prompt longer than the context, or a batch_size below 1.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1: the prompts in one pass")
     highest = max(int(t.max()) for t in (pairs.clean, pairs.corrupt, pairs.answers, pairs.wrong_answers))
     if highest >= model.cfg.d_vocab:
         raise ValueError(
@@ -130,7 +149,7 @@ def last_logits(
         prompt: the `clean` or the `corrupt` prompts.
         batch_size: prompts run at once.
     """
-    check_fits(model, pairs)
+    check_fits(model, pairs, batch_size)
     parts, rows = [], []
     with torch.no_grad(), in_stream(model, stream, position=-1):
         for at, group in pairs.by_length(batch_size):
@@ -184,19 +203,19 @@ def skill(
         seed: of the bootstrap.
 
     Returns:
-        A row a stream: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least
+        One row per stream: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least
         0.8.
     """
     import pandas as pd
 
     streams: list[Stream] = [stream] if stream else ["clean", "ablated"] if has_ablated_stream(model) else ["clean"]
     rows = []
-    for one in streams:
-        logits = last_logits(model, pairs, one, batch_size=batch_size)
-        row: dict[str, object] = {"task": pairs.task, "stream": one, "n": len(pairs)}
+    for chosen in streams:
+        logits = last_logits(model, pairs, chosen, batch_size=batch_size)
+        row: dict[str, Any] = {"task": pairs.task, "stream": chosen, "n": len(pairs)}
         for name in ("pair_accuracy", "top1_accuracy", "logit_difference"):
-            found = bootstrap_interval(METRICS[name](logits, pairs), seed=seed)
-            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        row["able"] = bool(pair_accuracy(logits, pairs).mean() >= SKILL_BAR)
+            interval = bootstrap_interval(METRICS[name](logits, pairs), seed=seed)
+            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        row["able"] = row["pair_accuracy"] >= SKILL_BAR
         rows.append(row)
     return pd.DataFrame(rows)

@@ -18,13 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sa_lens.circuits.gradients import Batch, batches, check_batch_size, check_differentiable, needs_gradient_at_clean
+from sa_lens.circuits.gradients import Batch, batches, check_differentiable, needs_gradient_at_clean
 from sa_lens.circuits.metrics import Metric, metric_named
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.patching import KINDS, Kind
 from sa_lens.circuits.running import Ablation, Gates, check_choices
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, in_stream, require_hooks, run_to_last
+from sa_lens.core.host import Hook, Host, in_stream, require_hooks, run_to_last, widened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,8 +94,7 @@ def attribute_nodes(
 
     kind = _checked(model, pairs, what, by_position, exact, gates)
     needs_gradient_at_clean("attribute_nodes", metric)
-    gates_name = check_choices(model, pairs, ablation, stream, gates)
-    check_batch_size(batch_size)
+    gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
     name = check_differentiable(metric, pairs, model.cfg.d_vocab)
     run = _Run(model, pairs, metric, kind, by_position, ablation, stream, gates_name, batch_size)
     estimates, value = run.estimates()
@@ -210,7 +209,8 @@ class _Run:
                 gradients = torch.autograd.grad(score, [values[name] for name in self.hooks])
             value += float(score.detach().double())
             for layer, (name, gradient) in enumerate(zip(self.hooks, gradients, strict=True)):
-                product = (gradient * (carried[name] - values[name].detach())).sum(0).double()
+                change = widened(carried[name]) - widened(values[name].detach())
+                product = (widened(gradient) * change).sum(0).double()
                 product = product if self.by_position else product.sum(0, keepdim=True)
                 inside = tuple(range(1 + len(self.kind.unit), product.ndim))
                 totals[layer] = totals[layer] + (product.sum(inside) if inside else product).cpu()

@@ -70,6 +70,24 @@ class PromptPairs:
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Pairs left out when these were made, by reason."""
 
+    def __post_init__(self) -> None:
+        tokens = {name: getattr(self, name) for name in ("clean", "corrupt", "answers", "wrong_answers", "lengths")}
+        shapes = {name: tuple(x.shape) for name, x in {**tokens, **self.positions}.items()}
+        if len(shapes["clean"]) != 2 or 0 in shapes["clean"] or shapes["corrupt"] != shapes["clean"]:
+            raise ValueError(
+                f"{self.task}: clean prompts {shapes.pop('clean')} and corrupt prompts {shapes.pop('corrupt')} do not "
+                "align: make them equal in length, token by token, and give at least one pair"
+            )
+        n, width = shapes["clean"]
+        for name, shape in shapes.items():
+            if name not in ("clean", "corrupt") and shape != (n,):
+                raise ValueError(f"{self.task}: {name} has the shape {shape}, but there are {n} pairs: give one each")
+        for name, x in tokens.items():
+            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or int(x.min()) < 0:
+                raise ValueError(f"{self.task}: {name} must be whole numbers of 0 or more, not {x.dtype} {x.tolist()}")
+        if int(self.lengths.min()) < 1 or int(self.lengths.max()) > width:
+            raise ValueError(f"{self.task}: lengths must be from 1 to the {width} tokens of the padded prompts")
+
     def __len__(self) -> int:
         return len(self.answers)
 

@@ -9,6 +9,7 @@ one pass.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,7 +20,16 @@ from torch import Tensor
 from sa_lens.circuits.metrics import Metric, check_fits, logit_difference, metric_named
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, in_stream, require_hooks, run_to_last
+from sa_lens.core.host import (
+    Hook,
+    Host,
+    device_of,
+    gate_hook_names,
+    in_stream,
+    require_hooks,
+    run_to_last,
+    widened,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +164,7 @@ def patch(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    kind = _checked(model, pairs, what, stream, direction, top_n, gates)
+    kind = _checked(model, pairs, what, stream, direction, top_n, gates, batch_size)
     chosen_layers = _checked_layers(model, layers)
     hooks = {layer: f"blocks.{layer}.{kind.hook}" for layer in chosen_layers}
     require_hooks(model, hooks.values())
@@ -208,7 +218,14 @@ def patch(
 
 
 def _checked(
-    model: Host, pairs: PromptPairs, what: str, stream: Stream, direction: str, top_n: Any, gates: Any
+    model: Host,
+    pairs: PromptPairs,
+    what: str,
+    stream: Stream,
+    direction: str,
+    top_n: Any,
+    gates: Any,
+    batch_size: int,
 ) -> Kind:
     if what not in KINDS:
         raise ValueError(f"what={what!r} is none of {', '.join(KINDS)}")
@@ -225,18 +242,31 @@ def _checked(
         raise ValueError(f"gates={gates!r} needs stream='ablated': gates do not act in the clean stream")
     if top_n is not None and not kind.many:
         raise ValueError(f"top_n={top_n!r} applies to kinds of many units only, not to what={what!r}")
-    if top_n not in (None, "all") and (not isinstance(top_n, int) or top_n < 1):
+    if top_n not in (None, "all") and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
         raise ValueError(f"top_n={top_n!r} must be a number of units, at least 1, or 'all'")
-    check_fits(model, pairs)
+    check_fits(model, pairs, batch_size)
     return kind
 
 
 def _checked_layers(model: Host, layers: Sequence[int] | None) -> list[int]:
     n_layers = model.cfg.n_layers
-    for layer in layers or ():
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"layer {layer} is not there: the model's are 0 to {n_layers - 1}")
-    return list(range(n_layers)) if layers is None else list(layers)
+    if layers is None:
+        return list(range(n_layers))
+    for layer in layers:
+        if not _is_whole(layer) or not 0 <= layer < n_layers:
+            raise ValueError(f"layer {layer!r} is not there: the model's are 0 to {n_layers - 1}")
+    if not len(layers):
+        raise ValueError("layers is empty: give at least one, or None for all")
+    return [int(layer) for layer in layers]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number of Python, numpy or torch."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _places(
@@ -270,6 +300,10 @@ def _places(
             if position not in pairs.positions:
                 raise ValueError(f"position {position!r} has no name here; names are {', '.join(pairs.positions)}")
             offset = pairs.positions[position]
+        elif not _is_whole(position):
+            raise ValueError(
+                f"position {position!r} must be a name or a whole number, counted from the end if negative"
+            )
         elif not -shortest <= position < shortest:
             raise ValueError(f"position {position} lies outside the shortest prompt of {shortest} tokens")
         else:
@@ -381,7 +415,8 @@ def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], s
             score = logit_difference(logits, run.pairs).sum()
         gradients = torch.autograd.grad(score, list(leaves.values()))
         for name, gradient in zip(leaves, gradients, strict=True):
-            effect = (gradient * (run.source[name] - base[name])).sum((0, 1)).cpu()
+            change = widened(run.source[name]) - widened(base[name])
+            effect = (widened(gradient) * change).sum((0, 1)).cpu()
             totals[name] = totals.get(name, 0) + effect
     return [totals[hook] for hook in hooks.values()]
 

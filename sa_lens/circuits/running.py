@@ -66,7 +66,9 @@ class Written(NamedTuple):
         return self.map(lambda x: x[rows] if len(x) > 1 else x)
 
 
-def check_choices(model: Host, pairs: PromptPairs, ablation: str, stream: str, gates: str | None) -> str:
+def check_choices(
+    model: Host, pairs: PromptPairs, ablation: str, stream: str, gates: str | None, batch_size: int = 1
+) -> str:
     """Checks the arguments that all runs of circuits share.
 
     Returns:
@@ -74,7 +76,7 @@ def check_choices(model: Host, pairs: PromptPairs, ablation: str, stream: str, g
 
     Raises:
         ValueError: an unknown choice, gates in the clean stream, a model without the needed hooks, pairs that do not
-            fit the model.
+            fit the model, a batch_size below 1.
     """
     if ablation not in get_args(Ablation):
         raise ValueError(f"ablation={ablation!r} must be one of {', '.join(map(repr, get_args(Ablation)))}")
@@ -85,12 +87,7 @@ def check_choices(model: Host, pairs: PromptPairs, ablation: str, stream: str, g
     with in_stream(model, stream, position=-1):  # type: ignore[arg-type]
         pass
     require_hooks(model, _hook_names(model))
-    if pairs.clean.shape != pairs.corrupt.shape:
-        raise ValueError(
-            f"clean prompts {tuple(pairs.clean.shape)} and corrupt prompts {tuple(pairs.corrupt.shape)} do not align: "
-            "make them equal in length, token by token"
-        )
-    check_fits(model, pairs)
+    check_fits(model, pairs, batch_size)
     return "none" if stream == "clean" else gates or "frozen"
 
 
@@ -231,7 +228,7 @@ class CircuitRunner:
         *,
         batch_size: int = 64,
     ) -> None:
-        self.gates = check_choices(model, pairs, ablation, stream, gates)
+        self.gates = check_choices(model, pairs, ablation, stream, gates, batch_size)
         self.model, self.pairs, self.ablation, self.stream = model, pairs, ablation, stream
         self.graph = Graph.from_model(model)
         self.batch_size = batch_size

@@ -121,10 +121,16 @@ def device_of(model: Host) -> torch.device:
     return weight(model, "embed.W_E").device
 
 
+def widened(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider: every figure is computed from this, whatever the precision
+    of the model that the numbers come from."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def run_to_last(
     model: Host, tokens: Int[Tensor, "batch pos"], fwd_hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Logits at the last position, without unembedding the others.
+    """Logits at the last position in float32 or wider, without unembedding the others.
 
     With a large vocabulary most of the time and memory of a short prompt go into logits that nobody reads. Not for
     `gates="live"`, whose clean pass runs these hooks too and would lose the other positions.
@@ -134,4 +140,4 @@ def run_to_last(
     def keep_last(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch 1 d_model"]:
         return resid[:, -1:]
 
-    return model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1]
+    return widened(model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1])

@@ -58,7 +58,7 @@ def not_additive(model: Host) -> str | None:
 
 def unsupported(model: Host) -> str | None:
     """Why `NodeFunctions` would not be exact for this model; None if they are."""
-    cfg = model.cfg
+    cfg, dtype = model.cfg, weight(model, "embed.W_E").dtype
     reasons = {
         f"normalisation {cfg.normalization_type!r}": cfg.normalization_type not in _NORMS,
         "a final RMSNorm after LayerNorms": cfg.final_rms and cfg.normalization_type in ("LN", "LNPre"),
@@ -72,7 +72,7 @@ def unsupported(model: Host) -> str | None:
         "bidirectional attention": cfg.attention_dir != "causal",
         "mixture of experts": bool(cfg.num_experts),
         f"activation {cfg.act_fn!r}": not cfg.attn_only and cfg.act_fn is not None and cfg.act_fn.endswith("_ln"),
-        f"precision {cfg.dtype}": cfg.dtype not in (torch.float32, torch.float64),
+        f"precision {dtype}": dtype not in (torch.float32, torch.float64),
         "several devices": cfg.n_devices > 1,
     }
     found = [reason for reason, applies in reasons.items() if applies]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.fused import fused_units, reads_fused
-from sa_lens.core.host import Host, device_of, gate_hook_names, has_ablated_stream, in_stream
+from sa_lens.core.host import Host, device_of, gate_hook_names, has_ablated_stream, in_stream, widened
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import check_blocks
 
@@ -237,13 +237,18 @@ def _batches(
 def read_units(
     model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sites: Sequence[Site]
 ) -> tuple[dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]], dict[Site, Float[Tensor, "batch pos unit"]]]:
-    """Values by stream and site, and masks by site, of one batch; see `UnitBatch`.
+    """Values by stream and site, and masks by site, of one batch, in float32 or wider; see `UnitBatch`.
 
     Without hooks where the model and its state allow it, several times faster; the same values up to rounding.
     """
-    if reads_fused(model):
-        return _without_hooks(model, tokens, streams, sites)
-    return read_by_hooks(model, tokens, streams, sites)
+    read = _without_hooks if reads_fused(model) else read_by_hooks
+    values, masks = read(model, tokens, streams, sites)
+    wide: dict[Stream, dict[Site, Tensor]] = {stream: _wide(found) for stream, found in values.items()}
+    return wide, _wide(masks)
+
+
+def _wide(found: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    return {site: widened(x) for site, x in found.items()}
 
 
 def _without_hooks(

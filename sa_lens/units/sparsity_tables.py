@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, weight
+from sa_lens.core.host import Host, weight, widened
 from sa_lens.data import TokenFile
 from sa_lens.units.activations import TextBlocks, model_streams, stream_units, text_blocks, unit_sites
 from sa_lens.units.measures import gini, hoyer, hoyer_from_sums
@@ -182,7 +182,7 @@ def _check_eps(eps: float) -> None:
 
 def _found(model: Host, name: str) -> Tensor | None:
     try:
-        return weight(model, name).detach()
+        return widened(weight(model, name).detach())
     except ValueError:
         return None
 
@@ -251,8 +251,8 @@ def _weights_of_units(
     counts, total = [], 0
     for name, over in other_axes.items():
         full = f"blocks.{layer}.{name}"
-        if full in scales:
-            x = weight(model, full).detach()
+        x = _found(model, full)
+        if x is not None:
             counts.append((x.abs() >= eps * scales[full]).sum(over).flatten())
             total += x.numel()
     return torch.stack(counts).sum(0).double().cpu(), total

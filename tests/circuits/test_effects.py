@@ -112,10 +112,10 @@ def test_state_is_left_and_scores_may_be_written_to(tmp_path: Any) -> None:
     ("arguments", "message"),
     [
         ({"metric": "likelihood"}, "metric='likelihood' is none of"),
-        ({"metric": lambda logits, pairs: kl(logits, logits * torch.nan)}, "not finite on these pairs"),
+        ({"metric": lambda logits, pairs: kl(logits, logits * torch.nan)}, "gave values that are not finite"),
         ({"ablation": "noise"}, "ablation='noise' must be one of"),
         ({"gates": "live"}, "needs stream='ablated'"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -344,7 +344,7 @@ def test_a_gap_that_is_too_small_is_refused() -> None:
         ({"resamples": 0}, "at least one resample"),
         ({"minimum_gap": 0.0}, "must be above 0"),
         ({"metric": "skill"}, "is none of"),
-        ({"metric": lambda logits, pairs: logits}, "one finite value for each of the 4 pairs"),
+        ({"metric": lambda logits, pairs: logits}, "for 4 pairs: it must give one finite value for each"),
         ({"ablation": "noise"}, "must be one of"),
         ({"stream": "ablated"}, "needs gates"),
         ({"gates": "live"}, "gates do not act in the clean stream"),

@@ -1,21 +1,32 @@
 """Metrics on logits worked out by hand, intervals, and skill against prompts run one by one."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from micro import gated, token_pairs
 from transformer_lens import HookedTransformer
 
 from sa_lens.circuits import metrics
+from sa_lens.circuits.acdc import acdc
+from sa_lens.circuits.attribution import eap, eap_ig, relp
+from sa_lens.circuits.completeness import completeness, minimality
+from sa_lens.circuits.effects import exact_effects
+from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.gate_circuit import mask_shares
+from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.metrics import bootstrap_interval, kl, last_logits, skill
+from sa_lens.circuits.node_attribution import attribute_nodes
+from sa_lens.circuits.patching import patch
 
 
 @pytest.fixture
 def three(pairs):
     """Three pairs whose answer is token 0 and whose wrong answer is token 1."""
-    from dataclasses import replace
-
-    return replace(pairs.subset([0, 1, 2]), answers=torch.tensor([0, 0, 0]), wrong_answers=torch.tensor([1, 1, 1]))
+    return dataclasses.replace(
+        pairs.subset([0, 1, 2]), answers=torch.tensor([0, 0, 0]), wrong_answers=torch.tensor([1, 1, 1])
+    )
 
 
 def test_metrics_by_hand(three):
@@ -75,13 +86,85 @@ def test_skill_has_a_row_a_stream(model, pairs):
 
 
 def test_refusals(model, pairs):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="token 99999 is beyond the model's vocabulary"):
-        last_logits(model, replace(pairs, answers=torch.full_like(pairs.answers, 99999)))
+        last_logits(model, dataclasses.replace(pairs, answers=torch.full_like(pairs.answers, 99999)))
+    padded = {name: torch.nn.functional.pad(getattr(pairs, name), (60, 0)) for name in ("clean", "corrupt")}
     with pytest.raises(ValueError, match="longer than n_ctx=48"):
-        last_logits(model, replace(pairs, lengths=pairs.lengths + 60))
+        last_logits(model, dataclasses.replace(pairs, **padded, lengths=pairs.lengths + 60))
     with pytest.raises(ValueError, match="metric='nll' is none of"):
         metrics.metric_named("nll", None)
     with pytest.raises(ValueError, match="needs gates"):
         last_logits(model.to_hooked_transformer(), pairs, "ablated")
+
+
+def difference(logits, pairs):
+    return metrics.logit_difference(logits, pairs)
+
+
+WRONG_METRICS = {
+    "a float": lambda logits, pairs: 1.0,
+    r"a tensor of shape \(\)": lambda logits, pairs: difference(logits, pairs).mean(),
+    r"a tensor of shape \(\d, 1\)": lambda logits, pairs: difference(logits, pairs)[:, None],
+    r"a tensor of shape \(\d, 61\)": lambda logits, pairs: logits,
+    r"a tensor of shape \(1,\)": lambda logits, pairs: difference(logits, pairs)[:1],
+    "values that are not finite": lambda logits, pairs: difference(logits, pairs) * torch.nan,
+}
+
+ANALYSES = {
+    "patch": lambda *given, **options: patch(*given, positions="all", **options),
+    "acdc": acdc,
+    "acdc by passes": lambda *given, **options: acdc(*given, order=Graph.from_model(given[0]).edges, **options),
+    "exact_effects": exact_effects,
+    "exact_effects by passes": lambda *given, **options: exact_effects(
+        *given, stream="ablated", gates="live", **options
+    ),
+    "eap": eap,
+    "eap_ig": eap_ig,
+    "relp": relp,
+    "attribute_nodes": attribute_nodes,
+    "faithfulness_curve": lambda model, *given, **options: faithfulness_curve(model, *given, [full(model)], **options),
+    "completeness": lambda model, *given, **options: completeness(model, *given, full(model), **options),
+    "minimality": lambda model, *given, **options: minimality(model, *given, full(model), **options),
+}
+
+
+def full(model):
+    return Circuit.full(Graph.from_model(model))
+
+
+@pytest.mark.parametrize("given", WRONG_METRICS)
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_every_analysis_refuses_a_metric_without_one_value_per_pair(analysis, given):
+    for pairs in (token_pairs(1), token_pairs(3, lengths=(5, 6))):
+        with pytest.raises(ValueError, match=f"metric '<lambda>' gave {given} for . pairs: it must give one finite"):
+            ANALYSES[analysis](gated(n_layers=1), pairs, metric=WRONG_METRICS[given], progress=False)
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_every_analysis_refuses_a_batch_without_a_prompt(analysis, size):
+    with pytest.raises(ValueError, match=f"batch_size={size} must be a whole number of at least 1"):
+        ANALYSES[analysis](gated(n_layers=1), token_pairs(3), batch_size=size, progress=False)
+    with pytest.raises(ValueError, match=f"batch_size={size} must be"):
+        mask_shares(gated(n_layers=1), token_pairs(3), batch_size=size)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pairs: {"corrupt": pairs.corrupt[:, 1:]}, r"\(3, 7\) and corrupt prompts \(3, 6\) do not align"),
+        (lambda pairs: {"corrupt": pairs.corrupt[:2]}, "do not align"),
+        (lambda pairs: {"clean": pairs.clean[0], "corrupt": pairs.corrupt[0]}, "do not align"),
+        (lambda pairs: {"clean": pairs.clean[:0], "corrupt": pairs.corrupt[:0]}, "at least one pair"),
+        (lambda pairs: {"answers": pairs.answers[:2]}, r"answers has the shape \(2,\), but there are 3 pairs"),
+        (lambda pairs: {"positions": {"end": torch.tensor([-1])}}, r"end has the shape \(1,\)"),
+        (lambda pairs: {"clean": pairs.clean.float()}, "clean must be whole numbers of 0 or more, not torch.float32"),
+        (lambda pairs: {"wrong_answers": pairs.answers - 99}, "wrong_answers must be whole numbers of 0 or more"),
+        (lambda pairs: {"lengths": pairs.lengths + 1}, "lengths must be from 1 to the 7 tokens"),
+        (lambda pairs: {"lengths": pairs.lengths * 0}, "lengths must be from 1 to the 7 tokens"),
+    ],
+)
+def test_pairs_that_do_not_align_cannot_be_made(change, message):
+    pairs = token_pairs(3)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(pairs, **change(pairs))

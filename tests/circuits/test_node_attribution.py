@@ -131,7 +131,7 @@ def test_leaves_the_model_as_it_was(stream: str) -> None:
         ({"exact": "some"}, "exact='some' must be a number of units"),
         ({"stream": "ablated", "gates": "live"}, r"gates='live' has no first-order estimate.*patch"),
         ({"by_position": True}, "by_position=True needs prompts of one length, these have 6, 7 tokens"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
         ({"ablation": "noise"}, "ablation='noise' must be one of"),
     ],
 )

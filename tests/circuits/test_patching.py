@@ -308,3 +308,27 @@ def test_bad_arguments_are_named(arguments, message, model, pairs):
 def test_plain_model_has_no_ablated_stream(model, pairs):
     with pytest.raises(ValueError, match="needs gates, but this HookedTransformer has none"):
         patch(model.to_hooked_transformer(), pairs, stream="ablated")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": [0.5]}, "position 0.5 must be a name or a whole number"),
+        ({"positions": [True]}, "position True must be"),
+        ({"positions": [torch.tensor(1.0)]}, "must be a name or a whole number"),
+        ({"layers": [0.5]}, "layer 0.5 is not there"),
+        ({"layers": []}, "layers is empty"),
+        ({"batch_size": -1}, "batch_size=-1 must be a whole number"),
+        ({"what": "neurons", "top_n": True}, "top_n=True must be a number of units"),
+    ],
+)
+def test_places_and_numbers_that_are_none_are_refused(model, even_pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        patch(model, even_pairs, progress=False, **options)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_positions(model, even_pairs):
+    expected = patch(model, even_pairs, positions=[2], layers=[1], progress=False)["value"]
+    for number in (np.int64(2), torch.tensor(2)):
+        found = patch(model, even_pairs, positions=[number], layers=[np.int32(1)], progress=False)
+        assert found["value"].tolist() == expected.tolist()

@@ -1,5 +1,7 @@
 """Predictions and logit lenses agree with logits computed by hand."""
 
+import copy
+
 import pytest
 import torch
 from characters import EVIL, TOKENS, caches
@@ -69,3 +71,14 @@ def test_figure_of_a_lens(reader):
         assert all("<script>" not in cell for row in (*trace.text, *trace.customdata) for cell in row)
     assert "&lt;script&gt;" in figure.layout.xaxis.ticktext
     assert figure.layout.coloraxis.cmax == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_log_probabilities_of_a_narrow_model(model, dtype):
+    narrow = copy.deepcopy(model).to(dtype)
+    for found in predictions(narrow, TOKENS, top=2).streams:
+        with torch.no_grad(), narrow.ablated() if found.stream == "ablated" else narrow.clean():
+            log_p = narrow(TOKENS[None])[0].double().log_softmax(-1)
+        for position, row in enumerate(found.top):
+            expected = log_p[position].topk(2).values.tolist()
+            assert [guess.log_probability for guess in row] == pytest.approx(expected, rel=1e-5)
