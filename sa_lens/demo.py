@@ -110,9 +110,12 @@ def _trained(run: RunConfig, folder: Path, device: str, progress: bool) -> SelfA
     from sa_lens.core import SelfAblatingTransformer
     from sa_lens.core.checkpoints import complete_steps
     from sa_lens.training import train
+    from sa_lens.training.run_folder import check_unchanged, stored_config
 
     finished = [f for f in complete_steps(folder) if f.name == f"step-{run.train.steps}"]
-    if not finished:
+    if finished:
+        check_unchanged(folder, to_dict(stored_config(folder)), run)
+    else:
         what = "dense baseline" if not run.gates.gated else f"{run.gates.scope} self-ablating model"
         print(f"Training the {what}: {run.train.steps} steps of {run.train.batch_size} x {run.model.n_ctx} tokens")
         with _one_thread():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -142,7 +145,7 @@ class TestErrors:
         from sa_lens import training
 
         def stopped(*_: object, **__: object) -> None:
-            raise training.Interrupted(Path("run"), 7)
+            raise training.Interrupted("stopped after step 7; go on with --resume")
 
         monkeypatch.setattr(training, "train", stopped)
         line = fails(["train", "--out", str(tmp_path / "run")], capsys, code=130)
@@ -358,6 +361,49 @@ class TestCircuit:
         assert message in fails([*arguments, *flags], capsys)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_an_interrupted_search_is_no_result_and_goes_on(
+        self, reader: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from sa_lens.circuits import search
+        from sa_lens.circuits.recompute import Recomputation
+
+        def command(folder: str, *flags: str) -> list[str]:
+            out = ["--out", str(tmp_path / folder)]
+            return ["circuit", reader, "--pairs", "32", *out, "--device", "cpu", "--json", *flags]
+
+        assert cli.main(command("whole")) == 0
+        capsys.readouterr()
+        plainly, calls = Recomputation.try_removals, []
+
+        def interrupted(self: Recomputation, rows: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 1:
+                os.kill(os.getpid(), number)
+            return plainly(self, rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Recomputation, "try_removals", interrupted)
+            line = fails(command("part"), capsys, code=130)
+        unfinished = tmp_path / "part" / "unfinished.json"
+        assert re.search(rf"stopped after \d+ of \d+ edges; {unfinished} has .* same command and --resume", line)
+        assert list(unfinished.parent.iterdir()) == [unfinished]
+
+        def stopped(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "skill", stopped)
+            edges = len(Circuit.load(unfinished).graph)
+            line = fails(command("part", "--resume"), capsys, code=130)
+        assert f"stopped after {edges} of {edges} edges" in line, "a search that is done waits to be judged"
+        assert cli.main(command("part", "--resume")) == 0
+        capsys.readouterr()
+        assert not unfinished.exists()
+        found, whole = (Circuit.load(tmp_path / name / "circuit.json") for name in ("part", "whole"))
+        assert found == whole
+        assert "no interrupted search" in fails(command("part", "--resume"), capsys)
+
 
 class TestSAE:
     def test_trains_measures_and_goes_on(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,6 +443,23 @@ class TestUnits:
 
     def test_bad_input(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "tokens" in fails(["units", reader, "--tokens", "0", "--device", "cpu"], capsys)
+
+    def test_an_interruption_says_so_and_leaves_no_table(
+        self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from sa_lens.units import sparsity_tables
+
+        def stopped(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sparsity_tables, "sparsity", stopped)
+        out = tmp_path / "units"
+        arguments = ["units", reader, "--tokens", "500", "--labels", "0", "--device", "cpu", "--json"]
+        line = fails([*arguments, "--out", str(out)], capsys, code=130)
+        assert line == "sa-lens units: interrupted before it finished; run the same command again"
+        assert not out.exists()
+
+    def test_missing_runs(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "no-such-run" in fails(["units", "no-such-run"], capsys)
 
 

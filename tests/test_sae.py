@@ -18,8 +18,9 @@ from transformer_lens import HookedTransformer
 import sa_lens as sa
 from sa_lens.data import BlockOrder, TokenFile
 from sa_lens.data.disk import write_atomically
-from sa_lens.sae import PRESETS, SAESettings, SAETrainingStopped, evaluate_sae, train_sae
+from sa_lens.sae import PRESETS, SAESettings, evaluate_sae, train_sae
 from sa_lens.sae.activations import ActivationBatches, TokenBlocks, activations, hook_width
+from sa_lens.stopping import Interrupted
 
 sae_lens = pytest.importorskip("sae_lens")
 
@@ -279,8 +280,9 @@ def test_a_stopped_training_goes_on_bit_for_bit(model, tokens, tmp_path, monkeyp
     whole = train_sae(model, "hook_embed", tokens, lr=1e-2, **SMALL)
     interrupting = Interrupting(monkeypatch, step)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SAETrainingStopped, match=f"after step {step} of 12.*resume=True"):
+    with pytest.raises(Interrupted, match=f"after step {step} of 12.*resume=True, on the command line --resume") as stop:
         train_sae(model, "hook_embed", tokens, lr=1e-2, output=tmp_path / "sae", **SMALL)
+    assert (stop.value.folder, stop.value.step) == (tmp_path / "sae", step)
     assert signal.getsignal(signal.SIGINT) is handler
     interrupting.step = 0
     resumed = train_sae(model, "hook_embed", tokens, lr=1e-2, output=tmp_path / "sae", resume=True, **SMALL)

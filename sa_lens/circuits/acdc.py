@@ -21,7 +21,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -41,13 +41,17 @@ from sa_lens.circuits.recompute import Recomputation
 from sa_lens.circuits.recording import recomputation
 from sa_lens.circuits.running import Ablation, CircuitRunner, Gates, check_choices
 from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.core.host import Host, fingerprint_of, hash_of
 from sa_lens.core.nodes import unsupported
+from sa_lens.stopping import Interrupted
 
 log = logging.getLogger(__name__)
 
 AMBIGUOUS = 1e-6
 """A rise of the metric closer than this to tau may come out otherwise under another rounding of float32."""
+
+SAME = 1e-4
+"""Relative difference up to which the metric of the full graph counts as that of the search that is resumed."""
 
 Place = tuple[int, int]
 """(input, source) of an edge."""
@@ -58,8 +62,8 @@ class ACDCResult:
     """What ACDC found, and how."""
 
     circuit: Circuit
-    """Edges kept or, if interrupted, not yet visited. Scores: rise of the metric when the edge was visited; 0 if it
-    could change nothing; NaN if not yet visited."""
+    """Edges kept or, in the result that `SearchInterrupted` holds, not yet visited. Scores: rise of the metric when the
+    edge was visited; 0 if it could change nothing; NaN if not yet visited."""
     start: float
     """Metric of the full graph; larger is worse (metrics that are better when larger come negated)."""
     value: float
@@ -71,7 +75,7 @@ class ACDCResult:
     untouched: int
     """Edges removed without running anything, since no present way led from them to the logits."""
     complete: bool
-    """Whether every edge was visited."""
+    """Whether every edge was visited; False only in the result that `SearchInterrupted` holds."""
     shortcuts: str
     """`on`, or why every edge had to be tried by passes of the whole model."""
     seconds: float
@@ -79,6 +83,19 @@ class ACDCResult:
 
     def __len__(self) -> int:
         return len(self.circuit)
+
+
+class SearchInterrupted(Interrupted):
+    """A search was asked to stop; `result` holds what is decided, and `resume=` takes it."""
+
+    def __init__(self, result: ACDCResult) -> None:
+        self.result = result
+        """What is decided so far; edges not yet visited count as kept."""
+        visited, edges = result.tried + result.untouched, len(result.circuit.graph)
+        super().__init__(
+            f"stopped after {visited:,} of {edges:,} edges; the exception's `result` holds what is decided. Go on with "
+            "acdc(..., resume=result)"
+        )
 
 
 class _State(NamedTuple):
@@ -126,8 +143,6 @@ def acdc(
 ) -> ACDCResult:
     """The circuit that ACDC leaves, with the rise of the metric at each edge.
 
-    Ctrl-C ends the search early: the result then holds what was decided, and `resume=` goes on from there.
-
     Args:
         tau: an edge stays if its removal raises the metric by tau or more. Nats for `kl`.
         metric: `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream. Another
@@ -138,14 +153,15 @@ def acdc(
             residual stream, so that every edge must be tried by passes of the whole model.
         order: all edges, in the order in which to visit them; None: `visiting_order(graph)`. An order that visits a
             destination before a later step's switches the shortcuts off, and says so.
-        resume: an interrupted result, or its circuit as read from disk, of the same search: the same weights, prompts
-            and arguments.
+        resume: the result of an interrupted search, or its circuit as read from disk: same weights, prompts and
+            arguments.
         progress: show a bar with the edges left and the time left.
         batch_size: prompts run at once in passes of the whole model.
 
     Raises:
         ValueError: tau below 0, an unknown choice, an order that is not all edges once, a resumed result of another
             search, pairs that do not fit the model, a metric that is not finite.
+        SearchInterrupted: Ctrl-C; its `result` can be resumed.
     """
     began = time.perf_counter()
     if not (tau >= 0 and math.isfinite(tau)):
@@ -165,14 +181,14 @@ def acdc(
         **{"task": pairs.task, "pairs": len(pairs), "tau": tau, "metric": metric_name},
         **{"ablation": ablation, "stream": stream, "gates": gates_name},
         "order": "reverse" if order is None else hashlib.sha256(repr(places).encode()).hexdigest()[:16],
-        **{"weights": _hash_of_model(model, stream), "prompts": _hash_of_prompts(pairs)},
+        **{"weights": fingerprint_of(model, stream), "prompts": _hash_of_prompts(pairs)},
     }
     state = _resumed(graph, about, resume)
     why_not = _no_shortcuts(model, graph, places, tau, gates_name)
     if why_not is not None:
         log.warning("ACDC without shortcuts: %s", why_not)
     search = _Search(graph, tau, state, progress)
-    complete = True
+    stop: KeyboardInterrupt | None = None
     with torch.inference_mode(), search.bar():
         try:
             if why_not is None:
@@ -182,20 +198,23 @@ def acdc(
             else:
                 runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
                 _one_by_one(search, places, _cost_by_passes(runner, model, pairs, metric))
-        except KeyboardInterrupt:
-            complete = False
-            log.warning("ACDC interrupted: pass the result as resume= to go on with the edges left")
+        except KeyboardInterrupt as asked:
+            stop = asked
     state = search.state
     counts: dict[str, Any] = dict(zip(_State._fields[2:], state[2:], strict=True))
     # copies: tensors made in inference mode could not be written to by others
+    complete = stop is None
     circuit = Circuit(graph, state.present.clone(), state.rises.clone(), {**about, **counts, "complete": complete})
-    return ACDCResult(
+    result = ACDCResult(
         circuit=circuit,
         **counts,
         complete=complete,
         shortcuts=why_not or "on",
         seconds=time.perf_counter() - began,
     )
+    if stop is not None:
+        raise SearchInterrupted(result) from stop
+    return result
 
 
 def _no_shortcuts(model: Host, graph: Graph, places: list[Place], tau: float, gates: str) -> str | None:
@@ -214,25 +233,9 @@ _HASHED = {"weights": "weights or gates", "prompts": "prompts or answers"}
 """What stands behind those settings of a search that are hashes."""
 
 
-def _hash(parts: Iterable[tuple[str, Tensor]], about: str = "") -> str:
-    """A short hash of names, shapes, precisions and every number."""
-    digest = hashlib.sha256(about.encode())
-    for name, tensor in parts:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        # as bytes, since numpy has no bfloat16
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _hash_of_model(model: Host, stream: Stream) -> str:
-    # how many units the gates keep is in no weight
-    gates = "" if stream == "clean" else repr(model.gates)  # type: ignore[attr-defined]
-    return _hash(model.named_parameters(), gates)  # type: ignore[attr-defined]
-
-
 def _hash_of_prompts(pairs: PromptPairs) -> str:
     names = ("clean", "corrupt", "answers", "wrong_answers", "lengths")
-    return _hash((name, getattr(pairs, name).long()) for name in names)
+    return hash_of((name, getattr(pairs, name).long()) for name in names)
 
 
 def _resumed(graph: Graph, about: dict[str, Any], resume: ACDCResult | Circuit | None) -> _State:
@@ -279,11 +282,20 @@ class _Search:
         return int((self.state.present & ~self.state.rises.isnan()).sum())
 
     def start(self, value: Callable[[], float]) -> None:
-        """Takes the metric of the full graph, unless the search goes on from a later state."""
-        if math.isnan(self.state.start):
-            start = value()
-            _check_finite(start)
+        """Takes the metric of the full graph, or checks that a resumed search has the same.
+
+        Raises:
+            ValueError: a metric that is not finite, or another one than that of the resumed search.
+        """
+        start, before = value(), self.state.start
+        _check_finite(start)
+        if math.isnan(before):
             self.state = self.state._replace(start=start, value=start)
+        elif abs(start - before) > SAME * max(1.0, abs(before)):
+            raise ValueError(
+                f"resume= is of another search: its metric of the full graph is {before:.6g}, here it is {start:.6g}. "
+                "Give the same metric, or start anew"
+            )
 
     def undecided(self, places: Sequence[Place]) -> list[Place]:
         """Those edges that are not visited yet, in order."""

@@ -36,18 +36,20 @@ def logit_difference(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) 
 
 def pair_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """1 where the answer's logit is above the wrong answer's, else 0; a tie is wrong."""
-    return widened(logit_difference(logits, pairs) > 0)
+    difference = logit_difference(logits, pairs)
+    return (difference > 0).to(difference.dtype)
 
 
 def top1_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """1 where the answer's logit is above that of every other token, else 0; a tie is wrong."""
-    return widened(answer_rank(logits, pairs) == 0)
+    rank = answer_rank(logits, pairs)
+    return (rank == 0).to(rank.dtype)
 
 
 def answer_rank(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """Number of other tokens whose logit is not below the answer's; 0 is best."""
     answer = _pick(logits, pairs.answers)
-    return widened((widened(logits) >= answer[:, None]).sum(-1) - 1)
+    return (widened(logits) >= answer[:, None]).sum(-1).to(answer.dtype) - 1
 
 
 def answer_log_probability(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:

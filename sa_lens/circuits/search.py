@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from sa_lens.circuits.acdc import acdc
+from sa_lens.circuits.acdc import ACDCResult, SearchInterrupted, acdc
 from sa_lens.circuits.attribution import eap, eap_ig, relp
 from sa_lens.circuits.circuit_metric import GapTooSmall
 from sa_lens.circuits.curves import FaithfulnessCurve
@@ -27,7 +28,7 @@ from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.running import Ablation, Gates, check_choices
 from sa_lens.config import Stream
 from sa_lens.core.host import Host
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.writing import staged_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,19 +117,18 @@ class FoundCircuit:
         return "\n".join(lines + [f"\nwarning: {warning}" for warning in self.warnings])
 
     def save(self, folder: str | Path) -> Path:
-        """Writes circuit.json, ranking.json, edges.csv, curve.csv and summary.csv into a folder."""
+        """Writes circuit.json, ranking.json, edges.csv, curve.csv and summary.csv into a folder, all or none."""
         import pandas as pd
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.circuit.save(folder / "circuit.json")
-        self.ranking.save(folder / "ranking.json")
         tables = {"edges": self.circuit.table(), "summary": pd.DataFrame([self.row()])}
         if self.curve is not None:
             tables["curve"] = self.curve.table()
-        for name, table in tables.items():
-            atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
-        return folder
+        with staged_folder(folder) as staged:
+            self.circuit.save(staged / "circuit.json")
+            self.ranking.save(staged / "ranking.json")
+            for name, table in tables.items():
+                (staged / f"{name}.csv").write_text(table.to_csv(index=False), encoding="utf-8")
+        return Path(folder)
 
 
 def find_circuit(
@@ -144,6 +144,7 @@ def find_circuit(
     stream: Stream = "clean",
     gates: Gates | None = None,
     batch_size: int = 64,
+    resume: Circuit | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> FoundCircuit:
@@ -155,16 +156,20 @@ def find_circuit(
         tau: ACDC's threshold, nats; other methods do not use it.
         steps: of EAP-IG.
         edges: size of the circuit of a method that only ranks; None: the fewest tried with f >= 0.9 on `find`.
+        resume: what `SearchInterrupted` held of the same search by ACDC.
         seed: of the bootstrap.
 
     Raises:
         ValueError: an unknown method or choice, edges given for ACDC, pairs in both sets, a gate circuit of a model or
-            stream without gates.
+            stream without gates, `resume` for another method or of another search.
+        SearchInterrupted: Ctrl-C while ACDC searches, or while what it found is judged.
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is none of {', '.join(get_args(Method))}")
     if method == "acdc" and edges is not None:
         raise ValueError(f"edges={edges} has no meaning for ACDC, whose size follows from tau: give tau, or a ranking")
+    if method != "acdc" and resume is not None:
+        raise ValueError(f"method={method!r} cannot be resumed, only ACDC can: leave resume out")
     choices = {
         "gates": check_choices(model, find, ablation, stream, gates),
         "ablation": ablation,
@@ -181,52 +186,53 @@ def find_circuit(
         **{"ablation": ablation, "stream": stream, "gates": gates, "batch_size": batch_size, "progress": progress}
     }
     began = time.perf_counter()
-    circuit: Circuit | None = None
-    warnings: list[str] = []
+    result: ACDCResult | None = None
     if method == "acdc":
-        result = acdc(model, find, tau, **options)
-        circuit = ranking = result.circuit
-        if not result.complete:
-            warnings.append("ACDC was interrupted: edges not visited count as kept")
+        result = acdc(model, find, tau, resume=resume, **options)
+        ranking = result.circuit
     else:
         ranking = _rankings(steps)[method](model, find, options)
     seconds = time.perf_counter() - began
-    order: Any = "signed" if method == "acdc" else "mib"
-    judged = {**options, "seed": seed, "order": order}
-    if circuit is None:
+    with _kept_if_stopped(result):
+        circuit, warnings = ranking, []
+        judged: dict[str, Any] = {**options, "seed": seed, "order": "mib" if result is None else "signed"}
+        if result is None:
+            try:
+                if edges is None:
+                    edges = faithfulness_curve(model, find, ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
+            except GapTooSmall as error:
+                edges = 0
+                warnings.append(f"no faithful size was found: {error}")
+            circuit = ranking.keep(edges)
+        ability = {str(k): v for k, v in skill(model, report, stream, seed=seed).to_dict("records")[0].items()}
+        if not ability["able"]:
+            warnings.append(
+                f"the {stream} stream does not do {report.task}: pair accuracy {ability['pair_accuracy']:.0%} is below "
+                f"{SKILL_BAR:.0%}, so a circuit for it explains little"
+            )
+        curve = own = None
         try:
-            if edges is None:
-                edges = faithfulness_curve(model, find, ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
+            curve = faithfulness_curve(model, report, ranking, **judged)
+            own = faithfulness_curve(model, report, [circuit], **judged)
+            warnings += [warning for warning in own.warnings if "masks" in warning]
         except GapTooSmall as error:
-            edges = 0
-            warnings.append(f"no faithful size was found: {error}")
-        circuit = ranking.keep(edges)
-    ability = {str(k): v for k, v in skill(model, report, stream, seed=seed).to_dict("records")[0].items()}
-    if not ability["able"]:
-        warnings.append(
-            f"the {stream} stream does not do {report.task}: pair accuracy {ability['pair_accuracy']:.0%} is below "
-            f"{SKILL_BAR:.0%}, so a circuit for it explains little"
-        )
-    curve = own = None
-    try:
-        complete = not bool(ranking.scores[ranking.graph.exists].isnan().any())
-        curve = faithfulness_curve(model, report, ranking, **judged) if complete else None
-        own = faithfulness_curve(model, report, [circuit], **judged)
-        warnings += [warning for warning in own.warnings if "masks" in warning]
-    except GapTooSmall as error:
-        warnings.append(f"no faithfulness: {error}")
-    logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
+            warnings.append(f"no faithfulness: {error}")
+        logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
+        divergence = float(kl(logits[1], logits[0]).double().mean())
     return FoundCircuit(
-        circuit,
-        ranking,
-        ability,
-        float(kl(logits[1], logits[0]).double().mean()),
-        curve,
-        own,
-        seconds,
-        choices,
-        tuple(warnings),
+        circuit, ranking, ability, divergence, curve, own, seconds, choices, warnings=tuple(warnings)
     )
+
+
+@contextmanager
+def _kept_if_stopped(result: ACDCResult | None) -> Iterator[None]:
+    """Ctrl-C within the context does not lose a finished search: it can be resumed, and then only has to be judged."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if result is None:
+            raise
+        raise SearchInterrupted(result) from stop
 
 
 def _prompts(pairs: PromptPairs) -> set[tuple[int, ...]]:

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sa_lens.stopping import terminable
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Run = Annotated[str, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
 
@@ -79,13 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"no command {name!r}: choose from {', '.join(COMMANDS)}")
     logging.basicConfig(level=logging.WARNING, format="sa-lens: %(message)s")
     try:
-        return COMMANDS[name].call(rest) or 0
+        with terminable():
+            return COMMANDS[name].call(rest) or 0
     except BrokenPipeError:
         # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        print(f"sa-lens {name}: {stop or 'interrupted'}", file=sys.stderr)
+        message = str(stop) or "interrupted before it finished; run the same command again"
+        print(f"sa-lens {name}: {message}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:

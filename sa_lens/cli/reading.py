@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sa_lens.cli.parsing import Device, Run, as_json, command
+from sa_lens.stopping import Interrupted
 
 
 @command("find a circuit for a task and judge it", "sa-lens circuit runs/local --task ioi --stream ablated")
@@ -25,6 +26,7 @@ def circuit(
     words: Literal["auto", "stories", "tinystories"] = "auto",
     seed: int = 0,
     out: Path | None = None,
+    resume: bool = False,
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
@@ -46,9 +48,12 @@ def circuit(
         words: Words of the prompts; auto: as the run's text.
         seed: Seed of prompts and bootstrap.
         out: Folder to write; None: in RUN/circuits.
+        resume: Go on with an interrupted search by ACDC.
         device: Where to run.
         json: Print one JSON object.
     """
+    from sa_lens.circuits.acdc import SearchInterrupted
+    from sa_lens.circuits.graph import Circuit
     from sa_lens.circuits.pairs import MINIMUM
     from sa_lens.circuits.search import find_circuit
     from sa_lens.circuits.tasks import make_unseen
@@ -66,23 +71,39 @@ def circuit(
         raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
     both = make_unseen(task, model.tokenizer, 2 * pairs, seed, world=words)
     find, report = both.split(seed)
-    found = find_circuit(
-        model,
-        find,
-        report,
-        method,
-        tau=tau,
-        edges=edges,
-        ablation=ablation,
-        stream=stream,
-        gates=gates,
-        progress=not json,
-        seed=seed,
-    )
     choices = {"gates": gates or "frozen", "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
     usual = {"gates": "frozen", "ablation": "resample", "tau": 0.01}
     unusual = [f"{name}-{value}" for name, value in choices.items() if value != usual[name]]
-    folder = found.save(out or Path(run) / "circuits" / "-".join([both.task, method, stream, *unusual]))
+    folder = out or Path(run) / "circuits" / "-".join([both.task, method, stream, *unusual])
+    unfinished = folder / "unfinished.json"
+    if resume and not unfinished.is_file():
+        raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
+    try:
+        found = find_circuit(
+            model,
+            find,
+            report,
+            method,
+            tau=tau,
+            edges=edges,
+            ablation=ablation,
+            stream=stream,
+            gates=gates,
+            resume=Circuit.load(unfinished) if resume else None,
+            progress=not json,
+            seed=seed,
+        )
+    except SearchInterrupted as stop:
+        folder.mkdir(parents=True, exist_ok=True)
+        stop.result.circuit.save(unfinished)
+        visited = stop.result.tried + stop.result.untouched
+        raise Interrupted(
+            f"stopped after {visited:,} of {len(stop.result.circuit.graph):,} edges; {unfinished} has what is decided. "
+            "Go on with the same command and --resume",
+            folder=folder,
+        ) from stop
+    found.save(folder)
+    unfinished.unlink(missing_ok=True)
     figures = {"circuit": draw(found.circuit)}
     if found.curve is not None:
         figures["faithfulness"] = draw(faithfulness_chart({f"{method}, {stream} stream": found.curve.table()}))

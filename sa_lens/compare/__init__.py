@@ -7,6 +7,5 @@ docs/compare.md.
 from sa_lens.compare.comparing import compare, plan
 from sa_lens.compare.grids import GRIDS, Grid, Variant
 from sa_lens.compare.results import Comparison
-from sa_lens.compare.running import ComparisonStopped
 
-__all__ = ["GRIDS", "Comparison", "ComparisonStopped", "Grid", "Variant", "compare", "plan"]
+__all__ = ["GRIDS", "Comparison", "Grid", "Variant", "compare", "plan"]

@@ -56,7 +56,7 @@ def compare(
 
     Raises:
         ValueError: an unknown grid or group, bad seeds, validation without text, or what training raises.
-        ComparisonStopped: Ctrl-C or SIGTERM; everything finished is on disk.
+        Interrupted: Ctrl-C or SIGTERM; everything finished is on disk.
     """
     out = Path(out)
     chosen, wanted, groups = _resolved(grid, out, seeds, columns, text, validation)

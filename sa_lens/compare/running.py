@@ -6,14 +6,10 @@ Several processes may work on one folder: each takes cells that nobody else is a
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sa_lens.compare.cells import Cell, cells_of
@@ -22,19 +18,13 @@ from sa_lens.compare.subject import Group, Subject, check_validation
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.architecture import check_supported, hooked_config
 from sa_lens.data import PreparedData, prepare
-from sa_lens.training import Interrupted, train
+from sa_lens.stopping import Interrupted, terminable
+from sa_lens.training import train
 from sa_lens.training.report import load_run
 from sa_lens.training.start import initial
 
 WAIT = 2.0
 """Seconds between looks at cells that other processes work on."""
-
-
-class ComparisonStopped(KeyboardInterrupt):
-    """A comparison was asked to stop; what is finished is on disk."""
-
-    def __init__(self, out: Path, cell: str) -> None:
-        super().__init__(f"stopped at {cell}; {out} keeps everything so far. The same command goes on")
 
 
 def run_cells(
@@ -43,7 +33,7 @@ def run_cells(
     """Trains and measures all cells that are not on disk yet; returns all of them.
 
     Raises:
-        ComparisonStopped: Ctrl-C or SIGTERM.
+        Interrupted: Ctrl-C or SIGTERM; what is finished is on disk.
         ValueError, OSError: gates that do not fit the model, too short a validation text, another text than that of
             earlier cells, or what training or measuring raises.
     """
@@ -60,10 +50,11 @@ def run_cells(
                 if ours and _ready(cell):
                     done += 1
                     try:
-                        with _terminable():
+                        with terminable():
                             _work(cell, groups, data, text, device, progress, f"[{done}/{len(cells)}] {cell.name}")
                     except KeyboardInterrupt as stop:
-                        raise ComparisonStopped(out, cell.name) from stop
+                        message = f"stopped at {cell.name}; {out} keeps everything so far. The same command goes on"
+                        raise Interrupted(message, folder=out) from stop
                     continue
             later.append(cell)
         if len(later) == len(waiting):
@@ -80,23 +71,6 @@ def check_gates(grid: Grid) -> None:
             check_supported(hooked_config(shape, device="cpu"), variant.gates)
         except ValueError as error:
             raise ValueError(f"variant {variant.name}: {error}") from error
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the context SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ready(cell: Cell) -> bool:
@@ -151,10 +125,7 @@ def _train(cell: Cell, data: PreparedData, text: dict[str, str], device: str, pr
         _, model = initial(run, progress=False)
         model.save_pretrained(cell.final)
         return cell.finish(text, time.perf_counter() - began)
-    try:
-        result = train(run, cell.run, device=device, resume=cell.run.exists(), progress=progress)
-    except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from stop
+    result = train(run, cell.run, device=device, resume=cell.run.exists(), progress=progress)
     result.model.save_pretrained(cell.final)
     return cell.finish(text, result.seconds)
 

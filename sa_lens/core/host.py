@@ -6,6 +6,7 @@ can stand in for `HookedTransformer` without a change to them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
@@ -114,6 +115,36 @@ def weight(model: Host, name: str) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"{name!r} of this {type(model).__name__} is no weight but a {type(found).__name__}")
     return found
+
+
+_SHAPES_WHAT_IT_COMPUTES = (
+    *("n_heads", "n_key_value_heads", "d_head", "act_fn", "normalization_type", "eps", "final_rms"),
+    *("use_attn_scale", "attn_scale", "scale_attn_by_inverse_layer_idx", "attention_dir", "parallel_attn_mlp"),
+    *("use_local_attn", "attn_types", "window_size", "attn_scores_soft_cap", "output_logits_soft_cap"),
+    *("positional_embedding_type", "rotary_base", "rotary_dim", "rotary_adjacent_pairs"),
+)
+"""Settings that change what a model computes with the same weights."""
+
+
+def fingerprint_of(model: Host, stream: Stream = "ablated") -> str:
+    """Hash of all that decides what the model computes in a stream: weights, their precision, settings and gates.
+
+    Whatever is kept to be resumed or used again carries this, and is refused for a model with another one.
+    """
+    settings = {name: getattr(model.cfg, name, None) for name in _SHAPES_WHAT_IT_COMPUTES}
+    # how many units the gates keep is in no weight
+    gates = repr(model.gates) if stream == "ablated" and has_ablated_stream(model) else ""  # type: ignore[attr-defined]
+    return hash_of(model.named_parameters(), f"{settings} {gates}")  # type: ignore[attr-defined]
+
+
+def hash_of(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
+    """A short hash of a text, and of names, shapes, precisions and every number of tensors."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        # as bytes, since numpy has no bfloat16
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def device_of(model: Host) -> torch.device:

@@ -156,8 +156,6 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
                     progress=progress,
                     seed=seed,
                 )
-                if found.circuit.about.get("complete") is False:
-                    raise KeyboardInterrupt
                 rankings.append(ranking(found, method, stream, len(prompts.find), len(prompts.report)))
                 kept[stream, method] = len(found.circuit)
                 needed[stream, method] = found.curve.edges_for(LEVEL).edges if found.curve is not None else None

@@ -6,6 +6,6 @@ and so are training step, evaluation and files; this package brings the activati
 
 from sa_lens.sae.evaluate import SAEEvaluation, evaluate_sae
 from sa_lens.sae.settings import PRESETS, SAESettings
-from sa_lens.sae.train import SAETrainingStopped, train_sae
+from sa_lens.sae.train import train_sae
 
-__all__ = ["PRESETS", "SAEEvaluation", "SAESettings", "SAETrainingStopped", "evaluate_sae", "train_sae"]
+__all__ = ["PRESETS", "SAEEvaluation", "SAESettings", "evaluate_sae", "train_sae"]

@@ -17,20 +17,11 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of
 from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
 from sa_lens.sae.settings import SAESettings, resolve
-from sa_lens.stopping import StopRequest, stop_requests
+from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 
 TRAINING, CHECKPOINT, FINISHED = "training.json", "checkpoint", "cfg.json"
 NORM_BATCHES = 100
 """Batches over which the mean norm of the activations is taken, at most."""
-
-
-class SAETrainingStopped(KeyboardInterrupt):
-    """Training was asked to stop and did so between two steps."""
-
-    def __init__(self, folder: Path | None, step: int, steps: int) -> None:
-        self.folder, self.step = folder, step
-        saved = f"{folder} has its state; go on with resume=True" if folder else "nothing is saved, as output is None"
-        super().__init__(f"stopped after step {step:,} of {steps:,}: {saved}")
 
 
 def train_sae(
@@ -77,7 +68,7 @@ def train_sae(
         FileExistsError: `output` holds something already, and `resume` is False.
         FileNotFoundError: no such token file.
         ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of other settings.
-        SAETrainingStopped: training was interrupted.
+        Interrupted: Ctrl-C or SIGTERM, between two steps; the state is saved if there is an `output`.
 
     Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: buffers are shuffled as a whole, instead of
     half of each being kept for the next, so that the place in the text is one number.
@@ -140,9 +131,11 @@ def train_sae(
                 scaler.scaling_factor = _norm_scale(batches(), settings.steps, d_in)
             _fit(trainer, settings.steps, folder, checkpoint_every, progress, request)
         except StopRequested as stop:
+            step, kept = trainer.n_training_steps, "nothing is saved, as output is None"
             if folder is not None:
                 _save_checkpoint(trainer, folder)
-            raise SAETrainingStopped(folder, trainer.n_training_steps, settings.steps) from stop
+                kept = f"{folder} has its state. Go on with resume=True, on the command line --resume"
+            raise Interrupted(f"stopped after step {step:,} of {settings.steps:,}; {kept}", folder=folder, step=step) from stop
     return _finished(sae_lens, trainer, folder, model)
 
 

@@ -19,10 +19,9 @@ from sa_lens.config import RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.core.checkpoints import complete_steps
 from sa_lens.data import training_loader, validation_blocks
-from sa_lens.stopping import StopRequest, stop_requests
+from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 from sa_lens.training import run_folder, state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
-from sa_lens.training.interruption import Interrupted
 from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.processes import accelerator_for, check_device, check_tracker, micro_batches
 from sa_lens.training.sampling import Sample, sample
@@ -163,7 +162,8 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
 
             # ------------------------------------------------------------------------------------------- stop test
             if stopping and not last:
-                raise Interrupted(out, step)
+                message = f"stopped after step {step}; everything is saved. Go on with: sa-lens train --out {out} --resume"
+                raise Interrupted(message, folder=out, step=step)
             if last:
                 break
 

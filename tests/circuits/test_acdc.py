@@ -11,7 +11,7 @@ import torch
 from micro import gated, plain, token_pairs
 from twins import SlowRuns, slow_acdc
 
-from sa_lens.circuits.acdc import AMBIGUOUS, acdc, visiting_order
+from sa_lens.circuits.acdc import AMBIGUOUS, SearchInterrupted, acdc, visiting_order
 from sa_lens.circuits.graph import Circuit, Edge, Graph
 from sa_lens.circuits.metrics import logit_difference
 from sa_lens.circuits.pairs import PromptPairs
@@ -212,9 +212,10 @@ def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
     exists = whole.circuit.graph.exists
     midway = 0
     for n in range(len(blocks)):
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(SearchInterrupted, match="stopped after .* edges") as stop:
             stop_after(n, patch)
-            part = search()
+            search()
+        part = stop.value.result
         decided = ~part.circuit.scores.isnan() & exists
         assert not part.complete
         assert torch.equal(part.circuit.mask[decided], whole.circuit.mask[decided])
@@ -238,7 +239,10 @@ def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monk
     while part is None or not part.complete:
         with monkeypatch.context() as patch:
             stop_after(1, patch)
-            part = acdc(model, pairs, 0.05, progress=False, resume=part)
+            try:
+                part = acdc(model, pairs, 0.05, progress=False, resume=part)
+            except SearchInterrupted as stop:
+                part = stop.result
         rounds += 1
     assert rounds > 10
     assert part.circuit == whole.circuit
@@ -287,6 +291,26 @@ def test_what_is_of_another_search_is_not_resumed(tmp_path: Any) -> None:
         acdc(gated(n_layers=2), pairs, **choices, resume=done)
 
 
+def test_a_search_with_another_function_of_the_same_name_is_not_resumed() -> None:
+    model, pairs = plain(n_layers=1), token_pairs(n=3)
+
+    def search(share: float, **options: Any) -> Any:
+        return acdc(model, pairs, 0.05, lambda logits, p: share * logit_difference(logits, p), progress=False, **options)
+
+    done = search(1.0)
+    assert search(1.0, resume=done).circuit == done.circuit
+    with pytest.raises(ValueError, match="another search: its metric of the full graph is"):
+        search(1.5, resume=done)
+
+
+def test_a_model_with_another_activation_does_not_go_on() -> None:
+    pairs = token_pairs(n=2)
+    done = acdc(plain(n_layers=1), pairs, 0.05, progress=False)
+    for changes in ({"act_fn": "relu"}, {"eps": 1e-3}, {"use_attn_scale": False}):
+        with pytest.raises(ValueError, match="with other weights or gates"):
+            acdc(plain(n_layers=1, **changes), pairs, 0.05, progress=False, resume=done)
+
+
 def test_a_dense_model_does_not_go_on_from_a_gated_one_of_the_same_shape() -> None:
     pairs = token_pairs(n=2)
     found = acdc(gated(n_layers=1), pairs, 0.05, progress=False)
@@ -309,8 +333,11 @@ def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) ->
         return plainly(self, mask)
 
     monkeypatch.setattr(CircuitRunner, "run", interrupted)
-    part = acdc(model, pairs, 0.05, order=order, progress=False)
+    with pytest.raises(SearchInterrupted, match=r"stopped after 4 of .*acdc\(..., resume=result\)") as stop:
+        acdc(model, pairs, 0.05, order=order, progress=False)
+    assert isinstance(stop.value, KeyboardInterrupt)
     monkeypatch.undo()
+    part = stop.value.result
     assert part.tried == 4
     rest = acdc(model, pairs, 0.05, order=order, progress=False, resume=part)
     assert rest.circuit == whole.circuit

@@ -15,14 +15,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sa_lens.circuits.acdc import ACDCResult
-from sa_lens.compare import Comparison, ComparisonStopped, Grid, circuit_columns, compare, comparing, plan, running
+from sa_lens.circuits.recompute import Recomputation
+from sa_lens.compare import Comparison, Grid, circuit_columns, compare, comparing, plan, running
 from sa_lens.compare.basic_columns import Losses, Weights
 from sa_lens.compare.cells import Cell, cells_of
 from sa_lens.compare.grids import GRIDS
 from sa_lens.compare.sae_columns import SAE
 from sa_lens.compare.subject import Group, Measured
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.stopping import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, cache, monkeypatch):
         return train(config, out, **options)
 
     monkeypatch.setattr(running, "train", stopping)
-    with pytest.raises(ComparisonStopped, match="The same command goes on") as stop:
+    with pytest.raises(Interrupted, match="The same command goes on") as stop:
         run(grid, tmp_path / "stopped", seeds=1)
     assert isinstance(stop.value, KeyboardInterrupt)
     status = plan(grid, tmp_path / "stopped", seeds=1, device="cpu").set_index(["variant", "what"])["status"]
@@ -257,7 +258,7 @@ def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Weights, "measure", interrupted)
-        with pytest.raises(ComparisonStopped):
+        with pytest.raises(Interrupted):
             run(grid, tmp_path, seeds=1)
     jobs.clear()
     run(grid, tmp_path, seeds=1)
@@ -265,14 +266,14 @@ def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypa
 
 
 def test_an_interrupted_search_for_a_circuit_is_no_result(tmp_path, cache, monkeypatch):
-    def half(*arguments, **options) -> ACDCResult:
-        return dataclasses.replace(acdc(*arguments, **options), complete=False)
+    def stopped(self, rows):
+        raise KeyboardInterrupt
 
-    acdc = circuit_columns.acdc
-    monkeypatch.setattr(circuit_columns, "acdc", half)
+    monkeypatch.setattr(Recomputation, "try_removals", stopped)
     groups = (circuit_columns.ACDC(pairs=8, orders=0, bar=0.0),)
-    with pytest.raises(ComparisonStopped):
+    with pytest.raises(Interrupted, match="The same command goes on"):
         run(tiny(cache, groups=groups), tmp_path, seeds=1)
+    assert not list(tmp_path.rglob("acdc-*.json"))
 
 
 def test_a_weak_model_has_no_circuit(tmp_path, cache):
@@ -417,7 +418,7 @@ def test_sigterm_stops_like_ctrl_c(tmp_path, cache, monkeypatch):
         time.sleep(10)
 
     monkeypatch.setattr(Weights, "measure", terminated)
-    with pytest.raises(ComparisonStopped):
+    with pytest.raises(Interrupted):
         run(tiny(cache), tmp_path, seeds=1)
     assert signal.getsignal(signal.SIGTERM) == before
 
