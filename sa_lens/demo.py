@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
+from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig, to_dict
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -363,7 +363,12 @@ class TestCircuit:
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_an_interrupted_search_is_no_result_and_goes_on(
-        self, reader: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        reader: str,
+        number: int,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         from sa_lens.circuits import search
         from sa_lens.circuits.recompute import Recomputation

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from sa_lens import demo
+from sa_lens.config import write_yaml
+from sa_lens.training.run_folder import CONFIG_YAML
 
 
 def test_models_are_trained_on_one_thread_and_the_number_is_put_back(
@@ -37,3 +39,13 @@ def test_both_models_see_the_same_text_in_the_same_order() -> None:
     assert (baseline.model, baseline.data, baseline.train) == (local.model, local.data, local.train)
     assert not baseline.gates.gated
     assert local.gates.gated
+
+
+def test_models_of_another_seed_are_not_taken_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = demo.demo_run()
+    write_yaml(run, tmp_path / CONFIG_YAML)
+    monkeypatch.setattr("sa_lens.core.checkpoints.complete_steps", lambda folder: [folder / f"step-{run.train.steps}"])
+    monkeypatch.setattr("sa_lens.core.SelfAblatingTransformer.from_pretrained", lambda folder: folder)
+    assert demo._trained(run, tmp_path, "cpu", progress=False) == tmp_path
+    with pytest.raises(ValueError, match=r"train\.seed"):
+        demo._trained(demo.demo_run(seed=7), tmp_path, "cpu", progress=False)

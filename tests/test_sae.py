@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from transformer_lens import HookedTransformer
 
 import sa_lens as sa
@@ -23,6 +25,7 @@ from sa_lens.sae.activations import ActivationBatches, TokenBlocks, activations,
 from sa_lens.stopping import Interrupted
 
 sae_lens = pytest.importorskip("sae_lens")
+ActivationScaler = pytest.importorskip("sae_lens.training.activation_scaler").ActivationScaler
 
 N_CTX, VOCAB = 16, 40
 SMALL = {"d_sae": 24, "batch_tokens": 64, "steps": 12, "buffer_tokens": 256, "progress": False}
@@ -280,7 +283,9 @@ def test_a_stopped_training_goes_on_bit_for_bit(model, tokens, tmp_path, monkeyp
     whole = train_sae(model, "hook_embed", tokens, lr=1e-2, **SMALL)
     interrupting = Interrupting(monkeypatch, step)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=f"after step {step} of 12.*resume=True, on the command line --resume") as stop:
+    with pytest.raises(
+        Interrupted, match=f"after step {step} of 12.*resume=True, on the command line --resume"
+    ) as stop:
         train_sae(model, "hook_embed", tokens, lr=1e-2, output=tmp_path / "sae", **SMALL)
     assert (stop.value.folder, stop.value.step) == (tmp_path / "sae", step)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -402,20 +407,19 @@ def test_figures_agree_with_a_slow_twin(model, tokens, stream, batch):
     assert found.n_latents == 48
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
-def test_figures_equal_saelens_on_its_own_store(model, tokens):
-    """SAELens's store, given the same blocks as a tokenized dataset, leads `run_evals` to the same numbers."""
+HOOK = "blocks.0.hook_mlp_out"
+
+
+def figures_of_saelens(model, sae, tokens, scaler):
+    """What SAELens's `run_evals` gives on its own store, which has the same blocks as a tokenized dataset."""
     import datasets
     from sae_lens.evals import get_eval_everything_config
-    from sae_lens.training.activation_scaler import ActivationScaler
 
-    hook = "blocks.0.hook_mlp_out"
-    sae = random_sae(16, hook)
     store = sae_lens.ActivationsStore(
         model=model,
         dataset=datasets.Dataset.from_dict({"input_ids": tokens.tolist()}),
         streaming=False,
-        hook_name=hook,
+        hook_name=HOOK,
         hook_head_index=None,
         context_size=N_CTX,
         d_in=16,
@@ -429,18 +433,154 @@ def test_figures_equal_saelens_on_its_own_store(model, tokens):
         dtype="float32",
     )
     config = get_eval_everything_config(8, 3, 3)
-    theirs, latents = sae_lens.run_evals(sae, store, model, ActivationScaler(), config, exclude_special_tokens=False)
-    ours = evaluate_sae(model, sae, tokens, progress=False)
-    performance = theirs["model_performance_preservation"]
-    assert ours.ce == performance["ce_loss_without_sae"]
-    assert ours.ce_sae == performance["ce_loss_with_sae"]
-    assert ours.ce_zero == performance["ce_loss_with_ablation"]
-    assert ours.ce_score == performance["ce_loss_score"]
-    assert ours.l0 == theirs["sparsity"]["l0"]
-    assert ours.l1 == theirs["sparsity"]["l1"]
-    assert ours.explained_variance == theirs["reconstruction_quality"]["explained_variance"]
-    assert ours.mse == theirs["reconstruction_quality"]["mse"]
-    assert ours.density.tolist() == latents["feature_density"]
+    theirs, latents = sae_lens.run_evals(sae, store, model, scaler, config, exclude_special_tokens=False)
+    performance, quality = theirs["model_performance_preservation"], theirs["reconstruction_quality"]
+    return {
+        **{"ce": performance["ce_loss_without_sae"], "ce_sae": performance["ce_loss_with_sae"]},
+        **{"ce_zero": performance["ce_loss_with_ablation"], "ce_score": performance["ce_loss_score"]},
+        **{"l0": theirs["sparsity"]["l0"], "l1": theirs["sparsity"]["l1"]},
+        **{name: quality[name] for name in ("explained_variance", "mse")},
+        **{"cosine": quality["cossim"], "density": latents["feature_density"]},
+    }
+
+
+def assert_figures(found, expected) -> None:
+    for name, value in expected.items():
+        np.testing.assert_equal(getattr(found, name), np.asarray(value), err_msg=name)
+
+
+def scaler_for(how: str, model, tokens):
+    """SAELens's own estimate of what a way of normalising needs."""
+    scaler = ActivationScaler()
+    if how == "expected_average_only_in":
+        scaler.estimate_scaling_factor(16, iter([activations(model, tokens, HOOK, "clean")]), 1)
+    if how == "covariance_whitening":
+        scaler.estimate_whitening(16, iter([activations(model, tokens, HOOK, "clean")]), 1)
+    return scaler
+
+
+NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
+@pytest.mark.parametrize("how", NORMALISATIONS)
+def test_figures_equal_saelens_however_activations_are_normalised(model, tokens, tmp_path, how):
+    """In memory, in SAELens's checkpoint of an interrupted training, and folded, as when training has ended."""
+    scaler = scaler_for(how, model, tokens)
+    cfg = sae_lens.StandardTrainingSAEConfig(d_in=16, d_sae=48, normalize_activations=how)
+    cfg.metadata.hook_name = HOOK
+    sae = sae_lens.TrainingSAE.from_dict(cfg.to_dict())
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    sae.eval()
+    expected = figures_of_saelens(model, sae, tokens, scaler)
+    assert_figures(evaluate_sae(model, sae, tokens, scaler=scaler, progress=False), expected)
+    sae.save_model(tmp_path)
+    scaler.save(str(tmp_path / "activation_scaler.json"))
+    assert_figures(evaluate_sae(model, tmp_path, tokens, progress=False), expected)
+    needed = scaler != ActivationScaler()
+    assert needed == (how in ("expected_average_only_in", "covariance_whitening"))
+    if needed:
+        with pytest.raises(ValueError, match=f"trained with normalize_activations='{how}', and the scale is not folded"):
+            evaluate_sae(model, sae, tokens, progress=False)
+        (tmp_path / "activation_scaler.json").unlink()
+        with pytest.raises(ValueError, match="give scaler=, an ActivationScaler"):
+            evaluate_sae(model, tmp_path, tokens, progress=False)
+        plain = figures_of_saelens(model, sae, tokens, ActivationScaler())
+        assert_figures(evaluate_sae(model, sae, tokens, scaler=ActivationScaler(), progress=False), plain)
+        assert plain["mse"] != expected["mse"], "or nothing would show that the scale was left out"
+    if how == "expected_average_only_in":
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    elif how == "covariance_whitening":
+        whitening = scaler.whitening
+        sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    folded = evaluate_sae(model, sae, tokens, progress=False)
+    for name in ("ce_sae", "l0", "l1", "mse", "explained_variance"):
+        assert getattr(folded, name) == pytest.approx(expected[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalize": False}], ids=["scaled", "unscaled"])
+def test_an_interrupted_training_is_evaluated_with_its_scale(model, tokens, tmp_path, monkeypatch, settings):
+    Interrupting(monkeypatch, 7)
+    with pytest.raises(Interrupted):
+        train_sae(model, HOOK, tokens, lr=1e-2, output=tmp_path / "sae", **SMALL, **settings)
+    checkpoint = tmp_path / "sae" / "checkpoint" / "step-7"
+    with pytest.raises(FileNotFoundError, match=f"no cfg.json.; its training goes on .*{checkpoint}"):
+        evaluate_sae(model, tmp_path / "sae", tokens, progress=False)
+    found = evaluate_sae(model, checkpoint, tokens, progress=False)
+    sae, scaler = sae_lens.SAE.load_from_disk(str(checkpoint)), ActivationScaler()
+    scaler.load(checkpoint / "activation_scaler.json")
+    assert (scaler.scaling_factor is None) == (settings == {"normalize": False})
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    sae.requires_grad_(False)
+    x = activations(model, tokens, HOOK, "clean")
+    latents = torch.relu(x @ sae.W_enc + sae.b_enc)
+    assert found.mse == pytest.approx(float((latents @ sae.W_dec + sae.b_dec - x).square().sum(-1).mean()), rel=1e-4)
+    assert found.l0 == pytest.approx(float((latents > 0).float().sum(-1).mean()))
+
+
+@pytest.mark.parametrize("sae_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_figures_of_narrow_models_and_saes(tokens, dtype, sae_dtype):
+    """Those of float64 on the same activations, logits and weights."""
+    model, sae = make_model().to(dtype), random_sae(16, HOOK).to(sae_dtype)
+    found = evaluate_sae(model, sae, tokens, progress=False)
+    assert (sae.dtype, next(model.parameters()).dtype) == (sae_dtype, dtype)
+
+    def loss(hooks):
+        with torch.no_grad():
+            log_p = model.run_with_hooks(tokens, fwd_hooks=hooks).double().log_softmax(-1)
+        return -float(log_p[:, :-1].gather(-1, tokens[:, 1:, None]).mean())
+
+    _, cache = model.run_with_cache(tokens)
+    x = cache[HOOK].detach().flatten(0, 1).double()
+    W_enc, b_enc, W_dec, b_dec = (p.detach().double() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+
+    def rebuilt(x):
+        return torch.relu(x.double() @ W_enc + b_enc) @ W_dec + b_dec
+
+    latents, error = torch.relu(x @ W_enc + b_enc), (rebuilt(x) - x).square().sum(-1)
+    assert found.ce == pytest.approx(loss([]), rel=1e-5)
+    assert found.ce_sae == pytest.approx(loss([(HOOK, lambda x, hook: rebuilt(x).to(x.dtype))]), rel=1e-3)
+    assert found.l1 == pytest.approx(float(latents.sum(-1).mean()), rel=1e-4)
+    assert found.l0 == pytest.approx(float((latents > 0).double().sum(-1).mean()), rel=1e-3)
+    assert found.mse == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def test_an_sae_of_other_weights_is_not_resumed(model, tokens, tmp_path, monkeypatch):
+    interrupting = Interrupting(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train_sae(model, HOOK, tokens, output=tmp_path / "sae", **SMALL)
+    interrupting.step = 0
+    nudged, wider = copy.deepcopy(model), make_model()
+    with torch.no_grad():
+        nudged.blocks[1].mlp.W_out[2, 1] += 1e-3
+    wider.cfg.eps = 1e-3
+    for stage in ("interrupted", "finished"):
+        for other in (nudged, wider):
+            with pytest.raises(ValueError, match="another SAE: model differ; use the same model"):
+                train_sae(other, HOOK, tokens, output=tmp_path / "sae", resume=True, **SMALL)
+        if stage == "interrupted":
+            train_sae(model, HOOK, tokens, output=tmp_path / "sae", resume=True, **SMALL)
+
+
+@pytest.mark.parametrize("failing", ["save_model", "save_inference_model", "save_trainer_state"])
+def test_a_full_disk_is_told_in_one_line_and_keeps_checkpoints(model, tokens, tmp_path, monkeypatch, failing):
+    def full(*_, **__):
+        raise {"save_model": SafetensorError, "save_trainer_state": RuntimeError}.get(failing, OSError)("no room\nat 0x1")
+
+    with monkeypatch.context() as patched:
+        owner = sae_lens.SAETrainer if failing == "save_trainer_state" else sae_lens.StandardTrainingSAE
+        patched.setattr(owner, failing, full)
+        with pytest.raises(OSError, match=f"cannot write the SAE in {tmp_path / 'sae'}: no room\\.") as told:
+            train_sae(model, HOOK, tokens, output=tmp_path / "sae", checkpoint_every=5, **SMALL)
+    kept = tmp_path / "sae" / "checkpoint" / "step-10"
+    assert (f"{kept} is kept" in str(told.value)) == (failing == "save_inference_model")
+    assert {path.name for path in (tmp_path / "sae").iterdir()} == {"training.json", "checkpoint"}
+    whole = train_sae(model, HOOK, tokens, **SMALL)
+    assert same_weights(whole, train_sae(model, HOOK, tokens, output=tmp_path / "sae", resume=True, **SMALL))
 
 
 def test_a_latent_that_never_fires_is_dead(model, tokens):

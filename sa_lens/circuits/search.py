@@ -219,9 +219,7 @@ def find_circuit(
             warnings.append(f"no faithfulness: {error}")
         logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
         divergence = float(kl(logits[1], logits[0]).double().mean())
-    return FoundCircuit(
-        circuit, ranking, ability, divergence, curve, own, seconds, choices, warnings=tuple(warnings)
-    )
+    return FoundCircuit(circuit, ranking, ability, divergence, curve, own, seconds, choices, warnings=tuple(warnings))
 
 
 @contextmanager

@@ -95,8 +95,18 @@ class Cell:
         return self.folder / "final"
 
     def trained(self) -> dict[str, Any] | None:
-        """What is recorded of the finished model: hash of its weights, of both texts, seconds; None if not finished."""
-        return read_record(self.folder / "done.json")
+        """What is recorded of the finished model: hash of its weights, of both texts, seconds; None if not finished.
+
+        Raises:
+            ValueError: `final` holds other weights than were recorded.
+        """
+        record, weights = read_record(self.folder / "done.json"), self.final / WEIGHTS
+        if record is not None and weights.is_file() and _content(weights) != record["weights"]:
+            raise ValueError(
+                f"{weights} has changed since this model was finished: restore it, or delete {self.folder}, and it is "
+                "made again"
+            )
+        return record
 
     def steps_done(self) -> int:
         """Steps of the training run that are safe on disk."""

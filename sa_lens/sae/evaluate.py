@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, in_stream
+from sa_lens.core.host import Hook, Host, device_of, in_stream, widened
 from sa_lens.sae.activations import TokenBlocks, Tokens, hook_width, import_sae_lens
+from sa_lens.sae.train import FINISHED, newest_checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,44 +67,50 @@ def evaluate_sae(
     n_tokens: int = 100_000,
     batch: int = 8,
     ignore: Collection[int] = (),
+    scaler: Any = None,
     progress: bool = True,
 ) -> SAEEvaluation:
     """Evaluates an SAE with SAELens's `run_evals`: as it is, reconstructed, zeroed.
 
     In the ablated stream the hook is replaced or zeroed in the ablated pass, at all positions; the clean pass, from
-    which keys, values and masks come, stays as it is.
+    which keys, values and masks come, stays as it is. Figures are computed in float32 or wider, whatever the precision of
+    model and SAE.
 
     Args:
         model: any `HookedTransformer`.
-        sae: an SAE of SAELens, or the folder of one.
+        sae: an SAE of SAELens, or the folder of one: finished, or a checkpoint of its training or of SAELens's own.
         tokens: a token file, its path, or blocks `[batch pos]`. Take text that the SAE has not seen.
         hook: hook point; None: the one in the SAE's metadata.
         stream: clean or ablated; None: the one in the SAE's metadata, else clean.
         n_tokens: tokens at most, in whole blocks from the beginning of the text; at least one block.
         batch: blocks at a time. Three sets of logits are in memory at once.
         ignore: tokens at which the SAE neither replaces nor counts, such as begin-of-text.
+        scaler: SAELens's `ActivationScaler` of an SAE whose normalisation is not folded into its weights; None: the one
+            that lies beside the SAE in its folder. `ActivationScaler()` evaluates such an SAE without any.
         progress: show progress bars.
 
     Raises:
         ImportError: SAELens is not installed.
         FileNotFoundError: no such token file or SAE.
         ValueError: an unknown hook or stream, an SAE of another width, a text that is too short, every token ignored,
-            a hook that the loss does not depend on (the CE score is then 0 / 0).
+            a hook that the loss does not depend on (the CE score is then 0 / 0), an SAE that was trained on scaled
+            activations whose scale is neither in its weights nor given.
 
     Source: SAELens, `run_evals`. Differs: special tokens count unless ignored, as they do in our losses, and no
     begin-of-text token is put before the blocks, since our models are trained without it.
     """
     sae_lens = import_sae_lens()
     from sae_lens.evals import EvalConfig
-    from sae_lens.training.activation_scaler import ActivationScaler
 
     for name, value in (("n_tokens", n_tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if isinstance(sae, (str, Path)):
-        if not (Path(sae) / "cfg.json").is_file():
-            raise FileNotFoundError(f"{sae} holds no SAE (no cfg.json)")
+        scaler = scaler or _scaler_beside(Path(sae))
         sae = sae_lens.SAE.load_from_disk(str(sae), device=str(device_of(model)))
+    scaler = _scaler_of(sae, scaler)
+    if sae.dtype not in (torch.float32, torch.float64):
+        sae = copy.deepcopy(sae).to(torch.float32)
     hook = hook or sae.cfg.metadata.hook_name
     if hook is None:
         raise ValueError("the SAE's metadata names no hook: give hook=")
@@ -119,8 +128,8 @@ def evaluate_sae(
             metrics, latents = sae_lens.run_evals(
                 sae=sae,
                 activation_store=_Text(text.to(device_of(model)), batch),
-                model=model,
-                activation_scaler=ActivationScaler(),
+                model=_Wide(model),
+                activation_scaler=scaler,
                 eval_config=EvalConfig(
                     batch_size_prompts=batch,
                     n_eval_reconstruction_batches=passes,
@@ -156,6 +165,72 @@ def evaluate_sae(
         dead_latents=int((density == 0).sum()),
         density=density,
     )
+
+
+def _scaler_beside(folder: Path) -> Any:
+    """The scaler in the folder of an SAE; None if there is none, or one that scales nothing.
+
+    Raises:
+        FileNotFoundError: no SAE in this folder.
+    """
+    from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    if not (folder / FINISHED).is_file():
+        checkpoint = newest_checkpoint(folder)
+        instead = f"; its training goes on with resume=True, or evaluate the checkpoint {checkpoint}" if checkpoint else ""
+        raise FileNotFoundError(f"{folder} holds no SAE (no {FINISHED}){instead}")
+    scaler = ActivationScaler()
+    if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file():
+        scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
+    return None if scaler == ActivationScaler() else scaler
+
+
+def _scaler_of(sae: Any, scaler: Any) -> Any:
+    """The scaler given, or one that does nothing, for an SAE that needs none.
+
+    Raises:
+        ValueError: the SAE reads scaled activations, and nothing says by what they are scaled.
+    """
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    how = sae.cfg.normalize_activations
+    if scaler is None and how in ("expected_average_only_in", "covariance_whitening"):
+        raise ValueError(
+            f"this SAE was trained with normalize_activations={how!r}, and the scale is not folded into its weights: give "
+            "scaler=, an ActivationScaler of SAELens with that scale, or the folder of its checkpoint instead of the SAE"
+        )
+    return ActivationScaler() if scaler is None else scaler
+
+
+class _Wide:
+    """A model as SAELens's evaluation calls it; what it reads is in float32 or wider, whatever the model computes in."""
+
+    def __init__(self, model: Host) -> None:
+        self.model, self.tokenizer = model, model.tokenizer
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"], **options: Any) -> tuple[Tensor, Tensor]:
+        return self.run_with_hooks(tokens, fwd_hooks=[], **options)
+
+    def run_with_hooks(
+        self, tokens: Int[Tensor, "batch pos"], *, fwd_hooks: Sequence[Hook], return_type: str, loss_per_token: bool
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], Float[Tensor, "batch pred"]]:
+        hooks = [(name, self._widely(function)) for name, function in fwd_hooks]
+        logits = widened(self.model.run_with_hooks(tokens, fwd_hooks=hooks) if hooks else self.model(tokens))
+        log_p = logits.log_softmax(-1)[:, :-1]
+        return logits, -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
+
+    def run_with_cache(self, tokens: Int[Tensor, "batch pos"], **options: Any) -> tuple[Any, dict[str, Tensor]]:
+        out, cache = self.model.run_with_cache(tokens, **options)
+        return out, {name: widened(x) for name, x in cache.items()}
+
+    @staticmethod
+    def _widely(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def hooked(x: Tensor, hook: Any) -> Tensor | None:
+            found = function(widened(x), hook)
+            return None if found is None else found.to(x.dtype)
+
+        return hooked
 
 
 class _Text:

@@ -7,14 +7,18 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of
+from sa_lens.core.host import Host, device_of, fingerprint_of
+from sa_lens.data.writing import atomic_write
 from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
 from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
@@ -67,7 +71,9 @@ def train_sae(
         ImportError: SAELens is not installed.
         FileExistsError: `output` holds something already, and `resume` is False.
         FileNotFoundError: no such token file.
-        ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of other settings.
+        OSError: `output` cannot be written, such as on a full disk; earlier checkpoints are kept.
+        ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of another model, text
+            or settings.
         Interrupted: Ctrl-C or SIGTERM, between two steps; the state is saved if there is an `output`.
 
     Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: buffers are shuffled as a whole, instead of
@@ -87,6 +93,7 @@ def train_sae(
         "hook": hook,
         "stream": stream,
         "seed": seed,
+        "model": fingerprint_of(model, stream),
         "tokens": blocks.fingerprint,
         "settings": dataclasses.asdict(settings),
         "sae": {name: value for name, value in cfg.to_dict().items() if name not in ("metadata", "device")},
@@ -120,7 +127,7 @@ def train_sae(
             sae = sae_lens.TrainingSAE.from_dict({**cfg.to_dict(), "device": "cpu"})
         device = str(device_of(model))
         trainer = sae_lens.SAETrainer(_trainer_config(settings, device), sae.to(device), batches())
-        checkpoint = _newest(folder)
+        checkpoint = newest_checkpoint(folder)
         if checkpoint is not None:
             sae.load_weights_from_checkpoint(checkpoint)
             trainer.load_trainer_state(checkpoint)
@@ -135,7 +142,9 @@ def train_sae(
             if folder is not None:
                 _save_checkpoint(trainer, folder)
                 kept = f"{folder} has its state. Go on with resume=True, on the command line --resume"
-            raise Interrupted(f"stopped after step {step:,} of {settings.steps:,}; {kept}", folder=folder, step=step) from stop
+            raise Interrupted(
+                f"stopped after step {step:,} of {settings.steps:,}; {kept}", folder=folder, step=step
+            ) from stop
     return _finished(sae_lens, trainer, folder, model)
 
 
@@ -171,7 +180,7 @@ def _finished(sae_lens: Any, trainer: Any, folder: Path | None, model: Host) -> 
         with tempfile.TemporaryDirectory() as temporary:
             sae.save_inference_model(temporary)
             return _loaded(sae_lens, Path(temporary), model)
-    with tempfile.TemporaryDirectory(prefix=".sae-", dir=folder) as temporary:
+    with _writing(folder), tempfile.TemporaryDirectory(prefix=".sae-", dir=folder) as temporary:
         for path in sae.save_inference_model(temporary):
             # the configuration comes last: with it the folder counts as finished
             path.replace(folder / path.name)
@@ -230,6 +239,7 @@ def _metadata(model: Host, blocks: TokenBlocks, record: dict[str, Any]) -> dict[
         "exclude_special_tokens": False,
         "stream": record["stream"],
         "seed": record["seed"],
+        "model_fingerprint": record["model"],
         "tokens": record["tokens"],
         "settings": record["settings"],
     }
@@ -261,15 +271,29 @@ def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
         differing = [name for name in record if before.get(name) != record[name]]
         if differing:
             raise ValueError(
-                f"{folder} is the training of another SAE: {', '.join(differing)} differ; use the same arguments, or "
-                "another output"
+                f"{folder} is the training of another SAE: {', '.join(differing)} differ; use the same model and "
+                "arguments, or another output"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(stored, json.dumps(record, indent=1).encode())
 
 
-def _newest(folder: Path | None) -> Path | None:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says, whichever library fails to write, which folder cannot be written and what of the training is kept."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(folder / CHECKPOINT / "writing", ignore_errors=True)
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+        newest = newest_checkpoint(folder)
+        kept = f"{newest} is kept: make room and go on with resume=True, on the command line --resume"
+        raise OSError(f"cannot write the SAE in {folder}: {why}. {kept if newest else 'No checkpoint is kept'}") from error
+
+
+def newest_checkpoint(folder: Path | None) -> Path | None:
     """The last complete checkpoint."""
     found = list((folder / CHECKPOINT).glob("step-*")) if folder is not None else []
     return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
@@ -278,12 +302,13 @@ def _newest(folder: Path | None) -> Path | None:
 def _save_checkpoint(trainer: Any, folder: Path) -> None:
     """Writes the state under a temporary name, renames it, and drops earlier ones."""
     base, step = folder / CHECKPOINT, trainer.n_training_steps
-    before = _newest(folder)
+    before = newest_checkpoint(folder)
     final = base / f"step-{step}"
     if before == final:
         return
     shutil.rmtree(base / "writing", ignore_errors=True)
-    trainer.save_checkpoint("writing", base_path=base)
-    (base / "writing").rename(final)
+    with _writing(folder):
+        trainer.save_checkpoint("writing", base_path=base)
+        (base / "writing").rename(final)
     if before is not None:
         shutil.rmtree(before)

@@ -162,7 +162,9 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
 
             # ------------------------------------------------------------------------------------------- stop test
             if stopping and not last:
-                message = f"stopped after step {step}; everything is saved. Go on with: sa-lens train --out {out} --resume"
+                message = (
+                    f"stopped after step {step}; everything is saved. Go on with: sa-lens train --out {out} --resume"
+                )
                 raise Interrupted(message, folder=out, step=step)
             if last:
                 break

@@ -164,9 +164,7 @@ def _check(
 ) -> None:
     if len(blocks) < 4:
         raise ValueError(f"the text has {len(blocks)} blocks of {blocks.length} tokens: at least 4 are needed")
-    counts = {site: len(peaks) for site, peaks in thresholds.peaks.items()}
-    if counts != unit_counts(model):
-        raise ValueError("the thresholds are those of a model of another shape: calibrate(model, ...) gives this one's")
+    thresholds.check_model(model)
     if snippets < 2 or substitutes < 0:
         raise ValueError(f"snippets={snippets} must be at least 2 and substitutes={substitutes} at least 0")
     if not 1 <= context <= blocks.length:
@@ -183,6 +181,8 @@ def _chosen(
             raise ValueError(f"units={units!r} must be a number, (site, unit) pairs, or 'all'")
         return [(site, unit) for site, count in counts.items() for unit in range(count)]
     if not isinstance(units, int):
+        if not len(units):
+            raise ValueError("units is empty: give (site, unit) pairs, a number, or 'all'")
         for site, unit in units:
             if site not in counts or not 0 <= unit < counts[site]:
                 raise ValueError(f"unit {unit} of {site} is not there: {counts.get(site, 0)} units at that site")

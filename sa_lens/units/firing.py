@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.core.host import Host, fingerprint_of
 from sa_lens.data import TokenFile
 from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
 
@@ -53,6 +53,16 @@ class Thresholds:
     """Root mean square of all values of a site."""
     n_tokens: int
     """Tokens of the calibration text."""
+    model: str | None = None
+    """Fingerprint of the model that was calibrated; None: made by hand, for any model of this shape."""
+
+    def check_model(self, model: Host) -> None:
+        """Raises ValueError if these are the thresholds of another model."""
+        shapes = {site: len(peaks) for site, peaks in self.peaks.items()}
+        if shapes != unit_counts(model):
+            raise ValueError("the thresholds are those of a model of another shape: calibrate this one")
+        if self.model not in (None, fingerprint_of(model, self.stream)):
+            raise ValueError("the thresholds are those of a model with other weights or gates: calibrate this one")
 
     def live(self, site: Site) -> Bool[Tensor, " unit"]:
         """Units that are not dead."""
@@ -116,5 +126,5 @@ def calibrate(
             above = top[:, -2] if kept > 1 else top[:, -1]
             peaks[site] = torch.lerp(top[:, -1], above, at - math.floor(at)).to(largest[stream, site].dtype)
             rms[site] = math.sqrt(squares[stream, site] / (blocks.n_tokens * count))
-        rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens)
+        rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens, fingerprint_of(model, stream))
     return rules

@@ -178,9 +178,7 @@ def rules_for(
     for stream in streams:
         if stream not in calibration:
             raise ValueError(f"the thresholds given are for {[*calibration]}, not for stream={stream!r}: calibrate it")
-        shapes = {site: len(peaks) for site, peaks in calibration[stream].peaks.items()}
-        if shapes != unit_counts(model):
-            raise ValueError("the thresholds given are of a model of another shape: calibrate this one")
+        calibration[stream].check_model(model)
     return calibration
 
 

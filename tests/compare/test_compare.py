@@ -265,6 +265,17 @@ def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypa
     assert jobs == ["weights baseline-seed0"]
 
 
+def test_figures_of_other_weights_are_not_taken_for_these(tmp_path, cache, jobs):
+    grid = tiny(cache)
+    run(grid, tmp_path, seeds=1)
+    (final,) = tmp_path.glob("models/*/final/model.safetensors")
+    content = bytearray(final.read_bytes())
+    content[-1] ^= 1
+    final.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{final} has changed since this model was finished: restore it, or delete"):
+        run(grid, tmp_path, seeds=1)
+
+
 def test_an_interrupted_search_for_a_circuit_is_no_result(tmp_path, cache, monkeypatch):
     def stopped(self, rows):
         raise KeyboardInterrupt

@@ -49,3 +49,26 @@ def test_a_silent_unit_is_dead_and_a_rare_one_below_the_percentile_too(planted, 
     once = torch.full((200, 16), 9)
     once[0, 0] = 7
     assert not calibrate(planted, once, progress=False)["clean"].live(Site(0, "mlp"))[1]
+
+
+def test_thresholds_of_other_weights_are_refused(gated, text, calibration):
+    rules = calibrate(gated, calibration, ("clean", "ablated"), progress=False)
+    nudged = copy.deepcopy(gated)
+    with torch.no_grad():
+        nudged.blocks[0].attn.W_O[1, 2, 3] += 1e-3
+    other_gates = copy.deepcopy(gated)
+    other_gates.gates = dataclasses.replace(gated.gates, k_mlp=3)
+    for stream, rule in rules.items():
+        with pytest.raises(ValueError, match="model with other weights or gates: calibrate this one"):
+            specialization(nudged, text, rules, stream, progress=False)
+        with pytest.raises(ValueError, match="other weights or gates"):
+            explain(nudged, text, rule, progress=False)
+        rule.check_model(copy.deepcopy(gated))
+    rules["clean"].check_model(other_gates)
+    with pytest.raises(ValueError, match="other weights or gates"):
+        rules["ablated"].check_model(other_gates)
+
+
+def test_no_unit_to_explain_is_refused(gated, text, calibration):
+    with pytest.raises(ValueError, match="units is empty"):
+        explain(gated, text, calibrate(gated, calibration, progress=False)["clean"], units=[], progress=False)
