@@ -482,7 +482,9 @@ def test_figures_equal_saelens_however_activations_are_normalised(model, tokens,
     needed = scaler != ActivationScaler()
     assert needed == (how in ("expected_average_only_in", "covariance_whitening"))
     if needed:
-        with pytest.raises(ValueError, match=f"trained with normalize_activations='{how}', and the scale is not folded"):
+        with pytest.raises(
+            ValueError, match=f"trained with normalize_activations='{how}', and the scale is not folded"
+        ):
             evaluate_sae(model, sae, tokens, progress=False)
         (tmp_path / "activation_scaler.json").unlink()
         with pytest.raises(ValueError, match="give scaler=, an ActivationScaler"):
@@ -569,7 +571,9 @@ def test_an_sae_of_other_weights_is_not_resumed(model, tokens, tmp_path, monkeyp
 @pytest.mark.parametrize("failing", ["save_model", "save_inference_model", "save_trainer_state"])
 def test_a_full_disk_is_told_in_one_line_and_keeps_checkpoints(model, tokens, tmp_path, monkeypatch, failing):
     def full(*_, **__):
-        raise {"save_model": SafetensorError, "save_trainer_state": RuntimeError}.get(failing, OSError)("no room\nat 0x1")
+        raise {"save_model": SafetensorError, "save_trainer_state": RuntimeError}.get(failing, OSError)(
+            "no room\nat 0x1"
+        )
 
     with monkeypatch.context() as patched:
         owner = sae_lens.SAETrainer if failing == "save_trainer_state" else sae_lens.StandardTrainingSAE

@@ -73,7 +73,7 @@ def evaluate_sae(
     """Evaluates an SAE with SAELens's `run_evals`: as it is, reconstructed, zeroed.
 
     In the ablated stream the hook is replaced or zeroed in the ablated pass, at all positions; the clean pass, from
-    which keys, values and masks come, stays as it is. Figures are computed in float32 or wider, whatever the precision of
+    which keys, values and masks come, stays as it is. Figures are computed in float32 or wider, whatever those of
     model and SAE.
 
     Args:
@@ -178,7 +178,9 @@ def _scaler_beside(folder: Path) -> Any:
 
     if not (folder / FINISHED).is_file():
         checkpoint = newest_checkpoint(folder)
-        instead = f"; its training goes on with resume=True, or evaluate the checkpoint {checkpoint}" if checkpoint else ""
+        instead = (
+            f"; its training goes on with resume=True, or evaluate the checkpoint {checkpoint}" if checkpoint else ""
+        )
         raise FileNotFoundError(f"{folder} holds no SAE (no {FINISHED}){instead}")
     scaler = ActivationScaler()
     if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file():
@@ -197,14 +199,14 @@ def _scaler_of(sae: Any, scaler: Any) -> Any:
     how = sae.cfg.normalize_activations
     if scaler is None and how in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"this SAE was trained with normalize_activations={how!r}, and the scale is not folded into its weights: give "
-            "scaler=, an ActivationScaler of SAELens with that scale, or the folder of its checkpoint instead of the SAE"
+            f"this SAE was trained with normalize_activations={how!r}, and the scale is not folded into its weights: "
+            "give scaler=, an ActivationScaler of SAELens with that scale, or the folder of its checkpoint as the SAE"
         )
     return ActivationScaler() if scaler is None else scaler
 
 
 class _Wide:
-    """A model as SAELens's evaluation calls it; what it reads is in float32 or wider, whatever the model computes in."""
+    """A model as SAELens's evaluation calls it, which reads it in float32 or wider, whatever it computes in."""
 
     def __init__(self, model: Host) -> None:
         self.model, self.tokenizer = model, model.tokenizer

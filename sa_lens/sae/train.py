@@ -72,8 +72,8 @@ def train_sae(
         FileExistsError: `output` holds something already, and `resume` is False.
         FileNotFoundError: no such token file.
         OSError: `output` cannot be written, such as on a full disk; earlier checkpoints are kept.
-        ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of another model, text
-            or settings.
+        ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of another model,
+            text or settings.
         Interrupted: Ctrl-C or SIGTERM, between two steps; the state is saved if there is an `output`.
 
     Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: buffers are shuffled as a whole, instead of
@@ -290,7 +290,9 @@ def _writing(folder: Path) -> Iterator[None]:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
         newest = newest_checkpoint(folder)
         kept = f"{newest} is kept: make room and go on with resume=True, on the command line --resume"
-        raise OSError(f"cannot write the SAE in {folder}: {why}. {kept if newest else 'No checkpoint is kept'}") from error
+        raise OSError(
+            f"cannot write the SAE in {folder}: {why}. {kept if newest else 'No checkpoint is kept'}"
+        ) from error
 
 
 def newest_checkpoint(folder: Path | None) -> Path | None:

@@ -1,9 +1,13 @@
 """The firing rule is the one of the definition, on the whole text at once."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from sa_lens.units import explain, specialization
 from sa_lens.units.activations import Site, unit_sites
 from sa_lens.units.firing import Thresholds, calibrate
 
