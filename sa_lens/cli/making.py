@@ -12,6 +12,7 @@ import tyro
 
 from sa_lens.cli.parsing import COMMANDS, Command, Device, Run, as_json, command, parse
 from sa_lens.config import PRESETS, RunConfig, read_yaml
+from sa_lens.launching import unfinished_launch
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ def train_command(arguments: list[str]) -> int | None:
     options, flags = parse(
         TrainOptions, arguments, "train", TRAIN_HELP, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
     )
+    launch = unfinished_launch()
+    if launch is not None and (launch.cpu or options.device == "cpu"):
+        command = launch.command(["sa_lens", "train", *arguments])
+        os.execv(command[0], command)
     if options.resume and options.preset is None and options.config is None:
         from sa_lens.training.run_folder import stored_config
 

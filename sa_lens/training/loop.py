@@ -19,11 +19,19 @@ from sa_lens.config import RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.core.checkpoints import complete_steps
 from sa_lens.data import training_loader, validation_blocks
+from sa_lens.launching import check_processes
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 from sa_lens.training import run_folder, state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term_names, term_row
-from sa_lens.training.processes import accelerator_for, check_device, check_tracker, micro_batches
+from sa_lens.training.processes import (
+    LostProcess,
+    accelerator_for,
+    check_device,
+    check_tracker,
+    is_lost_connection,
+    micro_batches,
+)
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
 from sa_lens.training.sharding import whole, whole_parameters
@@ -76,12 +84,15 @@ def train(
         OSError: `out` cannot be written.
         TrainingDiverged: a loss, gradient or weight is not finite; the last good checkpoint stays.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        LostProcess: one of several processes died.
+        RuntimeError: fewer processes train than the launcher was asked for.
     """
     out = Path(out)
     check_device(device)
     check_tracker(run.train.tracker)
     with ExitStack() as stack:
         accelerator = stack.enter_context(accelerator_for(run, out, device))
+        check_processes(accelerator.num_processes)
         micro_batches(run, accelerator.num_processes)
         if accelerator.is_main_process:
             run_folder.check_free(out, resume)
@@ -93,6 +104,10 @@ def train(
             steps = complete_steps(out)
             kept = f"The last good checkpoint, {steps[-1]}, is kept" if steps else "There is no checkpoint yet"
             raise TrainingDiverged(f"training stopped: {error}. {kept}. Try a lower train.lr or train.clip") from None
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and is_lost_connection(error):
+                raise LostProcess(out, accelerator.process_index) from error
+            raise
 
 
 def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,21 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
         if mine and not torch.distributed.is_initialized():
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+
+
+class LostProcess(RuntimeError):
+    """One of the processes that train together is gone."""
+
+    def __init__(self, folder: Path, survivor: int) -> None:
+        super().__init__(
+            f"process {survivor} cannot go on, since another process of this training has died: see its message, if it "
+            f"left one. Go on from the last checkpoint with: sa-lens train --out {folder} --resume"
+        )
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error of torch says that another process cannot be reached any more."""
+    return isinstance(error, torch.distributed.DistError) or bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
 
 
 def micro_batches(run: RunConfig, processes: int) -> int:

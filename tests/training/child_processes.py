@@ -139,3 +139,35 @@ def shard_instead_of_copying() -> None:
         return loss, prepare(self, optimizer)
 
     Accelerator.prepare = sharded  # type: ignore[method-assign]
+
+
+def train_and_lose_one(run: RunConfig, out: Path, step: int, report: Path) -> list[int | None]:
+    """Trains in two processes, the second of which kills itself with SIGKILL when a step begins.
+
+    What the first one says is written to `report`. Returns the exit codes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [start(_one_of_two, run, out, rank, port, step, report) for rank in range(2)]
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def _one_of_two(run: RunConfig, out: Path, rank: int, port: int, step: int, report: Path) -> None:
+    from sa_lens.training import loop
+
+    rate = loop.learning_rate
+
+    def dying(now: int, cfg: Any) -> float:
+        if rank == 1 and now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rate(now, cfg)
+
+    loop.learning_rate = dying
+    try:
+        _one_of(run, out, rank, 2, port, False, {})
+    except RuntimeError as error:
+        report.write_text(f"{type(error).__name__}: {error}")
+        os._exit(2)

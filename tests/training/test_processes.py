@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import child_processes
@@ -12,6 +13,7 @@ from tiny_runs import MakeRun, records
 
 from sa_lens.config import GateConfig
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.checkpoints import complete_steps
 from sa_lens.training import train
 
 
@@ -90,6 +92,17 @@ def test_sharded_parameters(make_run: MakeRun, tmp_path: Path) -> None:
             )
             for name, weight in found.named_parameters():
                 assert weight.detach().numpy() == pytest.approx(expected.get_parameter(name).detach().numpy(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_survivor_of_a_death_says_so_and_how_to_go_on(make_run: MakeRun, tmp_path: Path) -> None:
+    out, report = tmp_path / "run", tmp_path / "said"
+    codes = child_processes.train_and_lose_one(make_run(steps=12, accumulate=2, save_every=4), out, 6, report)
+    assert codes == [2, -signal.SIGKILL]
+    said = report.read_text()
+    assert said.startswith("LostProcess: process 0 cannot go on, since another process of this training has died")
+    assert said.endswith(f"sa-lens train --out {out} --resume")
+    assert [folder.name for folder in complete_steps(out)] == ["step-4"]
 
 
 def test_the_batch_must_divide(make_run: MakeRun, tmp_path: Path) -> None:
