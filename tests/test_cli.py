@@ -23,7 +23,7 @@ from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
 
 TINY = [
     *("--model.n-layers", "2", "--model.d-model", "16", "--model.n-heads", "2", "--model.n-ctx", "16"),
-    *("--gates.k-attn", "4", "--gates.k-mlp", "8", "--data.n-stories", "200", "--data.vocab-size", "400"),
+    *("--gates.k-attn", "4", "--gates.k-mlp", "8", "--data.n-stories", "200", "--data.vocab-size", "900"),
     *("--train.steps", "4", "--train.batch-size", "2", "--train.eval-every", "2", "--train.save-every", "2"),
     *("--train.eval-tokens", "160", "--train.sample-tokens", "8", "--train.log-every", "1"),
 ]
@@ -303,7 +303,7 @@ class TestExport:
 def reader(tmp_path_factory: pytest.TempPathFactory, cache: list[str]) -> str:
     """A run whose context holds a prompt and whose tokenizer keeps names whole."""
     out = str(tmp_path_factory.mktemp("cli") / "reader")
-    longer = ["--model.n-ctx", "48", "--data.vocab-size", "700", "--train.sample-tokens", "0"]
+    longer = ["--model.n-ctx", "48", "--data.vocab-size", "1000", "--train.sample-tokens", "0"]
     assert cli.main(["train", "--out", out, "--device", "cpu", *TINY, *longer, *cache]) == 0
     return out
 
@@ -471,7 +471,7 @@ class TestUnits:
 class TestReport:
     def test_one_page(self, tmp_path: Path, cache: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         reader, page = str(tmp_path / "reader"), tmp_path / "report.html"
-        longer = ["--model.n-ctx", "48", "--data.vocab-size", "700", "--data.validation-fraction", "0.1"]
+        longer = ["--model.n-ctx", "48", "--data.vocab-size", "1000", "--data.validation-fraction", "0.1"]
         assert cli.main(["train", "--out", reader, "--device", "cpu", *TINY, *longer, *cache]) == 0
         small = ["--stories", "2", "--units", "2", "--device", "cpu", "--title", "Mine & yours"]
         assert cli.main(["report", reader, "-o", str(page), *small]) == 0

@@ -210,7 +210,12 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 means, now = window.means(), time.perf_counter()
                 speed = (step - logged_step) * tokens_a_step / (now - logged_at)
                 logged_step, logged_at = step, now
-                figures = {"tokens": step * tokens_a_step, **means, "lr": lr, "tokens_per_s": round(speed)}
+                figures: dict[str, Any] = {
+                    "tokens": step * tokens_a_step,
+                    **means,
+                    "lr": lr,
+                    "tokens_per_s": round(speed),
+                }
                 if run.gates.gated:
                     figures["streams"] = 2 if ablated else 1
                 record("train", {**figures, "seconds": round(now - began, 1)})

@@ -13,7 +13,7 @@ from sa_lens.training import Sample, sample, side_by_side
 
 @pytest.fixture(scope="module")
 def gated(cache: object) -> SelfAblatingTransformer:
-    data = prepare(DataConfig(n_stories=200, vocab_size=400, cache_dir=str(cache)), 16, progress=False)
+    data = prepare(DataConfig(n_stories=200, vocab_size=900, cache_dir=str(cache)), 16, progress=False)
     shape = ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=16, d_vocab=data.d_vocab)
     return SelfAblatingTransformer(shape, GateConfig(k_attn=2, k_mlp=2), data.tokenizer, device="cpu")
 

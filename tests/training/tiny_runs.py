@@ -38,7 +38,7 @@ def tiny_run(
         model=ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=16, attn_scale=True, init="gpt2"),
         gates=gates if gates is not None else GateConfig(k_attn=4, k_mlp=8),
         loss=loss if loss is not None else LossConfig(),
-        data=DataConfig(n_stories=200, vocab_size=400, cache_dir=str(cache)),
+        data=DataConfig(n_stories=200, vocab_size=900, cache_dir=str(cache)),
         train=TrainConfig(**{**settings, **train}),
     )
 
