@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sa_lens.data.tokenizers import boundary_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -162,13 +164,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if bos is None:
-            raise ValueError(
-                "the tokenizer has neither a begin-of-text nor an end-of-text token to begin a prompt with; "
-                "set tokenizer.bos_token"
-            )
-        self.bos: int = bos
+        self.begin = boundary_tokens(tokenizer).begin
 
     def __call__(self, text: str) -> list[int]:
         ids: Any = self.tokenizer.encode(text, add_special_tokens=False)
@@ -274,14 +270,14 @@ def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[st
         if -len(places) <= index < len(places):
             positions[name] = places[index] - len(clean)
     positions["end"] = -1
-    return _Row(draft, [encoder.bos, *clean], [encoder.bos, *corrupt], answer, wrong, positions)
+    return _Row(draft, [encoder.begin, *clean], [encoder.begin, *corrupt], answer, wrong, positions)
 
 
 def _stacked(task: str, rows: list[_Row], encoder: _Encoder, dropped: dict[str, int]) -> PromptPairs:
     longest = max(len(row.clean) for row in rows)
 
     def padded(side: list[list[int]]) -> Int[Tensor, "pair pos"]:
-        return torch.tensor([[encoder.bos] * (longest - len(ids)) + ids for ids in side])
+        return torch.tensor([[encoder.begin] * (longest - len(ids)) + ids for ids in side])
 
     shared = [name for name in rows[0].positions if all(name in row.positions for row in rows)]
     return PromptPairs(
@@ -295,6 +291,6 @@ def _stacked(task: str, rows: list[_Row], encoder: _Encoder, dropped: dict[str, 
         clean_texts=tuple(row.draft.clean for row in rows),
         corrupt_texts=tuple(row.draft.corrupt for row in rows),
         token_texts=tuple(tuple(str(encoder.tokenizer.decode([i])) for i in row.clean) for row in rows),
-        pad_id=encoder.bos,
+        pad_id=encoder.begin,
         dropped=dropped,
     )

@@ -19,6 +19,7 @@ from sa_lens.core.checkpoints import (
     write_weights,
 )
 from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.data.writing import atomic_write, staged_folder
 
 _HF_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
@@ -103,7 +104,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
         if not holds:
             raise ValueError(f"GPT-2 cannot express this model: it needs {requirement}. Use --to hooked")
     folder = _free(folder)
-    eos = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    begin, end = (None, None) if model.tokenizer is None else boundary_tokens(model.tokenizer)
     hf = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=cfg.d_vocab,
@@ -117,8 +118,8 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=eos,
-            eos_token_id=eos,
+            bos_token_id=begin,
+            eos_token_id=end,
             tie_word_embeddings=model.tied,
             dtype=cfg.dtype,
         )

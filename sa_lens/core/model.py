@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities import LocallyOverridenDefaults, get_attention_mask
+from transformers import PreTrainedTokenizerBase
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
@@ -37,6 +38,8 @@ from sa_lens.core.streams import (
     silenced,
     torch_hooks,
 )
+from sa_lens.data.tokenizers import prompt_tokenizer
+from sa_lens.data.tokens import vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +160,33 @@ class SelfAblatingTransformer(HookedTransformer):
         if self.cfg.tie_word_embeddings:
             self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed)
         self.setup()
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None) -> None:
+        """As in TransformerLens, for any Hugging Face tokenizer, also one that was never on disk.
+
+        The model keeps a copy that puts one token before a text: the one before the documents of a training text, see
+        `boundary_tokens`. It never reads the tokenizer from its folder again, so that no code there is run.
+
+        Args:
+            default_padding_side: `left` or `right`; None: the tokenizer's own.
+
+        Raises:
+            ValueError: no Hugging Face tokenizer, or one without begin- and end-of-text token.
+        """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"the tokenizer is a {type(tokenizer).__name__}, but must be a Hugging Face one; wrap one of the "
+                "tokenizers library in PreTrainedTokenizerFast(tokenizer_object=..., eos_token=...)"
+            )
+        if default_padding_side not in ("left", "right", None):
+            raise ValueError(f"default_padding_side={default_padding_side!r} must be 'left', 'right' or None")
+        self.tokenizer = prompt_tokenizer(tokenizer)
+        self.tokenizer.padding_side = default_padding_side or self.tokenizer.padding_side or "right"
+        self.cfg.tokenizer_prepends_bos = True
+        if self.cfg.d_vocab == -1:
+            self.cfg.d_vocab = vocabulary_of(self.tokenizer)
+        if self.cfg.d_vocab_out == -1:
+            self.cfg.d_vocab_out = self.cfg.d_vocab
 
     def _attach_gates(self, generator: torch.Generator) -> None:
         cfg = self.cfg
@@ -475,7 +505,7 @@ class SelfAblatingTransformer(HookedTransformer):
         copied = cls(cfg, gates, seed=seed)
         copied.cfg.tokenizer_name = model.cfg.tokenizer_name
         if model.tokenizer is not None:
-            copied.tokenizer = model.tokenizer
+            copied.set_tokenizer(model.tokenizer)
         base = {key: value for key, value in model.state_dict().items() if "_gate." not in key}
         copied.load_base(base)
         if isinstance(model, SelfAblatingTransformer):

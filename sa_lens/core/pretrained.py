@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS, get_official_model_name
 
 from sa_lens.config import GateConfig
 from sa_lens.core import checkpoints
@@ -26,13 +27,21 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a damaged or foreign file, or an architecture that gates do not fit.
+        ValueError: a damaged or foreign file, a model that needs code from the Hub, or an architecture that gates do
+            not fit.
     """
     path = Path(name)
     if not path.exists() and checkpoints._is_transformer_lens_name(str(name)):
+        if get_official_model_name(str(name)).startswith(NEED_REMOTE_CODE_MODELS):
+            raise ValueError(
+                f"TransformerLens loads {str(name)!r} with Python code from the Hub, which is never run here; load it "
+                "yourself and pass it to SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-            base: HookedTransformer = HookedTransformer.from_pretrained_no_processing(str(name), device="cpu")
+            base: HookedTransformer = HookedTransformer.from_pretrained_no_processing(
+                str(name), device="cpu", trust_remote_code=False
+            )
     else:
         base = checkpoints.load(name, device="cpu")
     model = SelfAblatingTransformer.from_hooked(base, gates, seed=seed)

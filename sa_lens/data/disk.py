@@ -14,10 +14,30 @@ from typing import Any
 from sa_lens.data.writing import replacement, staged_folder
 
 
+def local_path(name: str | Path, what: str) -> Path:
+    """The path that a user wrote, with `~` for the home folder unless there is a file of that very name.
+
+    Args:
+        what: the setting that holds the path, for the message.
+
+    Raises:
+        ValueError: an empty name, which an unset variable leaves; it never stands for the current folder.
+    """
+    if not str(name).strip():
+        raise ValueError(f"{what} is empty: give a name, or leave the setting out")
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # `~name` where there is no such user
+        return path
+
+
 def cache_folder(cache_dir: str | None) -> Path:
     """The folder for tokens on disk: `cache_dir`, else `$SA_LENS_CACHE`, else `~/.cache/sa_lens`."""
-    chosen = cache_dir or os.environ.get("SA_LENS_CACHE") or "~/.cache/sa_lens"
-    return Path(chosen).expanduser().resolve()
+    chosen = cache_dir if cache_dir is not None else os.environ.get("SA_LENS_CACHE") or "~/.cache/sa_lens"
+    return local_path(chosen, "data.cache_dir").resolve()
 
 
 def fingerprint(path: str | Path) -> str:
@@ -32,15 +52,41 @@ def fingerprint(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         raise FileNotFoundError(f"no file or folder {path}")
-    files = (p for p in sorted(path.rglob("*")) if p.is_file())
-    named = {p.relative_to(path).as_posix(): p for p in files}
-    visible = {name: p for name, p in named.items() if not any(part.startswith(".") for part in name.split("/"))}
-    return key_of({name: fingerprint(p) for name, p in visible.items()})
+    return key_of({file.relative_to(path).as_posix(): fingerprint(file) for file in visible_files(path)})
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, sorted; those whose name or folder begins with a dot are left out."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def key_of(values: Any) -> str:
     """SHA-256 (hex) of plain nested values, the same in every process."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Records the fingerprint of a file or folder of the cache beside it; what has no record counts as not there."""
+    write_atomically(_record(path), fingerprint(path))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file or folder of the cache is there, complete and unchanged since it was sealed.
+
+    Raises:
+        ValueError: its content is not what was written.
+    """
+    record = _record(path)
+    if not path.exists() or not record.is_file():
+        return False
+    if record.read_text(encoding="utf-8").strip() != fingerprint(path):
+        raise ValueError(f"{path} in the cache is damaged; delete it and {record.name}, they will be made again")
+    return True
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from sa_lens.data.disk import write_atomically
+from sa_lens.data.reading import read_json
 
 PROBE_SECONDS = 3.0
 """Longest wait for an answer of the Hub, in seconds, name lookup included."""
@@ -72,7 +73,8 @@ def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
         require_hub(f"{dataset_id!r}, no local file or folder but a dataset id,", instead)
     except HubUnreachable:
         if record.is_file():
-            return json.loads(record.read_text(encoding="utf-8"))["revision"]
+            remedy = "delete it and go on with a network"
+            return str(read_json(record, remedy=remedy, keys={"revision": str})["revision"])
         raise
 
     from huggingface_hub import HfApi

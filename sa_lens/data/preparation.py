@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import DataConfig
-from sa_lens.data.disk import cache_folder, key_of, locked
+from sa_lens.data.disk import cache_folder, is_sealed, key_of, local_path, locked, seal
 from sa_lens.data.sources import Source, open_source, stories_source, story_words
 from sa_lens.data.tokenizers import fetch_tokenizer, load_tokenizer, read_words, tokenizer_fingerprint, train_bpe
 from sa_lens.data.tokens import FORMAT, TokenFile, check_blocks, vocabulary_of, write_tokens
+from sa_lens.data.writing import remove_leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,10 +58,12 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
     Raises:
         FileNotFoundError: a file that is not there.
         HubUnreachable: a Hub dataset or tokenizer and no network; raised within seconds.
-        ValueError: wrong column or split, empty text, text shorter than one block, a tokenizer without an end-of-text
-            token, a damaged token file.
+        ValueError: wrong column or split, empty text, text shorter than one block, a tokenizer without a begin- or
+            end-of-text token, a damaged file in the cache.
     """
     cache = cache_folder(data.cache_dir)
+    for part in ("tokens", "tokenizers", "documents"):
+        remove_leftovers(cache / part)
     keep_whole = _kept_words(data)
     texts = _texts(data, cache, progress)
     if data.tokenizer == "bpe":
@@ -68,11 +72,23 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
         folder = fetch_tokenizer(data.tokenizer, cache)
     tokenizer = load_tokenizer(folder)
     files = {name: _token_file(text, tokenizer, name, cache, progress) for name, text in texts.items()}
+    if progress:
+        _say_form(data, files)
     for name, file in files.items():
         check_blocks(file, n_ctx, name)
     if files["train"].fingerprint == files["validation"].fingerprint:
         raise ValueError("the validation text equals the training text; name another in data.validation")
     return PreparedData(files["train"], files["validation"], tokenizer, folder)
+
+
+def _say_form(data: DataConfig, files: dict[str, TokenFile]) -> None:
+    """Says what plain text was taken for, on standard error."""
+    named = {data.validation or data.source: [files["validation"]]}
+    named.setdefault(data.source, []).append(files["train"])
+    for name, parts in named.items():
+        forms = [part.form for part in parts if part.form is not None]
+        if forms:
+            print(f"{name}: {sum(part.n_documents for part in parts):,} documents, {forms[0]}", file=sys.stderr)
 
 
 def _kept_words(data: DataConfig) -> list[str]:
@@ -149,7 +165,7 @@ def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
         )
 
     named = (data.source, data.validation)
-    whole = data.source == "stories" or Path(data.source).expanduser().is_file()
+    whole = data.source == "stories" or local_path(data.source, "data.source").is_file()
     if whole and data.validation is None and data.validation_split is not None:
         raise ValueError(
             f"data.source={data.source!r} has no splits, so no data.validation_split={data.validation_split!r}; "
@@ -157,7 +173,9 @@ def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
         )
     if whole and data.split != "train":
         raise ValueError(f"data.source={data.source!r} has no splits, so no data.split={data.split!r}; leave it out")
-    if data.streaming and all(name is None or name == "stories" or Path(name).expanduser().exists() for name in named):
+    if data.streaming and all(
+        name is None or name == "stories" or local_path(name, "data.validation").exists() for name in named
+    ):
         raise ValueError("data.streaming is for datasets on the Hub; leave it out for local or generated text")
     if data.source == "stories":
         source = stories_source(data.n_stories, data.stories_seed, data.max_documents)
@@ -181,10 +199,11 @@ def _trained_tokenizer(data: DataConfig, text: _Text, words: list[str], cache: P
 
     key = key_of([FORMAT, text.key, data.vocab_size, words, tokenizers.__version__])
     folder = cache / "tokenizers" / f"bpe-{key[:32]}"
-    if not folder.is_dir():
+    if not is_sealed(folder):
         with locked(folder):
-            if not folder.is_dir():
+            if not is_sealed(folder):
                 train_bpe(text.read(), folder, vocab_size=data.vocab_size, keep_whole=words, progress=progress)
+                seal(folder)
     return folder
 
 
@@ -200,5 +219,6 @@ def _token_file(text: _Text, tokenizer: PreTrainedTokenizerBase, name: str, cach
             if not exists():
                 # Reading costs a tenth of encoding: a price worth a bar that knows how long it has to go.
                 total = sum(1 for _ in text.read()) if progress else None
-                return write_tokens(path, text.read(), tokenizer, name=name, total=total, progress=progress)
+                form = text.source.form()
+                return write_tokens(path, text.read(), tokenizer, name=name, total=total, progress=progress, form=form)
     return TokenFile.open(path)

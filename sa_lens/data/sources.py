@@ -1,30 +1,24 @@
 """Where text comes from: local files and folders, datasets on the Hub, generated stories.
 
 A source knows what its text is (a key by content) before it reads any, so that tokens already on disk are found at
-once. Blank documents are left out everywhere.
+once. Blank documents are left out everywhere. How each kind of file is read: `files`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sa_lens.data.disk import fingerprint, key_of, locked, new_file
+from sa_lens.data import files
+from sa_lens.data.disk import fingerprint, is_sealed, key_of, local_path, locked, new_file, seal, visible_files
 from sa_lens.data.hub import dataset_revision, require_hub
 
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}
-"""Kinds of files, by suffix, with their names in `datasets`."""
-
 LOCAL_TEXT = "name a local parquet, jsonl, txt or arrow file or folder in data.source, or `stories`"
-
-BATCH = 1000
-"""Documents read at a time."""
 
 SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _SPLIT_WORDS = {"train", "validation", "test", *SPLIT_NAMES}
@@ -40,6 +34,8 @@ class Source:
     """Key of the content: equal keys, equal documents."""
     read: Callable[[], Iterator[str]]
     """Begins a pass over the documents."""
+    form: Callable[[], str | None] = lambda: None
+    """Where documents begin and end, in words ("one on each line"), if that was decided by the look of the text."""
 
 
 def open_source(
@@ -69,23 +65,33 @@ def open_source(
         HubUnreachable: a Hub dataset and no network.
         ValueError: no such dataset, or no such split.
     """
-    path = Path(source).expanduser()
+    path = local_path(source, "the name of the text")
     limits = {"column": column, "max_documents": max_documents}
     if path.exists():
-        read = _local_reader(path.resolve(), split, column)
+        parts = _files(path.resolve(), split)
+        kinds = {files.kind_of(file) for file in parts}
+        if len(kinds) > 1:
+            raise ValueError(f"folder {path} mixes kinds of files ({', '.join(sorted(kinds))}); name one file")
+        kind = kinds.pop() if kinds else "arrow"
+        if kind == files.TEXT and column != "text":
+            raise ValueError(f"{path} is plain text and has no column {column!r}; its columns: 'text'")
         part = split if path.is_dir() else None
         # the ending says how a file is read, so the same bytes under another one are another text
-        kind = {} if path.is_dir() else {"kind": KINDS.get(path.suffix.lower())}
-        key = key_of({"content": fingerprint(path), "split": part, **kind, **limits})
-        return Source(str(path), key, lambda: _cleaned(read(), max_documents))
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in KINDS:
+        key = key_of({"content": fingerprint(path), "split": part, "kind": files.RULES[kind], **limits})
+
+        def read() -> Iterator[str]:
+            return _cleaned(files.texts(parts, column), max_documents)
+
+        return Source(
+            str(path), key, read, functools.partial(files.form, parts) if kind == files.TEXT else lambda: None
+        )
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in files.KINDS:
         raise FileNotFoundError(f"no file or folder {source!r}")
     revision = dataset_revision(source, cache, LOCAL_TEXT)
     key = key_of({"hub": source, "revision": revision, "split": split, "streaming": streaming, **limits})
 
     def read_hub() -> Iterator[str]:
-        batches = _hub_batches(source, revision, split, streaming)
-        texts = _cleaned(_column(batches, column, source), max_documents)
+        texts = _cleaned(_hub_texts(source, revision, split, column, streaming), max_documents)
         return _spooled(texts, cache / "documents" / f"{key}.jsonl", max_documents, progress) if streaming else texts
 
     return Source(source, key, read_hub)
@@ -113,54 +119,24 @@ def _python_files(folder: Path) -> dict[str, str]:
     return {path.name: fingerprint(path) for path in sorted(folder.glob("*.py"))}
 
 
-def _cleaned(texts: Iterable[Any], max_documents: int | None) -> Iterator[str]:
+def _cleaned(texts: Iterable[str | None], max_documents: int | None) -> Iterator[str]:
     return itertools.islice((text for text in texts if text and text.strip()), max_documents)
 
 
-def _column(batches: Iterable[dict[str, list[Any]]], column: str, name: str) -> Iterator[str | None]:
-    """The texts of one column.
-
-    Raises:
-        ValueError: no such column, or it holds no text.
-    """
-    for batch in batches:
-        if column not in batch:
-            raise ValueError(f"{name} has no column {column!r}; its columns: {', '.join(map(repr, batch))}")
-        for text in batch[column]:
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"column {column!r} of {name} holds {type(text).__name__}, not text")
-            yield text
-
-
-def _local_reader(path: Path, split: str | None, column: str) -> Callable[[], Iterator[str | None]]:
-    """Finds the files of a local source; reading begins when the result is called."""
-    if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
-        return lambda: _column(_saved_batches(path, split), column, str(path))
-    files = _files(path, split)
-    kinds = {KINDS[file.suffix.lower()] for file in files}
-    if len(kinds) > 1:
-        raise ValueError(f"folder {path} mixes kinds of files ({', '.join(sorted(kinds))}); name one file")
-    kind = kinds.pop()
-    if kind == "text":
-        if column != "text":
-            raise ValueError(f"{path} is plain text and has no column {column!r}; its columns: 'text'")
-        return lambda: itertools.chain.from_iterable(_text_documents(file) for file in files)
-    return lambda: itertools.chain.from_iterable(
-        _column(_file_batches(file, kind), column, str(file)) for file in files
-    )
-
-
 def _files(path: Path, split: str | None) -> list[Path]:
+    """The files that hold a local text, in the order in which they are read."""
     if path.is_file():
-        if path.suffix.lower() not in KINDS:
-            raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(KINDS)}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty")
+        files.kind_of(path)
         return [path]
-    inside = (file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in KINDS)
-    files = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if not files:
-        raise FileNotFoundError(f"folder {path} holds no file of a known kind ({', '.join(KINDS)})")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return files.saved_dataset(path, lambda splits: _chosen_split(split, splits, str(path)))
+    inside = [file for file in visible_files(path) if file.suffix.lower() in files.KINDS]
+    if not inside:
+        raise FileNotFoundError(f"folder {path} holds no file of a known kind ({', '.join(files.KINDS)})")
     by_split: dict[str, list[Path]] = {}
-    for file in files:
+    for file in inside:
         by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
     return by_split[_chosen_split(split, list(by_split), str(path))]
 
@@ -181,91 +157,57 @@ def _chosen_split(split: str | None, splits: list[str], name: str) -> str:
     return split
 
 
-def _saved_batches(path: Path, split: str | None) -> Iterator[dict[str, list[Any]]]:
-    """A dataset written by `save_to_disk`."""
-    import datasets
+def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, streaming: bool) -> Iterator[str | None]:
+    """The texts of a Hub dataset; nothing is asked of the Hub before the first is wanted.
 
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        loaded = loaded[_chosen_split(split, list(loaded), str(path))]
-    return loaded.iter(batch_size=BATCH)
-
-
-def _file_batches(file: Path, kind: str, **options: Any) -> Iterator[dict[str, list[Any]]]:
-    """The rows of a local file; every failure to read it is a ValueError that names it."""
-    import datasets
-
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
-    try:
-        # Streamed, so that no second copy of the text is written to the cache of `datasets`.
-        with _without_counting():
-            rows = datasets.load_dataset(kind, data_files=[_literal(file)], split="train", streaming=True, **options)
-        yield from rows.iter(batch_size=BATCH)
-    except Exception as error:  # the readers' own errors have no common base
-        raise ValueError(f"cannot read {file} as {kind}: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _without_counting() -> Iterator[None]:
-    """Keeps `datasets` from reporting the use of its file readers over the network, which hangs where there is none."""
-    from datasets import config
-
-    counting, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = counting
-
-
-def _literal(file: Path) -> str:
-    """The path with characters that `datasets` reads as wildcards put in brackets."""
-    return re.sub(r"([*?\[])", r"[\1]", str(file))
-
-
-def _text_documents(file: Path) -> Iterator[str]:
-    r"""The documents of a txt file: between lines `<|endoftext|>` if there are any, else between blank lines if there
-    are any, else one a line."""
-
-    def lines() -> Iterator[str]:
-        for batch in _file_batches(file, "text", keep_linebreaks=True):
-            yield from batch["text"]
-
-    seen = {line.strip() for line in lines() if line.strip() in ("", "<|endoftext|>")}
-    separator = "<|endoftext|>" if "<|endoftext|>" in seen else "" if seen else None
-    document: list[str] = []
-    for line in lines():
-        if separator is None:
-            yield line.rstrip("\r\n")
-        elif line.strip() == separator:
-            yield "".join(document).strip("\r\n")
-            document = []
-        else:
-            document.append(line)
-    yield "".join(document).strip("\r\n")
-
-
-def _hub_batches(dataset_id: str, revision: str, split: str | None, streaming: bool) -> Iterator[dict[str, list[Any]]]:
-    """The rows of a Hub dataset; nothing is asked of the Hub before the first is wanted."""
+    Files of a known kind are read as local ones are, the text column alone; others by `datasets`.
+    """
     require_hub(f"dataset {dataset_id!r}", LOCAL_TEXT)
     import datasets
+    import huggingface_hub
 
-    if split is None:
-        splits = datasets.get_dataset_split_names(dataset_id, revision=revision)
-        split = _chosen_split(None, list(splits), dataset_id)
-    yield from datasets.load_dataset(dataset_id, split=split, revision=revision, streaming=streaming).iter(BATCH)
+    # before version 4 `datasets` ran the Python file of a dataset that has one
+    builder = datasets.load_dataset_builder(dataset_id, revision=revision, trust_remote_code=False)
+    by_split = {
+        str(name): [str(place) for place in places] for name, places in (builder.config.data_files or {}).items()
+    }
+    if not by_split or not all(
+        Path(place).suffix.lower() in files.KINDS for place in itertools.chain(*by_split.values())
+    ):
+        split = split or _chosen_split(
+            None, datasets.get_dataset_split_names(dataset_id, revision=revision), dataset_id
+        )
+        rows = datasets.load_dataset(
+            dataset_id, split=split, revision=revision, streaming=streaming, trust_remote_code=False
+        )
+        columns = rows.column_names or []
+        if column not in columns:
+            raise files.no_column(dataset_id, column, columns)
+        for batch in rows.select_columns([column]).iter(files.BATCH):
+            yield from (files.as_text(text, column, dataset_id) for text in batch[column])
+        return
+    hub = huggingface_hub.HfFileSystem()
+    for place in by_split[_chosen_split(split, list(by_split), dataset_id)]:
+        if streaming:
+            opened = functools.partial(hub.open, place, "rb")
+            yield from files.file_texts(opened, files.kind_of(Path(place)), column, place)
+        else:
+            inside = hub.resolve_path(place).path_in_repo
+            local = huggingface_hub.hf_hub_download(dataset_id, inside, repo_type="dataset", revision=revision)
+            yield from files.texts([Path(local)], column)
 
 
 def _spooled(texts: Iterable[str], path: Path, total: int | None, progress: bool) -> Iterator[str]:
     """The texts, written to `path` (one JSON string a line) on the first pass, read from there on later ones."""
     from tqdm.auto import tqdm
 
-    if not path.is_file():
+    if not is_sealed(path):
         with locked(path):
-            if not path.is_file():
+            if not is_sealed(path):
                 with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
                     for text in tqdm(texts, total=total, desc="documents", unit="", disable=not progress):
                         out.write(json.dumps(text) + "\n")
+                seal(path)
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -8,15 +8,17 @@ that leads to them, and the model looks a whole word up before it merges (`ignor
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sa_lens.data.disk import key_of, locked, new_folder
+from sa_lens.data.disk import is_sealed, key_of, local_path, locked, new_folder, seal
 from sa_lens.data.hub import require_hub
+from sa_lens.data.pieces import pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,24 +29,101 @@ END_OF_TEXT = "<|endoftext|>"
 LOCAL_TOKENIZER = "name a tokenizer folder in data.tokenizer, or let `bpe` train one on the text"
 
 
+class Boundaries(NamedTuple):
+    """The tokens at the beginning and the end of a text.
+
+    Training text, prompts, generated text and views all begin with `begin`, so that a model only ever begins with a
+    token that it was trained on.
+    """
+
+    begin: int
+    """Before every document and prompt."""
+    end: int
+    """After every document; where generated text stops."""
+
+    @property
+    def before(self) -> list[int]:
+        """What a document of a training text begins with: nothing if the end of the one before says as much."""
+        return [] if self.begin == self.end else [self.begin]
+
+    @property
+    def after(self) -> list[int]:
+        """What it ends with."""
+        return [self.end]
+
+
+def boundary_tokens(tokenizer: Any) -> Boundaries:
+    """A tokenizer's begin- and end-of-text token; where it has one of them only, that one is both.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is None and end is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has neither an end-of-text token to put between documents nor a "
+            "begin-of-text token; name one as eos_token in its tokenizer_config.json, or set tokenizer.eos_token"
+        )
+    return Boundaries(int(end if begin is None else begin), int(begin if end is None else end))
+
+
+def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy for prompts: it puts the begin token before a text, and nothing else before or after it.
+
+    Both boundary tokens and the padding token are set; the tokens of the text itself stay the same.
+
+    Raises:
+        ValueError: no boundary token, or a tokenizer in Python that adds others by itself.
+    """
+    from tokenizers import processors
+
+    begin, _ = boundary_tokens(tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.bos_token_id is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.bos_token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # a name of our own for the token, as those with a colon do not fit into the template
+        backend.post_processor = processors.TemplateProcessing(
+            single="BEGIN $A",
+            special_tokens=[{"id": "BEGIN", "ids": [begin], "tokens": [tokenizer.bos_token]}],
+        )
+    elif list(tokenizer("a")["input_ids"]) != [begin, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} does not put its begin-of-text token, and that alone, before a "
+            "text; use its fast version, or set add_bos_token=True and add_eos_token=False"
+        )
+    return tokenizer
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer of a local folder.
+    """The Hugging Face tokenizer of a local folder. Python code in the folder is never run.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the folder holds no tokenizer, or one without an end-of-text token.
+        ValueError: the folder holds no tokenizer, or one without a begin- or end-of-text token.
     """
     from transformers import AutoTokenizer
 
-    folder = Path(folder).expanduser().resolve()
+    folder = local_path(folder, "the name of the tokenizer folder").resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"no tokenizer folder {folder}")
     try:
-        # The absolute path becomes `name_or_path`, from which TransformerLens loads the tokenizer again.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # The absolute path becomes `name_or_path`, by which it is named in messages.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer in {folder} needs Python code of its own, which is never run; save it as a "
+                "tokenizer.json without auto_map"
+            ) from error
         raise ValueError(f"{folder} holds no Hugging Face tokenizer (tokenizer.json, ...): {error}") from error
-    return _with_end_of_text(tokenizer, str(folder))
+    boundary_tokens(tokenizer)
+    return tokenizer
 
 
 def fetch_tokenizer(name: str, cache: Path) -> Path:
@@ -55,7 +134,7 @@ def fetch_tokenizer(name: str, cache: Path) -> Path:
         HubUnreachable: a Hub id that was never used with this cache, and no network.
         ValueError: the Hub has no such tokenizer.
     """
-    path = Path(name).expanduser()
+    path = local_path(name, "data.tokenizer")
     if path.is_dir():
         return path.resolve()
     if path.is_file():
@@ -63,14 +142,13 @@ def fetch_tokenizer(name: str, cache: Path) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise FileNotFoundError(f"data.tokenizer={name!r}: no such folder; {LOCAL_TOKENIZER}")
     folder = cache / "tokenizers" / name.replace("/", "--")
-    if folder.is_dir():
-        return folder
-    with locked(folder):
-        if folder.is_dir():
-            return folder
-        tokenizer = _from_hub(name)
-        with new_folder(folder) as temporary:
-            tokenizer.save_pretrained(str(temporary))
+    if not is_sealed(folder):
+        with locked(folder):
+            if not is_sealed(folder):
+                tokenizer = _from_hub(name)
+                with new_folder(folder) as temporary:
+                    tokenizer.save_pretrained(str(temporary))
+                seal(folder)
     return folder
 
 
@@ -78,30 +156,29 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         # not in the Hugging Face cache
         require_hub(f"tokenizer {name!r}, no local folder but an id,", LOCAL_TOKENIZER)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"the Hub has no tokenizer {name!r} that you may read; {LOCAL_TOKENIZER}: {error}") from error
 
 
-def _with_end_of_text(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {name!r} has no end-of-text token to put between documents; name one as eos_token in its "
-            "tokenizer_config.json"
-        )
-    return tokenizer
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what decides the tokens of a text: rules, vocabulary and end-of-text token."""
+    """SHA-256 (hex) of what decides the tokens of a training text: rules, vocabulary and boundary tokens.
+
+    How a tokenizer pads, and what it puts around a text of its own accord, have no say in them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return key_of([type(tokenizer).__name__, hashlib.sha256(rules.encode()).hexdigest(), int(tokenizer.eos_token_id)])
+    if backend is None:
+        rules: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        whole = json.loads(backend.to_str())
+        rules = [whole[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+    digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    return key_of([type(tokenizer).__name__, digest, *boundary_tokens(tokenizer)])
 
 
 def read_words(path: str | Path) -> list[str]:
@@ -115,7 +192,7 @@ def read_words(path: str | Path) -> list[str]:
         FileNotFoundError: no such file.
         ValueError: no words in it, or JSON of another form.
     """
-    path = Path(path).expanduser()
+    path = local_path(path, "data.keep_whole")
     if not path.is_file():
         raise FileNotFoundError(f"data.keep_whole={str(path)!r}: no such file")
     text = path.read_text(encoding="utf-8-sig")
@@ -166,19 +243,14 @@ def train_bpe(
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = sorted(set(keep_whole))
     kept = {_whole(split, " " + word, word) for word in words}
-    bare: set[str] = set()
+    wanted, bare = set(words), set[str]()
 
-    def batches() -> Iterator[list[str]]:
-        batch: list[str] = []
+    def parts() -> Iterator[str]:
         for text in texts:
-            if words:
-                bare.update(_words_without_space(text))
-            batch.append(text)
-            if len(batch) == 1000:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+            if kept:
+                bare.update(wanted.intersection(match.group() for match in _BARE.finditer(text)))
+            # what is counted are the words of the splitting, so that cutting between two of them changes nothing
+            yield from (piece for piece, _ in pieces(text, lambda part: [w for w, _ in split.pre_tokenize_str(part)]))
 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -188,7 +260,7 @@ def train_bpe(
     )
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = split
-    trained.train_from_iterator(batches(), trainer=trainer)
+    trained.train_from_iterator(parts(), trainer=trainer)
     kept |= {_whole(split, word, word) for word in words if word in bare}
     model = json.loads(trained.to_str())["model"]
     vocab, merges = _shortened(model["vocab"], [(left, right) for left, right in model["merges"]], kept, vocab_size)
@@ -213,18 +285,14 @@ def train_bpe(
 
 def _whole(split: Any, text: str, word: str) -> str:
     """The single piece, in byte letters, that GPT-2's splitting makes of `text`."""
-    pieces = [piece for piece, _ in split.pre_tokenize_str(text)]
-    if len(pieces) != 1 or not word or word != word.strip():
+    parts = [part for part, _ in split.pre_tokenize_str(text)]
+    if len(parts) != 1 or not word or word != word.strip():
         cut = ", ".join(repr(text[start:end]) for _, (start, end) in split.pre_tokenize_str(text))
         raise ValueError(f"data.keep_whole: {word!r} is more than one word to the tokenizer ({cut}); keep its parts")
-    return pieces[0]
+    return parts[0]
 
 
 _BARE = re.compile(r"(?<![\w ])\w+")
-
-
-def _words_without_space(text: str) -> list[str]:
-    return _BARE.findall(text)
 
 
 def _shortened(

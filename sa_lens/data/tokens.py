@@ -1,7 +1,8 @@
 """Tokens on disk: written once, memory-mapped, cut into blocks of n_ctx + 1.
 
 A token file is raw little-endian unsigned integers (`.bin`) and a JSON header beside it (`.json`), written last:
-without its header a file does not exist.
+without its header a file does not exist. The header holds fingerprints of the tokens and of itself, which are checked
+whenever the file is opened.
 """
 
 from __future__ import annotations
@@ -10,30 +11,41 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
-from sa_lens.data.disk import new_file, write_atomically
+from sa_lens.data.disk import key_of, new_file, write_atomically
+from sa_lens.data.pieces import pieces
+from sa_lens.data.reading import read_json
+from sa_lens.data.tokenizers import boundary_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of token files; part of every key."""
+
+REMEDY = "delete it and the file beside it, they will be made again"
+
+CHARACTERS = 2**20
+"""Characters encoded at a time, at most: they take about 160 bytes each meanwhile."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A text as one long row of tokens: every document followed by one end-of-text token."""
+    """A text as one long row of tokens: every document between its boundary tokens.
+
+    Where a tokenizer has one token for the beginning and the end of a text, it follows every document.
+    """
 
     path: Path
     """The `.bin` file; its header has the same name with `.json`."""
     n_tokens: int
-    """Tokens, end-of-text tokens included."""
+    """Tokens, boundary tokens included."""
     d_vocab: int
     """Vocabulary of the tokenizer: every token is below it."""
     dtype: str
@@ -41,34 +53,43 @@ class TokenFile:
     n_documents: int
     """Documents."""
     n_bytes: int
-    """Bytes of the text in UTF-8, end-of-text tokens not counted: for bits per byte."""
-    eos_token_id: int
-    """The token between documents."""
+    """Bytes of the text in UTF-8, boundary tokens not counted: for bits per byte."""
+    begin_token_id: int
+    """The token before a document, and before every prompt."""
+    end_token_id: int
+    """The token after a document; the same one for many tokenizers."""
     fingerprint: str
     """SHA-256 of the tokens: equal tokens, equal fingerprint."""
+    form: str | None = None
+    """Where the documents of a plain text file begin and end, in words."""
 
     @classmethod
     def open(cls, path: str | Path) -> TokenFile:
-        """Reads the header of a token file and checks that the file is as long as it says.
+        """Reads the header of a token file and checks both against the fingerprints in it.
 
         Raises:
             FileNotFoundError: no such file, or no header.
-            ValueError: the file is truncated or its header is of another format.
+            ValueError: the file or its header is damaged or of another format.
         """
         path = Path(path)
         header_path = path.with_suffix(".json")
         if not path.is_file() or not header_path.is_file():
             raise FileNotFoundError(f"no token file {path} with its header {header_path.name}")
-        header = json.loads(header_path.read_text(encoding="utf-8"))
-        if header.pop("format", None) != FORMAT:
-            raise ValueError(f"token file {path} has another format; delete it, it will be made again")
+        header = read_json(header_path, remedy=REMEDY, keys={"format": int}, other_keys=True)
+        if header.pop("format") != FORMAT:
+            raise ValueError(f"token file {path} has another format; {REMEDY}")
+        checksum = header.pop("checksum", None)
+        if checksum != key_of(header) or {"path", *header} != {field.name for field in fields(cls)}:
+            raise ValueError(f"{header_path} is damaged: it is not what was written; {REMEDY}")
         file = cls(path=path, **header)
         size, expected = path.stat().st_size, file.n_tokens * np.dtype(file.dtype).itemsize
         if size != expected:
             raise ValueError(
-                f"token file {path} is truncated or damaged: {size:,} bytes instead of {expected:,}; delete it and "
-                f"{header_path.name}, they will be made again"
+                f"token file {path} is truncated or damaged: {size:,} bytes instead of {expected:,}; {REMEDY}"
             )
+        with path.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != file.fingerprint:
+                raise ValueError(f"token file {path} is damaged: its tokens are not those that were written; {REMEDY}")
         return file
 
     @functools.cached_property
@@ -141,9 +162,12 @@ def write_tokens(
     name: str,
     total: int | None = None,
     progress: bool = True,
+    form: str | None = None,
     batch: int = 1000,
 ) -> TokenFile:
-    """Encodes documents, each followed by one end-of-text token, into a token file.
+    """Encodes documents, each between its boundary tokens, into a token file.
+
+    Long documents are encoded in pieces; see `pieces` for how far that gives the same tokens.
 
     Args:
         path: the `.bin` file to write.
@@ -151,16 +175,15 @@ def write_tokens(
         tokenizer: used as it is, without the special tokens it would add.
         name: what the text is, for messages and the progress bar.
         total: number of documents if known, for the progress bar.
-        batch: documents encoded at a time.
+        form: how the documents were told apart, to be recorded.
+        batch: documents encoded at a time, at most.
 
     Raises:
-        ValueError: no text, a token beyond the vocabulary, or a tokenizer without an end-of-text token.
+        ValueError: no text, a token beyond the vocabulary, or a tokenizer without begin- and end-of-text token.
     """
     from tqdm.auto import tqdm
 
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token)")
-    d_vocab, eos = vocabulary_of(tokenizer), int(tokenizer.eos_token_id)
+    d_vocab, boundary = vocabulary_of(tokenizer), boundary_tokens(tokenizer)
     dtype = np.min_scalar_type(d_vocab - 1)
     digest, n_tokens, n_documents, n_bytes = hashlib.sha256(), 0, 0, 0
     with (
@@ -168,16 +191,14 @@ def write_tokens(
         temporary.open("wb") as out,
         tqdm(total=total, desc=f"{name} tokens", unit=" documents", disable=not progress) as bar,
     ):
-        for documents in _batches(texts, batch):
-            encoded = tokenizer(
-                documents,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            row = np.concatenate([np.array([*ids, eos], dtype=np.int64) for ids in encoded])
-            if row.max() >= d_vocab or row.min() < 0:
+        for parts in _batches(_parts(texts, tokenizer), batch):
+            encoded = _encoded(tokenizer, [part.text for part in parts])
+            rows = [
+                np.array([*boundary.before * part.first, *ids, *boundary.after * part.last], dtype=np.int64)
+                for part, ids in zip(parts, encoded, strict=True)
+            ]
+            row = np.concatenate(rows)
+            if len(row) and (row.max() >= d_vocab or row.min() < 0):
                 raise ValueError(
                     f"tokenizer {tokenizer.name_or_path!r} gives token {row.max():,}, beyond its vocabulary of "
                     f"{d_vocab:,}"
@@ -186,32 +207,63 @@ def write_tokens(
             out.write(raw)
             digest.update(raw)
             n_tokens += len(row)
-            n_documents += len(documents)
-            n_bytes += sum(len(text.encode()) for text in documents)
-            bar.update(len(documents))
+            n_bytes += sum(part.n_bytes for part in parts)
+            finished = sum(part.last for part in parts)
+            n_documents += finished
+            bar.update(finished)
             bar.set_postfix_str(f"{n_tokens:,} tokens", refresh=False)
         if n_documents == 0:
             raise ValueError(f"the {name} text is empty")
-    header = {
-        "format": FORMAT,
+    header: dict[str, Any] = {
         "n_tokens": n_tokens,
         "d_vocab": d_vocab,
         "dtype": dtype.name,
         "n_documents": n_documents,
         "n_bytes": n_bytes,
-        "eos_token_id": eos,
+        "begin_token_id": boundary.begin,
+        "end_token_id": boundary.end,
         "fingerprint": digest.hexdigest(),
+        "form": form,
     }
+    header = {"format": FORMAT, **header, "checksum": key_of(header)}
     write_atomically(path.with_suffix(".json"), json.dumps(header, indent=1))
     return TokenFile.open(path)
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
+class _Part(NamedTuple):
+    """A document, or a piece of a long one."""
+
+    text: str
+    first: bool
+    last: bool
+    n_bytes: int
+    """Bytes of the document, counted with its first piece."""
+
+
+def _parts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Part]:
     for text in texts:
-        batch.append(text)
-        if len(batch) == size:
+        first, n_bytes = True, len(text.encode())
+        for piece, last in pieces(text, lambda part: _encoded(tokenizer, [part])[0]):
+            yield _Part(piece, first, last, n_bytes if first else 0)
+            first = False
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    encoded: Any = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+def _batches(parts: Iterable[_Part], size: int) -> Iterator[list[_Part]]:
+    """Batches of at most `size` parts and, but for a single longer part, `CHARACTERS` characters."""
+    batch: list[_Part] = []
+    room = CHARACTERS
+    for part in parts:
+        if batch and (len(batch) == size or len(part.text) > room):
             yield batch
-            batch = []
+            batch, room = [], CHARACTERS
+        batch.append(part)
+        room -= len(part.text)
     if batch:
         yield batch

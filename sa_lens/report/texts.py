@@ -148,9 +148,10 @@ def _shared_out(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str,
 def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...]:
     """The documents at the beginning of a token file, the last one whole."""
     documents, start = [], 0
-    ends = (file.tokens == file.eos_token_id).nonzero()[0].tolist()
+    ends = (file.tokens == file.end_token_id).nonzero()[0].tolist()
     for end in ends:
-        documents.append(str(tokenizer.decode(file.tokens[start:end].tolist())))
+        ids = [token for token in file.tokens[start:end].tolist() if token != file.begin_token_id]
+        documents.append(str(tokenizer.decode(ids)))
         start = end + 1
         if start >= n_tokens:
             break

@@ -18,6 +18,7 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of
 from sa_lens.data import TokenFile
 from sa_lens.data.stories import LABELS, Story, generate
+from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.units.activations import (
     Site,
     model_streams,
@@ -56,17 +57,16 @@ def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) 
 
     Args:
         tokenizer: the model's tokenizer, a fast Hugging Face one.
-        n_stories: stories; each is followed by an end-of-text token.
+        n_stories: stories; each stands between its boundary tokens, as in training.
         n_ctx: tokens a block; what is left over at the end is dropped.
         seed: of the stories; another one than the training text's.
 
     Raises:
         ValueError: a tokenizer without offsets or end-of-text token, or stories that do not fill two blocks.
     """
-    if not getattr(tokenizer, "is_fast", False) or tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"labels need a fast Hugging Face tokenizer with an end-of-text token, not {type(tokenizer).__name__}"
-        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"labels need a fast Hugging Face tokenizer, not {type(tokenizer).__name__}")
+    boundary = boundary_tokens(tokenizer)
     names = tuple(f"{kind}={value}" for kind, values in LABELS.items() for value in values if value != "none")
     index = {name: i for i, name in enumerate(names)}
     tokens: list[int] = []
@@ -74,8 +74,9 @@ def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) 
     nothing = (NO_LABEL,) * len(LABELS)
     for story in generate(n_stories, seed):
         encoded = tokenizer(story.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens += [*encoded["input_ids"], tokenizer.eos_token_id]
-        labels += [*_labels_of(story, encoded["offset_mapping"], index), nothing]
+        tokens += [*boundary.before, *encoded["input_ids"], *boundary.after]
+        inside = _labels_of(story, encoded["offset_mapping"], index)
+        labels += [*(nothing for _ in boundary.before), *inside, *(nothing for _ in boundary.after)]
     count = len(tokens) // n_ctx
     if count < 2:
         raise ValueError(

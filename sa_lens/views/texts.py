@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sa_lens.core.host import Host, device_of
+from sa_lens.data.tokenizers import boundary_tokens
 
 UNFINISHED = "\ufffd"
 """What stands for bytes that are no whole character."""
@@ -60,9 +61,8 @@ def token_text(model: Host, token: int) -> str:
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
-    """The text after one begin-of-text token (end-of-text where the tokenizer has no other)."""
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [*([] if begin is None else [begin]), *tokenizer.encode(text, add_special_tokens=False)]
+    """The text after the token that every prompt begins with."""
+    return [boundary_tokens(tokenizer).begin, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def unit_name(model: Host, layer: int, kind: str, unit: int) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -219,35 +220,87 @@ def test_local_files_need_no_network(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A Hub with one dataset, which records what is asked of it."""
-    asked: list[dict[str, Any]] = []
-    rows = datasets.Dataset.from_dict({"text": [*TEXTS, "never taken"]})
+def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A Hub with one dataset of two JSON files, whose other column changes; records which files are asked for."""
+    import huggingface_hub
 
-    def load_dataset(name: str, *, split: str, revision: str, streaming: bool) -> Any:
-        asked.append({"name": name, "split": split, "revision": revision, "streaming": streaming})
-        return rows.to_iterable_dataset() if streaming else rows
+    asked: list[str] = []
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "0.jsonl").write_text("".join(json.dumps({"text": text, "n": None}) + "\n" for text in TEXTS[:2]))
+    (repository / "1.jsonl").write_text(
+        "".join(json.dumps({"text": text, "n": "x"}) + "\n" for text in [TEXTS[2], "!"])
+    )
+    root = "hf://datasets/some/stories@r1/"
+
+    def builder(name: str, *, revision: str, trust_remote_code: bool) -> Any:
+        assert (name, revision, trust_remote_code) == ("some/stories", "r1", False)
+        files = {"train": [f"{root}0.jsonl", f"{root}1.jsonl"], "validation": [f"{root}0.jsonl"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    class FileSystem:
+        def open(self, place: str, mode: str) -> Any:
+            asked.append(place.removeprefix(root))
+            return (repository / place.removeprefix(root)).open(mode)
+
+        def resolve_path(self, place: str) -> Any:
+            return SimpleNamespace(path_in_repo=place.removeprefix(root))
+
+    def download(name: str, inside: str, *, repo_type: str, revision: str) -> str:
+        assert (name, repo_type, revision) == ("some/stories", "dataset", "r1")
+        asked.append(inside)
+        return str(repository / inside)
 
     monkeypatch.setattr("sa_lens.data.hub.probe", lambda: None)
     monkeypatch.setattr("sa_lens.data.sources.dataset_revision", lambda *_: "r1")
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train", "validation"])
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return asked
 
 
-def test_a_streamed_dataset_is_fetched_once(fake_hub: list[dict[str, Any]], tmp_path: Path) -> None:
-    source = opened("some/stories", tmp_path, split="train", streaming=True, max_documents=3)
+def test_a_streamed_dataset_is_fetched_once(fake_hub: list[str], tmp_path: Path) -> None:
+    source = opened("some/stories", tmp_path, split="train", streaming=True, max_documents=2)
     assert fake_hub == [], "nothing is fetched before it is read"
-    assert list(source.read()) == TEXTS
-    again = opened("some/stories", tmp_path, split="train", streaming=True, max_documents=3)
-    assert list(again.read()) == TEXTS
-    assert fake_hub == [{"name": "some/stories", "split": "train", "revision": "r1", "streaming": True}]
+    assert list(source.read()) == TEXTS[:2]
+    again = opened("some/stories", tmp_path, split="train", streaming=True, max_documents=2)
+    assert list(again.read()) == TEXTS[:2]
+    assert set(fake_hub) == {"0.jsonl"}, "no file is fetched beyond what is taken"
 
 
-def test_a_dataset_of_the_hub(fake_hub: list[dict[str, Any]], tmp_path: Path) -> None:
-    source = opened("some/stories", tmp_path)
-    assert list(source.read()) == [*TEXTS, "never taken"]
-    assert fake_hub == [{"name": "some/stories", "split": "validation", "revision": "r1", "streaming": False}]
+def test_a_dataset_of_the_hub_is_read_as_local_files_are(fake_hub: list[str], tmp_path: Path) -> None:
+    assert list(opened("some/stories", tmp_path, split="train").read()) == [*TEXTS, "!"]
+    assert list(opened("some/stories", tmp_path).read()) == TEXTS[:2], "unnamed: the validation split"
+    assert fake_hub == ["0.jsonl", "1.jsonl", "0.jsonl"]
+
+
+def test_a_dataset_of_other_files_is_read_by_datasets(
+    fake_hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(data_files={"train": ["hf://datasets/some/stories@r1/a.csv"]})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(config=config))
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "n": [1, 2, 3]})
+    asked = {}
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        asked[name] = options
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(opened("some/stories", tmp_path, split="train").read()) == TEXTS
+    expected = {"split": "train", "revision": "r1", "streaming": False, "trust_remote_code": False}
+    assert asked == {"some/stories": expected}
+    with pytest.raises(ValueError, match="has no column 'story'; its columns: 'text', 'n'"):
+        list(opened("some/stories", tmp_path, split="train", column="story").read())
+
+
+def test_a_damaged_copy_of_a_streamed_dataset_is_refused(fake_hub: list[str], tmp_path: Path) -> None:
+    source = opened("some/stories", tmp_path, split="train", streaming=True, max_documents=2)
+    assert list(source.read()) == TEXTS[:2]
+    (copy,) = (tmp_path / "documents").glob("*.jsonl")
+    copy.write_text(json.dumps("another") + "\n")
+    with pytest.raises(ValueError, match="in the cache is damaged; delete it and"):
+        list(source.read())
 
 
 def test_generated_stories() -> None:
@@ -266,3 +319,163 @@ def test_the_same_bytes_read_as_another_kind_are_another_text(tmp_path: Path) ->
     assert list(lines.read()) != list(text.read())
     assert lines.fingerprint != text.fingerprint
     assert lines.fingerprint == copied.fingerprint
+
+
+# ---------------------------------------------------------------------------------------- only the text column is read
+
+CHANGING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "null, then text": ({"n": None}, {"n": "x"}),
+    "whole, then broken": ({"n": 1}, {"n": 1.5}),
+    "a list, then an object": ({"n": [1]}, {"n": {"a": 2}}),
+    "a key that comes later": ({}, {"k": 1}),
+    "a key that goes": ({"k": 1}, {}),
+    "not a number, and huge": ({"n": float("nan")}, {"n": 10**400}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGING)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_other_columns_may_change(change: str, name: str, tmp_path: Path) -> None:
+    before, after = CHANGING[change]
+    rows = [{"text": TEXTS[0], **before}, {"text": TEXTS[1], **after}, {"text": TEXTS[2], **after}]
+    content = json.dumps(rows) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(content)
+    assert list(opened(tmp_path / name, tmp_path).read()) == TEXTS
+
+
+@pytest.mark.parametrize("rows", [[{"text": None}, {"text": "a"}], [{}, {"text": "a"}], [{"text": "a"}, {}, {"n": 1}]])
+def test_rows_without_text_hold_no_document(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(opened(tmp_path / "a.jsonl", tmp_path).read()) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_columns_that_nobody_could_decode(kind: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    image = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
+    table = pa.table({"image": [b"no image", None, b""], "text": TEXTS}).replace_schema_metadata(image)
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        writer = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+        with writer(path, table.schema) as out:
+            out.write_table(table)
+    assert list(opened(path, tmp_path).read()) == TEXTS
+
+
+@pytest.mark.parametrize("text", ["text", "large_string", "dictionary"])
+def test_every_type_of_text_column(text: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    types = {"text": pa.string(), "large_string": pa.large_string()}
+    types |= {"dictionary": pa.dictionary(pa.int32(), pa.string())}
+    pa.parquet.write_table(pa.table({"text": pa.array([*TEXTS, None], types[text])}), tmp_path / "a.parquet")
+    assert list(opened(tmp_path / "a.parquet", tmp_path).read()) == TEXTS
+
+
+def test_what_is_wrong_in_a_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for line, complaint in {
+        '{"text": "a"': "cannot read .*a.jsonl as json: line 2",
+        '{"text": 3}': "column 'text' of .*a.jsonl holds int, not text",
+        "[1]": "line 2 of .*a.jsonl holds list, not an object",
+        r'{"text": "\ud83d"}': "line 2 of .*a.jsonl holds half of a surrogate pair",
+    }.items():
+        path.write_text('{"text": "fine"}\n' + line + "\n")
+        with pytest.raises(ValueError, match=complaint):
+            list(opened(path, tmp_path).read())
+
+
+# ------------------------------------------------------------------------------------------------ parts that are empty
+
+
+def empty_parquet(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+
+
+def parquet_without_columns(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.parquet.write_table(pa.table({}), path)
+
+
+EMPTY: dict[str, Callable[[Path], Any]] = {
+    "b.parquet": empty_parquet,
+    "c.parquet": parquet_without_columns,
+    "b.jsonl": Path.touch,
+    "c.jsonl": lambda path: path.write_text("\n \n"),
+    "b.arrow": lambda path: write_arrow(path, []),
+    "b.txt": Path.touch,
+    "c.txt": lambda path: path.write_text("\n\r\n  \n"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_shard_without_rows_holds_nothing(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    kind = Path(name).suffix
+    WRITERS[f"a{kind}"](folder / f"a{kind}", list(TEXTS[:2]))
+    EMPTY[name](folder / name)
+    WRITERS[f"a{kind}"](folder / f"d{kind}", list(TEXTS[2:]))
+    assert list(opened(folder, tmp_path, split="train").read()) == TEXTS
+
+
+def test_an_array_without_rows_and_a_split_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    assert list(opened(tmp_path / "a.json", tmp_path).read()) == []
+    features = datasets.Features({"text": datasets.Value("string")})
+    empty = datasets.Dataset.from_dict({"text": []}, features=features)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS}), "test": empty}).save_to_disk(
+        tmp_path / "d"
+    )
+    assert list(opened(tmp_path / "d", tmp_path, split="train").read()) == TEXTS
+    assert list(opened(tmp_path / "d", tmp_path, split="test").read()) == []
+
+
+def test_a_truncated_shard_is_not_an_empty_one(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_parquet(folder / "a.parquet", list(TEXTS))
+    (folder / "b.parquet").touch()
+    with pytest.raises(ValueError, match=r"cannot read .*b\.parquet as parquet"):
+        list(opened(folder, tmp_path, split="train").read())
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a::b", "zip::a", "x y#z%20", "we{ird}[x]*?", "~t", "~", "naïve 🐈", "'\"\\", "-flag", "two\nlines", "hf://a"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "saved"])
+def test_any_file_name(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tmp_path / (f"plain.{kind}" if kind != "saved" else "plain")
+    if kind == "saved":
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(plain)
+    else:
+        WRITERS[f"a.{kind}"](plain, list(TEXTS))
+    path = tmp_path / f"{name}{plain.suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain.rename(path)
+    assert list(opened(path, tmp_path / "cache", split="train" if kind == "saved" else None).read()) == TEXTS
+    monkeypatch.chdir(tmp_path)
+    if name != "~":
+        assert list(opened(str(path.relative_to(tmp_path)), tmp_path / "cache").read()) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_an_empty_name_is_never_the_current_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_txt(tmp_path / "a.txt", list(TEXTS))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the name of the text is empty"):
+        opened(name, tmp_path)

@@ -153,7 +153,7 @@ def test_fingerprints_tell_tokenizers_apart(stories: list[str], bpe_folder: Path
 def test_a_tokenizer_without_end_of_text_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((bpe_folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    with pytest.raises(ValueError, match="has no end-of-text token"):
+    with pytest.raises(ValueError, match="has neither an end-of-text token"):
         load_tokenizer(tmp_path)
 
 

@@ -73,6 +73,7 @@ def test_the_smallest_type_that_fits(tmp_path: Path, d_vocab: int, dtype: str) -
     class Counting:
         """Encodes "3 5" as [3, 5]."""
 
+        bos_token_id = None
         eos_token_id = 0
         name_or_path = "counting"
 
@@ -107,6 +108,28 @@ def test_another_format_is_refused(tokens: TokenFile) -> None:
     header = tokens.path.with_suffix(".json")
     header.write_text(json.dumps({**json.loads(header.read_text()), "format": 0}))
     with pytest.raises(ValueError, match="another format"):
+        TokenFile.open(tokens.path)
+
+
+@pytest.mark.parametrize("byte", [b"\0", b"\xff"])
+def test_other_tokens_of_the_same_length_are_refused(tokens: TokenFile, byte: bytes) -> None:
+    tokens.path.write_bytes(byte * tokens.path.stat().st_size)
+    with pytest.raises(ValueError, match="its tokens are not those that were written; delete it"):
+        TokenFile.open(tokens.path)
+
+
+@pytest.mark.parametrize("change", [{"n_bytes": 1}, {"d_vocab": 3}, {"end_token_id": 7}, {"more": 1}])
+def test_a_changed_header_is_refused(tokens: TokenFile, change: dict[str, int]) -> None:
+    header = tokens.path.with_suffix(".json")
+    header.write_text(json.dumps({**json.loads(header.read_text()), **change}))
+    with pytest.raises(ValueError, match=r"\.json is damaged: it is not what was written; delete it"):
+        TokenFile.open(tokens.path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', "\0" * 50])
+def test_a_header_that_is_no_header_is_refused(tokens: TokenFile, content: str) -> None:
+    tokens.path.with_suffix(".json").write_text(content)
+    with pytest.raises(ValueError, match=r"\.json is damaged"):
         TokenFile.open(tokens.path)
 
 
