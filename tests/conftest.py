@@ -15,6 +15,14 @@ import pytest
 from filelock import FileLock
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens go into a folder of the tests, never into the home folder of whoever runs them."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SA_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @dataclass
 class Opened:
     """A page in a browser, and all that went wrong in it."""

@@ -13,7 +13,6 @@ do spaces at the end of a blank or separating line, byte-order marks, or how lin
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import json
@@ -64,7 +63,7 @@ def texts(files: Iterable[Path], column: str) -> Iterator[str | None]:
     for file in files:
         # an export leaves an empty shard where it has no rows; a parquet or arrow file is never that short
         if file.stat().st_size > 0 or kind_of(file) in ("parquet", "arrow"):
-            yield from file_texts(functools.partial(file.open, "rb"), kind_of(file), column, str(file))
+            yield from file_texts(_opener(file), kind_of(file), column, str(file))
 
 
 def file_texts(opened: Opener, kind: str, column: str, name: str) -> Iterator[str | None]:
@@ -80,6 +79,10 @@ def file_texts(opened: Opener, kind: str, column: str, name: str) -> Iterator[st
         raise ValueError(
             f"cannot read {name} as {kind}: it is not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from error
+
+
+def _opener(file: Path) -> Opener:
+    return lambda: file.open("rb")
 
 
 def as_text(value: Any, column: str, name: str) -> str | None:
@@ -204,7 +207,7 @@ def form(files: Sequence[Path]) -> str:
     forms = []
     for file in files:
         if file.stat().st_size > 0:
-            forms.append(_form(_lines(functools.partial(file.open, "rb"), str(file))))
+            forms.append(_form(_lines(_opener(file), str(file))))
     return ", or ".join(dict.fromkeys(forms))
 
 

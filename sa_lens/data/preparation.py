@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +73,10 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
     tokenizer = load_tokenizer(folder)
     files = {name: _token_file(text, tokenizer, name, cache, progress) for name, text in texts.items()}
     if progress:
-        _say_form(data, files)
+        by_name = {data.source: [files["train"]]}
+        by_name.setdefault(data.validation or data.source, []).append(files["validation"])
+        for name, parts in by_name.items():
+            say_form(name, parts)
     for name, file in files.items():
         check_blocks(file, n_ctx, name)
     if files["train"].fingerprint == files["validation"].fingerprint:
@@ -81,14 +84,10 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
     return PreparedData(files["train"], files["validation"], tokenizer, folder)
 
 
-def _say_form(data: DataConfig, files: dict[str, TokenFile]) -> None:
-    """Says what plain text was taken for, on standard error."""
-    named = {data.validation or data.source: [files["validation"]]}
-    named.setdefault(data.source, []).append(files["train"])
-    for name, parts in named.items():
-        forms = [part.form for part in parts if part.form is not None]
-        if forms:
-            print(f"{name}: {sum(part.n_documents for part in parts):,} documents, {forms[0]}", file=sys.stderr)
+def say_form(name: str, files: Sequence[TokenFile]) -> None:
+    """Says on standard error what the documents of a plain text were taken to be; nothing of other kinds of text."""
+    if files[0].form is not None:
+        print(f"{name}: {sum(file.n_documents for file in files):,} documents, {files[0].form}", file=sys.stderr)
 
 
 def _kept_words(data: DataConfig) -> list[str]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sa_lens.data import files
 from sa_lens.data.disk import fingerprint, is_sealed, key_of, local_path, locked, new_file, seal, visible_files
@@ -192,8 +193,10 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
             opened = functools.partial(hub.open, place, "rb")
             yield from files.file_texts(opened, files.kind_of(Path(place)), column, place)
         else:
-            inside = hub.resolve_path(place).path_in_repo
-            local = huggingface_hub.hf_hub_download(dataset_id, inside, repo_type="dataset", revision=revision)
+            resolved: Any = hub.resolve_path(place)
+            local = huggingface_hub.hf_hub_download(
+                dataset_id, resolved.path_in_repo, repo_type="dataset", revision=revision
+            )
             yield from files.texts([Path(local)], column)
 
 

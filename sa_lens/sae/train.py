@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, fingerprint_of
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.writing import atomic_write, remove_leftovers, staged_folder
 from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
 from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
@@ -103,6 +103,7 @@ def train_sae(
     blocks.require(settings.batch_tokens)
     folder = None if output is None else Path(output)
     if folder is not None:
+        remove_leftovers(folder)
         _claim(folder, resume, record)
         if (folder / FINISHED).is_file():
             return _loaded(sae_lens, folder, model)
@@ -180,10 +181,9 @@ def _finished(sae_lens: Any, trainer: Any, folder: Path | None, model: Host) -> 
         with tempfile.TemporaryDirectory() as temporary:
             sae.save_inference_model(temporary)
             return _loaded(sae_lens, Path(temporary), model)
-    with _writing(folder), tempfile.TemporaryDirectory(prefix=".sae-", dir=folder) as temporary:
-        for path in sae.save_inference_model(temporary):
-            # the configuration comes last: with it the folder counts as finished
-            path.replace(folder / path.name)
+    # the configuration comes last: with it the folder counts as finished
+    with _writing(folder), staged_folder(folder, last=FINISHED) as temporary:
+        sae.save_inference_model(temporary)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return _loaded(sae_lens, folder, model)
 

@@ -155,7 +155,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 selectable = trains_ablated(step - 1, run) or not run.gates.gated
                 if selectable and (at.best_loss is None or evaluation.selection_loss < at.best_loss):
                     at = dataclasses.replace(at, best_loss=evaluation.selection_loss, best_step=step)
-                    extra = {"run": to_dict(run), "step": step, "validation": found}
+                    extra = {"run": to_dict(run), "text": begun.text, "step": step, "validation": found}
                     with whole_parameters(module), run_folder.explained(out):
                         if main:
                             checkpoints.save(model, out, extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -14,12 +15,15 @@ from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.checkpoints import CONFIG, read_config
 from sa_lens.data import PreparedData, TokenFile, prepare, validation_blocks
 from sa_lens.data.disk import cache_folder
+from sa_lens.data.preparation import say_form
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
+from sa_lens.training import run_text
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import check_device
 from sa_lens.training.run_folder import CONFIG_YAML, stored_config
-from sa_lens.training.start import data_config
+
+log = logging.getLogger(__name__)
 
 
 def load_run(run: str, *, which: Literal["best", "last"] = "best", device: str = "auto") -> SelfAblatingTransformer:
@@ -73,27 +77,47 @@ def evaluate_run(
         source = open_source(
             text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None)
         )
-        file = write_tokens(Path(folder) / "text.bin", source.read(), model.tokenizer, name=text)
+        form = source.form()
+        file = write_tokens(Path(folder) / "text.bin", source.read(), model.tokenizer, name=text, form=form)
+        say_form(text, [file])
         return _on(model, file, n_ctx, tokens)
 
 
 def text_of_run(run: str, model: SelfAblatingTransformer) -> PreparedData:
     """Training and validation text of a run, in its model's tokens, from the cache where they are there.
 
-    Where the text, or the generator of the stories, is no longer what the run's tokenizer was trained on, the text of
-    today is read with the tokenizer of the run.
+    The files are looked for from the current folder and from the run folder. Generated stories that another version of
+    their generator writes differently are taken as they are today, with a warning.
 
     Raises:
-        ValueError: a model that was not saved by a training run.
+        ValueError: a model that was not saved by a training run, or a text that has changed since.
+        FileNotFoundError: a text that is not there.
     """
     settings = _training_config(run)
     if settings is None:
         raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
-    config, n_ctx = data_config(settings, model), min(settings.model.n_ctx, model.cfg.n_ctx)
-    data = prepare(config, n_ctx)
-    if model.tokenizer is None or data.tokenizer.get_vocab() == model.tokenizer.get_vocab():
-        return data
-    return prepare(dataclasses.replace(config, tokenizer=run, keep_whole=None), n_ctx)
+    recorded = run_text.recorded(Path(run))
+    n_ctx = min(settings.model.n_ctx, model.cfg.n_ctx)
+    data = None
+    for candidate in run_text.candidates(settings, Path(run), recorded, ("data.source", "data.validation")):
+        # the run's own tokenizer, and never a cache that a configuration from elsewhere chooses
+        config = dataclasses.replace(candidate.data, tokenizer=str(Path(run)), keep_whole=None, cache_dir=None)
+        data = prepare(config, n_ctx)
+        if not run_text.differing(data, recorded):
+            return data
+    assert data is not None, "there is a candidate, or none exists and candidates raises"
+    if settings.data.source != "stories":
+        raise ValueError(
+            f"{settings.data.source} is not the text that {run} was trained on (its tokens differ), so that its "
+            "validation part may hold what the model has seen: restore it, or name another text where the command "
+            "takes one (--text)"
+        )
+    log.warning(
+        "%s was trained on stories of another version of their generator: figures are of those of today, of which the "
+        "model may have seen some",
+        run,
+    )
+    return data
 
 
 def _training_config(run: str) -> RunConfig | None:

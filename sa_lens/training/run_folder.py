@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.config import RunConfig, read_yaml, to_dict
-from sa_lens.core.checkpoints import CONFIG, WEIGHTS, complete_steps
+from sa_lens.core.checkpoints import CONFIG, complete_steps
+from sa_lens.training.run_text import PATHS
 from sa_lens.training.state import differences
 
 log = logging.getLogger(__name__)
 
 CONFIG_YAML, METRICS = "run.yaml", "metrics.jsonl"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
-)
-"""What tokenizers of Hugging Face are saved as."""
-
 _MAY_CHANGE = {
     "train.eval_every",
     "train.save_every",
@@ -39,8 +32,10 @@ _MAY_CHANGE = {
     "train.workers",
     "train.tracker",
     "data.cache_dir",
+    *PATHS,
 }
-"""Settings that a resumed run may change without consequence for its weights."""
+"""Settings that a resumed run may change without consequence for its weights; that a text is the same is checked by its
+tokens, wherever it lies."""
 
 _MAY_CHANGE_ROUNDING = {"train.accumulate", "train.path", "train.compile", "train.checkpoint_activations"}
 """Settings that a resumed run may change at the price of bit-for-bit equality."""
@@ -95,18 +90,6 @@ def stored_config(out: Path) -> RunConfig:
             f"{out} holds no run ({CONFIG_YAML}) to resume: check the name, or give a configuration"
         )
     return read_yaml(out / CONFIG_YAML)
-
-
-def clear_leftovers(out: Path) -> None:
-    """Removes temporary files and folders of a killed trainer: `.name.` and the eight characters of `tempfile`, where
-    the name is one that a trainer writes."""
-    names = "|".join(map(re.escape, (out.resolve().name, CONFIG_YAML, METRICS, CONFIG, WEIGHTS, *TOKENIZER_FILES)))
-    for entry in out.iterdir():
-        if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", entry.name):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
 
 
 @contextmanager

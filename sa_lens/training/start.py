@@ -15,8 +15,8 @@ from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_ya
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
-from sa_lens.data.writing import atomic_write
-from sa_lens.training import run_folder, state
+from sa_lens.data.writing import atomic_write, remove_leftovers
+from sa_lens.training import run_folder, run_text, state
 from sa_lens.training.metrics import MetricsFile
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
@@ -43,6 +43,8 @@ class Start:
     """The loss over the model, wrapped by Accelerate."""
     optimizer: Any
     """AdamW, wrapped by Accelerate."""
+    text: dict[str, Any]
+    """What `config.json` says of the text; see `run_text.record`."""
 
 
 def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> Start:
@@ -52,10 +54,11 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
         ValueError, FileNotFoundError: settings that do not fit each other, the text, or the run to be resumed.
     """
     earlier = _earlier(out, run) if resume else None
-    data, model = initial(run, progress=progress)
+    recorded = _recorded_text(out, earlier) if resume else {}
+    located, data, model = _with_its_text(run, out, recorded, progress)
     fingerprints = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
+    text = run_text.record(located, data, out, given=run)
     if earlier is not None:
-        _check_same_data(out, earlier[0].data, fingerprints)
         folder = out / "state" / f"step-{earlier[0].step}"
         checkpoints.load_weights(model, folder / checkpoints.WEIGHTS)
     choose_trained(model, run.train.freeze)
@@ -99,8 +102,8 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with run_folder.explained(out):
-            _open_folder(run, out, model, at)
-    return Start(at, data, model, module, optimizer)
+            _open_folder(run, out, model, at, text)
+    return Start(at, data, model, module, optimizer, text)
 
 
 def _earlier(out: Path, run: RunConfig) -> tuple[state.RunState, state.Tensors] | None:
@@ -115,23 +118,42 @@ def _earlier(out: Path, run: RunConfig) -> tuple[state.RunState, state.Tensors] 
     return at, tensors
 
 
-def _check_same_data(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    for name, fingerprint in now.items():
-        if before[name] != fingerprint:
-            raise ValueError(
-                f"the {name} text is not the one that {out} was started with (its tokens differ): restore it, or start "
-                "a new run in another folder"
-            )
+def _recorded_text(out: Path, earlier: tuple[state.RunState, state.Tensors] | None) -> dict[str, Any]:
+    """What a run to be resumed says of its text; empty if it was killed before it said anything."""
+    return {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})}
 
 
-def _open_folder(run: RunConfig, out: Path, model: SelfAblatingTransformer, at: state.RunState) -> None:
-    run_folder.clear_leftovers(out)
+def _with_its_text(
+    run: RunConfig, out: Path, recorded: dict[str, Any], progress: bool
+) -> tuple[RunConfig, PreparedData, SelfAblatingTransformer]:
+    """The configuration with paths that lead to the run's own text, that text, and the model before its first step.
+
+    Raises:
+        ValueError: the text is not the one that the run was started with.
+    """
+    different: list[str] = []
+    for located in run_text.candidates(run, out, recorded):
+        data, model = initial(located, progress=progress)
+        different = run_text.differing(data, recorded)
+        if not different:
+            return located, data, model
+    raise ValueError(
+        f"the {different[0]} text is not the one that {out} was started with (its tokens differ): restore it, or start "
+        "a new run in another folder"
+    )
+
+
+def _open_folder(
+    run: RunConfig, out: Path, model: SelfAblatingTransformer, at: state.RunState, text: dict[str, Any]
+) -> None:
+    for folder in (out.parent, out, out / "state"):
+        remove_leftovers(folder)
     atomic_write(out / run_folder.CONFIG_YAML, lambda path: write_yaml(run, path))
     MetricsFile(out / run_folder.METRICS).drop_after(at.step)
     if not (out / checkpoints.CONFIG).is_file():
         if model.tokenizer is not None:
             checkpoints.save_tokenizer(model.tokenizer, out)
-        config = {**checkpoints.describe(model), "run": to_dict(run)}
+        config = {**checkpoints.describe(model), "run": to_dict(run), "text": text}
         atomic_write(out / checkpoints.CONFIG, json.dumps(config, indent=2).encode())
 
 

@@ -38,7 +38,7 @@ def pretrained(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> HookedTra
     model = HookedTransformer(cfg, tokenizer=data.tokenizer)
 
     def fetch(name: str, **options: Any) -> HookedTransformer:
-        assert (name, options) == ("gpt2", {"device": "cpu"})
+        assert (name, options) == ("gpt2", {"device": "cpu", "trust_remote_code": False})
         return model
 
     monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", fetch)
@@ -108,7 +108,8 @@ def test_only_what_a_trainer_left_is_cleared(make_run: MakeRun, tmp_path: Path) 
     out = tmp_path / "run"
     (out / ".data.archived").mkdir(parents=True)
     kept = [out / ".env.template", out / ".bashrc.original", out / ".data.archived" / "file"]
-    left = [out / ".config.json.ab12cd_3", out / ".run.yaml.0123abcd", out / ".run.ab12cd_3"]
+    kept += [out / ".config.json.ab12cd_3", out / "x.ab12cd_3.sa_lens-part"]
+    left = [out / f".{name}.sa_lens-part" for name in ("config.json.ab12cd_3", "run.yaml.0123abcd", "run.ab12cd_3")]
     for path in (*kept, *left):
         path.touch()
     train(make_run(steps=1), out, progress=False)

@@ -1,0 +1,119 @@
+"""The text that a run was trained on: recorded with the model, looked for from anywhere, compared by its tokens.
+
+`config.json` of a run holds, under `text`, the fingerprints of the tokens and where the files of the configuration lay
+as seen from the run folder. So they are found from any working directory, and when run and text move together; and a
+text that has changed since is never taken for the run's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sa_lens.config import RunConfig
+from sa_lens.core.checkpoints import CONFIG, read_config
+from sa_lens.data import PreparedData
+from sa_lens.data.disk import local_path
+from sa_lens.data.reading import check_object
+
+PATHS = ("data.source", "data.validation", "data.keep_whole", "data.tokenizer", "train.init")
+"""Settings that may name a file or folder."""
+
+_NO_PATHS = ("stories", "bpe")
+
+
+def record(run: RunConfig, data: PreparedData, folder: Path, given: RunConfig) -> dict[str, Any]:
+    """What `config.json` says of the text of a run.
+
+    Args:
+        run: with paths that hold in the current folder.
+        folder: the run folder.
+        given: the configuration as it is stored.
+    """
+    paths = {}
+    for key in PATHS:
+        value = _setting(run, key)
+        if value is not None and value not in _NO_PATHS and local_path(value, key).exists():
+            from_run = _seen_from(folder.resolve(), local_path(value, key).resolve())
+            paths[key] = {"given": _setting(given, key), "from_run": from_run}
+    return {"train": data.train.fingerprint, "validation": data.validation.fingerprint, "paths": paths}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the `config.json` of a run says of its text; empty if it says nothing.
+
+    Raises:
+        ValueError: a damaged record.
+    """
+    path = folder / CONFIG
+    text = read_config(folder).get("text") if path.is_file() else None
+    if text is None:
+        return {}
+    try:
+        check_object(text, {"train": str, "validation": str, "paths": dict}, where="text.")
+        for key, places in text["paths"].items():
+            check_object(places, {"given": str, "from_run": str}, where=f"text.paths.{key}.")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; take it from a copy of the run") from error
+    return text
+
+
+def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterable[str] = PATHS) -> Iterator[RunConfig]:
+    """The configuration with paths that exist: as they stand, from the current folder; and as seen from the run folder.
+
+    A setting that is not the recorded one is left as it stands.
+
+    Args:
+        text: what `recorded` gave.
+        keys: the settings that are needed.
+
+    Raises:
+        FileNotFoundError: a file or folder of the run is in neither place.
+    """
+    places: dict[str, dict[str, str]] = text.get("paths", {})
+    stands: dict[str, Path] = {}
+    beside: dict[str, Path] = {}
+    for key in keys:
+        if key in places and _setting(run, key) == places[key]["given"]:
+            stands[key] = local_path(places[key]["given"], key)
+            beside[key] = (folder.resolve() / places[key]["from_run"]).resolve()
+            if not stands[key].exists() and not beside[key].exists():
+                raise FileNotFoundError(
+                    f"{key}={places[key]['given']!r} of {folder} is neither in the current folder nor at "
+                    f"{beside[key]}, where it lay as seen from the run: put it back, or work in the folder in "
+                    "which the run was trained"
+                )
+    whole = all(path.exists() for path in stands.values())
+    if whole:
+        yield run
+    moved = {key: str(path) for key, path in beside.items() if path.exists()}
+    if not whole or any(not stands[key].samefile(path) for key, path in moved.items()):
+        yield _replaced(run, moved)
+
+
+def differing(data: PreparedData, text: dict[str, Any]) -> list[str]:
+    """Which of the texts, train and validation, are not those of the record; none if it is empty."""
+    now = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
+    return [name for name, fingerprint in now.items() if text.get(name, fingerprint) != fingerprint]
+
+
+def _setting(run: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(run, section), name)
+
+
+def _replaced(run: RunConfig, values: dict[str, str]) -> RunConfig:
+    for key, value in values.items():
+        section, name = key.split(".")
+        run = dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **{name: value})})
+    return run
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # another drive
+        return str(path)
