@@ -1,23 +1,28 @@
 """Trained tokenizers: exact round trips, kept words, and a folder that TransformerLens takes."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sa_lens.data import load_tokenizer
+from sa_lens.config import DataConfig
+from sa_lens.data import load_tokenizer, prepare
 from sa_lens.data.tokenizers import (
     END_OF_TEXT,
+    boundary_tokens,
     fetch_tokenizer,
+    prompt_tokenizer,
     read_words,
     tokenizer_fingerprint,
     train_bpe,
 )
-from sa_lens.data.tokens import vocabulary_of
+from sa_lens.data.tokens import vocabulary_of, write_tokens
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
@@ -222,3 +227,155 @@ def test_missing_and_empty_word_lists_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds no words"):
         read_words(tmp_path / "empty.txt")
+
+
+# -------------------------------------------------------------------------------------------------------- foreign code
+
+
+def test_python_in_a_tokenizers_folder_is_never_run(bpe_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """`auto_map` names a class in a file beside it; transformers would import that file where it may."""
+    mark = tmp_path / "it ran"
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(bpe_folder, folder)
+    (folder / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(mark)!r}).touch()\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    try:
+        load_tokenizer(folder)
+    except ValueError as error:
+        assert "needs Python code of its own, which is never run" in str(error)  # noqa: PT017
+    assert not mark.exists()
+    # it would have run: the test tests something
+    AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    assert mark.exists()
+
+
+def test_trust_is_refused_at_every_call_of_the_package() -> None:
+    """Every call that may load code from a folder or the Hub says that it must not."""
+    calls = re.compile(r"(?:Auto\w+\.from_pretrained|from_pretrained_no_processing|load_dataset(?:_builder)?)\(")
+    found = 0
+    for file in (Path(__file__).parents[2] / "sa_lens").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for call in calls.finditer(text):
+            line = text[text.rfind("\n", 0, call.start()) : text.find("\n", call.start())]
+            if '"' not in line[: line.find(call.group())]:  # not a line of text for people
+                found += 1
+                assert "trust_remote_code=False" in text[call.start() : call.start() + 160], f"{file}: {line.strip()}"
+    assert found >= 5
+
+
+# ------------------------------------------------------------------------------------------------ beginning and end
+
+_TEMPLATES = {"nothing": None, "both": "<s> $A </s>", "the end": "$A </s>", "the beginning": "<s> $A"}
+
+
+def in_memory(
+    begin: str | None, end: str | None, template: str = "nothing", pre: str = "bytes"
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that was never on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    inner = Tokenizer(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end:of|>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(False) if pre == "bytes" else pre_tokenizers.Metaspace()
+    inner.train_from_iterator(["Lily and Tom went to the park."], trainer)
+    if _TEMPLATES[template] is not None:
+        ids = [("<s>", 1), ("</s>", 2)]
+        inner.post_processor = processors.TemplateProcessing(single=_TEMPLATES[template], special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=begin, eos_token=end)
+
+
+BOUNDARIES = {
+    "equal": ("<|end:of|>", "<|end:of|>", 0, 0),
+    "different": ("<s>", "</s>", 1, 2),
+    "no beginning": (None, "</s>", 2, 2),
+    "no end": ("<s>", None, 1, 1),
+}
+
+
+@pytest.mark.parametrize("pre", ["bytes", "spaces"])
+@pytest.mark.parametrize("template", _TEMPLATES)
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_one_token_stands_before_every_text(name: str, template: str, pre: str, tmp_path: Path) -> None:
+    """In the training text, `to_tokens`, tasks, views, and units: the same, and the one that training has seen."""
+    import sa_lens as sa
+    from sa_lens.circuits.pairs import Draft, encode
+    from sa_lens.units.labels import label_stories
+    from sa_lens.views.texts import encoded
+
+    begin_token, end_token, begin, end = BOUNDARIES[name]
+    tokenizer = in_memory(begin_token, end_token, template, pre)
+    assert boundary_tokens(tokenizer) == (begin, end)
+    text = "Lily and Tom"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not {0, 1, 2} & set(ids)
+
+    file = write_tokens(tmp_path / "a.bin", [text, text], tokenizer, name="test", progress=False)
+    document = [*ids, end] if begin == end else [begin, *ids, end]
+    assert file.tokens.tolist() == document * 2
+    assert begin in file.tokens
+    assert (file.begin_token_id, file.end_token_id) == (begin, end)
+
+    cfg = sa.ModelConfig(n_layers=1, d_model=8, n_heads=2, n_ctx=32, d_vocab=vocabulary_of(tokenizer))
+    model = sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=2, k_mlp=2), tokenizer, device="cpu")
+    for _ in range(2):
+        assert model.to_tokens(text).tolist() == [[begin, *ids]]
+        assert model.to_tokens(text, prepend_bos=False).tolist() == [ids]
+        assert model.to_tokens(["Tom", text], padding_side="left")[1].tolist() == [begin, *ids]
+        assert model.to_tokens("").tolist() == [[begin]]
+        assert encoded(model.tokenizer, text) == encoded(tokenizer, text) == [begin, *ids]
+        assert model.tokenizer.eos_token_id == end, "where generated text stops"
+        pairs = encode("test", [Draft("x", "q", "z", "v")], model.tokenizer) if pre == "bytes" else None
+        assert pairs is None or set(pairs.clean[:, 0].tolist()) == {begin}
+        labelled = label_stories(model.tokenizer, 3, 32).tokens.flatten().tolist()
+        assert labelled[0] == (begin if begin != end else labelled[0])
+        assert labelled.count(begin) >= 1
+        # saved and loaded, it is still the same
+        model.save_pretrained(tmp_path / "model")
+        model = sa.SelfAblatingTransformer.from_pretrained(tmp_path / "model")
+    assert tokenizer.bos_token == begin_token, "the tokenizer that was given is untouched"
+
+
+def test_a_prompt_tokenizer_adds_one_token_and_no_more() -> None:
+    for template in _TEMPLATES:
+        once = prompt_tokenizer(in_memory("<s>", "</s>", template))
+        twice = prompt_tokenizer(once)
+        plain = once("Tom", add_special_tokens=False)["input_ids"]
+        assert once("Tom")["input_ids"] == twice("Tom")["input_ids"] == [1, *plain]
+        assert once("")["input_ids"] == [1]
+
+
+def test_a_tokenizer_without_boundaries_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"has neither an end-of-text token .* or set tokenizer\.eos_token"):
+        prompt_tokenizer(in_memory(None, None))
+
+
+def test_fingerprints_are_of_what_decides_the_tokens() -> None:
+    tokenizer = in_memory("<s>", "</s>")
+    key = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2) if tokenizer.pad_token else None
+    assert tokenizer_fingerprint(in_memory("<s>", "</s>", "both")) == key, "what it adds by itself has no say"
+    assert tokenizer_fingerprint(prompt_tokenizer(tokenizer)) == key
+    assert tokenizer_fingerprint(in_memory(None, "</s>")) != key
+    assert tokenizer_fingerprint(in_memory("<s>", "</s>", pre="spaces")) != key
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_refused(tmp_path: Path) -> None:
+    """Other words in the same place would give other tokens, and with them another model."""
+    texts = tmp_path / "a.txt"
+    texts.write_text("\n".join(f"Tom has {i} apples." for i in range(100)))
+    config = DataConfig(source=str(texts), vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    folder = prepare(config, 8, progress=False).tokenizer_folder
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("Tom", "Tim"))
+    with pytest.raises(ValueError, match="in the cache is damaged; delete it and"):
+        prepare(config, 8, progress=False)
