@@ -21,6 +21,9 @@ from sa_lens.data.hub import dataset_revision, require_hub
 
 LOCAL_TEXT = "name a local parquet, jsonl, txt or arrow file or folder in data.source, or `stories`"
 
+_STORIES_KEPT = 100_000
+"""Generated stories that are kept in memory between passes over them: about 50 MB."""
+
 SPLIT_NAMES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 _SPLIT_WORDS = {"train", "validation", "test", *SPLIT_NAMES}
 
@@ -106,7 +109,17 @@ def stories_source(n: int, seed: int, max_documents: int | None) -> Source:
     rules = fingerprint(origin) if origin.stem != "__init__" else key_of(_python_files(origin.parent))
     count = n if max_documents is None else min(n, max_documents)
     key = key_of({"stories": count, "seed": seed, "rules": rules})
-    return Source("stories", key, lambda: _cleaned((s.text for s in stories.generate(count, seed)), None))
+    if count > _STORIES_KEPT:
+        return Source("stories", key, lambda: (story.text for story in stories.generate(count, seed)))
+    return Source("stories", key, lambda: iter(_told(key, count, seed)))
+
+
+@functools.lru_cache(maxsize=1)
+def _told(key: str, count: int, seed: int) -> tuple[str, ...]:
+    """The texts of generated stories: preparing them for training reads them several times."""
+    from sa_lens.data import stories
+
+    return tuple(story.text for story in stories.generate(count, seed))
 
 
 def story_words() -> list[str]:

@@ -9,8 +9,11 @@ from collections import Counter, defaultdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paraphrases import CLASSICS, PARAPHRASES, fill
+from readings import split, tellable
 
 from sa_lens.data.stories import (
+    HELD_OUT_PATTERNS,
     LABELS,
     NAMES,
     PATTERNS,
@@ -24,7 +27,8 @@ from sa_lens.data.stories import (
     telling,
     vocabulary,
 )
-from sa_lens.data.stories.words import KIND_OF, PLACES
+from sa_lens.data.stories.grammar import pieces_of
+from sa_lens.data.stories.patterns import trees
 
 N_TEXTS, N_LABELLED = 20_000, 1_500
 
@@ -213,6 +217,9 @@ def replay(story: Story) -> None:
             has[thing] = set(role["member"])
         elif pattern == "have_each":
             has.update({thing: {owner} for thing, owner in zip(objects, role["owner"], strict=True)})
+        elif pattern == "lies":
+            assert holders[thing] is None
+            has[thing] = {"lost"}
         elif pattern == "share":
             assert set(role["owner"]) & holders[thing], story.text
         elif pattern in ("have", "buy", "feel_has_new", "find_new"):
@@ -393,41 +400,82 @@ def test_bad_input_is_refused_at_the_call() -> None:
         held_out_pairs(share=0.9)
 
 
+# patterns
+
+
+def test_every_sentence_is_read_again_by_a_pattern_of_the_stories_and_by_no_held_out_one(stories: list[Story]) -> None:
+    for story in stories[:150]:
+        for sentence in split(story.text):
+            assert tellable(sentence), sentence
+            assert not tellable(sentence, held_out=True), sentence
+
+
+def test_held_out_patterns_use_the_words_of_the_stories() -> None:
+    assert not set(HELD_OUT_PATTERNS) & set(PATTERNS)
+    pieces = {pair for pattern in HELD_OUT_PATTERNS for tree in trees(pattern) for pair in pieces_of(tree)}
+    lower = {word.lower() for word in vocabulary()}
+    assert {piece.text for piece, _ in pieces if not piece.var and piece.pos != "PUNCT"} <= lower | {"'s"}
+
+
+def test_neither_the_order_of_names_nor_how_often_they_occur_tells_who_receives(labelled: list[Story]) -> None:
+    guesses: Counter[str] = Counter()
+    for story in (story for story in labelled if len(story.characters) == 2):
+        names = [word for word in story.words if word.pos == "PROPN"]
+        gift = next(i for i, word in enumerate(names) if word.role == "recipient")
+        answer, giver = names[gift].text, next(word.text for word in names[:gift][::-1] if word.role == "giver")
+        before = [word.text for word in names[: names.index(next(w for w in names[:gift] if w.role == "giver"))]]
+        if set(before) != {answer, giver}:
+            continue
+        guesses["first"] += before[0] == answer
+        guesses["last"] += before[-1] == answer
+        guesses["oftener"] += before.count(answer) > before.count(giver)
+        guesses["seldomer"] += before.count(answer) < before.count(giver)
+        guesses["all"] += 1
+    assert guesses["all"] > 800
+    for guess in ("first", "last"):
+        assert 0.35 < guesses[guess] / guesses["all"] < 0.65, guess
+    assert abs(guesses["oftener"] - guesses["seldomer"]) < 0.25 * guesses["all"]
+
+
+@pytest.mark.parametrize(("task", "at_least"), [("ioi", 24), ("object", 8), ("pronoun", 8), ("repeated", 8)])
+def test_no_story_holds_a_paraphrase_though_every_word_is_known(task: str, at_least: int) -> None:
+    templates = PARAPHRASES[task]
+    assert len(set(templates)) >= at_least
+    for template in (*templates, *CLASSICS.get(task, ())):
+        first, second = fill(task, template, 2)
+        assert set(re.findall("[A-Za-z]+", first.prompt.replace("'s", ""))) <= vocabulary(), template
+        assert first != second
+        *whole, last = split(second.prompt + second.answer)
+        if template in templates:
+            assert not (all(map(tellable, whole)) and tellable(last, begins=True)), template
+
+
 # prompts
 
 
-def skeleton(text: str) -> str:
-    """The text with names, objects and places replaced by what they are, and names numbered."""
-    seen: dict[str, str] = {}
-    places = {place.noun for place in PLACES}
-    things = set(KIND_OF)
-
-    def kind(match: re.Match[str]) -> str:
-        word = match[0]
-        if word in NAMES:
-            return seen.setdefault(word, f"N{len(seen)}")
-        return "P" if word in places else "O" if word in things else "a" if word == "an" else word
-
-    return re.sub("[A-Za-z]+", kind, text)
-
-
-@pytest.fixture(scope="module")
-def told(stories: list[Story]) -> set[str]:
-    """Every beginning of a sentence in the stories, as a skeleton."""
-    beginnings: set[str] = set()
-    for story in stories:
-        for sentence in re.split(r"(?<=[.\"]) ", story.text):
-            words = skeleton(sentence).split(" ")
-            beginnings |= {" ".join(words[:i]).rstrip(".,") for i in range(len(words) + 1)}
-    return beginnings
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_continue_as_stories_do(task: str) -> None:
+    """Clean prompt and answer, sentence by sentence, are sentences (the last: the start of one) that stories have."""
+    for prompt in draw_prompts(task, 60):
+        *whole, last = split(prompt.clean + prompt.answer)
+        assert all(map(tellable, whole)), prompt.clean
+        assert tellable(last, begins=True), prompt.clean
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_prompts_continue_as_stories_do(task: str, told: set[str]) -> None:
-    """Clean prompt and answer, sentence by sentence, are sentences (the last: the start of one) that stories have."""
-    for prompt in draw_prompts(task, 300):
-        for sentence in re.split(r"(?<=\.) ", prompt.clean + prompt.answer):
-            assert skeleton(sentence).rstrip(".") in told, sentence
+def test_prompts_of_held_out_patterns_have_a_sentence_that_no_story_has(task: str) -> None:
+    prompts = draw_prompts(task, 60, patterns="held-out")
+    assert not {template.text for template in prompt_templates(task)} & {
+        template.text for template in prompt_templates(task, "held-out")
+    }
+    for prompt in prompts:
+        *whole, last = split(prompt.clean + prompt.answer)
+        assert not (all(map(tellable, whole)) and tellable(last, begins=True)), prompt.clean
+        for sentence in whole:
+            assert tellable(sentence) or tellable(sentence, held_out=True), sentence
+        assert tellable(last, begins=True) or tellable(last, begins=True, held_out=True), last
+    with pytest.raises(ValueError, match="patterns='new'"):
+        draw_prompts(task, 1, patterns="new")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -479,7 +527,7 @@ def test_templates_are_distinct_and_count_their_words(task: str) -> None:
     assert len({template.name for template in templates}) == len(templates)
     lengths = {template.name: template.n_words for template in templates}
     for prompt in draw_prompts(task, 50):
-        assert len(re.findall(r"\w+|[.,]", prompt.clean)) == lengths[prompt.template]
+        assert len(re.findall(r"\w+|[.,!?\"]", prompt.clean.replace("'s", " s"))) == lengths[prompt.template]
 
 
 def test_a_template_says_which_word_it_misses() -> None:

@@ -32,7 +32,7 @@ class Beats(Writer):
         if self.things:
             o = self.pick(self.things)
             self.give(o, self.owner(o))
-        elif self.chance(0.1) and len(self.holder) < 3:
+        elif self.chance(0.1) and len(self.nouns) < 3:
             o, q = self.new_thing(), self.new_thing()
             self.say("have_each", x=x, y=y, o=o, q=q)
             self.owned(o, x)
@@ -47,9 +47,12 @@ class Beats(Writer):
         place = self.scene.place
         x, o = self.pick(self.scene[:2]), self.new_thing()
         y = self.scene.other(x)
-        kind = self.random()
-        if kind < 0.3:
-            self.say("find_new", x=x, o=o, s=self.pick(OUTDOOR_SPOTS if place.outdoors else INDOOR_SPOTS))
+        kind, spots = self.random(), OUTDOOR_SPOTS if place.outdoors else INDOOR_SPOTS
+        if kind < 0.08:
+            self.say("lies", o=o, s=self.pick(spots))
+            self.say("take", y=x, o=o)
+        elif kind < 0.3:
+            self.say("find_new", x=x, o=o, s=self.pick(spots))
             if self.chance(0.3):
                 self.say("pick_up", x=x, o=o)
         elif kind < 0.45:
@@ -148,7 +151,7 @@ class Beats(Writer):
         o = self.pick(self.things) if self.things else None
         kind = self.random()
         if o is None:
-            self.another_gift() if len(self.holder) < 3 and room > 25 else self.remark()
+            self.another_gift() if len(self.nouns) < 3 and room > 25 else self.remark()
         elif kind < 0.25:
             self.ask_and_give(o)
         elif kind < 0.4 and room > 42:
@@ -161,7 +164,7 @@ class Beats(Writer):
             self.use_together(o)
         elif kind < 0.78:
             self.give(o, self.owner(o))
-        elif kind < 0.9 and len(self.holder) < 3 and room > 25:
+        elif kind < 0.9 and len(self.nouns) < 3 and room > 25:
             self.another_gift()
         else:
             self.remark()
@@ -259,7 +262,16 @@ class Beats(Writer):
         options = ["fun", "place_is", "smile", "like_place", "feel_place", "say_need", "ask_play", "call", "treat"]
         options += ["animal"] * place.outdoors
         options = [pattern for pattern in options if pattern not in self.told]
-        self.turn() if self.chance(0.3) or not options else self.observe(self.pick(options))
+        kind = self.random()
+        if kind < 0.1 and len(self.nouns) < 3:
+            # nobody takes this one
+            o = self.new_thing()
+            self.things.remove(o)
+            self.say("lies", o=o, s=self.pick(OUTDOOR_SPOTS if place.outdoors else INDOOR_SPOTS))
+        elif kind < 0.35 or not options:
+            self.turn()
+        else:
+            self.observe(self.pick(options))
 
     def observe(self, pattern: str) -> None:
         """A sentence of one of the patterns of `remark`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from sa_lens.data.stories.grammar import CHARACTERS, OBJECTS, Node, parse, pieces_of
+from sa_lens.data.stories.grammar import CHARACTERS, OBJECTS, Choice, Node, parse, pieces_of
 from sa_lens.data.stories.words import (
     ADJECTIVES,
     ANIMALS,
@@ -45,6 +45,14 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
         "<then>",
     ),
     "long_ago": ("once upon a time,", "once upon a time", "long ago,", "once", "", ""),
+    "at_end": (
+        "[one|that/DET] [day|morning|afternoon|evening]",
+        "[yesterday|today|once|again]",
+        "after [school|lunch|dinner]",
+        "in the [morning|evening]",
+        "on a [sunny|warm|lovely|windy] day",
+        "every [day|morning]",
+    ),
     "next_day": (
         "the next/ADJ [day|morning],",
         "later,",
@@ -77,6 +85,7 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
         "just then,",
         "finally,",
         "a little later,",
+        "still,",
         "that/DET [morning|afternoon|evening],",
         "after some time,",
     ),
@@ -97,6 +106,7 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
         "{x:member} and {x.his:member} friend {y:member}",
         "{x:member} and {x.his:member} friend, {y:member},",
         "two friends, {x:member} and {y:member},",
+        "[friends|the children|the two/NUM friends] {x:member} and {y:member}",
         "{x:member}, with {y:member},",
     ),
     "pair_went": (
@@ -161,12 +171,16 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
         "because {r:friend} was/VERB [sad|kind|good|tired|late],",
         "because {g:agent} was/VERB [kind|good|happy],",
         "because {g:agent} liked {r:friend},",
+        "because it was a [sunny|warm|lovely] day,",
     ),
     "and": (
         "{r:friend} [smiled|came over|sat down/ADV|stopped|was/VERB happy][,|, and|, so| and]",
         "{g:agent} [saw|liked|met|looked at] {r:friend}[,| and|, and|, so]",
         "{r:friend} [saw|liked|met|looked at] {g:agent}[, and|, and|, so| and]",
         "they [sat down/ADV|stopped|talked][| for a while/NOUN][, and| and]",
+        "{g:agent} was/VERB [kind|good|{f}][, so|, and| and]",
+        "{r:friend} was/VERB [sad|tired|{f}], [so|but|and]",
+        "{g:agent} [knew|saw|thought] that/SCONJ {r:friend} was/VERB [sad|good|tired|kind], so",
         "it was/VERB [late|time to/PART go home/ADV|a good day][, so|, and|, but]",
         "the [sun was/VERB warm|sky was/VERB blue][, and| and|, so]",
     ),
@@ -176,7 +190,7 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
         "[when|while] {x:member} and {y:member} [played|sat|talked|met|were/VERB playing] [{p.at}|near] {p},",
         "[when|after/SCONJ|as] {x:member} [met|saw|visited|found] {y:member} {p.at} {p},",
     ),
-    "and_then": (", and", ", so", "and then", ", and then", ", but"),
+    "and_then": (", and", ", so", "and then", ", and then", ", but", ", and [afterwards|soon|later|so]"),
     # giving
     "gave": (
         "gave",
@@ -261,8 +275,17 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "this/PRON is/VERB a story about {x:member} and {y:member}.",
         "{x:member} was {y:member}'s [best|good|] friend.",
     ),
-    "intro_two_like": ("<both> [loved|liked] to/PART [play|read|sing|dance|draw|swim] [together|every day|].",),
-    "go": ("<once> <pair> <pair_went>.", "<once> <pair> <pair_went>.", "<once> <with_friend>."),
+    "intro_two_like": (
+        "<both> [loved|liked] to/PART [play|read|sing|dance|draw|swim] [together|every day|].",
+        "every [day|morning|evening], <both> [played|walked|sang|talked] together.",
+    ),
+    "go": (
+        *("<once> <pair> <pair_went>.",) * 4,
+        "<pair> <pair_went> <at_end>.",
+        "<once> <with_friend>.",
+        "<once> <with_friend>.",
+        "<with_friend> <at_end>.",
+    ),
     "next_day": ("<next_day> <pair> <pair_went>.", "<next_day> <with_friend>."),
     "carry": (
         "<once> {x:member} and {y:member} [took|brought] {o} to {p}.",
@@ -299,7 +322,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "<perhaps_then> <both> had/VERB [a lot of|so much/ADJ] fun.",
         "<both> [laughed|talked|played] and [danced|sang|jumped].",
         "<perhaps_then> <both> [played a game|sang a song|told a story|sat down/ADV|laughed|had/VERB lunch].",
-        "<both> [walked|talked|played|sat] [for a long time|together|there/ADV].",
+        "<both> [walked|talked|played|sat] [for a long time|for a while/NOUN|together|there/ADV].",
+        "for a [long time|while/NOUN], <both> [walked|talked|played|sat there/ADV].",
         "<both> were/VERB [very|so] {f}.",
         "[{p}|it] was a good [place/NOUN|day] for {x:member} and {y:member}.",
         "<perhaps_then> <both> drank a [bottle|glass] of [milk|water].",
@@ -338,6 +362,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         '{g:speaker} said to {r:listener}, "{g.I:speaker} [like|love] {p}."',
         '{g:speaker} said, "{r:listener}, {r.you:listener} are/VERB [good|kind|funny]."',
         '"look, {r:listener}!" [said|called] {g:speaker}.',
+        '"come and play, {r:listener}!" [said|called] {g:speaker}.',
     ),
     "ask_play": (
         "<perhaps_then> {g:speaker} asked {r:listener} to/PART [play|dance|sing|draw|come] [with {g.him:speaker}|].",
@@ -357,6 +382,12 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "<perhaps_then> {x?:finder} found {o} {s.under} {s}.",
         "<perhaps_then> {x:finder} [found|saw and took] {o}.",
     ),
+    "lies": (
+        "there was {o} {s.under} {s}.",
+        "<perhaps_then> <both> saw {o} {s.under} {s}.",
+        "<perhaps_then> {x?:agent} saw {o} {s.under} {s}.",
+        "there was {o} {p.at} {p}.",
+    ),
     "pick_up": ("<perhaps_then> {x?:holder} picked up/ADV {o}.", "{x?:holder} picked {o?} up/ADV."),
     # giving: the receiver is named
     "give": (
@@ -365,6 +396,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "<before> {g:giver} <first_act> and <kindly> <gave> {o} to {r:recipient} <after_gift>.",
         "<before> {g:giver} [took|picked up/ADV|held up/ADV|got] {o} and <kindly> <gave> {o.it} to {r:recipient}.",
         "<before> {g:giver} [went|ran|came|walked] to {r:friend} with {o} and <gave> {o.it} to {r:recipient}.",
+        "<perhaps_then> {r:friend} [wanted|liked|asked for] {o} <and_then> {g:giver} <gave> {o.it} to {r:recipient}.",
+        "<before> {g:giver}, who/PRON was/VERB [kind|good|{f}], <gave> {o} to {r:recipient}.",
     ),
     "give_new": (
         "<before> {g:giver} [had/VERB|found|bought|made|brought|got] {o} and <kindly> <gave> {o.it} to {r:recipient}.",
@@ -452,6 +485,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "<perhaps_then> {x:experiencer} was/VERB {f}, but {x.he:agent} [was/VERB brave|smiled|did not/PART stop/VERB].",
         "<perhaps_then> {x:agent} [played|walked|ran] until {x.he:experiencer} was/VERB {f}.",
         "<perhaps_then> {x:agent} [sat down/ADV|rested] when {x.he:experiencer} was/VERB {f}.",
+        "<perhaps_then> {x:agent} was/VERB so {f} that/SCONJ {x.he:agent} [sat down/ADV|went home/ADV|rested|stopped].",
     ),
     "feel_place": (
         "<perhaps_then> {x:experiencer} was/VERB <very> {f} because {x.he:experiencer} [liked|loved] {p}.",
@@ -519,7 +553,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "{y:finder} smiled because {y.he:finder} had found {o}.",
     ),
     "tell_found": ("{y:speaker} told {x:listener} that/SCONJ {o} was/VERB {s.under} {s}.",),
-    "take": ("<perhaps_then> {y:finder} picked up/ADV {o}.",),
+    "take": ("<perhaps_then> {y:finder} [picked up/ADV|took] {o}.", "<perhaps_then> {y:finder} [took|got] {o?}."),
     "breaks": ("[then|but then|suddenly,] {o} broke.", "{o} was/VERB broken."),
     "mend": ("{y?:helper} fixed {o?}.", "{y?:helper} [quickly|carefully|soon] fixed {o?}."),
     # endings
@@ -613,7 +647,12 @@ LABELS: dict[str, tuple[str, ...]] = {
 @cache
 def trees(pattern: str) -> tuple[Node, ...]:
     """The templates of a pattern, held out or not, ready to be drawn from."""
-    return tuple(parse(template, FRAGMENTS) for template in (PATTERNS | HELD_OUT_PATTERNS)[pattern])
+    return tuple(parse(template, _fragment) for template in (PATTERNS | HELD_OUT_PATTERNS)[pattern])
+
+
+@cache
+def _fragment(name: str) -> Choice:
+    return Choice(tuple(parse(template, _fragment) for template in FRAGMENTS[name]))
 
 
 @cache

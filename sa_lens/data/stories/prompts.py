@@ -155,7 +155,7 @@ TASKS: tuple[Task, ...] = ("ioi", "pronoun", "object", "repeated")
 """Indirect object, gender of a pronoun, object recall, repeated name."""
 
 TEMPLATES_PER_RECIPE = 12
-_WORD = re.compile(r"[A-Za-z]+|[.,!?\"]")
+_WORD = re.compile(r"'s|[A-Za-z]+|[.,!?\"]")
 
 
 class PromptTemplate(NamedTuple):

@@ -183,8 +183,8 @@ PART_OF_SPEECH: dict[str, str] = {
     for tag, words in {
         "DET": "a the every that both another all some no",
         "PRON": "it everyone there",
-        "ADP": "by down up before around to in at on near with for of from upon after about until next",
-        "AUX": "is are be was were can could had did will",
+        "ADP": "to in at on near with for of from upon after about until next",
+        "AUX": "was were can could had did will",
         "VERB": (
             "went walked ran met played sat lived loved liked held holding brought carried found saw bought took "
             "gave handed passed lent offered decided give wanted threw showed read said told asked thanked tried "
@@ -199,18 +199,18 @@ PART_OF_SPEECH: dict[str, str] = {
             "school end game song story fun lot way dinner breakfast week flowers people talk water milk bottle "
             "glass kiss hug pocket bread work something"
         ),
-        "SCONJ": "since while when because where as",
+        "SCONJ": "while when because where as",
         "ADJ": (
             "sunny warm bright windy cool lovely little young kind clever brave small big white good best blue "
             "soft brown funny wonderful great beautiful gone broken welcome quiet long sad late tired last nice "
             "happy"
         ),
         "ADV": (
-            "not much away always here once together outside then so later soon very kindly quickly gently happily slowly carefully too "
+            "once together outside then so later soon very kindly quickly gently happily slowly carefully too "
             "again suddenly ago back well please over now also everywhere yesterday today just finally first "
             "still afterwards"
         ),
-        "CCONJ": "or and but",
+        "CCONJ": "and but",
         "NUM": "one two",
         "INTJ": "yes hello look",
     }.items()
