@@ -39,6 +39,8 @@ World = Literal["tinystories", "stories"]
 """Whose words: TinyStories', or the generated stories'."""
 NamePairs = Literal["any", "held-out", "seen"]
 """Pairs of names in the generated stories: those that never meet in one, those that may, or any."""
+Patterns = Literal["seen", "held-out"]
+"""Sentence patterns: those of the generated stories, or with at least one sentence that no story has."""
 
 _MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]] = {
     "ioi": lambda answer, wrong: (("IO", answer, 0), ("S1", wrong, 0), ("S2", wrong, -1)),
@@ -60,6 +62,7 @@ def _make(
     names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     name_pairs: NamePairs = "any",
+    patterns: Patterns = "seen",
     length: int | None = None,
 ) -> PromptPairs:
     if n < 1:
@@ -70,9 +73,16 @@ def _make(
         raise ValueError(f"name_pairs={name_pairs!r} must be 'any', 'held-out' or 'seen'")
     if names is not None:
         _check_names(names, tokenizer)
-    made = _from_stories if world == "stories" else _from_tinystories
+    if world == "tinystories" and (name_pairs, patterns) != ("any", "seen"):
+        raise ValueError(
+            f"name_pairs={name_pairs!r} and patterns={patterns!r} need world='stories': of TinyStories it is not "
+            "recorded which names meet and which sentences occur"
+        )
     tries = _TRIES if length is None else 10 * _TRIES
-    drafts = made(task, tokenizer, n, seed, names, templates, name_pairs, tries)
+    if world == "stories":
+        drafts = _from_stories(task, n, seed, names, templates, name_pairs, patterns, tries)
+    else:
+        drafts = _from_tinystories(task, tokenizer, n, seed, names, templates, tries)
     marked = (draft._replace(marks=_MARKS[task](draft.answer, draft.wrong_answer)) for draft in drafts)
     return encode(task, marked, tokenizer, minimum=n, wanted=n, length=length)
 
@@ -97,13 +107,8 @@ def _from_tinystories(
     seed: int,
     names: Sequence[str] | None,
     templates: Sequence[str] | None,
-    name_pairs: NamePairs,
     tries: int,
 ) -> Iterator[Draft]:
-    if name_pairs != "any":
-        raise ValueError(
-            f"name_pairs={name_pairs!r} needs world='stories': which names meet in TinyStories is not recorded"
-        )
     genders = {**dict.fromkeys(tinystories.GIRLS, "girl"), **dict.fromkeys(tinystories.BOYS, "boy")}
     if names is None:
         names = [name for name in tinystories.NAMES if _one_token(tokenizer, name)]
@@ -128,12 +133,12 @@ def _from_tinystories(
 
 def _from_stories(
     task: Any,
-    tokenizer: PreTrainedTokenizerBase,
     n: int,
     seed: int,
     names: Sequence[str] | None,
     templates: Sequence[str] | None,
     name_pairs: NamePairs,
+    patterns: Patterns,
     tries: int,
 ) -> Iterator[Draft]:
     from sa_lens.data.stories import NAMES, draw_prompts, held_out_pairs, prompt_templates
@@ -150,7 +155,7 @@ def _from_stories(
     ]
     if not allowed:
         raise ValueError(f"no {name_pairs} pair among the names {', '.join(chosen)}: give more names")
-    known: tuple[PromptTemplate, ...] = prompt_templates(task)
+    known: tuple[PromptTemplate, ...] = prompt_templates(task, patterns)
     if templates is not None:
         for template in templates:
             if not any(t.name.startswith(template) for t in known):
@@ -175,6 +180,7 @@ def ioi(
     names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     name_pairs: NamePairs = "any",
+    patterns: Patterns = "seen",
     length: int | None = None,
 ) -> PromptPairs:
     """Indirect object: "One day, Lily and Tom went to the park. Tom gave a ball to" -> " Lily", not " Tom".
@@ -192,6 +198,8 @@ def ioi(
         templates: `tinystories`: format strings (see the module of that name). `stories`: beginnings of names of
             `sa_lens.data.stories.prompt_templates`, such as `go-give`.
         name_pairs: only with `stories`: two names that never meet in a story (`held-out`), that may (`seen`), or `any`.
+        patterns: only with `stories`: sentences as stories have them (`seen`), or with one at least that no story has
+            (`held-out`).
         length: only prompts of so many tokens, the begin-of-text token included; None: all.
 
     Raises:
@@ -208,6 +216,7 @@ def ioi(
         names=names,
         templates=templates,
         name_pairs=name_pairs,
+        patterns=patterns,
         length=length,
     )
 
@@ -219,6 +228,7 @@ def pronoun_gender(
     *,
     world: World = "tinystories",
     templates: Sequence[str] | None = None,
+    patterns: Patterns = "seen",
     length: int | None = None,
 ) -> PromptPairs:
     """Gender of a pronoun: "One day, Lily went to the park. Lily was happy because" -> " she", not " he".
@@ -226,7 +236,7 @@ def pronoun_gender(
     The corrupt prompt names people of the other gender. Named positions: name (its last mention), end. Arguments and
     errors as in `ioi`.
     """
-    return _make("pronoun", tokenizer, n, seed, world=world, templates=templates, length=length)
+    return _make("pronoun", tokenizer, n, seed, world=world, templates=templates, patterns=patterns, length=length)
 
 
 def object_recall(
@@ -236,6 +246,7 @@ def object_recall(
     *,
     world: World = "tinystories",
     templates: Sequence[str] | None = None,
+    patterns: Patterns = "seen",
     length: int | None = None,
 ) -> PromptPairs:
     """An object named before: "... Tom gave a ball to Lily. Lily thanked Tom for the" -> " ball", not " kite".
@@ -243,7 +254,7 @@ def object_recall(
     The corrupt prompt has another object in its place. The wrong answer is that one, or, where the prompt names two
     objects, the other one. Named positions: object, end. Arguments and errors as in `ioi`.
     """
-    return _make("object", tokenizer, n, seed, world=world, templates=templates, length=length)
+    return _make("object", tokenizer, n, seed, world=world, templates=templates, patterns=patterns, length=length)
 
 
 def repeated_name(
@@ -255,6 +266,7 @@ def repeated_name(
     names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     name_pairs: NamePairs = "any",
+    patterns: Patterns = "seen",
     length: int | None = None,
 ) -> PromptPairs:
     """Induction: "... two friends named Lily and Tom. One day, Lily and" -> " Tom", not " Lily".
@@ -270,6 +282,7 @@ def repeated_name(
         names=names,
         templates=templates,
         name_pairs=name_pairs,
+        patterns=patterns,
         length=length,
     )
 

@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from sa_lens.circuits import tasks
 from sa_lens.circuits.pairs import Draft, encode
-from sa_lens.data.stories import NAMES, held_out_pairs
+from sa_lens.data.stories import NAMES, draw_prompts, held_out_pairs
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
@@ -82,6 +83,37 @@ def test_held_out_and_seen_pairs(tokenizer):
             assert (frozenset(words_of(pairs, tokenizer, i)) in held_out) == (which == "held-out")
 
 
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_patterns_of_the_stories_and_held_out_ones(task, tokenizer):
+    texts = {
+        patterns: set(tasks.make(task, tokenizer, 10, world="stories", patterns=patterns).clean_texts)
+        for patterns in ("seen", "held-out")
+    }
+    for patterns, clean in texts.items():
+        drawn = {prompt.clean for part in range(30) for prompt in draw_prompts(task, 10, seed=part, patterns=patterns)}
+        assert clean <= drawn
+
+
+def test_a_name_at_the_beginning_of_a_prompt_is_a_marked_position():
+    class Characters:
+        """One token per word, another one for a word without a space before it."""
+
+        bos_token_id, unk_token_id = 0, 1
+
+        def encode(self, text, add_special_tokens):
+            pieces = re.findall(r" ?\w+|[.,]", text)
+            return [2 + self.known.setdefault(piece, len(self.known)) for piece in pieces]
+
+        known: ClassVar[dict[str, int]] = {}
+
+        def decode(self, ids):
+            return str(ids)
+
+    draft = Draft("Lily and Tom met. Tom ran to", "Ben and Sam met. Dan ran to", " Lily", " Tom")
+    pairs = encode("ioi", [draft._replace(marks=(("IO", " Lily", 0), ("S1", " Tom", 0)))], Characters(), minimum=1)
+    assert {name: int(at[0]) for name, at in pairs.positions.items()} == {"IO": -8, "S1": -6, "end": -1}
+
+
 def test_unseen_pairs_never_met_in_training(tokenizer):
     unseen = tasks.make_unseen("ioi", tokenizer, 12, seed=4, world="stories")
     for i in range(len(unseen)):
@@ -122,7 +154,9 @@ def test_own_names_and_templates(tokenizer):
         ({"world": "stories", "names": ["Zorro", *list(NAMES)[:5]]}, "'Zorro'"),
         ({"world": "moon"}, "world='moon'"),
         ({"name_pairs": "odd"}, "name_pairs='odd'"),
-        ({"name_pairs": "seen"}, "needs world='stories'"),
+        ({"name_pairs": "seen"}, "need world='stories'"),
+        ({"patterns": "held-out"}, "need world='stories'"),
+        ({"world": "stories", "patterns": "odd"}, "patterns='odd'"),
         ({"n": 0}, "n=0"),
         ({"world": "stories", "length": 3}, "not 3 tokens long"),
     ],

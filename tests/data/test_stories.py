@@ -30,7 +30,7 @@ from sa_lens.data.stories import (
 from sa_lens.data.stories.grammar import pieces_of
 from sa_lens.data.stories.patterns import trees
 
-N_TEXTS, N_LABELLED = 20_000, 1_500
+N_TEXTS, N_LABELLED = 8_000, 1_000
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_names_are_no_common_words_and_stand_anywhere(stories: list[Story]) -> N
     assert min(share.values()) > 0.01
     assert 0.3 < share["first in a story"] < 0.6
     starts = Counter(story.text.split()[0] for story in stories)
-    assert min(starts[name] for name in NAMES) > 50
+    assert min(starts[name] for name in NAMES) > 20
 
 
 def test_stories_are_50_to_120_words_in_two_or_three_characters(stories: list[Story]) -> None:
@@ -404,7 +404,7 @@ def test_bad_input_is_refused_at_the_call() -> None:
 
 
 def test_every_sentence_is_read_again_by_a_pattern_of_the_stories_and_by_no_held_out_one(stories: list[Story]) -> None:
-    for story in stories[:150]:
+    for story in stories[:40]:
         for sentence in split(story.text):
             assert tellable(sentence), sentence
             assert not tellable(sentence, held_out=True), sentence
@@ -421,20 +421,20 @@ def test_neither_the_order_of_names_nor_how_often_they_occur_tells_who_receives(
     guesses: Counter[str] = Counter()
     for story in (story for story in labelled if len(story.characters) == 2):
         names = [word for word in story.words if word.pos == "PROPN"]
-        gift = next(i for i, word in enumerate(names) if word.role == "recipient")
-        answer, giver = names[gift].text, next(word.text for word in names[:gift][::-1] if word.role == "giver")
-        before = [word.text for word in names[: names.index(next(w for w in names[:gift] if w.role == "giver"))]]
-        if set(before) != {answer, giver}:
+        gift = next((i for i, word in enumerate(names) if word.role == "giver"), None)
+        if gift is None:
             continue
-        guesses["first"] += before[0] == answer
-        guesses["last"] += before[-1] == answer
-        guesses["oftener"] += before.count(answer) > before.count(giver)
-        guesses["seldomer"] += before.count(answer) < before.count(giver)
-        guesses["all"] += 1
-    assert guesses["all"] > 800
+        before, giver = [word.text for word in names[:gift]], names[gift].text
+        if len(set(before)) == 2:
+            guesses["first"] += before[0] != giver
+            guesses["last"] += before[-1] != giver
+            guesses["more often"] += 2 * before.count(giver) < len(before)
+            guesses["less often"] += 2 * before.count(giver) > len(before)
+            guesses["all"] += 1
+    assert guesses["all"] > 500
     for guess in ("first", "last"):
-        assert 0.35 < guesses[guess] / guesses["all"] < 0.65, guess
-    assert abs(guesses["oftener"] - guesses["seldomer"]) < 0.25 * guesses["all"]
+        assert 0.4 < guesses[guess] / guesses["all"] < 0.6, guess
+    assert abs(guesses["more often"] - guesses["less often"]) < 0.25 * guesses["all"]
 
 
 @pytest.mark.parametrize(("task", "at_least"), [("ioi", 24), ("object", 8), ("pronoun", 8), ("repeated", 8)])
@@ -532,8 +532,9 @@ def test_templates_are_distinct_and_count_their_words(task: str) -> None:
 
 def test_a_template_says_which_word_it_misses() -> None:
     template = prompt_templates("ioi")[0]
-    words = {"first": "Lily", "second": "Tom", "subject": "Tom", "place": "park", "object": "ball"}
-    assert template.fill(**words).endswith(" ball to")
+    words = dict.fromkeys(("first", "other"), "Lily") | dict.fromkeys(("second", "subject"), "Tom")
+    words |= {"place": "park", "object": "ball"}
+    assert re.search(r"\bLily and Tom\b.*\bthe park\b.*\bTom\b.*\bball\b", template.fill(**words))
     with pytest.raises(ValueError, match="needs a word for object"):
         template.fill(**{slot: word for slot, word in words.items() if slot != "object"})
     with pytest.raises(ValueError, match="place='moon'"):

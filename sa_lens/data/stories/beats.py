@@ -73,8 +73,8 @@ class Beats(Writer):
         g, o = self.have()
         if kind < 0.55:
             self.say("use_" + o.kind, x=g, o=o)
-        elif kind < 0.7:
-            self.remark()
+        if self.chance(0.6):
+            self.aside(self.scene.other(g))
         self.give(o, g)
 
     def give_new(self) -> None:
@@ -278,6 +278,13 @@ class Beats(Writer):
         g, r = self.either_order()
         feelings = NEEDY if pattern == "say_need" or (pattern == "smile" and self.chance(0.4)) else GLAD
         self.say(pattern, x=g, y=r, g=g, r=r, n=self.pick(ANIMALS), f=self.pick(feelings))
+
+    def aside(self, one: Character) -> None:
+        """A sentence about this one, who has been named less often than the other."""
+        pattern = self.pick(("greet", "smile", "smile", "feel_place", "say_need", "like_place"))
+        other = self.scene.other(one)
+        feeling = self.pick(NEEDY if pattern == "say_need" else GLAD)
+        self.say(pattern, x=one, y=other, g=one, r=other, f=feeling)
 
     def turn(self) -> None:
         """One of the two does something to or with the other."""

@@ -588,7 +588,7 @@ HELD_OUT_PATTERNS: dict[str, tuple[str, ...]] = {
     "held_out_meeting": (
         "near {p}, {x:member} and {y:member} sat and talked.",
         "then there were {x:member} and {y:member}, {p.at} {p}.",
-        "{x:member} saw {p} first, and then {y:member} saw {p} too.",
+        "{x:member} saw {p}, and then {y:member} saw {p} too.",
         "{p} was quiet when {x:member} came, but then {y:member} came too.",
         "with {x.his:member} friend {y:member}, {x:member} walked to {p}.",
         "they were {x:member} and {y:member}, and they liked {p}.",
@@ -596,7 +596,7 @@ HELD_OUT_PATTERNS: dict[str, tuple[str, ...]] = {
     # giving
     "held_out_give": (
         "for a while/NOUN {g:giver} looked at {o}, but in the end {g:giver} <kindly> <gave> {o.it} to {r:recipient}.",
-        "still smiling, {g:giver} ran to get {o} and [handed|gave] {o.it} to {r:recipient}.",
+        "still smiling, {g:giver} ran to find {o} and [handed|gave] {o.it} to {r:recipient}.",
         "there/ADV {g:giver} stopped, smiled and <gave> {o} to {r:recipient}.",
         "on the way home/ADV, {g:giver} thought it was time to/PART [give|hand/VERB|show] {o} to {r:recipient}.",
         "{o} was in the hand of {g:giver}, who/PRON <gave> {o.it} to {r:recipient}.",
@@ -606,20 +606,20 @@ HELD_OUT_PATTERNS: dict[str, tuple[str, ...]] = {
     "held_out_pronoun": (
         "as they walked home/ADV, {x:speaker} called that/SCONJ {x.he:speaker} was/VERB {f}.",
         "{x:experiencer} did not/PART stop/VERB until {x.he:experiencer} was/VERB {f}.",
-        "now {x:experiencer} knew why/SCONJ {x.he:experiencer} was/VERB {f}.",
+        "{x:experiencer} thought about {p} until {x.he:experiencer} was/VERB {f}.",
         "{x:experiencer} smiled at {p}, for/SCONJ {x.he:experiencer} was/VERB {f}.",
     ),
     # an object that was given is named again
     "held_out_object": (
         "for a long time {r:agent} sat and looked at {o}.",
-        '{r:agent} said, "{r.I:speaker} will keep {o}."',
+        '{r:agent} said, "{r.I:speaker} can keep {o}."',
         "at home/ADV, {r:agent} told a story about {o}.",
         "that/DET night, {r:agent} slept next to {o}.",
     ),
     # two names, named before
     "held_out_again": (
-        "it was no day for work, so everyone was happy for {x:member} and {y:member}.",
-        "all the birds were singing/VERB when {x:member} and {y:member} came back.",
+        "it was a good story, and everyone was happy for {x:member} and {y:member}.",
+        "the birds were singing/VERB when {x:member} and {y:member} came back.",
         "the next/ADJ day was a good day, because {x:member} and {y:member} played again.",
         "so it was that/SCONJ {x:member} and {y:member} played together.",
     ),

@@ -154,7 +154,8 @@ _RECIPES: dict[Patterns, dict[Task, tuple[_Recipe, ...]]] = {
 TASKS: tuple[Task, ...] = ("ioi", "pronoun", "object", "repeated")
 """Indirect object, gender of a pronoun, object recall, repeated name."""
 
-TEMPLATES_PER_RECIPE = 12
+TEMPLATES_PER_RECIPE, MOST_WORDS = 12, 40
+"""Templates made of each recipe, and the words and marks of the longest: small models have short contexts."""
 _WORD = re.compile(r"'s|[A-Za-z]+|[.,!?\"]")
 
 
@@ -301,6 +302,9 @@ def _draw_text(task: Task, recipe: _Recipe, rng: random.Random) -> str:
                     pieces[i] = piece._replace(text="a")
         sentences.append(spelled(pieces, {var: _Slot(slot) for var, slot in slots.items()}))
     text = " ".join(sentences) + (" the" if task == "object" else "")
+    # the slots of one word, then those of an article and a noun: both of their names count
+    if len(_WORD.findall(re.sub(r"\{\w+\.(?!the|a\b)\w+\}", "word", text))) > MOST_WORDS:
+        return ""
     # what stands for `the ball` or `she` cannot be given a capital letter
     return "" if re.search(r'(^|[.!?] )"?\{\w+\.(?!name)', text) else text
 
