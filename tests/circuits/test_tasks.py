@@ -44,11 +44,14 @@ def test_ioi_names(world, tokenizer, whole_tokenizer):
     for i in range(40):
         answer, wrong = words_of(pairs, tokenizer, i)
         clean, corrupt = (re.findall(r"\w+", texts[i]) for texts in (pairs.clean_texts, pairs.corrupt_texts))
-        assert clean.count(wrong) == clean.count(answer) + 1
+        if world == "tinystories":
+            assert clean.count(wrong) == clean.count(answer) + 1
+        assert clean.count(wrong) > 1
         assert answer not in corrupt
         assert wrong not in corrupt
         for name, word in (("IO", answer), ("S1", wrong), ("S2", wrong)):
-            assert tokenizer.decode([pairs.clean[i, pairs.positions[name][i]]]) == f" {word}"
+            # the first word of a prompt has no space before it
+            assert tokenizer.decode([pairs.clean[i, pairs.positions[name][i]]]).strip() == word
         fresh = {tokenizer.decode([pairs.corrupt[i, pairs.positions[name][i]]]) for name in ("IO", "S1", "S2")}
         assert len(fresh) == 3
         orders.append(bool(pairs.positions["IO"][i] < pairs.positions["S1"][i]))
@@ -98,7 +101,8 @@ def test_a_name_at_the_beginning_of_a_prompt_is_a_marked_position():
     class Characters:
         """One token per word, another one for a word without a space before it."""
 
-        bos_token_id, unk_token_id = 0, 1
+        bos_token_id = eos_token_id = 0
+        unk_token_id = 1
 
         def encode(self, text, add_special_tokens):
             pieces = re.findall(r" ?\w+|[.,]", text)
