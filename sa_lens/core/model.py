@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.utilities import LocallyOverridenDefaults, get_attention_mask
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import LocallyOverridenDefaults, Slice, get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
 from sa_lens.config import GateConfig, ModelConfig
@@ -29,14 +31,14 @@ from sa_lens.core.streams import (
     Ablation,
     CleanPass,
     Hooks,
+    StreamPoint,
     StreamState,
     ablated_hooks,
     copy_cache,
     gated_points,
     position_mask,
     run_clean_pass,
-    silenced,
-    torch_hooks,
+    user_hooks,
 )
 from sa_lens.data.tokenizers import prompt_tokenizer
 from sa_lens.data.tokens import vocabulary_of
@@ -222,6 +224,16 @@ class SelfAblatingTransformer(HookedTransformer):
             unused.add("b_U")
         return [name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in unused]
 
+    def setup(self) -> None:
+        """As in TransformerLens, after which the hook points know about the streams."""
+        super().setup()
+        if "_streams" not in self.__dict__:
+            return
+        for point in self.hook_dict.values():
+            if type(point) is HookPoint:
+                point.__class__ = StreamPoint
+                cast(StreamPoint, point).streams = self._streams
+
     @property
     def tied(self) -> bool:
         """Whether embedding and unembedding are one parameter."""
@@ -305,17 +317,78 @@ class SelfAblatingTransformer(HookedTransformer):
             )
         return chosen
 
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[Any] = (),
+        bwd_hooks: Sequence[Any] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[SelfAblatingTransformer]:
+        """As in TransformerLens, but while the context lasts the hooks fire in passes of this thread alone."""
+        given: list[Any] = [(name, function, "fwd") for name, function in fwd_hooks]
+        given += [(name, function, "bwd") for name, function in bwd_hooks]
+        with self._streams.lock:
+            self.context_level += 1
+        try:
+            with user_hooks(self, given, remove=reset_hooks_end):
+                yield self
+        finally:
+            with self._streams.lock:
+                self.context_level -= 1
+            if reset_hooks_end and clear_contexts:
+                self.clear_contexts()
+
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """As in TransformerLens, with `pos_slice` on the axis of positions at every hook point, those of gates too.
+
+        TransformerLens knows the axis by the names of a few hooks; at others it would cut the axis of heads.
+        """
+        kept = Slice.unwrap(pos_slice)
+        saved, fwd_hooks, bwd_hooks = super().get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+
+        def sliced(save: Any) -> Any:
+            def hook(tensor: Tensor, hook: HookPoint) -> None:
+                by_query = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
+                save(kept.apply(tensor, dim=-2 if by_query else 1), hook=hook)
+
+            return hook
+
+        if kept.mode != "identity":
+            fwd_hooks, bwd_hooks = ([(name, sliced(save)) for name, save in hooks] for hooks in (fwd_hooks, bwd_hooks))
+        return saved, fwd_hooks, bwd_hooks
+
+    @torch.compiler.disable
     def forward(self, input: Any, return_type: Any = "logits", *args: Any, **kwargs: Any) -> Any:
         """As `HookedTransformer.forward`, on the stream that this thread has chosen.
 
-        In the ablated stream `start_at_layer` must be None or 0; all else is as in TransformerLens.
+        In the ablated stream `start_at_layer` must be None or 0; all else is as in TransformerLens. `torch.compile`
+        leaves this method as it is, because the stream is chosen when it runs; to compile training, wrap
+        `TwoStreamLoss`.
+
+        Threads may run one model at the same time, each on its own stream and with the hooks of its own `hooks`,
+        `run_with_hooks` and `run_with_cache`. `prepend_bos` and `padding_side` act on the whole model while a pass
+        lasts: with several threads, tokenize first.
         """
         kwargs.update(zip(_FORWARD_ARGUMENTS, args, strict=False))
-        with self._streams.lock:
-            ablation = self._streams.current
-            if ablation is None:
-                return super().forward(input, return_type, **kwargs)
+        self._streams.threads.add(threading.get_ident())
+        ablation = self._streams.current
+        _say_that_the_stream_is_fixed(ablation)
+        if ablation is not None:
             return self._ablated_forward(input, return_type, kwargs, ablation)
+        if self._streams.pass_hooks is None:
+            return super().forward(input, return_type, **kwargs)
+        # called by a hook of an outer pass, whose own hooks are not meant for this one
+        with self._streams.attached():
+            return super().forward(input, return_type, **kwargs)
 
     def _ablated_forward(self, input: Any, return_type: Any, kwargs: dict[str, Any], ablation: Ablation) -> Any:
         if kwargs.get("start_at_layer") not in (None, 0):
@@ -340,7 +413,7 @@ class SelfAblatingTransformer(HookedTransformer):
                 position_mask(ablation.position, *clean.resid_post.shape[:2])
         if cache is not None:
             kwargs = {**kwargs, "past_kv_cache": cache_before}
-        with torch_hooks(ablated_hooks(self, clean, ablation, stop)):
+        with self._streams.attached(ablated_hooks(self, clean, ablation, stop)):
             return super().forward(input, return_type, **kwargs)
 
     def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
@@ -410,19 +483,21 @@ class SelfAblatingTransformer(HookedTransformer):
             ),
         )
 
+    @torch.compiler.disable
     def run_both_passes(
         self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> BothPasses:
         """A clean and an ablated pass by hooks, with everything that the loss terms need."""
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
-        with self._streams.lock, self.clean():
+        self._streams.threads.add(threading.get_ident())
+        with self.clean(), self._streams.attached():
             if not self.gates.gated:
                 return BothPasses(super().forward(tokens, **kwargs), None, {}, [], [])
             ablation = Ablation()
             clean = self._clean_pass(tokens, kwargs, ablation, want_final=True)
             assert clean.resid_post is not None
             assert clean.final is not None
-            with silenced(self.hook_dict):
+            with self._streams.attached(silent=True):
                 clean_logits = self.logits_from_final(clean.final)
             masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
             outputs: list[Tensor] = []
@@ -430,7 +505,7 @@ class SelfAblatingTransformer(HookedTransformer):
             for block in self.blocks:
                 for gate_name, _ in gated_points(block):
                     readers.append((getattr(block, gate_name).hook_mask, masks[gate_name].append, False))
-            with torch_hooks(ablated_hooks(self, clean, ablation, None)), torch_hooks(readers):
+            with self._streams.attached([*ablated_hooks(self, clean, ablation, None), *readers]):
                 resid = super().forward(tokens, stop_at_layer=self.cfg.n_layers, **kwargs)
                 final = self.ln_final(resid) if self.cfg.normalization_type is not None else resid
                 ablated_logits = self.logits_from_final(final)
@@ -669,6 +744,18 @@ class SelfAblatingTransformer(HookedTransformer):
         from sa_lens.core import reference
 
         return reference.load(source, gates, n_heads)
+
+
+def _say_that_the_stream_is_fixed(ablation: Ablation | None) -> None:
+    """Warns where a pass is being recorded, since the record cannot ask for the stream again."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        stream = "clean" if ablation is None else "ablated"
+        warnings.warn(
+            f"what is recorded here (torch.export, torch.jit.trace, a CUDA graph) is the {stream} stream, whatever "
+            "stream is chosen when it runs: record each stream that you need",
+            stacklevel=3,
+        )
 
 
 def padding_mask(lengths: Sequence[int], length: int, left: bool) -> Int[Tensor, "batch pos"]:

@@ -15,9 +15,8 @@ Nothing here knows about tokenizers, losses or files.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,15 +49,35 @@ class Ablation:
     clean_hooks: Hooks = ()
 
 
-class StreamState:
-    """Which stream each thread runs on one model, and a lock that keeps passes of different threads apart.
+class _PassHooks:
+    """What one pass runs at hook points beside the user's hooks, by identity of the point."""
 
-    Copies of a model start with a fresh state on the clean stream.
+    def __init__(self, hooks: Sequence[AttachedHook], silent: bool) -> None:
+        self.silent = silent
+        self.before: dict[int, list[Callable[[Tensor], Tensor | None]]] = {}
+        self.after: dict[int, list[Callable[[Tensor], Tensor | None]]] = {}
+        for point, function, first in hooks:
+            if not isinstance(point, StreamPoint):
+                raise ValueError(
+                    f"a {type(point).__name__} stands where this model had a hook point, so that its streams cannot be "
+                    "told apart: put the hook point back, and use run_with_hooks instead"
+                )
+            (self.before if first else self.after).setdefault(id(point), []).append(function)
+
+
+class StreamState:
+    """Which stream each thread runs on one model, and what its pass does at the hook points.
+
+    Nothing of it is shared between threads, and no lock is held while a pass runs. Copies of a model start with a fresh
+    state on the clean stream.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
         self._local = threading.local()
+        self.threads: set[int] = set()
+        """Threads that have run the model."""
+        self.lock = threading.Lock()
+        """Held while hooks are attached or removed, never while user code runs."""
 
     @property
     def stack(self) -> list[Ablation | None]:
@@ -82,11 +101,96 @@ class StreamState:
         finally:
             self.stack.pop()
 
+    @property
+    def pass_hooks(self) -> _PassHooks | None:
+        """What this thread's current pass does at the hook points."""
+        return getattr(self._local, "pass_hooks", None)
+
+    @contextmanager
+    def attached(self, hooks: Sequence[AttachedHook] = (), *, silent: bool = False) -> Iterator[None]:
+        """Within the context, passes of this thread run these hooks, and no others of an outer pass.
+
+        Args:
+            silent: no hook of the user fires.
+        """
+        outer = self.pass_hooks
+        self._local.pass_hooks = _PassHooks(hooks, silent)
+        try:
+            yield
+        finally:
+            self._local.pass_hooks = outer
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamState:
         return StreamState()
 
     def __reduce__(self) -> tuple[type[StreamState], tuple[()]]:
         return StreamState, ()
+
+
+class StreamPoint(HookPoint):
+    """A hook point that also runs what a pass of the current thread attaches to it; see `StreamState.attached`."""
+
+    streams: StreamState
+
+    def __call__(self, x: Tensor) -> Any:
+        """The value after the hooks that write, the user's, and those that read."""
+        own = self.streams.pass_hooks
+        if own is None:
+            return super().__call__(x)
+        for function in own.before.get(id(self), ()):
+            written = function(x)
+            x = x if written is None else written
+        if not own.silent:
+            x = super().__call__(x)
+        for function in own.after.get(id(self), ()):
+            written = function(x)
+            x = x if written is None else written
+        return x
+
+
+@contextmanager
+def user_hooks(
+    model: SelfAblatingTransformer, hooks: Sequence[tuple[Any, Any, Literal["fwd", "bwd"]]], *, remove: bool
+) -> Iterator[None]:
+    """Attaches hooks of the user that fire, while the context lasts, in passes of this thread alone.
+
+    Args:
+        hooks: (name or filter of names, function, direction), as TransformerLens takes them.
+        remove: whether they are taken away at the end; otherwise they stay, for all threads.
+    """
+    streams, owner = model._streams, threading.get_ident()
+    everybodys = False
+
+    def mine(function: Any) -> Any:
+        def hook(value: Any, *, hook: Any) -> Any:
+            thread = threading.get_ident()
+            # gradients of a GPU come in threads of torch, which never run the model
+            if everybodys or thread == owner or thread not in streams.threads:
+                return function(value, hook=hook)
+            return None
+
+        return hook
+
+    attached: list[tuple[Any, Any]] = []
+    try:
+        for name, function, direction in hooks:
+            names = [name] if isinstance(name, str) else [n for n in model.hook_dict if name(n)]
+            points: list[Any] = [model.mod_dict[n] for n in names]
+            for point in points:
+                with streams.lock:
+                    point.add_hook(mine(function), dir=direction, level=model.context_level)
+                    handle = (point.fwd_hooks if direction == "fwd" else point.bwd_hooks)[-1]
+                attached.append((point, handle))
+                handle.user_hook = function
+        yield
+    finally:
+        everybodys = not remove
+        if remove:
+            with streams.lock:
+                for point, handle in attached:
+                    handle.hook.remove()
+                    point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+                    point.bwd_hooks = [other for other in point.bwd_hooks if other is not handle]
 
 
 @dataclass
@@ -100,75 +204,6 @@ class CleanPass:
     """Residual stream where the pass stopped."""
     final: Float[Tensor, "batch pos d_model"] | None = None
     """Output of the final LayerNorm; None if the pass stopped early and no gate asked for it."""
-
-
-@contextmanager
-def torch_hooks(hooks: Sequence[AttachedHook]) -> Iterator[None]:
-    """Attaches (point, function, prepend) hooks for the duration of the context.
-
-    They are attached to torch's hook table, not to TransformerLens's list of hooks, so `reset_hooks` and the caching
-    machinery do not see them.
-    """
-    with ExitStack() as stack:
-        for point in {id(point): point for point, _, prepend in hooks if not prepend}.values():
-            stack.enter_context(_backward_hooks_on_the_value(point))
-        for point, function, prepend in hooks:
-
-            def hook(_module: Any, _inputs: Any, output: Tensor, function: Any = function) -> Tensor | None:
-                return function(output)
-
-            stack.callback(point.register_forward_hook(hook, prepend=prepend).remove)
-        yield
-
-
-@contextmanager
-def _backward_hooks_on_the_value(point: HookPoint) -> Iterator[None]:
-    """Runs a caller's backward hooks on the gradient of the value that forward hooks read.
-
-    torch puts them behind all forward hooks of a module, where the gradient of what such a hook took away never comes.
-    """
-    table = point._backward_hooks
-    if not table:
-        yield
-        return
-
-    def on_gradient(gradient: Tensor) -> Tensor | None:
-        inward: Any = (gradient,)
-        for hook in list(table.values()):
-            found = hook(point, inward, (gradient,))
-            inward = inward if found is None else found
-        return inward[0] if isinstance(inward, tuple) else inward
-
-    def watched(_module: Any, _inputs: Any, output: Tensor) -> Tensor | None:
-        if not output.requires_grad:
-            return None
-        output = output.view_as(output)
-        output.register_hook(on_gradient)
-        return output
-
-    point._backward_hooks = OrderedDict()
-    handle = point.register_forward_hook(watched)
-    try:
-        yield
-    finally:
-        handle.remove()
-        point._backward_hooks = table
-
-
-@contextmanager
-def silenced(points: Mapping[str, HookPoint]) -> Iterator[None]:
-    """Within the context no hook of the caller fires."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    saved = [
-        (point, name, getattr(point, name)) for point in points.values() for name in tables if getattr(point, name)
-    ]
-    for point, name, _ in saved:
-        setattr(point, name, OrderedDict())
-    try:
-        yield
-    finally:
-        for point, name, table in saved:
-            setattr(point, name, table)
 
 
 def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[AttachedHook]:
@@ -231,11 +266,9 @@ def run_clean_pass(
             readers.append((key_point, keep(record.keys), False))
             readers.append((block.attn.hook_v, keep(record.values), False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
-    with ExitStack() as stack:
-        if ablation.gates == "frozen":
-            stack.enter_context(silenced(model.hook_dict))
-            stack.enter_context(torch_hooks(resolve_hooks(model.hook_dict, ablation.clean_hooks)))
-        stack.enter_context(torch_hooks(readers))
+    frozen = ablation.gates == "frozen"
+    edits = resolve_hooks(model.hook_dict, ablation.clean_hooks) if frozen else []
+    with model._streams.attached([*edits, *readers], silent=frozen):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
