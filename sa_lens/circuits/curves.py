@@ -119,7 +119,7 @@ def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
     tables = [curve.table() for curve in curves.values()]
     for name, table in zip(curves, tables, strict=True):
         table.insert(0, "ranking", name)
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def kl_at_sizes(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from sa_lens.circuits.gradients import Batch, batches, check_differentiable, needs_gradient_at_clean
 from sa_lens.circuits.metrics import Metric, metric_named
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.patching import KINDS, Kind
+from sa_lens.circuits.patching import KINDS, Kind, kind_hooks
 from sa_lens.circuits.running import Ablation, Gates, check_choices
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, in_stream, require_hooks, run_to_last, widened
+from sa_lens.core.host import Hook, Host, in_stream, run_to_last, widened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,9 +134,8 @@ def _checked(model: Host, pairs: PromptPairs, what: str, by_position: bool, exac
             f"by_position=True needs prompts of one length, these have {lengths} tokens: make the pairs with "
             "length=..., or take a group of pairs.by_length()"
         )
-    kind = NODES[what]
-    require_hooks(model, [f"blocks.{layer}.{kind.hook}" for layer in range(model.cfg.n_layers)])
-    return kind
+    kind_hooks(model, NODES[what], range(model.cfg.n_layers))
+    return NODES[what]
 
 
 def _choices(estimates: list[Float[Tensor, "place ..."]]) -> list[_Choice]:

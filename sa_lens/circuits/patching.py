@@ -10,7 +10,7 @@ one pass.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -165,9 +165,7 @@ def patch(
     from tqdm.auto import tqdm
 
     kind = _checked(model, pairs, what, stream, direction, top_n, gates, batch_size)
-    chosen_layers = _checked_layers(model, layers)
-    hooks = {layer: f"blocks.{layer}.{kind.hook}" for layer in chosen_layers}
-    require_hooks(model, hooks.values())
+    hooks = kind_hooks(model, kind, _checked_layers(model, layers))
     places = _places(pairs, kind, what, positions)
     gates = gates or "frozen"
     metric_named(metric, torch.empty(0))
@@ -246,6 +244,19 @@ def _checked(
         raise ValueError(f"top_n={top_n!r} must be a number of units, at least 1, or 'all'")
     check_fits(model, pairs, batch_size)
     return kind
+
+
+def kind_hooks(model: Host, kind: Kind, layers: Iterable[int]) -> dict[int, str]:
+    """Hook points of a kind, by layer.
+
+    Raises:
+        ValueError: the model does not have them, such as those of MLPs in an attention-only model.
+    """
+    if model.cfg.attn_only and "mlp" in kind.hook:
+        raise ValueError(f"{kind.hook!r} belongs to an MLP, but this model has attention layers alone: patch 'heads'")
+    hooks = {layer: f"blocks.{layer}.{kind.hook}" for layer in layers}
+    require_hooks(model, hooks.values())
+    return hooks
 
 
 def _checked_layers(model: Host, layers: Sequence[int] | None) -> list[int]:

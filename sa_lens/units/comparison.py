@@ -55,6 +55,8 @@ def summary(
     import pandas as pd
 
     columns = _checked_columns(table, columns)
+    if not len(table):
+        raise ValueError("the table has no unit: there is nothing to sum up")
     rows = []
     for stream in table["stream"].unique():
         of_stream = table[table["stream"] == stream]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, weight, widened
+from sa_lens.core.host import Host, fingerprint_of, weight, widened
 from sa_lens.data import TokenFile
 from sa_lens.units.activations import TextBlocks, model_streams, stream_units, text_blocks, unit_sites
 from sa_lens.units.measures import gini, hoyer, hoyer_from_sums
@@ -144,6 +144,8 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
     import pandas as pd
 
     _check_eps(eps)
+    if table.attrs.get("model") not in (None, fingerprint_of(model)):
+        raise ValueError("the table is that of a model with other weights or gates: make this one's by specialization")
     scales = layer_scales(model)
     rows = []
     for stream in table["stream"].unique():

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of
+from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.data import TokenFile
 from sa_lens.units.activations import (
     Site,
@@ -157,6 +157,7 @@ def specialization(
         "effective_tokens_of_text": float(effective_number(frequencies.double())),
         "d_vocab": model.cfg.d_vocab,
         "n_layers": model.cfg.n_layers,
+        "model": fingerprint_of(model),
     }
     counts = {key: tally.tokens.counts for key, tally in tallies.items()}
     return Specialization(table, rules, company, counts, vocabulary.tokens)

@@ -375,3 +375,8 @@ def test_bad_circuits_are_refused() -> None:
     for options in ({"share": 1.0}, {"subsets": -1}, {"steps": 0}, {"candidates": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             completeness(model, pairs, bare, **options)
+
+
+def test_tables_of_no_curve_are_empty() -> None:
+    for table in (curves_table, summary_table, kl_at_sizes):
+        assert len(table({})) == 0

@@ -7,7 +7,10 @@ import pytest
 import torch
 from transformer_lens import patching as tl
 
+from micro import plain, token_pairs
+
 from sa_lens.circuits.metrics import kl, last_logits, logit_difference
+from sa_lens.circuits.node_attribution import attribute_nodes
 from sa_lens.circuits.patching import COLUMNS, KINDS, patch
 from sa_lens.core.host import in_stream
 
@@ -332,3 +335,12 @@ def test_whole_numbers_of_numpy_and_torch_are_positions(model, even_pairs):
     for number in (np.int64(2), torch.tensor(2)):
         found = patch(model, even_pairs, positions=[number], layers=[np.int32(1)], progress=False)
         assert found["value"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("what", ["mlp_out", "neurons"])
+def test_attention_only_models_have_no_mlps_to_patch(what):
+    model = plain(n_layers=1, attn_only=True)
+    with pytest.raises(ValueError, match="belongs to an MLP, but this model has attention layers alone"):
+        patch(model, token_pairs(2), what, progress=False)
+    with pytest.raises(ValueError, match="attention layers alone"):
+        attribute_nodes(model, token_pairs(2), "mlps" if what == "mlp_out" else what, progress=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sa_lens.units import explain, specialization
+from sa_lens.units import effective_connections, explain, specialization
 from sa_lens.units.activations import Site, unit_sites
 from sa_lens.units.firing import Thresholds, calibrate
 
@@ -68,6 +68,10 @@ def test_thresholds_of_other_weights_are_refused(gated, text, calibration):
         with pytest.raises(ValueError, match="other weights or gates"):
             explain(nudged, text, rule, progress=False)
         rule.check_model(copy.deepcopy(gated))
+        table = specialization(gated, text, rules, stream, progress=False).table
+        assert len(effective_connections(gated, table)) == 5
+        with pytest.raises(ValueError, match="table is that of a model with other weights or gates"):
+            effective_connections(nudged, table)
     rules["clean"].check_model(other_gates)
     with pytest.raises(ValueError, match="other weights or gates"):
         rules["ablated"].check_model(other_gates)
