@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformer_lens import patching as tl
-
 from micro import plain, token_pairs
+from transformer_lens import patching as tl
 
 from sa_lens.circuits.metrics import kl, last_logits, logit_difference
 from sa_lens.circuits.node_attribution import attribute_nodes
