@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sa_lens.circuits.acdc import SearchInterrupted
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.pairs import PromptPairs
@@ -147,15 +148,19 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
                 )
                 continue
             for method in _methods(subject, stream) if n_edges else ():
-                found = find_circuit(
-                    *(subject.model, prompts.find, prompts.report, method),
-                    tau=TAU,
-                    stream=stream,
-                    # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
-                    gates="live" if stream == "ablated" and method != "acdc" else None,
-                    progress=progress,
-                    seed=seed,
-                )
+                try:
+                    found = find_circuit(
+                        *(subject.model, prompts.find, prompts.report, method),
+                        tau=TAU,
+                        stream=stream,
+                        # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
+                        gates="live" if stream == "ablated" and method != "acdc" else None,
+                        progress=progress,
+                        seed=seed,
+                    )
+                except SearchInterrupted as stop:
+                    # a report keeps nothing that could be resumed
+                    raise KeyboardInterrupt from stop
                 rankings.append(ranking(found, method, stream, len(prompts.find), len(prompts.report)))
                 kept[stream, method] = len(found.circuit)
                 needed[stream, method] = found.curve.edges_for(LEVEL).edges if found.curve is not None else None
