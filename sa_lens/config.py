@@ -329,7 +329,8 @@ class DataConfig:
     vocab_size: int = 4096
     """Vocabulary of a trained BPE."""
     keep_whole: str | None = None
-    """Text file (one word a line) or IOI JSON whose words stay single tokens, with their leading space."""
+    """Text file (one word a line) or IOI JSON whose words stay single tokens, with their leading space. The names of
+    the generated stories always do, and all their words from 1,000 tokens on."""
     cache_dir: str | None = None
     """Folder for tokens on disk; None: `$SA_LENS_CACHE`, else `~/.cache/sa_lens`."""
 

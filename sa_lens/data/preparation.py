@@ -98,7 +98,7 @@ def _kept_words(data: DataConfig) -> list[str]:
                 f"data.keep_whole applies to data.tokenizer='bpe', not to {data.tokenizer!r}; leave it out"
             )
         return []
-    return sorted({*words, *story_words()}) if data.source == "stories" else words
+    return sorted({*words, *story_words(data.vocab_size)}) if data.source == "stories" else words
 
 
 @dataclass(frozen=True)

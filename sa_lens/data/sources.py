@@ -21,6 +21,9 @@ from sa_lens.data.hub import dataset_revision, require_hub
 
 LOCAL_TEXT = "name a local parquet, jsonl, txt or arrow file or folder in data.source, or `stories`"
 
+_ROOM_FOR_STORIES = 1_000
+"""Tokens that hold every word of the generated stories: 257 bytes and marks, 536 words, 98 of them a second time as the
+first word of a text or quotation."""
 _STORIES_KEPT = 100_000
 """Generated stories that are kept in memory between passes over them: about 50 MB."""
 
@@ -122,11 +125,11 @@ def _told(key: str, count: int, seed: int) -> tuple[str, ...]:
     return tuple(story.text for story in stories.generate(count, seed))
 
 
-def story_words() -> list[str]:
-    """Every word of the generated stories."""
+def story_words(vocab_size: int) -> list[str]:
+    """The words of the generated stories that a vocabulary of that size keeps whole: all, or the names alone."""
     from sa_lens.data import stories
 
-    return sorted(stories.vocabulary())
+    return sorted(stories.vocabulary() if vocab_size >= _ROOM_FOR_STORIES else stories.NAMES)
 
 
 def _python_files(folder: Path) -> dict[str, str]:

@@ -134,12 +134,17 @@ def test_a_tokenizer_folder(config: DataConfig, bpe_folder: Path, stories: list[
     assert len(documents(data.train, data.tokenizer)) == 270
 
 
-def test_names_of_generated_stories_are_single_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab_size", [600, 1000])
+def test_words_of_generated_stories_are_single_tokens(vocab_size: int, tmp_path: Path) -> None:
     from sa_lens.data import stories
 
-    data = prepare(DataConfig(n_stories=100, cache_dir=str(tmp_path)), 32, progress=False)
-    for name in stories.NAMES:
-        assert len(data.tokenizer.encode(" " + name)) == 1, name
+    config = DataConfig(n_stories=100, vocab_size=vocab_size, cache_dir=str(tmp_path))
+    data = prepare(config, 32, progress=False)
+    for word in stories.vocabulary() if vocab_size == 1000 else stories.NAMES:
+        assert len(data.tokenizer.encode(" " + word)) == 1, word
+    starts = [story.text.split()[0].strip(',"') for story in stories.generate(100)]
+    for word in starts if vocab_size == 1000 else set(starts) & set(stories.NAMES):
+        assert len(data.tokenizer.encode(word)) == 1, word
     assert data.train.n_documents + data.validation.n_documents == 100
 
 
