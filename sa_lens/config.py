@@ -305,7 +305,7 @@ class DataConfig:
 
     source: str = "stories"
     """`stories` (generated, see sa_lens.data.stories), a local parquet / jsonl / txt / arrow file or folder, or a
-    dataset id on the Hub."""
+    dataset id on the Hub, with `@` and a revision if need be."""
     validation: str | None = None
     """File or dataset id of the validation text; None: a split of the source."""
     column: str = "text"

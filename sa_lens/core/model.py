@@ -137,6 +137,8 @@ class SelfAblatingTransformer(HookedTransformer):
         if device is not None:
             tl_cfg.device = str(device)
         architecture.check_supported(tl_cfg, gates)
+        # TransformerLens would run Python code of a tokenizer on the Hub
+        tl_cfg.trust_remote_code = False
         seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
         tl_cfg.seed = None
         gpus = [torch.device(str(tl_cfg.device))] if "cuda" in str(tl_cfg.device) else []

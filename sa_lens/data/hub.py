@@ -68,13 +68,11 @@ def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
         HubUnreachable: no network, and the dataset was never used with this cache.
         ValueError: the Hub knows no such dataset, or will not show it.
     """
-    record = cache / "hub" / f"{dataset_id.replace('/', '--')}.json"
     try:
         require_hub(f"{dataset_id!r}, no local file or folder but a dataset id,", instead)
     except HubUnreachable:
-        if record.is_file():
-            remedy = "delete it and go on with a network"
-            return str(read_json(record, remedy=remedy, keys={"revision": str})["revision"])
+        if (last := last_revision(dataset_id, cache)) is not None:
+            return last
         raise
 
     from huggingface_hub import HfApi
@@ -89,5 +87,17 @@ def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
         ) from error
     if revision is None:
         raise ValueError(f"the Hub names no revision of dataset {dataset_id!r}")
-    write_atomically(record, json.dumps({"revision": revision}))
+    write_atomically(_record(dataset_id, cache), json.dumps({"revision": revision}))
     return revision
+
+
+def last_revision(dataset_id: str, cache: Path) -> str | None:
+    """The revision of a dataset that was last used with this cache; None if it never was."""
+    record = _record(dataset_id, cache)
+    if not record.is_file():
+        return None
+    return str(read_json(record, remedy="delete it and go on with a network", keys={"revision": str})["revision"])
+
+
+def _record(dataset_id: str, cache: Path) -> Path:
+    return cache / "hub" / f"{dataset_id.replace('/', '--')}.json"

@@ -58,7 +58,7 @@ def open_source(
     """The text behind `source`: an existing file or folder, else a dataset id on the Hub.
 
     Args:
-        source: path or id.
+        source: path or id; an id may end in `@` and a revision, which is otherwise the current one.
         column: column that holds the text; a txt file has only `text`.
         split: for a folder or a Hub dataset; None: `validation` if there is one, else the only split. A single file
             has no splits and is read whole.
@@ -94,11 +94,12 @@ def open_source(
         )
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in files.KINDS:
         raise FileNotFoundError(f"no file or folder {source!r}")
-    revision = dataset_revision(source, cache, LOCAL_TEXT)
-    key = key_of({"hub": source, "revision": revision, "split": split, "streaming": streaming, **limits})
+    dataset_id, _, revision = source.partition("@")
+    revision = revision or dataset_revision(dataset_id, cache, LOCAL_TEXT)
+    key = key_of({"hub": dataset_id, "revision": revision, "split": split, "streaming": streaming, **limits})
 
     def read_hub() -> Iterator[str]:
-        texts = _cleaned(_hub_texts(source, revision, split, column, streaming), max_documents)
+        texts = _cleaned(_hub_texts(dataset_id, revision, split, column, streaming), max_documents)
         return _spooled(texts, cache / "documents" / f"{key}.jsonl", max_documents, progress) if streaming else texts
 
     return Source(source, key, read_hub)

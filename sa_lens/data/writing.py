@@ -78,6 +78,14 @@ def staged_folder(folder: str | Path, last: str = "") -> Iterator[Path]:
         _sync_folder(place)
 
 
+@contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """Yields an empty folder in `place` that is removed at the end, or after a kill by whoever needs one next."""
+    place.mkdir(parents=True, exist_ok=True)
+    with _temporary(place, "scratch", folder=True) as temporary:
+        yield temporary
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Removes the temporary files and folders that killed processes left in a folder; those of live ones stay."""
     with contextlib.suppress(OSError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sa_lens import __version__
+from sa_lens.data.disk import cache_folder
+from sa_lens.data.writing import scratch_folder
 from sa_lens.report.comparison import Figures, comparison
 from sa_lens.report.overview import measured, overview
 from sa_lens.report.records import ModelPage, Report, StoryPage
@@ -69,8 +70,8 @@ def make_report(
         check_tasks(tasks)
     subjects = open_subjects(runs, device)
     texts = gather(subjects, text, column, n_stories)
-    with tempfile.TemporaryDirectory() as folder:
-        encoded = [encode_for(subject, texts, Path(folder), progress) for subject in subjects]
+    with scratch_folder(cache_folder(None) / "tokens") as folder:
+        encoded = [encode_for(subject, texts, folder, progress) for subject in subjects]
         prompts = _prompts(subjects, tasks, seed)
         pages, figures = [], []
         for subject, own, asked in zip(subjects, encoded, prompts, strict=True):

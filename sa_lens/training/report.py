@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ from sa_lens.data.disk import cache_folder
 from sa_lens.data.preparation import say_form
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
+from sa_lens.data.writing import scratch_folder
 from sa_lens.training import run_text
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import check_device
@@ -73,12 +73,11 @@ def evaluate_run(
     n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
     if text is None:
         return _on(model, text_of_run(run, model).validation, n_ctx, tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        source = open_source(
-            text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None)
-        )
+    cache = cache_folder(None)
+    source = open_source(text, column=column, split=None, max_documents=None, streaming=False, cache=cache)
+    with scratch_folder(cache / "tokens") as folder:
         form = source.form()
-        file = write_tokens(Path(folder) / "text.bin", source.read(), model.tokenizer, name=text, form=form)
+        file = write_tokens(folder / "text.bin", source.read(), model.tokenizer, name=text, form=form)
         say_form(text, [file])
         return _on(model, file, n_ctx, tokens)
 

@@ -1,8 +1,8 @@
 """The text that a run was trained on: recorded with the model, looked for from anywhere, compared by its tokens.
 
 `config.json` of a run holds, under `text`, the fingerprints of the tokens and where the files of the configuration lay
-as seen from the run folder. So they are found from any working directory, and when run and text move together; and a
-text that has changed since is never taken for the run's own.
+as seen from the run folder, or which revision of a dataset it was. So a text is found from any working directory, and
+when run and text move together; and one that has changed since is never taken for the run's own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 from sa_lens.config import RunConfig
 from sa_lens.core.checkpoints import CONFIG, read_config
 from sa_lens.data import PreparedData
-from sa_lens.data.disk import local_path
+from sa_lens.data.disk import cache_folder, local_path
+from sa_lens.data.hub import last_revision
 from sa_lens.data.reading import check_object
 
 PATHS = ("data.source", "data.validation", "data.keep_whole", "data.tokenizer", "train.init")
 """Settings that may name a file or folder."""
 
+_TEXTS = ("data.source", "data.validation")
 _NO_PATHS = ("stories", "bpe")
 
 
@@ -33,13 +35,21 @@ def record(run: RunConfig, data: PreparedData, folder: Path, given: RunConfig) -
         folder: the run folder.
         given: the configuration as it is stored.
     """
-    paths = {}
+    paths: dict[str, dict[str, str]] = {}
+    revisions: dict[str, str] = {}
     for key in PATHS:
         value = _setting(run, key)
-        if value is not None and value not in _NO_PATHS and local_path(value, key).exists():
+        if value is None or value in _NO_PATHS:
+            continue
+        if local_path(value, key).exists():
             from_run = _seen_from(folder.resolve(), local_path(value, key).resolve())
             paths[key] = {"given": _setting(given, key), "from_run": from_run}
-    return {"train": data.train.fingerprint, "validation": data.validation.fingerprint, "paths": paths}
+        elif key in _TEXTS:
+            dataset_id, _, revision = value.partition("@")
+            revision = revision or last_revision(dataset_id, cache_folder(run.data.cache_dir)) or ""
+            revisions |= {key: revision} if revision else {}
+    fingerprints = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
+    return {**fingerprints, "paths": paths, "revisions": revisions}
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -53,7 +63,8 @@ def recorded(folder: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        check_object(text, {"train": str, "validation": str, "paths": dict}, where="text.")
+        check_object(text, {"train": str, "validation": str, "paths": dict}, {"revisions": dict}, where="text.")
+        check_object(text.get("revisions", {}), {}, dict.fromkeys(_TEXTS, str), where="text.revisions.")
         for key, places in text["paths"].items():
             check_object(places, {"given": str, "from_run": str}, where=f"text.paths.{key}.")
     except ValueError as error:
@@ -64,7 +75,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterable[str] = PATHS) -> Iterator[RunConfig]:
     """The configuration with paths that exist: as they stand, from the current folder; and as seen from the run folder.
 
-    A setting that is not the recorded one is left as it stands.
+    Datasets are those of the recorded revision. A setting that is not the recorded one is left as it stands.
 
     Args:
         text: what `recorded` gave.
@@ -73,6 +84,9 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
     Raises:
         FileNotFoundError: a file or folder of the run is in neither place.
     """
+    for key, revision in text.get("revisions", {}).items():
+        if "@" not in _setting(run, key) and not local_path(_setting(run, key), key).exists():
+            run = _replaced(run, {key: f"{_setting(run, key)}@{revision}"})
     places: dict[str, dict[str, str]] = text.get("paths", {})
     stands: dict[str, Path] = {}
     beside: dict[str, Path] = {}

@@ -294,6 +294,15 @@ def test_a_dataset_of_other_files_is_read_by_datasets(
         list(opened("some/stories", tmp_path, split="train", column="story").read())
 
 
+def test_a_revision_may_be_named(fake_hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = opened("some/stories", tmp_path, split="train")
+    monkeypatch.setattr("sa_lens.data.sources.dataset_revision", lambda *_: pytest.fail("the Hub was asked"))
+    named = opened("some/stories@r1", tmp_path, split="train")
+    assert named.fingerprint == current.fingerprint
+    assert list(named.read()) == [*TEXTS, "!"]
+    assert opened("some/stories@r0", tmp_path, split="train").fingerprint != current.fingerprint
+
+
 def test_a_damaged_copy_of_a_streamed_dataset_is_refused(fake_hub: list[str], tmp_path: Path) -> None:
     source = opened("some/stories", tmp_path, split="train", streaming=True, max_documents=2)
     assert list(source.read()) == TEXTS[:2]

@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sa_lens.config import DataConfig
+from sa_lens.core.pretrained import initial_model
 from sa_lens.data import load_tokenizer, prepare
 from sa_lens.data.tokenizers import (
     END_OF_TEXT,
@@ -343,6 +344,29 @@ def test_one_token_stands_before_every_text(name: str, template: str, pre: str, 
         model.save_pretrained(tmp_path / "model")
         model = sa.SelfAblatingTransformer.from_pretrained(tmp_path / "model")
     assert tokenizer.bos_token == begin_token, "the tokenizer that was given is untouched"
+
+
+def test_what_is_no_hugging_face_tokenizer_is_refused_with_the_way_out() -> None:
+    import sa_lens as sa
+
+    cfg = sa.ModelConfig(n_layers=1, d_model=8, n_heads=2, n_ctx=8, d_vocab=300)
+    inner = in_memory("<s>", "</s>").backend_tokenizer
+    with pytest.raises(ValueError, match=r"wrap one of the tokenizers library in PreTrainedTokenizerFast\("):
+        sa.SelfAblatingTransformer(cfg, None, inner, device="cpu")
+    with pytest.raises(ValueError, match="the tokenizer is a str, but must be a Hugging Face one"):
+        sa.SelfAblatingTransformer(cfg, None, "gpt2", device="cpu")
+
+
+def test_a_configuration_does_not_let_transformer_lens_run_code() -> None:
+    import sa_lens as sa
+
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=8, n_heads=2, d_head=4, n_ctx=8, d_vocab=9, act_fn="gelu", device="cpu"
+    )
+    cfg.trust_remote_code = True
+    assert sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=2, k_mlp=2)).cfg.trust_remote_code is False
+    with pytest.raises(ValueError, match="with Python code from the Hub, which is never run here"):
+        initial_model("microsoft/phi-2", sa.GateConfig())
 
 
 def test_a_prompt_tokenizer_adds_one_token_and_no_more() -> None:

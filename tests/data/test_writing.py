@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sa_lens.data.writing import atomic_write, remove_leftovers, replacement, staged_folder
+from sa_lens.data.writing import atomic_write, remove_leftovers, replacement, scratch_folder, staged_folder
 
 
 def killed(write: Callable[[], object]) -> None:
@@ -76,3 +76,15 @@ def test_very_long_names(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_holds_no_leftovers(tmp_path: Path) -> None:
     remove_leftovers(tmp_path / "missing")
+
+
+def test_scratch_folders_go_with_their_process_or_the_next_one(tmp_path: Path) -> None:
+    def write() -> None:
+        with scratch_folder(tmp_path / "place") as folder:
+            (folder / "large").write_bytes(b"0" * 1000)
+            kill()
+
+    killed(write)
+    with scratch_folder(tmp_path / "place") as folder:
+        assert list(folder.parent.iterdir()) == [folder]
+    assert list((tmp_path / "place").iterdir()) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sa_lens as sa
+from sa_lens.data import hub, sources
 from sa_lens.data.stories import generate
 from sa_lens.training import train
 from sa_lens.training.report import load_run, text_of_run
@@ -110,6 +111,40 @@ def test_a_configuration_never_chooses_where_to_write(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
     assert found(run) == fingerprints(run)
     assert not (run.parent / "chosen").exists()
+
+
+def test_a_dataset_of_the_hub_is_read_in_the_runs_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the Hub has a newer one, and without asking it."""
+    opened = sources.open_source
+    revisions = {"old": 1, "new": 2}
+
+    def open_source(name: str, **options: object) -> sources.Source:
+        if not name.startswith("some/stories"):
+            return opened(name, **options)
+        revision = name.partition("@")[2] or hub.dataset_revision(name, tmp_path / "cache", "")
+        write(file := tmp_path / f"{revision}.jsonl", seed=revisions[revision])
+        return opened(str(file), **{**options, "split": None})
+
+    def current(revision: str) -> None:
+        record = tmp_path / "cache" / "hub" / "some--stories.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"revision": revision}))
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sa_lens.data.hub.probe", lambda: "there is no network")
+    monkeypatch.setattr("sa_lens.data.preparation.open_source", open_source)
+    current("old")
+    run = project(tmp_path / "project", source="some/stories", cache_dir=str(tmp_path / "cache"))
+    current("new")
+    assert found(run) == fingerprints(run)
+    stored = sa.config.read_yaml(run / "run.yaml")
+    assert train(stored, run, device="cpu", resume=True, progress=False).steps == 2
+    assert found(run) == fingerprints(run)
+
+
+def test_a_run_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    run = project(tmp_path / "we{ird}::[x]*? #%20 ~é")
+    assert found(run) == fingerprints(run)
 
 
 @pytest.mark.parametrize("text", [[], {"train": 1}, {"train": "", "validation": "", "paths": {"data.source": "x"}}])
