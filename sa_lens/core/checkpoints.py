@@ -16,7 +16,8 @@ import re
 import tempfile
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,16 +75,32 @@ _LATER_KEYS: dict[str, Any] = {
 """Fields that later releases of TransformerLens added, and the value that stands for what earlier ones do."""
 
 
+@contextmanager
+def failures_named(path: Path) -> Iterator[None]:
+    """Makes every failed write within the context an OSError whose message holds `path`.
+
+    Full disks come as errors without a name, and from safetensors and the tokenizers library as errors of their own.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    except OSError as error:
+        if error.filename is not None or str(path) in str(error):
+            raise
+        if error.errno is None:
+            raise OSError(f"cannot write {path}: {error}") from error
+        raise type(error)(error.errno, f"{error.strerror}: cannot write {path}") from error
+
+
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Writes tensors as safetensors.
 
     Raises:
         OSError: a full disk or a folder that cannot be written.
     """
-    try:
+    with failures_named(path):
         save_file(dict(weights), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def weights_of(model: SelfAblatingTransformer) -> dict[str, Tensor]:
@@ -162,7 +179,7 @@ def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str,
     folder, weights, described = Path(folder), weights_of(model), describe(model)
     check_description(model, described)
     architecture.check_weights(weights, model.W_E.dtype, "the model cannot be saved")
-    with staged_folder(folder, last=CONFIG) as temporary:
+    with failures_named(folder), staged_folder(folder, last=CONFIG) as temporary:
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)
         write_weights(weights, temporary / WEIGHTS)
@@ -308,7 +325,8 @@ def _checked_shape(shape: dict[str, Any]) -> dict[str, Any]:
             *("d_model", "d_head", "d_vocab", "d_vocab_out", "n_layers", "n_heads", "n_ctx"),
             *(key for key in ("d_mlp", "n_key_value_heads", "rotary_dim", "window_size") if shape[key] is not None),
         ],
-        "above 0": ["rotary_base", *(["attn_scale"] if shape["use_attn_scale"] else [])],
+        # -1 stands for no scale
+        "above 0": ["rotary_base", *(["attn_scale"] if shape["use_attn_scale"] or shape["attn_scale"] != -1 else [])],
     }
     for limit, names in limits.items():
         for name in names:

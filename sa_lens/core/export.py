@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,11 +11,12 @@ import einops
 import torch
 from torch import Tensor
 
-from sa_lens.core import reference
+from sa_lens.core import architecture, reference
 from sa_lens.core.checkpoints import (
     CONFIG,
     WEIGHTS,
     describe,
+    failures_named,
     save_tokenizer,
     write_weights,
 )
@@ -39,7 +41,7 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     described = describe(model)
     cfg = described["model"] | {"tie_word_embeddings": False, "init_weights": False}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()}
-    with staged_folder(folder, last=CONFIG) as temporary:
+    with failures_named(folder), staged_folder(folder, last=CONFIG) as temporary:
         write_weights(weights, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
         if model.tokenizer is not None:
@@ -70,7 +72,10 @@ def to_reference(model: SelfAblatingTransformer, path: str | Path) -> Path:
         raise IsADirectoryError(f"{path} is a folder: give the name of a .pt file")
     state = reference.save(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: torch.save(state, temporary))
+    content = io.BytesIO()
+    torch.save(state, content)
+    with failures_named(path):
+        atomic_write(path, content.getvalue())
     return path
 
 
@@ -85,7 +90,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    cfg = model.cfg
+    cfg = architecture.actual_config(model)
     for requirement, holds in {
         "LayerNorm": cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms,
         "learned positions added to the embedding": cfg.positional_embedding_type == "standard",
@@ -127,7 +132,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
     torch.nn.Module.to(hf, cfg.dtype)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     hf.load_state_dict(_gpt2_state(model, state), strict=True)
-    with staged_folder(folder, last=CONFIG) as temporary:
+    with failures_named(folder), staged_folder(folder, last=CONFIG) as temporary:
         hf.save_pretrained(temporary)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)
@@ -135,7 +140,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
 
 
 def _gpt2_state(model: SelfAblatingTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    cfg = model.cfg
+    cfg = architecture.actual_config(model)
     scale = math.sqrt(cfg.d_head)
     divisor = float(model.blocks[0].attn.attn_scale)
     ones, zeros = torch.ones(cfg.d_model, dtype=cfg.dtype), torch.zeros(cfg.d_model, dtype=cfg.dtype)

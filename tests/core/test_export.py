@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
+from safetensors.torch import load_file
 from small_models import SHAPES, gated_model, plain_model, random_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -250,6 +252,27 @@ def test_a_failed_export_leaves_nothing(tmp_path, letters, monkeypatch, write):
     with pytest.raises(OSError, match="No space left"):
         write(model, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["letters"]
+
+
+@pytest.mark.parametrize("bytes_left", [0, 3_000])
+@pytest.mark.parametrize("write", [export.to_hooked, export.to_hf, export.to_reference])
+def test_a_full_disk_is_an_error_that_names_the_output(tmp_path, write, bytes_left):
+    model, out = small_model(qkv_bias=False, unembed_bias=False, attn_scale=False), tmp_path / "out"
+    with full_disk(bytes_left), pytest.raises(OSError, match=rf"File too large.*{out}|{out}.*File too large"):
+        write(model, out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_exports_have_the_dtype_of_the_parameters(tmp_path, dtype):
+    """Also where the configuration says another."""
+    model = small_model().to(dtype, print_details=False)
+    model.cfg.dtype = torch.float32
+    for write, name in ((export.to_hooked, "hooked"), (export.to_hf, "hf")):
+        write(model, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        buffers = ("IGNORE", "mask")
+        assert {tensor.dtype for key, tensor in weights.items() if not key.endswith(buffers)} == {dtype}, name
 
 
 def test_an_exported_model_is_not_mistaken_for_our_own(tmp_path):
