@@ -343,10 +343,10 @@ def draw_prompts(
         raise ValueError("pairs: no pair of names to draw from" + (" (of different gender)" * (task == "pronoun")))
     rng = random.Random(f"{task}/{seed}")
     drawn: dict[str, Prompt] = {}
-    for _ in range(20 * n + 100):
-        if len(drawn) == n:
-            break
+    drawn_again = 0
+    while len(drawn) < n and drawn_again < 20 * len(drawn) + 100:
         prompt = _draw(rng, rng.choice(templates), rng.choice(names))
+        drawn_again += prompt.clean in drawn
         drawn.setdefault(prompt.clean, prompt)
     if len(drawn) < n:
         raise ValueError(f"n={n} prompts: only {len(drawn)} different ones found; give more pairs or templates")
