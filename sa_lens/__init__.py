@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sa_lens.config import DataConfig, GateConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from sa_lens.catalogue import models
     from sa_lens.core import LossTerms, SelfAblatingTransformer, Streams, TwoStreamLoss
 
 __version__ = "0.1.0"
@@ -25,12 +26,13 @@ __all__ = [
     "TrainConfig",
     "TwoStreamLoss",
     "__version__",
+    "models",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("sa_lens.core"), name)
+        return getattr(import_module("sa_lens.catalogue" if name == "models" else "sa_lens.core"), name)
     raise AttributeError(f"module 'sa_lens' has no attribute {name!r}")
 
 

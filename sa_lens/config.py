@@ -393,7 +393,8 @@ class TrainConfig:
     freeze: Literal["none", "base"] = "none"
     """`base`: train only the gates of a frozen model; `none`: train everything."""
     init: str | None = None
-    """Start from this model instead of random weights: a run folder, a Hub id, or a TransformerLens model name."""
+    """Start from this model instead of random weights: a run folder, a shipped model, a Hub id, or a TransformerLens
+    model name."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     eval_tokens: int = 100_000

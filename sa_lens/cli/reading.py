@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sa_lens.catalogue import results_folder
 from sa_lens.cli.parsing import Device, Run, as_json, command
 from sa_lens.stopping import Interrupted
 
@@ -36,7 +37,7 @@ def circuit(
     its ranking, tables and figures into a folder.
 
     Args:
-        run: Run folder or Hub id.
+        run: Run folder, shipped model (sa.models() lists them), or Hub id.
         task: ioi, pronoun, object, repeated, or a JSON file.
         method: acdc decides edge by edge; the others rank all edges.
         stream: Stream to look at.
@@ -74,7 +75,7 @@ def circuit(
     choices = {"gates": gates or "frozen", "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
     usual = {"gates": "frozen", "ablation": "resample", "tau": 0.01}
     unusual = [f"{name}-{value}" for name, value in choices.items() if value != usual[name]]
-    folder = out or Path(run) / "circuits" / "-".join([both.task, method, stream, *unusual])
+    folder = out or results_folder(run) / "circuits" / "-".join([both.task, method, stream, *unusual])
     unfinished = folder / "unfinished.json"
     if resume and not unfinished.is_file():
         raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
@@ -123,6 +124,8 @@ def units(
     run: Run,
     tokens: int = 200_000,
     labels: int = 2_000,
+    text: str | None = None,
+    column: str = "text",
     seed: int = 1,
     out: Path | None = None,
     device: Device = "auto",
@@ -133,9 +136,11 @@ def units(
     Firing thresholds come from the beginning of the training text. Labels are those of generated stories.
 
     Args:
-        run: Run folder or Hub id.
+        run: Run folder, shipped model (sa.models() lists them), or Hub id.
         tokens: Validation tokens to read, and training tokens to calibrate on.
         labels: How many generated stories to score labels on; 0: none.
+        text: Text to read instead of the run's own, as data.source; half of its documents set the thresholds.
+        column: Column of --text that holds the text.
         seed: Seed of these stories.
         out: Folder to write; None: RUN/units.
         device: Where to run.
@@ -153,10 +158,10 @@ def units(
     from sa_lens.units.unit_tables import specialization
 
     model = load_run(run, device=device)
-    text = text_of_run(run, model)
+    data = text_of_run(run, model, text, column=column)
     labelled = label_stories(model.tokenizer, labels, model.cfg.n_ctx, seed=seed) if labels else None
-    thresholds = calibrate(model, text.train, model_streams(model), n_tokens=tokens, progress=not json)
-    found = specialization(model, text.validation, thresholds, n_tokens=tokens, progress=not json).table
+    thresholds = calibrate(model, data.train, model_streams(model), n_tokens=tokens, progress=not json)
+    found = specialization(model, data.validation, thresholds, n_tokens=tokens, progress=not json).table
     tables = {"units": found, "sparsity": sparsity(model), "connections": effective_connections(model, found)}
     summaries = [summary(found)]
     if labelled is not None:
@@ -164,7 +169,7 @@ def units(
         tables |= {"labels": selected.table, "coverage": selected.coverage}
         summaries.append(summary(selected.table))
     tables["summary"] = pd.concat(summaries, ignore_index=True)
-    folder = out or Path(run) / "units"
+    folder = out or results_folder(run) / "units"
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
@@ -190,6 +195,8 @@ def sae(
     d_sae: int | None = None,
     l1_coefficient: float | None = None,
     tokens: int = 100_000,
+    text: str | None = None,
+    column: str = "text",
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
@@ -199,7 +206,7 @@ def sae(
     """Train an SAE on what a hook holds in one stream, with SAELens, and measure it on the run's validation text.
 
     Args:
-        run: Run folder or Hub id.
+        run: Run folder, shipped model (sa.models() lists them), or Hub id.
         hook: Hook point; None: the MLP's output in the middle layer.
         stream: Stream of the activations and losses.
         preset: Settings to start from.
@@ -207,6 +214,8 @@ def sae(
         d_sae: Latents; None: the preset's.
         l1_coefficient: Sparsity penalty; None: the preset's.
         tokens: Validation tokens.
+        text: Text to read instead of the run's own, as data.source; half of its documents are for training.
+        column: Column of --text that holds the text.
         seed: Seed of weights and order.
         out: Folder to write; None: in RUN/sae.
         resume: Go on from the checkpoint in the folder.
@@ -217,14 +226,14 @@ def sae(
     from sa_lens.training.report import load_run, text_of_run
 
     model = load_run(run, device=device)
-    text = text_of_run(run, model)
+    data = text_of_run(run, model, text, column=column)
     hook = hook or f"blocks.{model.cfg.n_layers // 2}.hook_mlp_out"
-    folder = out or Path(run) / "sae" / f"{hook}-{stream}-{preset}-{seed}"
+    folder = out or results_folder(run) / "sae" / f"{hook}-{stream}-{preset}-{seed}"
     chosen = {"steps": steps, "d_sae": d_sae, "l1_coefficient": l1_coefficient}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options: dict[str, Any] = {"stream": stream, "preset": preset, "seed": seed, "progress": not json}
-    trained = train_sae(model, hook, text.train, output=folder, resume=resume, **options, **changes)
-    found = dataclasses.asdict(evaluate_sae(model, trained, text.validation, n_tokens=tokens, progress=not json))
+    trained = train_sae(model, hook, data.train, output=folder, resume=resume, **options, **changes)
+    found = dataclasses.asdict(evaluate_sae(model, trained, data.validation, n_tokens=tokens, progress=not json))
     found = {name: value for name, value in found.items() if name != "density"}
     if json:
         print(as_json(found))
@@ -304,7 +313,7 @@ def report(
     beside one another.
 
     Args:
-        runs: Run folders or Hub ids; their stories come from the first one's validation text.
+        runs: Run folders, shipped models or Hub ids; their stories come from the first one's validation text.
         out: File to write, ending in .html.
         text: Stories to show instead: a file, or a dataset on the Hub. Figures stay those of the first run's text.
         stories: Stories to show.

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 from transformers import AutoTokenizer
 
+from sa_lens.catalogue import near_name, shipped_folder
 from sa_lens.config import GateConfig, from_dict, to_dict
 from sa_lens.core import architecture
 from sa_lens.core.gate import Gate
@@ -393,14 +394,20 @@ def complete_steps(run: str | Path) -> list[Path]:
 
 
 def _folder(name: str | Path) -> Path:
-    """The local folder of a model: itself, or a snapshot of the Hub's."""
+    """The local folder of a model: a shipped one's, itself, or a snapshot of the Hub's."""
+    shipped = shipped_folder(name)
+    if shipped is not None:
+        return shipped
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
         raise FileNotFoundError(f"{path} is a file, not a model folder: give the folder that holds {CONFIG}")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        raise FileNotFoundError(f"no folder {str(name)!r}: give a run folder, or a Hub id of the form owner/name")
+        raise FileNotFoundError(
+            f"no folder {str(name)!r}: give a run folder, the name of a model that sa.models() lists, or a Hub id of the "
+            f"form owner/name{near_name(name)}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -436,7 +443,8 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
         "load it with HookedTransformer.from_pretrained(...), then "
         "SelfAblatingTransformer.from_hooked(model, GateConfig())"
     )
-    if "dtype" in unknown and Path(name).exists():
+    local = shipped_folder(name) is not None or Path(name).exists()
+    if "dtype" in unknown and local:
         raise ValueError(
             "from_pretrained loads a model in the dtype that it was saved in, so dtype is no argument; change it "
             f"afterwards: SelfAblatingTransformer.from_pretrained({str(name)!r}).to({unknown['dtype']})"
@@ -446,7 +454,7 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
             f"from_pretrained has no argument {next(iter(unknown))!r}; it loads sa_lens's own models as they are. "
             f"For a TransformerLens model {way}"
         )
-    if not Path(name).exists() and _is_transformer_lens_name(str(name)):
+    if not local and _is_transformer_lens_name(str(name)):
         raise ValueError(f"{str(name)!r} is a model of TransformerLens, without gates: {way}")
 
 

@@ -722,10 +722,11 @@ class SelfAblatingTransformer(HookedTransformer):
         device: str | torch.device | None = None,
         **unknown: Any,
     ) -> SelfAblatingTransformer:
-        """Loads a run folder, or a model on the Hub.
+        """Loads a run folder, a model shipped with sa_lens (`sa.models()` lists them), or a model on the Hub.
 
         Args:
-            name: folder, or Hub id `owner/name`.
+            name: folder, name of a shipped model, or Hub id `owner/name`. A bare name that is both a shipped model's and
+                a folder's means the shipped model; `./NAME` or a `Path` means the folder.
             which: `best`: the weights with the lowest validation loss; `last`: those of the latest checkpoint.
             device: where the model lives.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS, get_official_model_name
 
+from sa_lens.catalogue import shipped_folder
 from sa_lens.config import GateConfig
 from sa_lens.core import checkpoints
 from sa_lens.core.model import SelfAblatingTransformer
@@ -20,8 +21,8 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
     may differ); otherwise the gates are fresh.
 
     Args:
-        name: a run folder, a Hub id of a model that sa_lens saved, or a name that TransformerLens knows (its weights
-            are taken unprocessed).
+        name: a run folder, the name of a shipped model, a Hub id of a model that sa_lens saved, or a name that
+            TransformerLens knows (its weights are taken unprocessed).
         gates: the gates of the returned model.
         seed: seed of fresh gates.
 
@@ -30,8 +31,8 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
         ValueError: a damaged or foreign file, a model that needs code from the Hub, or an architecture that gates do
             not fit.
     """
-    path = Path(name)
-    if not path.exists() and checkpoints._is_transformer_lens_name(str(name)):
+    local = shipped_folder(name) is not None or Path(name).exists()
+    if not local and checkpoints._is_transformer_lens_name(str(name)):
         if get_official_model_name(str(name)).startswith(NEED_REMOTE_CODE_MODELS):
             raise ValueError(
                 f"TransformerLens loads {str(name)!r} with Python code from the Hub, which is never run here; load it "

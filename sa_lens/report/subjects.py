@@ -10,8 +10,7 @@ from typing import Any
 from sa_lens.circuits.tasks import World
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.training.report import load_run, trained_on_stories
-from sa_lens.training.run_folder import CONFIG_YAML, stored_config
+from sa_lens.training.report import load_run, settings_of
 from sa_lens.units.activations import model_streams
 
 
@@ -22,11 +21,11 @@ class Subject:
     name: str
     """Name by which the report calls it."""
     run: str
-    """Run folder or Hub id."""
+    """Run folder, name of a shipped model, or Hub id."""
     model: SelfAblatingTransformer
     """The model."""
     settings: RunConfig | None
-    """How it was trained; None for a folder without `run.yaml` and for a model from the Hub."""
+    """How it was trained; None for a model that was not saved by a training run, and for one from the Hub."""
 
     @property
     def tokenizer(self) -> Any:
@@ -47,7 +46,7 @@ class Subject:
     @property
     def world(self) -> World:
         """Words of the tasks' prompts: those of the text it was trained on."""
-        return "stories" if trained_on_stories(self.run) else "tinystories"
+        return "stories" if self.settings is not None and self.settings.data.source == "stories" else "tinystories"
 
 
 def open_subjects(runs: Sequence[str | Path], device: str) -> tuple[Subject, ...]:
@@ -66,8 +65,7 @@ def open_subjects(runs: Sequence[str | Path], device: str) -> tuple[Subject, ...
                 f"{run} has no tokenizer, so it can read no text: a report shows what a model does with text. Save the "
                 "model with its tokenizer (model.set_tokenizer, then save_pretrained)"
             )
-        settings = stored_config(Path(run)) if (Path(run) / CONFIG_YAML).is_file() else None
-        found.append(Subject(name, run, model.requires_grad_(False), settings))
+        found.append(Subject(name, run, model.requires_grad_(False), settings_of(run)))
     return tuple(found)
 
 

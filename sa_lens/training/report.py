@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from sa_lens.config import RunConfig, from_dict
+from sa_lens.catalogue import about, run_folder, shipped_folder
+from sa_lens.config import DataConfig, RunConfig, from_dict
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.checkpoints import CONFIG, read_config
 from sa_lens.data import PreparedData, TokenFile, prepare, validation_blocks
@@ -21,13 +22,12 @@ from sa_lens.data.writing import scratch_folder
 from sa_lens.training import run_text
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import check_device
-from sa_lens.training.run_folder import CONFIG_YAML, stored_config
 
 log = logging.getLogger(__name__)
 
 
 def load_run(run: str, *, which: Literal["best", "last"] = "best", device: str = "auto") -> SelfAblatingTransformer:
-    """The model of a run folder or Hub id, on a device.
+    """The model of a run folder, shipped name or Hub id, on a device.
 
     Args:
         device: auto, cpu, cuda or mps.
@@ -40,8 +40,9 @@ def load_run(run: str, *, which: Literal["best", "last"] = "best", device: str =
 
 
 def trained_on_stories(run: str) -> bool:
-    """Whether a run folder's model was trained on the generated stories; False for a model from the Hub."""
-    return (Path(run) / CONFIG_YAML).is_file() and stored_config(Path(run)).data.source == "stories"
+    """Whether a run's model was trained on the generated stories; False for a model from the Hub."""
+    settings = settings_of(run)
+    return settings is not None and settings.data.source == "stories"
 
 
 def evaluate_run(
@@ -56,7 +57,7 @@ def evaluate_run(
     """Evaluates a trained model on its run's validation text, or on another one.
 
     Args:
-        run: run folder or Hub id.
+        run: run folder, shipped name or Hub id.
         text: path or dataset id, as `data.source`; None: the run's own validation text.
         column: column of `text` that holds the text.
         tokens: predicted tokens, from the beginning of the text.
@@ -69,7 +70,7 @@ def evaluate_run(
     model = load_run(run, which=which, device=device)
     if model.tokenizer is None:
         raise ValueError(f"{run} has no tokenizer, so it cannot read text")
-    settings = _training_config(run)
+    settings = settings_of(run)
     n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
     if text is None:
         return _on(model, text_of_run(run, model).validation, n_ctx, tokens)
@@ -82,25 +83,44 @@ def evaluate_run(
         return _on(model, file, n_ctx, tokens)
 
 
-def text_of_run(run: str, model: SelfAblatingTransformer) -> PreparedData:
+def text_of_run(
+    run: str | Path, model: SelfAblatingTransformer, text: str | None = None, *, column: str = "text"
+) -> PreparedData:
     """Training and validation text of a run, in its model's tokens, from the cache where they are there.
 
     The files are looked for from the current folder and from the run folder. Generated stories that another version of
     their generator writes differently are taken as they are today, with a warning.
 
+    Args:
+        text: path or dataset id of another text, one half of whose documents then stands for the training text.
+        column: column of `text` that holds the text.
+
     Raises:
-        ValueError: a model that was not saved by a training run, or a text that has changed since.
+        ValueError: a model that was not saved by a training run or whose text is not shipped, and no other text; or a
+            text that has changed since.
         FileNotFoundError: a text that is not there.
     """
-    settings = _training_config(run)
+    settings, folder = settings_of(run), run_folder(run)
+    if text is not None:
+        if model.tokenizer is None:
+            raise ValueError(f"{run} has no tokenizer, so it cannot read text")
+        tokenizer = str(folder) if folder.is_dir() else str(model.tokenizer.name_or_path)
+        n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
+        data = DataConfig(source=text, column=column, tokenizer=tokenizer, validation_fraction=0.5, max_documents=50_000)
+        return prepare(data, n_ctx)
     if settings is None:
         raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
-    recorded = run_text.recorded(Path(run))
+    if shipped_folder(run) is not None and settings.data.source != "stories":
+        raise ValueError(
+            f"the text of {run}, {about(str(run))['text']['name']}, is not shipped with sa_lens: name a text with "
+            "--text, such as a parquet file of roneneldan/TinyStories or its Hub id"
+        )
+    recorded = run_text.recorded(folder)
     n_ctx = min(settings.model.n_ctx, model.cfg.n_ctx)
     data = None
-    for candidate in run_text.candidates(settings, Path(run), recorded, ("data.source", "data.validation")):
+    for candidate in run_text.candidates(settings, folder, recorded, ("data.source", "data.validation")):
         # the run's own tokenizer, and never a cache that a configuration from elsewhere chooses
-        config = dataclasses.replace(candidate.data, tokenizer=str(Path(run)), keep_whole=None, cache_dir=None)
+        config = dataclasses.replace(candidate.data, tokenizer=str(folder), keep_whole=None, cache_dir=None)
         data = prepare(config, n_ctx)
         if not run_text.differing(data, recorded):
             return data
@@ -119,9 +139,9 @@ def text_of_run(run: str, model: SelfAblatingTransformer) -> PreparedData:
     return data
 
 
-def _training_config(run: str) -> RunConfig | None:
-    """The configuration in a run folder's `config.json`; None if there is none."""
-    folder = Path(run)
+def settings_of(run: str | Path) -> RunConfig | None:
+    """How a run was trained, by its `config.json`; None if that does not say, and for a model from the Hub."""
+    folder = run_folder(run)
     if not (folder / CONFIG).is_file():
         return None
     values = read_config(folder).get("run")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sa_lens.catalogue import run_folder as folder_of
 from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_yaml
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
 from sa_lens.core.pretrained import initial_model
@@ -208,7 +209,8 @@ def data_config(run: RunConfig, model: SelfAblatingTransformer) -> DataConfig:
     """
     if run.train.init is None or run.data.tokenizer != "bpe":
         return run.data
-    folder = run.train.init if Path(run.train.init).is_dir() else getattr(model.tokenizer, "name_or_path", None)
+    base = folder_of(run.train.init)
+    folder = base if base.is_dir() else getattr(model.tokenizer, "name_or_path", None)
     if not folder:
         raise ValueError(f"train.init={run.train.init!r} brings no tokenizer: name it in data.tokenizer")
     return dataclasses.replace(run.data, tokenizer=str(folder))

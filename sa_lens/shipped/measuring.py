@@ -1,0 +1,82 @@
+"""What is measured of a shipped model, and what it must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sa_lens.circuits.metrics import skill
+from sa_lens.circuits.tasks import TASKS, World, make_unseen
+from sa_lens.config import Stream
+from sa_lens.core import SelfAblatingTransformer
+
+PROMPTS = 400
+"""Prompts of each task."""
+PAIR_BARS: dict[Stream, float] = {"clean": 0.95, "ablated": 0.90}
+"""Least pair accuracy on IOI with name pairs that never meet in training."""
+CLEAN_BAR, ABLATED_BAR = 1.05, 0.95
+"""Largest clean loss over the dense model's, and largest ablated loss in nats."""
+
+
+class Bar(NamedTuple):
+    """A figure beside what it must be."""
+
+    reached: bool
+    text: str
+    """The figure and the bar, in words."""
+
+    def __str__(self) -> str:
+        return f"  {'yes' if self.reached else 'NO '}  {self.text}"
+
+
+def skills(
+    model: SelfAblatingTransformer, world: World, *, n: int = PROMPTS, seed: int = 0, tasks: Sequence[str] = tuple(TASKS)
+) -> list[dict[str, Any]]:
+    """Pair and top-1 accuracy of each task in each stream of the model; IOI on name pairs that training has not shown.
+
+    A task that the tokenizer has too few words for is left out.
+    """
+    rows = []
+    for task in tasks:
+        try:
+            pairs = make_unseen(task, model.tokenizer, n, seed, world=world)
+        except ValueError:
+            continue
+        for row in skill(model, pairs, seed=seed).to_dict("records"):
+            accuracies = {key: round(float(row[key]), 4) for key in ("pair_accuracy", "top1_accuracy")}
+            rows.append({"task": task, "stream": str(row["stream"]), "n": len(pairs), **accuracies})
+    return rows
+
+
+def losses_on(model: SelfAblatingTransformer, texts: Sequence[str]) -> dict[str, float]:
+    """Mean loss of both streams over texts, nats per token, each text cut to the model's context."""
+    sums: dict[str, list[float]] = {"clean": [], "ablated": []}
+    with torch.no_grad():
+        for text in texts:
+            streams = model.run_streams(model.to_tokens(text, prepend_bos=True)[:, : model.cfg.n_ctx])
+            sums["clean"].append(float(streams.clean_loss))
+            if streams.ablated_loss is not None:
+                sums["ablated"].append(float(streams.ablated_loss))
+    return {stream: round(sum(values) / len(values), 4) for stream, values in sums.items() if values}
+
+
+def stories_bars(local: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Bar]:
+    """What the self-ablating model of the generated stories must reach.
+
+    Args:
+        local, dense: figures of the two models, as `about.json` has them: `losses` by stream, `skills` by task.
+    """
+    ioi = {row["stream"]: row["pair_accuracy"] for row in local["skills"] if row["task"] == "ioi"}
+    bars = [
+        Bar(ioi[stream] >= least, f"IOI on held-out name pairs, {stream} stream: {ioi[stream]:.1%} (bar: {least:.0%})")
+        for stream, least in PAIR_BARS.items()
+    ]
+    ratio = local["losses"]["clean"] / dense["losses"]["clean"]
+    ablated = local["losses"]["ablated"]
+    return [
+        *bars,
+        Bar(ratio <= CLEAN_BAR, f"clean loss: {ratio:.3f} x the dense model's (bar: {CLEAN_BAR:.2f})"),
+        Bar(ablated <= ABLATED_BAR, f"ablated loss: {ablated:.3f} nats per token (bar: {ABLATED_BAR:.2f})"),
+    ]
