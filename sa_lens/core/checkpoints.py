@@ -228,7 +228,7 @@ def load(
         # found out before memory is taken for that many
         raise ValueError(f"{path} does not fit this model: it has {layers} layers, expected {n_layers}")
     model = build(config, folder, device=device)
-    _fill(model, weights, path)
+    _fill(model, weights, path, config.get("stored_dtype"))
     return model.eval()
 
 
@@ -257,8 +257,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         check_object(
             config,
             {"dtype": str, "qkv_bias": bool, "unembed_bias": bool, "tokenizer": bool, "gates": dict, "model": dict},
+            {"stored_dtype": str},
             other_keys=True,
         )
+        if (stored := config.get("stored_dtype", config["dtype"])) not in DTYPES:
+            raise ValueError(f"stored_dtype {stored!r} is unknown, it must be one of {', '.join(DTYPES)}")
     except ValueError as error:
         raise _damaged(path, error) from error
     return config
@@ -371,7 +374,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, error) from error
 
 
-def _fill(model: SelfAblatingTransformer, weights: dict[str, Tensor], path: Path) -> None:
+def _fill(
+    model: SelfAblatingTransformer, weights: dict[str, Tensor], path: Path, stored_dtype: str | None = None
+) -> None:
+    """Fills a model with weights of its own type, or of the type in which they are stored to save room."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -379,7 +385,8 @@ def _fill(model: SelfAblatingTransformer, weights: dict[str, Tensor], path: Path
         raise ValueError(
             f"{path} does not fit this model: {odd} has shape {found.get(odd)}, expected {expected.get(odd)}"
         )
-    architecture.check_weights(weights, model.W_E.dtype, f"{path} cannot be loaded")
+    dtype = model.W_E.dtype if stored_dtype is None else getattr(torch, stored_dtype)
+    architecture.check_weights(weights, dtype, f"{path} cannot be loaded")
     model.load_state_dict(weights, strict=False)
 
 
@@ -405,8 +412,8 @@ def _folder(name: str | Path) -> Path:
         raise FileNotFoundError(f"{path} is a file, not a model folder: give the folder that holds {CONFIG}")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise FileNotFoundError(
-            f"no folder {str(name)!r}: give a run folder, the name of a model that sa.models() lists, or a Hub id of the "
-            f"form owner/name{near_name(name)}"
+            f"no folder {str(name)!r}: give a run folder, the name of a model that sa.models() lists, or a Hub id of "
+            f"the form owner/name{near_name(name)}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

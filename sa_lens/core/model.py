@@ -725,8 +725,8 @@ class SelfAblatingTransformer(HookedTransformer):
         """Loads a run folder, a model shipped with sa_lens (`sa.models()` lists them), or a model on the Hub.
 
         Args:
-            name: folder, name of a shipped model, or Hub id `owner/name`. A bare name that is both a shipped model's and
-                a folder's means the shipped model; `./NAME` or a `Path` means the folder.
+            name: folder, name of a shipped model, or Hub id `owner/name`. A bare name that is both a shipped model's
+                and a folder's means the shipped model; `./NAME` or a `Path` means the folder.
             which: `best`: the weights with the lowest validation loss; `last`: those of the latest checkpoint.
             device: where the model lives.
 

@@ -9,7 +9,6 @@ not depend on one another, so they can be trained by two processes at once.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import tyro
 
 from sa_lens import __version__
 from sa_lens.catalogue import ABOUT, SHIPPED
+from sa_lens.circuits.tasks import World
 from sa_lens.config import RunConfig, suggestion, to_dict
 from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.data import PreparedData, validation_blocks
@@ -102,7 +102,7 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
         "sa_lens": __version__,
         "training_seconds": round(result.seconds),
         "sizes": {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": int(model.cfg.d_vocab)},
-        "figures": figures_of(model, recipe, data),
+        "figures": figures_of(model, recipe.run, recipe.world, data),
         "sample": _sample(model, data),
     }
     config = {**checkpoints.describe(model), "stored_dtype": "float16", "run": settings}
@@ -116,15 +116,15 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
     return out / name
 
 
-def figures_of(model: SelfAblatingTransformer, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+def figures_of(model: SelfAblatingTransformer, run: RunConfig, world: World, data: PreparedData) -> dict[str, Any]:
     """Validation losses of both streams in nats per token, and the skill of both at every task."""
-    blocks = validation_blocks(data.validation, recipe.run.model.n_ctx, recipe.run.train.eval_tokens)
+    blocks = validation_blocks(data.validation, run.model.n_ctx, run.train.eval_tokens)
     found = evaluate(model, blocks, bytes_per_token=bytes_per_token(data.validation))
     losses = {"clean": found.clean_loss, "ablated": found.ablated_loss}
     return {
         "validation_tokens": found.tokens,
         "losses": {stream: round(loss, 4) for stream, loss in losses.items() if loss is not None},
-        "skills": skills(model, recipe.world),
+        "skills": skills(model, world),
     }
 
 

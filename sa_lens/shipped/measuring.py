@@ -32,16 +32,21 @@ class Bar(NamedTuple):
 
 
 def skills(
-    model: SelfAblatingTransformer, world: World, *, n: int = PROMPTS, seed: int = 0, tasks: Sequence[str] = tuple(TASKS)
+    model: SelfAblatingTransformer, world: World, *, n: int | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Pair and top-1 accuracy of each task in each stream of the model; IOI on name pairs that training has not shown.
 
     A task that the tokenizer has too few words for is left out.
+
+    Args:
+        n: prompts of each task; None: `PROMPTS`.
     """
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer, which the prompts of a task need")
     rows = []
-    for task in tasks:
+    for task in TASKS:
         try:
-            pairs = make_unseen(task, model.tokenizer, n, seed, world=world)
+            pairs = make_unseen(task, model.tokenizer, n or PROMPTS, seed, world=world)
         except ValueError:
             continue
         for row in skill(model, pairs, seed=seed).to_dict("records"):

@@ -19,8 +19,8 @@ STORIES = RunConfig(
     data=DataConfig(source="stories", n_stories=20_000, vocab_size=1024),
     train=TrainConfig(
         # copying a name is learnt suddenly, after some number of optimizer steps: many small ones get there first
-        dense_steps=3_000,
         steps=4_600,
+        dense_share=0.65,
         batch_size=4,
         dense_lr=3e-3,
         lr=1.5e-3,
@@ -44,8 +44,8 @@ TINYSTORIES = RunConfig(
         vocab_size=2048,
     ),
     train=TrainConfig(
-        dense_steps=6_000,
         steps=9_000,
+        dense_share=0.667,
         batch_size=8,
         dense_lr=3e-3,
         lr=1.5e-3,
@@ -63,7 +63,7 @@ GENERATED = {"name": "generated children's stories", "licence": "MIT, as sa_lens
 REAL = {
     "name": "TinyStories",
     "licence": "CDLA-Sharing-1.0",
-    "attribution": "TinyStories, Ronen Eldan and Yuanzhi Li, 2023 (arXiv 2305.07759), roneneldan/TinyStories on the Hub",
+    "attribution": "Ronen Eldan and Yuanzhi Li, TinyStories (arXiv 2305.07759), roneneldan/TinyStories on the Hub",
     "part": "22,525 stories for training, 2,953 for validation, the latter from the official validation files",
 }
 
