@@ -121,7 +121,7 @@ def eval_(
     """Evaluate a model: clean and ablated loss, perplexity, bits per byte, and how the gates use their units.
 
     Args:
-        run: Run folder, shipped model (sa.models() lists them), or Hub id.
+        run: Run folder, shipped model or Hub id.
         text: Text to evaluate on, as data.source; default: the run's own validation text.
         column: Column of --text that holds the text.
         tokens: Predicted tokens, from the beginning of the text.
@@ -151,7 +151,7 @@ def generate(
     """Continue a prompt in both streams, with the same random draws.
 
     Args:
-        run: Run folder, shipped model (sa.models() lists them), or Hub id.
+        run: Run folder, shipped model or Hub id.
         prompt: Text to continue; empty: a text from its beginning.
         max_new_tokens: Tokens to write at most.
         temperature: 0: always the likeliest token.
@@ -180,7 +180,7 @@ def export(
     """Write a model in a format of other programs.
 
     Args:
-        run: Run folder, shipped model (sa.models() lists them), or Hub id.
+        run: Run folder, shipped model or Hub id.
         to: hooked: a plain HookedTransformer, with the lines of Python that load it; reference: a state dict (.pt) with
             the names of the paper's code, gates included; hf: a GPT-2 folder for transformers, clean stream only.
         out: Folder to write, or file for reference.

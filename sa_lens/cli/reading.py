@@ -37,7 +37,7 @@ def circuit(
     its ranking, tables and figures into a folder.
 
     Args:
-        run: Run folder, shipped model (sa.models() lists them), or Hub id.
+        run: Run folder, shipped model or Hub id.
         task: ioi, pronoun, object, repeated, or a JSON file.
         method: acdc decides edge by edge; the others rank all edges.
         stream: Stream to look at.
@@ -136,7 +136,7 @@ def units(
     Firing thresholds come from the beginning of the training text. Labels are those of generated stories.
 
     Args:
-        run: Run folder, shipped model (sa.models() lists them), or Hub id.
+        run: Run folder, shipped model or Hub id.
         tokens: Validation tokens to read, and training tokens to calibrate on.
         labels: How many generated stories to score labels on; 0: none.
         text: Text to read instead of the run's own, as data.source; half of its documents set the thresholds.
@@ -206,7 +206,7 @@ def sae(
     """Train an SAE on what a hook holds in one stream, with SAELens, and measure it on the run's validation text.
 
     Args:
-        run: Run folder, shipped model (sa.models() lists them), or Hub id.
+        run: Run folder, shipped model or Hub id.
         hook: Hook point; None: the MLP's output in the middle layer.
         stream: Stream of the activations and losses.
         preset: Settings to start from.
