@@ -292,6 +292,6 @@ class TestCommands:
         (tmp_path / "own.jsonl").write_text("\n".join(json.dumps({"words": text}) for text in texts))
         model = sa.SelfAblatingTransformer.from_pretrained("tinystories-local")
         data = text_of_run("tinystories-local", model, str(tmp_path / "own.jsonl"), column="words")
-        documents = [(file.tokens == file.eos_token_id).sum() for file in (data.train, data.validation)]
+        documents = [file.n_documents for file in (data.train, data.validation)]
         assert documents == [10, 10]
         assert data.tokenizer.get_vocab() == model.tokenizer.get_vocab()

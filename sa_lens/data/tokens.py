@@ -116,6 +116,18 @@ class TokenFile:
         start = int(index) * n_ctx
         return self.tokens[start : start + n_ctx + 1].astype(np.int64)
 
+    def documents(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+        """The documents as text, in their order.
+
+        Args:
+            tokenizer: the one that made the tokens.
+        """
+        start = 0
+        for end in (self.tokens == self.end_token_id).nonzero()[0].tolist():
+            ids = [token for token in self.tokens[start:end].tolist() if token != self.begin_token_id]
+            yield str(tokenizer.decode(ids))
+            start = end + 1
+
     def check_vocabulary(self, d_vocab: int) -> None:
         """Returns if a model with `d_vocab` tokens can read this file.
 

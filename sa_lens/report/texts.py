@@ -6,6 +6,7 @@ same words.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,14 +148,8 @@ def _shared_out(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str,
 
 def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...]:
     """The documents at the beginning of a token file, the last one whole."""
-    documents, start = [], 0
-    ends = (file.tokens == file.end_token_id).nonzero()[0].tolist()
-    for end in ends:
-        ids = [token for token in file.tokens[start:end].tolist() if token != file.begin_token_id]
-        documents.append(str(tokenizer.decode(ids)))
-        start = end + 1
-        if start >= n_tokens:
-            break
+    count = int((file.tokens[: n_tokens - 1] == file.end_token_id).sum()) + 1
+    documents = itertools.islice(file.documents(tokenizer), count)
     return tuple(document for document in documents if document.strip())
 
 

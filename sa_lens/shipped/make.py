@@ -9,6 +9,7 @@ not depend on one another, so they can be trained by two processes at once.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from sa_lens.data import PreparedData, validation_blocks
 from sa_lens.data.writing import atomic_write, staged_folder
 from sa_lens.shipped.measuring import losses_on, skills
 from sa_lens.shipped.recipes import RECIPES, Recipe
-from sa_lens.training import TrainResult, bytes_per_token, evaluate, train
+from sa_lens.training import TrainResult, bytes_per_token, evaluate, run_text, train
 from sa_lens.training.report import text_of_run
 
 SAMPLE = 12
@@ -105,7 +106,8 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
         "figures": figures_of(model, recipe.run, recipe.world, data),
         "sample": _sample(model, data),
     }
-    config = {**checkpoints.describe(model), "stored_dtype": "float16", "run": settings}
+    text = {**run_text.recorded(run), "paths": {}}
+    config = {**checkpoints.describe(model), "stored_dtype": "float16", "run": settings, "text": text}
     out.mkdir(parents=True, exist_ok=True)
     with staged_folder(out / name, last=checkpoints.CONFIG) as temporary:
         checkpoints.save_tokenizer(model.tokenizer, temporary)
@@ -135,10 +137,7 @@ def size_of(folder: Path) -> int:
 
 def _sample(model: SelfAblatingTransformer, data: PreparedData) -> dict[str, Any]:
     """Texts from the beginning of the validation text, and the losses on them."""
-    tokens, texts, start = data.validation.tokens, [], 0
-    for end in (tokens == data.validation.eos_token_id).nonzero()[0][:SAMPLE].tolist():
-        texts.append(str(data.tokenizer.decode(tokens[start:end].tolist())))
-        start = end + 1
+    texts = list(itertools.islice(data.validation.documents(data.tokenizer), SAMPLE))
     return {"texts": texts, "losses": losses_on(model, texts)}
 
 

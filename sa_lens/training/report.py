@@ -106,10 +106,10 @@ def text_of_run(
             raise ValueError(f"{run} has no tokenizer, so it cannot read text")
         tokenizer = str(folder) if folder.is_dir() else str(model.tokenizer.name_or_path)
         n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
-        data = DataConfig(
+        half = DataConfig(
             source=text, column=column, tokenizer=tokenizer, validation_fraction=0.5, max_documents=50_000
         )
-        return prepare(data, n_ctx)
+        return prepare(half, n_ctx)
     if settings is None:
         raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
     if shipped_folder(run) is not None and settings.data.source != "stories":
