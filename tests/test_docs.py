@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -160,6 +161,13 @@ def command_lines() -> Iterator[tuple[str, str]]:
             for line in re.sub(r"\\\n\s*", " ", source).splitlines():
                 if command := line.split(" #")[0].strip():
                     yield name(page), command
+
+
+def test_the_table_of_presets_is_made_from_the_presets():
+    spec = importlib.util.spec_from_file_location("preset_table", ROOT / "docs" / "preset_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.preset_table() in (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 
 
 def test_make_targets_exist():
