@@ -42,7 +42,7 @@ FRAGMENTS: dict[str, tuple[str, ...]] = {
             "once,",
             "it was a [sunny|warm|lovely] day, and",
         ),
-        *("<then>", "then,"),
+        "<then>",
     ),
     "long_ago": ("once upon a time,", "once upon a time", "long ago,", "once", "", ""),
     "at_end": (
@@ -285,7 +285,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "<once> <with_friend>.",
         "<once> <with_friend>.",
         "<with_friend> <at_end>.",
-        "<when_pair> [they [were/VERB {f}|played|laughed|sat down/ADV|talked]|it was [warm|late|very quiet]].",
     ),
     "next_day": ("<next_day> <pair> <pair_went>.", "<next_day> <with_friend>."),
     "carry": (
@@ -407,7 +406,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     ),
     "give_meeting": (
         "<once> <when_pair> {g:giver} <gave> {o} to {r:recipient} <after_gift>.",
-        "<when_pair> {g:giver} <gave> {o} to {r:recipient} <after_gift>.",
         "<once> <with_friend> <and_then> {g:giver} <gave> {o} to {r:recipient}.",
         "<once> <pair> <pair_went> <and_then> {g:giver} <gave> {o} to {r:recipient} <after_gift>.",
         "{p.at} {p}, {x:member} [met|saw] {y:member}, and {g:giver} <gave> {o} to {r:recipient}.",
