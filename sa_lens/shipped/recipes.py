@@ -10,25 +10,24 @@ from typing import Any
 from sa_lens.circuits.tasks import World
 from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
 
-GATES = GateConfig(scope="local", k_attn=16, k_mlp=16, temperature=0.1)
+GATES = GateConfig(scope="local", k_attn=32, k_mlp=32, temperature=0.1)
 DENSE = dataclasses.replace(GATES, scope="none")
 
 STORIES = RunConfig(
-    model=ModelConfig(n_layers=3, d_model=128, n_heads=4, n_ctx=128, attn_scale=True, init="gpt2"),
+    model=ModelConfig(n_layers=3, d_model=128, n_heads=4, d_mlp=256, n_ctx=128, attn_scale=True, init="gpt2"),
     gates=GATES,
-    data=DataConfig(source="stories", n_stories=20_000, vocab_size=1024),
+    data=DataConfig(source="stories", n_stories=40_000, vocab_size=1024),
     train=TrainConfig(
-        # copying a name is learnt suddenly, after some number of optimizer steps: many small ones get there first
-        steps=4_600,
-        dense_share=0.65,
-        batch_size=4,
+        steps=14_000,
+        dense_share=0.35,
+        batch_size=8,
         dense_lr=3e-3,
-        lr=1.5e-3,
+        lr=2e-3,
         betas=(0.9, 0.98),
         warmup_steps=100,
-        eval_every=400,
+        eval_every=1_000,
         eval_tokens=40_000,
-        save_every=400,
+        save_every=500,
         precision="bf16",
         sample_tokens=0,
     ),
@@ -44,14 +43,14 @@ TINYSTORIES = RunConfig(
         vocab_size=2048,
     ),
     train=TrainConfig(
-        steps=9_000,
-        dense_share=0.667,
-        batch_size=8,
+        steps=12_000,
+        dense_share=0.65,
+        batch_size=4,
         dense_lr=3e-3,
         lr=1.5e-3,
         betas=(0.9, 0.98),
         warmup_steps=100,
-        eval_every=500,
+        eval_every=1_000,
         eval_tokens=100_000,
         save_every=500,
         precision="bf16",
