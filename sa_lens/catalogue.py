@@ -54,8 +54,14 @@ def run_folder(run: str | Path) -> Path:
 
 
 def results_folder(run: str | Path) -> Path:
-    """Where a command keeps what it finds about a run: in the run's folder, for a shipped model in `runs/NAME`."""
-    return Path(run) if shipped_folder(run) is None else Path("runs") / str(run)
+    """Where a command keeps what it finds about a run: in the run's folder.
+
+    For a model that is no folder of the user's, shipped or from the Hub, it is in `runs/`, so that no new folder takes
+    the place of the model's name.
+    """
+    if shipped_folder(run) is None and Path(run).is_dir():
+        return Path(run)
+    return Path("runs") / str(run).replace("/", "--")
 
 
 def near_name(name: str | Path) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from sa_lens.places import output_file, output_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +70,11 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
     from sa_lens.data import prepare
 
     began = time.perf_counter()
-    out = Path(out)
+    out = output_folder(out)
+    for name in ("baseline", "local"):
+        output_folder(out / name)
+    for name in ("report.html", "training.html", "patching-resid_pre.html", "patching-heads.html"):
+        output_file(out / name)
     runs = {"baseline": demo_run("none", seed), "local": demo_run("local", seed)}
     data = prepare(runs["local"].data, runs["local"].model.n_ctx, progress=progress)
     print(

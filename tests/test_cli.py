@@ -18,7 +18,7 @@ import torch
 
 from sa_lens import cli
 from sa_lens.circuits.graph import Circuit
-from sa_lens.cli import making, reading
+from sa_lens.cli import making, names, reading
 from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
 
 TINY = [
@@ -131,6 +131,89 @@ class TestErrors:
         assert "unknown key train.'stps'" in fails(
             ["train", "--out", missing, "--config", str(tmp_path / "odd.yaml")], capsys
         )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["train", "--out", ""], "--out is empty"),
+            (["train", "--out="], "--out is empty"),
+            (["train", "--out", "run", "--data.source", ""], "--data.source is empty"),
+            (["train", "--out", "run", "--data.tokenizer", " "], "--data.tokenizer is empty"),
+            (["train", "--out", "run", "--init", ""], "--init is empty"),
+            (["generate", "", "Tom"], "argument 1 is empty"),
+            (["eval", "run", "--text", ""], "--text is empty"),
+            (["report", "run", ""], "argument 2 is empty"),
+            (["report", "run", "-o", ""], "-o is empty"),
+            (["export", "run", "--to", "hf", "--out", ""], "--out is empty"),
+            (["train", "--out", "file"], "file is a file: name a folder"),
+            (["train", "--out", "file/run"], "nothing can be written below it"),
+            (["demo", "--out", "file"], "file is a file"),
+            (["circuit", "run", "--out", "file"], "file is a file"),
+            (["units", "run", "--out", "file"], "file is a file"),
+            (["sae", "run", "--out", "file"], "file is a file"),
+            (["compare", "--out", "file"], "file is a file"),
+            (["report", "run", "-o", "folder.html"], "folder.html is a folder"),
+            (["report", "run", "-o", "file/a.html"], "nothing can be written below it"),
+            (["export", "run", "--to", "hf", "--out", "."], "is not empty"),
+            (["export", "run", "--to", "reference", "--out", "folder.html"], "is a folder"),
+            (["circuit", "run", "--task", "io"], "perhaps you meant ioi"),
+            (["circuit", "run", "--task", "no.json"], "no file of prompt pairs at no.json"),
+            (["circuit", "run", "--method", "eap-gi"], "perhaps you meant eap-ig"),
+            (["circuit", "run", "--stream", "albated"], "perhaps you meant ablated"),
+            (["circuit", "run", "--resume"], "holds no interrupted search"),
+            (["report", "run", "--tasks", "pronuon"], "perhaps you meant pronoun"),
+            (["compare", "--grid", "laptpo"], "perhaps you meant laptop"),
+            (["compare", "--columns", "losses,unit"], "no group unit; there are losses, .*; perhaps you meant units"),
+            (["train", "--out", "run", "--preset", "papr-head"], "perhaps you meant paper-head"),
+            (["sae", "run", "--hook", "blocks.1.hook_mlp_ou"], "perhaps you meant blocks.1.hook_mlp_out"),
+            (["sae", "run", "--hook", "blocks.3.hook_mlp_out"], "the model has the layers 0 to 1"),
+            (["sae", "run", "--tokens", "0"], "tokens=0 must be at least 1"),
+            (["circuit", "run", "--tau", "nan"], "tau=nan must be a finite number"),
+            (["circuit", "run", "--seed", "-1"], "seed=-1 must be 0 or more"),
+            (["units", "run", "--seed", str(2**32)], "seed=4294967296 must be at most"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_what_was_typed_is_checked_before_anything_is_imported(
+        self,
+        arguments: list[str],
+        message: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A model of two layers, a file and a folder lie in the current folder; no command may get as far as torch."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "folder.html").mkdir()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text('{"model": {"n_layers": 2}}')
+        before = sorted(tmp_path.rglob("*"))
+        # an import of any of these would fail
+        for name in ("sa_lens.core", "sa_lens.training", "sa_lens.circuits", "sa_lens.data", "sa_lens.report"):
+            for loaded in [module for module in sys.modules if f"{module}.".startswith(f"{name}.")]:
+                monkeypatch.setitem(sys.modules, loaded, None)
+            monkeypatch.setitem(sys.modules, name, None)
+        assert re.search(message, fails(arguments, capsys))
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_what_may_be_empty(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        missing = str(tmp_path / "missing")
+        for arguments in (["generate", missing, ""], ["report", missing, "--title", ""]):
+            assert "missing" in fails(arguments, capsys)
+
+    def test_names_are_those_that_the_packages_define(self) -> None:
+        from sa_lens.circuits.pairs import MINIMUM
+        from sa_lens.circuits.tasks import TASKS
+        from sa_lens.compare import GRIDS
+        from sa_lens.config import GateConfig, ModelConfig
+        from sa_lens.core import SelfAblatingTransformer
+
+        assert (tuple(TASKS), MINIMUM) == (names.TASKS, names.FEWEST_PROMPTS)
+        assert {group.name for grid in GRIDS.values() for group in grid().groups} == {*names.COLUMN_GROUPS}
+        shape = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_ctx=8, d_vocab=10, act_fn="solu_ln")
+        model = SelfAblatingTransformer(shape, GateConfig(k_attn=2, k_mlp=2), device="cpu")
+        assert {*model.hook_dict} <= {*names.HOOKS}
 
     def test_debug_shows_where(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):

@@ -13,6 +13,7 @@ import tyro
 from sa_lens.cli.parsing import COMMANDS, Command, Device, Run, as_json, command, parse
 from sa_lens.config import PRESETS, RunConfig, read_yaml
 from sa_lens.launching import unfinished_launch
+from sa_lens.places import output_file, output_folder
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def train_command(arguments: list[str]) -> int | None:
     options, flags = parse(
         TrainOptions, arguments, "train", TRAIN_HELP, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
     )
+    output_folder(options.out)
     launch = unfinished_launch()
     if launch is not None and (launch.cpu or options.device == "cpu"):
         command = launch.command(["sa_lens", "train", *arguments])
@@ -102,6 +104,8 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, device: Device = "auto") 
         seed: Seed of initialisation and data order.
         device: Where to run.
     """
+    output_folder(out)
+
     from sa_lens.demo import demo as run_demo
 
     run_demo(out, seed=seed, device=device)
@@ -186,6 +190,11 @@ def export(
         out: Folder to write, or file for reference.
         which: The best weights, or the last checkpoint's.
     """
+    if to == "reference":
+        output_file(out)
+    else:
+        output_folder(out, free=True)
+
     from sa_lens.core import export as formats
     from sa_lens.training.report import load_run
 

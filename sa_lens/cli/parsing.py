@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from sa_lens.config import LARGEST_SEED, suggestion
 from sa_lens.stopping import terminable
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -37,6 +40,14 @@ class Command:
 
 COMMANDS: dict[str, Command] = {}
 
+_LEAST = {
+    **dict.fromkeys(("tokens", "steps", "d_sae", "stories", "max_new_tokens", "top_k", "seeds"), 1),
+    **dict.fromkeys(("labels", "units", "edges", "tau", "temperature", "l1_coefficient", "seed"), 0),
+}
+"""Smallest value of each number that a command takes."""
+_MAY_BE_EMPTY = ("prompt", "title")
+"""Arguments that may be empty text."""
+
 
 def command(summary: str, example: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
     """Registers a function as the subcommand of its name; its parameters become arguments and flags."""
@@ -44,10 +55,15 @@ def command(summary: str, example: str) -> Callable[[Callable[..., int | None]],
     def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
         name = function.__name__.rstrip("_")
 
+        @functools.wraps(function)
+        def checked(*values: Any, **named: Any) -> int | None:
+            _check_numbers(inspect.signature(function).bind(*values, **named).arguments)
+            return function(*values, **named)
+
         def call(arguments: list[str]) -> int | None:
             about = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
             return parse(
-                function,
+                checked,
                 arguments,
                 name,
                 f"{about}\n\nExample:\n  {example}",
@@ -58,6 +74,34 @@ def command(summary: str, example: str) -> Callable[[Callable[..., int | None]],
         return function
 
     return register
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuses numbers out of range before anything is imported or loaded for them."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        least, most = _LEAST.get(name), LARGEST_SEED if name == "seed" else math.inf
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be a finite number")
+        if least is not None and value < least:
+            raise ValueError(f"{name}={value} must be " + (f"at least {least}" if least else "0 or more"))
+        if value > most:
+            raise ValueError(f"{name}={value} must be at most {most}")
+
+
+def _check_filled(name: str, arguments: Sequence[str]) -> None:
+    """Refuses empty words, which an unset shell variable leaves: they never stand for the current folder."""
+    positions = 0
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        flag = before if before.startswith("-") and "=" not in before else ""
+        if word.startswith("--") and word.endswith("="):
+            flag, word = word[:-1], ""
+        positions += not flag and not word.startswith("-")
+        prompt = name == "generate" and not flag and positions == 2
+        if not word.strip() and not prompt and flag.lstrip("-") not in _MAY_BE_EMPTY:
+            what = flag or f"argument {positions}"
+            raise ValueError(f"{what} is empty, which may come from an unset variable: name something, or leave it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,9 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        return _fail(f"no command {name!r}: choose from {', '.join(COMMANDS)}")
+        return _fail(f"no command {name!r}: choose from {', '.join(COMMANDS)}{suggestion(name, COMMANDS)}")
     logging.basicConfig(level=logging.WARNING, format="sa-lens: %(message)s")
     try:
+        _check_filled(name, rest)
         with terminable():
             return COMMANDS[name].call(rest) or 0
     except BrokenPipeError:
@@ -133,6 +178,9 @@ def _one_line(boxed: str) -> str:
     _title, *rows = [re.sub(r"^-{3,}$", "", re.sub(r"[│╭╮╰╯─]+", "", line).strip()) for line in boxed.splitlines()]
     paragraphs = [" ".join(group) for filled, group in itertools.groupby(rows, key=bool) if filled]
     message = paragraphs[0] if paragraphs else boxed.strip()
+    wrong = re.match(r"invalid choice '(.*?)' .*Expected one of \((.*)\)", message)
+    if wrong is not None:
+        return message.removesuffix(".") + suggestion(wrong[1], re.findall(r"'(.*?)'", wrong[2]))
     suggested = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", " ".join(paragraphs))
     return message + (f" (perhaps you meant {suggested.group(1)})" if suggested else "")
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sa_lens.catalogue import results_folder
+from sa_lens.cli.names import FEWEST_PROMPTS, check_column_groups, check_hook, check_task
 from sa_lens.cli.parsing import Device, Run, as_json, command
+from sa_lens.places import output_file, output_folder
 from sa_lens.stopping import Interrupted
 
 
@@ -48,23 +50,33 @@ def circuit(
         pairs: Prompts to find with, and to report on.
         words: Words of the prompts; auto: as the run's text.
         seed: Seed of prompts and bootstrap.
-        out: Folder to write; None: in RUN/circuits.
+        out: Folder to write; None: in RUN/circuits, for a Hub id in runs/.
         resume: Go on with an interrupted search by ACDC.
         device: Where to run.
         json: Print one JSON object.
     """
+    check_task(task)
+    if 2 * pairs < FEWEST_PROMPTS:
+        raise ValueError(
+            f"--pairs {pairs}: figures of fewer than {FEWEST_PROMPTS} prompts in all mean little; give at least "
+            f"{FEWEST_PROMPTS // 2}"
+        )
+    choices = {"gates": gates or "frozen", "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
+    usual = {"gates": "frozen", "ablation": "resample", "tau": 0.01}
+    unusual = [f"{name}-{value}" for name, value in choices.items() if value != usual[name]]
+    folder = out or results_folder(run) / "circuits" / "-".join([Path(task).stem, method, stream, *unusual])
+    folder = output_folder(folder)
+    unfinished = folder / "unfinished.json"
+    if resume and not unfinished.is_file():
+        raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
+
     from sa_lens.circuits.acdc import SearchInterrupted
     from sa_lens.circuits.graph import Circuit
-    from sa_lens.circuits.pairs import MINIMUM
     from sa_lens.circuits.search import find_circuit
     from sa_lens.circuits.tasks import make_unseen
     from sa_lens.training.report import load_run, trained_on_stories
     from sa_lens.views import draw, faithfulness_chart, save
 
-    if 2 * pairs < MINIMUM:
-        raise ValueError(
-            f"--pairs {pairs}: figures of fewer than {MINIMUM} prompts in all mean little; give at least {MINIMUM // 2}"
-        )
     if words == "auto":
         words = "stories" if trained_on_stories(run) else "tinystories"
     model = load_run(run, device=device)
@@ -72,13 +84,6 @@ def circuit(
         raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
     both = make_unseen(task, model.tokenizer, 2 * pairs, seed, world=words)
     find, report = both.split(seed)
-    choices = {"gates": gates or "frozen", "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
-    usual = {"gates": "frozen", "ablation": "resample", "tau": 0.01}
-    unusual = [f"{name}-{value}" for name, value in choices.items() if value != usual[name]]
-    folder = out or results_folder(run) / "circuits" / "-".join([both.task, method, stream, *unusual])
-    unfinished = folder / "unfinished.json"
-    if resume and not unfinished.is_file():
-        raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
     try:
         found = find_circuit(
             model,
@@ -142,10 +147,12 @@ def units(
         text: Text to read instead of the run's own, as data.source; half of its documents set the thresholds.
         column: Column of --text that holds the text.
         seed: Seed of these stories.
-        out: Folder to write; None: RUN/units.
+        out: Folder to write; None: RUN/units, for a Hub id in runs/.
         device: Where to run.
         json: Print one JSON object.
     """
+    folder = output_folder(out or results_folder(run) / "units")
+
     import pandas as pd
 
     from sa_lens.data.writing import atomic_write
@@ -169,7 +176,6 @@ def units(
         tables |= {"labels": selected.table, "coverage": selected.coverage}
         summaries.append(summary(selected.table))
     tables["summary"] = pd.concat(summaries, ignore_index=True)
-    folder = out or results_folder(run) / "units"
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
@@ -217,18 +223,24 @@ def sae(
         text: Text to read instead of the run's own, as data.source; half of its documents are for training.
         column: Column of --text that holds the text.
         seed: Seed of weights and order.
-        out: Folder to write; None: in RUN/sae.
+        out: Folder to write; None: in RUN/sae, for a Hub id in runs/.
         resume: Go on from the checkpoint in the folder.
         device: Where to run.
         json: Print one JSON object.
     """
+    output_folder(out or results_folder(run) / "sae")
+    if hook is not None:
+        check_hook(hook, run)
+
     from sa_lens.sae import evaluate_sae, train_sae
+    from sa_lens.sae.train import check_output
     from sa_lens.training.report import load_run, text_of_run
 
     model = load_run(run, device=device)
-    data = text_of_run(run, model, text, column=column)
     hook = hook or f"blocks.{model.cfg.n_layers // 2}.hook_mlp_out"
     folder = out or results_folder(run) / "sae" / f"{hook}-{stream}-{preset}-{seed}"
+    check_output(folder, resume)
+    data = text_of_run(run, model, text, column=column)
     chosen = {"steps": steps, "d_sae": d_sae, "l1_coefficient": l1_coefficient}
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options: dict[str, Any] = {"stream": stream, "preset": preset, "seed": seed, "progress": not json}
@@ -276,13 +288,13 @@ def compare(
         device: Where to run.
         dry_run: Say what is to do and how long it takes, and do nothing.
     """
+    folder = output_folder(out or Path("runs") / f"compare-{grid}")
+    groups = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    check_column_groups(groups or [])
+
     from sa_lens.compare import compare as run_comparison
     from sa_lens.compare.report import verdict_text
 
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"--seeds {seeds}: give at least 1")
-    folder = out or Path("runs") / f"compare-{grid}"
-    groups = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
     found = run_comparison(
         grid, folder, seeds=seeds, columns=groups, text=text, validation=validation, device=device, dry_run=dry_run
     )
@@ -327,6 +339,9 @@ def report(
         raise ValueError(f"--out {out} must end in .html: the report is a page for a browser")
     if not runs:
         raise ValueError("name at least one run: sa-lens report runs/local")
+    output_file(out)
+    for task in tasks or ():
+        check_task(task)
 
     from sa_lens.report import make_report, write_page
 

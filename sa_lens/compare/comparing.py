@@ -13,6 +13,7 @@ from sa_lens.compare.report import write
 from sa_lens.compare.results import Comparison, collect
 from sa_lens.compare.running import run_cells
 from sa_lens.compare.subject import Group
+from sa_lens.places import output_folder
 from sa_lens.training.processes import check_device
 
 if TYPE_CHECKING:
@@ -58,11 +59,9 @@ def compare(
         ValueError: an unknown grid or group, bad seeds, validation without text, or what training raises.
         Interrupted: Ctrl-C or SIGTERM; everything finished is on disk.
     """
-    out = Path(out)
+    out = output_folder(out)
     chosen, wanted, groups = _resolved(grid, out, seeds, columns, text, validation)
     check_device(device)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file: name a folder for the comparison")
     cells = cells_of(chosen, wanted, out)
     if dry_run:
         print(plan_text(plan_table(cells, groups, device)))

@@ -23,6 +23,7 @@ from sa_lens.core.checkpoints import (
 from sa_lens.core.model import SelfAblatingTransformer
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.data.writing import atomic_write, staged_folder
+from sa_lens.places import output_file, output_folder
 
 _HF_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
@@ -36,7 +37,7 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     Raises:
         FileExistsError: the folder holds something.
     """
-    folder = _free(folder)
+    folder = output_folder(folder, free=True)
     plain = model.to_hooked_transformer()
     described = describe(model)
     cfg = described["model"] | {"tie_word_embeddings": False, "init_weights": False}
@@ -67,9 +68,7 @@ def to_reference(model: SelfAblatingTransformer, path: str | Path) -> Path:
         ValueError: an architecture or a nonzero bias that the reference does not have.
         IsADirectoryError: the path is a folder.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the name of a .pt file")
+    path = output_file(path)
     state = reference.save(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
@@ -108,7 +107,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
     }.items():
         if not holds:
             raise ValueError(f"GPT-2 cannot express this model: it needs {requirement}. Use --to hooked")
-    folder = _free(folder)
+    folder = output_folder(folder, free=True)
     begin, end = (None, None) if model.tokenizer is None else boundary_tokens(model.tokenizer)
     hf = GPT2LMHeadModel(
         GPT2Config(
@@ -168,15 +167,3 @@ def _gpt2_state(model: SelfAblatingTransformer, state: dict[str, Tensor]) -> dic
             out[f"{theirs}.mlp.{name}.weight"] = state[f"{ours}.mlp.W_{matrix}"]
             out[f"{theirs}.mlp.{name}.bias"] = state[f"{ours}.mlp.b_{matrix}"]
     return out
-
-
-def _free(folder: str | Path) -> Path:
-    """A folder that may be written to: one that does not exist yet, or an empty one.
-
-    Raises:
-        FileExistsError: it holds something.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: name another folder")
-    return folder

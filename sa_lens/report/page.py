@@ -20,6 +20,7 @@ from string import Template
 from typing import Any
 
 from sa_lens.data.writing import atomic_write
+from sa_lens.places import output_file
 from sa_lens.report.packing import packed
 from sa_lens.report.records import Report
 from sa_lens.views.page import library_script
@@ -44,11 +45,9 @@ def write_page(report: Report, path: str | Path) -> Path:
         ValueError: another ending than .html, or a report without models or with two of the same name.
         IsADirectoryError: the path is a folder.
     """
-    path = Path(path)
+    path = output_file(path)
     if path.suffix != ".html":
         raise ValueError(f"{path.name}: a report is one page, give a name that ends in .html")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name the file to write, such as {path / 'report.html'}")
     names = [model.name for model in report.models]
     if not names:
         raise ValueError("the report has no models: there is nothing to show")

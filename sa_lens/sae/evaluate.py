@@ -18,7 +18,7 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Hook, Host, device_of, in_stream, widened
 from sa_lens.sae.activations import TokenBlocks, Tokens, hook_width, import_sae_lens
-from sa_lens.sae.train import FINISHED, newest_checkpoint
+from sa_lens.sae.train import FINISHED, load_sae, newest_checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def evaluate_sae(
             raise ValueError(f"{name}={value} must be at least 1")
     if isinstance(sae, (str, Path)):
         scaler = scaler or _scaler_beside(Path(sae))
-        sae = sae_lens.SAE.load_from_disk(str(sae), device=str(device_of(model)))
+        sae = load_sae(Path(sae), model)
     scaler = _scaler_of(sae, scaler)
     if sae.dtype not in (torch.float32, torch.float64):
         sae = copy.deepcopy(sae).to(torch.float32)

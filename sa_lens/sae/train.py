@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, fingerprint_of
+from sa_lens.data.reading import DamagedFile, read_json
 from sa_lens.data.writing import atomic_write, remove_leftovers, staged_folder
+from sa_lens.places import output_folder
 from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
 from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
@@ -85,6 +87,7 @@ def train_sae(
         raise ValueError(f"seed={seed} must be 0 or more")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
+    folder = None if output is None else output_folder(output)
     blocks = TokenBlocks.of(tokens, model)
     d_in = hook_width(model, hook, stream)
     cfg = _sae_config(sae_lens, architecture, settings, d_in)
@@ -101,12 +104,11 @@ def train_sae(
     for name, value in _metadata(model, blocks, record).items():
         setattr(cfg.metadata, name, value)
     blocks.require(settings.batch_tokens)
-    folder = None if output is None else Path(output)
     if folder is not None:
         remove_leftovers(folder)
         _claim(folder, resume, record)
         if (folder / FINISHED).is_file():
-            return _loaded(sae_lens, folder, model)
+            return load_sae(folder, model)
 
     with stop_requests() as request:
 
@@ -180,16 +182,34 @@ def _finished(sae_lens: Any, trainer: Any, folder: Path | None, model: Host) -> 
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             sae.save_inference_model(temporary)
-            return _loaded(sae_lens, Path(temporary), model)
+            return load_sae(Path(temporary), model)
     # the configuration comes last: with it the folder counts as finished
     with _writing(folder), staged_folder(folder, last=FINISHED) as temporary:
         sae.save_inference_model(temporary)
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    return _loaded(sae_lens, folder, model)
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint)
+    with suppress(OSError):
+        # what else somebody put there stays
+        (folder / CHECKPOINT).rmdir()
+    return load_sae(folder, model)
 
 
-def _loaded(sae_lens: Any, folder: Path, model: Host) -> Any:
-    return sae_lens.SAE.load_from_disk(str(folder), device=str(device_of(model))).eval()
+def load_sae(folder: Path, model: Host) -> Any:
+    """The SAE in a folder, on the model's device, for evaluation.
+
+    Raises:
+        FileNotFoundError: the folder holds no SAE.
+        ValueError: a damaged SAE.
+    """
+    if not (folder / FINISHED).is_file():
+        raise FileNotFoundError(f"{folder} holds no SAE (no {FINISHED})")
+    remedy = "train this SAE again, in another folder"
+    read_json(folder / FINISHED, remedy=remedy, keys={"architecture": str, "d_in": int, "d_sae": int}, other_keys=True)
+    try:
+        return import_sae_lens().SAE.load_from_disk(str(folder), device=str(device_of(model))).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        raise DamagedFile(f"{folder} cannot be read: {type(error).__name__}: {error}; {remedy}") from error
 
 
 def _sae_config(sae_lens: Any, architecture: Any, settings: SAESettings, d_in: int) -> Any:
@@ -254,10 +274,14 @@ def _norm_scale(batches: ActivationBatches, steps: int, d_in: int) -> float:
     return math.sqrt(d_in) / mean
 
 
-def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
-    """Makes the folder, or checks that what it holds is the same training."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: choose another output")
+def check_output(folder: Path, resume: bool) -> bool:
+    """Checks, before anything long, that an SAE can be written into a folder; returns whether there is one to resume.
+
+    Raises:
+        FileExistsError: the folder holds something that is not to be resumed.
+        OSError: it cannot be written, or is a file.
+    """
+    output_folder(folder)
     stored = folder / TRAINING
     # a record alone is what a training leaves that never got as far as a checkpoint
     there = folder.is_dir() and any(path != stored for path in folder.iterdir())
@@ -265,9 +289,15 @@ def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
         raise FileExistsError(f"{folder} exists: choose another output, or go on with resume=True")
     if there and not stored.is_file():
         raise FileExistsError(f"{folder} holds no SAE training to resume, but other files: choose another output")
+    return there
+
+
+def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
+    """Makes the folder, or checks that what it holds is the same training."""
+    there, stored = check_output(folder, resume), folder / TRAINING
     record = json.loads(json.dumps(record))
     if there:
-        before = json.loads(stored.read_text(encoding="utf-8"))
+        before = read_json(stored, remedy="choose another output", keys={}, other_keys=True)
         differing = [name for name in record if before.get(name) != record[name]]
         if differing:
             raise ValueError(
@@ -297,8 +327,9 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def newest_checkpoint(folder: Path | None) -> Path | None:
     """The last complete checkpoint."""
-    found = list((folder / CHECKPOINT).glob("step-*")) if folder is not None else []
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    entries = (folder / CHECKPOINT).glob("step-*") if folder is not None else []
+    steps = {int(path.name[5:]): path for path in entries if path.name[5:].isdecimal()}
+    return steps[max(steps)] if steps else None
 
 
 def _save_checkpoint(trainer: Any, folder: Path) -> None:

@@ -20,6 +20,7 @@ from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.core.checkpoints import complete_steps
 from sa_lens.data import training_loader, validation_blocks
 from sa_lens.launching import check_processes
+from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 from sa_lens.training import run_folder, state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
@@ -87,7 +88,7 @@ def train(
         LostProcess: one of several processes died.
         RuntimeError: fewer processes train than the launcher was asked for.
     """
-    out = Path(out)
+    out = output_folder(out)
     check_device(device)
     check_tracker(run.train.tracker)
     with ExitStack() as stack:

@@ -51,10 +51,7 @@ def check_free(out: Path, resume: bool) -> None:
 
     Raises:
         FileExistsError: it holds one.
-        NotADirectoryError: it is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file: name a folder for the run")
     if is_run(out) and not resume:
         raise FileExistsError(
             f"{out} already holds a run: add --resume (resume=True) to go on with it, or name another"

@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from sa_lens.places import output_file
 from sa_lens.views.page import component, in_notebook, inert, scripts_to_carry
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
@@ -99,7 +100,7 @@ def save(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
         ValueError: another ending.
         RuntimeError: an image is asked for and kaleido or a Chrome browser is missing.
     """
-    path = Path(path)
+    path = output_file(path)
     if path.suffix not in (".html", *IMAGES):
         raise ValueError(f"{path.name}: a figure is saved as .html, {', '.join(IMAGES)}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def test_reference_refuses_what_it_cannot_express(tmp_path, make, reason):
 
 
 def test_reference_wants_the_name_of_a_file(tmp_path):
-    with pytest.raises(IsADirectoryError, match=r"give the name of a .pt file"):
+    with pytest.raises(IsADirectoryError, match="is a folder: name the file to write"):
         export.to_reference(small_model(), tmp_path)
 
 
