@@ -168,8 +168,8 @@ def _share(used: Bool[Tensor, " unit"]) -> float:
 
 
 def _exp(loss: float) -> float:
-    """exp(loss), infinity where it overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), or 1e304 where that would overflow: files hold finite numbers alone."""
+    return math.exp(min(loss, 700.0))
 
 
 def bytes_per_token(file: TokenFile) -> float:

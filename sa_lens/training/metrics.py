@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sa_lens.config import RunConfig
 from sa_lens.core import LossTerms
+from sa_lens.data.reading import DamagedFile, check_object, parse_json
 from sa_lens.data.writing import atomic_write
 
 
@@ -108,19 +109,32 @@ class MetricsFile:
             file.write(json.dumps(kept) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a last line that was cut off is left out."""
+        """All records; a last line that was cut off is left out.
+
+        Raises:
+            DamagedFile: another line is no record.
+        """
         if not self.path.is_file():
             return []
+        lines = self.path.read_bytes().splitlines()
         records = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+                record = parse_json(line)
+                check_object(record, {"kind": str, "step": int}, other_keys=True)
+                if record["kind"] != "sample":
+                    check_object(
+                        record, {"kind": str, "step": int} | dict.fromkeys({*record} - {"kind", "step"}, float)
+                    )
+            except ValueError as error:
+                if number < len(lines):
+                    raise DamagedFile(f"{self.path} is damaged: line {number}: {error}; delete this line") from error
+            else:
+                records.append(record)
         return records
 
     def drop_after(self, step: int) -> None:
         """Forgets records of later steps, which a resumed run will write again."""
         if self.path.is_file():
-            kept = [record for record in self.read() if record.get("step", 0) <= step]
+            kept = [record for record in self.read() if record["step"] <= step]
             atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())

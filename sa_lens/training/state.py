@@ -4,17 +4,16 @@
     optimizer.safetensors   `<parameter>.<quantity>`: AdamW's averages and step counts
     random.safetensors      `<process>.<generator>`: states of torch's generators
     state.json              everything else
-    complete                the marker, written last
+    complete                the marker
 
 A checkpoint is written into a temporary folder, synced and renamed, so a process that dies leaves the previous ones
-untouched. Nothing is pickled.
+untouched. Only folders that have the marker are read, and only those are ever removed. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sa_lens.config import from_dict
 from sa_lens.core.checkpoints import MARKER, WEIGHTS, complete_steps, write_weights
-from sa_lens.data.writing import atomic_write, staged_folder
+from sa_lens.data.reading import check_object, parse_json
+from sa_lens.data.writing import staged_folder
+from sa_lens.training.evaluation import Evaluation
+from sa_lens.training.processes import Environment
 from sa_lens.training.sharding import shared_like, whole
 
 VERSION = 1
 FILES = (WEIGHTS, "optimizer.safetensors", "random.safetensors")
+STATE = "state.json"
 KEPT = 2
 """Complete checkpoints that are kept."""
 
@@ -83,19 +87,19 @@ def write(out: Path, state: RunState, tensors: Tensors) -> Path:
     folder = root / f"step-{state.step}"
     if (folder / MARKER).is_file():
         return folder
-    if root.is_dir():
-        # what has no marker was cut off while being written or removed
-        for unfinished in [*root.glob(".step-*"), *(f for f in root.glob("step-*") if not (f / MARKER).is_file())]:
-            shutil.rmtree(unfinished)
-    with staged_folder(folder) as temporary:
+    root.mkdir(parents=True, exist_ok=True)
+    with staged_folder(folder, last=MARKER) as temporary:
         for name, content in zip(FILES, (tensors.weights, tensors.optimizer, tensors.generators), strict=True):
             write_weights(content, temporary / name)
         document = {"version": VERSION, **dataclasses.asdict(state)}
-        (temporary / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    atomic_write(folder / MARKER, b"")
+        (temporary / STATE).write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+        (temporary / MARKER).touch()
     for old in complete_steps(out)[:-KEPT]:
         (old / MARKER).unlink()
-        shutil.rmtree(old)
+        for name in (*FILES, STATE):
+            (old / name).unlink(missing_ok=True)
+        if not any(old.iterdir()):
+            old.rmdir()
     return folder
 
 
@@ -106,12 +110,17 @@ def read(folder: Path) -> tuple[RunState, Tensors]:
         ValueError: damaged, or written by a later version.
     """
     try:
-        document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        document = parse_json((folder / STATE).read_bytes())
+        check_object(document, {"version": int}, other_keys=True)
         if document.pop("version") != VERSION:
             raise ValueError("its format is of another version of sa_lens")
         weights, optimizer, generators = (load_file(folder / name) for name in FILES)
-        return RunState(**document), Tensors(weights, optimizer, generators)
-    except (ValueError, KeyError, TypeError, SafetensorError, FileNotFoundError) as error:
+        state = from_dict(RunState, document)
+        from_dict(Environment, state.environment, where="environment.")
+        if state.evaluation is not None:
+            from_dict(Evaluation, state.evaluation, where="evaluation.")
+        return state, Tensors(weights, optimizer, generators)
+    except (ValueError, SafetensorError, FileNotFoundError) as error:
         raise ValueError(
             f"checkpoint {folder} cannot be read: {error}. Delete this folder to resume from an earlier one"
         ) from error

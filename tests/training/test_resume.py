@@ -177,14 +177,31 @@ def test_a_half_written_checkpoint_is_never_loaded(
 ) -> None:
     out = tmp_path / "run"
     half_done(make_run(), out, monkeypatch)
-    (out / "state" / "step-6" / "complete").unlink()
-    (out / "state" / "step-6" / "model.safetensors").write_bytes(b"half")
-    (out / "state" / ".step-8.abcdefgh").mkdir()
-    (out / ".run.abcdefgh").mkdir()
-    (out / ".metrics.jsonl.abcdefgh").write_text("half")
+    (out / "state" / "step-6").rename(out / "state" / ".step-6.abcdefgh.sa_lens-part")
+    (out / "state" / ".step-6.abcdefgh.sa_lens-part" / "model.safetensors").write_bytes(b"half")
+    (out / ".run.abcdefgh.sa_lens-part").mkdir()
+    (out / ".metrics.jsonl.abcdefgh.sa_lens-part").write_text("half")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     assert_as_if_whole(out, train(make_run(), out, resume=True, progress=False), whole)
+
+
+def test_only_what_the_trainer_made_is_ever_removed(make_run: MakeRun, tmp_path: Path, whole: TrainResult) -> None:
+    """Folders and files of the user whose names look like the trainer's stay, even in a checkpoint that it removes."""
+    out = tmp_path / "run"
+    mine = [
+        *("state/step-3/notes.txt", "state/step-by-step/notes.txt", "state/step-4-good/model.safetensors"),
+        *("state/step-4/notes.txt", "state/.step-4.original/model.safetensors"),
+        *(".run.settings", ".config.json.original", ".run.original/a"),
+    ]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True, parents=True)
+        (out / name).write_text(name)
+    found = train(make_run(), out, resume=True, progress=False)
+    assert same(weights(found.model), weights(whole.model))
+    assert [folder.name for folder in complete_steps(out)] == ["step-8", "step-12"]
+    assert {name: (out / name).read_text() for name in mine} == {name: name for name in mine}
+    assert [file.name for file in (out / "state" / "step-4").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
@@ -199,6 +216,49 @@ def test_a_damaged_checkpoint_is_an_error(
         train(make_run(), out, resume=True, progress=False)
     shutil.rmtree(out / "state" / "step-6")
     assert_as_if_whole(out, train(make_run(), out, resume=True, progress=False), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"step": "6"}, "step='6' must be a whole number"),
+        ({"window": [["a"]]}, "window='a' must be a number"),
+        ({"lr": None}, "lr=None must be a number"),
+        ({"environment": {"device": "cpu"}}, "environment. lacks the key 'processes'"),
+        ({"evaluation": {"tokens": 3}}, "evaluation. lacks the key 'clean_loss'"),
+        ({"data": []}, r"data=\[\] must be a mapping"),
+        ({"version": None}, "version must be of type int"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        (None, "it must be an object"),
+    ],
+)
+def test_a_checkpoint_whose_state_is_damaged_is_named(
+    whole: TrainResult, tmp_path: Path, change: dict[str, Any] | None, fault: str
+) -> None:
+    folder = shutil.copytree(complete_steps(whole.folder)[-1], tmp_path / "step-12")
+    values = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps([] if change is None else {**values, **change}))
+    with pytest.raises(ValueError, match=rf"step-12 cannot be read: {fault}.*Delete this folder to resume from an"):
+        state.read(folder)
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    """Only a last line may be cut off, as a killed trainer leaves it."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    whole_lines = [{"kind": "train", "step": step, "loss": 1.5} for step in (1, 2)]
+    for bad in (
+        '{"kind": "tr',
+        "[]",
+        '{"kind": "train"}',
+        '{"kind": 3, "step": 1}',
+        '{"kind": "eval", "step": 1, "loss": "a"}',
+        "\xff",
+    ):
+        file.path.write_text("".join(json.dumps(record) + "\n" for record in whole_lines) + bad, encoding="latin-1")
+        assert file.read() == whole_lines
+        file.path.write_text(f"{bad}\n" + json.dumps(whole_lines[0]) + "\n", encoding="latin-1")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 1: .*; delete this line"):
+            file.read()
 
 
 def test_a_changed_configuration_is_refused(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
