@@ -18,7 +18,7 @@ def output_folder(folder: str | Path, *, free: bool = False) -> Path:
         FileExistsError: it must be free, and holds something.
         PermissionError: it may not be written to.
     """
-    path = _named(folder)
+    path = named_place(folder)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: name a folder")
     _check_parents(path)
@@ -34,14 +34,19 @@ def output_file(file: str | Path) -> Path:
         ValueError, NotADirectoryError, PermissionError: as `output_folder`.
         IsADirectoryError: it is a folder.
     """
-    path = _named(file)
+    path = named_place(file)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the file to write, such as {path / 'new'}{path.suffix}")
     _check_parents(path.parent)
     return path
 
 
-def _named(name: str | Path) -> Path:
+def named_place(name: str | Path) -> Path:
+    """The path of a place to write to.
+
+    Raises:
+        ValueError: an empty name, which an unset variable leaves; it never stands for the current folder.
+    """
     if not str(name).strip():
         raise ValueError("the place to write to has an empty name: give a name, or leave it out where it has a default")
     return Path(name)

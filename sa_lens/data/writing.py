@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sa_lens.places import named_place
+
 _PART = ".sa_lens-part"
 _TEMPORARY = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(_PART)}")
 
@@ -36,7 +38,7 @@ def atomic_write(path: str | Path, write: bytes | Callable[[Path], object]) -> N
     Args:
         write: the content, or a function that writes it to the temporary path it is given.
     """
-    with replacement(Path(path)) as temporary:
+    with replacement(named_place(path)) as temporary:
         if isinstance(write, bytes):
             temporary.write_bytes(write)
         else:
@@ -57,7 +59,7 @@ def staged_folder(folder: str | Path, last: str = "") -> Iterator[Path]:
         NotADirectoryError: the folder's name is a file.
         OSError: a full disk or a folder that cannot be written; then everything is as it was.
     """
-    folder = Path(folder)
+    folder = named_place(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give the name of a folder")
     exists = folder.is_dir()
@@ -84,6 +86,13 @@ def scratch_folder(place: Path) -> Iterator[Path]:
     place.mkdir(parents=True, exist_ok=True)
     with _temporary(place, "scratch", folder=True) as temporary:
         yield temporary
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; if the process is killed meanwhile, what is left has a temporary name, so that it goes later."""
+    gone = folder.with_name(f".{folder.name}.removing{_PART}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sa_lens.config import from_dict
 from sa_lens.core.checkpoints import MARKER, WEIGHTS, complete_steps, write_weights
 from sa_lens.data.reading import check_object, parse_json
-from sa_lens.data.writing import staged_folder
+from sa_lens.data.writing import remove_folder, staged_folder
 from sa_lens.training.evaluation import Evaluation
 from sa_lens.training.processes import Environment
 from sa_lens.training.sharding import shared_like, whole
@@ -95,11 +95,12 @@ def write(out: Path, state: RunState, tensors: Tensors) -> Path:
         (temporary / STATE).write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
         (temporary / MARKER).touch()
     for old in complete_steps(out)[:-KEPT]:
-        (old / MARKER).unlink()
-        for name in (*FILES, STATE):
-            (old / name).unlink(missing_ok=True)
-        if not any(old.iterdir()):
-            old.rmdir()
+        ours = {MARKER, STATE, *FILES}
+        if {entry.name for entry in old.iterdir()} <= ours:
+            remove_folder(old)
+        else:
+            for name in sorted(ours):
+                (old / name).unlink(missing_ok=True)
     return folder
 
 
