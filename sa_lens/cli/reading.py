@@ -50,7 +50,7 @@ def circuit(
         pairs: Prompts to find with, and to report on.
         words: Words of the prompts; auto: as the run's text.
         seed: Seed of prompts and bootstrap.
-        out: Folder to write; None: in RUN/circuits, for a Hub id in runs/.
+        out: Folder to write; None: in RUN/circuits.
         resume: Go on with an interrupted search by ACDC.
         device: Where to run.
         json: Print one JSON object.
@@ -147,7 +147,7 @@ def units(
         text: Text to read instead of the run's own, as data.source; half of its documents set the thresholds.
         column: Column of --text that holds the text.
         seed: Seed of these stories.
-        out: Folder to write; None: RUN/units, for a Hub id in runs/.
+        out: Folder to write; None: RUN/units.
         device: Where to run.
         json: Print one JSON object.
     """
@@ -223,7 +223,7 @@ def sae(
         text: Text to read instead of the run's own, as data.source; half of its documents are for training.
         column: Column of --text that holds the text.
         seed: Seed of weights and order.
-        out: Folder to write; None: in RUN/sae, for a Hub id in runs/.
+        out: Folder to write; None: in RUN/sae.
         resume: Go on from the checkpoint in the folder.
         device: Where to run.
         json: Print one JSON object.

@@ -89,7 +89,7 @@ def scratch_folder(place: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder; if the process is killed meanwhile, what is left has a temporary name, so that it goes later."""
+    """Removes a folder; what is left of it if the process is killed meanwhile has a temporary name and goes later."""
     gone = folder.with_name(f".{folder.name}.removing{_PART}")
     folder.rename(gone)
     shutil.rmtree(gone)
