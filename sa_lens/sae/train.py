@@ -286,7 +286,9 @@ def check_output(folder: Path, resume: bool) -> bool:
     # a record alone is what a training leaves that never got as far as a checkpoint
     there = folder.is_dir() and any(path != stored for path in folder.iterdir())
     if there and not resume:
-        raise FileExistsError(f"{folder} exists: choose another output, or go on with resume=True")
+        raise FileExistsError(
+            f"{folder} exists: choose another output, or go on with resume=True, on the command line --resume"
+        )
     if there and not stored.is_file():
         raise FileExistsError(f"{folder} holds no SAE training to resume, but other files: choose another output")
     return there
