@@ -96,7 +96,7 @@ def train_sae(
         "hook": hook,
         "stream": stream,
         "seed": seed,
-        "model": fingerprint_of(model, stream),
+        "model": fingerprint_of(model),
         "tokens": blocks.fingerprint,
         "settings": dataclasses.asdict(settings),
         "sae": {name: value for name, value in cfg.to_dict().items() if name not in ("metadata", "device")},
