@@ -73,7 +73,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterable[str] = PATHS) -> Iterator[RunConfig]:
-    """The configuration with paths that exist: as they stand, from the current folder; and as seen from the run folder.
+    """The configuration with paths that exist: as seen from the run folder; and as they stand, from the current folder.
 
     Datasets are those of the recorded revision. A setting that is not the recorded one is left as it stands.
 
@@ -101,11 +101,12 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
                     "which the run was trained"
                 )
     whole = all(path.exists() for path in stands.values())
-    if whole:
-        yield run
     moved = {key: str(path) for key, path in beside.items() if path.exists()}
+    # a text that lies where it did is likelier to be the run's than one of the same name in the current folder
     if not whole or any(not stands[key].samefile(path) for key, path in moved.items()):
         yield _replaced(run, moved)
+    if whole:
+        yield run
 
 
 def differing(data: PreparedData, text: dict[str, Any]) -> list[str]:

@@ -133,12 +133,15 @@ def test_a_header_that_is_no_header_is_refused(tokens: TokenFile, content: str) 
         TokenFile.open(tokens.path)
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, stories: list[str], bpe_folder: Path) -> None:
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_half_way_leaves_nothing(
+    failure: type[BaseException], tmp_path: Path, stories: list[str], bpe_folder: Path
+) -> None:
     def breaking() -> Iterator[str]:
         yield from stories[:50]
-        raise RuntimeError("the source broke")
+        raise failure("the source broke")
 
-    with pytest.raises(RuntimeError, match="the source broke"):
+    with pytest.raises(failure, match="the source broke"):
         write_tokens(tmp_path / "x.bin", breaking(), load_tokenizer(bpe_folder), name="test", progress=False, batch=7)
     assert list(tmp_path.iterdir()) == []
 

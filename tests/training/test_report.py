@@ -75,9 +75,14 @@ def test_a_run_that_moved_alone_is_read_from_where_its_text_is(run: Path, monkey
     assert found(moved) == fingerprints(moved)
 
 
-def test_another_text_of_the_same_name_is_passed_over(run: Path) -> None:
+def test_another_text_of_the_same_name_is_passed_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Path("data/text.jsonl"), seed=9)
     assert found(run) == fingerprints(run)
+    (run.parents[2] / "other" / "runs").mkdir(parents=True)
+    moved = run.rename(run.parents[2] / "other" / "runs" / "run")
+    write(moved.parents[1] / "data" / "text.jsonl", seed=8)
+    monkeypatch.chdir(run.parents[1])
+    assert found(moved) == fingerprints(moved), "here the one beside the run is the wrong one"
 
 
 def test_a_text_that_changed_is_refused(run: Path) -> None:
