@@ -386,7 +386,7 @@ class SelfAblatingTransformer(HookedTransformer):
         _say_that_the_stream_is_fixed(ablation)
         if ablation is not None:
             return self._ablated_forward(input, return_type, kwargs, ablation)
-        if self._streams.pass_hooks is None:
+        if self._streams.of_thread.pass_hooks is None:
             return super().forward(input, return_type, **kwargs)
         # called by a hook of an outer pass, whose own hooks are not meant for this one
         with self._streams.attached():

@@ -65,6 +65,17 @@ class _PassHooks:
             (self.before if first else self.after).setdefault(id(point), []).append(function)
 
 
+class _ThreadState(threading.local):
+    """What one thread does on one model."""
+
+    pass_hooks: _PassHooks | None = None
+    """What its current pass does at the hook points."""
+
+    def __init__(self) -> None:
+        self.stack: list[Ablation | None] = []
+        """Its nested contexts, innermost last; None stands for the clean stream."""
+
+
 class StreamState:
     """Which stream each thread runs on one model, and what its pass does at the hook points.
 
@@ -73,38 +84,27 @@ class StreamState:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self.of_thread = _ThreadState()
         self.threads: set[int] = set()
         """Threads that have run the model."""
         self.lock = threading.Lock()
         """Held while hooks are attached or removed, never while user code runs."""
 
     @property
-    def stack(self) -> list[Ablation | None]:
-        """This thread's nested contexts, innermost last; None stands for the clean stream."""
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        return self._local.stack
-
-    @property
     def current(self) -> Ablation | None:
         """The innermost context of this thread; None: the clean stream."""
-        stack = self.stack
+        stack = self.of_thread.stack
         return stack[-1] if stack else None
 
     @contextmanager
     def entered(self, ablation: Ablation | None) -> Iterator[None]:
         """Makes `ablation` the innermost context of this thread."""
-        self.stack.append(ablation)
+        stack = self.of_thread.stack
+        stack.append(ablation)
         try:
             yield
         finally:
-            self.stack.pop()
-
-    @property
-    def pass_hooks(self) -> _PassHooks | None:
-        """What this thread's current pass does at the hook points."""
-        return getattr(self._local, "pass_hooks", None)
+            stack.pop()
 
     @contextmanager
     def attached(self, hooks: Sequence[AttachedHook] = (), *, silent: bool = False) -> Iterator[None]:
@@ -113,12 +113,12 @@ class StreamState:
         Args:
             silent: no hook of the user fires.
         """
-        outer = self.pass_hooks
-        self._local.pass_hooks = _PassHooks(hooks, silent)
+        outer = self.of_thread.pass_hooks
+        self.of_thread.pass_hooks = _PassHooks(hooks, silent)
         try:
             yield
         finally:
-            self._local.pass_hooks = outer
+            self.of_thread.pass_hooks = outer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamState:
         return StreamState()
@@ -134,14 +134,14 @@ class StreamPoint(HookPoint):
 
     def __call__(self, x: Tensor) -> Any:
         """The value after the hooks that write, the user's, and those that read."""
-        own = self.streams.pass_hooks
+        own = self.streams.of_thread.pass_hooks
         if own is None:
-            return super().__call__(x)
+            return HookPoint.__call__(self, x)
         for function in own.before.get(id(self), ()):
             written = function(x)
             x = x if written is None else written
         if not own.silent:
-            x = super().__call__(x)
+            x = HookPoint.__call__(self, x)
         for function in own.after.get(id(self), ()):
             written = function(x)
             x = x if written is None else written
