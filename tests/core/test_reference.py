@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sa_lens.config import GateConfig, LossConfig
+from sa_lens.config import GateConfig, LossConfig, ModelConfig
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, reference
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -178,3 +178,21 @@ def test_a_damaged_file(golden, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="damaged"):
         SelfAblatingTransformer.from_reference(tmp_path / "bad.pt", golden.gates)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda w: w.fill_(float("nan")), "holds values that are NaN or infinite"),
+        (lambda w: w.to(torch.int8), r"is of type torch.int8, but the model is of type torch.float32"),
+        (lambda w: w.to(torch.complex64), r"is of type torch.complex64"),
+        (lambda w: w.double(), r"is of type torch.float64"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_of_one_type(change, match):
+    shape = ModelConfig(n_layers=1, d_model=16, n_heads=4, n_ctx=8, d_vocab=23)
+    gates = GateConfig(k_attn=3, k_mlp=5)
+    state = reference.save(SelfAblatingTransformer(shape, gates, device="cpu"))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    with pytest.raises(ValueError, match=f"cannot be loaded: blocks.0.mlp.W_in {match}"):
+        reference.load({**state, name: change(state[name])}, gates, n_heads=4)
