@@ -42,7 +42,7 @@ from sa_lens.circuits.recording import recomputation
 from sa_lens.circuits.running import Ablation, CircuitRunner, Gates, check_choices
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, fingerprint_of, hash_of
-from sa_lens.core.nodes import unsupported
+from sa_lens.core.last_position import why_not_by_nodes
 from sa_lens.stopping import Interrupted
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def _no_shortcuts(model: Host, graph: Graph, places: list[Place], tau: float, ga
         return "at tau=0 an edge that changes nothing is kept"
     if gates == "live":
         return "live gates read the whole residual stream, so every edge can change what they choose"
-    return unsupported(model)
+    return why_not_by_nodes(model)
 
 
 _HASHED = {"weights": "weights or gates", "prompts": "prompts or answers"}

@@ -207,22 +207,27 @@ def _attribute(
             if points != [1.0]:
                 with torch.no_grad():
                     logits, clean = passes.run()
-            for point in points:
+            n = len(batch.pairs)
+            at_once = max(1, batch_size // n)
+            for first in range(0, len(points), at_once):
+                together = points[first : first + at_once]
                 embed = None
                 if clean is not None:
                     start, end = passes.carried[0].embed, clean[0].written.embed
-                    embed = start + point * (end - start)
+                    embed = torch.cat([start + point * (end - start) for point in together])
                 with torch.enable_grad():
                     now, seen = passes.run(rules, embed)
                     if logits is None or clean is None:
                         logits, clean = now.detach(), seen
                     function = metric_named(metric, logits)[1]
                     inputs = [x for one in seen for x in one.inputs.values()]
-                    found = torch.autograd.grad(function(now, batch.pairs).sum(), inputs, materialize_grads=True)
+                    value_of_all = torch.stack([function(part, batch.pairs).sum() for part in now.split(n)]).sum()
+                    found = torch.autograd.grad(value_of_all, inputs, materialize_grads=True)
                     found = tuple(map(widened, found))
                 # their sum, so that the products, which cost as much as a pass, are taken once
-                gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else list(found)
-                bar.update(len(batch.pairs))
+                sums = [x.unflatten(0, (len(together), n)).sum(0) for x in found]
+                gradients = [a + b for a, b in zip(gradients, sums, strict=True)] if gradients else sums
+                bar.update(n * len(together))
             assert logits is not None
             assert clean is not None
             named = iter(gradients)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sa_lens.circuits.metrics import Metric, kl, last_logits, metric_named, pair_accuracy
 from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.running import Ablation, CircuitRunner, Gates
+from sa_lens.circuits.running import Ablation, Gates
+from sa_lens.circuits.versions import CircuitLogits
 from sa_lens.config import Stream
 from sa_lens.core.host import Host
 
 MINIMUM_GAP = 0.1
 """Smallest |m(clean) - m(empty)|, in units of the metric, that f is computed with unless the caller says otherwise."""
+
+
+_TOGETHER = 16
+"""Circuits that run together, which share what they have in common."""
 
 
 class GapTooSmall(ValueError):
@@ -55,8 +62,8 @@ class CircuitMetric:
         if not minimum_gap > 0:
             raise ValueError(f"minimum_gap={minimum_gap} must be above 0: f divides by the gap")
         metric_named(metric, torch.empty(0))
-        self._runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
-        self.pairs, self.graph = pairs, self._runner.graph
+        self._run = CircuitLogits(model, pairs, ablation, stream, gates, batch_size=batch_size)
+        self.pairs, self.graph = pairs, self._run.graph
         self._clean_logits = last_logits(model, pairs, stream, batch_size=batch_size)
         self.name, self._metric = metric_named(metric, self._clean_logits)
         self._seen: dict[bytes, Measured] = {}
@@ -68,7 +75,7 @@ class CircuitMetric:
             "n": len(pairs),
             "metric": self.name,
             "stream": stream,
-            "gates": self._runner.gates,
+            "gates": self._run.gates,
             "ablation": ablation,
         }
         if not abs(self.gap) >= minimum_gap:
@@ -86,10 +93,23 @@ class CircuitMetric:
 
     def __call__(self, mask: Bool[Tensor, "input source"]) -> Measured:
         """The run of the circuit with these edges."""
-        key = mask[self.graph.exists].numpy().tobytes()
-        if key not in self._seen:
-            self._seen[key] = self._measured(self._runner.run(mask).logits)
-        return self._seen[key]
+        return self.each([mask])[0]
+
+    def each(self, masks: Sequence[Bool[Tensor, "input source"]], *, progress: bool = False) -> list[Measured]:
+        """The run of each circuit; those that are new run together.
+
+        Args:
+            progress: a progress bar, where it takes more than a few seconds.
+        """
+        keys = [mask[self.graph.exists].numpy().tobytes() for mask in masks]
+        new = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self._seen}
+        with tqdm(total=len(new), desc="circuits", delay=3, disable=not progress) as bar:
+            for first in range(0, len(new), _TOGETHER):
+                together = dict(list(new.items())[first : first + _TOGETHER])
+                for key, logits in zip(together, self._run(list(together.values())), strict=True):
+                    self._seen[key] = self._measured(logits)
+                bar.update(len(together))
+        return [self._seen[key] for key in keys]
 
     def f(self, mask: Bool[Tensor, "input source"]) -> float:
         """Faithfulness of the circuit with these edges."""
@@ -98,3 +118,30 @@ class CircuitMetric:
     def _measured(self, logits: Float[Tensor, "pair d_vocab"]) -> Measured:
         value = self._metric(logits, self.pairs).detach()
         return Measured(value.double().cpu(), kl(logits, self._clean_logits.to(logits.device)).double().cpu())
+
+
+class SharedRuns:
+    """Metrics of circuits that several searches ask for: each is made once for the same pairs and choices."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], tuple[Host, PromptPairs, CircuitMetric | GapTooSmall]] = {}
+
+    def metric(self, model: Host, pairs: PromptPairs, **choices: Any) -> CircuitMetric:
+        """The metric `CircuitMetric(model, pairs, **choices)`.
+
+        Raises:
+            ValueError: what `CircuitMetric` raises, each time that it is asked for.
+        """
+        # model and pairs are kept, so that nothing else can come to have their identity
+        key = (id(model), id(pairs), *sorted(choices.items()))
+        if key not in self._made:
+            made: CircuitMetric | GapTooSmall
+            try:
+                made = CircuitMetric(model, pairs, **choices)
+            except GapTooSmall as error:
+                made = error
+            self._made[key] = (model, pairs, made)
+        found = self._made[key][2]
+        if isinstance(found, GapTooSmall):
+            raise found
+        return found

@@ -24,7 +24,7 @@ from sa_lens.circuits.recording import recomputation
 from sa_lens.circuits.running import Ablation, CircuitRunner, Gates, check_choices
 from sa_lens.config import Stream
 from sa_lens.core.host import Host
-from sa_lens.core.nodes import unsupported
+from sa_lens.core.last_position import why_not_by_nodes
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def exact_effects(
     name = metric_named(metric, torch.empty(0))[0]
     graph = Graph.from_model(model)
     live = "live gates read the whole residual stream" if gates_name == "live" else None
-    why_not = live or unsupported(model)
+    why_not = live or why_not_by_nodes(model)
     if why_not is not None:
         log.warning("exact effects by a pass of the whole model for each of %d edges: %s", len(graph), why_not)
     scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)

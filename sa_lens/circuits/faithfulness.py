@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from sa_lens.circuits.acdc import ACDCResult
 from sa_lens.circuits.circuit_metric import MINIMUM_GAP, CircuitMetric
@@ -146,11 +145,32 @@ def faithfulness_curves(
     measure = CircuitMetric(
         model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
     )
-    measure.about["masks_alone"] = _masks_alone(measure) if measure.about["gates"] == "frozen" else math.nan
     return {
         name: _curve(measure, ranking, sizes, order, levels, prune, level, resamples, seed, progress)
         for name, ranking in rankings.items()
     }
+
+
+def curve_of(
+    measure: CircuitMetric,
+    ranking: RankingLike,
+    *,
+    sizes: Sequence[int | float] = MIB_SIZES,
+    order: Order = "mib",
+    levels: Sequence[float] = (0.9,),
+    prune: bool = False,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: bool = True,
+) -> FaithfulnessCurve:
+    """What `faithfulness_curve` gives, on a metric whose runs are kept for the next curve.
+
+    Arguments and errors as in `faithfulness_curve`.
+    """
+    _check_options(sizes, order, levels, level, resamples)
+    _check_ranking(ranking, measure.graph, sizes, "")
+    return _curve(measure, ranking, sizes, order, levels, prune, level, resamples, seed, progress)
 
 
 def _check_options(
@@ -214,20 +234,20 @@ def _curve(
     progress: bool,
 ) -> FaithfulnessCurve:
     about: dict[str, Any] = {**measure.about, "prune": prune, "pair_accuracy": measure.accuracy}
+    about["masks_alone"] = _masks_alone(measure) if measure.about["gates"] == "frozen" else math.nan
     about |= {"level": level, "resamples": resamples, "seed": seed}
     if isinstance(ranking, Circuit):
         about |= {"order": order, "ranking": dict(ranking.about)}
         chosen = _along(ranking, sizes, order)
-        needed = _needed(measure, ranking, levels, order != "signed", prune)
     else:
         parts = [ranking] if isinstance(ranking, ACDCResult) else ranking
         circuits = [part.circuit if isinstance(part, ACDCResult) else part for part in parts]
         about |= {"order": "given", "ranking": [dict(c.about) for c in circuits]}
         chosen = [_Size("given", len(c) / len(c.graph), False, c) for c in sorted(circuits, key=len)]
-        needed = ()
     run = [s.circuit.prune_dangling() for s in chosen]
-    bar = tqdm(run, desc="faithfulness", delay=3, disable=not progress)
-    measured = [measure((pruned if prune else s.circuit).mask) for s, pruned in zip(chosen, bar, strict=True)]
+    masks = [(pruned if prune else s.circuit).mask for s, pruned in zip(chosen, run, strict=True)]
+    measured = measure.each(masks, progress=progress)
+    needed = _needed(measure, ranking, levels, order != "signed", prune) if isinstance(ranking, Circuit) else ()
     values = torch.stack([measure.clean, measure.empty, *(m.value for m in measured)], -1)
     divergences = torch.stack([m.kl for m in measured], -1)
     # row 0 of each: the prompts themselves; further rows: their resamples
@@ -250,7 +270,7 @@ def _curve(
         areas[name] = _interval(_area([chosen[i].share for i in columns], curve[:, columns]), level)
     return FaithfulnessCurve(
         *(points, _interval(clean, level), _interval(empty, level), gap, areas["cpr"], areas["cmd"], needed),
-        _warnings(measure.pairs.task, measure.accuracy, gap, measure.about["masks_alone"]),
+        _warnings(measure.pairs.task, measure.accuracy, gap, about["masks_alone"]),
         about,
     )
 

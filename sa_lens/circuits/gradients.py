@@ -140,12 +140,16 @@ class EdgePasses:
 
         Args:
             hooks: further hooks of the pass itself.
-            embed: what the embedding is set to; None: the prompt's own.
+            embed: what the embedding is set to, for all prompts once or several times over; None: the prompt's own.
         """
+        times = 1 if embed is None else len(embed) // len(self.batch.clean)
+        masks = self.batch.masks
+        if masks is not None:
+            masks = {name: torch.cat([mask] * times) for name, mask in masks.items()}
         records = [EdgePass(self.graph, embed) for _ in self.carried]
         in_clean_pass = [hook for record in records[1:] for hook in record.hooks()]
-        with in_stream(self.model, self.stream, position=-1, masks=self.batch.masks, clean_hooks=in_clean_pass):
-            logits = run_to_last(self.model, self.batch.clean, [*hooks, *records[0].hooks()])
+        with in_stream(self.model, self.stream, position=-1, masks=masks, clean_hooks=in_clean_pass):
+            logits = run_to_last(self.model, self.batch.clean.repeat(times, 1), [*hooks, *records[0].hooks()])
         return logits, records
 
     def differences(self, records: Sequence[EdgePass]) -> list[Float[Tensor, "source pair pos d_model"]]:

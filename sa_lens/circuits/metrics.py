@@ -7,7 +7,7 @@ differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch import Tensor
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, has_ablated_stream, in_stream, run_to_last, widened
+from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
+from sa_lens.core.nodes import NodeFunctions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,12 +155,39 @@ def last_logits(
     """
     check_fits(model, pairs, batch_size)
     parts, rows = [], []
+    with in_stream(model, stream, position=-1):
+        pass
+    if not pairs.uniform and why_not_by_nodes(model) is None:
+        return _by_nodes(model, pairs, stream, prompt, batch_size)
     with torch.no_grad(), in_stream(model, stream, position=-1):
         for at, group in pairs.by_length(batch_size):
             tokens = group.clean if prompt == "clean" else group.corrupt
             parts.append(run_to_last(model, tokens.to(device_of(model))))
             rows.append(at)
     return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
+
+
+def _by_nodes(
+    model: Host, pairs: PromptPairs, stream: Stream, prompt: Literal["clean", "corrupt"], batch_size: int
+) -> Float[Tensor, "pair d_vocab"]:
+    """The same, prompts of several lengths together."""
+    functions = NodeFunctions(model, int(pairs.lengths.max()))
+    parts, rows = [], []
+    for chosen, prompts in prompts_in_batches(model, pairs, prompt, batch_size):
+        found = run_to_position(model, functions, prompts, ablated=stream == "ablated")
+        parts.append(functions.normalise(found.final[stream]) @ functions.W_U + functions.b_U)
+        rows.append(chosen)
+    return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
+
+
+def prompts_in_batches(
+    model: Host, pairs: PromptPairs, prompt: Literal["clean", "corrupt"], batch_size: int
+) -> Iterator[tuple[Int[Tensor, " pair"], Prompts]]:
+    """Places of pairs, ordered by length, and their clean or corrupt prompts."""
+    for rows in pairs.lengths.argsort(stable=True).split(batch_size):
+        groups = [group for _, group in pairs.subset(rows).by_length()]
+        tokens = [group.clean if prompt == "clean" else group.corrupt for group in groups]
+        yield rows, Prompts.of(*embedded(model, [x.to(device_of(model)) for x in tokens]))
 
 
 class Interval(NamedTuple):
@@ -184,7 +213,10 @@ def bootstrap_interval(
         raise ValueError(f"an interval of level={level} of {len(values)} values: level in (0, 1), at least one value")
     x = values.detach().double().cpu().numpy()
     rng = np.random.default_rng(seed)
-    means = np.array([x[rng.integers(len(x), size=len(x))].mean() for _ in range(resamples)])
+    # as many at once as fit a few megabytes
+    at_once = max(1, 2**20 // len(x))
+    sizes = [min(at_once, resamples - first) for first in range(0, resamples, at_once)]
+    means = np.concatenate([x[rng.integers(len(x), size=(size, len(x)))].mean(1) for size in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(x.mean()), float(low), float(high))
 

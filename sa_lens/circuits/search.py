@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sa_lens.circuits.acdc import ACDCResult, SearchInterrupted, acdc
 from sa_lens.circuits.attribution import eap, eap_ig, relp
-from sa_lens.circuits.circuit_metric import GapTooSmall
+from sa_lens.circuits.circuit_metric import GapTooSmall, SharedRuns
 from sa_lens.circuits.curves import FaithfulnessCurve
 from sa_lens.circuits.effects import exact_effects
-from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.faithfulness import Order, curve_of
 from sa_lens.circuits.gate_circuit import gate_circuit
 from sa_lens.circuits.graph import Circuit
 from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, skill
@@ -145,6 +146,7 @@ def find_circuit(
     gates: Gates | None = None,
     batch_size: int = 64,
     resume: Circuit | None = None,
+    runs: SharedRuns | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> FoundCircuit:
@@ -157,6 +159,7 @@ def find_circuit(
         steps: of EAP-IG.
         edges: size of the circuit of a method that only ranks; None: the fewest tried with f >= 0.9 on `find`.
         resume: what `SearchInterrupted` held of the same search by ACDC.
+        runs: what searches with the same pairs share, each run being done once; None: nothing.
         seed: of the bootstrap.
 
     Raises:
@@ -185,6 +188,8 @@ def find_circuit(
     options: dict[str, Any] = {
         **{"ablation": ablation, "stream": stream, "gates": gates, "batch_size": batch_size, "progress": progress}
     }
+    runs = SharedRuns() if runs is None else runs
+    metric = partial(runs.metric, model, ablation=ablation, stream=stream, gates=gates, batch_size=batch_size)
     began = time.perf_counter()
     result: ACDCResult | None = None
     if method == "acdc":
@@ -195,11 +200,12 @@ def find_circuit(
     seconds = time.perf_counter() - began
     with _kept_if_stopped(result):
         circuit, warnings = ranking, []
-        judged: dict[str, Any] = {**options, "seed": seed, "order": "mib" if result is None else "signed"}
+        order: Order = "mib" if result is None else "signed"
+        judged: dict[str, Any] = {"seed": seed, "order": order, "progress": progress}
         if result is None:
             try:
                 if edges is None:
-                    edges = faithfulness_curve(model, find, ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
+                    edges = curve_of(metric(find), ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
             except GapTooSmall as error:
                 edges = 0
                 warnings.append(f"no faithful size was found: {error}")
@@ -212,8 +218,8 @@ def find_circuit(
             )
         curve = own = None
         try:
-            curve = faithfulness_curve(model, report, ranking, **judged)
-            own = faithfulness_curve(model, report, [circuit], **judged)
+            curve = curve_of(metric(report), ranking, **judged)
+            own = curve_of(metric(report), [circuit], **judged)
             warnings += [warning for warning in own.warnings if "masks" in warning]
         except GapTooSmall as error:
             warnings.append(f"no faithfulness: {error}")

@@ -9,7 +9,7 @@ Also here: the switches of TransformerLens that split a layer's input by head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -110,6 +110,9 @@ class NodeFunctions:
         self.W_O: list[Float[Tensor, "head d_head d_model"]] = [
             weight(model, f"blocks.{layer}.attn.W_O").detach() for layer in range(cfg.n_layers)
         ]
+        self.b_O: list[Float[Tensor, " d_model"]] = [
+            weight(model, f"blocks.{layer}.attn.b_O").detach() for layer in range(cfg.n_layers)
+        ]
         self._masks = [self._causal(model, layer) for layer in range(cfg.n_layers)]
         self._rotate = [self._rotation(model, layer) for layer in range(cfg.n_layers)]
         self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in range(cfg.n_layers)]
@@ -134,6 +137,30 @@ class NodeFunctions:
             at: for rotary models, the position of each prompt's only row; None: positions 0, 1, ...
         """
         y = torch.matmul(self.normalise(x), self.W_qkv[layer][port, head]) + self.b_qkv[layer][port, head]
+        return self.rotated(layer, port, y, at)
+
+    def project_each(
+        self, layer: int, ports: Sequence[int], heads: Sequence[int], x: Float[Tensor, "any row d_model"]
+    ) -> Float[Tensor, "any row d_head"]:
+        """The same for one port and head per entry of the first axis, at any rows, before any rotation."""
+        chosen = torch.tensor(ports), torch.tensor(heads)
+        W, b = self.W_qkv[layer][chosen], self.b_qkv[layer][chosen]
+        return torch.baddbmm(b[:, None], self.normalise(x), W)
+
+    def project_all(self, layer: int, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "port head row d_head"]:
+        """Queries, keys and values of all heads of a layer from one input, before any rotation."""
+        W, b = self.W_qkv[layer], self.b_qkv[layer]
+        y = torch.addmm(b.flatten(), self.normalise(x), W.permute(2, 0, 1, 3).flatten(1))
+        return y.view(len(x), *b.shape).permute(1, 2, 0, 3)
+
+    def rotated(
+        self, layer: int, port: int, y: Float[Tensor, "... pos d_head"], at: Tensor | None = None
+    ) -> Float[Tensor, "... pos d_head"]:
+        """Queries (port 0) or keys (1) turned by their positions in a rotary model; anything else as it is.
+
+        Args:
+            at: position of each prompt's only row; None: positions 0, 1, ...
+        """
         rotate = self._rotate[layer]
         return y if rotate is None or port == 2 else rotate(y, at)
 
@@ -160,15 +187,20 @@ class NodeFunctions:
         self, layer: int, x: Float[Tensor, "... pos d_model"], mask: Float[Tensor, "prompt pos d_mlp"] | None
     ) -> Float[Tensor, "... pos d_model"]:
         """An MLP's output from its input in the residual stream, its neurons times the mask."""
+        post = self.neurons(layer, x)
+        return self.mlp_output(layer, post if mask is None else post * mask)
+
+    def neurons(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_mlp"]:
+        """An MLP's neurons, before any mask."""
         weights = self._mlps[layer]
         normed = self.normalise(x)
         post = F.linear(normed, *weights.into)
         post = weights.act(post) if weights.gate is None else weights.act(F.linear(normed, *weights.gate)) * post
-        if weights.b_post is not None:
-            post = post + weights.b_post
-        if mask is not None:
-            post = post * mask
-        return F.linear(post, *weights.out)
+        return post if weights.b_post is None else post + weights.b_post
+
+    def mlp_output(self, layer: int, post: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
+        """What an MLP writes, given its neurons."""
+        return F.linear(post, *self._mlps[layer].out)
 
     def _folded(self, model: Host, ln: str, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Matrix `... d_model out` and bias that read the bare normalised stream."""
@@ -229,6 +261,26 @@ class NodeFunctions:
             return turned.gather(-2, index)
 
         return rotate
+
+
+def gate_masks(
+    model: Host, layer: int, local: Float[Tensor, "prompt d_model"], final: Float[Tensor, "prompt d_model"] | None
+) -> tuple[Float[Tensor, "prompt head width"] | None, Float[Tensor, "prompt d_mlp"] | None]:
+    """Masks of a layer's attention units and neurons at one position of each prompt; None where there is no gate.
+
+    Args:
+        local: clean residual stream that enters the layer.
+        final: clean residual stream at the end; needed by gates that read it.
+    """
+    block = _block(model, layer)
+    if final is not None and model.cfg.normalization_type is not None:
+        final = model.ln_final(final)  # type: ignore[attr-defined]
+    masks = []
+    for name in ("attn_gate", "mlp_gate"):
+        gate = getattr(block, name, None)
+        scores = None if gate is None else gate.project(local[:, None], None if final is None else final[:, None])
+        masks.append(None if gate is None else gate.select(scores)[:, 0].to(local.dtype))
+    return masks[0], masks[1]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

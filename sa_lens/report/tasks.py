@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.circuits.acdc import SearchInterrupted
+from sa_lens.circuits.circuit_metric import SharedRuns
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.pairs import PromptPairs
@@ -137,6 +138,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
         table = Table("Skill", "", ("stream",), (), (False,))
         notes.append(f"No prompts of this task can be made for this model: {prompts.missing}.")
     else:
+        runs = SharedRuns()
         rows = skill(subject.model, prompts.report, seed=seed)
         table = _skill_table(rows)
         accuracy = dict(zip(rows["stream"], (row[1] for row in table.rows), strict=True))
@@ -155,6 +157,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> 
                         stream=stream,
                         # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
                         gates="live" if stream == "ablated" and method != "acdc" else None,
+                        runs=runs,
                         progress=progress,
                         seed=seed,
                     )

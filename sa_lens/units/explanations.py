@@ -21,7 +21,7 @@ from sa_lens.data import TokenFile
 from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.judging import firing_places, judge, listed, silent_places, token_list, window_of
-from sa_lens.units.pruning import Context, Fill, UnitReader, likely_tokens, pruned, substituted
+from sa_lens.units.pruning import Asking, Context, Fill, Guess, answer, pruned, substituted
 from sa_lens.units.swaps import mean_interval
 from sa_lens.units.trie import ANY, ContextTrie
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 UNITS_AT_ONCE = 256
 """Units whose scores on the whole text are held in memory."""
+JOBS_AT_ONCE = 32
+"""Units whose snippets run together."""
 
 
 class Snippet(NamedTuple):
@@ -142,19 +144,23 @@ def explain(
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     tokens = blocks.rows(0, len(blocks)).cpu().numpy()
     rows, found = [], []
+    before = min((context + 1) // 2, model.cfg.n_ctx - context)
     with tqdm(total=len(chosen), desc="explanations", unit=" units", disable=not progress) as bar:
         for start in range(0, len(chosen), UNITS_AT_ONCE):
             group = chosen[start : start + UNITS_AT_ONCE]
+            jobs: list[tuple[Site, int, Asking[tuple[dict[str, Any], Explanation]]]] = []
             for (site, unit), scores in _scores(model, blocks, thresholds.stream, group, progress):
                 level = float(thresholds.levels(site, share)[unit])
-                reader = UnitReader(model, thresholds.stream, site, unit)
-                job = _Job(reader, level, tokens, scores.numpy().astype(np.float64), snippets, context, substitutes)
-                row, explanation = job.run(
-                    np.random.default_rng([seed, site.layer, site.kind == "mlp", unit]), tokenizer
-                )
-                rows.append(row)
-                found.append(explanation)
-                bar.update()
+                half = scores.numpy().astype(np.float64)
+                job = _Job(model, thresholds.stream, site, unit, level, tokens, half, snippets, context, substitutes)
+                draws = np.random.default_rng([seed, site.layer, site.kind == "mlp", unit])
+                jobs.append((site, unit, job.run(draws, before, tokenizer)))
+            for first in range(0, len(jobs), JOBS_AT_ONCE):
+                together = jobs[first : first + JOBS_AT_ONCE]
+                for row, explanation in answer(model, thresholds.stream, together, before + context):
+                    rows.append(row)
+                    found.append(explanation)
+                bar.update(len(together))
     table = pd.DataFrame(rows)
     return Explanations(table, _summary(table, seed), tuple(found))
 
@@ -222,7 +228,10 @@ def _scores(
 
 
 class _Job(NamedTuple):
-    reader: UnitReader
+    model: Host
+    stream: Stream
+    site: Site
+    unit: int
     level: float
     tokens: Int64[np.ndarray, "block pos"]
     scores: Float64[np.ndarray, "block pos"]
@@ -230,13 +239,16 @@ class _Job(NamedTuple):
     context: int
     substitutes: int
 
-    def run(self, rng: np.random.Generator, tokenizer: Any) -> tuple[dict[str, Any], Explanation]:
+    def run(self, rng: np.random.Generator, before: int, tokenizer: Any) -> Asking[tuple[dict[str, Any], Explanation]]:
         half = len(self.tokens) // 2
         tokens, scores = self.tokens[half:], self.scores[half:]
-        site, unit = self.reader.site, self.reader.unit
+        site, unit = self.site, self.unit
         fires = self.scores > self.level
         places = firing_places(self.scores[:half], self.level, self.snippets, self.context, rng)
-        contexts, trie = self._fitted(places, rng) if places else ([], ContextTrie())
+        contexts: list[Context | None] = []
+        trie = ContextTrie()
+        if places:
+            contexts, trie = yield from self._fitted(places, before, rng)
         tested = firing_places(scores, self.level, self.snippets, self.context, rng)
         silent = silent_places(scores > self.level, len(tested), self.context, rng)
         words = token_list(self.tokens[:half], self.scores[:half], self.level)
@@ -244,7 +256,7 @@ class _Job(NamedTuple):
             "layer": site.layer,
             "kind": site.kind,
             "unit": unit,
-            "stream": self.reader.stream,
+            "stream": self.stream,
             "live": bool(np.isfinite(self.level)),
             "fires_fit": int(fires[:half].sum()),
             "fires_test": int(fires[half:].sum()),
@@ -259,7 +271,7 @@ class _Job(NamedTuple):
         explanation = Explanation(
             site=site,
             unit=unit,
-            stream=self.reader.stream,
+            stream=self.stream,
             level=self.level,
             trie=trie,
             contexts=tuple(one for one in contexts if one is not None),
@@ -271,22 +283,22 @@ class _Job(NamedTuple):
         return row, explanation
 
     def _fitted(
-        self, places: list[tuple[int, int]], rng: np.random.Generator
-    ) -> tuple[list[Context | None], ContextTrie]:
+        self, places: list[tuple[int, int]], before: int, rng: np.random.Generator
+    ) -> Asking[tuple[list[Context | None], ContextTrie]]:
         half = len(self.tokens) // 2
         text = self.tokens[:half]
-        model = self.reader.model
-        fill = Fill(text, min((self.context + 1) // 2, model.cfg.n_ctx - self.context), rng)
+        fill = Fill(text, before, rng)
         windows = [text[block, max(0, at - self.context + 1) : at + 1][::-1] for block, at in places]
         backwards = [tuple(int(token) for token in window) for window in windows]
         scores = [float(self.scores[place]) for place in places]
-        contexts = pruned(self.reader, backwards, scores, self.level, fill)
+        contexts = yield from pruned(backwards, scores, self.level, fill)
         trie = ContextTrie()
         for one in contexts:
             if one is not None:
                 trie.add(one.tokens, one.activation)
         if self.substitutes:
-            for tokens, activation in substituted(self.reader, self._likely(places, contexts), self.level, fill):
+            likely = yield from self._likely(places, contexts)
+            for tokens, activation in (yield from substituted(likely, self.level, fill)):
                 trie.add(tokens, activation)
         # what no context tells is left to the token alone, as in the token list
         for token in np.unique(text[self.scores[:half] > self.level]):
@@ -296,7 +308,7 @@ class _Job(NamedTuple):
 
     def _likely(
         self, places: list[tuple[int, int]], contexts: list[Context | None]
-    ) -> dict[tuple[int, ...], list[list[int]]]:
+    ) -> Asking[dict[tuple[int, ...], list[list[int]]]]:
         """What may stand in each place of each context, by the model's own prediction in the snippet it came from."""
         first: dict[tuple[int, ...], tuple[int, int]] = {}
         for place, one in zip(places, contexts, strict=True):
@@ -310,7 +322,7 @@ class _Job(NamedTuple):
         rows = np.zeros((len(first), min(width, self.tokens.shape[1])), dtype=np.int64)
         for i, ((block, at), start) in enumerate(zip(first.values(), starts, strict=True)):
             rows[i, : at + 1 - start] = self.tokens[block, start : at + 1]
-        likely = likely_tokens(self.reader.model, rows, min(self.substitutes, self.reader.model.cfg.d_vocab))
+        likely = yield Guess(rows, min(self.substitutes, self.model.cfg.d_vocab))
         return {
             context: [likely[i, at - start - back].tolist() for back in range(len(context))]
             for i, ((context, (_, at)), start) in enumerate(zip(first.items(), starts, strict=True))

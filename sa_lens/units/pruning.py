@@ -11,7 +11,8 @@ of by a padding token; substitutes come from the model's own next-token predicti
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream
+from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
+from sa_lens.core.nodes import NodeFunctions
 from sa_lens.units.activations import Site
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.trie import ANY
@@ -59,6 +62,115 @@ class UnitReader:
         return unit_scores(self.site, torch.cat(found)).float().cpu().numpy() if found else np.zeros(0, np.float32)
 
 
+class Texts(NamedTuple):
+    """Short texts at whose places a unit is to be read."""
+
+    rows: Int64[np.ndarray, "row pos"]
+    """Tokens; what stands to the right of the place is without effect."""
+    at: Int64[np.ndarray, " row"]
+    """The place in each row."""
+
+
+class Guess(NamedTuple):
+    """Texts of which likely tokens are asked; see `likely_tokens`."""
+
+    rows: Int64[np.ndarray, "row pos"]
+    """Tokens."""
+    n_likely: int
+    """Likely tokens at each position."""
+
+
+Result = TypeVar("Result")
+Asking = Generator[Texts | Guess, np.ndarray, Result]
+"""Work on one unit that asks the model now and then: scores of `Texts` `[row]`, likely tokens of a `Guess`."""
+
+
+def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Site, int, Asking[Result]]], longest: int) -> list[Result]:
+    """Results of jobs, each with the unit that it asks about; what several ask at a time is run together.
+
+    Args:
+        longest: tokens of the longest row.
+    """
+    read = _read_by_hooks if why_not_by_nodes(model) is not None else _read_by_nodes(model, longest)
+    results: dict[int, Result] = {}
+    asked: dict[int, Texts | Guess] = {}
+
+    def go_on(i: int, answered: np.ndarray | None) -> None:
+        try:
+            asked[i] = jobs[i][2].send(answered)  # type: ignore[arg-type]
+        except StopIteration as end:
+            results[i] = end.value
+
+    for i in range(len(jobs)):
+        go_on(i, None)
+    while asked:
+        texts = {i: one for i, one in asked.items() if isinstance(one, Texts)}
+        guesses = {i: one for i, one in asked.items() if isinstance(one, Guess)}
+        asked.clear()
+        places = [(jobs[i][0], jobs[i][1], *one) for i, one in texts.items()]
+        answers = dict(zip(texts, read(model, stream, places), strict=True))
+        for count in {one.n_likely for one in guesses.values()}:
+            alike = {i: one.rows for i, one in guesses.items() if one.n_likely == count}
+            likely = likely_tokens(model, np.concatenate(list(alike.values())), count)
+            cuts = np.cumsum([len(rows) for rows in alike.values()])[:-1]
+            answers |= dict(zip(alike, np.split(likely, cuts), strict=True))
+        for i, found in answers.items():
+            go_on(i, found)
+    return [results[i] for i in range(len(jobs))]
+
+
+Places = Sequence[tuple[Site, int, np.ndarray, np.ndarray]]
+"""Units, each with the rows and places at which it is read."""
+
+
+def _read_by_hooks(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
+    return [UnitReader(model, stream, site, unit).scores(rows, at) for site, unit, rows, at in places]
+
+
+def _read_by_nodes(model: Host, longest: int) -> Any:
+    """The same without hooks: units of one layer together, and nothing above them or behind their places."""
+    functions = NodeFunctions(model, longest)
+    device = device_of(model)
+
+    def read(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
+        found: list[Any] = [np.zeros(0, np.float32)] * len(places)
+        whole = stream == "ablated" and model.gates.reads_global  # type: ignore[attr-defined]
+        for layer in sorted({site.layer for site, *_ in places}):
+            own = [i for i, (site, _, rows, _) in enumerate(places) if site.layer == layer and len(rows)]
+            if not own:
+                continue
+            width = max(places[i][2].shape[1] for i in own)
+            rows = np.concatenate([np.pad(places[i][2], ((0, 0), (0, width - places[i][2].shape[1]))) for i in own])
+            at = np.concatenate([places[i][3] for i in own])
+            # rows of like length together, so that there is little padding
+            order = np.argsort(at, kind="stable")
+            values = {kind: np.zeros((len(rows),), np.float32) for kind in ("attn", "mlp")}
+            unit = np.concatenate([np.full(len(places[i][2]), places[i][1]) for i in own])
+            start = 0
+            while start < len(order):
+                part = order[start : start + max(1, TOKENS_AT_ONCE // int(at[order[start]] + 1))]
+                start += len(part)
+                last = torch.from_numpy(at[part]).to(device)
+                tokens = torch.from_numpy(rows[part, : int(at[part].max()) + 1]).to(device)
+                prompts = Prompts.of(embedded(model, [tokens])[0], last)
+                ran = run_to_position(
+                    model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
+                )
+                for kind, layers in (("attn", ran.z[stream]), ("mlp", ran.post[stream])):
+                    if layers:
+                        x = layers[layer].flatten(1)
+                        index = torch.from_numpy(unit[part]).to(device).clamp(max=x.shape[1] - 1)
+                        values[kind][part] = x.gather(1, index[:, None])[:, 0].float().cpu().numpy()
+            cuts = np.cumsum([len(places[i][2]) for i in own])[:-1]
+            split = {kind: np.split(x, cuts) for kind, x in values.items()}
+            for place, i in enumerate(own):
+                site = places[i][0]
+                found[i] = unit_scores(site, torch.from_numpy(split[site.kind][place])).numpy()
+        return found
+
+    return read
+
+
 class Context(NamedTuple):
     """What of a snippet makes the unit fire."""
 
@@ -93,17 +205,17 @@ class Fill:
                     rows[i * draws : (i + 1) * draws, self.before + len(context) - 1 - back] = token
         return rows, at
 
-    def judge(self, reader: UnitReader, contexts: list[tuple[int, ...]], width: int) -> Float32[np.ndarray, " context"]:
+    def judge(self, contexts: list[tuple[int, ...]], width: int) -> Asking[Float32[np.ndarray, " context"]]:
         """Mean score of the unit in each context."""
         if not contexts:
             return np.zeros(0, np.float32)
-        rows, at = self.rows(contexts, width)
-        return reader.scores(rows, at).reshape(len(contexts), -1).mean(1)
+        scores = yield Texts(*self.rows(contexts, width))
+        return scores.reshape(len(contexts), -1).mean(1)
 
 
 def pruned(
-    reader: UnitReader, snippets: list[tuple[int, ...]], scores: list[float], level: float, fill: Fill
-) -> list[Context | None]:
+    snippets: list[tuple[int, ...]], scores: list[float], level: float, fill: Fill
+) -> Asking[list[Context | None]]:
     """Each snippet's shortest context that keeps the activation, tokens that do not matter replaced by `ANY`.
 
     Args:
@@ -118,7 +230,7 @@ def pruned(
     needs = [max(level, KEEP * score) for score in scores]
     # a few lengths are enough: the farthest tokens of what is kept are tried next, one by one
     tried = [(i, length) for i, snippet in enumerate(snippets) for length in lengths_up_to(len(snippet))]
-    means = fill.judge(reader, [snippets[i][:length] for i, length in tried], width)
+    means = yield from fill.judge([snippets[i][:length] for i, length in tried], width)
     contexts: dict[int, list[int]] = {}
     activation: dict[int, float] = {}
     for (i, length), mean in zip(tried, means, strict=True):
@@ -129,7 +241,8 @@ def pruned(
     for back in range(width - 1, -1, -1):
         asked = [i for i, context in contexts.items() if back < len(context) and _others(context, back)]
         without = [tuple(ANY if j == back else token for j, token in enumerate(contexts[i])) for i in asked]
-        for i, context, mean in zip(asked, without, fill.judge(reader, without, width), strict=True):
+        means = yield from fill.judge(without, width)
+        for i, context, mean in zip(asked, without, means, strict=True):
             importance[i][back] = min(1.0, max(0.0, 1 - float(mean) / activation[i]))
             if mean > needs[i]:
                 contexts[i], activation[i] = list(context), float(mean)
@@ -156,8 +269,8 @@ def _others(context: list[int], back: int) -> bool:
 
 
 def substituted(
-    reader: UnitReader, contexts: dict[tuple[int, ...], list[list[int]]], level: float, fill: Fill
-) -> list[tuple[tuple[int, ...], float]]:
+    contexts: dict[tuple[int, ...], list[list[int]]], level: float, fill: Fill
+) -> Asking[list[tuple[tuple[int, ...], float]]]:
     """Contexts with one token exchanged in which the unit fires too, and its mean score there.
 
     Args:
@@ -175,7 +288,7 @@ def substituted(
     )
     if not tried:
         return []
-    means = fill.judge(reader, tried, max(len(context) for context in tried))
+    means = yield from fill.judge(tried, max(len(context) for context in tried))
     return [(context, float(mean)) for context, mean in zip(tried, means, strict=True) if mean > level]
 
 

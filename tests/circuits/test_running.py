@@ -70,12 +70,12 @@ def test_frozen_and_live_gates_differ_for_a_part_but_not_for_the_whole() -> None
 
 @pytest.mark.parametrize(("stream", "gates"), [("clean", None), ("ablated", "frozen"), ("ablated", "live")])
 def test_full_is_the_clean_run_and_empty_the_corrupt_run(stream: str, gates: str | None) -> None:
-    model, pairs = gated(), token_pairs(n=7, lengths=(6, 9))
+    model, pairs = gated(dtype=torch.float64), token_pairs(n=7, lengths=(6, 9))
     graph = Graph.from_model(model)
     full = run_circuit(model, pairs, Circuit.full(graph), stream=stream, gates=gates, batch_size=3)
-    assert torch.allclose(full.logits, last_logits(model, pairs, stream), atol=1e-5)
+    assert torch.allclose(full.logits, last_logits(model, pairs, stream), atol=1e-10)
     empty = run_circuit(model, pairs, Circuit.of(graph), stream=stream, gates=gates, batch_size=3)
-    assert torch.allclose(empty.logits, last_logits(model, pairs, stream, "corrupt"), atol=1e-5)
+    assert torch.allclose(empty.logits, last_logits(model, pairs, stream, "corrupt"), atol=1e-10)
 
 
 def test_batches_and_lengths_do_not_matter() -> None:

@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import plain_model, random_tokens
+from small_models import BASE, D_VOCAB, SHAPES, plain_model, random_tokens
+from transformer_lens import HookedTransformerConfig
 
+from sa_lens.config import GateConfig
+from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.host import in_stream
+from sa_lens.core.last_position import Prompts, embedded, run_to_position
 from sa_lens.core.nodes import NodeFunctions, unsupported
 
 NORMS = [(norm, final) for norm in ("LN", "LNPre", "RMS", "RMSPre", None) for final in (False, True)]
@@ -47,3 +52,36 @@ def test_the_end_of_a_pass_is_exact_or_refused(norm: str | None, final_rms: bool
 )
 def test_what_cannot_be_recomputed_is_named(changes: dict[str, Any], reason: str) -> None:
     assert reason in str(unsupported(plain_model(**changes)))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "gpt-neo", "pythia", "llama", "attention-only", "no-norm"])
+@pytest.mark.parametrize("scope", ["local", "global", "both"])
+def test_prompts_of_several_lengths_to_their_last_positions(shape: str, scope: str) -> None:
+    """All that a pass by nodes gives is what hooks read of each prompt's own pass, in both streams."""
+    cfg = HookedTransformerConfig(**{**BASE, **SHAPES[shape], "dtype": torch.float64, "seed": 1})
+    model = SelfAblatingTransformer(cfg, GateConfig(scope=scope, k_attn=5, k_mlp=7))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    groups = [torch.randint(1, D_VOCAB, (n, length), generator=generator) for n, length in ((2, 5), (3, 8))]
+    prompts = Prompts.of(*embedded(model, groups))
+    found = run_to_position(model, NodeFunctions(model, 9), prompts, ablated=True)
+    first = 0
+    for tokens in groups:
+        for stream in ("clean", "ablated"):
+            with torch.no_grad(), in_stream(model, stream, position=-1):  # type: ignore[arg-type]
+                _, cache = model.run_with_cache(tokens)
+            own = slice(first, first + len(tokens))
+            for layer in range(cfg.n_layers):
+                z, post = (cache.cache_dict.get(f"blocks.{layer}.{name}") for name in ("attn.hook_z", "mlp.hook_post"))
+                assert torch.allclose(found.z[stream][layer][own], z[:, -1], rtol=0, atol=1e-10)
+                if post is not None:
+                    assert torch.allclose(found.post[stream][layer][own], post[:, -1], rtol=0, atol=1e-10)
+                if layer < cfg.n_layers - 1:
+                    rows = (prompts.prompt >= own.start) & (prompts.prompt < own.stop)
+                    earlier = found.z["earlier"][layer][rows]
+                    assert torch.allclose(earlier, z[:, :-1].flatten(0, 1), rtol=0, atol=1e-10)
+            final = cache[f"blocks.{cfg.n_layers - 1}.hook_resid_post"][:, -1]
+            assert torch.allclose(found.final[stream][own], final, rtol=0, atol=1e-10)
+        first += len(tokens)

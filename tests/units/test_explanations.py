@@ -11,7 +11,7 @@ from sa_lens.units.activations import Site
 from sa_lens.units.explanations import explain
 from sa_lens.units.firing import calibrate
 from sa_lens.units.judging import correlation, firing_places, judge, silent_places, token_list, window_of
-from sa_lens.units.pruning import Fill, UnitReader, likely_tokens
+from sa_lens.units.pruning import Fill, Texts, UnitReader, answer, likely_tokens
 from sa_lens.units.trie import ANY
 
 V, N_CTX = 12, 32
@@ -148,6 +148,41 @@ def test_a_unit_is_read_where_it_fires(planted, text):
                     _, cache = planted.run_with_cache(torch.from_numpy(row[None, : place + 1]))
                 expected = cache[site.value_hook].flatten(2)[0, -1, unit]
                 assert score == pytest.approx(float(expected.abs() if site.kind == "attn" else expected))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_many_units_at_once_are_read_as_one_by_one(text, scope):
+    """Without hooks, texts of several lengths and units of all layers together, as by a pass under hooks for each."""
+    cfg = HookedTransformerConfig(
+        n_layers=3,
+        d_model=12,
+        n_heads=2,
+        d_head=6,
+        d_mlp=20,
+        n_ctx=N_CTX,
+        d_vocab=V,
+        act_fn="gelu_new",
+        device="cpu",
+        dtype=torch.float64,
+        seed=0,
+    )
+    model = sa.SelfAblatingTransformer(cfg, sa.GateConfig(scope=scope, k_attn=4, k_mlp=5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rng = np.random.default_rng(0)
+    units = [(Site(layer, kind), unit) for layer in range(3) for kind in ("attn", "mlp") for unit in (0, 7)]
+    asked = [(rng.integers(V, size=(n, 9 + n % 3)), rng.integers(9, size=n)) for n in range(1, len(units) + 1)]
+
+    def asking(rows, at):
+        return (yield Texts(rows, at))
+
+    for stream in ("clean", "ablated"):
+        jobs = [(*unit, asking(*texts)) for unit, texts in zip(units, asked, strict=True)]
+        found = answer(model, stream, jobs, 12)
+        for (site, unit), (rows, at), scores in zip(units, asked, found, strict=True):
+            np.testing.assert_allclose(scores, UnitReader(model, stream, site, unit).scores(rows, at), atol=1e-6)
+        assert any((scores > 0.1).any() for scores in found)
 
 
 def test_rows_hold_the_context_where_they_say(text):

@@ -1,0 +1,179 @@
+"""Passes of prompts of several lengths up to the last position of each, in both streams, without hooks.
+
+What hooks would read of `model` and of `model.ablated(position=-1)`, for models whose nodes can be run one by one
+(`nodes.unsupported`). All prompts run together, padded on the right, with no work on the padding and none in the top
+layer but at the last position. A pass is cut in lanes: `earlier` holds the positions before the last one, which both
+streams share; `clean` and `ablated` are the last position in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.core.fused.support import has_user_hooks
+from sa_lens.core.host import Host, in_stream
+from sa_lens.core.nodes import NodeFunctions, gate_masks, unsupported
+
+Lane = Literal["earlier", "clean", "ablated"]
+"""Positions before the last one; the last one in the clean stream; the last one in the ablated stream."""
+
+Masks = tuple[Tensor | None, Tensor | None]
+"""Masks of a layer's attention units `[prompt, head, width]` and neurons `[prompt, d_mlp]` at the last position."""
+
+
+def why_not_by_nodes(model: Host) -> str | None:
+    """Why a pass by nodes would not be what a pass of the model is; None if it would."""
+    if has_user_hooks(model):  # type: ignore[arg-type]
+        return "hooks are attached to this model, which only a pass of the whole model runs"
+    return unsupported(model)
+
+
+class Prompts(NamedTuple):
+    """Prompts of several lengths as they enter the first layer, padded on the right."""
+
+    embed: Float[Tensor, "prompt pos d_model"]
+    """Embedding plus position."""
+    last: Int[Tensor, " prompt"]
+    """Last position of each."""
+    prompt: Int[Tensor, " row"]
+    """Prompt of each row of the earlier lane."""
+    pos: Int[Tensor, " row"]
+    """Position of each row of the earlier lane."""
+
+    @classmethod
+    def of(cls, embed: Tensor, last: Tensor, first: Tensor | None = None) -> Prompts:
+        """The prompts, with the earlier positions from `first` on; None: from the beginning."""
+        places = torch.arange(embed.shape[1], device=embed.device)
+        before = places < last[:, None]
+        if first is not None:
+            before &= places >= first[:, None]
+        return cls(embed, last, *before.nonzero(as_tuple=True))
+
+    def rows(self, lane: Lane, x: Float[Tensor, "... prompt pos width"]) -> Float[Tensor, "... row width"]:
+        """The rows of a lane."""
+        if lane == "earlier":
+            return x[..., self.prompt, self.pos, :]
+        return x[..., torch.arange(len(self.last), device=x.device), self.last, :]
+
+
+def embedded(model: Host, tokens: Sequence[Int[Tensor, "prompt pos"]]) -> tuple[Tensor, Tensor]:
+    """Embedding plus position of groups of prompts, each of one length, padded on the right; and last positions."""
+    longest = max(group.shape[1] for group in tokens)
+    parts, last = [], []
+    with torch.no_grad(), in_stream(model, "clean"):
+        for group in tokens:
+            x = model(group, stop_at_layer=0)
+            parts.append(torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], x.shape[2])], 1))
+            last.append(torch.full((len(x),), group.shape[1] - 1, device=x.device))
+    return torch.cat(parts), torch.cat(last)
+
+
+class LastPass(NamedTuple):
+    """What a pass up to the last positions gives, layer by layer. In the top layer the earlier lane is left out."""
+
+    z: dict[Lane, list[Float[Tensor, "row head d_head"]]]
+    """Attention units, after the masks in the ablated lane."""
+    post: dict[Lane, list[Float[Tensor, "row d_mlp"]]]
+    """Neurons, after the masks in the ablated lane; of the earlier lane none are kept."""
+    mlp_out: dict[Lane, list[Float[Tensor, "row d_model"]]]
+    """Outputs of the MLPs."""
+    final: dict[Lane, Float[Tensor, "prompt d_model"]]
+    """Residual stream above the top layer."""
+    masks: list[Masks]
+    """Masks by layer; none without an ablated lane."""
+
+
+@torch.no_grad()
+def run_to_position(
+    model: Host, functions: NodeFunctions, prompts: Prompts, *, ablated: bool, layers: int | None = None
+) -> LastPass:
+    """Runs prompts up to their last positions.
+
+    Args:
+        functions: the nodes of the model, for at least as many positions as the prompts have.
+        prompts: with all earlier positions.
+        ablated: also run the ablated lane.
+        layers: number of layers to run; None: all. Gates that read the end of the clean stream need all.
+    """
+    run = _Run(model, functions, prompts, functions.cfg.n_layers if layers is None else layers)
+    run.clean()
+    if ablated:
+        run.ablated()
+    return run.found
+
+
+class _Run:
+    def __init__(self, model: Host, functions: NodeFunctions, prompts: Prompts, layers: int) -> None:
+        self.model, self.functions, self.prompts, self.layers = model, functions, prompts, layers
+        self.found = LastPass({}, {}, {}, {}, [])
+        self.keys_and_values: list[tuple[Tensor, Tensor]] = []
+        """Keys and values `[head, prompt, pos, d_head]` of the earlier lane, by layer."""
+        self.resid_pre: list[Tensor] = []
+        """Clean residual stream that enters each layer, at the last position."""
+
+    def clean(self) -> None:
+        earlier = self._begin("earlier")
+        last = self._begin("clean")
+        for layer in range(self.layers):
+            self.resid_pre.append(last)
+            top = layer == self.layers - 1
+            q, k, v = self.functions.project_all(layer, earlier)
+            k, v = (self._padded(x) for x in (k, v))
+            k = self.functions.rotated(layer, 1, k)
+            self.keys_and_values.append((k, v))
+            if not top:
+                q = self.functions.rotated(layer, 0, self._padded(q))
+                z = self.functions.attend(layer, q, k, v)[:, self.prompts.prompt, self.prompts.pos]
+                earlier = self._rest("earlier", layer, earlier, z.transpose(0, 1), (None, None))
+            last = self._at_last("clean", layer, last, (None, None))
+        self.found.final["clean"] = last
+
+    def ablated(self) -> None:
+        x = self._begin("ablated")
+        reads_end = self.model.gates.reads_global  # type: ignore[attr-defined]
+        for layer in range(self.layers):
+            end = self.found.final["clean"] if reads_end else None
+            self.found.masks.append(gate_masks(self.model, layer, self.resid_pre[layer], end))
+            x = self._at_last("ablated", layer, x, self.found.masks[layer])
+        self.found.final["ablated"] = x
+
+    def _begin(self, lane: Lane) -> Tensor:
+        for parts in (self.found.z, self.found.post, self.found.mlp_out):
+            parts[lane] = []
+        return self.prompts.rows(lane, self.prompts.embed)
+
+    def _padded(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "head prompt pos d_head"]:
+        padded = x.new_zeros(len(x), len(self.prompts.last), self.functions.length, x.shape[-1])
+        padded[:, self.prompts.prompt, self.prompts.pos] = x
+        return padded
+
+    def _at_last(self, lane: Lane, layer: int, x: Float[Tensor, "prompt d_model"], masks: Masks) -> Tensor:
+        """A layer at the last position: its query looks at the earlier lane and at itself."""
+        last = self.prompts.last
+        own = self.functions.project_all(layer, x)
+        q, own_k = (self.functions.rotated(layer, port, own[port][:, :, None], last) for port in (0, 1))
+        k, v = (x.clone() for x in self.keys_and_values[layer])
+        every = torch.arange(len(last), device=last.device)
+        k[:, every, last], v[:, every, last] = own_k[:, :, 0], own[2]
+        z = self.functions.attend(layer, q, k, v, last)[:, :, 0].transpose(0, 1)
+        return self._rest(lane, layer, x, z, masks)
+
+    def _rest(self, lane: Lane, layer: int, x: Tensor, z: Float[Tensor, "row head d_head"], masks: Masks) -> Tensor:
+        """A layer from its attention units on."""
+        cfg = self.functions.cfg
+        z = z if masks[0] is None else z * masks[0]
+        self.found.z[lane].append(z)
+        after = x + z.flatten(1) @ self.functions.W_O[layer].flatten(0, 1) + self.functions.b_O[layer]
+        if cfg.attn_only:
+            return after
+        post = self.functions.neurons(layer, x if cfg.parallel_attn_mlp else after)
+        post = post if masks[1] is None else post * masks[1]
+        if lane != "earlier":
+            self.found.post[lane].append(post)
+        self.found.mlp_out[lane].append(self.functions.mlp_output(layer, post))
+        return after + self.found.mlp_out[lane][-1]
