@@ -60,7 +60,7 @@ class CircuitLogits:
         *,
         batch_size: int = 64,
     ) -> None:
-        self.gates = check_choices(model, pairs, ablation, stream, gates)
+        self.gates = check_choices(model, pairs, ablation, stream, gates, batch_size)
         self.graph = Graph.from_model(model)
         self._runner: CircuitRunner | None = None
         self._parts: list[tuple[Tensor, _Versions]] = []
