@@ -19,9 +19,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sa_lens.config import convert, from_dict
 from sa_lens.core.host import Host
 from sa_lens.core.nodes import not_additive
+from sa_lens.data.reading import DamagedFile, check_object, read_json
 from sa_lens.data.writing import atomic_write
+
+FORMAT, VERSION = "sa_lens circuit", 1
+"""What files of circuits say of themselves."""
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -415,8 +420,8 @@ class Circuit:
         """Writes the circuit as JSON: graph, how it was found, its edges and every score."""
         scored = (self.graph.exists & ~self.scores.isnan()).nonzero().tolist()
         content = {
-            "format": "sa_lens circuit",
-            "version": 1,
+            "format": FORMAT,
+            "version": VERSION,
             "graph": self.graph.describe(),
             "about": dict(self.about),
             "edges": [str(edge) for edge in self],
@@ -434,14 +439,21 @@ class Circuit:
             FileNotFoundError: no such file.
             ValueError: not a circuit.
         """
-        path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != "sa_lens circuit":
+        path, remedy = Path(path), "find the circuit again, or take the file from a copy"
+        content = read_json(path, remedy=remedy)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} holds no circuit: it must be a file that Circuit.save wrote")
-        circuit = cls.of(Graph(**content["graph"]), content["edges"], content["about"])
-        for edge, score in content["scores"].items():
-            circuit.scores[circuit.graph.place(edge)] = score
+        try:
+            known = {"format": str, "version": int, "graph": dict, "about": dict, "edges": list, "scores": dict}
+            check_object(content, known)
+            if content["version"] != VERSION:
+                raise ValueError(f"its version is {content['version']}, this sa_lens reads {VERSION}")
+            graph = from_dict(Graph, content["graph"], where="graph.")
+            if not (1 <= graph.n_layers <= 1_000 and 1 <= graph.n_heads <= 10_000):
+                raise ValueError(f"there is no graph of {graph.n_layers} layers with {graph.n_heads} heads")
+            circuit = cls.of(graph, convert("edges", content["edges"], list[str]), content["about"])
+            for edge, score in convert("scores", content["scores"], dict[str, float]).items():
+                circuit.scores[circuit.graph.place(edge)] = score
+        except ValueError as error:
+            raise DamagedFile(f"{path} is damaged: {error}; {remedy}") from error
         return circuit

@@ -8,14 +8,16 @@ until as many pairs as asked are usable with the tokenizer; what was left out is
 from __future__ import annotations
 
 import itertools
-import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sa_lens.circuits import tinystories
 from sa_lens.circuits.pairs import MINIMUM, Draft, PromptPairs, encode, split
+from sa_lens.config import shown
+from sa_lens.data.reading import DamagedFile, check_object
+from sa_lens.data.reading import read_json as read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +50,8 @@ _MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]]
     "object": lambda answer, wrong: (("object", answer, 0),),
     "repeated": lambda answer, wrong: (("A1", wrong, 0), ("B1", answer, 0), ("A2", wrong, -1)),
 }
+_PROMPT = {"clean": str, "corrupt": str, "answers": list, "wrong_answers": list}
+"""What a prompt in a JSON file holds."""
 _TRIES = 30
 """Drafts made for each pair asked before giving up; ten times as many where the length is prescribed."""
 
@@ -306,21 +310,20 @@ def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of prompt pairs at {path}")
+    form = "make it JSON with `prompts`, a list of objects with `clean`, `corrupt`, `answers` and `wrong_answers`"
+    content = read_file(path, remedy=form, complaint="holds no prompt pairs", keys={"prompts": list}, other_keys=True)
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))["prompts"]
-        drafts = [_draft_of(prompt, index) for index, prompt in enumerate(prompts)]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} must be JSON with `prompts`, a list of objects with `clean`, `corrupt`, `answers` and "
-            f"`wrong_answers`: {type(error).__name__}: {error}"
-        ) from error
+        drafts = [_draft_of(prompt, f"prompts[{index}].") for index, prompt in enumerate(content["prompts"])]
+    except ValueError as error:
+        raise DamagedFile(f"{path} holds no prompt pairs: {error}; {form}") from error
     return encode(path.stem, drafts, tokenizer, minimum=minimum)
 
 
-def _draft_of(prompt: Mapping[str, Any], index: int) -> Draft:
+def _draft_of(prompt: Any, where: str) -> Draft:
+    check_object(prompt, _PROMPT, other_keys=True, where=where)
     for key in ("answers", "wrong_answers"):
-        if not isinstance(prompt[key], list) or len(prompt[key]) != 1:
-            raise ValueError(f"prompt {index}: {key}={prompt[key]!r} must be a list of exactly one word")
+        if len(prompt[key]) != 1 or not isinstance(prompt[key][0], str):
+            raise ValueError(f"{where}{key}={shown(prompt[key])} must be a list of exactly one word")
     answer, wrong = prompt["answers"][0], prompt["wrong_answers"][0]
     return Draft(prompt["clean"], prompt["corrupt"], answer, wrong, _MARKS["ioi"](answer, wrong))
 

@@ -14,19 +14,22 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from sa_lens.compare.grids import BASELINE, Grid, Variant
 from sa_lens.compare.subject import Group, Measured, inputs_of
-from sa_lens.config import RunConfig, to_dict
+from sa_lens.config import RunConfig, convert, to_dict
 from sa_lens.core.checkpoints import WEIGHTS, complete_steps
 from sa_lens.data.disk import fingerprint, key_of
+from sa_lens.data.reading import DamagedFile, read_json
 from sa_lens.data.writing import atomic_write
 
+AGAIN = "delete it, it will be made again"
 FORMAT = 1
 """Version of the files; part of every key."""
 
@@ -100,7 +103,8 @@ class Cell:
         Raises:
             ValueError: `final` holds other weights than were recorded.
         """
-        record, weights = read_record(self.folder / "done.json"), self.final / WEIGHTS
+        keys = {"weights": str, "text": dict, "seconds": float}
+        record, weights = read_record(self.folder / "done.json", keys), self.final / WEIGHTS
         if record is not None and weights.is_file() and _content(weights) != record["weights"]:
             raise ValueError(
                 f"{weights} has changed since this model was finished: restore it, or delete {self.folder}, and it is "
@@ -130,12 +134,21 @@ class Cell:
     def measured(self, group: Group) -> Measured | None:
         """The figures of a group; None if it was not measured with these settings on this model."""
         record = self.record_of(group)
-        return None if record is None else Measured(record["values"], tuple(record["notes"]))
+        if record is None:
+            return None
+        try:
+            values = convert("values", record["values"], dict[str, dict[str, float | None]])
+            return Measured(values, convert("notes", record["notes"], tuple[str, ...]))
+        except ValueError as error:
+            raise DamagedFile(
+                f"the {group.name} of {self.name} in {self.folder} is damaged: {error}; {AGAIN}"
+            ) from error
 
     def record_of(self, group: Group) -> dict[str, Any] | None:
         """The file of a group's figures, with its seconds."""
         trained = self.trained()
-        return None if trained is None else read_record(self.group_file(group, trained))
+        keys = {"values": dict, "notes": list, "seconds": float}
+        return None if trained is None else read_record(self.group_file(group, trained), keys)
 
     def keep(self, group: Group, measured: Measured, seconds: float) -> None:
         """Writes the figures of a group; one that is not finite counts as missing."""
@@ -185,19 +198,16 @@ def cells_of(grid: Grid, seeds: tuple[int, ...], out: Path) -> list[Cell]:
     return [Cell(grid, variant, seed, out) for seed in seeds for variant in grid.variants]
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None if there is none.
+def read_record(path: Path, keys: Mapping[str, type | UnionType]) -> dict[str, Any] | None:
+    """The content of a JSON file with these keys among others; None if there is no file.
 
     Raises:
-        ValueError: a damaged file.
+        DamagedFile: a damaged file.
     """
     if not path.is_file():
         return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, it will be made again") from error
+    record: dict[str, Any] = read_json(path, remedy=AGAIN, keys=keys, other_keys=True)
+    return record
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

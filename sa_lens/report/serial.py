@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import typing
 
+from sa_lens.config import from_dict
+from sa_lens.data.reading import parse_json
 from sa_lens.report.records import Report
-from sa_lens.views.records import built
 
 
 def to_json(report: Report) -> str:
@@ -21,6 +21,6 @@ def from_json(text: str) -> Report:
         ValueError: not a report.
     """
     try:
-        return typing.cast(Report, built(Report, json.loads(text)))
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"not a report: {type(error).__name__}: {error}; text begins {text[:60]!r}") from error
+        return from_dict(Report, parse_json(text))
+    except ValueError as error:
+        raise ValueError(f"not a report: {error}; text begins {text[:60]!r}") from error

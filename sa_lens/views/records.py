@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sa_lens.config import from_dict, shown, suggestion
+from sa_lens.data.reading import DamagedFile, check_object, parse_json
 from sa_lens.views.text_records import (
     Attention,
     GateRaster,
@@ -55,7 +56,6 @@ __all__ = [
     "Table",
     "Track",
     "UnitActivations",
-    "built",
     "from_json",
     "number",
     "numbers",
@@ -317,26 +317,14 @@ def from_json(text: str) -> Record:
         ValueError: not a record, or of an unknown kind.
     """
     try:
-        content = json.loads(text)
-        kind = _KINDS[content.pop("kind")]
-        return typing.cast(Record, built(kind, content))
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"not a record of {', '.join(_KINDS)}: {type(error).__name__}: {error}; text begins {text[:60]!r}"
-        ) from error
-
-
-def built(hint: Any, value: Any) -> Any:
-    """The value in the type that a field declares."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        return hint(**{name: built(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
-    if origin is tuple:
-        return tuple(built(arguments[0], item) for item in value)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else built(arguments[0], value)
-    return float(value) if hint is float else value
+        content = parse_json(text)
+        check_object(content, {"kind": str}, other_keys=True)
+        kind = content.pop("kind")
+        if kind not in _KINDS:
+            raise ValueError(f"its kind is {shown(kind)}{suggestion(kind, _KINDS)}")
+        return typing.cast(Record, from_dict(_KINDS[kind], content))
+    except ValueError as error:
+        raise ValueError(f"not a record of {', '.join(_KINDS)}: {error}; text begins {text[:60]!r}") from error
 
 
 def write(record: Record, path: str | Path) -> Path:
@@ -354,4 +342,7 @@ def read(path: str | Path) -> Record:
         FileNotFoundError: no such file.
         ValueError: not a record.
     """
-    return from_json(Path(path).read_text(encoding="utf-8"))
+    try:
+        return from_json(Path(path).read_bytes().decode())
+    except ValueError as error:
+        raise DamagedFile(f"{path} is damaged: {error}; write the record again") from error

@@ -252,16 +252,27 @@ def test_json_is_read(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be JSON with `prompts`"),
-        ("[]", "must be JSON with `prompts`"),
-        ('{"prompts": [{"clean": "a"}]}', "must be JSON with `prompts`"),
-        ('{"prompts": [{"clean": "a", "corrupt": "b", "answers": ["c", "d"], "wrong_answers": ["e"]}]}', "prompt 0"),
+        ("{", "Expecting property name.*; make it JSON with `prompts`"),
+        ("[]", "it must be an object"),
+        ('{"prompts": 3}', "prompts must be of type list, not 3"),
+        ('{"prompts": [3]}', r"prompts\[0\] must be an object"),
+        ('{"prompts": [{"clean": "a"}]}', r"prompts\[0\] lacks 'corrupt'.*; make it JSON with `prompts`"),
+        (
+            '{"prompts": [{"clean": 5, "corrupt": "b", "answers": ["c"], "wrong_answers": ["e"]}]}',
+            "clean must be of type str",
+        ),
+        ('{"prompts": [{"clean": "a", "corrupt": "b", "answers": [3], "wrong_answers": ["e"]}]}', "exactly one word"),
+        ('{"prompts": [{"clean": "\\ud800", "corrupt": "b", "answers": ["c"], "wrong_answers": ["e"]}]}', "surrogate"),
+        (
+            '{"prompts": [{"clean": "a", "corrupt": "b", "answers": ["c", "d"], "wrong_answers": ["e"]}]}',
+            r"prompts\[0\]\.answers=",
+        ),
     ],
 )
 def test_other_json_is_refused(content, message, tmp_path, tokenizer):
     path = tmp_path / "bad.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"bad\.json holds no prompt pairs: .*{message}"):
         tasks.read_json(path, tokenizer)
 
 
