@@ -36,10 +36,10 @@ $(READY): pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 demo: $(READY)
 	$(BIN)/python -m sa_lens demo
 
-# Whole files go to one process, so that what a file's tests share is made once.
+# Whole files go to one process, so that what a file's tests share is made once; tests/conftest.py says which go first.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: format-check lint types test
 

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from filelock import FileLock
 
@@ -21,6 +23,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SA_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: a process takes whole files, and the last must be short."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += 100 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @dataclass
@@ -128,7 +138,6 @@ def site(once: Once) -> Path:
 def executed(once: Once) -> Callable[[Path], Any]:
     """`executed(path)`: the notebook with its outputs at small size; all notebooks share models and token files."""
     import nbformat
-    from nbclient import NotebookClient
 
     home = once("notebooks", lambda folder: None)
 
@@ -144,12 +153,9 @@ def executed(once: Once) -> Callable[[Path], Any]:
                 "SA_LENS_CACHE": os.environ.get("SA_LENS_CACHE", str(home / "cache")),
                 "HF_HUB_OFFLINE": "1",
             }
-            client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
             # one at a time: the first trains the models that others find
-            with FileLock(home / "lock"), pytest.MonkeyPatch.context() as environment:
-                for name, value in small.items():
-                    environment.setenv(name, value)
-                client.execute()
+            with FileLock(home / "lock"):
+                forked.execute(notebook, folder, small)
             nbformat.write(notebook, folder / path.name)
 
         return nbformat.read(once(f"notebook-{path.stem}", execute) / path.name, as_version=4)

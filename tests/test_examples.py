@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, at small size, without output that it should not have."""
+"""Every notebook runs from top to bottom, at small size, without output that it should not have; HTML draws it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "scripts").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+NO_SCRIPTS_OF_OTHERS = {"require_js_url": "data:,", "mathjax_url": "data:,"}
+"""Without these, nbconvert's page fetches RequireJS and MathJax from a server."""
 SHOWS_CIRCUITSVIS = {"01_train_and_patch", "05_views"}
 
 
@@ -43,6 +45,29 @@ def test_notebook_names_no_machine(path):
     text = path.read_text(encoding="utf-8")
     for folder in (Path(__file__).parents[1], Path.home(), Path(tempfile.gettempdir())):
         assert f"{folder}/" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "views"), [("01_train_and_patch", 4), ("05_views", 9)])
+def test_a_notebook_as_html(name, views, browser, executed, tmp_path):
+    """`views`: pictures that a script draws; pictures that are plain HTML need none."""
+    from nbconvert import HTMLExporter
+
+    notebook = executed(ROOT / "examples" / f"{name}.ipynb")
+    text, _ = HTMLExporter(**NO_SCRIPTS_OF_OTHERS).from_notebook_node(notebook)
+    path = tmp_path / f"{name}.html"
+    path.write_text(text, encoding="utf-8")
+    opened = browser.open(path)
+    for library in ("plotly", "circuitsvis"):
+        assert opened.page.locator(f"script[data-sa-lens-library={library}]").count() == 1
+    opened.page.wait_for_function("document.querySelectorAll('.sa-lens-view:not([data-drawn])').length === 0")
+    assert opened.page.locator(".sa-lens-view[data-drawn]").count() >= views
+    for plot in opened.page.locator(".sa-lens-view[data-library=plotly]").all():
+        plot.locator(".main-svg").first.wait_for(state="attached")
+    for other in opened.page.locator(".sa-lens-view[data-library=circuitsvis]").all():
+        other.locator("canvas, select, span").first.wait_for(state="attached")
+    assert opened.clean()
+    opened.page.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ scripts
@@ -78,7 +103,10 @@ def arguments(executed, once, tmp_path) -> dict[str, list[str]]:
     return {
         "train_and_patch": ["--run", run, "--out", out, "--pairs", "8"],
         "circuits": ["--run", run, "--baseline", baseline, "--out", out, "--pairs", "32", "--methods", "eap"],
-        "units": [*("--run", run, "--baseline", baseline, "--out", out, "--tokens", "4000"), "--explained", "2"],
+        "units": [
+            *("--run", run, "--baseline", baseline, "--out", out, "--tokens", "4000"),
+            *("--explained", "2", "--probe-tokens", "500"),
+        ],
         "compare": [*("--out", out, "--steps", "4", "--seeds", "1", "--stories", "300", "--tokens", "512")],
         "views": ["--run", run, "--out", out, "--text", "Lily ran.", "--dark"],
         "your_own_model": [*own, "--out", out],

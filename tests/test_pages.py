@@ -1,15 +1,10 @@
-"""The documentation and executed notebooks, opened from disk in a browser: everything drawn, no error, no request."""
+"""The documentation, opened from disk in a browser: everything drawn, no error, no request."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-NO_SCRIPTS_OF_OTHERS = {"require_js_url": "data:,", "mathjax_url": "data:,"}
-"""Without these, nbconvert's page fetches RequireJS and MathJax from a server."""
 
 
 @pytest.fixture
@@ -73,26 +68,3 @@ class TestSite:
         for name in ("index.html", "faq.html", "getting-started.html"):
             opened = open_page(name, viewport={"width": 390, "height": 844})
             assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "views"), [("01_train_and_patch", 4), ("05_views", 9)])
-def test_a_notebook_as_html(name, views, browser, executed, tmp_path):
-    """`views`: pictures that a script draws; pictures that are plain HTML need none."""
-    from nbconvert import HTMLExporter
-
-    notebook = executed(ROOT / "examples" / f"{name}.ipynb")
-    text, _ = HTMLExporter(**NO_SCRIPTS_OF_OTHERS).from_notebook_node(notebook)
-    path = tmp_path / f"{name}.html"
-    path.write_text(text, encoding="utf-8")
-    opened = browser.open(path)
-    for library in ("plotly", "circuitsvis"):
-        assert opened.page.locator(f"script[data-sa-lens-library={library}]").count() == 1
-    opened.page.wait_for_function("document.querySelectorAll('.sa-lens-view:not([data-drawn])').length === 0")
-    assert opened.page.locator(".sa-lens-view[data-drawn]").count() >= views
-    for plot in opened.page.locator(".sa-lens-view[data-library=plotly]").all():
-        plot.locator(".main-svg").first.wait_for(state="attached")
-    for other in opened.page.locator(".sa-lens-view[data-library=circuitsvis]").all():
-        other.locator("canvas, select, span").first.wait_for(state="attached")
-    assert opened.clean()
-    opened.page.close()

@@ -1,6 +1,7 @@
 """Patching agrees with `transformer_lens.patching`, and with loops that patch one thing in one prompt at a time."""
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -86,14 +87,51 @@ def masking(model, masks):
     ]
 
 
-def by_loop(model, pairs, i, hook_name, index, stream, direction, gates, metric):
+class Alone:
+    """A prompt without padding: what ordinary passes of it give, with no masks and with its own, each run once."""
+
+    def __init__(self, model, tokens):
+        self.model, self.tokens = model, tokens
+
+    @cached_property
+    def plain(self):
+        """Logits and activations."""
+        return plain_pass(self.model, self.tokens, [])
+
+    @cached_property
+    def masks(self):
+        return chosen_masks(self.model, self.plain[1])
+
+    @cached_property
+    def masked(self):
+        """Logits and activations under the masks."""
+        return plain_pass(self.model, self.tokens, masking(self.model, self.masks))
+
+
+@pytest.fixture(scope="module")
+def five_pairs(pairs):
+    few = pairs.subset(range(5))
+    assert not few.uniform
+    return few
+
+
+@pytest.fixture(scope="module")
+def alone(model, five_pairs):
+    """The clean and the corrupt prompt of each pair."""
+    lengths = five_pairs.lengths.tolist()
+    return [
+        (Alone(model, five_pairs.clean[i : i + 1, -n:]), Alone(model, five_pairs.corrupt[i : i + 1, -n:]))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def by_loop(model, pair, alone, hook_name, index, stream, direction, gates, metric):
     """One prompt, one patch, by ordinary passes and hooks. `index` selects within `[batch, pos, ...]`.
 
     The ablated stream is an ordinary pass whose last position is masked; what the gates choose comes from a pass
     before it, which live gates see patched with the source's value in such a pass.
     """
-    length = int(pairs.lengths[i])
-    clean, corrupt = pairs.clean[i : i + 1, -length:], pairs.corrupt[i : i + 1, -length:]
+    clean, corrupt = alone
     source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
 
     def putting(values):
@@ -105,24 +143,22 @@ def by_loop(model, pairs, i, hook_name, index, stream, direction, gates, metric)
         return [(hook_name, put)]
 
     with torch.no_grad():
-        reference, _ = plain_pass(model, clean, [])
-        _, in_clean = plain_pass(model, source, [])
+        reference, _ = clean.plain if stream == "clean" else clean.masked
         if stream == "clean":
-            logits, _ = plain_pass(model, base, putting(in_clean))
+            logits, _ = plain_pass(model, base.tokens, putting(source.plain[1]))
+        elif hook_name in base.masks:
+            masks = {name: mask.clone() for name, mask in base.masks.items()}
+            masks[hook_name][index] = source.masks[hook_name][index]
+            logits, _ = plain_pass(model, base.tokens, masking(model, masks))
         else:
-            masks = {id(tokens): chosen_masks(model, plain_pass(model, tokens, [])[1]) for tokens in (source, base)}
-            reference, _ = plain_pass(model, clean, masking(model, masks[id(clean)]))
-            if hook_name in masks[id(base)]:
-                masks[id(base)][hook_name][index] = masks[id(source)][hook_name][index]
-                logits, _ = plain_pass(model, base, masking(model, masks[id(base)]))
-            else:
-                _, in_ablated = plain_pass(model, source, masking(model, masks[id(source)]))
-                _, before = plain_pass(model, base, putting(in_clean) if gates == "live" else [])
-                hooks = masking(model, chosen_masks(model, before)) + putting(in_ablated)
-                logits, _ = plain_pass(model, base, hooks)
+            masks = base.masks
+            if gates == "live":
+                _, before = plain_pass(model, base.tokens, putting(source.plain[1]))
+                masks = chosen_masks(model, before)
+            logits, _ = plain_pass(model, base.tokens, masking(model, masks) + putting(source.masked[1]))
     if metric == "kl":
         return kl(logits[:, -1], reference[:, -1]).item()
-    return logit_difference(logits[:, -1], pairs.subset([i])).item()
+    return logit_difference(logits[:, -1], pair).item()
 
 
 CASES = [
@@ -135,11 +171,10 @@ CASES = [
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize(("what", "stream", "gates"), CASES)
-def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates, direction, model, pairs):
+def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates, direction, model, five_pairs, alone):
     metric = "kl" if direction == "noise" else "logit_difference"
     options = {"top_n": 5} if KINDS[what].many else {}
-    pairs = pairs.subset(range(5))
-    assert not pairs.uniform
+    pairs = five_pairs
     # passes of 4 prompts hold several patches of a small group
     table = patch(model, pairs, what, stream, direction=direction, metric=metric, gates=gates, batch_size=4, **options)
     assert tuple(table.columns) == COLUMNS
@@ -153,7 +188,10 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates,
             where = int(pairs.positions[row["position"]][i]) if named else slice(None)
             hook_name = f"blocks.{row['layer']}.{KINDS[what].hook}"
             index = (slice(None), where, *unit)
-            values.append(by_loop(model, pairs, i, hook_name, index, stream, direction, gates or "frozen", metric))
+            pair = pairs.subset([i])
+            values.append(
+                by_loop(model, pair, alone[i], hook_name, index, stream, direction, gates or "frozen", metric)
+            )
         close(row["value"], sum(values) / len(values))
 
 

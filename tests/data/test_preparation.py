@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
+import forked
 import pytest
 
 from sa_lens.config import DataConfig
@@ -88,12 +88,9 @@ def _prepare_in_process(settings: dict[str, object], barrier: object, results: o
 
 
 def test_two_processes_at_once_make_one_file_and_a_third_the_same(config: DataConfig, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
+    barrier, results = forked.CONTEXT.Barrier(2), forked.CONTEXT.Queue()
     settings = dataclasses.asdict(config)
-    processes = [context.Process(target=_prepare_in_process, args=(settings, barrier, results)) for _ in range(2)]
-    for process in processes:
-        process.start()
+    processes = [forked.start(_prepare_in_process, settings, barrier, results) for _ in range(2)]
     first, second = results.get(timeout=60), results.get(timeout=60)
     for process in processes:
         process.join(timeout=60)

@@ -1,7 +1,4 @@
-"""Training in processes of their own, which may be killed or train together.
-
-They are forked from a server that has imported everything and computed nothing, so that each starts in milliseconds.
-"""
+"""Training in processes of their own, which may be killed or train together."""
 
 from __future__ import annotations
 
@@ -14,25 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import forked
+
 from sa_lens.config import RunConfig
 
 Where = Literal["anywhere", "writing"]
-
-
-def start(function: Callable[..., None], *arguments: Any) -> Any:
-    """Starts `function` in a child; returns the process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sa_lens.training", "sa_lens.core.fused", "accelerate", "tokenizers"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        process = context.Process(target=function, args=arguments)
-        process.start()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-    return process
 
 
 def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: Path) -> None:
@@ -88,7 +71,7 @@ def train_together(run: RunConfig, out: Path, processes: int, *, shard: bool = F
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = [start(_one_of, run, out, rank, processes, port, shard, options) for rank in range(processes)]
+    started = [forked.start(_one_of, run, out, rank, processes, port, shard, options) for rank in range(processes)]
     for process in started:
         process.join()
     assert [process.exitcode for process in started] == [0] * processes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import child_processes
+import forked
 import numpy as np
 import pytest
 import torch
@@ -118,9 +119,7 @@ def test_sigkill_at_twenty_random_moments(cache: Path, tmp_path: Path, whole: Tr
     report = tmp_path / "calls"
     total = {}
     for where in ("anywhere", "writing"):
-        process = child_processes.start(
-            child_processes.train_and_die, tiny_run(cache), tmp_path / where, where, -1, report
-        )
+        process = forked.start(child_processes.train_and_die, tiny_run(cache), tmp_path / where, where, -1, report)
         process.join()
         assert process.exitcode == 0
         total[where] = int(report.read_text())
@@ -130,7 +129,7 @@ def test_sigkill_at_twenty_random_moments(cache: Path, tmp_path: Path, whole: Tr
         run = tiny_run(cache, workers=1 if trial % 5 == 0 else 0)
         out = tmp_path / f"trial-{trial}" / "run"
         moment = int(rng.integers(1, total[where]))
-        process = child_processes.start(child_processes.train_and_die, run, out, where, moment, report)
+        process = forked.start(child_processes.train_and_die, run, out, where, moment, report)
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"trial {trial}: call {moment} of {total[where]}, {where}"
         for folder in complete_steps(out):
