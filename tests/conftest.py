@@ -148,8 +148,9 @@ def executed(once: Once) -> Callable[[Path], Any]:
                 "SA_LENS_RUN": str(home / "run"),
                 "SA_LENS_BASELINE": str(home / "baseline"),
                 "SA_LENS_OUT": str(folder / "out"),
-                "SA_LENS_PAIRS": "32",
+                "SA_LENS_PAIRS": "16",
                 "SA_LENS_STEPS": "4",
+                "SA_LENS_TOKENS": "2000",
                 "SA_LENS_CACHE": os.environ.get("SA_LENS_CACHE", str(home / "cache")),
                 "HF_HUB_OFFLINE": "1",
             }

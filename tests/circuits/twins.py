@@ -72,12 +72,19 @@ def edge_hooks(
 
         return edit
 
+    # where nothing is removed, no hook would change or record anything that is used
+    sources = {str(edge.source) for edge in removed}
     hooks: list[tuple[str, Callable]] = [("blocks.0.hook_resid_pre", read_embed)]
     for layer in range(model.cfg.n_layers):
-        hooks += [(f"blocks.{layer}.hook_{port}_input", edit_port(port)) for port in "qkv"]
-        hooks.append((f"blocks.{layer}.attn.hook_z", read_z))
-        if not model.cfg.attn_only:
+        heads = [Node("head", layer, head) for head in range(model.cfg.n_heads)]
+        for port in "qkv":
+            if any((head, port) in into for head in heads):
+                hooks.append((f"blocks.{layer}.hook_{port}_input", edit_port(port)))
+        if any(str(head) in sources for head in heads):
+            hooks.append((f"blocks.{layer}.attn.hook_z", read_z))
+        if (Node("mlp", layer), "") in into:
             hooks.append((f"blocks.{layer}.hook_mlp_in", edit_node(Node("mlp", layer))))
+        if f"m{layer}" in sources:
             hooks.append((f"blocks.{layer}.hook_mlp_out", read_mlp))
     hooks.append((f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", edit_node(Node("logits"))))
     return hooks
