@@ -277,6 +277,7 @@ def pages(site: Path) -> dict[str, Page]:
     return parsed
 
 
+@pytest.mark.slow
 def test_the_site_has_every_page(pages):
     expected = {page.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for page in PAGES[1:]}
     assert expected | {"404.html"} == set(pages)

@@ -197,6 +197,7 @@ def within_a_step(graph: Graph, decided: torch.Tensor) -> bool:
     return any(len(found) == 2 for found in steps.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
     stream: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch

@@ -283,6 +283,7 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 def test_under_torch_compile() -> None:
     model = build()
     tokens, targets = batch()

@@ -249,6 +249,7 @@ def test_progress_is_shown_and_hidden(config: DataConfig, capfd: pytest.CaptureF
     assert "270/270" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not here")
 def test_published_token_count(tmp_path: Path) -> None:
     settings = DataConfig(

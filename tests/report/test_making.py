@@ -96,6 +96,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_same_seed_same_report_and_nothing_written(gated_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "LABELLED", 60)
     before = contents(gated_run)
