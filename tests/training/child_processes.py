@@ -132,7 +132,7 @@ def train_and_lose_one(run: RunConfig, out: Path, step: int, report: Path) -> li
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = [start(_one_of_two, run, out, rank, port, step, report) for rank in range(2)]
+    started = [forked.start(_one_of_two, run, out, rank, port, step, report) for rank in range(2)]
     for process in started:
         process.join()
     return [process.exitcode for process in started]
