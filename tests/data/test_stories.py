@@ -548,6 +548,8 @@ def test_bad_prompt_requests_are_refused() -> None:
         draw_prompts("ioi", 1, templates=prompt_templates("object"))
     with pytest.raises(ValueError, match="different gender"):
         draw_prompts("pronoun", 1, pairs=[frozenset(("Lily", "Anna"))])
-    with pytest.raises(ValueError, match="n=3 prompts: only 2 different"):
-        draw_prompts("repeated", 3, pairs=[frozenset(("Lily", "Tom"))], templates=prompt_templates("repeated")[:1])
+    with pytest.raises(ValueError, match="n=100000"):
+        draw_prompts(
+            "repeated", 100_000, pairs=[frozenset(("Lily", "Tom"))], templates=prompt_templates("repeated")[:1]
+        )
     assert set(PATTERNS) == set(LABELS["pattern"])
