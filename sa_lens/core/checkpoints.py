@@ -143,8 +143,13 @@ def check_description(model: SelfAblatingTransformer, described: Mapping[str, An
     """
 
     def settings(module: torch.nn.Module) -> dict[str, Any]:
+        # private ones are caches of TransformerLens and marks of FSDP
         plain = bool | int | float | GateConfig
-        return {name: v for name, v in vars(module).items() if isinstance(v, plain) and name != "training"}
+        return {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, plain) and name != "training" and not name.startswith("_")
+        }
 
     twin = build(described, device="meta")
     wanted = {name: (tuple(p.shape), p.dtype) for name, p in twin.named_parameters()}
