@@ -28,7 +28,7 @@ def test_two_processes_give_the_losses_of_one(make_run: MakeRun, tmp_path: Path,
     gates = GateConfig(scope=scope, k_attn=4, k_mlp=8)  # type: ignore[arg-type]
     accumulate = 2 if gates.gated else 1
     run = make_run(
-        gates, steps=100, lr=1e-3, log_every=1, eval_every=50, save_every=50, batch_size=4, accumulate=accumulate
+        gates, steps=40, lr=1e-3, log_every=1, eval_every=20, save_every=20, batch_size=4, accumulate=accumulate
     )
     one = train(run, tmp_path / "one", progress=False)
     child_processes.train_together(run, tmp_path / "two", 2)
@@ -37,12 +37,12 @@ def test_two_processes_give_the_losses_of_one(make_run: MakeRun, tmp_path: Path,
         found, expected = (losses(tmp_path / folder, name, "eval") for folder in ("two", "one"))
         assert found == pytest.approx(expected, rel=1e-6)
     # one writer: every record once, and no file that one process alone would not have written
-    assert [r["step"] for r in records(tmp_path / "two", "train")] == list(range(1, 101))
+    assert [r["step"] for r in records(tmp_path / "two", "train")] == list(range(1, 41))
     names = [{str(p.relative_to(out)) for p in out.rglob("*")} for out in (tmp_path / "two", one.folder)]
     assert names[0] == names[1]
-    state = json.loads((tmp_path / "two" / "state" / "step-100" / "state.json").read_text())
+    state = json.loads((tmp_path / "two" / "state" / "step-40" / "state.json").read_text())
     assert state["environment"]["processes"] == 2
-    assert state["position"] == 400
+    assert state["position"] == 160
 
 
 @pytest.mark.slow
