@@ -9,7 +9,6 @@ connection.
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import html
 import json
@@ -23,7 +22,8 @@ from sa_lens.data.writing import atomic_write
 from sa_lens.places import output_file
 from sa_lens.report.packing import packed
 from sa_lens.report.records import Report
-from sa_lens.views.page import library_script
+from sa_lens.views.page import library_source
+from sa_lens.views.page import packed as compressed
 from sa_lens.views.theme import DARK, FONT, LIGHT, Palette
 
 __all__ = ["write_page"]
@@ -63,7 +63,7 @@ def _page(report: Report) -> bytes:
     script = _script()
     packs = {name: json.dumps(part, separators=(",", ":"), allow_nan=False) for name, part in packed(report).items()}
     packs["palettes"] = json.dumps({"light": asdict(LIGHT), "dark": asdict(DARK), "font": FONT})
-    packs["plotly"] = _plotly()
+    packs["plotly"] = library_source("plotly")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = Template(_asset("report.html")).substitute(
         policy=(
@@ -74,7 +74,7 @@ def _page(report: Report) -> bytes:
         version=html.escape(report.version),
         style=_style(),
         packs="\n".join(
-            f'<script type="text/plain" id="pack-{name}">{_small(text)}</script>' for name, text in packs.items()
+            f'<script type="text/plain" id="pack-{name}">{compressed(text)}</script>' for name, text in packs.items()
         ),
         script=script,
     )
@@ -105,14 +105,3 @@ def _variables(palette: Palette) -> str:
     lines = {f"line-{i}": colour for i, colour in enumerate(named.pop("lines"))}
     single = {name: colour for name, colour in named.items() if isinstance(colour, str)}
     return "".join(f"--{name}:{colour};" for name, colour in (single | lines).items())
-
-
-def _plotly() -> str:
-    """Plotly's script, without the element around it."""
-    element = library_script("plotly")
-    return element[element.index(">") + 1 : element.rindex("</script>")]
-
-
-def _small(text: str) -> str:
-    """Text compressed, the same bytes at any time, in letters that HTML leaves alone."""
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from sa_lens.places import output_file
-from sa_lens.views.page import component, in_notebook, inert, scripts_to_carry
+from sa_lens.views.page import component, in_notebook, inert, scripts_to_carry, write_html
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
@@ -34,10 +34,7 @@ class Figure(go.Figure):
 
     def fragment(self) -> str:
         """The figure as HTML without plotly's script, which the page must hold."""
-        content = self.to_plotly_json()
-        shown = pio.to_json({"data": content["data"], "layout": content["layout"], "config": _CONFIG}, validate=False)
-        height = self.layout.height or 450
-        return component("plotly", "", inert(json.loads(shown)), style=f"min-height:{height}px")
+        return _fragment(self)
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         content = json.loads(self.to_json(validate=False))
@@ -72,6 +69,13 @@ class Figure(go.Figure):
         return save(self, path, scale=scale)
 
 
+def _fragment(figure: go.Figure) -> str:
+    content = figure.to_plotly_json()
+    shown = pio.to_json({"data": content["data"], "layout": content["layout"], "config": _CONFIG}, validate=False)
+    height = figure.layout.height or 450
+    return component("plotly", "", inert(json.loads(shown)), style=f"min-height:{height}px")
+
+
 @singledispatch
 def draw(shown: object, *, dark: bool = False) -> Figure:
     """A plotly figure of a record, of a circuit, or of a table of patches.
@@ -103,10 +107,10 @@ def save(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
     path = output_file(path)
     if path.suffix not in (".html", *IMAGES):
         raise ValueError(f"{path.name}: a figure is saved as .html, {', '.join(IMAGES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
-        figure.write_html(path, include_plotlyjs=True, full_html=True, config=_CONFIG)
+        write_html(path, path.stem, ("plotly",), _fragment(figure), str(figure.layout.paper_bgcolor or "white"))
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         import kaleido  # noqa: F401
     except ImportError as error:

@@ -152,7 +152,8 @@ def test_saved_page(model, tmp_path):
     assert "Attention of layer 0" in text
     with pytest.raises(ValueError, match=r"saved as \.html"):
         view(attention(model, TOKENS, 0)).save(tmp_path / "a.png")
-    assert view(gate_raster(model, TOKENS)).save(tmp_path / "b.html").stat().st_size > 3e6
+    # plotly, compressed
+    assert 1e6 < view(gate_raster(model, TOKENS)).save(tmp_path / "b.html").stat().st_size < 2.2e6
 
 
 def test_markup_in_data_stays_data(reader):
