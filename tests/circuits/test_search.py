@@ -12,7 +12,7 @@ from known import known_model, known_pairs, path
 from micro import gated, token_pairs
 
 from sa_lens.circuits.acdc import acdc
-from sa_lens.circuits.circuit_metric import CircuitMetric
+from sa_lens.circuits.circuit_metric import CircuitMetric, SharedRuns
 from sa_lens.circuits.graph import Circuit
 from sa_lens.circuits.metrics import skill
 from sa_lens.circuits.search import Method, find_circuit, table
@@ -36,6 +36,17 @@ def test_the_known_circuit_is_found(method: Method) -> None:
     assert row["edges"] == row["connected"] == row["edges_0.9"] == 2
     assert row["able"]
     assert not found.warnings
+
+
+def test_shared_runs_change_nothing() -> None:
+    """Two methods that share runs find what each finds alone, with one metric for each set of pairs."""
+    model, pairs, runs = known_model({(0, 0): 1.0, (1, 1): 3.0}), halves(), SharedRuns()
+    for method in ("eap", "exact"):
+        shared = find_circuit(model, *pairs, method, runs=runs, progress=False)  # type: ignore[arg-type]
+        alone = find_circuit(model, *pairs, method, progress=False)  # type: ignore[arg-type]
+        assert shared.circuit == alone.circuit
+        assert {**shared.row(), "seconds": 0} == pytest.approx({**alone.row(), "seconds": 0}, nan_ok=True)
+    assert len(runs._made) == len(pairs)
 
 
 def test_the_size_asked_for() -> None:
