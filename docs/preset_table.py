@@ -26,7 +26,8 @@ def row(name: str, run: RunConfig) -> str:
         rate,
         f"loss {loss.clean:g} / {loss.ablated:g} / {loss.reconstruction:g}",
     ]
-    return f"| `{name}` | {', '.join(shape)} | {gates.kind} {gates.scope}, {k}, T {gates.temperature:g} | {', '.join(steps)} |"
+    gate = f"{gates.kind} {gates.scope}, {k}, T {gates.temperature:g}"
+    return f"| `{name}` | {', '.join(shape)} | {gate} | {', '.join(steps)} |"
 
 
 def preset_table() -> str:

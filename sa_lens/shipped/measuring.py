@@ -16,8 +16,9 @@ PROMPTS = 400
 """Prompts of each task."""
 PAIR_BARS: dict[Stream, float] = {"clean": 0.95, "ablated": 0.90}
 """Least pair accuracy on IOI with name pairs that never meet in training."""
-CLEAN_BAR, ABLATED_BAR = 1.05, 0.95
-"""Largest clean loss over the dense model's, and largest ablated loss in nats."""
+CLEAN_BAR, ABLATED_BAR = 1.05, 1.15
+"""Largest clean and largest ablated loss, as multiples of the dense model's: what a loss in nats is worth depends on how
+much the stories leave open."""
 
 
 class Bar(NamedTuple):
@@ -78,10 +79,10 @@ def stories_bars(local: Mapping[str, Any], dense: Mapping[str, Any]) -> list[Bar
         Bar(ioi[stream] >= least, f"IOI on held-out name pairs, {stream} stream: {ioi[stream]:.1%} (bar: {least:.0%})")
         for stream, least in PAIR_BARS.items()
     ]
-    ratio = local["losses"]["clean"] / dense["losses"]["clean"]
-    ablated = local["losses"]["ablated"]
-    return [
-        *bars,
-        Bar(ratio <= CLEAN_BAR, f"clean loss: {ratio:.3f} x the dense model's (bar: {CLEAN_BAR:.2f})"),
-        Bar(ablated <= ABLATED_BAR, f"ablated loss: {ablated:.3f} nats per token (bar: {ABLATED_BAR:.2f})"),
-    ]
+    for stream, most in (("clean", CLEAN_BAR), ("ablated", ABLATED_BAR)):
+        loss = local["losses"][stream]
+        ratio = loss / dense["losses"]["clean"]
+        bars.append(
+            Bar(ratio <= most, f"{stream} loss {loss:.3f} nats, {ratio:.3f} x the dense model's (bar: {most:.2f} x)")
+        )
+    return bars
