@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_shelf import fill, tiny
 
 import sa_lens as sa
 from sa_lens import catalogue, cli
@@ -126,22 +127,6 @@ def test_wheel_and_sdist_hold_them() -> None:
 # -------------------------------------------------------------------------------------- making them, and their names
 
 
-def _tiny(name: str, source: str | None = None) -> recipes.Recipe:
-    """The recipe at a size that trains in a moment."""
-    recipe = recipes.RECIPES[name]
-    data = dataclasses.replace(recipe.run.data, n_stories=200, vocab_size=900, keep_whole=None, validation=None)
-    run = dataclasses.replace(
-        recipe.run,
-        model=dataclasses.replace(recipe.run.model, n_layers=1, d_model=16, n_heads=2, n_ctx=64),
-        gates=dataclasses.replace(recipe.run.gates, k_attn=4, k_mlp=4),
-        data=dataclasses.replace(data, source=source or data.source),
-        train=dataclasses.replace(
-            recipe.run.train, steps=4, dense_share=0.5, warmup_steps=0, batch_size=2, eval_every=2, eval_tokens=200
-        ),
-    )
-    return dataclasses.replace(recipe, run=run)
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("work")
@@ -151,17 +136,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_shelf(tmp_path_factory: pytest.TempPathFactory, work: Path) -> Path:
     """A folder of tiny models under the names of the shipped ones."""
     shelf = tmp_path_factory.mktemp("shelf")
-    text = tmp_path_factory.mktemp("text")
-    from sa_lens.data.stories import generate
-
-    (text / "real.jsonl").write_text("\n".join(json.dumps({"text": story.text}) for story in generate(200, 9)))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(measuring, "PROMPTS", 20)
-        for name, source in (("stories-local", None), ("stories-dense", None), ("tinystories-local", "real.jsonl")):
-            recipe = _tiny(name, source)
-            data = dataclasses.replace(recipe.run.data, source=str(text / source) if source else "stories")
-            run = dataclasses.replace(recipe.run, data=data)
-            make.pack(name, recipe, make.train_model(run, work / name, progress=False), shelf)
+    fill(shelf, work, ("stories-local", "stories-dense", "tinystories-local"))
     return shelf
 
 
@@ -187,7 +162,7 @@ def test_packing_rounds_first_and_measures_then(shelf: Path, work: Path) -> None
         {"clean": found.clean_loss, "ablated": found.ablated_loss}, abs=1e-4
     )
     assert measuring.losses_on(shipped, known["sample"]["texts"]) == pytest.approx(known["sample"]["losses"], abs=1e-3)
-    assert known["settings"] == to_dict(_tiny(name).run)
+    assert known["settings"] == to_dict(tiny(name).run)
     assert not [file for file in shelf.rglob("*.json") if str(work) in file.read_text(encoding="utf-8")]
 
 
@@ -195,7 +170,7 @@ def test_a_finished_run_is_packed_again_without_training(
     shelf: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "PROMPTS", 20)
-    monkeypatch.setitem(recipes.RECIPES, "stories-dense", _tiny("stories-dense"))
+    monkeypatch.setitem(recipes.RECIPES, "stories-dense", tiny("stories-dense"))
     before = (work / "stories-dense" / "metrics.jsonl").read_bytes()
     make.make(("stories-dense",), work=work, out=tmp_path / "again")
     assert (work / "stories-dense" / "metrics.jsonl").read_bytes() == before

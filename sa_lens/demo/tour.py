@@ -1,0 +1,194 @@
+"""A tour of the shipped pair: skill, stories, patching, circuits, masks, units, a report, and a short training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sa_lens.catalogue import about, run_folder
+from sa_lens.circuits.acdc import acdc
+from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.graph import Circuit
+from sa_lens.circuits.patching import patch
+from sa_lens.circuits.tasks import PromptPairs, make_unseen
+from sa_lens.config import RunConfig, Stream
+from sa_lens.core import SelfAblatingTransformer
+from sa_lens.data import PreparedData
+from sa_lens.demo import demo_run
+from sa_lens.demo.clock import Clock
+from sa_lens.demo.tables import loss_table, show, skill_table
+from sa_lens.report import make_report, write_page
+from sa_lens.shipped.make import figures_of
+from sa_lens.shipped.measuring import skills
+from sa_lens.training import sample, side_by_side, train
+from sa_lens.training.report import load_run, text_of_run
+from sa_lens.training.run_folder import is_run
+from sa_lens.units.activations import model_streams
+from sa_lens.units.comparison import summary
+from sa_lens.units.firing import calibrate
+from sa_lens.units.unit_tables import specialization
+from sa_lens.views import draw, save, to_record, training_curves
+from sa_lens.views import side_by_side as figures_side_by_side
+
+LOCAL, DENSE = "stories-local", "stories-dense"
+STREAMS: tuple[Stream, ...] = ("clean", "ablated")
+SHARE_OF_STEPS = 4
+"""The short training takes one of so many steps of the shipped model's."""
+PROMPTS, SKILL_PROMPTS = 48, 200
+"""Prompt pairs of patching and circuits, and of each task's skill."""
+UNIT_TOKENS, REPORT_UNITS = 20_000, 48
+"""Tokens that units are described on, and units of each model that the report explains."""
+TAU = 0.01
+"""ACDC's threshold, nats."""
+
+
+def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> Path:
+    """Runs the parts one after the other, printing what each has found; see `sa_lens.demo.demo`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with clock.part("loading the two models"):
+        models = {name: load_run(name, device=device).requires_grad_(False) for name in (DENSE, LOCAL)}
+        local = models[LOCAL]
+    for name in models:
+        print(f"{name}: {about(name)['description']}")
+
+    with clock.part("skill"):
+        found = {
+            name.removeprefix("stories-"): {"skills": skills(model, "stories", n=SKILL_PROMPTS, seed=seed)}
+            for name, model in models.items()
+        }
+    show(
+        f"Pair accuracy on {SKILL_PROMPTS} prompts of each task, IOI with names that never meet in training",
+        skill_table(found),
+    )
+
+    with clock.part("stories"):
+        print("\nA story of the dense model, and one of each stream of the self-ablating model")
+        for model in models.values():
+            print(side_by_side(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed)) + "\n")
+
+    pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, world="stories")
+    pairs = max((group for _, group in pairs.by_length(PROMPTS)), key=len)
+    with clock.part("patching"):
+        figures = patching_figures(local, pairs, out, progress)
+    with clock.part("circuits"):
+        circuits = {stream: acdc(local, pairs, TAU, stream=stream, progress=progress).circuit for stream in STREAMS}
+        figures.append(circuit_figure(circuits, out))
+        judged = faithfulness_curve(local, pairs, [circuits["ablated"]], stream="ablated", progress=progress)
+        masks_alone = judged.about["masks_alone"]
+    tell_circuits(circuits, masks_alone)
+
+    with clock.part("text"):
+        data = text_of_run(LOCAL, local)
+    with clock.part("units"):
+        tell_units(local, data, seed, progress)
+    with clock.part("report"):
+        made = make_report(
+            [LOCAL, DENSE],
+            title="The shipped models of the generated stories",
+            n_units=REPORT_UNITS,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        page = write_page(made, out / "report.html")
+
+    with clock.part("training"):
+        trained = short_training(out / "short", seed, device, progress)
+        short = figures_of(trained, demo_run(seed=seed), "stories", data)
+        figures.append(save(draw(training_curves([out / "short"])), out / "training.html"))
+    stored = {name: about(name)["figures"] for name in (DENSE, LOCAL)}
+    show("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
+
+    ioi = {row["stream"]: row["pair_accuracy"] for row in found["local"]["skills"] if row["task"] == "ioi"}
+    sizes = {stream: len(circuit.prune_dangling()) for stream, circuit in circuits.items()}
+    total = len(circuits["clean"].graph)
+    print(
+        "\nWhat was found\n"
+        f"  The self-ablating model names the receiver in {ioi['clean']:.0%} of the prompts; with only\n"
+        f"  {local.gates.k_attn} attention units and {local.gates.k_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
+        f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream, {sizes['ablated']} in the other.\n"
+        f"  There, the masks alone carry {masks_alone:.0%} of the effect."
+    )
+    print(f"\nWhere the time went\n{clock.table()}")
+    print("\nFigures:", *(f"  {path}" for path in figures), sep="\n")
+    print(f"\nReport, to open in a browser:\n  {page}")
+    print(
+        "\nNext:\n"
+        f'  sa-lens generate {LOCAL} "Lily and Tom went to the park."\n'
+        f"  sa-lens circuit {LOCAL} --task object --stream ablated\n"
+        "  sa-lens demo --train\n"
+        "  sa-lens train --preset laptop --data.source stories --out runs/mine\n"
+        "  jupyter lab examples/01_train_and_patch.ipynb"
+    )
+    return out
+
+
+def patching_figures(model: SelfAblatingTransformer, pairs: PromptPairs, out: Path, progress: bool) -> list[Path]:
+    """Patches residual streams and heads in both streams and draws the results, a figure for each."""
+    written = []
+    for what, title in (("resid_pre", "residual streams"), ("heads", "heads")):
+        tables = [patch(model, pairs, what, stream, progress=progress) for stream in STREAMS]
+        records = [to_record(table, "value") for table in tables]
+        figure = figures_side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
+        written.append(save(figure, out / f"patching-{what}.html"))
+    return written
+
+
+def circuit_figure(circuits: dict[Stream, Circuit], out: Path) -> Path:
+    """Draws the circuits of both streams next to one another."""
+    figure = figures_side_by_side(
+        list(circuits.values()), "ACDC's circuit of the indirect object", names=[f"{name} stream" for name in circuits]
+    )
+    return save(figure, out / "circuits.html")
+
+
+def tell_circuits(circuits: dict[Stream, Circuit], masks_alone: float) -> None:
+    """Prints the sizes of the circuits, and what the masks carry."""
+    print(f"\nCircuits of the indirect object (ACDC, tau {TAU} nats)")
+    for stream, circuit in circuits.items():
+        print(f"  {stream:<8} stream: {len(circuit.prune_dangling())} of {len(circuit.graph)} edges")
+    print(f"  The clean prompt's masks alone, with no edge out of the embedding: {masks_alone:.0%} of the effect")
+
+
+def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, progress: bool) -> None:
+    """Prints what the units of each stream fire on, as means over units."""
+    thresholds = calibrate(model, data.train, model_streams(model), n_tokens=UNIT_TOKENS, progress=progress)
+    table = specialization(model, data.validation, thresholds, n_tokens=UNIT_TOKENS, progress=progress).table
+    means = summary(table, seed=seed).query("kind == 'all'")
+    shown = means.pivot(index="column", columns="stream", values="mean").reindex(means["column"].unique())
+    show("Units, means over those that are live", shown.dropna(how="all"))
+
+
+def short_training(folder: Path, seed: int, device: str, progress: bool) -> SelfAblatingTransformer:
+    """Trains a model like the shipped one from scratch, with its schedule and tokenizer but fewer steps.
+
+    Small models are fastest on one thread, and sums are then taken in one order on any number of cores.
+    """
+    run = short_run(seed)
+    print(
+        f"\nTraining a self-ablating model from scratch: {run.train.steps:,} steps of {run.train.batch_size} x "
+        f"{run.model.n_ctx} tokens, the first {run.train.dense_steps:,} of the clean stream alone",
+        flush=True,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(run, folder, device=device, resume=is_run(folder), progress=progress)
+    finally:
+        torch.set_num_threads(before)
+    return load_run(str(folder), device=device)
+
+
+def short_run(seed: int) -> RunConfig:
+    """The configuration of the short training."""
+    run = demo_run(seed=seed)
+    steps = run.train.steps // SHARE_OF_STEPS
+    options: dict[str, Any] = {"steps": steps, "eval_every": steps // 2, "save_every": steps}
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, tokenizer=str(run_folder(LOCAL))),
+        train=dataclasses.replace(run.train, **options),
+    )
