@@ -13,7 +13,7 @@ READY := $(VENV)/installed
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train a small self-ablating model on generated stories and patch both of its streams"
+	@echo "make demo    show what the shipped models do in both streams, and train one for a minute"
 	@echo "make test    run the tests"
 	@echo "make check   formatter, linter, type checker, tests"
 	@echo "make format  rewrite the code as the formatter wants it"

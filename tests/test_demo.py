@@ -18,8 +18,9 @@ from sa_lens import catalogue, cli, demo
 from sa_lens.core.checkpoints import complete_steps
 from sa_lens.demo import pair, tour
 from sa_lens.demo.clock import Clock
-from sa_lens.shipped import measuring
+from sa_lens.shipped import measuring, recipes
 from sa_lens.shipped.measuring import stories_bars
+from sa_lens.stopping import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def tiny_shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shelf(tiny_shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny models take the place of the shipped ones, in the current folder and its sizes."""
     monkeypatch.setattr(catalogue, "SHIPPED", tiny_shelf)
-    monkeypatch.setattr("sa_lens.shipped.recipes.STORIES", tiny("stories-local").run)
+    monkeypatch.setattr("sa_lens.shipped.recipes.DEMO", tiny("stories-local").run)
     monkeypatch.setattr(measuring, "PROMPTS", 20)
     monkeypatch.chdir(tmp_path)
     return tiny_shelf
@@ -53,7 +54,7 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
         path.write_text(report)
         return path
 
-    for name, value in (("PROMPTS", 4), ("SKILL_PROMPTS", 8), ("UNIT_TOKENS", 200), ("SHARE_OF_STEPS", 2)):
+    for name, value in (("PROMPTS", 4), ("SKILL_PROMPTS", 8), ("UNIT_TOKENS", 200), ("SHORT_STEPS", 2)):
         monkeypatch.setattr(tour, name, value)
     # a model that has learnt nothing tells clean and corrupt prompts apart by next to nothing
     monkeypatch.setattr(tour, "faithfulness_curve", functools.partial(tour.faithfulness_curve, minimum_gap=1e-9))
@@ -82,10 +83,11 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
     assert [step.name for step in complete_steps(out / "short")] == ["step-2"]
 
 
-def test_the_short_training_is_the_shipped_one_with_fewer_steps() -> None:
+def test_the_short_training_is_that_of_the_pair_with_fewer_steps() -> None:
     whole, short = demo.demo_run(seed=3), tour.short_run(3)
     assert (short.model, short.gates, short.loss) == (whole.model, whole.gates, whole.loss)
     assert short.train.steps < whole.train.steps / 3
+    assert (short.model, short.gates) == (recipes.STORIES.model, recipes.STORIES.gates)
     assert short.train.dense_steps / short.train.steps == pytest.approx(whole.train.dense_share, abs=0.01)
 
 
@@ -100,13 +102,15 @@ class InProcess:
     """Stands for a process that is spawned: runs at once, in this one."""
 
     def __init__(self, target: Callable[..., None], args: tuple[Any, ...], name: str) -> None:
-        self.target, self.args, self.exitcode = target, args, 0
+        self.target, self.args, self.name, self.exitcode = target, args, name, 0
 
     def start(self) -> None:
         try:
             self.target(*pickle.loads(pickle.dumps(self.args)))
-        except ValueError:
-            self.exitcode = 1
+        except SystemExit as stop:
+            self.exitcode = 1 if isinstance(stop.code, str) else int(stop.code or 0)
+
+    def terminate(self) -> None: ...
 
     def is_alive(self) -> bool:
         return False
@@ -140,6 +144,24 @@ def test_a_training_that_fails_is_named(shelf: Path, in_process: None, tmp_path:
     odd = dataclasses.replace(run, model=dataclasses.replace(run.model, n_ctx=10**6))
     with pytest.raises(RuntimeError, match=r"the training of local in .*local failed"):
         pair.train_both({"dense": run, "local": odd}, tmp_path, device="cpu", progress=False)
+
+
+def test_both_trainings_are_told_to_stop_and_the_runs_go_on(
+    shelf: Path, in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    run = demo.demo_run()
+    with monkeypatch.context() as patched:
+        patched.setattr(pair, "_watch", stopped)
+        patched.setattr(pair, "train_model", lambda run, folder, **options: None)
+        patched.setattr(InProcess, "terminate", lambda process: told.append(process.name))
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            pair.train_both({"dense": run, "local": run}, tmp_path, device="cpu", progress=False)
+    assert told == ["dense", "local"]
 
 
 def test_each_bar_is_the_figure_of_the_right_stream() -> None:

@@ -23,6 +23,7 @@ from tiny_shelf import fill, tiny
 import sa_lens as sa
 from sa_lens import catalogue, cli
 from sa_lens.config import from_dict, to_dict
+from sa_lens.report.subjects import open_subjects
 from sa_lens.shipped import make, measuring, recipes
 from sa_lens.training import train
 from sa_lens.training.report import evaluate_run, settings_of, text_of_run
@@ -214,6 +215,8 @@ def test_a_folder_of_that_name_does_not_shadow_them(
     assert len(said) == 1
     for folder in ("./stories-local", Path("stories-local"), str(Path.cwd() / "stories-local")):
         assert sa.SelfAblatingTransformer.from_pretrained(folder).cfg.d_model == 8
+    with pytest.raises(ValueError, match="stories-local has no tokenizer"):
+        open_subjects([Path("stories-local")], "cpu")
 
 
 @pytest.mark.parametrize("name", ["storis-local", "stories_local"])

@@ -11,16 +11,20 @@ from pathlib import Path
 
 from sa_lens.config import RunConfig
 from sa_lens.demo.clock import Clock
+from sa_lens.places import output_file, output_folder
+
+FIGURES = ("patching-resid_pre", "patching-heads", "circuits", "training")
+"""Figures that the demo draws, each an HTML file."""
 
 
 def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
-    """The configuration of the models that the demo shows; with scope `none`, of the dense one."""
-    from sa_lens.shipped.recipes import STORIES
+    """The configuration of the models that `train_demo` trains; with scope `none`, of the dense one."""
+    from sa_lens.shipped.recipes import DEMO
 
     return dataclasses.replace(
-        STORIES,
-        gates=dataclasses.replace(STORIES.gates, scope=scope),  # type: ignore[arg-type]
-        train=dataclasses.replace(STORIES.train, seed=seed),
+        DEMO,
+        gates=dataclasses.replace(DEMO.gates, scope=scope),  # type: ignore[arg-type]
+        train=dataclasses.replace(DEMO.train, seed=seed),
     )
 
 
@@ -36,10 +40,13 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
     Returns:
         The folder.
     """
-    clock = Clock()
+    folder, clock = output_folder(out), Clock()
+    output_folder(folder / "short")
+    for name in (*FIGURES, "report"):
+        output_file(folder / f"{name}.html")
     with clock.part("start of PyTorch and TransformerLens"):
         from sa_lens.demo.tour import tour
-    return tour(Path(out), clock, seed=seed, device=device, progress=progress)
+    return tour(folder, clock, seed=seed, device=device, progress=progress)
 
 
 def train_demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", progress: bool = True) -> bool:
@@ -54,8 +61,10 @@ def train_demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "a
     Returns:
         Whether every bar is reached.
     """
-    clock = Clock()
+    folder, clock = output_folder(out), Clock()
     with clock.part("start of PyTorch and TransformerLens"):
         from sa_lens.demo.pair import train_pair
     runs = {"dense": demo_run("none", seed), "local": demo_run("local", seed)}
-    return train_pair(runs, Path(out), clock, device=device, progress=progress)
+    for name in runs:
+        output_folder(folder / name)
+    return train_pair(runs, folder, clock, device=device, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from sa_lens.demo.clock import Clock
 from sa_lens.demo.tables import loss_table, show, skill_table
 from sa_lens.shipped.make import figures_of, train_model
 from sa_lens.shipped.measuring import stories_bars
+from sa_lens.stopping import Interrupted
 from sa_lens.training.metrics import MetricsFile
 from sa_lens.training.report import load_run, text_of_run
 from sa_lens.training.run_folder import METRICS
@@ -53,7 +55,7 @@ def train_both(runs: Mapping[str, RunConfig], out: Path, *, device: str, progres
 
     Raises:
         RuntimeError: a training failed; its own message is on standard error.
-        KeyboardInterrupt: the trainings have saved their states.
+        Interrupted: Ctrl-C; the trainings have saved their states.
     """
     context = multiprocessing.get_context("spawn")
     processes = {
@@ -64,14 +66,14 @@ def train_both(runs: Mapping[str, RunConfig], out: Path, *, device: str, progres
         process.start()
     try:
         _watch(runs, out, processes, progress)
-    except BaseException:
+    except KeyboardInterrupt as stop:
         for process in processes.values():
             # a training that is told to end saves its state first
             process.terminate()
-        raise
-    finally:
-        for process in processes.values():
             process.join()
+        raise Interrupted(f"stopped; the same command goes on with the runs in {out}", folder=out) from stop
+    for process in processes.values():
+        process.join()
     failed = [name for name, process in processes.items() if process.exitcode != 0]
     if failed:
         raise RuntimeError(f"the training of {failed[0]} in {out / failed[0]} failed: its message is above")
@@ -79,7 +81,12 @@ def train_both(runs: Mapping[str, RunConfig], out: Path, *, device: str, progres
 
 def _train_one(run: RunConfig, folder: Path, device: str) -> None:
     torch.set_num_threads(1)
-    train_model(run, folder, device=device, progress=False)
+    try:
+        train_model(run, folder, device=device, progress=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"{folder}: {error}")
 
 
 def _watch(runs: Mapping[str, RunConfig], out: Path, processes: Mapping[str, Any], progress: bool) -> None:

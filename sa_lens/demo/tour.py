@@ -35,8 +35,8 @@ from sa_lens.views import side_by_side as figures_side_by_side
 
 LOCAL, DENSE = "stories-local", "stories-dense"
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
-SHARE_OF_STEPS = 4
-"""The short training takes one of so many steps of the shipped model's."""
+SHORT_STEPS = 1_100
+"""Steps of the short training."""
 PROMPTS, SKILL_PROMPTS = 48, 200
 """Prompt pairs of patching and circuits, and of each task's skill."""
 UNIT_TOKENS, REPORT_UNITS = 20_000, 48
@@ -185,8 +185,7 @@ def short_training(folder: Path, seed: int, device: str, progress: bool) -> Self
 def short_run(seed: int) -> RunConfig:
     """The configuration of the short training."""
     run = demo_run(seed=seed)
-    steps = run.train.steps // SHARE_OF_STEPS
-    options: dict[str, Any] = {"steps": steps, "eval_every": steps // 2, "save_every": steps}
+    options: dict[str, Any] = {"steps": SHORT_STEPS, "eval_every": SHORT_STEPS // 2, "save_every": SHORT_STEPS}
     return dataclasses.replace(
         run,
         data=dataclasses.replace(run.data, tokenizer=str(run_folder(LOCAL))),

@@ -58,7 +58,8 @@ def open_subjects(runs: Sequence[str | Path], device: str) -> tuple[Subject, ...
     """
     names = distinct_names([str(run) for run in runs])
     found = []
-    for name, run in zip(names, map(str, runs), strict=True):
+    # a path that lost its `./` on the way would be taken for the name of a shipped model
+    for name, run in zip(names, (run if isinstance(run, str) else str(run.absolute()) for run in runs), strict=True):
         model = load_run(run, device=device)
         if model.tokenizer is None:
             raise ValueError(

@@ -33,6 +33,14 @@ STORIES = RunConfig(
     ),
 )
 
+DEMO = dataclasses.replace(
+    STORIES,
+    train=dataclasses.replace(
+        STORIES.train, steps=4_600, dense_share=0.65, batch_size=4, lr=1.5e-3, eval_every=1_150, save_every=1_150
+    ),
+)
+"""What `sa-lens demo --train` trains: the shipped models of the stories in a few minutes."""
+
 TINYSTORIES = RunConfig(
     model=ModelConfig(n_layers=4, d_model=128, n_heads=4, n_ctx=256, attn_scale=True, init="gpt2"),
     gates=GATES,
