@@ -69,6 +69,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         for model in models.values():
             print(side_by_side(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed)) + "\n")
 
+    assert local.tokenizer is not None
     pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, world="stories")
     pairs = max((group for _, group in pairs.by_length(PROMPTS)), key=len)
     with clock.part("patching"):
