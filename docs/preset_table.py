@@ -1,4 +1,4 @@
-"""The table of presets in `docs/method.md`, made from the presets themselves: `python docs/preset_table.py` prints it."""
+"""The table of presets in `docs/method.md`, made from the presets: `python docs/preset_table.py` prints it."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ PROMPTS = 400
 PAIR_BARS: dict[Stream, float] = {"clean": 0.95, "ablated": 0.90}
 """Least pair accuracy on IOI with name pairs that never meet in training."""
 CLEAN_BAR, ABLATED_BAR = 1.05, 1.15
-"""Largest clean and largest ablated loss, as multiples of the dense model's: what a loss in nats is worth depends on how
-much the stories leave open."""
+"""Largest clean and largest ablated loss, as multiples of the dense model's: what a loss in nats is worth depends on
+how much the stories leave open."""
 
 
 class Bar(NamedTuple):
