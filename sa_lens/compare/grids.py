@@ -201,7 +201,7 @@ def smoke() -> Grid:
     gates = GateConfig(temperature=0.1)
     run = RunConfig(
         model=ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=48, init="gpt2", attn_scale=True),
-        data=DataConfig(source="stories", n_stories=300, vocab_size=900, validation_fraction=0.2),
+        data=DataConfig(source="stories", n_stories=300, vocab_size=1000, validation_fraction=0.2),
         train=TrainConfig(
             steps=6, batch_size=2, lr=3e-3, eval_every=6, eval_tokens=256, save_every=3, log_every=3, sample_tokens=0
         ),

@@ -9,6 +9,7 @@ import torch
 from micro import plain, token_pairs
 from transformer_lens import patching as tl
 
+from sa_lens.circuits import tasks
 from sa_lens.circuits.metrics import kl, last_logits, logit_difference
 from sa_lens.circuits.node_attribution import attribute_nodes
 from sa_lens.circuits.patching import COLUMNS, KINDS, patch
@@ -282,10 +283,13 @@ def test_top_n_are_the_largest_first_order_effects(model, even_pairs):
     assert sorted(best) == [(int(r["layer"]), int(r["neuron"])) for _, r in few.iterrows()]
 
 
-def test_positions_and_their_tokens(model, pairs, even_pairs):
+def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
     named = patch(model, pairs, "resid_pre")
     assert named["position"].tolist() == ["IO", "S1", "S2", "end"] * 2
-    assert named["token"].tolist() == ["", "", "", " to"] * 2
+    # a token is named where all prompts have the same one: names differ, and so do these prompts' last words
+    assert named["token"].tolist() == [""] * 8
+    alike = tasks.ioi(tokenizer, 6, seed=1, world="stories", templates=["go-give"])
+    assert patch(model, alike, "resid_pre")["token"].tolist() == ["", "", "", " to"] * 2
     each = patch(model, even_pairs, "resid_pre", positions="each")
     assert each["position"].tolist() == list(range(17)) * 2
     assert each["token"][0] == "<|endoftext|>"
