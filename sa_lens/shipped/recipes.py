@@ -35,9 +35,8 @@ STORIES = RunConfig(
 
 DEMO = dataclasses.replace(
     STORIES,
-    train=dataclasses.replace(
-        STORIES.train, steps=4_600, dense_share=0.65, batch_size=4, lr=1.5e-3, eval_every=1_150, save_every=1_150
-    ),
+    data=dataclasses.replace(STORIES.data, n_stories=20_000),
+    train=dataclasses.replace(STORIES.train, steps=6_500, dense_share=0.4, eval_every=3_250, save_every=1_300),
 )
 """What `sa-lens demo --train` trains: the shipped models of the stories in a few minutes."""
 

@@ -39,7 +39,9 @@ def make_run(tmp_path_factory: pytest.TempPathFactory):
         run = sa.RunConfig(
             model=sa.ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=48, d_mlp=d_mlp, init="gpt2"),
             gates=sa.GateConfig(**{"k_attn": 4, "k_mlp": 8, **gates}),
-            data=sa.DataConfig(n_stories=300, vocab_size=1000, validation_fraction=0.3, cache_dir=str(folder / "cache")),
+            data=sa.DataConfig(
+                n_stories=300, vocab_size=1000, validation_fraction=0.3, cache_dir=str(folder / "cache")
+            ),
             train=TrainConfig(steps=8, batch_size=4, lr=1e-2, eval_every=4, eval_tokens=480, sample_tokens=0),
         )
         train(run, folder / name, device="cpu", progress=False)
