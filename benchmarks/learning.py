@@ -29,12 +29,14 @@ from sa_lens.circuits.tasks import ioi
 from sa_lens.config import RunConfig
 from sa_lens.data import prepare
 from sa_lens.demo import demo_run
+from sa_lens.shipped.measuring import ABLATED_BAR, CLEAN_BAR, PAIR_BARS
 from sa_lens.training import train
 
 PAIRS = 400
 """IOI prompts, with pairs of names that no training story holds together."""
-BARS = {"clean pair": 0.95, "ablated pair": 0.90, "clean / dense": 1.05, "ablated loss": 0.95}
-"""Accuracies at least, losses at most."""
+LEAST = {"clean pair": PAIR_BARS["clean"], "ablated pair": PAIR_BARS["ablated"]}
+MOST = {"clean / dense": CLEAN_BAR, "ablated / dense": ABLATED_BAR}
+"""Bars: accuracies at least, losses at most, as multiples of the dense model's."""
 KEY = ["training", "seed", "threads", "precision"]
 """What tells rows apart."""
 
@@ -76,11 +78,11 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     trained = pd.DataFrame(rows).drop_duplicates(KEY, keep="last")
     dense = trained[trained.training == "dense"].set_index(["seed", "precision"])["clean loss"]
     shown = trained.sort_values(KEY).reset_index(drop=True)
-    shown["clean / dense"] = [
-        row["clean loss"] / dense.get((row["seed"], row["precision"]), float("nan")) for _, row in shown.iterrows()
-    ]
-    passes = (shown["clean pair"] >= BARS["clean pair"]) & (shown["ablated pair"] >= BARS["ablated pair"])
-    passes &= (shown["clean / dense"] <= BARS["clean / dense"]) & (shown["ablated loss"] <= BARS["ablated loss"])
+    base = [dense.get((row["seed"], row["precision"]), float("nan")) for _, row in shown.iterrows()]
+    for stream in ("clean", "ablated"):
+        shown[f"{stream} / dense"] = shown[f"{stream} loss"].astype(float) / base
+    passes = pd.concat([shown[name] >= bar for name, bar in LEAST.items()], axis=1).all(axis=1)
+    passes &= pd.concat([shown[name] <= bar for name, bar in MOST.items()], axis=1).all(axis=1)
     shown["passes"] = ["" if kind == "dense" else str(ok) for kind, ok in zip(shown.training, passes, strict=True)]
     return shown
 

@@ -174,9 +174,9 @@ def test_each_bar_is_the_figure_of_the_right_stream() -> None:
         return {"losses": {"clean": clean, "ablated": ablated}, "skills": other + ioi}
 
     dense = {"losses": {"clean": 0.80}, "skills": []}
-    passing = (0.83, 0.94, 0.96, 0.91)
+    passing = (0.83, 0.91, 0.96, 0.91)
     assert all(bar.reached for bar in stories_bars(figures(*passing), dense))
-    for place, failing in enumerate((0.85, 0.96, 0.94, 0.89)):
+    for place, failing in enumerate((0.85, 0.93, 0.94, 0.89)):
         values = [*passing[:place], failing, *passing[place + 1 :]]
         assert [bar.reached for bar in stories_bars(figures(*values), dense)].count(False) == 1
 
