@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sa_lens.circuits.metrics import skill
+from sa_lens.circuits.metrics import METRICS, last_logits
 from sa_lens.circuits.tasks import TASKS, World, make_unseen
 from sa_lens.config import Stream
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.units.activations import model_streams
 
 PROMPTS = 400
 """Prompts of each task."""
+ACCURACIES = ("pair_accuracy", "top1_accuracy")
 PAIR_BARS: dict[Stream, float] = {"clean": 0.95, "ablated": 0.90}
 """Least pair accuracy on IOI with name pairs that never meet in training."""
 CLEAN_BAR, ABLATED_BAR = 1.05, 1.15
@@ -50,9 +52,10 @@ def skills(
             pairs = make_unseen(task, model.tokenizer, n or PROMPTS, seed, world=world)
         except ValueError:
             continue
-        for row in skill(model, pairs, seed=seed).to_dict("records"):
-            accuracies = {key: round(float(row[key]), 4) for key in ("pair_accuracy", "top1_accuracy")}
-            rows.append({"task": task, "stream": str(row["stream"]), "n": len(pairs), **accuracies})
+        for stream in model_streams(model):
+            logits = last_logits(model, pairs, stream)
+            means = {name: round(float(METRICS[name](logits, pairs).mean()), 4) for name in ACCURACIES}
+            rows.append({"task": task, "stream": stream, "n": len(pairs), **means})
     return rows
 
 
