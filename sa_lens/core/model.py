@@ -398,6 +398,8 @@ class SelfAblatingTransformer(HookedTransformer):
                 f"start_at_layer={kwargs['start_at_layer']} is not possible in the ablated stream: its keys and values "
                 "come from a clean pass from layer 0. Use start_at_layer=0, or the clean stream"
             )
+        if isinstance(input, Tensor) and not input.is_floating_point():
+            check_tokens(input, self.cfg.d_vocab)
         stop = kwargs.get("stop_at_layer")
         if stop is not None:
             stop = stop + self.cfg.n_layers if stop < 0 else stop
@@ -455,7 +457,10 @@ class SelfAblatingTransformer(HookedTransformer):
         if not isinstance(input, Tensor):
             input = self.to_tokens(input, **options)
         tokens = input[None] if input.ndim == 1 else input
-        tokens = tokens.to(self.embed.W_E.device)
+        check_tokens(tokens, self.cfg.d_vocab)
+        tokens = tokens.to(self.embed.W_E.device, torch.long)
+        if targets is not None:
+            targets = targets.to(tokens)
         seen = attention_mask
         if attention_mask is None and texts is not None:
             lengths = [self.to_tokens(text, **options).shape[1] for text in texts]
@@ -749,16 +754,34 @@ class SelfAblatingTransformer(HookedTransformer):
         return reference.load(source, gates, n_heads)
 
 
+def _is_recorded() -> bool:
+    """Whether a program is being recorded by torch, which cannot decide by the values of tensors."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return capturing or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 def _say_that_the_stream_is_fixed(ablation: Ablation | None) -> None:
     """Warns where a pass is being recorded, since the record cannot ask for the stream again."""
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    if capturing or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if _is_recorded():
         stream = "clean" if ablation is None else "ablated"
         warnings.warn(
             f"what is recorded here (torch.export, torch.jit.trace, a CUDA graph) is the {stream} stream, whatever "
             "stream is chosen when it runs: record each stream that you need",
             stacklevel=3,
         )
+
+
+def check_tokens(tokens: Int[Tensor, "..."], d_vocab: int) -> None:
+    """Returns if every token is one of the vocabulary; torch would count negative ones from its end.
+
+    Raises:
+        ValueError: a token below 0 or beyond the vocabulary. A program that torch records is not checked.
+    """
+    if _is_recorded():
+        return
+    strange = tokens[(tokens < 0) | (tokens >= d_vocab)]
+    if len(strange):
+        raise ValueError(f"token {int(strange[0])} is not in the vocabulary: tokens are from 0 to {d_vocab - 1}")
 
 
 def padding_mask(lengths: Sequence[int], length: int, left: bool) -> Int[Tensor, "batch pos"]:

@@ -618,3 +618,25 @@ def test_only_layer_0_may_start_the_ablated_stream():
     assert model(tokens, stop_at_layer=1).shape == (2, 7, 16)
     resid = model(tokens, stop_at_layer=1)
     torch.testing.assert_close(model(resid, start_at_layer=1), model(tokens))
+
+
+@pytest.mark.parametrize("token", [-1, -23, 23, 400])
+def test_tokens_outside_the_vocabulary_are_refused(token):
+    model = gated_model()
+    tokens = random_tokens().clone()
+    tokens[1, 2] = token
+    message = rf"token {token} is not in the vocabulary: tokens are from 0 to {model.cfg.d_vocab - 1}"
+    with pytest.raises(ValueError, match=message):
+        model.run_streams(tokens)
+    for arguments in ({}, {"position": -1}):
+        with model.ablated(**arguments), pytest.raises(ValueError, match=message):
+            model(tokens)
+
+
+def test_tokens_of_any_whole_type():
+    model, tokens = gated_model(), random_tokens()
+    expected = model.run_streams(tokens, tokens)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        streams = model.run_streams(tokens.to(dtype), tokens.to(dtype))
+        assert torch.equal(streams.ablated_logits, expected.ablated_logits)
+        assert torch.equal(streams.ablated_loss, expected.ablated_loss)
