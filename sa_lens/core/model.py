@@ -771,7 +771,7 @@ def _say_that_the_stream_is_fixed(ablation: Ablation | None) -> None:
         )
 
 
-def check_tokens(tokens: Int[Tensor, "..."], d_vocab: int) -> None:
+def check_tokens(tokens: Int[Tensor, "*shape"], d_vocab: int) -> None:
     """Returns if every token is one of the vocabulary; torch would count negative ones from its end.
 
     Raises:
