@@ -136,7 +136,7 @@ def site(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def executed(once: Once) -> Callable[[Path], Any]:
-    """`executed(path)`: the notebook with its outputs at small size; all notebooks share models and token files."""
+    """`executed(path)`: the notebook with its outputs at small size; all notebooks share token files."""
     import nbformat
 
     home = once("notebooks", lambda folder: None)
@@ -145,8 +145,6 @@ def executed(once: Once) -> Callable[[Path], Any]:
         def execute(folder: Path) -> None:
             notebook = nbformat.read(path, as_version=4)
             small = {
-                "SA_LENS_RUN": str(home / "run"),
-                "SA_LENS_BASELINE": str(home / "baseline"),
                 "SA_LENS_OUT": str(folder / "out"),
                 "SA_LENS_PAIRS": "16",
                 "SA_LENS_STEPS": "4",
@@ -154,7 +152,7 @@ def executed(once: Once) -> Callable[[Path], Any]:
                 "SA_LENS_CACHE": os.environ.get("SA_LENS_CACHE", str(home / "cache")),
                 "HF_HUB_OFFLINE": "1",
             }
-            # one at a time: the first trains the models that others find
+            # one at a time: the first prepares the text that others find
             with FileLock(home / "lock"):
                 forked.execute(notebook, folder, small)
             nbformat.write(notebook, folder / path.name)

@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "examples" / "scripts").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 NO_SCRIPTS_OF_OTHERS = {"require_js_url": "data:,", "mathjax_url": "data:,"}
 """Without these, nbconvert's page fetches RequireJS and MathJax from a server."""
-SHOWS_CIRCUITSVIS = {"01_train_and_patch", "05_views"}
+SHOWS_CIRCUITSVIS = {"01_two_streams", "05_views"}
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -48,7 +48,7 @@ def test_notebook_names_no_machine(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "views"), [("01_train_and_patch", 4), ("05_views", 9)])
+@pytest.mark.parametrize(("name", "views"), [("01_two_streams", 4), ("05_views", 9)])
 def test_a_notebook_as_html(name, views, browser, executed, tmp_path):
     """`views`: pictures that a script draws; pictures that are plain HTML need none."""
     from nbconvert import HTMLExporter
@@ -74,17 +74,15 @@ def test_a_notebook_as_html(name, views, browser, executed, tmp_path):
 
 
 @pytest.fixture
-def arguments(executed, once, tmp_path) -> dict[str, list[str]]:
-    """For each script, its arguments at small size; models are those that the notebooks have trained."""
+def arguments(tmp_path) -> dict[str, list[str]]:
+    """For each script, its arguments at small size."""
     from transformers import AutoTokenizer
 
+    from sa_lens.catalogue import run_folder
     from sa_lens.circuits.tasks import ioi
 
-    for name in ("01_train_and_patch", "02_circuits"):
-        executed(ROOT / "examples" / f"{name}.ipynb")
-    home = once("notebooks", lambda folder: None)
-    run, baseline, out = (str(path) for path in (home / "run", home / "baseline", tmp_path / "out"))
-    tokenizer = AutoTokenizer.from_pretrained(run)
+    out = str(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(run_folder("stories-dense"))
     pairs = ioi(tokenizer, 64, world="stories")
     prompts = [
         {"clean": clean, "corrupt": corrupt, "answers": [answer], "wrong_answers": [wrong]}
@@ -99,16 +97,13 @@ def arguments(executed, once, tmp_path) -> dict[str, list[str]]:
     task, text = tmp_path / "names.json", tmp_path / "text.txt"
     task.write_text(json.dumps({"prompts": prompts}), encoding="utf-8")
     text.write_text("\n".join(pairs.clean_texts * 20), encoding="utf-8")
-    own = ["--base", baseline, "--text", str(text), "--task", str(task), "--steps", "2", "--pairs", "32"]
+    own = ["--base", "stories-dense", "--text", str(text), "--task", str(task), "--steps", "2", "--pairs", "32"]
     return {
-        "train_and_patch": ["--run", run, "--out", out, "--pairs", "8"],
-        "circuits": ["--run", run, "--baseline", baseline, "--out", out, "--pairs", "32", "--methods", "eap"],
-        "units": [
-            *("--run", run, "--baseline", baseline, "--out", out, "--tokens", "4000"),
-            *("--explained", "2", "--probe-tokens", "500"),
-        ],
+        "two_streams": ["--out", out, "--pairs", "8"],
+        "circuits": ["--out", out, "--pairs", "32", "--methods", "eap"],
+        "units": ["--out", out, "--tokens", "4000", "--explained", "2", "--probe-tokens", "500"],
         "compare": [*("--out", out, "--steps", "4", "--seeds", "1", "--stories", "300", "--tokens", "512")],
-        "views": ["--run", run, "--out", out, "--text", "Lily ran.", "--dark"],
+        "views": ["--out", out, "--text", "Lily ran.", "--dark"],
         "your_own_model": [*own, "--out", out],
     }
 

@@ -1,6 +1,6 @@
 """Circuits of a dense and a self-ablating model at equal faithfulness: notebook 02 as a script.
 
-python examples/scripts/circuits.py --run runs/demo/local --baseline runs/demo/baseline --out runs/circuits
+python examples/scripts/circuits.py --run stories-local --baseline stories-dense --out runs/circuits
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "exact")
 
 
 def main(
-    run: Path = Path("runs/demo/local"),
-    baseline: Path = Path("runs/demo/baseline"),
+    run: str = "stories-local",
+    baseline: str = "stories-dense",
     out: Path = Path("runs/circuits"),
     task: str = "ioi",
     words: Literal["stories", "tinystories"] = "stories",
@@ -35,8 +35,8 @@ def main(
     """Find circuits in three streams, compare them on other prompts, and hold the gates against them.
 
     Args:
-        run: Run folder of a self-ablating model, such as `make demo` leaves.
-        baseline: Run folder of the dense model trained like it.
+        run: Self-ablating model: a shipped one, a run folder or a Hub id.
+        baseline: The dense model trained like it.
         out: Folder of tables and figures.
         task: ioi, pronoun, object, repeated, or a JSON file.
         words: Words of the prompts.

@@ -1,6 +1,6 @@
 """Units of a dense and a self-ablating model, at equal activity: notebook 03 as a script.
 
-python examples/scripts/units.py --run runs/demo/local --baseline runs/demo/baseline --out runs/units
+python examples/scripts/units.py --run stories-local --baseline stories-dense --out runs/units
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sa_lens.views import draw, histogram, save  # noqa: E402
 
 
 def main(
-    run: Path = Path("runs/demo/local"),
-    baseline: Path = Path("runs/demo/baseline"),
+    run: str = "stories-local",
+    baseline: str = "stories-dense",
     out: Path = Path("runs/units"),
     tokens: int = 100_000,
     explained: int = 16,
@@ -31,8 +31,8 @@ def main(
     """Describe and compare all units, explain some, ask what the masks carry and how sparse the weights are.
 
     Args:
-        run: Run folder of a self-ablating model, such as `make demo` leaves.
-        baseline: Run folder of the dense model trained like it.
+        run: Self-ablating model: a shipped one, a run folder or a Hub id.
+        baseline: The dense model trained like it.
         out: Folder of tables and figures.
         tokens: Training tokens to calibrate on, and validation tokens to measure on.
         explained: Units of the ablated stream to explain.
@@ -43,7 +43,7 @@ def main(
         for name, folder in (("dense", baseline), ("self-ablating", run))
     }
     gated = models["self-ablating"]
-    text = text_of_run(str(run), gated)
+    text = text_of_run(run, gated)
     streams = {"dense": ("clean",), "self-ablating": ("clean", "ablated")}
     rules = {name: units.calibrate(model, text.train, streams[name], n_tokens=tokens) for name, model in models.items()}
     tables = {

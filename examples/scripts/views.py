@@ -1,6 +1,6 @@
 """Every view of one text on both streams, as HTML files that open from disk: notebook 05 as a script.
 
-python examples/scripts/views.py --run runs/demo/local --text "Lily and Tom went to the park."
+python examples/scripts/views.py --run stories-local --text "Lily and Tom went to the park."
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sa_lens.views import (  # noqa: E402
 
 
 def main(
-    run: Path = Path("runs/demo/local"),
+    run: str = "stories-local",
     out: Path = Path("runs/views"),
     text: str = "It was a cool day. Lily and Tom went to the park. Tom gave a ball to Lily.",
     layer: int = -1,
@@ -37,7 +37,7 @@ def main(
     """Write every view of a text, and the records that they are drawn from.
 
     Args:
-        run: Run folder of a self-ablating model, such as `make demo` leaves, or a Hub id.
+        run: Self-ablating model: a shipped one, a run folder or a Hub id.
         out: Folder to write.
         text: The text.
         layer: Layer of the attention patterns; negative: from the last.
@@ -56,7 +56,7 @@ def main(
         "activations": unit_activations(model, text, most=12),
         "attention": attention(model, text, layer=layer % model.cfg.n_layers),
     }
-    if (run / "metrics.jsonl").exists():
+    if (Path(run) / "metrics.jsonl").exists():
         shown["training"] = training_curves([run])
     for name, record in shown.items():
         records.write(record, out / f"{name}.json")

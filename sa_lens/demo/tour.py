@@ -122,7 +122,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         f"  sa-lens circuit {LOCAL} --task object --stream ablated\n"
         "  sa-lens demo --train\n"
         "  sa-lens train --preset laptop --data.source stories --out runs/mine\n"
-        "  jupyter lab examples/01_train_and_patch.ipynb"
+        "  jupyter lab examples/01_two_streams.ipynb"
     )
     return out
 

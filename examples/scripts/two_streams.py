@@ -1,11 +1,10 @@
 """Two streams, and where the answer comes from: notebook 01 as a script. Figures are HTML files that open from disk.
 
-python examples/scripts/train_and_patch.py --run runs/demo/local --out runs/patching
+python examples/scripts/two_streams.py --run stories-local --out runs/patching
 """
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -22,33 +21,21 @@ from sa_lens.views import attention, save, side_by_side, to_record, view  # noqa
 
 
 def main(
-    run: Path = Path("runs/demo/local"),
+    run: str = "stories-local",
     out: Path = Path("runs/patching"),
     task: str = "ioi",
     words: Literal["stories", "tinystories"] = "stories",
     pairs: int = 64,
-    steps: int | None = None,
 ) -> None:
     """Patch the residual stream, the heads and the masks of both streams of a model.
 
     Args:
-        run: Run folder; the demo's model is trained there if it is missing.
+        run: Self-ablating model: a shipped one, a run folder or a Hub id.
         out: Folder of the figures.
         task: ioi, pronoun, object, repeated, or a JSON file.
         words: Words of the prompts.
         pairs: Prompts.
-        steps: Steps of training, if there is any; None: all.
     """
-    if not (run / "config.json").exists():
-        from sa_lens.demo import demo_run
-        from sa_lens.training import train
-
-        settings = demo_run("local")
-        if steps is not None:
-            settings = dataclasses.replace(
-                settings, train=dataclasses.replace(settings.train, steps=steps, warmup_steps=0)
-            )
-        train(settings, run)
     model = sa.SelfAblatingTransformer.from_pretrained(run)
 
     prompts = make(task, model.tokenizer, pairs, seed=0, world=words)
