@@ -23,9 +23,11 @@ Gradients are taken with respect to activations alone; parameters, their `requir
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,11 +41,13 @@ from sa_lens.circuits.gradients import (
 )
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.metrics import Metric, metric_named
+from sa_lens.circuits.node_gradients import scores_by_nodes
 from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.relevance import propagation_rules
 from sa_lens.circuits.running import Ablation, Gates, check_choices
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, widened
+from sa_lens.core.host import Hook, Host, widened
+from sa_lens.core.last_position import why_not_by_nodes
 from sa_lens.core.nodes import split_inputs
 
 Rule = Literal["left", "right", "midpoint"]
@@ -191,17 +195,51 @@ def _attribute(
     gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
     name = check_differentiable(metric, pairs, model.cfg.d_vocab)
     graph = Graph.from_model(model)
-    rules = propagation_rules(model, stream, more["fix_attention"]) if method == "relp" else []
-    scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
-    value = 0.0
     total = len(pairs) * len(points)
-    with (
-        split_inputs(model),
-        tqdm(total=total, desc=method, unit=" passes", delay=3, disable=not progress) as bar,
-    ):
+    with tqdm(total=total, desc=method, unit=" passes", delay=3, disable=not progress) as bar:
+        choices: dict[str, Any] = {"ablation": ablation, "stream": stream, "gates": gates_name}
+        choices |= {"batch_size": batch_size, "done": bar.update}
+        if method != "relp" and why_not_by_nodes(model) is None:
+            scores, value = scores_by_nodes(model, graph, pairs, metric, points, **choices)
+        else:
+            rules = propagation_rules(model, stream, more["fix_attention"]) if method == "relp" else []
+            scores, value = scores_by_hooks(model, graph, pairs, metric, points, rules, **choices)
+    scores = (sign_of(metric) * scores / total).masked_fill(~graph.exists, torch.nan)
+    if not bool(scores[graph.exists].isfinite().all()):
+        raise ValueError(f"metric={name!r} or its gradient is not finite on these pairs: no score can be given")
+    about = {
+        "method": method,
+        **{"task": pairs.task, "pairs": len(pairs), "metric": name},
+        **{"ablation": ablation, "stream": stream, "gates": gates_name},
+        **more,
+        "value": value / len(pairs),
+    }
+    return Circuit(graph, graph.exists.clone(), scores, about)
+
+def scores_by_hooks(
+    model: Host,
+    graph: Graph,
+    pairs: PromptPairs,
+    metric: str | Metric,
+    points: list[float],
+    rules: Sequence[Hook],
+    *,
+    ablation: Ablation,
+    stream: Stream,
+    gates: str,
+    batch_size: int,
+    done: Callable[[int], object],
+) -> tuple[Float[Tensor, "input source"], float]:
+    """What `node_gradients.scores_by_nodes` gives, of any model with hook points.
+
+    Args:
+        rules: further hooks of the passes.
+    """
+    scores, value = torch.zeros(graph.exists.shape, dtype=torch.float64), 0.0
+    with split_inputs(model):
         passes = None
-        for batch in batches(model, pairs, stream, gates_name, batch_size):
-            passes = EdgePasses(model, graph, batch, ablation, stream, gates_name, batch_size, passes)
+        for batch in batches(model, pairs, stream, gates, batch_size):
+            passes = EdgePasses(model, graph, batch, ablation, stream, gates, batch_size, passes)
             logits = clean = None
             gradients: list[Tensor] = []
             if points != [1.0]:
@@ -227,21 +265,11 @@ def _attribute(
                 # their sum, so that the products, which cost as much as a pass, are taken once
                 sums = [x.unflatten(0, (len(together), n)).sum(0) for x in found]
                 gradients = [a + b for a, b in zip(gradients, sums, strict=True)] if gradients else sums
-                bar.update(n * len(together))
+                done(n * len(together))
             assert logits is not None
             assert clean is not None
             named = iter(gradients)
             for one, sent in zip(seen, passes.differences(clean), strict=True):
                 scores += products(graph, sent, {at: next(named) for at in one.inputs})
             value += float(function(logits, batch.pairs).detach().double().sum())
-    scores = (sign_of(metric) * scores / total).masked_fill(~graph.exists, torch.nan)
-    if not bool(scores[graph.exists].isfinite().all()):
-        raise ValueError(f"metric={name!r} or its gradient is not finite on these pairs: no score can be given")
-    about = {
-        "method": method,
-        **{"task": pairs.task, "pairs": len(pairs), "metric": name},
-        **{"ablation": ablation, "stream": stream, "gates": gates_name},
-        **more,
-        "value": value / len(pairs),
-    }
-    return Circuit(graph, graph.exists.clone(), scores, about)
+    return scores, value

@@ -8,7 +8,7 @@ streams share; `clean` and `ablated` are the last position in each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +24,13 @@ Lane = Literal["earlier", "clean", "ablated"]
 
 Masks = tuple[Tensor | None, Tensor | None]
 """Masks of a layer's attention units `[prompt, head, width]` and neurons `[prompt, d_mlp]` at the last position."""
+
+KeysAndValues = tuple[Tensor, Tensor]
+"""Keys and values `[head, prompt, pos, d_head]` of a layer."""
+
+Reads = Callable[[Lane, int, Literal["heads", "mlp", "logits"], Tensor], Tensor]
+"""Called with the input of a layer's heads, of its MLP, or of the logits (their layer is the number of layers), and
+gives what is read in its place: for heads one input for each port and head, `[port head row d_model]`."""
 
 
 def why_not_by_nodes(model: Host) -> str | None:
@@ -86,6 +93,8 @@ class LastPass(NamedTuple):
     """Residual stream above the top layer."""
     masks: list[Masks]
     """Masks by layer; none without an ablated lane."""
+    keys_and_values: list[KeysAndValues]
+    """By layer, of the earlier lane."""
 
 
 @torch.no_grad()
@@ -107,12 +116,44 @@ def run_to_position(
     return run.found
 
 
+def run_with_gradients(
+    model: Host,
+    functions: NodeFunctions,
+    prompts: Prompts,
+    reads: Reads,
+    *,
+    ablated: bool,
+    before: Sequence[KeysAndValues],
+    masks: Sequence[Masks] | None = None,
+) -> LastPass:
+    """Runs prompts of which some earlier positions are known, without turning gradients off.
+
+    Args:
+        prompts: with those earlier positions that are to be run.
+        before: keys and values of the others.
+        masks: of the ablated lane; None: those that the gates give, with their surrogates' gradients.
+    """
+    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before)
+    run.clean()
+    if ablated:
+        run.ablated(masks)
+    return run.found
+
+
 class _Run:
-    def __init__(self, model: Host, functions: NodeFunctions, prompts: Prompts, layers: int) -> None:
+    def __init__(
+        self,
+        model: Host,
+        functions: NodeFunctions,
+        prompts: Prompts,
+        layers: int,
+        reads: Reads | None = None,
+        before: Sequence[KeysAndValues] | None = None,
+    ) -> None:
         self.model, self.functions, self.prompts, self.layers = model, functions, prompts, layers
-        self.found = LastPass({}, {}, {}, {}, [])
-        self.keys_and_values: list[tuple[Tensor, Tensor]] = []
-        """Keys and values `[head, prompt, pos, d_head]` of the earlier lane, by layer."""
+        self.reads = reads if reads is not None else lambda lane, layer, kind, x: x
+        self.before = before
+        self.found = LastPass({}, {}, {}, {}, [], [])
         self.resid_pre: list[Tensor] = []
         """Clean residual stream that enters each layer, at the last position."""
 
@@ -122,25 +163,30 @@ class _Run:
         for layer in range(self.layers):
             self.resid_pre.append(last)
             top = layer == self.layers - 1
-            q, k, v = self.functions.project_all(layer, earlier)
+            q, k, v = self.functions.project_all(layer, self.reads("earlier", layer, "heads", earlier))
             k, v = (self._padded(x) for x in (k, v))
             k = self.functions.rotated(layer, 1, k)
-            self.keys_and_values.append((k, v))
+            if self.before is not None:
+                known = torch.ones_like(k[0, ..., :1], dtype=torch.bool)
+                known[self.prompts.prompt, self.prompts.pos] = False
+                k, v = (torch.where(known, old, x) for old, x in zip(self.before[layer], (k, v), strict=True))
+            self.found.keys_and_values.append((k, v))
             if not top:
                 q = self.functions.rotated(layer, 0, self._padded(q))
                 z = self.functions.attend(layer, q, k, v)[:, self.prompts.prompt, self.prompts.pos]
                 earlier = self._rest("earlier", layer, earlier, z.transpose(0, 1), (None, None))
             last = self._at_last("clean", layer, last, (None, None))
-        self.found.final["clean"] = last
+        self.found.final["clean"] = self.reads("clean", self.layers, "logits", last)
 
-    def ablated(self) -> None:
+    def ablated(self, given: Sequence[Masks] | None = None) -> None:
         x = self._begin("ablated")
         reads_end = self.model.gates.reads_global  # type: ignore[attr-defined]
         for layer in range(self.layers):
             end = self.found.final["clean"] if reads_end else None
-            self.found.masks.append(gate_masks(self.model, layer, self.resid_pre[layer], end))
-            x = self._at_last("ablated", layer, x, self.found.masks[layer])
-        self.found.final["ablated"] = x
+            masks = gate_masks(self.model, layer, self.resid_pre[layer], end) if given is None else given[layer]
+            self.found.masks.append(masks)
+            x = self._at_last("ablated", layer, x, masks)
+        self.found.final["ablated"] = self.reads("ablated", self.layers, "logits", x)
 
     def _begin(self, lane: Lane) -> Tensor:
         for parts in (self.found.z, self.found.post, self.found.mlp_out):
@@ -155,9 +201,9 @@ class _Run:
     def _at_last(self, lane: Lane, layer: int, x: Float[Tensor, "prompt d_model"], masks: Masks) -> Tensor:
         """A layer at the last position: its query looks at the earlier lane and at itself."""
         last = self.prompts.last
-        own = self.functions.project_all(layer, x)
+        own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
         q, own_k = (self.functions.rotated(layer, port, own[port][:, :, None], last) for port in (0, 1))
-        k, v = (x.clone() for x in self.keys_and_values[layer])
+        k, v = (known.clone() for known in self.found.keys_and_values[layer])
         every = torch.arange(len(last), device=last.device)
         k[:, every, last], v[:, every, last] = own_k[:, :, 0], own[2]
         z = self.functions.attend(layer, q, k, v, last)[:, :, 0].transpose(0, 1)
@@ -171,7 +217,8 @@ class _Run:
         after = x + z.flatten(1) @ self.functions.W_O[layer].flatten(0, 1) + self.functions.b_O[layer]
         if cfg.attn_only:
             return after
-        post = self.functions.neurons(layer, x if cfg.parallel_attn_mlp else after)
+        read = self.reads(lane, layer, "mlp", x if cfg.parallel_attn_mlp else after)
+        post = self.functions.neurons(layer, read)
         post = post if masks[1] is None else post * masks[1]
         if lane != "earlier":
             self.found.post[lane].append(post)
