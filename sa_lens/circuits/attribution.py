@@ -216,6 +216,7 @@ def _attribute(
     }
     return Circuit(graph, graph.exists.clone(), scores, about)
 
+
 def scores_by_hooks(
     model: Host,
     graph: Graph,

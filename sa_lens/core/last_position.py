@@ -163,8 +163,9 @@ class _Run:
         for layer in range(self.layers):
             self.resid_pre.append(last)
             top = layer == self.layers - 1
-            q, k, v = self.functions.project_all(layer, self.reads("earlier", layer, "heads", earlier))
-            k, v = (self._padded(x) for x in (k, v))
+            # no query of the top layer looks back from an earlier position
+            own = self.functions.project_all(layer, self.reads("earlier", layer, "heads", earlier), 1 if top else 0)
+            k, v = (self._padded(x) for x in own[-2:])
             k = self.functions.rotated(layer, 1, k)
             if self.before is not None:
                 known = torch.ones_like(k[0, ..., :1], dtype=torch.bool)
@@ -172,7 +173,7 @@ class _Run:
                 k, v = (torch.where(known, old, x) for old, x in zip(self.before[layer], (k, v), strict=True))
             self.found.keys_and_values.append((k, v))
             if not top:
-                q = self.functions.rotated(layer, 0, self._padded(q))
+                q = self.functions.rotated(layer, 0, self._padded(own[0]))
                 z = self.functions.attend(layer, q, k, v)[:, self.prompts.prompt, self.prompts.pos]
                 earlier = self._rest("earlier", layer, earlier, z.transpose(0, 1), (None, None))
             last = self._at_last("clean", layer, last, (None, None))

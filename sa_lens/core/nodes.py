@@ -148,12 +148,16 @@ class NodeFunctions:
         return torch.baddbmm(b[:, None], self.normalise(x), W)
 
     def project_all(
-        self, layer: int, x: Float[Tensor, "row d_model"] | Float[Tensor, "port head row d_model"]
+        self, layer: int, x: Float[Tensor, "row d_model"] | Float[Tensor, "port head row d_model"], first: int = 0
     ) -> Float[Tensor, "port head row d_head"]:
-        """Queries, keys and values of all heads of a layer from one input or one for each, before any rotation."""
-        W, b = self.W_qkv[layer], self.b_qkv[layer]
+        """Queries, keys and values of all heads of a layer from one input or one for each, before any rotation.
+
+        Args:
+            first: first port to compute.
+        """
+        W, b = self.W_qkv[layer][first:], self.b_qkv[layer][first:]
         if x.ndim == 4:
-            return self.normalise(x) @ W + b[:, :, None]
+            return self.normalise(x[first:]) @ W + b[:, :, None]
         y = torch.addmm(b.flatten(), self.normalise(x), W.permute(2, 0, 1, 3).flatten(1))
         return y.view(len(x), *b.shape).permute(1, 2, 0, 3)
 

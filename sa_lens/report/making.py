@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sa_lens import __version__
 from sa_lens.data.disk import cache_folder
 from sa_lens.data.writing import scratch_folder
 from sa_lens.report.comparison import Figures, comparison
 from sa_lens.report.overview import measured, overview
-from sa_lens.report.records import ModelPage, Report, StoryPage
+from sa_lens.report.phases import Phases
+from sa_lens.report.records import ModelPage, Report
 from sa_lens.report.stories import story_page
 from sa_lens.report.subjects import Subject, open_subjects
 from sa_lens.report.tasks import Prompts, able_streams, check_tasks, prompts_for, task_page
@@ -53,7 +55,7 @@ def make_report(
         title: heading; None: the names of the runs.
         seed: of samples, prompts, intervals and explanations: same seed, same report.
         device: auto, cpu, cuda or mps.
-        progress: show progress bars.
+        progress: show a progress bar.
 
     Raises:
         ValueError: a number out of range, an unknown task, no runs or one run twice, a model without a tokenizer, a
@@ -71,13 +73,15 @@ def make_report(
     subjects = open_subjects(runs, device)
     texts = gather(subjects, text, column, n_stories)
     with scratch_folder(cache_folder(None) / "tokens") as folder:
-        encoded = [encode_for(subject, texts, folder, progress) for subject in subjects]
+        encoded = [encode_for(subject, texts, folder, progress=False) for subject in subjects]
         prompts = _prompts(subjects, tasks, seed)
         pages, figures = [], []
-        for subject, own, asked in zip(subjects, encoded, prompts, strict=True):
-            page, found = _model(subject, texts, own, asked, n_units, seed, progress)
-            pages.append(page)
-            figures.append(found)
+        with closing(Phases(subjects, [asked.task for asked in prompts[0]], progress)) as phases:
+            for subject, own, asked in zip(subjects, encoded, prompts, strict=True):
+                page, found = _model(subject, texts, own, asked, n_units, seed, phases)
+                pages.append(page)
+                figures.append(found)
+            phases.end()
     names = [subject.name for subject in subjects]
     return Report(
         title=title if title is not None else " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names),
@@ -108,19 +112,20 @@ def _model(
     prompts: Sequence[Prompts],
     n_units: int,
     seed: int,
-    progress: bool,
+    phases: Phases,
 ) -> tuple[ModelPage, Figures]:
-    def bar(items: Sequence[Any], name: str) -> Any:
-        from tqdm.auto import tqdm
-
-        return tqdm(items, desc=f"{subject.name}: {name}", disable=not progress)
-
+    phases.begin(subject, "losses")
     losses = measured(subject, text)
     first = overview(subject, texts, losses, seed)
-    stories: tuple[StoryPage, ...] = tuple(story_page(subject, story) for story in bar(texts.stories, "stories"))
-    done = [task_page(subject, one, seed, progress) for one in bar(prompts, "tasks")]
+    phases.begin(subject, "stories")
+    stories = tuple(story_page(subject, story) for story in texts.stories)
+    done = []
+    for asked in prompts:
+        phases.begin(subject, asked.task)
+        done.append(task_page(subject, asked, seed, progress=False))
     mentioned = {unit.name for page in stories if page.gates is not None for unit in page.gates.units}
-    units, note, unit_figures = unit_pages(subject, text, n_units, mentioned, seed, progress)
+    begin = partial(phases.begin, subject)
+    units, note, unit_figures = unit_pages(subject, text, n_units, mentioned, seed, begin)
     page = ModelPage(
         name=subject.name,
         streams=subject.streams,

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from sa_lens.report.records import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
+from sa_lens.views.text_records import GateRaster
 
 __all__ = ["packed"]
 
@@ -35,7 +36,7 @@ def packed(report: Report) -> dict[str, Any]:
         }
     }
     for i, model in enumerate(report.models):
-        parts[f"stories-{i}"] = [_story(story) for story in model.stories]
+        parts[f"stories-{i}"] = _stories(model)
         parts[f"units-{i}"] = [_unit_details(unit) for unit in model.units]
     return parts
 
@@ -108,8 +109,25 @@ def _snippet(snippet: Snippet) -> dict[str, Any]:
     }
 
 
-def _story(story: StoryPage) -> dict[str, Any]:
-    """A story, its tokens told once."""
+def _stories(model: ModelPage) -> dict[str, Any]:
+    """Stories, and the units that their gates keep, in columns and told once."""
+    rasters = [story.gates.units for story in model.stories if story.gates is not None]
+    units = {(u.name, u.layer, u.kind, u.promotes): None for raster in rasters for u in raster}
+    place = {unit: i for i, unit in enumerate(units)}
+    names = ("name", "layer", "kind", "promotes")
+    columns = zip(*units, strict=True) if units else ((), (), (), ())
+    return {
+        "units": {name: plain(tuple(column)) for name, column in zip(names, columns, strict=True)},
+        "stories": [_story(story, place) for story in model.stories],
+    }
+
+
+def _story(story: StoryPage, place: dict[tuple[Any, ...], int]) -> dict[str, Any]:
+    """A story, its tokens told once.
+
+    Args:
+        place: of each unit among those of all stories.
+    """
     return {
         "title": story.title,
         "tokens": list(story.tokens),
@@ -117,10 +135,24 @@ def _story(story: StoryPage) -> dict[str, Any]:
         "tracks": plain(story.tracks.tracks, 3),
         "predictions": plain(story.predictions.streams, 3),
         "predictions_note": story.predictions.note,
-        "gates": None
-        if story.gates is None
-        else {"note": story.gates.note, "scale": story.gates.scale, "units": plain(story.gates.units, 3)},
+        "gates": None if story.gates is None else _gates(story.gates, place),
         "looks": [_looks(looks) for looks in story.looks],
+    }
+
+
+def _gates(gates: GateRaster, place: dict[tuple[Any, ...], int]) -> dict[str, Any]:
+    """Units that stay, in columns: `counts` says at how many positions each does, `gaps` how far these lie apart."""
+    gaps = [
+        [position - before for before, position in zip((0, *unit.positions), unit.positions, strict=False)]
+        for unit in gates.units
+    ]
+    return {
+        "note": gates.note,
+        "scale": gates.scale,
+        "units": [place[unit.name, unit.layer, unit.kind, unit.promotes] for unit in gates.units],
+        "counts": [len(unit.positions) for unit in gates.units],
+        "gaps": [gap for row in gaps for gap in row],
+        "values": [_brief(value, 3) for unit in gates.units for value in unit.values],
     }
 
 

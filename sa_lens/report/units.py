@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from sa_lens.report.closer_look import Look, closer_look
 from sa_lens.report.records import UnitPage, UnitStream
 from sa_lens.report.subjects import Subject
 from sa_lens.report.texts import ModelText
-from sa_lens.units.activations import Site, unit_counts
+from sa_lens.units.activations import Site, held, unit_counts
 from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
 from sa_lens.units.unit_tables import specialization
@@ -50,7 +50,12 @@ class UnitFigures:
 
 
 def unit_pages(
-    subject: Subject, text: ModelText, n_units: int, mentioned: Collection[str], seed: int, progress: bool
+    subject: Subject,
+    text: ModelText,
+    n_units: int,
+    mentioned: Collection[str],
+    seed: int,
+    begin: Callable[[str], object],
 ) -> tuple[tuple[UnitPage, ...], str, tuple[UnitFigures, ...]]:
     """A page for every unit that is live in a stream or mentioned, a note on how they were looked at, and figures.
 
@@ -58,19 +63,26 @@ def unit_pages(
         n_units: units to look at more closely.
         mentioned: names of units that stories mention.
         seed: of explanations and labelled stories.
+        begin: called with the name of each phase of the work, as `phases.SHARES` names it.
     """
+    begin("thresholds")
     model, streams = subject.model, subject.streams
-    rules = calibrate(model, text.calibration_blocks, streams, n_tokens=CALIBRATION, progress=progress)
+    rules = calibrate(model, text.calibration_blocks, streams, n_tokens=CALIBRATION, progress=False)
+    begin("units")
+    blocks = held(model, text.held_out_blocks, streams, n_tokens=DESCRIBED, progress=False)
     found = specialization(
-        *(model, text.held_out_blocks, rules, streams),
+        *(model, blocks, rules, streams),
         n_tokens=DESCRIBED,
         coactivation_tokens=0,
         sample_tokens=1,
-        progress=progress,
+        progress=False,
     ).table
-    labels = _labels(subject, rules, seed, progress)
     chosen = most_telling(found, n_units)
-    seen = closer_look(subject, text.held_out_blocks, rules, chosen, DESCRIBED, seed, progress)
+    begin("closer look")
+    seen = closer_look(subject, blocks, rules, chosen, DESCRIBED, seed, progress=False)
+    del blocks
+    begin("labels")
+    labels = _labels(subject, rules, seed)
     figures = tuple(_figures(stream, found, labels, seen) for stream in streams)
     pages = _pages(subject, found, labels, seen, mentioned)
     n = found.attrs["n_tokens"]
@@ -116,7 +128,7 @@ def most_telling(table: pd.DataFrame, n_units: int) -> dict[Site, list[int]]:
     return {site: units for site, units in chosen.items() if units}
 
 
-def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int, progress: bool) -> pd.DataFrame | None:
+def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int) -> pd.DataFrame | None:
     """Label of each unit and stream; None for a model that was not trained on generated stories."""
     run = subject.settings
     if run is None or subject.world != "stories":
@@ -124,7 +136,7 @@ def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int, pro
     other = run.data.stories_seed + 1 + seed
     stories = label_stories(subject.tokenizer, LABELLED, subject.n_ctx, seed=other)
     # one token: the area under the ROC curve is not shown
-    return selectivity(subject.model, stories, rules, subject.streams, sample_tokens=2, progress=progress).table
+    return selectivity(subject.model, stories, rules, subject.streams, sample_tokens=2, progress=False).table
 
 
 def _pages(

@@ -24,6 +24,8 @@ from sa_lens.data.tokens import check_blocks
 Kind = Literal["attn", "mlp"]
 """Kind of unit: attention unit or neuron."""
 
+MEMORY = 2**30
+"""Bytes of units that `held` holds at most."""
 TOKENS_AT_ONCE = {"cpu": 1024, "other": 32_768}
 """Tokens of a batch by type of device: on a CPU, what its caches hold is fastest."""
 
@@ -118,6 +120,30 @@ class TextBlocks:
         return self.text[blocks.to(self.text.device)].long()
 
 
+class ReadBlocks(TextBlocks):
+    """Blocks whose units have been read once and are held: `stream_units` gives them again without running the model.
+
+    Args:
+        batches: what `stream_units` gave of the blocks, from the first on, with all sites.
+    """
+
+    def __init__(self, blocks: TextBlocks, batches: Sequence[UnitBatch]) -> None:
+        self.text, self.length, self.batches = blocks.text, blocks.length, batches
+        self.count = sum(len(batch.tokens) for batch in batches)
+
+    def again(self, count: int, streams: Sequence[Stream], sites: Sequence[Site]) -> Iterator[UnitBatch]:
+        """The batches of the first `count` blocks with these streams and sites."""
+        for batch in self.batches:
+            n = count - batch.first
+            if n > 0:
+                yield UnitBatch(
+                    batch.tokens[:n],
+                    batch.first,
+                    {stream: {site: batch.values[stream][site][:n] for site in sites} for stream in streams},
+                    {site: batch.masks[site][:n] for site in sites if site in batch.masks and "ablated" in streams},
+                )
+
+
 def _check_tensor(tokens: Any, n_ctx: int, d_vocab: int | None) -> None:
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
         given = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -156,6 +182,10 @@ def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: in
     Raises:
         ValueError: see `TextBlocks`.
     """
+    if isinstance(text, ReadBlocks):
+        read = ReadBlocks(text, text.batches)
+        read.count = text.count if n_tokens is None else min(text.count, max(1, n_tokens // text.length))
+        return read
     if isinstance(text, TextBlocks):
         count = text.count
         text = TextBlocks(text.text, text.length, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
@@ -210,9 +240,33 @@ def stream_units(
                 f"this {type(model).__name__} has no units at {site}: layers 0 to {model.cfg.n_layers - 1}"
             )
     blocks = text_blocks(model, text, n_tokens)
+    if isinstance(blocks, ReadBlocks):
+        return blocks.again(blocks.count, chosen, sites)
     if tokens_at_once is None:
         tokens_at_once = TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
     return _batches(model, blocks, chosen, sites, max(1, tokens_at_once // blocks.length), progress, name)
+
+
+def held(
+    model: Host,
+    blocks: TextBlocks,
+    streams: Sequence[Stream],
+    *,
+    n_tokens: int | None = None,
+    memory: int = MEMORY,
+    progress: bool = True,
+) -> TextBlocks:
+    """The text with its units read once and held, for several looks at them; as it is where they are too many.
+
+    Args:
+        memory: bytes that may be held.
+    """
+    blocks = text_blocks(model, blocks, n_tokens)
+    # masks are a stream's worth of numbers
+    numbers = blocks.n_tokens * sum(unit_counts(model).values()) * (len(streams) + ("ablated" in streams))
+    if 4 * numbers > memory:
+        return blocks
+    return ReadBlocks(blocks, list(stream_units(model, blocks, streams, progress=progress, name="reading")))
 
 
 def _batches(

@@ -12,7 +12,7 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
+from sa_lens.units.activations import ReadBlocks, Site, TextBlocks, stream_units, text_blocks, unit_counts
 from sa_lens.units.firing import unit_scores
 
 BEFORE = 0.75
@@ -114,7 +114,11 @@ def snippets(
             largest[site][batch.first : batch.first + len(values)] = scores.amax(1).float()
     found = {site: _Windows(site, stream, chosen[site], largest.pop(site), n_top, n_sample, length) for site in sites}
     wanted = torch.cat([windows.blocks.flatten() for windows in found.values()]).unique()
-    again = TextBlocks(blocks.pick(wanted), model.cfg.n_ctx)
+    again = blocks
+    if isinstance(blocks, ReadBlocks):
+        wanted = torch.arange(len(blocks))
+    else:
+        again = TextBlocks(blocks.pick(wanted), model.cfg.n_ctx)
     for batch in stream_units(model, again, stream, sites=sites, progress=progress, name="snippets"):
         run = wanted[batch.first : batch.first + len(batch.tokens)]
         for site, values in batch.values[stream].items():

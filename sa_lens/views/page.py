@@ -105,6 +105,15 @@ def library_source(library: Library) -> str:
 
         path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
         source, found = path.read_text(encoding="utf-8"), "CircuitsVis"
+    return wrapped(library, source, found)
+
+
+def wrapped(library: Library, source: str, found: str) -> str:
+    """A library's script as `library_source` gives it.
+
+    Args:
+        found: expression for the library, once its script has run.
+    """
     # without the address of the source map, which developer tools would try to fetch
     lines = [line for line in source.splitlines() if not line.startswith("//# sourceMappingURL=")]
     source = "\n".join(lines).replace("</script", "<\\/script")

@@ -11,6 +11,7 @@ from micro import gated, plain, token_pairs
 from torch import Tensor
 from twins import SlowRuns, outputs
 
+from sa_lens.circuits import attribution
 from sa_lens.circuits.attribution import Rule, eap, eap_ig, relp
 from sa_lens.circuits.effects import exact_effects
 from sa_lens.circuits.graph import Circuit, Edge
@@ -180,6 +181,30 @@ def test_both_equal_their_twins_in_the_ablated_stream(scope: str, gates: str) ->
     assert_same(eap(model, pairs, **choices, **QUIET), slow(model, pairs, **choices))
     found = eap_ig(model, pairs, "kl", steps=2, **choices, **QUIET)
     assert_same(found, slow(model, pairs, "kl", shares=[0.0, 0.5], **choices))
+
+
+@pytest.mark.parametrize(
+    ("scope", "choices"),
+    [
+        (None, {"ablation": "resample"}),
+        (None, {"ablation": "mean"}),
+        ("local", {"stream": "ablated", "gates": "frozen", "ablation": "zero"}),
+        ("both", {"stream": "ablated", "gates": "live", "ablation": "resample"}),
+    ],
+    ids=str,
+)
+def test_passes_by_nodes_equal_passes_under_hooks(
+    scope: str | None, choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = plain(**DOUBLE) if scope is None else gated(scope, **DOUBLE)
+    pairs = token_pairs(n=6, lengths=(6, 7, 9))
+    fast = eap_ig(model, pairs, steps=3, batch_size=4, **choices, **QUIET)
+    monkeypatch.setattr(attribution, "why_not_by_nodes", lambda model: "the slow twin is asked for")
+    slow = eap_ig(model, pairs, steps=3, batch_size=4, **choices, **QUIET)
+    exists = slow.graph.exists
+    assert float(slow.scores[exists].abs().max()) > 1e-3
+    torch.testing.assert_close(fast.scores[exists], slow.scores[exists], atol=1e-10, rtol=1e-7)
+    assert fast.about == pytest.approx(slow.about)
 
 
 def test_live_gates_add_what_goes_through_the_surrogates() -> None:

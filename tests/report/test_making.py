@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sa_lens.cli import main
 from sa_lens.report import Report, from_json, make_report, making, to_json, units
 from sa_lens.report.records import ModelPage
 
@@ -124,6 +125,24 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     assert page.tasks[0].attn_only
     assert page.tasks[0].rankings == ()
     assert "cannot do the task" in page.tasks[0].note
+
+
+def test_one_bar_tells_the_phase_and_an_interrupt_leaves_no_file(
+    gated_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(units, "specialization", stop)
+    out = tmp_path / "new" / "report.html"
+    assert main(["report", str(gated_run), "-o", str(out), "--stories", "1", "--tasks", "ioi"]) != 0
+    shown = capsys.readouterr().err
+    # losses, stories, one task, thresholds, units, closer look, labels
+    for phase in ("losses (1 of 7)", "stories (2 of 7)", "ioi (3 of 7)", "thresholds (4 of 7)", "units (5 of 7)"):
+        assert f"gated: {phase}" in shown
+    assert " left" in shown
+    assert "closer look (6 of 7)" not in shown
+    assert list(tmp_path.rglob("*")) == []
 
 
 class TestBadInput:

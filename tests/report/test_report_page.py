@@ -11,7 +11,7 @@ from sa_lens.report import write_page
 
 PHONE = {"width": 390, "height": 844}
 SECTIONS = ("overview", "stories", "circuits", "units", "comparison")
-LIMIT = 3_000_000
+LIMIT = 1_000_000
 """Bytes of the page of a small report, most of them plotly's."""
 
 
@@ -504,9 +504,20 @@ def test_packing_keeps_every_record():
         values = [step * most / 100 for step in packed_snippet["steps"]]
         assert values == pytest.approx(snippet.values, abs=most / 199)
         assert packed_snippet["value"] == pytest.approx(snippet.values[snippet.focus], rel=1e-3)
-    looks, packed_looks = whole.models[0].stories[0].looks[0], parts["stories-0"][0]["looks"][0]
+    looks, packed_looks = whole.models[0].stories[0].looks[0], parts["stories-0"]["stories"][0]["looks"][0]
     for at, (positions, shares) in enumerate(zip(looks.positions, looks.shares, strict=True)):
         back = [column[at] for column in packed_looks["back"] if column[at] is not None]
         assert tuple(at - distance for distance in back) == positions
         percent = [column[at] for column in packed_looks["percent"] if column[at] is not None]
         assert percent == pytest.approx([100 * share for share in shares], abs=0.5)
+    known = parts["stories-0"]["units"]
+    for story, packed_story in zip(whole.models[0].stories, parts["stories-0"]["stories"], strict=True):
+        gates, start = packed_story["gates"], 0
+        for unit, place, n in zip(story.gates.units, gates["units"], gates["counts"], strict=True):
+            assert [known[name][place] for name in ("name", "layer", "kind")] == [unit.name, unit.layer, unit.kind]
+            assert tuple(known["promotes"][place]) == unit.promotes
+            gaps, values = (gates[name][start : start + n] for name in ("gaps", "values"))
+            assert tuple(sum(gaps[: i + 1]) for i in range(n)) == unit.positions
+            assert values == pytest.approx(unit.values, rel=5e-3)
+            start += n
+        assert len(gates["gaps"]) == len(gates["values"]) == start

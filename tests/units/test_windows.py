@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sa_lens.units.activations import Site, unit_sites
+from sa_lens.units import activations
+from sa_lens.units.activations import ReadBlocks, Site, held, text_blocks, unit_sites
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.windows import snippets
 
@@ -62,3 +63,20 @@ def test_bad_input_gets_a_clear_error(gated, text):
     ):
         with pytest.raises(ValueError, match=message):
             snippets(gated, text, **{"n_top": 2, "n_sample": 4, "length": 8, "progress": False, **options})
+
+
+@pytest.mark.parametrize("memory", [2**20, 10])
+def test_a_text_that_was_read_once_gives_the_same(gated, text, memory, monkeypatch):
+    blocks = held(gated, text_blocks(gated, text), ("clean", "ablated"), n_tokens=160, memory=memory, progress=False)
+    assert isinstance(blocks, ReadBlocks) == (memory > 10)
+    options = {"n_top": 2, "n_sample": 3, "length": 8, "n_tokens": 130, "progress": False}
+    for stream in ("clean", "ablated"):
+        expected = snippets(gated, text, stream, **options)
+        with monkeypatch.context() as patch:
+            if memory > 10:
+                patch.setattr(activations, "read_units", lambda *_: pytest.fail("the model ran again"))
+            found = snippets(gated, blocks, stream, **options)
+        for site, record in expected.items():
+            for name in ("tokens", "peaks", "blocks", "starts", "quantiles"):
+                assert torch.equal(getattr(found[site], name), getattr(record, name)), name
+            torch.testing.assert_close(found[site].values, record.values)

@@ -35,6 +35,33 @@ function pack(name) {
   return opened.get(name);
 }
 
+const told = new Map();
+
+// The stories of a model, the units that its gates keep as one record each.
+function storiesOfModel(model) {
+  if (!told.has(model)) {
+    told.set(model, pack(`stories-${model}`).then(({ units, stories }) => {
+      for (const story of stories) if (story.gates) story.gates.units = unitsThatStay(story.gates, units);
+      return stories;
+    }));
+  }
+  return told.get(model);
+}
+
+function unitsThatStay({ units, counts, gaps, values }, known) {
+  let next = 0;
+  return units.map((place, i) => {
+    const from = next;
+    next += counts[i];
+    let position = 0;
+    return {
+      ...{ name: known.name[place], layer: known.layer[place], kind: known.kind[place], promotes: known.promotes[place] },
+      positions: gaps.slice(from, next).map((gap) => (position += gap)),
+      values: values.slice(from, next),
+    };
+  });
+}
+
 // -------------------------------------------------------------------------------------------------------- figures
 
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;

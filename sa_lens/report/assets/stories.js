@@ -41,7 +41,7 @@ async function openStory(change) {
   const before = explorer.story;
   Object.assign(explorer, change);
   if (!explorer.parts) return;
-  const stories = await pack(`stories-${explorer.model}`);
+  const stories = await storiesOfModel(explorer.model);
   const { chooser } = explorer.parts;
   if (chooser) chooser.value = String(explorer.model);
   if (!stories.length) {
@@ -63,7 +63,7 @@ const storyAddress = (model, story, token) => `#stories/${encodeURIComponent(rep
 function listStories() {
   const { list, state } = explorer.parts;
   const query = explorer.query.trim().toLowerCase();
-  pack(`stories-${explorer.model}`).then((stories) => {
+  storiesOfModel(explorer.model).then((stories) => {
     const matching = stories.map((_, i) => i).filter((i) => !query || (stories[i].title + "\n" + stories[i].tokens.join("")).toLowerCase().includes(query));
     const focused = list.contains(document.activeElement);
     list.replaceChildren(

@@ -237,7 +237,7 @@ function snippetsBlock(title, how, snippets) {
 
 // Where in the stories of this report a gate keeps the unit.
 async function storiesOf(model, unit) {
-  const stories = await pack(`stories-${model}`);
+  const stories = await storiesOfModel(model);
   const found = [];
   stories.forEach((story, i) => {
     const one = story.gates?.units.find((live) => live.name === unit.name);
