@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sa_lens.config import RunConfig
@@ -46,7 +48,21 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
         output_file(folder / f"{name}.html")
     with clock.part("start of PyTorch and TransformerLens"):
         from sa_lens.demo.tour import tour
-    return tour(folder, clock, seed=seed, device=device, progress=progress)
+    with _one_thread():
+        return tour(folder, clock, seed=seed, device=device, progress=progress)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small models take less of the processor on one thread, and sums are taken in one order on any number of cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", progress: bool = True) -> bool:

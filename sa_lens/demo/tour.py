@@ -6,8 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sa_lens.catalogue import about, run_folder
 from sa_lens.circuits.acdc import acdc
 from sa_lens.circuits.faithfulness import faithfulness_curve
@@ -164,22 +162,14 @@ def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, pr
 
 
 def short_training(folder: Path, seed: int, device: str, progress: bool) -> SelfAblatingTransformer:
-    """Trains a model like the shipped one from scratch, with its schedule and tokenizer but fewer steps.
-
-    Small models are fastest on one thread, and sums are then taken in one order on any number of cores.
-    """
+    """Trains a model like the shipped one from scratch, with its tokenizer and a schedule of fewer steps."""
     run = short_run(seed)
     print(
         f"\nTraining a self-ablating model from scratch: {run.train.steps:,} steps of {run.train.batch_size} x "
         f"{run.model.n_ctx} tokens, the first {run.train.dense_steps:,} of the clean stream alone",
         flush=True,
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train(run, folder, device=device, resume=is_run(folder), progress=progress)
-    finally:
-        torch.set_num_threads(before)
+    train(run, folder, device=device, resume=is_run(folder), progress=progress)
     return load_run(str(folder), device=device)
 
 
