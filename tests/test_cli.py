@@ -626,7 +626,7 @@ class TestCompare:
         ("flags", "message"),
         [
             (["--grid", "desk"], "laptop-tinystories"),
-            (["--seeds", "0"], "--seeds 0"),
+            (["--seeds", "0"], "seeds=0 must be at least 1"),
             (["--columns", "losses,circuits"], "no group circuits; there are losses, weights"),
             (["--columns", ","], "no group given"),
             (["--validation", "text.txt"], "goes with text="),

@@ -399,7 +399,7 @@ class SelfAblatingTransformer(HookedTransformer):
                 "come from a clean pass from layer 0. Use start_at_layer=0, or the clean stream"
             )
         if isinstance(input, Tensor) and not input.is_floating_point():
-            check_tokens(input, self.cfg.d_vocab)
+            check_tokens(input, len(self.embed.W_E))
         stop = kwargs.get("stop_at_layer")
         if stop is not None:
             stop = stop + self.cfg.n_layers if stop < 0 else stop
@@ -457,7 +457,7 @@ class SelfAblatingTransformer(HookedTransformer):
         if not isinstance(input, Tensor):
             input = self.to_tokens(input, **options)
         tokens = input[None] if input.ndim == 1 else input
-        check_tokens(tokens, self.cfg.d_vocab)
+        check_tokens(tokens, len(self.embed.W_E))
         tokens = tokens.to(self.embed.W_E.device, torch.long)
         if targets is not None:
             targets = targets.to(tokens)

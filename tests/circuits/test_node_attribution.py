@@ -141,5 +141,5 @@ def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_without_mlps_has_no_neurons() -> None:
-    with pytest.raises(ValueError, match="no hook point"):
+    with pytest.raises(ValueError, match="belongs to an MLP, but this model has attention layers alone"):
         attribute_nodes(plain(attn_only=True), token_pairs(), "neurons", **QUIET)

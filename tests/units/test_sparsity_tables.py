@@ -112,7 +112,7 @@ def test_bad_input_gets_a_clear_error(gated, planted, text, even_text):
         with pytest.raises(ValueError, match="eps="):
             call()
     table = specialization(planted, even_text, even_text, progress=False).table
-    with pytest.raises(ValueError, match="not its own"):
+    with pytest.raises(ValueError, match="the table is that of a model with other weights or gates"):
         effective_connections(gated, table)
     with pytest.raises(ValueError, match="must be 'clean' or 'ablated'"):
         activation_sparsity(gated, text, "dark", progress=False)
