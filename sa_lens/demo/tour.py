@@ -33,12 +33,19 @@ from sa_lens.views import side_by_side as figures_side_by_side
 
 LOCAL, DENSE = "stories-local", "stories-dense"
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
-SHORT_STEPS = 1_100
+SHORT_STEPS = 700
 """Steps of the short training."""
 PROMPTS, SKILL_PROMPTS = 48, 200
 """Prompt pairs of patching and circuits, and of each task's skill."""
 UNIT_TOKENS, REPORT_UNITS = 20_000, 48
 """Tokens that units are described on, and units of each model that the report explains."""
+UNIT_FIGURES = {
+    "live": "share of units that are live",
+    "firing_rate": "share of tokens that they fire at",
+    "effective_tokens": "different tokens that they fire at, effectively",
+    "top_token_share": "share of their firing on one token",
+}
+"""Figures of the units that are printed, and what each says."""
 TAU = 0.01
 """ACDC's threshold, nats."""
 
@@ -108,8 +115,8 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         "\nWhat was found\n"
         f"  The self-ablating model names the receiver in {ioi['clean']:.0%} of the prompts; with only\n"
         f"  {local.gates.k_attn} attention units and {local.gates.k_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
-        f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream, {sizes['ablated']} in the other.\n"
-        f"  There, the masks alone carry {masks_alone:.0%} of the effect."
+        f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream and {sizes['ablated']} in the ablated "
+        f"one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
     )
     print(f"\nWhere the time went\n{clock.table()}")
     print("\nFigures:", *(f"  {path}" for path in figures), sep="\n")
@@ -156,9 +163,9 @@ def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, pr
     """Prints what the units of each stream fire on, as means over units."""
     thresholds = calibrate(model, data.train, model_streams(model), n_tokens=UNIT_TOKENS, progress=progress)
     table = specialization(model, data.validation, thresholds, n_tokens=UNIT_TOKENS, progress=progress).table
-    means = summary(table, seed=seed).query("kind == 'all'")
-    shown = means.pivot(index="column", columns="stream", values="mean").reindex(means["column"].unique())
-    show("Units, means over those that are live", shown.dropna(how="all"))
+    means = summary(table, list(UNIT_FIGURES), seed=seed).query("kind == 'all'")
+    shown = means.pivot(index="column", columns="stream", values="mean").reindex(list(UNIT_FIGURES))
+    show("Units, means over those that are live", shown.rename(index=UNIT_FIGURES))
 
 
 def short_training(folder: Path, seed: int, device: str, progress: bool) -> SelfAblatingTransformer:
