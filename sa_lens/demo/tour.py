@@ -115,8 +115,8 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         "\nWhat was found\n"
         f"  The self-ablating model names the receiver in {ioi['clean']:.0%} of the prompts; with only\n"
         f"  {local.gates.k_attn} attention units and {local.gates.k_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
-        f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream and {sizes['ablated']} in the ablated "
-        f"one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
+        f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream and {sizes['ablated']} in the "
+        f"ablated one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
     )
     print(f"\nWhere the time went\n{clock.table()}")
     print("\nFigures:", *(f"  {path}" for path in figures), sep="\n")
