@@ -33,13 +33,6 @@ STORIES = RunConfig(
     ),
 )
 
-DEMO = dataclasses.replace(
-    STORIES,
-    data=dataclasses.replace(STORIES.data, n_stories=20_000),
-    train=dataclasses.replace(STORIES.train, steps=6_500, dense_share=0.4, eval_every=3_250, save_every=1_300),
-)
-"""What `sa-lens demo --train` trains: the shipped models of the stories in a few minutes."""
-
 TINYSTORIES = RunConfig(
     model=ModelConfig(n_layers=4, d_model=128, n_heads=4, n_ctx=256, attn_scale=True, init="gpt2"),
     gates=GATES,
