@@ -19,6 +19,6 @@ def on_config(config: Any) -> Any:
 
 
 def equation(source: str, language: str, css_class: str, options: Any, md: Any, **kwargs: Any) -> str:
-    """A block of LaTeX as MathML, a line a row."""
+    """A block of LaTeX as MathML, one row per line."""
     rows = "".join(convert(line, display="block") for line in source.splitlines() if line.strip())
     return f'<div class="{escape(css_class)}" role="group">{rows}</div>'

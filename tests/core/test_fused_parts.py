@@ -198,3 +198,17 @@ def test_nan_scores_give_a_mask_of_nan_in_their_rows_alone(kind: str, width: int
     assert expected.grad is not None
     assert actual.grad is not None
     torch.testing.assert_close(actual.grad[~lost], expected.grad[~lost])
+
+
+def test_the_gradient_that_comes_in_is_left_as_it_is():
+    """Other consumers may hold the same tensor, and a gradient of `sum` is expanded from one number."""
+    generator = torch.Generator().manual_seed(0)
+    values, scores = (torch.randn(1, 5, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    values.requires_grad_()
+    scores = scores[0].clone().requires_grad_()
+    masked = masked_units(values, scores, 3, GateConfig(k_attn=3, k_mlp=3))
+    incoming = torch.randn(masked.shape, generator=generator, dtype=torch.float64)
+    kept = incoming.clone()
+    masked.backward(incoming)
+    assert torch.equal(incoming, kept)
+    masked_units(values, scores, 3, GateConfig(k_attn=3, k_mlp=3)).sum().backward()

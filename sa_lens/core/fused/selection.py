@@ -82,7 +82,7 @@ class _MaskedUnits(torch.autograd.Function):
         grad_values = _last_masked(grad, _mask(scores, edge, k, cfg)) if ctx.needs_input_grad[0] else None
         grad_scores = None
         if ctx.needs_input_grad[1]:
-            grad_mask = grad[-1].to(scores.dtype).mul_(values[-1])
+            grad_mask = grad[-1].to(scores.dtype) * values[-1]
             if grad_mask.shape != scores.shape:
                 grad_mask = grad_mask.unflatten(-1, (scores.shape[-1], -1)).sum(-1)
             grad_scores = surrogate_backward(grad_mask, scores, edge, edge_index, k, cfg)
