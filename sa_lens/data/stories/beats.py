@@ -67,11 +67,11 @@ class Beats(Writer):
     def another_gift(self) -> None:
         """One gives the other an object that is new to the story, or first has it and then gives it."""
         kind = self.random()
-        if kind < 0.45:
+        if kind < 0.6:
             self.give_new()
             return
         g, o = self.have()
-        if kind < 0.55:
+        if kind < 0.65:
             self.say("use_" + o.kind, x=g, o=o)
         if self.chance(0.6):
             self.aside(self.scene.other(g))
@@ -126,21 +126,21 @@ class Beats(Writer):
         """The one who got the object (and has it) says thanks or uses it."""
         r = self.scene.other(g)
         kind = self.random()
-        if kind < 0.1:
+        if kind < 0.25:
             self.say("thank", x=r, y=g)
-        elif kind < 0.4:
-            self.say("thank_for", x=r, y=g, o=o)
         elif kind < 0.5:
-            self.say("thank_quote", x=r, y=g)
-            if self.chance(0.5):
-                self.say("reply", x=r, y=g)
+            self.say("thank_for", x=r, y=g, o=o)
         elif kind < 0.56:
-            self.say("feel", x=r, f=self.pick(PROUD))
-        elif kind < 0.66:
+            self.say("thank_quote", x=r, y=g)
+            if self.chance(0.3):
+                self.say("reply", x=r, y=g)
+        elif kind < 0.62:
             self.say(self.pick(("feel_has", "feel_likes")), x=r, y=g, o=o)
-        elif kind < 0.71 and "say_like" not in self.told:
+        elif kind < 0.67:
+            self.say("feel", x=r, f=self.pick(PROUD))
+        elif kind < 0.7 and "say_like" not in self.told:
             self.say("say_like", x=r, o=o)
-        elif kind < 0.85:
+        elif kind < 0.8:
             self.say("use_" + o.kind, x=r, o=o)
 
     # beats
@@ -154,15 +154,15 @@ class Beats(Writer):
             self.another_gift() if len(self.nouns) < 3 and room > 25 else self.remark()
         elif kind < 0.25:
             self.ask_and_give(o)
-        elif kind < 0.4 and room > 42:
+        elif kind < 0.3 and room > 42:
             self.lose_and_find(o)
-        elif kind < 0.5 and room > 42 and o.noun in BREAKABLE:
+        elif kind < 0.33 and room > 42 and o.noun in BREAKABLE:
             self.break_and_mend(o)
-        elif kind < 0.57:
+        elif kind < 0.38:
             self.talk_about(o)
-        elif kind < 0.62:
+        elif kind < 0.42:
             self.use_together(o)
-        elif kind < 0.78:
+        elif kind < 0.76:
             self.give(o, self.owner(o))
         elif kind < 0.9 and len(self.nouns) < 3 and room > 25:
             self.another_gift()
@@ -268,7 +268,7 @@ class Beats(Writer):
             o = self.new_thing()
             self.things.remove(o)
             self.say("lies", o=o, s=self.pick(OUTDOOR_SPOTS if place.outdoors else INDOOR_SPOTS))
-        elif kind < 0.35 or not options:
+        elif kind < 0.65 or not options:
             self.turn()
         else:
             self.observe(self.pick(options))

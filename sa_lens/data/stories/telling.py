@@ -81,7 +81,7 @@ class _Telling(Beats):
             # more often a girl and a boy, so that pronouns are frequent
             second = self.pick(self.friends[first])
         both = set(self.friends[first]) & set(self.friends[second])
-        thirds = [name for name in NAMES if name in both] if self.chance(0.25) else []
+        thirds = [name for name in NAMES if name in both] if self.chance(0.15) else []
         x, y = character(first), character(second)
         self.scene = Scene(x, y, self.pick(PLACES))
         self.open()
@@ -166,7 +166,7 @@ class _Telling(Beats):
             self.say("next_day")
 
     def close(self) -> None:
-        if self.chance(0.5):
+        if self.chance(0.3):
             self.say("go_home")
         ending = self.random()
         if ending < 0.2:

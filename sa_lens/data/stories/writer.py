@@ -85,10 +85,10 @@ class Writer:
         Args:
             pattern: name of the pattern.
             definite: an object not mentioned before is `the ball`, not `a ball`.
-            given: what the variables stand for; by default x and y are the two of the scene, in either order, p its
-                place, and f a glad feeling.
+            given: what the variables stand for; by default x and y are the two of the scene, mostly in the order in
+                which they came into the story, p is its place, and f a glad feeling.
         """
-        x = given.get("x") or (self.scene.other(given["y"]) if "y" in given else self.pick(self.scene[:2]))
+        x = given.get("x") or (self.scene.other(given["y"]) if "y" in given else self.scene[self.chance(0.3)])
         entities: dict[str, Entity] = {
             "x": x,
             "y": self.scene.other(x),
