@@ -70,7 +70,7 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
         "{A} came to the {P} and sat down there because",
         "When {A} came home, {A} was happy because",
         "At the {P}, {B} saw {A}. {A} waved and laughed because",
-        "{A} loved the {O} so much that",
+        "It was a good {O}, and {A} loved it so much that",
     ),
     "repeated": (
         "Long ago {B} and {A} lived in a house near the {P}. Every day, {B} and",

@@ -476,7 +476,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     # feelings and reasons: a pronoun for the subject of the clause before
     "say_need": (
         "<perhaps_then> {x:speaker} [said|thought|knew] [that/SCONJ|] {x.he:speaker} was/VERB [very|so|] {f}.",
-        "<perhaps_then> {x:speaker} [told|said to] {y:listener} that/SCONJ {x.he:speaker} was/VERB <very> {f}.",
+        *("<perhaps_then> {x:speaker} [told|said to] {y:listener} that/SCONJ {x.he:speaker} was/VERB <very> {f}.",) * 2,
+        "<perhaps_then> {x:agent} sat [{p.at} {p}|with {y:friend}|there/ADV] until {x.he:agent} was/VERB {f}.",
         "<perhaps_then> {x:experiencer} was/VERB {f}, so {x.he:agent} [sat down/ADV|went home/ADV|rested|stopped].",
         "<perhaps_then> {x:agent} [sat down/ADV|stopped|rested] because {x.he:experiencer} was/VERB {f}.",
         "<perhaps_then> {x:experiencer} was/VERB {f}, but {x.he:agent} [was/VERB brave|smiled|did not/PART stop/VERB].",
@@ -489,6 +490,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "<perhaps_then> {x:experiencer} [smiled|laughed|sang|danced] because {x.he:experiencer} [liked|loved] {p}.",
         "{x:experiencer} was/VERB <very> {f} when {x.he:experiencer} [saw|came to/ADP] {p}.",
         "{x:experiencer} said that/SCONJ {x.he:experiencer} [liked|loved] {p}.",
+        "<perhaps_then> {x:experiencer} told {y:listener} that/SCONJ {x.he:experiencer} [liked|loved] {p}.",
+        "{x:experiencer} [liked|loved] {p} so much/ADV that/SCONJ {x.he:agent} [danced|sang|laughed|was/VERB {f}].",
         "<perhaps_then> {x:experiencer} [smiled|laughed] because {x.he:experiencer} was/VERB {f}.",
         "<perhaps_then> {x:experiencer} [smiled|laughed] when {x.he:experiencer} saw {y:friend}.",
         "{x:experiencer} liked {y:friend} and said that/SCONJ {x.he:experiencer} was/VERB {f}.",
@@ -510,6 +513,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "{x:experiencer} was/VERB <very> {f} because {x.he:experiencer} [liked|loved] {o}.",
         "{x:experiencer} [smiled|laughed] when {x.he:experiencer} [saw|looked at] {o}.",
         "{x:experiencer} said that/SCONJ {x.he:experiencer} [liked|loved] {o}.",
+        "{x:experiencer} [liked|loved] {o} so much/ADV that/SCONJ {x.he:agent} [danced|sang|laughed|was/VERB {f}].",
     ),
     "feel_lost": (
         "{x:experiencer} was/VERB <very> {f} because {x.he:loser} had lost {o}.",

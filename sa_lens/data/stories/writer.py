@@ -88,7 +88,7 @@ class Writer:
             given: what the variables stand for; by default x and y are the two of the scene, mostly in the order in
                 which they came into the story, p is its place, and f a glad feeling.
         """
-        x = given.get("x") or (self.scene.other(given["y"]) if "y" in given else self.scene[self.chance(0.3)])
+        x = given.get("x") or (self.scene.other(given["y"]) if "y" in given else self.scene[:2][self.chance(0.3)])
         entities: dict[str, Entity] = {
             "x": x,
             "y": self.scene.other(x),
