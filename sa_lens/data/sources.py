@@ -22,8 +22,8 @@ from sa_lens.data.hub import dataset_revision, require_hub
 LOCAL_TEXT = "name a local parquet, jsonl, txt or arrow file or folder in data.source, or `stories`"
 
 _ROOM_FOR_STORIES = 1_000
-"""Tokens that hold every word of the generated stories: 257 bytes and marks, some 540 words, about 100 of them a second time as the
-first word of a text or quotation."""
+"""Tokens that hold every word of the generated stories: 257 bytes and marks, some 540 words, and about 100 of these a
+second time as the first word of a text or quotation."""
 _STORIES_KEPT = 100_000
 """Generated stories that are kept in memory between passes over them: about 50 MB."""
 
