@@ -21,12 +21,12 @@ FIGURES = ("patching-resid_pre", "patching-heads", "circuits", "training")
 
 def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
     """The configuration of the models that `train_demo` trains; with scope `none`, of the dense one."""
-    from sa_lens.shipped.recipes import STORIES
+    from sa_lens.shipped.recipes import SHORT
 
     return dataclasses.replace(
-        STORIES,
-        gates=dataclasses.replace(STORIES.gates, scope=scope),  # type: ignore[arg-type]
-        train=dataclasses.replace(STORIES.train, seed=seed),
+        SHORT,
+        gates=dataclasses.replace(SHORT.gates, scope=scope),  # type: ignore[arg-type]
+        train=dataclasses.replace(SHORT.train, seed=seed),
     )
 
 
