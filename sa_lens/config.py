@@ -23,6 +23,7 @@ import yaml
 
 Scope = Literal["none", "local", "global", "both"]
 Stream = Literal["clean", "ablated"]
+Masks = Literal["frozen", "live"]
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu", "solu_ln"]
 
 LARGEST_SEED = 2**32 - 1

@@ -155,9 +155,9 @@ def units(
 
     import pandas as pd
 
+    from sa_lens.core.host import streams_of
     from sa_lens.data.writing import atomic_write
     from sa_lens.training.report import load_run, text_of_run
-    from sa_lens.units.activations import model_streams
     from sa_lens.units.comparison import summary
     from sa_lens.units.firing import calibrate
     from sa_lens.units.labels import label_stories, selectivity
@@ -167,7 +167,7 @@ def units(
     model = load_run(run, device=device)
     data = text_of_run(run, model, text, column=column)
     labelled = label_stories(model.tokenizer, labels, model.cfg.n_ctx, seed=seed) if labels else None
-    thresholds = calibrate(model, data.train, model_streams(model), n_tokens=tokens, progress=not json)
+    thresholds = calibrate(model, data.train, streams_of(model), n_tokens=tokens, progress=not json)
     found = specialization(model, data.validation, thresholds, n_tokens=tokens, progress=not json).table
     tables = {"units": found, "sparsity": sparsity(model), "connections": effective_connections(model, found)}
     summaries = [summary(found)]

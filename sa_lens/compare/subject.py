@@ -17,7 +17,7 @@ from torch import Tensor
 from sa_lens.circuits.tasks import World
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.core.host import has_ablated_stream
+from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData, validation_blocks
 
 MINIMUM_BLOCKS = 8
@@ -62,7 +62,7 @@ class Subject:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """The streams that the model has."""
-        return ("clean", "ablated") if has_ablated_stream(self.model) else ("clean",)
+        return streams_of(self.model)
 
     @property
     def world(self) -> World:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import LocallyOverridenDefaults, Slice, get_attention_mask
 from transformers import PreTrainedTokenizerBase
 
-from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.config import GateConfig, Masks, ModelConfig
 from sa_lens.core import architecture, embedding
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
@@ -248,8 +248,7 @@ class SelfAblatingTransformer(HookedTransformer):
         self,
         position: int | Sequence[int] | Tensor | None = None,
         *,
-        gates: Literal["frozen", "live"] = "frozen",
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Masks | Mapping[str, Tensor] = "frozen",
         clean_hooks: Hooks = (),
     ) -> Iterator[SelfAblatingTransformer]:
         """Inside the context, this model and thread run the ablated stream.
@@ -264,27 +263,27 @@ class SelfAblatingTransformer(HookedTransformer):
 
         Args:
             position: where the masks act: one for all prompts or one for each; negative ones count from the end.
-            gates: `frozen`: masks of a clean pass on the same tokens in which no user hook fires. `live`: the user's
-                hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice). Only with a
-                position.
-            masks: given masks by hook name (`run_streams(...).masks`, or any cache that holds them). Where they cover
-                every gate, `hook_scores` stays silent; with a position the clean pass is then skipped.
+            masks: `frozen`: masks of a clean pass on the same tokens in which no user hook fires. `live`: the user's
+                hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice); only with a
+                position. Or given masks by hook name (`run_streams(...).masks`, or any cache that holds them): where
+                they cover every gate, `hook_scores` stays silent, and with a position the clean pass is skipped.
             clean_hooks: hooks of the clean pass, in TransformerLens's form.
 
         Raises:
             ValueError: a model without gates, an unknown choice, masks of another model.
         """
         self._require_gates("model.ablated()")
-        if gates not in ("frozen", "live"):
-            raise ValueError(f"gates={gates!r} must be 'frozen' or 'live'")
-        if gates == "live" and position is None:
+        if not isinstance(masks, str):
+            masks = self._checked_masks(masks)
+        elif masks not in get_args(Masks):
+            raise ValueError(f"masks={masks!r} must be 'frozen', 'live' or masks by hook name")
+        elif masks == "live" and position is None:
             raise ValueError(
-                "gates='live' needs a position; to edit the clean pass at all positions use clean_hooks=[(name, fn)]"
+                "masks='live' needs a position; to edit the clean pass at all positions use clean_hooks=[(name, fn)]"
             )
-        if gates == "live" and (masks is not None or clean_hooks):
-            raise ValueError("gates='live' recomputes the masks under your hooks: do not give masks or clean_hooks too")
-        chosen = None if masks is None else self._checked_masks(masks)
-        with self._streams.entered(Ablation(position, gates, chosen, tuple(clean_hooks))):
+        elif masks == "live" and clean_hooks:
+            raise ValueError("masks='live' recomputes the masks under your own hooks: do not give clean_hooks too")
+        with self._streams.entered(Ablation(position, masks, tuple(clean_hooks))):
             yield self
 
     @contextmanager
@@ -411,7 +410,7 @@ class SelfAblatingTransformer(HookedTransformer):
             )
         cache_before = copy_cache(cache) if cache is not None else None
         clean = None
-        if ablation.position is None or not self._covers_every_gate(ablation.masks):
+        if ablation.position is None or not self._covers_every_gate(ablation.given):
             clean = self._clean_pass(input, kwargs, ablation, stop_at_layer=stop, want_keys=ablation.position is None)
             if ablation.position is not None and clean.resid_post is not None:
                 position_mask(ablation.position, *clean.resid_post.shape[:2])
@@ -423,8 +422,8 @@ class SelfAblatingTransformer(HookedTransformer):
     def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
         return run_clean_pass(self, super().forward, input, kwargs, ablation, **wants)
 
-    def _covers_every_gate(self, masks: Mapping[str, Tensor] | None) -> bool:
-        return masks is not None and all(
+    def _covers_every_gate(self, masks: Mapping[str, Tensor]) -> bool:
+        return all(
             f"blocks.{layer}.{name}.hook_mask" in masks
             for layer, block in enumerate(self.blocks)
             for name, _ in gated_points(block)

@@ -27,6 +27,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.hook_points import HookPoint
 
+from sa_lens.config import Masks
 from sa_lens.core.gate import Gate
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ class Ablation:
     """What `model.ablated(...)` was asked for; see there."""
 
     position: int | Sequence[int] | Tensor | None = None
-    gates: Literal["frozen", "live"] = "frozen"
-    masks: Mapping[str, Tensor] | None = None
+    masks: Masks | Mapping[str, Tensor] = "frozen"
     clean_hooks: Hooks = ()
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """The masks that the caller gave, by hook name."""
+        return {} if isinstance(self.masks, str) else self.masks
 
 
 class _PassHooks:
@@ -266,9 +271,8 @@ def run_clean_pass(
             readers.append((key_point, keep(record.keys), False))
             readers.append((block.attn.hook_v, keep(record.values), False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
-    frozen = ablation.gates == "frozen"
-    edits = resolve_hooks(model.hook_dict, ablation.clean_hooks) if frozen else []
-    with model._streams.attached([*edits, *readers], silent=frozen):
+    edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
+    with model._streams.attached([*edits, *readers], silent=ablation.masks != "live"):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
@@ -372,7 +376,6 @@ def ablated_hooks(
         clean: the recorded clean pass; None if all masks are given and the ablation is at one position.
     """
     hooks: list[AttachedHook] = []
-    given = ablation.masks or {}
     for layer, block in list(enumerate(model.blocks))[:stop_at_layer]:
         local = clean.resid_pre[layer] if clean else None
         final = clean.final if clean else None
@@ -382,7 +385,7 @@ def ablated_hooks(
             hooks += mix.hooks()
         for gate_name, point in gated_points(block):
             gate = getattr(block, gate_name)
-            mask = given.get(f"blocks.{layer}.{gate_name}.hook_mask")
+            mask = ablation.given.get(f"blocks.{layer}.{gate_name}.hook_mask")
             scores = gate.project(local, final) if mask is None else None
             correct = mix.correct_z if mix is not None and gate_name == "attn_gate" else None
             hooks.append((point, _gate_hook(gate, scores, mask, correct, ablation.position), True))

@@ -14,6 +14,7 @@ from sa_lens.circuits.patching import patch
 from sa_lens.circuits.tasks import PromptPairs, make_unseen
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData
 from sa_lens.demo import demo_run
 from sa_lens.demo.clock import Clock
@@ -24,7 +25,6 @@ from sa_lens.shipped.measuring import skills
 from sa_lens.training import sample, side_by_side, train
 from sa_lens.training.report import load_run, text_of_run
 from sa_lens.training.run_folder import is_run
-from sa_lens.units.activations import model_streams
 from sa_lens.units.comparison import summary
 from sa_lens.units.firing import calibrate
 from sa_lens.units.unit_tables import specialization
@@ -161,7 +161,7 @@ def tell_circuits(circuits: dict[Stream, Circuit], masks_alone: float) -> None:
 
 def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, progress: bool) -> None:
     """Prints what the units of each stream fire on, as means over units."""
-    thresholds = calibrate(model, data.train, model_streams(model), n_tokens=UNIT_TOKENS, progress=progress)
+    thresholds = calibrate(model, data.train, streams_of(model), n_tokens=UNIT_TOKENS, progress=progress)
     table = specialization(model, data.validation, thresholds, n_tokens=UNIT_TOKENS, progress=progress).table
     means = summary(table, list(UNIT_FIGURES), seed=seed).query("kind == 'all'")
     shown = means.pivot(index="column", columns="stream", values="mean").reindex(list(UNIT_FIGURES))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.host import in_stream, streams_of
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ def sample(
             f"{model.cfg.n_ctx} at most: shorten it"
         )
     texts: dict[str, str] = {}
-    streams = ("clean", "ablated") if model.gates.gated else ("clean",)
-    for stream in streams:
+    for stream in streams_of(model):
         # TransformerLens draws from the global generator
-        with torch.random.fork_rng(), model.ablated() if stream == "ablated" else nullcontext():
+        with torch.random.fork_rng(), in_stream(model, stream):
             torch.manual_seed(seed)
             drawn = model.generate(
                 tokens,

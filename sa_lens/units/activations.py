@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.fused import fused_units, reads_fused
-from sa_lens.core.host import Host, device_of, gate_hook_names, has_ablated_stream, in_stream, widened
+from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, streams_of, widened
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import check_blocks
 
@@ -171,9 +171,8 @@ def unit_counts(model: Host) -> dict[Site, int]:
     return {site: attn if site.kind == "attn" else model.cfg.d_mlp for site in unit_sites(model)}
 
 
-def model_streams(model: Host) -> tuple[Stream, ...]:
-    """The streams that the model has."""
-    return ("clean", "ablated") if has_ablated_stream(model) else ("clean",)
+model_streams = streams_of
+"""The name by which `sa_lens.shipped` imports it."""
 
 
 def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: int | None = None) -> TextBlocks:

@@ -15,17 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of
+from sa_lens.core.host import Host, device_of, streams_of
 from sa_lens.data import TokenFile
 from sa_lens.data.stories import LABELS, Story, generate
 from sa_lens.data.tokenizers import boundary_tokens
-from sa_lens.units.activations import (
-    Site,
-    model_streams,
-    stream_units,
-    text_blocks,
-    unit_counts,
-)
+from sa_lens.units.activations import Site, stream_units, text_blocks, unit_counts
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.measures import effective_number
 from sa_lens.units.unit_tables import rules_for
@@ -143,7 +137,7 @@ def selectivity(
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
     if streams is None:
-        streams = model_streams(model)
+        streams = streams_of(model)
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     if len(text.tokens) < 2:
         raise ValueError("the labelled text has one block; the label is chosen on one half and scored on the other")

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, fingerprint_of, weight, widened
+from sa_lens.core.host import Host, fingerprint_of, streams_of, weight, widened
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import TextBlocks, model_streams, stream_units, text_blocks, unit_sites
+from sa_lens.units.activations import TextBlocks, stream_units, text_blocks, unit_sites
 from sa_lens.units.measures import gini, hoyer, hoyer_from_sums
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def activation_sparsity(
 
     _check_eps(eps)
     if streams is None:
-        streams = model_streams(model)
+        streams = streams_of(model)
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     blocks = text_blocks(model, text, n_tokens)
     keys = [(stream, site) for stream in chosen for site in unit_sites(model)]

@@ -17,18 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, fingerprint_of
+from sa_lens.core.host import Host, device_of, fingerprint_of, streams_of
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import (
-    Site,
-    TextBlocks,
-    UnitBatch,
-    model_streams,
-    stream_units,
-    text_blocks,
-    unit_counts,
-    unit_sites,
-)
+from sa_lens.units.activations import Site, TextBlocks, UnitBatch, stream_units, text_blocks, unit_counts, unit_sites
 from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
 from sa_lens.units.measures import effective_number, gini, hoyer_from_sums
 from sa_lens.units.tallies import EXACT_IN_FLOAT32, CoActivation, Moments, TokenTally
@@ -114,7 +105,7 @@ def specialization(
         if value < 1:
             raise ValueError(f"{name}={value} is too small: it must be at least 1 (coactivation_units: 2)")
     if streams is None:
-        streams = model_streams(model)
+        streams = streams_of(model)
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, has_ablated_stream, in_stream
+from sa_lens.core.host import Host, in_stream, streams_of
 from sa_lens.views.page import View, component, unparsed, view
 from sa_lens.views.records import Attention, numbers
 from sa_lens.views.texts import read_text
@@ -38,7 +38,7 @@ def attention(
     if not 0 <= layer < n_layers:
         raise ValueError(f"layer {layer} is not there: the model's are 0 to {n_layers - 1}")
     tokens, labels = read_text(model, text)
-    streams: list[Stream] = [stream] if stream else ["clean", "ablated"] if has_ablated_stream(model) else ["clean"]
+    streams = streams_of(model, stream)
     name = f"blocks.{layer}.attn.hook_pattern"
     heads, patterns = [], []
     for one in streams:

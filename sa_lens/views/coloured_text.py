@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sa_lens.core.host import Host, has_ablated_stream, in_stream
-from sa_lens.units.activations import Site, model_streams, read_units, unit_counts, unit_sites
+from sa_lens.core.host import Host, has_ablated_stream, in_stream, streams_of
+from sa_lens.units.activations import Site, read_units, unit_counts, unit_sites
 from sa_lens.views.attention import card
 from sa_lens.views.page import View, component, unparsed, view
 from sa_lens.views.records import Story, Track, UnitActivations, number, short
@@ -50,7 +50,7 @@ def story(
     """
     tokens, labels = read_text(model, text)
     chosen = [checked_unit(model, place) for place in units]
-    streams = model_streams(model)
+    streams = streams_of(model)
     gated = has_ablated_stream(model)
     hard = gated and model.gates.kind == "hard"  # type: ignore[attr-defined]
     sites = unit_sites(model) if hard else list(dict.fromkeys(site for site, _ in chosen))
@@ -208,7 +208,7 @@ def unit_activations(
         raise ValueError(f"kind={kind!r}: this model has units of kind {sorted({s.kind for s in unit_sites(model)})}")
     if most < 1:
         raise ValueError(f"most={most} units of a layer: show at least 1")
-    streams = model_streams(model)
+    streams = streams_of(model)
     values, _ = read_units(model, tokens, streams, sites)
     parts, names = [], []
     for site in sites:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from sa_lens.core.host import Host
-from sa_lens.units.activations import model_streams, stream_units
+from sa_lens.core.host import Host, streams_of
+from sa_lens.units.activations import stream_units
 from sa_lens.views.coloured_text import UnitPlace, checked_unit
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.records import Histogram, Series
@@ -73,7 +73,7 @@ def unit_histogram(
         ValueError: a unit that the model does not have, or a text that does not fit.
     """
     site, index = checked_unit(model, unit)
-    streams = model_streams(model)
+    streams = streams_of(model)
     clean, ablated = [], []
     n = stays = 0
     for batch in stream_units(model, text, streams, sites=[site], n_tokens=n_tokens, progress=False):

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, has_ablated_stream, in_stream
+from sa_lens.core.host import Host, in_stream, streams_of
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.page import View, view
 from sa_lens.views.records import Guess, LensStream, LogitLens, Predictions, StreamPredictions, short
@@ -23,12 +23,6 @@ __all__ = ["PredictionsView", "logit_lens", "predictions"]
 
 MOST_TEXTS = 700
 """Cells of a logit lens up to which each shows its token."""
-
-
-def _streams(model: Host, stream: Stream | None) -> list[Stream]:
-    if stream is not None:
-        return [stream]
-    return ["clean", "ablated"] if has_ablated_stream(model) else ["clean"]
 
 
 def predictions(
@@ -48,7 +42,7 @@ def predictions(
         raise ValueError(f"top={top} must be from 1 to the vocabulary's {model.cfg.d_vocab}")
     tokens, labels = read_text(model, text)
     found = []
-    for one in _streams(model, stream):
+    for one in streams_of(model, stream):
         with torch.no_grad(), in_stream(model, one):
             log_p = model(tokens)[0].float().log_softmax(-1)
         values, best = (x.tolist() for x in log_p.topk(top))
@@ -146,7 +140,7 @@ def logit_lens(model: Host, text: str | Int[Tensor, " pos"], *, stream: Stream |
     n_layers = model.cfg.n_layers
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(n_layers))]
     found = []
-    for one in _streams(model, stream):
+    for one in streams_of(model, stream):
         with torch.no_grad(), in_stream(model, one):
             _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names)
             # the model's own end reads each layer, put in the place of the last
