@@ -11,7 +11,8 @@ from sa_lens.compare.cells import Cell
 from sa_lens.compare.columns import WHOLE, column_named, family, in_order
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.subject import Group
-from sa_lens.compare.verdicts import holm, paired, t_interval, verdict
+from sa_lens.compare.verdicts import holm, paired, verdict
+from sa_lens.statistics import t_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +90,7 @@ def _row(
     own = series[variant, column, stream]
     reference = series.get((against, column, stream)) or series.get((against, column, "clean"), {})
     row: dict[str, Any] = {"variant": variant, "column": column, "stream": stream}
+    row["n"] = sum(map(math.isfinite, own.values()))
     row |= t_interval([*own.values()])._asdict()
     about = column_named(column)
     row |= {"direction": about.direction, "verdict": "", "claim": about.claim, "p_holm": math.nan}

@@ -11,28 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
-
-LEVEL = 0.95
-"""Coverage of intervals; claims are decided at 1 - LEVEL."""
+from sa_lens.statistics import LEVEL, t_interval
 
 LEAST_PAIRS = 3
 """Seeds without which there is no test: counts of edges can differ by the same number twice, and p would be 0."""
 
 Verdict = Literal["holds", "fails", "undecided"]
-
-
-class Interval(NamedTuple):
-    """A mean over seeds."""
-
-    n: int
-    """Seeds with a value."""
-    mean: float
-    """Their mean; NaN without any."""
-    low: float
-    """Lower end of the t interval; NaN with fewer than two seeds."""
-    high: float
-    """Upper end."""
 
 
 class Difference(NamedTuple):
@@ -50,25 +34,6 @@ class Difference(NamedTuple):
     """Two-sided p-value of the paired t test; NaN with fewer than `LEAST_PAIRS` seeds, or differences all alike."""
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean and t interval of the mean; NaN values are left out.
-
-    Raises:
-        ValueError: a level outside (0, 1).
-    """
-    from scipy.stats import t
-
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie above 0 and below 1")
-    x = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
-    n = len(x)
-    if n < 2:
-        return Interval(n, float(x[0]) if n else math.nan, math.nan, math.nan)
-    half = float(t.ppf((1 + level) / 2, n - 1)) * float(x.std(ddof=1)) / math.sqrt(n)
-    mean = float(x.mean())
-    return Interval(n, mean, mean - half, mean + half)
-
-
 def paired(values: Sequence[float], reference: Sequence[float], level: float = LEVEL) -> Difference:
     """Difference of values that belong together by seed; pairs with a NaN are left out.
 
@@ -78,16 +43,17 @@ def paired(values: Sequence[float], reference: Sequence[float], level: float = L
     Raises:
         ValueError: sequences of unequal length, or a level outside (0, 1).
     """
-    from scipy.stats import t
+    from scipy import stats
 
-    found = t_interval([a - b for a, b in zip(values, reference, strict=True)], level)
-    if found.n < LEAST_PAIRS:
-        return Difference(*found, math.nan)
-    half = found.high - found.mean
-    if half == 0:
-        return Difference(*found, 1.0 if found.mean == 0 else math.nan)
-    statistic = abs(found.mean) / half * float(t.ppf((1 + level) / 2, found.n - 1))
-    return Difference(*found, 2 * float(t.sf(statistic, found.n - 1)))
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    differences = [difference for difference in differences if math.isfinite(difference)]
+    n, interval = len(differences), t_interval(differences, level)
+    if n < LEAST_PAIRS:
+        return Difference(n, *interval, math.nan)
+    if interval.high == interval.mean:
+        return Difference(n, *interval, 1.0 if interval.mean == 0 else math.nan)
+    statistic = abs(interval.mean) / float(stats.sem(differences))
+    return Difference(n, *interval, 2 * float(stats.t.sf(statistic, n - 1)))
 
 
 def holm(p: Sequence[float], family: int | None = None) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import Stream
-from sa_lens.units.measures import LEVEL, bootstrap_means, quantiles, resampled_means
+from sa_lens.statistics import LEVEL, bootstrap_means, column_means, percentile_interval, resampled_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,13 +125,13 @@ def compare(
         for side, index in zip(sides, cells, strict=True)
     ]
     rng = np.random.default_rng(seed)
-    means = [np.stack([_mean(x) for x in side]) for side in values]
+    means = [np.stack([column_means(x) for x in side]) for side in values]
     draws = [np.stack([resampled_means(x, resamples, rng) for x in side]) for side in values]
     weight = np.minimum(*(np.stack([np.isfinite(x).sum(0) for x in side]) for side in values)).astype(float)
     matched = [_weighted(m[:, None], weight)[0] for m in means]
     differences = _weighted(draws[1] - draws[0], weight)
-    low, high = (quantiles(differences, q) for q in ((1 - level) / 2, (1 + level) / 2))
-    whole = [_mean(side[columns].to_numpy(dtype=float, na_value=np.nan)) for side in sides]
+    low, high = percentile_interval(differences, level)
+    whole = [column_means(side[columns].to_numpy(dtype=float, na_value=np.nan)) for side in sides]
     share = sum(len(x) for side in values for x in side) / sum(map(len, sides))
     return pd.DataFrame(
         {
@@ -173,12 +173,6 @@ def _cells(side: pd.DataFrame) -> dict[tuple[int, str, int], list[int]]:
     for row, cell in enumerate(zip(side["layer"], side["kind"], bins.tolist(), strict=True)):
         cells.setdefault(cell, []).append(row)
     return cells
-
-
-def _mean(x: np.ndarray) -> np.ndarray:
-    known = np.isfinite(x)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, x, 0).sum(0) / known.sum(0)
 
 
 def _weighted(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -18,11 +18,11 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Host
 from sa_lens.data import TokenFile
+from sa_lens.statistics import bootstrap_interval
 from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.judging import firing_places, judge, listed, silent_places, token_list, window_of
 from sa_lens.units.pruning import Asking, Context, Fill, Guess, answer, pruned, substituted
-from sa_lens.units.swaps import mean_interval
 from sa_lens.units.trie import ANY, ContextTrie
 
 if TYPE_CHECKING:
@@ -350,8 +350,8 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
         for prefix in ("", "list_"):
             values[prefix + name] = float(judged[prefix + name].mean())
     for name in ("f1", "text_f1"):
-        gain = torch.tensor((judged[name] - judged[f"list_{name}"]).to_numpy(dtype=np.float64, copy=True))[:, None]
-        mean, low, high = mean_interval(gain, torch.ones_like(gain, dtype=torch.bool), seed)
+        gain = (judged[name] - judged[f"list_{name}"]).to_numpy(dtype=np.float64)
+        mean, low, high = bootstrap_interval(gain, np.ones(len(gain)), resamples=1000, seed=seed)
         values |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
     return pd.Series(values, name="explanations")
 

@@ -19,9 +19,9 @@ from sa_lens.core.host import Host, device_of, streams_of
 from sa_lens.data import TokenFile
 from sa_lens.data.stories import LABELS, Story, generate
 from sa_lens.data.tokenizers import boundary_tokens
+from sa_lens.statistics import auroc, effective_number
 from sa_lens.units.activations import Site, stream_units, text_blocks, unit_counts
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
-from sa_lens.units.measures import effective_number
 from sa_lens.units.unit_tables import rules_for
 
 if TYPE_CHECKING:
@@ -216,20 +216,6 @@ def _count(
             sample[stream, site][low:high] = scores[rows.to(device)]
     areas = {key: auroc(sample.pop(key), members.to(device)) for key in keys}
     return _Half(n, of_label.to(device), together, areas)
-
-
-def auroc(scores: Float[Tensor, "token unit"], member: Float[Tensor, "token label"]) -> Float[Tensor, "label unit"]:
-    """Area under the ROC curve of every score for every label; ties count half. NaN for a label of all or no tokens."""
-    n = len(scores)
-    positives = member.sum(0).double()
-    sums = torch.zeros(member.shape[1], scores.shape[1], dtype=torch.float64, device=scores.device)
-    for first in range(0, scores.shape[1], 256):
-        x = scores[:, first : first + 256].T.contiguous()
-        ordered = x.sort(1).values
-        ranks = (torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True) + 1).double() / 2
-        sums[:, first : first + 256] = member.T.double() @ ranks.T
-    above = sums - (positives * (positives + 1) / 2)[:, None]
-    return above / (positives * (n - positives))[:, None]
 
 
 class _Scores(NamedTuple):

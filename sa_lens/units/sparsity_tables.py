@@ -19,8 +19,8 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, fingerprint_of, streams_of, weight, widened
 from sa_lens.data import TokenFile
+from sa_lens.statistics import gini, hoyer, hoyer_from_sums
 from sa_lens.units.activations import TextBlocks, stream_units, text_blocks, unit_sites
-from sa_lens.units.measures import gini, hoyer, hoyer_from_sums
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,9 +19,9 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, fingerprint_of, streams_of
 from sa_lens.data import TokenFile
+from sa_lens.statistics import effective_number, gini, hoyer_from_sums
 from sa_lens.units.activations import Site, TextBlocks, UnitBatch, stream_units, text_blocks, unit_counts, unit_sites
 from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
-from sa_lens.units.measures import effective_number, gini, hoyer_from_sums
 from sa_lens.units.tallies import EXACT_IN_FLOAT32, CoActivation, Moments, TokenTally
 from sa_lens.units.token_classes import TokenClasses, word_classes
 

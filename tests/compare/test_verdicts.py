@@ -10,38 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sa_lens.compare.verdicts import LEAST_PAIRS, holm, paired, t_interval, verdict
+from sa_lens.compare.verdicts import LEAST_PAIRS, holm, paired, verdict
 
 numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=8).filter(lambda x: np.std(x) > 1e-3)
-
-
-def test_an_interval_by_hand():
-    """Mean 4, sd 2, n 3: half width 4.303 * 2 / sqrt(3) = 4.968."""
-    found = t_interval([2.0, 4.0, 6.0])
-    assert (found.n, found.mean) == (3, 4.0)
-    assert found.high - 4 == pytest.approx(4.9683, abs=1e-4)
-    assert 4 - found.low == pytest.approx(4.9683, abs=1e-4)
-
-
-@given(numbers)
-def test_intervals_are_those_of_scipy(values):
-    found = t_interval(values)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (found.low, found.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
-
-
-def test_too_few_values_have_no_interval():
-    assert t_interval([]).n == 0
-    one = t_interval([math.nan, 3.0])
-    assert (one.n, one.mean) == (1, 3.0)
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-
-
-@pytest.mark.parametrize("level", [0.0, 1.0, -1.0, 2.0])
-def test_a_level_outside_its_range_is_refused(level):
-    with pytest.raises(ValueError, match="level"):
-        t_interval([1.0, 2.0], level)
 
 
 @given(numbers, st.integers(0, 2**31))

@@ -10,7 +10,7 @@ from scipy import stats
 from sa_lens.data.stories import LABELS, generate
 from sa_lens.units.activations import Site, unit_sites
 from sa_lens.units.firing import calibrate, unit_scores
-from sa_lens.units.labels import LabelledText, auroc, firing_scores, label_stories, selectivity
+from sa_lens.units.labels import LabelledText, firing_scores, label_stories, selectivity
 
 
 def labelled(tokens, of_token, names):
@@ -117,14 +117,7 @@ def test_measures_agree_with_scipy_and_counts_on_the_held_out_half(gated, text, 
     assert checked > 20
 
 
-def test_auroc_counts_ties_half_and_scores_say_nothing_without_tokens():
-    scores = torch.tensor([[0.0], [0.0], [1.0], [2.0]])
-    member = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0]])
-    found = auroc(scores, member)
-    # label 0: {0, 1} against {0, 2}: half, lost, won, lost
-    assert found[0].item() == pytest.approx(1.5 / 4)
-    assert found[1].item() == pytest.approx(2.5 / 3)
-    assert found[2].isnan().all()
+def test_a_unit_that_never_fires_scores_zero():
     never = firing_scores(torch.zeros(1, 1), torch.zeros(1), torch.tensor([3.0]), 10)
     assert [float(x) for x in never] == [0, 0, 0, 0]
 

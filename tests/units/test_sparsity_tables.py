@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from sa_lens.statistics import gini, hoyer
 from sa_lens.units.activations import unit_sites
-from sa_lens.units.measures import gini, hoyer
 from sa_lens.units.sparsity_tables import activation_sparsity, effective_connections, sparsity
 from sa_lens.units.unit_tables import specialization
 

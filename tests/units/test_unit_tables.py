@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
+from sa_lens.statistics import gini, hoyer
 from sa_lens.units.activations import TOKENS_AT_ONCE, Site, unit_sites
 from sa_lens.units.firing import calibrate
-from sa_lens.units.measures import gini, hoyer
 from sa_lens.units.token_classes import TokenClasses, word_classes
 from sa_lens.units.unit_tables import specialization
 
