@@ -203,8 +203,8 @@ class TestErrors:
             assert "missing" in fails(arguments, capsys)
 
     def test_names_are_those_that_the_packages_define(self) -> None:
-        from sa_lens.circuits.pairs import MINIMUM
         from sa_lens.circuits.tasks import TASKS
+        from sa_lens.circuits.tasks.pairs import MINIMUM
         from sa_lens.compare import GRIDS
         from sa_lens.config import GateConfig, ModelConfig
         from sa_lens.core import SelfAblatingTransformer
@@ -453,8 +453,8 @@ class TestCircuit:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from sa_lens.circuits import search
-        from sa_lens.circuits.recompute import Recomputation
+        from sa_lens.circuits import find_and_judge as search
+        from sa_lens.circuits.running.edge_removals import Recomputation
 
         def command(folder: str, *flags: str) -> list[str]:
             out = ["--out", str(tmp_path / folder)]

@@ -383,7 +383,7 @@ def test_the_api_has_every_public_name(site):
             known = {f"{module}.{public}", f"sa_lens.config.{public}"}
             assert known & documented or public == "__version__", f"{module}.{public} is not in docs/api"
     for package in (sa_lens.circuits, sa_lens.units):
-        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             module = importlib.import_module(found.name)
             for name, member in vars(module).items():
                 if inspect.isfunction(member) and member.__module__ == found.name and not name.startswith("_"):

@@ -14,9 +14,9 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits.agreement import agreement_table  # noqa: E402
-from sa_lens.circuits.gate_circuit import gate_rankings  # noqa: E402
-from sa_lens.circuits.search import Method, find_circuit, table  # noqa: E402
+from sa_lens.circuits.discovery.gate_circuit import gate_rankings  # noqa: E402
+from sa_lens.circuits.find_and_judge import Method, find_circuit, table  # noqa: E402
+from sa_lens.circuits.judging.agreement import agreement_table  # noqa: E402
 from sa_lens.circuits.tasks import make  # noqa: E402
 from sa_lens.views import draw, faithfulness_chart, save, side_by_side  # noqa: E402
 

@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
 from sa_lens.circuits.metrics import skill  # noqa: E402
-from sa_lens.circuits.patching import patch  # noqa: E402
+from sa_lens.circuits.patching.activation_patching import patch  # noqa: E402
 from sa_lens.circuits.tasks import make  # noqa: E402
 from sa_lens.views import attention, save, side_by_side, to_record, view  # noqa: E402
 

@@ -15,9 +15,9 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
+from sa_lens.circuits.find_and_judge import find_circuit  # noqa: E402
 from sa_lens.circuits.metrics import skill  # noqa: E402
-from sa_lens.circuits.patching import patch  # noqa: E402
-from sa_lens.circuits.search import find_circuit  # noqa: E402
+from sa_lens.circuits.patching.activation_patching import patch  # noqa: E402
 from sa_lens.circuits.tasks import make  # noqa: E402
 from sa_lens.training import train  # noqa: E402
 from sa_lens.views import draw, save, side_by_side, to_record  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream, run_to_last, streams_of, widened
 from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes

@@ -70,9 +70,9 @@ def circuit(
     if resume and not unfinished.is_file():
         raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
 
-    from sa_lens.circuits.acdc import SearchInterrupted
+    from sa_lens.circuits.discovery.acdc import SearchInterrupted
+    from sa_lens.circuits.find_and_judge import find_circuit
     from sa_lens.circuits.graph import Circuit
-    from sa_lens.circuits.search import find_circuit
     from sa_lens.circuits.tasks import make_unseen
     from sa_lens.training.report import load_run, trained_on_stories
     from sa_lens.views import draw, faithfulness_chart, save

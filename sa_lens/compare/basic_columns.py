@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sa_lens.circuits.metrics import SKILL_BAR, skill
-from sa_lens.circuits.pairs import PromptPairs
 from sa_lens.circuits.tasks import make_unseen
+from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.compare.columns import WHOLE
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig

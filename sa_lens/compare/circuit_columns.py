@@ -11,15 +11,15 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sa_lens.circuits.acdc import acdc, visiting_order
-from sa_lens.circuits.attribution import eap_ig
-from sa_lens.circuits.circuit_metric import GapTooSmall
-from sa_lens.circuits.curves import FaithfulnessCurve
-from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.discovery.acdc import acdc, visiting_order
+from sa_lens.circuits.discovery.eap import eap_ig
 from sa_lens.circuits.graph import Graph
+from sa_lens.circuits.judging.circuit_metric import GapTooSmall
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
+from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve
 from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy
-from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.running import Gates
+from sa_lens.circuits.running.circuit_by_hooks import Gates
+from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.compare.basic_columns import OBJECT, PROMPT_TOKENS, NoPrompts, Skill, task_pairs
 from sa_lens.compare.subject import Group, Measured, Subject, Values, in_every_stream
 from sa_lens.config import RunConfig, Stream

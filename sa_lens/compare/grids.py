@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sa_lens.circuits.tinystories import NAMES
+from sa_lens.circuits.tasks.tinystories import NAMES
 from sa_lens.compare.basic_columns import Losses, ObjectSkill, Skill, Weights
 from sa_lens.compare.circuit_columns import ACDC, Faithfulness, ObjectACDC, ObjectFaithfulness
 from sa_lens.compare.sae_columns import SAE

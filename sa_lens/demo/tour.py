@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.catalogue import about, run_folder
-from sa_lens.circuits.acdc import acdc
-from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.discovery.acdc import acdc
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.patching import patch
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
+from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.tasks import PromptPairs, make_unseen
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sa_lens.circuits.search import LEVEL
+from sa_lens.circuits.find_and_judge import LEVEL
 from sa_lens.config import Stream
 from sa_lens.report.tasks import METHODS, TaskFigures
 from sa_lens.report.units import UnitFigures

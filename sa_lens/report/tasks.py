@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa_lens.circuits.acdc import SearchInterrupted
-from sa_lens.circuits.circuit_metric import SharedRuns
+from sa_lens.circuits.discovery.acdc import SearchInterrupted
+from sa_lens.circuits.find_and_judge import LEVEL, FoundCircuit, Method, find_circuit
 from sa_lens.circuits.graph import Circuit, Graph
+from sa_lens.circuits.judging.circuit_metric import SharedRuns
 from sa_lens.circuits.metrics import SKILL_BAR, skill
-from sa_lens.circuits.pairs import PromptPairs
-from sa_lens.circuits.search import LEVEL, FoundCircuit, Method, find_circuit
 from sa_lens.circuits.tasks import TASKS, make_unseen
+from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.report.records import Ranking, TaskPage
 from sa_lens.report.subjects import Subject

@@ -118,7 +118,7 @@ def faithfulness_chart(
     Args:
         curves: tables with a row a size: `edges`, `share`, `f`, `kl`, and intervals `f_low`, `f_high` where there are
             any. A table may hold several curves, told apart by its columns `ranking`, `method`, `order` and `stream`
-            (`sa_lens.circuits.curves.curves_table` makes such a one); a mapping names each table.
+            (`sa_lens.circuits.judging.faithfulness_curve.curves_table` makes such a one); a mapping names each table.
         x: number of edges, or their share of all, on a log axis (sizes of 0 have no place on it).
         y: faithfulness f (0: as the empty circuit, 1: as the full model), or KL from the full model in nats.
         title: heading; None: what is shown.

@@ -81,7 +81,7 @@ def draw(shown: object, *, dark: bool = False) -> Figure:
     """A plotly figure of a record, of a circuit, or of a table of patches.
 
     Args:
-        shown: a record of `sa_lens.views.records`, a circuit, or a table of `sa_lens.circuits.patching.patch`.
+        shown: a record of `sa_lens.views.records`, a circuit, or a table of `sa_lens.circuits.patch`.
         dark: the dark look.
 
     A circuit takes the options of `circuit_map` as well, such as `skill=`.

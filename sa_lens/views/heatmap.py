@@ -41,7 +41,7 @@ def to_record(table: pd.DataFrame, value: str = "normalised", title: str | None 
     """The record of a table of patches: a heat map of layers by positions or heads, or bars of single units.
 
     Args:
-        table: from `sa_lens.circuits.patching.patch`: one kind, stream and direction; or several kinds whose rows are
+        table: from `sa_lens.circuits.patch`: one kind, stream and direction; or several kinds whose rows are
             whole layers (masks of attention and MLP), which become columns.
         value: column to show: `normalised` or `value`.
         title: heading; None: made of the table's settings.

@@ -15,7 +15,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sa_lens.circuits.recompute import Recomputation
+from sa_lens.circuits.running.edge_removals import Recomputation
 from sa_lens.compare import Comparison, Grid, circuit_columns, compare, comparing, plan, running
 from sa_lens.compare.basic_columns import Losses, Weights
 from sa_lens.compare.cells import Cell, cells_of

@@ -309,7 +309,7 @@ BOUNDARIES = {
 def test_one_token_stands_before_every_text(name: str, template: str, pre: str, tmp_path: Path) -> None:
     """In the training text, `to_tokens`, tasks, views, and units: the same, and the one that training has seen."""
     import sa_lens as sa
-    from sa_lens.circuits.pairs import Draft, encode
+    from sa_lens.circuits.tasks.pairs import Draft, encode
     from sa_lens.units.labels import label_stories
     from sa_lens.views.texts import encoded
 

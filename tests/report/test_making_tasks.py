@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sa_lens.circuits.acdc import acdc
-from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.discovery.acdc import acdc
+from sa_lens.circuits.find_and_judge import find_circuit
 from sa_lens.circuits.graph import Circuit, Graph
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
 from sa_lens.circuits.metrics import skill
-from sa_lens.circuits.search import find_circuit
 from sa_lens.report import Report, tasks
 from sa_lens.report.records import Ranking, TaskPage
 from sa_lens.report.subjects import Subject

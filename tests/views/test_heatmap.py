@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.io as pio
 import pytest
 
-from sa_lens.circuits.patching import COLUMNS
+from sa_lens.circuits.patching.activation_patching import COLUMNS
 from sa_lens.views import draw, side_by_side, to_record
 from sa_lens.views.records import Axis, Bars, HeatMap
 
