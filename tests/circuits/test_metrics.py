@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from micro import gated, token_pairs
-from sa_lens.circuits.patching.activation_patching.node_attribution import attribute_nodes
 from transformer_lens import HookedTransformer
 
 from sa_lens.circuits import metrics
@@ -20,6 +19,7 @@ from sa_lens.circuits.judging.completeness import completeness, minimality
 from sa_lens.circuits.judging.faithfulness import faithfulness_curve
 from sa_lens.circuits.metrics import bootstrap_interval, kl, last_logits, skill
 from sa_lens.circuits.patching.activation_patching import patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
 
 
 @pytest.fixture

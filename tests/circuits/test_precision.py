@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from micro import gated, token_pairs
-from sa_lens.circuits.patching.activation_patching.node_attribution import attribute_nodes
 
 from sa_lens.circuits import metrics
 from sa_lens.circuits.discovery.acdc import acdc
@@ -17,6 +16,7 @@ from sa_lens.circuits.discovery.exact_effects import exact_effects
 from sa_lens.circuits.discovery.gate_circuit import mask_shares
 from sa_lens.circuits.judging.faithfulness import faithfulness_curve
 from sa_lens.circuits.patching.activation_patching import patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.core.host import run_to_last
 from sa_lens.core.nodes import split_inputs, unsupported

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from micro import plain, token_pairs
-from sa_lens.circuits.patching.activation_patching.node_attribution import attribute_nodes
 from transformer_lens import patching as tl
 
 from sa_lens.circuits import tasks
 from sa_lens.circuits.metrics import kl, last_logits, logit_difference
 from sa_lens.circuits.patching.activation_patching import COLUMNS, KINDS, patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.core.host import in_stream
 
 STREAMS = ["clean", "ablated"]

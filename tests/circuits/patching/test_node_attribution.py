@@ -9,12 +9,12 @@ import pytest
 import torch
 from linear import linear
 from micro import gated, plain, token_pairs
-from sa_lens.circuits.patching.activation_patching.node_attribution import COLUMNS, NODES, attribute_nodes
 
 from sa_lens.circuits.discovery.eap import eap
 from sa_lens.circuits.graph import Node
 from sa_lens.circuits.metrics import logit_difference
 from sa_lens.circuits.patching.activation_patching import patch
+from sa_lens.circuits.patching.node_attribution import COLUMNS, NODES, attribute_nodes
 from sa_lens.core.host import in_stream
 
 DOUBLE = {"dtype": torch.float64}
