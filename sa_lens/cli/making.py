@@ -6,12 +6,12 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from sa_lens.cli.parsing import COMMANDS, Command, Device, Run, as_json, command, parse
-from sa_lens.config import PRESETS, RunConfig, read_yaml
+from sa_lens.cli.parsing import COMMANDS, Command, Run, as_json, command, parse
+from sa_lens.config import PRESETS, Device, ExportFormat, PresetName, RunConfig, Which, read_yaml
 from sa_lens.launching import unfinished_launch
 from sa_lens.places import output_file, output_folder
 
@@ -22,7 +22,7 @@ class TrainOptions:
 
     out: Path
     """Run folder, new unless --resume."""
-    preset: Literal["paper-2024-10", "paper-head", "laptop"] | None = None
+    preset: PresetName | None = None
     """Named starting point of the configuration."""
     config: Path | None = None
     """YAML file; its values come before the preset's."""
@@ -123,7 +123,7 @@ def eval_(
     text: str | None = None,
     column: str = "text",
     tokens: int = 100_000,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
@@ -153,7 +153,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
@@ -182,9 +182,9 @@ def generate(
 @command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
 def export(
     run: Run,
-    to: Literal["hooked", "reference", "hf"],
+    to: ExportFormat,
     out: Path,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
 ) -> int | None:
     """Write a model in a format of other programs.
 

@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from sa_lens.catalogue import run_folder
-from sa_lens.config import suggestion
+from sa_lens.config import Task, suggestion
 
-TASKS = ("ioi", "pronoun", "object", "repeated")
+TASKS = get_args(Task)
 COLUMN_GROUPS = (
     *("losses", "weights", "skill", "acdc", "faithfulness", "object-skill", "object-acdc", "object-faithfulness"),
     *("units", "labels", "explanations", "leakage", "sae"),

@@ -15,14 +15,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from sa_lens.config import LARGEST_SEED, suggestion
 from sa_lens.stopping import terminable
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Run = Annotated[str, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
 
 

@@ -10,7 +10,8 @@ import tyro
 
 from sa_lens.catalogue import results_folder
 from sa_lens.cli.names import FEWEST_PROMPTS, check_column_groups, check_hook, check_task
-from sa_lens.cli.parsing import Device, Run, as_json, command
+from sa_lens.cli.parsing import Run, as_json, command
+from sa_lens.config import Ablation, Device, GridName, Masks, Method, SAEPreset, Stream, Words
 from sa_lens.places import output_file, output_folder
 from sa_lens.stopping import Interrupted
 
@@ -19,14 +20,14 @@ from sa_lens.stopping import Interrupted
 def circuit(
     run: Run,
     task: str = "ioi",
-    method: Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"] = "acdc",
-    stream: Literal["clean", "ablated"] = "clean",
+    method: Method = "acdc",
+    stream: Stream = "clean",
     tau: float = 0.01,
     edges: int | None = None,
-    ablation: Literal["resample", "zero", "mean"] = "resample",
-    gates: Literal["frozen", "live"] | None = None,
+    ablation: Ablation = "resample",
+    gates: Masks | None = None,
     pairs: int = 128,
-    words: Literal["auto", "stories", "tinystories"] = "auto",
+    words: Words | Literal["auto"] = "auto",
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
@@ -195,8 +196,8 @@ def units(
 def sae(
     run: Run,
     hook: str | None = None,
-    stream: Literal["clean", "ablated"] = "clean",
-    preset: Literal["laptop", "paper"] = "laptop",
+    stream: Stream = "clean",
+    preset: SAEPreset = "laptop",
     steps: int | None = None,
     d_sae: int | None = None,
     l1_coefficient: float | None = None,
@@ -263,7 +264,7 @@ def sae(
 
 @command("train and measure a grid of models, one table", "sa-lens compare --grid laptop --dry-run")
 def compare(
-    grid: Literal["laptop", "laptop-tinystories", "paper", "smoke"] = "laptop",
+    grid: GridName = "laptop",
     out: Path | None = None,
     seeds: int | None = None,
     columns: str | None = None,

@@ -4,8 +4,20 @@
 docs/compare.md.
 """
 
+import sys
+from types import ModuleType
+
 from sa_lens.compare.comparing import compare, plan
 from sa_lens.compare.grids import GRIDS, Grid, Variant
 from sa_lens.compare.results import Comparison
 
 __all__ = ["GRIDS", "Comparison", "Grid", "Variant", "compare", "plan"]
+
+
+class _CallablePackage(ModuleType):
+    """`sa_lens.compare(...)` calls the function of this name; the package itself stays importable."""
+
+    __call__ = staticmethod(compare)
+
+
+sys.modules[__name__].__class__ = _CallablePackage
