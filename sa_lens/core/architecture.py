@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core.embedding import TiedUnembed
-
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
 
 
 def hooked_config(
@@ -223,13 +220,3 @@ def fold_final_norm_into_gates(state: dict[str, Tensor]) -> None:
         if b is not None:
             state[bias_key] = state[bias_key] + b @ state[key]
         state[key] = w[:, None] * state[key]
-
-
-def named_gates(model: SelfAblatingTransformer) -> list[tuple[int, str]]:
-    """(layer, name) of every gate, `attn_gate` before `mlp_gate`."""
-    return [
-        (layer, name)
-        for layer, block in enumerate(model.blocks)
-        for name in ("attn_gate", "mlp_gate")
-        if hasattr(block, name)
-    ]

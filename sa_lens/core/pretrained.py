@@ -44,7 +44,7 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
                 str(name), device="cpu", trust_remote_code=False
             )
     else:
-        base = checkpoints.load(name, device="cpu")
+        base = SelfAblatingTransformer.from_pretrained(name, device="cpu")
     model = SelfAblatingTransformer.from_hooked(base, gates, seed=seed)
     same = isinstance(base, SelfAblatingTransformer) and base.gates.scores == gates.scores
     kept = {key: value for key, value in base.state_dict().items() if same and "_gate." in key}

@@ -6,6 +6,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import einops
 import torch
@@ -14,7 +15,9 @@ from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, Scope
 from sa_lens.core.architecture import check_weights
-from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.core.gated import GatedTransformer
+
+Model = TypeVar("Model", bound=GatedTransformer)
 
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 _ATTENTION_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)")
@@ -29,7 +32,7 @@ _OUTSIDE_LAYERS = {
 }
 
 
-def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> SelfAblatingTransformer:
+def load(cls: type[Model], source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> Model:
     """A model with the weights of the reference; sizes and scope come from the shapes, the dtype is kept.
 
     Args:
@@ -48,7 +51,7 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
     if gates.scope != scope:
         raise ValueError(f"gates.scope={gates.scope!r}, but these weights are of scope {scope!r}: pass scope={scope!r}")
     cfg = _config(state, n_heads)
-    model = SelfAblatingTransformer(cfg, gates, device="cpu")
+    model = cls(cfg, gates, device="cpu")
     model.qkv_bias = model.unembed_bias = False
     model.freeze_unused_biases()
     converted = _to_hooked(state, cfg)
@@ -64,7 +67,7 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
     return model
 
 
-def save(model: SelfAblatingTransformer) -> dict[str, Tensor]:
+def save(model: GatedTransformer) -> dict[str, Tensor]:
     """The model's weights under the reference's names.
 
     Raises:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import SelfAblatingTransformer, checkpoints, export
+from sa_lens.core import SelfAblatingTransformer, export
 
 
 def small_model(scope: str = "local", *, seed: int = 0, **shape: Any) -> SelfAblatingTransformer:
@@ -280,4 +280,4 @@ def test_an_exported_model_is_not_mistaken_for_our_own(tmp_path):
     export.to_hooked(small_model(), tmp_path / "hooked")
     for folder in ("hf", "hooked"):
         with pytest.raises(ValueError, match="not written by sa_lens"):
-            checkpoints.load(tmp_path / folder)
+            SelfAblatingTransformer.from_pretrained(tmp_path / folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,8 @@ from sa_lens.config import LossConfig
 from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
+from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.loss_terms import reconstruction_loss
-
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -45,7 +43,7 @@ class StreamLosses(NamedTuple):
 
 
 def fused_loss(
-    model: SelfAblatingTransformer,
+    model: GatedTransformer,
     cfg: LossConfig,
     tokens: Int[Tensor, "batch pos"],
     targets: Int[Tensor, "batch pos"] | None,
@@ -92,7 +90,7 @@ class _Clean(NamedTuple):
 class Passes:
     """Runs the layers of one model in one precision."""
 
-    def __init__(self, model: SelfAblatingTransformer, dtype: torch.dtype, recompute: bool) -> None:
+    def __init__(self, model: GatedTransformer, dtype: torch.dtype, recompute: bool) -> None:
         self.model = model
         self.cfg = model.cfg
         self.dtype = dtype

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.core.gated import GatedTransformer
 
 NORMALIZATIONS = (None, "LN", "LNPre", "RMS", "RMSPre")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
 
 
-def why_not_fused(model: SelfAblatingTransformer) -> str | None:
+def why_not_fused(model: GatedTransformer) -> str | None:
     """The reason why this model must train on the hooked path; None if the fused one can run it."""
     cfg = model.cfg
     reasons = {
@@ -45,7 +42,7 @@ def why_not_fused(model: SelfAblatingTransformer) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def has_user_hooks(model: SelfAblatingTransformer) -> bool:
+def has_user_hooks(model: GatedTransformer) -> bool:
     """Whether a hook is attached to any hook point; the fused path would not fire it."""
     return any(
         point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks
