@@ -12,7 +12,7 @@ import pytest
 from sa_lens.circuits.graph import Circuit
 from sa_lens.compare.cells import Cell
 from sa_lens.compare.grids import smoke
-from sa_lens.report import from_json as report_from_json
+from sa_lens.report import Report
 from sa_lens.views import records
 
 CIRCUIT = {
@@ -58,7 +58,7 @@ def test_what_is_no_json(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"c\.json is damaged: .*; find the circuit again"):
         Circuit.load(path)
-    with pytest.raises(ValueError, match=r"c\.json is damaged: .*; write the record again"):
+    with pytest.raises(ValueError, match=r"c\.json is damaged: .*; save the record again"):
         records.read(path)
 
 
@@ -113,9 +113,9 @@ def test_reports() -> None:
         "",
         "[]",
         "{}",
-        '{"title": 3}',
-        '{"title": "a", "version": "1", "models": 3, "comparison": null}',
+        '{"kind": "Report", "title": 3}',
+        '{"kind": "Report", "title": "a", "version": "1", "models": 3, "comparison": null}',
         "\ud800",
     ):
-        with pytest.raises(ValueError, match=r"^not a report: .*; text begins"):
-            report_from_json(text)
+        with pytest.raises(ValueError, match=r"^not a record of Report: .*; text begins"):
+            records.from_json(text, [Report])

@@ -186,7 +186,7 @@ def test_complaints_of_commands_are_quoted_as_they_are_printed(faq, capsys):
 
 
 def test_the_message_of_missing_pictures_is_quoted(faq):
-    from sa_lens.views.page import MISSING
+    from sa_lens.views.html_page import MISSING
 
     assert [source.split() for _, source in blocks(faq, "text")] == [MISSING.split()]
 

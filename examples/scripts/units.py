@@ -17,7 +17,7 @@ import pandas as pd  # noqa: E402
 import sa_lens as sa  # noqa: E402
 from sa_lens import units  # noqa: E402
 from sa_lens.training.report import text_of_run  # noqa: E402
-from sa_lens.views import draw, histogram, save  # noqa: E402
+from sa_lens.views import histogram, save  # noqa: E402
 
 
 def main(
@@ -81,8 +81,8 @@ def main(
         for name, table in tables.items()
         for stream, some in table.groupby("stream", sort=False)
     }
-    figure = draw(histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units"))
-    print("wrote", save(figure, out / "effective-tokens.html"))
+    counts = histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units")
+    print("wrote", save(counts, out / "effective-tokens.html"))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def circuit(
     from sa_lens.circuits.graph import Circuit
     from sa_lens.circuits.tasks import make_unseen
     from sa_lens.training.report import load_run, trained_on_stories
-    from sa_lens.views import draw, faithfulness_chart, save
+    from sa_lens.views import faithfulness_chart, save
 
     if words == "auto":
         words = "stories" if trained_on_stories(run) else "tinystories"
@@ -111,9 +111,9 @@ def circuit(
         ) from stop
     found.save(folder)
     unfinished.unlink(missing_ok=True)
-    figures = {"circuit": draw(found.circuit)}
+    figures: dict[str, Any] = {"circuit": found.circuit}
     if found.curve is not None:
-        figures["faithfulness"] = draw(faithfulness_chart({f"{method}, {stream} stream": found.curve.table()}))
+        figures["faithfulness"] = faithfulness_chart({f"{method}, {stream} stream": found.curve.table()})
     for name, figure in figures.items():
         save(figure, folder / f"{name}.html")
     if json:
@@ -344,11 +344,11 @@ def report(
     for task in tasks or ():
         check_task(task)
 
-    from sa_lens.report import make_report, write_page
+    from sa_lens.report import make_report, save
 
     made = make_report(
         runs, text=text, n_stories=stories, n_units=units, tasks=tasks, title=title, seed=seed, device=device
     )
-    path = write_page(made, out)
+    path = save(made, out)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
     return None

@@ -19,7 +19,8 @@ from sa_lens.data import PreparedData
 from sa_lens.demo import demo_run
 from sa_lens.demo.clock import Clock
 from sa_lens.demo.tables import loss_table, show, skill_table
-from sa_lens.report import make_report, write_page
+from sa_lens.report import make_report
+from sa_lens.report import save as save_report
 from sa_lens.shipped.make import figures_of
 from sa_lens.shipped.measuring import skills
 from sa_lens.training import sample, side_by_side, train
@@ -28,7 +29,7 @@ from sa_lens.training.run_folder import is_run
 from sa_lens.units.comparison import summary
 from sa_lens.units.firing import calibrate
 from sa_lens.units.unit_tables import specialization
-from sa_lens.views import draw, save, to_record, training_curves
+from sa_lens.views import patch_map, save, training_curves
 from sa_lens.views import side_by_side as figures_side_by_side
 
 LOCAL, DENSE = "stories-local", "stories-dense"
@@ -99,12 +100,12 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
             device=device,
             progress=progress,
         )
-        page = write_page(made, out / "report.html")
+        page = save_report(made, out / "report.html")
 
     with clock.part("training"):
         trained = short_training(out / "short", seed, device, progress)
         short = figures_of(trained, demo_run(seed=seed), "stories", data)
-        figures.append(save(draw(training_curves([out / "short"])), out / "training.html"))
+        figures.append(save(training_curves([out / "short"]), out / "training.html"))
     stored = {name: about(name)["figures"] for name in (DENSE, LOCAL)}
     show("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
 
@@ -137,7 +138,7 @@ def patching_figures(model: SelfAblatingTransformer, pairs: PromptPairs, out: Pa
     written = []
     for what, title in (("resid_pre", "residual streams"), ("heads", "heads")):
         tables = [patch(model, pairs, what, stream, progress=progress) for stream in STREAMS]
-        records = [to_record(table, "value") for table in tables]
+        records = [patch_map(table, "value") for table in tables]
         figure = figures_side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
         written.append(save(figure, out / f"patching-{what}.html"))
     return written

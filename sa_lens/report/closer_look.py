@@ -18,8 +18,8 @@ from sa_lens.units.explanations import explain
 from sa_lens.units.firing import Thresholds
 from sa_lens.units.windows import snippets
 from sa_lens.views import histogram
+from sa_lens.views.labels import token_texts, unit_name
 from sa_lens.views.records import Histogram
-from sa_lens.views.texts import token_texts, unit_name
 
 TOP, SAMPLE = 5, 3
 """Snippets of a unit: the most active ones, and a sample over the quantiles of the others."""

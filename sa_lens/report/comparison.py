@@ -11,7 +11,7 @@ from sa_lens.report.tasks import METHODS, TaskFigures
 from sa_lens.report.units import UnitFigures
 from sa_lens.training import Evaluation
 from sa_lens.views.records import Table
-from sa_lens.views.tables import MISSING
+from sa_lens.views.result_tables import MISSING
 
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
 

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from sa_lens.report.records import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
-from sa_lens.views.text_records import GateRaster
+from sa_lens.views.records import GateRaster
 
 __all__ = ["packed"]
 

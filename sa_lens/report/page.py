@@ -20,36 +20,47 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from sa_lens import views
 from sa_lens.data.writing import atomic_write
 from sa_lens.places import output_file
 from sa_lens.report.packing import packed
 from sa_lens.report.records import Report
-from sa_lens.views.page import packed as compressed
-from sa_lens.views.page import wrapped
+from sa_lens.views import records
+from sa_lens.views.html_page import compress, wrap_library
 from sa_lens.views.theme import DARK, FONT, LIGHT, Palette
-
-__all__ = ["write_page"]
 
 _SCRIPTS = ("base", "colours", "charts", "texts", "overview", "stories", "graph", "circuits", "units", "start")
 """Parts of the page's script, in order."""
 
 
-def write_page(report: Report, path: str | Path) -> Path:
-    """Writes a report as one HTML file; the same report gives the same bytes.
+def read(path: str | Path) -> Report:
+    """Reads a report from a JSON file that `save` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a report.
+    """
+    return records.read(path, [Report])
+
+
+def save(report: Report, path: str | Path) -> Path:
+    """Saves a report as one HTML file, or as JSON that `read` reads; the same report gives the same bytes.
 
     Args:
-        path: the file, ending in .html; its folder is made if need be. It is written whole or not at all.
+        path: the file, ending in .html or .json; its folder is made if need be. It is written whole or not at all.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another ending than .html, or a report without models or with two of the same name.
+        ValueError: another ending, or a page of a report without models or with two of the same name.
         IsADirectoryError: the path is a folder.
     """
     path = output_file(path)
+    if path.suffix == ".json":
+        return views.save(report, path)
     if path.suffix != ".html":
-        raise ValueError(f"{path.name}: a report is one page, give a name that ends in .html")
+        raise ValueError(f"{path.name}: a report is one page, give a name that ends in .html (or .json)")
     names = [model.name for model in report.models]
     if not names:
         raise ValueError("the report has no models: there is nothing to show")
@@ -67,7 +78,7 @@ def _page(report: Report) -> bytes:
     packs["palettes"] = json.dumps({"light": asdict(LIGHT), "dark": asdict(DARK), "font": FONT})
     # plotly's bundle of lines, bars and pies: a quarter of the whole
     plotly = gzip.decompress((_assets() / "plotly-basic.min.js.gz").read_bytes()).decode()
-    packs["plotly"] = wrapped("plotly", plotly, "window.Plotly")
+    packs["plotly"] = wrap_library("plotly", plotly, "window.Plotly")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = Template(_asset("report.html")).substitute(
         policy=(
@@ -78,7 +89,7 @@ def _page(report: Report) -> bytes:
         version=html.escape(report.version),
         style=_style(),
         packs="\n".join(
-            f'<script type="text/plain" id="pack-{name}">{compressed(text)}</script>' for name, text in packs.items()
+            f'<script type="text/plain" id="pack-{name}">{compress(text)}</script>' for name, text in packs.items()
         ),
         script=script,
     )

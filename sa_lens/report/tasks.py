@@ -18,8 +18,8 @@ from sa_lens.config import Stream
 from sa_lens.report.records import Ranking, TaskPage
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
+from sa_lens.views.labels import TASKS as TITLES
 from sa_lens.views.records import CircuitEdge, Curves, Table
-from sa_lens.views.words import TASKS as TITLES
 
 PAIRS = 64
 """Prompts to find circuits with, and as many others to judge them on."""

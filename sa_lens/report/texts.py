@@ -20,7 +20,7 @@ from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject
 from sa_lens.training.report import text_of_run
 from sa_lens.units.activations import TextBlocks
-from sa_lens.views.texts import encoded
+from sa_lens.views.labels import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000
 """Tokens, of the first model's tokenizer, that are taken to measure on and to set firing thresholds with."""
@@ -178,7 +178,7 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
 def _fits(text: str, subjects: Sequence[Subject]) -> bool:
     """Whether every model reads the text whole."""
     return all(
-        len(encoded(subject.tokenizer, text)) <= min(STORY_TOKENS, subject.model.cfg.n_ctx) for subject in subjects
+        len(encode_text(subject.tokenizer, text)) <= min(STORY_TOKENS, subject.model.cfg.n_ctx) for subject in subjects
     )
 
 

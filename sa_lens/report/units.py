@@ -16,9 +16,9 @@ from sa_lens.units.activations import Site, held, unit_counts
 from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
 from sa_lens.units.unit_tables import specialization
-from sa_lens.views.raster import promoted_tokens
+from sa_lens.views.gate_raster import promoted_tokens
+from sa_lens.views.labels import unit_name
 from sa_lens.views.records import number
-from sa_lens.views.texts import unit_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sa_lens.cli import main
-from sa_lens.report import Report, from_json, make_report, making, to_json, units
+from sa_lens.report import Report, make_report, making, read, save, units
 from sa_lens.report.phases import Phases
 from sa_lens.report.records import ModelPage
 
@@ -80,14 +80,14 @@ def test_comparison_repeats_the_figures_of_the_models(report: Report) -> None:
     assert live["live units, clean"][0] == f"{found / every:.1%}"
 
 
-def test_json_and_back(report: Report) -> None:
-    text = to_json(report)
-    assert from_json(text) == report
-    assert json.loads(text)["models"][0]["name"] == "gated"
-    with pytest.raises(ValueError, match="not a report"):
-        from_json('{"title": "no"}')
-    with pytest.raises(ValueError, match="not a report"):
-        from_json("nothing")
+def test_json_and_back(report: Report, tmp_path: Path) -> None:
+    path = save(report, tmp_path / "deep" / "report.json")
+    assert read(path) == report
+    assert json.loads(path.read_text(encoding="utf-8"))["models"][0]["name"] == "gated"
+    for text in ('{"title": "no"}', "nothing", '{"kind": "Table", "title": "no"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a record of Report"):
+            read(path)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -120,7 +120,7 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     page = found.models[0]
     assert words(page) == list(STRANGE)
     assert found.title == "</title>"
-    assert from_json(to_json(found)) == found
+    assert read(save(found, tmp_path / "report.json")) == found
     assert page.overview.training is None
     assert {unit.kind for unit in page.units} == {"attn"}
     assert page.tasks[0].attn_only

@@ -12,7 +12,7 @@ from sa_lens.report.subjects import Subject
 from sa_lens.report.texts import encode_for, gather
 from sa_lens.report.units import most_telling
 from sa_lens.units import Site, calibrate, explain, label_stories, selectivity, specialization
-from sa_lens.views.raster import promoted_tokens
+from sa_lens.views.gate_raster import promoted_tokens
 
 STREAMS = ("clean", "ablated")
 

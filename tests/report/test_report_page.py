@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from synthetic import EVIL, report, single_report, story_tokens, unit_names
 
-from sa_lens.report import write_page
+from sa_lens.report import save
 
 PHONE = {"width": 390, "height": 844}
 SECTIONS = ("overview", "stories", "circuits", "units", "comparison")
@@ -17,7 +17,7 @@ LIMIT = 1_000_000
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return write_page(report(), tmp_path_factory.mktemp("report") / "deep" / "report.html")
+    return save(report(), tmp_path_factory.mktemp("report") / "deep" / "report.html")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def texts(page, selector):
 
 
 def test_the_same_report_gives_the_same_bytes_within_a_limit(path, tmp_path):
-    again = write_page(report(), tmp_path / "again.html")
+    again = save(report(), tmp_path / "again.html")
     assert again == tmp_path / "again.html"
     assert again.read_bytes() == path.read_bytes()
     assert len(again.read_bytes()) < LIMIT
@@ -69,14 +69,14 @@ def test_the_same_report_gives_the_same_bytes_within_a_limit(path, tmp_path):
 
 def test_refuses_before_writing(tmp_path):
     with pytest.raises(ValueError, match=r"report\.txt.*\.html"):
-        write_page(report(), tmp_path / "report.txt")
+        save(report(), tmp_path / "report.txt")
     with pytest.raises(ValueError, match="no models"):
-        write_page(replace(report(), models=()), tmp_path / "report.html")
+        save(replace(report(), models=()), tmp_path / "report.html")
     with pytest.raises(ValueError, match="all different"):
-        write_page(replace(report(), models=report().models[:1] * 2), tmp_path / "report.html")
+        save(replace(report(), models=report().models[:1] * 2), tmp_path / "report.html")
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(IsADirectoryError, match="name the file"):
-        write_page(report(), tmp_path / "folder.html")
+        save(report(), tmp_path / "folder.html")
     assert [file.name for file in tmp_path.iterdir()] == ["folder.html"]
 
 
@@ -85,7 +85,7 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     path.write_text("old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_page(single_report(), path)
+        save(single_report(), path)
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
@@ -119,7 +119,7 @@ def test_every_section_has_drawn(visit):
 
 
 def test_one_model_without_comparison(visit, tmp_path):
-    page = visit(whole=True, file=write_page(single_report(), tmp_path / "one.html"))
+    page = visit(whole=True, file=save(single_report(), tmp_path / "one.html"))
     assert texts(page, "nav a") == ["Overview", "Story explorer", "Circuits", "Units"]
     assert page.locator("[data-role=story-model]").count() == 0
     assert page.locator("#section-circuits svg.graph").count() == 1
@@ -130,7 +130,7 @@ def test_an_empty_model_still_opens(visit, tmp_path):
     bare = replace(
         model, overview=replace(model.overview, training=None, samples=()), stories=(), tasks=(), units=(), name="é/%"
     )
-    path = write_page(replace(report(), models=(bare,), comparison=()), tmp_path / "bare.html")
+    path = save(replace(report(), models=(bare,), comparison=()), tmp_path / "bare.html")
     page = visit(whole=True, file=path)
     assert texts(page, "nav a") == ["Overview"]
 

@@ -1,4 +1,4 @@
-"""A text as tokens and labels, for the views of one text."""
+"""Texts as tokens, and the names of tokens, units, tasks and metrics in figures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,28 @@ from sa_lens.core.host import Host, device_of
 from sa_lens.data.tokenizers import boundary_tokens
 
 UNFINISHED = "\ufffd"
-"""What stands for bytes that are no whole character."""
+"""Stands for bytes that are no whole character."""
+
+TASKS = {"ioi": "IOI", "pronoun": "Pronoun gender", "object": "Object recall", "repeated": "Repeated name"}
+"""Names of tasks in figures."""
+
+_METRICS = {
+    "kl": "KL, nats",
+    "logit_difference": "logit difference",
+    "pair_accuracy": "pair accuracy",
+    "top1_accuracy": "top-1 accuracy",
+    "answer_rank": "rank of the answer",
+    "answer_log_probability": "log-probability of the answer, nats",
+}
+
+
+def metric_words(name: str) -> str:
+    """Returns a metric in words, with its unit where it has one."""
+    return _METRICS.get(name, name.replace("_", " "))
 
 
 def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor, "1 pos"], tuple[str, ...]]:
-    """Tokens of one text on the model's device, and the text of each.
+    """Returns the tokens of one text on the model's device, and the text of each.
 
     Args:
         text: text, which gets one begin-of-text token, or tokens, which are taken as they are.
@@ -28,7 +45,7 @@ def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor,
     """
     if isinstance(text, str) and model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give tokens instead of text")
-    tokens = torch.tensor(encoded(model.tokenizer, text)) if isinstance(text, str) else torch.as_tensor(text)
+    tokens = torch.tensor(encode_text(model.tokenizer, text)) if isinstance(text, str) else torch.as_tensor(text)
     tokens = tokens.reshape(1, -1) if tokens.ndim < 2 or len(tokens) == 1 else tokens
     if len(tokens) != 1:
         raise ValueError(f"a view is of one text at a time, not of {len(tokens)}")
@@ -43,7 +60,7 @@ def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor,
 
 
 def token_texts(model: Host, tokens: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token; a character that takes several stands at the last of them, � at those before."""
+    """Returns the text of each token; a character of several tokens stands at its last, � at those before."""
     texts = [token_text(model, token) for token in tokens]
     start = 0
     for i, text in enumerate(texts):
@@ -56,24 +73,29 @@ def token_texts(model: Host, tokens: Sequence[int]) -> tuple[str, ...]:
 
 
 def token_text(model: Host, token: int) -> str:
-    """A token as text; its number where there is no tokenizer."""
+    """Returns a token as text; its number where there is no tokenizer."""
     return str(token) if model.tokenizer is None else str(model.tokenizer.decode([token]))
 
 
-def encoded(tokenizer: Any, text: str) -> list[int]:
-    """The text after the token that every prompt begins with."""
-    return [boundary_tokens(tokenizer).begin, *tokenizer.encode(text, add_special_tokens=False)]
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a text after the token that every prompt begins with."""
+    return [boundary_tokens(tokenizer).begin, *tokenizer.encode_text(text, add_special_tokens=False)]
 
 
 def unit_name(model: Host, layer: int, kind: str, unit: int) -> str:
-    """A unit in words; attention units are counted over all heads of a layer."""
+    """Returns a unit in words; attention units are counted over all heads of a layer."""
     if kind == "mlp":
         return f"layer {layer} neuron {unit}"
     head, channel = divmod(unit, model.cfg.d_head)
     return f"layer {layer} head {head} channel {channel}"
 
 
-def visible(token: str, most: int = 12) -> str:
-    """A token as a short label, in which line breaks and lonely spaces can be seen."""
-    shown = token.strip() or token.replace("\n", "¶").replace(" ", "␣")
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+def visible(token: str) -> str:
+    """Returns a token in which a lonely space or line break can be seen."""
+    return token if token.strip() else token.replace("\n", "¶").replace(" ", "␣")
+
+
+def short_label(token: str, most: int = 12) -> str:
+    """Returns a token as a label of so many characters at most."""
+    label = visible(token).strip()
+    return label if len(label) <= most else label[: most - 1] + "…"

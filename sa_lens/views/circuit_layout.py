@@ -1,4 +1,4 @@
-"""Where the nodes of a circuit stand and how its edges run.
+"""Where the nodes of a circuit stand, how its edges run, and which colours its scores have.
 
 Layers go upward. Heads of a layer share a row, in an order that keeps connected ones near each other; MLPs have a lane
 of their own on the right; the embedding is below, the logits above. Nodes without an edge have no place.
@@ -6,10 +6,13 @@ of their own on the right; the embedding is below, the logits above. Nodes witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sa_lens.views.records import CircuitEdge, CircuitMap
+from sa_lens.views.theme import colour_at, strong_scale
 
 SWEEPS = 12
 """Passes up and down that order the heads of a row."""
@@ -19,6 +22,8 @@ _LANE = 0.16
 """Distance of the lane of MLPs from the heads, as a share of the heads' width."""
 _PORTS = {"q": -0.3, "k": 0.0, "v": 0.3}
 """Where an edge arrives, in diameters of the node from its middle."""
+BINS = 5
+"""Colours for each sign of a score."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,19 @@ class Places:
 
 
 def places_of(records: Sequence[CircuitMap]) -> Places:
-    """One layout for circuits of transformers of one shape."""
+    """Returns one layout for circuits of transformers of one shape."""
     n_layers = max(record.n_layers for record in records)
     links: dict[str, dict[str, float]] = {}
     for record in records:
         for edge in record.edges:
-            for one, other in ((edge.source, edge.destination), (edge.destination, edge.source)):
-                links.setdefault(one, {})
-                links[one][other] = links[one].get(other, 0.0) + 1.0
+            for node, other in ((edge.source, edge.destination), (edge.destination, edge.source)):
+                links.setdefault(node, {})
+                links[node][other] = links[node].get(other, 0.0) + 1.0
     rows: list[list[str]] = [[] for _ in range(n_layers)]
     for node in sorted((node for node in links if ".h" in node), key=_head):
         rows[_head(node)[0]].append(node)
     most = max([len(row) for row in rows] + [1])
-    heads = _ordered(rows, links)
+    heads = _order(rows, links)
     lane = 1 + _LANE
     nodes: dict[str, tuple[float, float]] = {}
     if "embed" in links:
@@ -92,7 +97,7 @@ def _spread(row: Sequence[str], x: dict[str, float]) -> None:
         x[node] = (i + 0.5) / len(row)
 
 
-def _ordered(rows: list[list[str]], links: dict[str, dict[str, float]]) -> dict[str, float]:
+def _order(rows: list[list[str]], links: dict[str, dict[str, float]]) -> dict[str, float]:
     """x of each head: rows sorted, again and again, by the mean place of what their heads are connected to.
 
     Source: Sugiyama, Tagawa and Toda (1981), the barycentre method.
@@ -109,14 +114,14 @@ def _ordered(rows: list[list[str]], links: dict[str, dict[str, float]]) -> dict[
                 # the lane of MLPs is on the right; the embedding and the logits, in the middle, pull nobody
                 lane = sum(weight for other, weight in links[node].items() if other.startswith("m"))
                 total += 0.5 * lane
-                means[node] = (sum(at * weight for at, weight in near) + 0.5 * lane) / total if total else x[node]
+                means[node] = (sum(place * weight for place, weight in near) + 0.5 * lane) / total if total else x[node]
             row.sort(key=lambda node: (means[node], _head(node)))
             _spread(row, x)
     return x
 
 
 def arc(places: Places, edge: CircuitEdge, points: int) -> tuple[list[float], list[float]]:
-    """The curve of an edge: it leaves upward and arrives from below, MLP to MLP on the outer side of their lane.
+    """Returns the curve of an edge: upward and in from below; between MLPs on the outer side of their lane.
 
     Args:
         points: how many points it has.
@@ -142,3 +147,63 @@ def arc(places: Places, edge: CircuitEdge, points: int) -> tuple[list[float], li
         x.append(round(a * x0 + b * x1 + c * x2 + d * x3, 4))
         y.append(round(a * y0 + b * y1 + c * y2 + d * y3, 4))
     return x, y
+
+
+class ScoreScale:
+    """Gives scores their colours, spread by asinh, so that a few large ones leave the others apart.
+
+    Args:
+        scores: all that will be shown.
+        dark: the dark look.
+    """
+
+    def __init__(self, scores: Sequence[float], dark: bool = False) -> None:
+        known = sorted(abs(score) for score in scores if score)
+        self.unit = known[len(known) // 2] if known else 1.0
+        low, high = min(scores, default=0.0), max(scores, default=1.0)
+        self.signed = low < 0
+        if self.signed:
+            most = max(-low, high)
+            low, high = -most, most
+        elif low == high:
+            low, high = min(0.0, low), high or 1.0
+        self.ends = (self.place(low), self.place(high))
+        self.scale = strong_scale("diverging" if self.signed else "sequential", dark)
+        self.limits = (low, high)
+
+    def place(self, score: float) -> float:
+        """Place of a score on the spread axis."""
+        return math.asinh(score / self.unit)
+
+    def share(self, score: float) -> float:
+        """Place of a score from 0 to 1."""
+        low, high = self.ends
+        return (self.place(score) - low) / (high - low)
+
+    def bin(self, score: float) -> int:
+        """Group of a score."""
+        n = 2 * BINS if self.signed else BINS
+        return min(n - 1, int(self.share(score) * n))
+
+    def colour(self, index: int) -> str:
+        """Colour of a group."""
+        return colour_at(self.scale, (index + 0.5) / (2 * BINS if self.signed else BINS))
+
+    def weight(self, index: int) -> float:
+        """How strong a group is, from 0 to 1."""
+        return (abs(index - BINS + 0.5) - 0.5) / (BINS - 1) if self.signed else index / (BINS - 1)
+
+    def ticks(self) -> dict[str, Any]:
+        """Round scores at some distance from one another, as plotly's places and texts."""
+        low, high = self.limits
+        most = max(abs(low), abs(high))
+        size = math.floor(math.log10(most))
+        rounds = [digit * 10.0**power for power in range(size, size - 4, -1) for digit in (5, 2, 1)]
+        candidates = [0.0, *rounds, *(-x for x in rounds)]
+        apart = (self.ends[1] - self.ends[0]) / 9
+        chosen: list[float] = []
+        for score in candidates:
+            if low <= score <= high and all(abs(self.place(score) - self.place(c)) >= apart for c in chosen):
+                chosen.append(score)
+        chosen.sort()
+        return {"tickvals": [self.place(score) for score in chosen], "ticktext": [f"{score:g}" for score in chosen]}

@@ -1,7 +1,7 @@
-"""HTML of views: what draws itself with a library's script, and how each script is carried once a notebook or page.
+"""Pictures in HTML: what a library's script draws, and how each script is carried once per notebook or page.
 
-A view is a piece of HTML with its data, something to read without any script, and a few lines that draw it as soon as
-the page holds the library, whichever comes first. The library itself travels with the first view that a notebook
+A picture is a piece of HTML with its data, something to read without any script, and a few lines that draw it as soon
+as the page holds the library, whichever comes first. The library itself travels with the first picture that a notebook
 shows, and once in a saved page. Nothing is ever fetched from a server.
 """
 
@@ -12,14 +12,17 @@ import gzip
 import html
 import json
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+import tempfile
+import webbrowser
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, singledispatch
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from sa_lens.data.writing import atomic_write
+from sa_lens.places import output_file
+from sa_lens.views.records import Titled
 from sa_lens.views.theme import FONT, palette
 
 Library = Literal["circuitsvis", "plotly"]
@@ -54,65 +57,60 @@ MISSING = (
 
 
 def inert(value: object) -> str:
-    """JSON that may stand inside a script element whatever texts it holds."""
+    """Returns JSON that may stand inside a script element, whatever texts it holds."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def component(
-    library: Library, name: str, props: Mapping[str, Any] | str, *, instead: str | None = None, style: str = ""
-) -> str:
-    """HTML of something that a library draws.
+def component(library: Library, name: str, props: Mapping[str, Any], *, instead: str = "", style: str = "") -> str:
+    """Returns the HTML of something that a library draws.
 
     Args:
         library: which; its script must be on the page, before or after this.
         name: what to draw; unused for plotly.
-        props: what it is drawn from: a mapping, or JSON made by `inert`.
-        instead: HTML to show while the library is missing; None: what to do about it.
+        props: what it is drawn from.
+        instead: HTML to show while the library is missing; empty: what to do about it.
         style: CSS of the box that is drawn into.
     """
-    shown = instead if instead is not None else f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
-    data = props if isinstance(props, str) else inert(props)
+    shown = instead or f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
     return (
         f"<div class='sa-lens-view' data-library='{library}' data-component='{html.escape(name)}'>"
-        f"<script type='application/json'>{data}</script>"
+        f"<script type='application/json'>{inert(props)}</script>"
         f"<div class='sa-lens-box' style='{html.escape(style)}'>{shown}</div></div>{_LOADER}"
     )
 
 
-def unparsed(text: str) -> str:
-    """Text that looks the same and that HTML reads as text alone, for libraries that take text for HTML.
+def escape_markup(text: str) -> str:
+    """Returns text that looks the same and holds no markup, for libraries that take text for HTML.
 
     An invisible word joiner after `<` and `&` keeps both from beginning a tag or an entity.
     """
     return text.replace("<", "<\u2060").replace("&", "&\u2060")
 
 
-def packed(text: str) -> str:
-    """Text compressed, the same bytes at any time, in letters that HTML leaves alone."""
+def compress(text: str) -> str:
+    """Compresses text into letters that HTML leaves alone; the same text gives the same letters."""
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 @cache
 def library_source(library: Library) -> str:
-    """A library's script, which puts it on the page under a name of ours and out of the way of module loaders."""
+    """Returns a library's script, which registers it under a name of ours and out of the way of module loaders."""
     if library == "plotly":
         from plotly.offline import get_plotlyjs
 
-        source, found = get_plotlyjs(), "window.Plotly"
-    else:
-        import circuitsvis
+        return wrap_library(library, get_plotlyjs(), "window.Plotly")
+    import circuitsvis
 
-        path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
-        source, found = path.read_text(encoding="utf-8"), "CircuitsVis"
-    return wrapped(library, source, found)
+    path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
+    return wrap_library(library, path.read_text(encoding="utf-8"), "CircuitsVis")
 
 
-def wrapped(library: Library, source: str, found: str) -> str:
-    """A library's script as `library_source` gives it.
+def wrap_library(library: Library, source: str, name: str) -> str:
+    """Returns a library's script as `library_source` gives it.
 
     Args:
-        found: expression for the library, once its script has run.
+        name: of the library in its own script.
     """
     # without the address of the source map, which developer tools would try to fetch
     lines = [line for line in source.splitlines() if not line.startswith("//# sourceMappingURL=")]
@@ -123,7 +121,7 @@ def wrapped(library: Library, source: str, found: str) -> str:
         f"if (page.libraries.{library}) return;\n"
         "window.PlotlyConfig = window.PlotlyConfig || {MathJaxConfig: 'local'};\n"
         f"{source}\n"
-        f"page.libraries.{library} = {found};\n"
+        f"page.libraries.{library} = {name};\n"
         "if (page.draw) page.draw();\n"
         "})();"
     )
@@ -131,16 +129,16 @@ def wrapped(library: Library, source: str, found: str) -> str:
 
 @cache
 def library_script(library: Library) -> str:
-    """The script element of a library, for notebooks."""
+    """Returns the script element of a library, for notebooks."""
     return f"<script data-sa-lens-library='{library}'>{library_source(library)}</script>"
 
 
 @cache
 def packed_script(library: Library) -> str:
-    """The same at less than half the size, for files: the browser unpacks it."""
+    """Returns the same at less than half the size, for files: the browser unpacks it."""
     return (
         f"<script data-sa-lens-library='{library}'>(async function () {{\n"
-        f"var letters = atob('{packed(library_source(library))}');\n"
+        f"var letters = atob('{compress(library_source(library))}');\n"
         "var bytes = Uint8Array.from(letters, function (letter) { return letter.charCodeAt(0); });\n"
         "var script = document.createElement('script');\n"
         "script.textContent = await new Response(\n"
@@ -152,19 +150,6 @@ def packed_script(library: Library) -> str:
         "});\n"
         "});</script>"
     )
-
-
-def write_html(path: Path, title: str, libraries: Iterable[Library], body: str, background: str) -> None:
-    """Writes a page that holds all it needs, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title></head>"
-        f"<body style='margin:0;background:{background}'>{body}{''.join(map(packed_script, libraries))}</body></html>\n"
-    )
-    # half a pair of surrogates, which UTF-8 cannot say, becomes a question mark
-    atomic_write(path, page.encode("utf-8", "replace"))
 
 
 # --------------------------------------------------------------------------------------------------- once a notebook
@@ -188,11 +173,6 @@ def _shell() -> Any:
     return shell if getattr(shell, "kernel", None) is not None else None
 
 
-def in_notebook() -> bool:
-    """Whether displays go to a notebook."""
-    return _shell() is not None
-
-
 def _execution(shell: Any) -> _Execution:
     parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
     cell = (parent.get("metadata") or {}).get("cellId") or (shell.user_ns.get("In") or [""])[-1]
@@ -200,7 +180,7 @@ def _execution(shell: Any) -> _Execution:
 
 
 def scripts_to_carry(libraries: Iterable[Library]) -> str:
-    """The libraries' scripts that a display must carry here and now.
+    """Returns the libraries' scripts that a display must carry here and now.
 
     In a notebook that is the first display of each library, and again if that very cell is run again, whose new
     output replaces the one with the script. Everywhere else, and where every output is a page of its own, a display
@@ -219,30 +199,117 @@ def scripts_to_carry(libraries: Iterable[Library]) -> str:
     return "".join(scripts)
 
 
-class Scripts:
-    """Both libraries' scripts, as something to display."""
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+class Picture:
+    """Something drawn: the last line of a notebook's cell shows it, and so does `show`; `save` writes it to a file."""
+
+    libraries: tuple[Library, ...] = ()
+    """Scripts that draw it."""
+
+    def fragment(self) -> str:
+        """Returns the picture as HTML without the libraries, which the page must hold."""
+        raise NotImplementedError
+
+    def html(self) -> str:
+        """Returns the picture as HTML with all it needs inside."""
+        return "".join(map(library_script, self.libraries)) + self.fragment()
+
+    def _repr_html_(self) -> str:
+        return scripts_to_carry(self.libraries) + self.fragment()
+
+    def _repr_mimebundle_(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"text/html": self._repr_html_()}
+
+    def show(self) -> None:
+        """Shows the picture: in the notebook, or else in a browser."""
+        if not self._display():
+            path = Path(tempfile.mkdtemp(prefix="sa_lens-")) / "picture.html"
+            if not webbrowser.open(self.save(path).as_uri()):
+                raise RuntimeError(f"no browser opens here; the picture is in {path}")
+
+    def _display(self) -> bool:
+        """Displays the picture if this is a notebook; returns whether it did."""
+        if _shell() is None:
+            return False
+        from IPython.display import display
+
+        display(self._repr_mimebundle_(), raw=True)
+        return True
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one HTML file that needs no network.
+
+        Raises:
+            ValueError: another ending than .html.
+        """
+        path = output_file(path)
+        if path.suffix != ".html":
+            raise ValueError(f"{path.name}: this picture is saved as .html, an interactive page")
+        self._write(path, path.stem, "white")
+        return path
+
+    def _write(self, path: Path, title: str, background: str) -> None:
+        page = (
+            "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{html.escape(title)}</title></head><body style='margin:0;background:{background}'>"
+            f"{self.fragment()}{''.join(map(packed_script, self.libraries))}</body></html>\n"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # half a pair of surrogates, which UTF-8 cannot say, becomes a question mark
+        atomic_write(path, page.encode("utf-8", "replace"))
+
+
+class _Scripts(Picture):
+    """Both libraries' scripts."""
+
+    libraries = ("circuitsvis", "plotly")
+
+    def fragment(self) -> str:
+        return "<p style='font-size:12px'>The scripts of sa_lens's views are on this page.</p>"
 
     def _repr_html_(self) -> str:
         _carried.clear()
+        return super()._repr_html_()
+
+
+def load_scripts() -> Picture:
+    """Puts the scripts of all views into a cell of their own.
+
+    Views need no such cell. It helps if the cell of the first view is to be cleared or deleted: at the top of a
+    notebook, it is what all later views rely on.
+    """
+    return _Scripts()
+
+
+class Page(Picture):
+    """A picture in HTML: heading, note, and a body.
+
+    Args:
+        record: whose title and note stand above the body.
+        body: gives the HTML below them.
+        libraries: scripts that the body needs.
+    """
+
+    def __init__(
+        self, record: Titled, body: Callable[[], str], *, dark: bool = False, libraries: tuple[Library, ...] = ()
+    ) -> None:
+        self.record, self.body, self.dark, self.libraries = record, body, dark, libraries
+
+    def fragment(self) -> str:
+        note = f"<p class='note'>{html.escape(self.record.note)}</p>" if self.record.note else ""
         return (
-            scripts_to_carry(("circuitsvis", "plotly"))
-            + "<p style='font-size:12px'>The scripts of sa_lens's views are on this page.</p>"
+            f"{_style(self.dark)}<div class='sa-lens {'sa-lens-dark' if self.dark else 'sa-lens-light'}'>"
+            f"<h3>{html.escape(self.record.title)}</h3>{note}{self.body()}</div>"
         )
 
-
-def load_scripts() -> Scripts:
-    """The scripts of all views, to display in a cell of their own.
-
-    Views need no such cell. It helps where the cell of the first view is to be cleared or deleted: displayed at the top
-    of a notebook, it is what all later views rely on.
-    """
-    return Scripts()
+    def _write(self, path: Path, title: str, background: str) -> None:
+        super()._write(path, self.record.title, palette(self.dark).background)
 
 
-# -------------------------------------------------------------------------------------------------------------- views
-
-
-def style_of(dark: bool) -> str:
+def _style(dark: bool) -> str:
     """The style sheet of a look, for what stands inside an element of class `sa-lens`."""
     c = palette(dark)
     look = "sa-lens-dark" if dark else "sa-lens-light"
@@ -265,65 +332,3 @@ def style_of(dark: bool) -> str:
         f".{look} bdi{{white-space:pre-wrap}}"
         "@media print{.sa-lens .scroll{max-height:none}}</style>"
     )
-
-
-class View(ABC):
-    """A picture of a record in HTML: shows itself in a notebook, and saves as one page that needs no network."""
-
-    libraries: tuple[Library, ...] = ()
-    """What draws it."""
-
-    def __init__(self, record: Any, *, dark: bool = False) -> None:
-        self.record = record
-        self.dark = dark
-
-    @abstractmethod
-    def body(self) -> str:
-        """What stands below the heading."""
-
-    def fragment(self) -> str:
-        """The picture as HTML without the libraries, which the page must hold."""
-        note = getattr(self.record, "note", "")
-        return (
-            f"{style_of(self.dark)}<div class='sa-lens {'sa-lens-dark' if self.dark else 'sa-lens-light'}'>"
-            f"<h3>{html.escape(self.record.title)}</h3>"
-            + (f"<p class='note'>{html.escape(note)}</p>" if note else "")
-            + f"{self.body()}</div>"
-        )
-
-    def html(self) -> str:
-        """The picture as HTML with all it needs inside."""
-        return "".join(map(library_script, self.libraries)) + self.fragment()
-
-    def _repr_html_(self) -> str:
-        return scripts_to_carry(self.libraries) + self.fragment()
-
-    def save(self, path: str | Path) -> Path:
-        """Writes one HTML file that needs no network.
-
-        Raises:
-            ValueError: another ending than .html.
-        """
-        path = Path(path)
-        if path.suffix != ".html":
-            raise ValueError(f"{path.name}: this view is saved as .html, an interactive page")
-        write_html(path, self.record.title, self.libraries, self.fragment(), palette(self.dark).background)
-        return path
-
-
-@singledispatch
-def view(record: Any, *, dark: bool = False) -> Any:
-    """The picture of a record: a page of HTML for texts and tables, a plotly figure for all else.
-
-    Either shows itself in a notebook and has `.save(path)`.
-
-    Args:
-        record: a record of `sa_lens.views.records`.
-        dark: the dark look.
-
-    Raises:
-        TypeError: something that has no picture.
-    """
-    from sa_lens.views.drawing import draw
-
-    return draw(record, dark=dark)

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from sa_lens.views.page import View, view
+from sa_lens.views.drawing import draw
+from sa_lens.views.html_page import Page
 from sa_lens.views.records import Table
 
-__all__ = ["TableView", "comparison_table"]
+MISSING = "n/a"
+"""A cell without a value."""
 
 
 def comparison_table(
@@ -24,10 +26,10 @@ def comparison_table(
     columns: Sequence[str] | None = None,
     digits: int = 3,
 ) -> Table:
-    """The record of a table of results; a column `x` with `x_low` and `x_high` becomes one, `x (low to high)`.
+    """Returns a table of results; a column `x` with `x_low` and `x_high` becomes one, `x (low to high)`.
 
     Args:
-        table: the results, a row a model, run or method.
+        table: the results, with one row per model, run or method.
         title: heading.
         note: a line below the heading.
         columns: which to show, in order; None: all.
@@ -63,10 +65,6 @@ def comparison_table(
     )
 
 
-MISSING = "n/a"
-"""A cell without a value."""
-
-
 def _cell(value: Any, digits: int) -> str:
     if value is None or value is pd.NA or (isinstance(value, float | np.floating) and np.isnan(value)):
         return MISSING
@@ -79,20 +77,17 @@ def _cell(value: Any, digits: int) -> str:
     return str(value)
 
 
-class TableView(View):
-    """A table; needs no script."""
-
-    def body(self) -> str:
-        record: Table = self.record
-        sides = [" class='right'" if numeric else "" for numeric in record.numeric]
-        head = "".join(f"<th{side}>{html.escape(name)}</th>" for name, side in zip(record.columns, sides, strict=True))
-        rows = "".join(
-            "<tr>"
-            + "".join(f"<td{side}>{html.escape(cell)}</td>" for cell, side in zip(row, sides, strict=True))
-            + "</tr>"
-            for row in record.rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+@draw.register
+def _(record: Table, *, dark: bool = False) -> Page:
+    return Page(record, lambda: _html(record), dark=dark)
 
 
-view.register(Table, TableView)
+def _html(record: Table) -> str:
+    sides = [" class='right'" if numeric else "" for numeric in record.numeric]
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        parts = [f"<{tag}{side}>{html.escape(cell)}</{tag}>" for cell, side in zip(cells, sides, strict=True)]
+        return f"<tr>{''.join(parts)}</tr>"
+
+    rows = "".join(row("td", cells) for cells in record.rows)
+    return f"<table><thead>{row('th', record.columns)}</thead><tbody>{rows}</tbody></table>"

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from sa_lens.views import comparison_table, view
+from sa_lens.views import comparison_table, draw
 from sa_lens.views.records import from_json, to_json
 
 RESULTS = pd.DataFrame(
@@ -31,7 +31,7 @@ def test_cells():
 
 
 def test_page():
-    text = view(comparison_table(RESULTS, "A <i>title</i>")).html()
+    text = draw(comparison_table(RESULTS, "A <i>title</i>")).html()
     assert (text.count("<tr>"), text.count("<td")) == (3, 8)
     assert "&lt;b&gt;mine" in text
     assert "<i>" not in text

@@ -11,8 +11,19 @@ from html.parser import HTMLParser
 import pytest
 from characters import EVIL, TOKENS
 
-from sa_lens.views import attention, draw, gate_raster, load_scripts, page, predictions, story, unit_activations, view
-from sa_lens.views.page import component, inert, library_script, unparsed
+from sa_lens.views import (
+    attention,
+    draw,
+    gate_raster,
+    html_page,
+    load_scripts,
+    predictions,
+    save,
+    show,
+    story,
+    unit_activations,
+)
+from sa_lens.views.html_page import component, escape_markup, inert, library_script
 
 CARRIED = "data-sa-lens-library='{}'"
 
@@ -58,7 +69,7 @@ class Shell:
 @pytest.fixture
 def shell(monkeypatch):
     found = Shell()
-    monkeypatch.setattr(page, "_carried", {})
+    monkeypatch.setattr(html_page, "_carried", {})
     monkeypatch.setitem(__import__("sys").modules, "IPython", types.SimpleNamespace(get_ipython=lambda: found))
     return found
 
@@ -83,7 +94,7 @@ def test_no_view_asks_the_network(model, shell):
         *(attention(model, TOKENS, 0), story(model, TOKENS), predictions(model, TOKENS)),
         *(unit_activations(model, TOKENS), gate_raster(model, TOKENS)),
     ]
-    shown = [text for record in made for text in shell.run("a", view(record))]
+    shown = [text for record in made for text in shell.run("a", draw(record))]
     assert len(shown) == 5
     for text in shown:
         loads = [(name, value) for name, value in Elements(text).attributes if name in ("src", "href", "crossorigin")]
@@ -93,7 +104,7 @@ def test_no_view_asks_the_network(model, shell):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_notebook_carries_a_script_once(model, shell, known):
-    shown, figure = view(attention(model, TOKENS, 0)), draw(gate_raster(model, TOKENS))
+    shown, figure = draw(attention(model, TOKENS, 0)), draw(gate_raster(model, TOKENS))
     first = shell.run("one", shown, shown, figure, known=known)
     assert [carries(text) for text in first] == [1, 0, 0]
     assert [carries(text, "plotly") for text in first] == [0, 0, 1]
@@ -107,7 +118,7 @@ def test_a_notebook_carries_a_script_once(model, shell, known):
 
 
 def test_scripts_can_be_loaded_again(model, shell):
-    shown = view(attention(model, TOKENS, 0))
+    shown = draw(attention(model, TOKENS, 0))
     shell.run("one", shown)
     (text,) = shell.run("two", load_scripts())
     assert (carries(text), carries(text, "plotly")) == (1, 1)
@@ -118,12 +129,12 @@ def test_scripts_can_be_loaded_again(model, shell):
 
 def test_every_output_of_its_own_page_carries_its_script(model, shell, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "google.colab", types.ModuleType("google.colab"))
-    shown = view(attention(model, TOKENS, 0))
+    shown = draw(attention(model, TOKENS, 0))
     assert [carries(text) for text in shell.run("one", shown, shown)] == [1, 1]
 
 
 def test_outside_a_notebook_a_display_has_all_it_needs(model):
-    shown = view(attention(model, TOKENS, 0))
+    shown = draw(attention(model, TOKENS, 0))
     assert [carries(shown._repr_html_()) for _ in range(2)] == [1, 1]
     assert carries(shown.html()) == 1
 
@@ -138,34 +149,37 @@ def test_figures_show_themselves(model, shell, monkeypatch):
     assert data["layout"]["title"]["text"] == figure.layout.title.text
     assert "mathjax" not in figure.fragment().lower()
     displayed = []
-    show = types.SimpleNamespace(display=lambda bundle, raw: displayed.append(bundle))
-    monkeypatch.setitem(__import__("sys").modules, "IPython.display", show)
+    display_module = types.SimpleNamespace(display=lambda bundle, raw: displayed.append(bundle))
+    monkeypatch.setitem(__import__("sys").modules, "IPython.display", display_module)
     figure.show()
+    show(gate_raster(model, TOKENS))
     figure._ipython_display_()
-    assert [set(one) for one in displayed] == [set(bundle)] * 2, "by show() as well, HTML is there for saved notebooks"
+    assert [set(one) for one in displayed] == [set(bundle)] * 3, "by show() as well, HTML is there for saved notebooks"
+    show(story(model, TOKENS), dark=True)
+    assert set(displayed[-1]) == {"text/html"}
 
 
 def test_saved_page(model, tmp_path):
-    path = view(attention(model, TOKENS, 0), dark=True).save(tmp_path / "a.html")
+    path = save(attention(model, TOKENS, 0), tmp_path / "a.html", dark=True)
     text = path.read_text(encoding="utf-8")
     assert carries(text) == 1
     assert "Attention of layer 0" in text
     with pytest.raises(ValueError, match=r"saved as \.html"):
-        view(attention(model, TOKENS, 0)).save(tmp_path / "a.png")
+        save(attention(model, TOKENS, 0), tmp_path / "a.png")
     # plotly, compressed
-    assert 1e6 < view(gate_raster(model, TOKENS)).save(tmp_path / "b.html").stat().st_size < 2.2e6
+    assert 1e6 < save(gate_raster(model, TOKENS), tmp_path / "b.html").stat().st_size < 2.2e6
 
 
 def test_markup_in_data_stays_data(reader):
     for record in (attention(reader, EVIL, 0), unit_activations(reader, EVIL)):
-        elements = Elements(view(record).fragment())
+        elements = Elements(draw(record).fragment())
         assert elements.tags.count("script") == 2, "the data and the loader"
         tokens = json.loads(elements.scripts[0])["tokens"]
         assert [token.replace("\u2060", "") for token in tokens] == list(record.tokens)
         # circuitsvis puts tokens into the page as HTML
         for token in tokens:
             assert not Elements(token).tags
-    assert unparsed("<script>&lt;") == "<\u2060script>&\u2060lt;"
+    assert escape_markup("<script>&lt;") == "<\u2060script>&\u2060lt;"
     text = component("plotly", "", {"a": "</script><script>alert(1)</script>"})
     assert Elements(text).tags.count("script") == 2
     assert "<script>" not in inert(["<script>"])
@@ -185,9 +199,9 @@ def test_a_browser_draws_what_comes_before_and_after_the_script(reader, shell, t
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
-    shown, figure = view(attention(reader, EVIL, 0)), draw(gate_raster(reader, EVIL))
+    shown, figure = draw(attention(reader, EVIL, 0)), draw(gate_raster(reader, EVIL))
     outputs = shell.run("one", shown, figure)
-    later = shell.run("two", shown, figure, view(story(reader, EVIL)), view(predictions(reader, EVIL)))
+    later = shell.run("two", shown, figure, draw(story(reader, EVIL)), draw(predictions(reader, EVIL)))
     cleared = component("circuitsvis", "AttentionHeads", {}, instead="<p>read me</p>").replace("circuitsvis", "gone")
     page_text = "<!doctype html><meta charset='utf-8'><body>" + "".join([*later, *outputs, cleared])
     (tmp_path / "page.html").write_text(page_text, encoding="utf-8")

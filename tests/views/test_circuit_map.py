@@ -8,9 +8,8 @@ import torch
 
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.views import circuit_map, draw, side_by_side
-from sa_lens.views.layout import arc, places_of
+from sa_lens.views.circuit_layout import BINS, ScoreScale, arc, places_of
 from sa_lens.views.records import CircuitEdge, CircuitMap, from_json, to_json
-from sa_lens.views.score_scale import BINS, ScoreScale
 from sa_lens.views.theme import palette
 
 ABOUT = {
@@ -135,7 +134,7 @@ def test_lines_have_the_colour_of_the_bar():
         share = (math.asinh(score / scale.unit) - low) / (high - low)
         assert scale.bin(score) / (2 * BINS) <= share <= (scale.bin(score) + 1) / (2 * BINS)
     assert scale.bin(-0.1) < BINS <= scale.bin(0.001)
-    places, texts = scale.ticks()
+    places, texts = scale.ticks().values()
     assert [math.asinh(float(text) / scale.unit) for text in texts] == pytest.approx(places)
     assert "0" in texts
     positive = ScoreScale([0.01, 0.5])
@@ -180,7 +179,7 @@ def test_side_by_side_keeps_places_and_colours(circuit):
         side_by_side([circuit, Circuit.of(Graph(3, 3), {"embed->logits": 3.0}, ABOUT)])
     with pytest.raises(ValueError, match="one colour scale"):
         side_by_side([circuit, Circuit.of(Graph(2, 3), {"embed->logits": 3.0})])
-    with pytest.raises(ValueError, match="two circuits or more"):
+    with pytest.raises(ValueError, match="two heat maps or circuits, not 1"):
         side_by_side([circuit])
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from characters import EVIL, TOKENS, caches
 
-from sa_lens.views import story, unit_activations, view
+from sa_lens.views import draw, save, story
+from sa_lens.views.labels import token_texts
 from sa_lens.views.records import Story, Track, from_json, to_json
-from sa_lens.views.texts import token_texts
 
 
 def test_tracks_agree_with_caches(model):
@@ -53,56 +53,36 @@ def test_models_without_gates_have_one_stream(plain_model):
 
 def test_page_shows_each_token_once_with_all_its_numbers(model, tmp_path):
     record = story(model, TOKENS)
-    path = view(record).save(tmp_path / "deep" / "story.html")
+    path = save(record, tmp_path / "deep" / "story.html")
     text = path.read_text(encoding="utf-8")
     assert text.count("<bdi ") == len(TOKENS)
     assert text.count("type='radio'") == len(record.tracks)
     assert "<script" not in text
     assert not re.search(r"(src|href)=", text)
     assert f"loss, clean: {record.tracks[1].values[1]:.4g} nats" in text
-    assert "dark" in view(record, dark=True).html()
+    assert "dark" in draw(record, dark=True).html()
 
 
 def test_radio_buttons_of_two_pictures_of_one_record_are_apart(model):
-    shown = view(story(model, TOKENS))
+    shown = draw(story(model, TOKENS))
     names = {re.search("name='([^']+)'", shown.html())[1] for _ in range(2)}
     assert len(names) == 2
 
 
 def test_markup_stays_text(reader):
-    text = view(story(reader, EVIL)).html()
+    text = draw(story(reader, EVIL)).html()
     assert "<script" not in text
     for shown in ("&lt;script&gt;", "&amp;lt;", "&quot;", "¶<br>", "😀", "ש"):
         assert shown in text
     record = Story("<b>", "<i>", ("a",), (Track("<u>", "<s>", (1.0,)),))
-    assert not re.search("<(b|i|u|s)>", view(record).html())
+    assert not re.search("<(b|i|u|s)>", draw(record).html())
 
 
 def test_colours_mark_size_and_sign():
     tokens = ("a", "b", "c", "d")
-    text = view(Story("t", "", tokens, (Track("t", "nats", (-1.0, 0.0, 1.0, None), "diverging"),))).html()
+    text = draw(Story("t", "", tokens, (Track("t", "nats", (-1.0, 0.0, 1.0, None), "diverging"),))).html()
     low, middle, high = re.findall("--b0:(#[0-9a-f]{6})", text)
     assert (low, middle, high) == ("#08306b", "#f7f7f5", "#7a2f00")
-
-
-@pytest.mark.parametrize("kind", ["mlp", "attn"])
-def test_unit_activations(model, plain_model, kind):
-    record = unit_activations(model, TOKENS, kind=kind, most=3)
-    assert record.streams == ("clean", "ablated")
-    found = caches(model)
-    for layer in range(2):
-        values = {s: (found[s]["post" if kind == "mlp" else "z", layer])[0].flatten(1) for s in record.streams}
-        largest = values["clean"].abs().amax(0).topk(3).indices
-        shown = torch.tensor(record.values)[:, :, 3 * layer : 3 * layer + 3]
-        torch.testing.assert_close(
-            shown, torch.stack([values[s][:, largest] for s in record.streams], 1), rtol=1e-5, atol=1e-6
-        )
-        first = int(largest[0])
-        name = f"neuron {first}" if kind == "mlp" else f"head {first // 4} channel {first % 4}"
-        assert record.units[3 * layer] == f"layer {layer} {name}"
-    assert from_json(to_json(record)) == record
-    assert view(record).html().count("data-sa-lens-library=") == 1
-    assert unit_activations(plain_model, TOKENS, kind=kind).streams == ("clean",)
 
 
 def test_a_character_of_several_tokens_stands_at_the_last():
@@ -131,9 +111,5 @@ def test_refusals(model):
         story(model, torch.zeros(17, dtype=torch.long))
     with pytest.raises(ValueError, match="tokens from 0 to 20"):
         story(model, torch.tensor([0, 20]))
-    with pytest.raises(ValueError, match="kind='head'"):
-        unit_activations(model, TOKENS, kind="head")
-    with pytest.raises(ValueError, match="most=0"):
-        unit_activations(model, TOKENS, most=0)
     with pytest.raises(ValueError, match="2 values of x for 1 tokens"):
         Story("t", "", ("a",), (Track("x", "", (1.0, 2.0)),))

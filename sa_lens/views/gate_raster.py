@@ -13,11 +13,9 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, has_ablated_stream, weight
 from sa_lens.units.activations import Site, read_units, unit_sites
 from sa_lens.views.drawing import Figure, draw
+from sa_lens.views.labels import read_text, short_label, token_text, unit_name
 from sa_lens.views.records import GateRaster, LiveUnit, short
-from sa_lens.views.texts import read_text, token_text, unit_name, visible
-from sa_lens.views.theme import heading, palette, plain, strong_scale, template
-
-__all__ = ["gate_raster", "promoted_tokens"]
+from sa_lens.views.theme import colour_bar, label_axis, lay_out, palette, plain, strong_scale
 
 WIDEST = 1500
 """Pixels of the widest raster."""
@@ -31,7 +29,7 @@ def gate_raster(
     top: int = 3,
     title: str = "Units that stay, token by token",
 ) -> GateRaster:
-    """The record of which units the gates keep at each token of a text, with their values.
+    """Returns which units the gates keep at each token of a text, with their values.
 
     Args:
         text: text, which gets one begin-of-text token, or tokens.
@@ -47,7 +45,7 @@ def gate_raster(
     if model.gates.kind != "hard":  # type: ignore[attr-defined]
         raise ValueError("gate_raster needs hard gates: soft ones weigh units and drop none")
     if top < 0:
-        raise ValueError(f"top={top} tokens a unit: give 0 or more")
+        raise ValueError(f"top={top} tokens per unit: give 0 or more")
     tokens, labels = read_text(model, text)
     sites = unit_sites(model)
     values, masks = read_units(model, tokens, ["clean", "ablated"], sites)
@@ -59,15 +57,15 @@ def gate_raster(
         chosen = live.any(0).nonzero()[:, 0].tolist()
         promoted = promoted_tokens(model, site, chosen, top)
         for unit, names in zip(chosen, promoted, strict=True):
-            at = live[:, unit].nonzero()[:, 0]
+            places = live[:, unit].nonzero()[:, 0]
             units.append(
                 LiveUnit(
                     name=unit_name(model, site.layer, site.kind, unit),
                     layer=site.layer,
                     kind=site.kind,
                     promotes=names,
-                    positions=tuple(at.tolist()),
-                    values=tuple(map(short, values[stream][site][0, at, unit].float().tolist())),
+                    positions=tuple(places.tolist()),
+                    values=tuple(map(short, values[stream][site][0, places, unit].float().tolist())),
                 )
             )
     total = sum(masks[site].shape[-1] for site in sites)
@@ -80,7 +78,7 @@ def gate_raster(
 
 
 def promoted_tokens(model: Host, site: Site, units: list[int], top: int) -> list[tuple[str, ...]]:
-    """For each unit the tokens whose logits it raises most, directly: its output weights, scaled by the final
+    """Returns for each unit the tokens whose logits it raises most, directly: its output weights, scaled by the final
     LayerNorm's weight, times the unembedding less its mean over the vocabulary."""
     if not units or not top:
         return [()] * len(units)
@@ -101,28 +99,29 @@ def promoted_tokens(model: Host, site: Site, units: list[int], top: int) -> list
 
 
 @draw.register
-def figure_of_raster(record: GateRaster, *, dark: bool = False) -> Figure:
-    """The figure of a gate raster: tokens across, units down; drag to zoom, double click to see all."""
-    colours = palette(dark)
+def _(record: GateRaster, *, dark: bool = False) -> Figure:
+    """Draws tokens across, units down; drag to zoom, double click to see all."""
     n, rows = len(record.tokens), len(record.units)
-    rms: dict[tuple[int, str], float] = {}
     groups: dict[tuple[int, str], list[int]] = {}
     for row, unit in enumerate(record.units):
         groups.setdefault((unit.layer, unit.kind), []).append(row)
-    for key, members in groups.items():
-        found = [value for row in members for value in record.units[row].values]
-        rms[key] = (sum(value * value for value in found) / max(1, len(found))) ** 0.5 or 1.0
     z: list[list[float | None]] = [[None] * n for _ in range(rows)]
-    hover: list[list[str]] = [[""] * n for _ in range(rows)]
-    for row, unit in enumerate(record.units):
-        promoted = ", ".join(plain(repr(token)) for token in unit.promotes)
-        after = f"<br>promotes {promoted}" if promoted else ""
-        for at, value in zip(unit.positions, unit.values, strict=True):
-            z[row][at] = round(value / rms[unit.layer, unit.kind], 3)
-            token = plain(repr(record.tokens[at]))
-            hover[row][at] = f"<b>{plain(unit.name)}</b><br>position {at}, {token}<br>value {value:.4g}{after}"
+    hover = [[""] * n for _ in range(rows)]
+    for members in groups.values():
+        squares = [value * value for row in members for value in record.units[row].values]
+        rms = (sum(squares) / max(1, len(squares))) ** 0.5 or 1.0
+        for row in members:
+            unit = record.units[row]
+            promoted = ", ".join(plain(repr(token)) for token in unit.promotes)
+            after = f"<br>promotes {promoted}" if promoted else ""
+            for place, value in zip(unit.positions, unit.values, strict=True):
+                z[row][place] = round(value / rms, 3)
+                token = plain(repr(record.tokens[place]))
+                hover[row][place] = (
+                    f"<b>{plain(unit.name)}</b><br>position {place}, {token}<br>value {value:.4g}{after}"
+                )
     height = 11.0 if rows <= 100 else max(2.5, 1100 / rows)
-    cell = 26 if n <= 60 else 14
+    length = min(1.0, 260 / (height * max(1, rows) + 1))
     figure = Figure(
         go.Heatmap(
             z=z,
@@ -135,45 +134,17 @@ def figure_of_raster(record: GateRaster, *, dark: bool = False) -> Figure:
             zmax=3,
             hoverongaps=False,
             name=record.scale,
-            colorbar={
-                "title": {"text": f"{plain(record.scale)},<br>over RMS<br>\u00a0", "side": "top", "font": {"size": 12}},
-                "thickness": 12,
-                "outlinewidth": 0,
-                "len": min(1.0, 260 / (height * max(1, rows) + 1)),
-                "lenmode": "fraction",
-                "yanchor": "top",
-                "y": 1,
-            },
+            colorbar=colour_bar(f"{record.scale}, over RMS", dark, len=length, yanchor="top", y=1),
         )
     )
     for members in list(groups.values())[1:]:
-        figure.add_hline(y=members[0] - 0.5, line={"color": colours.faint, "width": 1})
+        figure.add_hline(y=members[0] - 0.5, line={"color": palette(dark).faint, "width": 1})
+    places = range(0, n, max(1, n // 60))
+    tokens = [short_label(record.tokens[place]) for place in places]
+    x = label_axis(tokens, "token", places, tickangle=-90, tickfont={"size": 10})
     words = {"attn": "attention", "mlp": "neurons"}
-    every = max(1, n // 60)
-    width = int(min(WIDEST, max(640, 260 + cell * n)))
-    title, room = heading(record.title, record.note, width, dark)
-    figure.update_layout(
-        template=template(dark),
-        title=title,
-        width=width,
-        height=int(room + 110 + max(200, height * rows)),
-        margin={"t": room},
-        xaxis={
-            "title": {"text": "token"},
-            "tickvals": list(range(0, n, every)),
-            "ticktext": [plain(visible(record.tokens[at])) for at in range(0, n, every)],
-            "tickangle": -90,
-            "tickfont": {"size": 10},
-            "showgrid": False,
-            "zeroline": False,
-        },
-        yaxis={
-            "autorange": "reversed",
-            "tickvals": [(members[0] + members[-1]) / 2 for members in groups.values()],
-            "ticktext": [f"layer {layer} {words[kind]} ({len(m)})" for (layer, kind), m in groups.items()],
-            "tickfont": {"size": 11},
-            "showgrid": False,
-            "zeroline": False,
-        },
-    )
-    return figure
+    sites = [f"layer {layer} {words[kind]} ({len(members)})" for (layer, kind), members in groups.items()]
+    middles = [(members[0] + members[-1]) / 2 for members in groups.values()]
+    y = label_axis(sites, "", middles, autorange="reversed", tickfont={"size": 11})
+    width = int(min(WIDEST, max(640, 260 + (26 if n <= 60 else 14) * n)))
+    return lay_out(figure, record, width, int(110 + max(200, height * rows)), dark, xaxis=x, yaxis=y)
