@@ -79,7 +79,7 @@ def token_text(model: Host, token: int) -> str:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Returns the tokens of a text after the token that every prompt begins with."""
-    return [boundary_tokens(tokenizer).begin, *tokenizer.encode_text(text, add_special_tokens=False)]
+    return [boundary_tokens(tokenizer).begin, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def unit_name(model: Host, layer: int, kind: str, unit: int) -> str:
