@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sa_lens.data import validation_blocks
-from sa_lens.report.records import Fact, Overview, Sample
+from sa_lens.report.contents import Fact, Overview, Sample
+from sa_lens.report.measured_text import ModelText, Texts
 from sa_lens.report.subjects import Subject
-from sa_lens.report.texts import ModelText, Texts
 from sa_lens.training import Evaluation, bytes_per_token, evaluate, sample
 from sa_lens.views import training_curves
 from sa_lens.views.records import Curves, Table

@@ -10,7 +10,7 @@ import math
 from itertools import zip_longest
 from typing import Any
 
-from sa_lens.report.records import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
+from sa_lens.report.contents import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
 from sa_lens.views.records import GateRaster
 
 __all__ = ["packed"]

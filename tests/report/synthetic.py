@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from sa_lens.report.records import (
+from sa_lens.report.contents import (
     Fact,
     Looks,
     ModelPage,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sa_lens.cli import main
-from sa_lens.report import Report, make_report, making, read, save, units
-from sa_lens.report.phases import Phases
-from sa_lens.report.records import ModelPage
+from sa_lens.report import Report, make_report, making, read, save, unit_pages
+from sa_lens.report.contents import ModelPage
+from sa_lens.report.making import Phases
 
 STRANGE = (
     "<script>alert('1')</script> & \"2\" &amp; {3}",
@@ -100,7 +100,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_same_seed_same_report_and_nothing_written(gated_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "LABELLED", 60)
+    monkeypatch.setattr(unit_pages, "LABELLED", 60)
     before = contents(gated_run)
     options = {"n_stories": 1, "n_units": 2, "tasks": (), "progress": False}
     first = make_report([gated_run], seed=3, **options)
@@ -134,7 +134,7 @@ def test_one_bar_tells_the_phase_and_an_interrupt_leaves_no_file(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(units, "specialization", stop)
+    monkeypatch.setattr(unit_pages, "specialization", stop)
     shown = []
     begin = Phases.begin
 

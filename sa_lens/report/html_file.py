@@ -23,8 +23,8 @@ from typing import Any
 from sa_lens import views
 from sa_lens.data.writing import atomic_write
 from sa_lens.places import output_file
+from sa_lens.report.contents import Report
 from sa_lens.report.packing import packed
-from sa_lens.report.records import Report
 from sa_lens.views import records
 from sa_lens.views.html_page import compress, wrap_library
 from sa_lens.views.theme import DARK, FONT, LIGHT, Palette

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.report.records import Snippet
+from sa_lens.report.contents import Snippet
 from sa_lens.report.subjects import Subject
 from sa_lens.units.activations import Site, TextBlocks, stream_units
 from sa_lens.units.explanations import explain

@@ -10,10 +10,10 @@ from sa_lens.circuits.find_and_judge import find_circuit
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.judging.faithfulness import faithfulness_curve
 from sa_lens.circuits.metrics import skill
-from sa_lens.report import Report, tasks
-from sa_lens.report.records import Ranking, TaskPage
+from sa_lens.report import Report, task_pages
+from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.subjects import Subject
-from sa_lens.report.tasks import in_order, prompts_for, task_page
+from sa_lens.report.task_pages import in_order, prompts_for, task_page
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def test_order_is_that_of_keep() -> None:
 
 
 def test_long_rankings_are_cut_and_say_so(gated: Subject, easy_task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "MOST_EDGES", 5)
-    monkeypatch.setattr(tasks, "_methods", lambda *_: ("eap-ig",))
+    monkeypatch.setattr(task_pages, "MOST_EDGES", 5)
+    monkeypatch.setattr(task_pages, "_methods", lambda *_: ("eap-ig",))
     page, _ = task_page(gated, prompts_for(gated, easy_task, 0), 0, False)
     for one in page.rankings:
         assert len(one.edges) == max(5, one.chosen)
@@ -114,7 +114,7 @@ def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pyt
     def make(*_: object, **__: object) -> None:
         raise ValueError("names are cut in pieces")
 
-    monkeypatch.setattr(tasks, "make_unseen", make)
+    monkeypatch.setattr(task_pages, "make_unseen", make)
     page, figures = task_page(gated, prompts_for(gated, "ioi", 0), 0, False)
     assert page.rankings == ()
     assert page.skill.rows == ()

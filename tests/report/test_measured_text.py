@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sa_lens.report.measured_text import STORY_TOKENS, encode_for, gather
 from sa_lens.report.subjects import Subject, distinct_names
-from sa_lens.report.texts import STORY_TOKENS, encode_for, gather
 from sa_lens.training.report import text_of_run
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from sa_lens.core.host import in_stream
-from sa_lens.report.records import Looks, StoryPage
+from sa_lens.report.contents import Looks, StoryPage
 from sa_lens.report.subjects import Subject
 from sa_lens.views import gate_raster, predictions, story
 from sa_lens.views.labels import read_text

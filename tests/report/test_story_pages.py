@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sa_lens.report import Report
-from sa_lens.report.stories import title_of
+from sa_lens.report.story_pages import title_of
 from sa_lens.report.subjects import Subject
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from sa_lens.circuits.find_and_judge import LEVEL
 from sa_lens.config import Stream
-from sa_lens.report.tasks import METHODS, TaskFigures
-from sa_lens.report.units import UnitFigures
+from sa_lens.report.task_pages import METHODS, TaskFigures
+from sa_lens.report.unit_pages import UnitFigures
 from sa_lens.training import Evaluation
 from sa_lens.views.records import Table
 from sa_lens.views.result_tables import MISSING

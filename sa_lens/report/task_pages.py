@@ -15,7 +15,7 @@ from sa_lens.circuits.metrics import SKILL_BAR, skill
 from sa_lens.circuits.tasks import TASKS, make_unseen
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.report.records import Ranking, TaskPage
+from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
 from sa_lens.views.labels import TASKS as TITLES

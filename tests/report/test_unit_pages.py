@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sa_lens.report import Report
-from sa_lens.report.records import UnitPage
+from sa_lens.report.contents import UnitPage
+from sa_lens.report.measured_text import encode_for, gather
 from sa_lens.report.subjects import Subject
-from sa_lens.report.texts import encode_for, gather
-from sa_lens.report.units import most_telling
+from sa_lens.report.unit_pages import most_telling
 from sa_lens.units import Site, calibrate, explain, label_stories, selectivity, specialization
 from sa_lens.views.gate_raster import promoted_tokens
 

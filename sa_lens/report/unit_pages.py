@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_lens.config import Stream
-from sa_lens.report.closer_look import Look, closer_look
-from sa_lens.report.records import UnitPage, UnitStream
+from sa_lens.report.contents import UnitPage, UnitStream
+from sa_lens.report.measured_text import ModelText
 from sa_lens.report.subjects import Subject
-from sa_lens.report.texts import ModelText
+from sa_lens.report.unit_details import Look, closer_look
 from sa_lens.units.activations import Site, held, unit_counts
 from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
@@ -63,7 +63,7 @@ def unit_pages(
         n_units: units to look at more closely.
         mentioned: names of units that stories mention.
         seed: of explanations and labelled stories.
-        begin: called with the name of each phase of the work, as `phases.SHARES` names it.
+        begin: called with the name of each phase of the work, as `making.SECONDS` names it.
     """
     begin("thresholds")
     model, streams = subject.model, subject.streams
