@@ -1,9 +1,9 @@
 """Passes of prompts of several lengths up to the last position of each, in both streams, without hooks.
 
-What hooks would read of `model` and of `model.ablated(position=-1)`, for models whose nodes can be run one by one
-(`nodes.unsupported`). All prompts run together, padded on the right, with no work on the padding and none in the top
-layer but at the last position. A pass is cut in lanes: `earlier` holds the positions before the last one, which both
-streams share; `clean` and `ablated` are the last position in each.
+They give what hooks would read of `model` and of `model.ablated(position=-1)`, for models whose nodes can be run one by
+one. All prompts run together, padded on the right. Nothing is computed on the padding, and in the top layer nothing but
+the last position. A pass has three lanes: `earlier` holds the positions before the last one, which both streams share;
+`clean` and `ablated` are the last position in each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sa_lens.core.fused.support import has_user_hooks
 from sa_lens.core.host import Host, in_stream
-from sa_lens.core.nodes import NodeFunctions, gate_masks, unsupported
+from sa_lens.core.nodes import NodeFunctions, gate_masks, why_not_single_nodes
 
 Lane = Literal["earlier", "clean", "ablated"]
 """Positions before the last one; the last one in the clean stream; the last one in the ablated stream."""
@@ -37,7 +37,7 @@ def why_not_by_nodes(model: Host) -> str | None:
     """Why a pass by nodes would not be what a pass of the model is; None if it would."""
     if has_user_hooks(model):  # type: ignore[arg-type]
         return "hooks are attached to this model, which only a pass of the whole model runs"
-    return unsupported(model)
+    return why_not_single_nodes(model)
 
 
 class Prompts(NamedTuple):

@@ -19,7 +19,7 @@ from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.core.host import run_to_last
-from sa_lens.core.nodes import split_inputs, unsupported
+from sa_lens.core.nodes import split_inputs, why_not_single_nodes
 
 PRECISIONS = [torch.bfloat16, torch.float16, torch.float64]
 QUIET: dict[str, Any] = {"progress": False}
@@ -93,7 +93,7 @@ def test_figures_of_a_narrow_model(dtype: torch.dtype, stream: Any) -> None:
     run = run_circuit(model, pairs, found.circuit, stream=stream).logits
     tolerance = {"rel": 1e-3, "abs": 1e-5}
     assert found.value == pytest.approx(divergence(clean, run).mean(), **tolerance)
-    assert found.shortcuts == ("on" if dtype == torch.float64 else unsupported(model))
+    assert found.shortcuts == ("on" if dtype == torch.float64 else why_not_single_nodes(model))
     curve = faithfulness_curve(model, pairs, [found.circuit], stream=stream, minimum_gap=1e-6, metric="kl", **QUIET)
     assert curve.points[0].kl.mean == pytest.approx(divergence(clean, run).mean(), **tolerance)
 

@@ -537,7 +537,7 @@ def test_a_field_of_another_transformer_lens(saved, monkeypatch):
         ("model", "act_fn", "evil", "act_fn=evil must be one of"),
         ("model", "use_attn_scale", None, "use_attn_scale must be of type bool"),
         ("model", "attn_types", 3, "attn_types must be of type"),
-        ("model", "load_in_4bit", True, "no gates on this model: 4-bit weights"),
+        ("model", "load_in_4bit", True, "no gates on this model, which has 4-bit weights"),
         ("gates", "k_mlp", 10**9, "gates.k_mlp=1000000000 is more than the 64 units"),
         ("gates", "k_mlp", True, "gates.k_mlp=True must be a whole number"),
         ("gates", "temperature", -1.0, "gates.temperature=-1.0 must be above 0"),

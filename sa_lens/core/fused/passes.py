@@ -8,7 +8,6 @@ run one after the other too, so that nothing is computed backwards through the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +20,9 @@ from sa_lens.config import LossConfig
 from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
+from sa_lens.core.fused.support import ACTIVATIONS
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.loss_terms import reconstruction_loss
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 class StreamLosses(NamedTuple):
@@ -197,7 +188,7 @@ class Passes:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
         pre = self.linear(self.normalised(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
-        post = mask_post(_ACTIVATIONS[str(self.cfg.act_fn)](pre))
+        post = mask_post(ACTIVATIONS[str(self.cfg.act_fn)](pre))
         return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
 
     # ------------------------------------------------------------------------------------------------------- pieces
