@@ -4,6 +4,7 @@
 |---|---|
 | `models` | table of the models that come with the package |
 | `SelfAblatingTransformer` | the model, a `HookedTransformer` with gates; `Streams` is what `run_streams` returns |
+| `HookedTransformer`, `HookedTransformerConfig` | the class without gates, of TransformerLens 3 or of sa_lens |
 | `ModelConfig`, `GateConfig`, `LossConfig`, `DataConfig`, `TrainConfig`, `RunConfig`, `PRESETS` | settings |
 | `train`, `TwoStreamLoss`, `LossTerms` | train a model from a `RunConfig`; the loss alone, for a loop of your own |
 | `circuits` | prompt pairs, activation patching, circuit discovery and faithfulness in either stream |
@@ -33,7 +34,14 @@ if TYPE_CHECKING:
     from sa_lens import circuits, data, report, sae, training, units, views
     from sa_lens.catalogue import models
     from sa_lens.compare import compare
-    from sa_lens.core import LossTerms, SelfAblatingTransformer, Streams, TwoStreamLoss
+    from sa_lens.core import (
+        HookedTransformer,
+        HookedTransformerConfig,
+        LossTerms,
+        SelfAblatingTransformer,
+        Streams,
+        TwoStreamLoss,
+    )
     from sa_lens.training import train
 
 __version__ = "0.1.0"
@@ -42,6 +50,8 @@ __all__ = [
     "PRESETS",
     "DataConfig",
     "GateConfig",
+    "HookedTransformer",
+    "HookedTransformerConfig",
     "LossConfig",
     "LossTerms",
     "ModelConfig",
@@ -63,9 +73,15 @@ __all__ = [
     "views",
 ]
 
-_HOME = {"models": "sa_lens.catalogue", "train": "sa_lens.training"} | dict.fromkeys(
-    ("LossTerms", "SelfAblatingTransformer", "Streams", "TwoStreamLoss"), "sa_lens.core"
+_CORE = (
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "LossTerms",
+    "SelfAblatingTransformer",
+    "Streams",
+    "TwoStreamLoss",
 )
+_HOME = {"models": "sa_lens.catalogue", "train": "sa_lens.training"} | dict.fromkeys(_CORE, "sa_lens.core")
 """Where each name that is imported late is defined; the others of `__all__` are subpackages."""
 
 

@@ -368,6 +368,8 @@ def test_the_api_has_every_public_name(site):
     raw = (site / "objects.inv").read_bytes()
     header = b"".join(raw.splitlines(keepends=True)[:4])
     documented = {line.split(" ")[0] for line in zlib.decompress(raw[len(header) :]).decode().splitlines()}
+    # no text of ours: a number, and two classes of TransformerLens 3
+    elsewhere = {"__version__", "HookedTransformer", "HookedTransformerConfig"}
     for module in (
         "sa_lens",
         "sa_lens.data",
@@ -381,7 +383,7 @@ def test_the_api_has_every_public_name(site):
     ):
         for public in importlib.import_module(module).__all__:
             known = {f"{module}.{public}", f"sa_lens.config.{public}"}
-            assert known & documented or public == "__version__", f"{module}.{public} is not in docs/api"
+            assert known & documented or public in elsewhere, f"{module}.{public} is not in docs/api"
     for package in (sa_lens.circuits, sa_lens.units):
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             module = importlib.import_module(found.name)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.core.base import HookedTransformer, HookedTransformerConfig
 from sa_lens.core.coverage import Coverage
 from sa_lens.core.embedding import TiedUnembed
 

@@ -15,7 +15,6 @@ import json
 import re
 import tempfile
 import typing
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +24,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 from transformers import AutoTokenizer
 
 from sa_lens.catalogue import near_name, shipped_folder
 from sa_lens.config import GateConfig, from_dict, to_dict
 from sa_lens.core import architecture
+from sa_lens.core.base import HookedTransformerConfig, official_name
 from sa_lens.core.gate import Gate
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.data.reading import DamagedFile, check_object, read_json
@@ -257,7 +256,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by sa_lens. A Hugging Face model goes through TransformerLens first: "
-            "SelfAblatingTransformer.from_hooked(HookedTransformer.from_pretrained(name), GateConfig(...))"
+            "SelfAblatingTransformer.from_hooked(TransformerBridge.boot_transformers(name), GateConfig(...))"
         )
     version = config.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -460,8 +459,8 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
         ValueError: with the way to the same end.
     """
     way = (
-        "load it with HookedTransformer.from_pretrained(...), then "
-        "SelfAblatingTransformer.from_hooked(model, GateConfig())"
+        "load it with TransformerBridge.boot_transformers(...), then "
+        "SelfAblatingTransformer.from_hooked(bridge, GateConfig())"
     )
     local = shipped_folder(name) is not None or Path(name).exists()
     if "dtype" in unknown and local:
@@ -474,17 +473,5 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
             f"from_pretrained has no argument {next(iter(unknown))!r}; it loads sa_lens's own models as they are. "
             f"For a TransformerLens model {way}"
         )
-    if not local and _is_transformer_lens_name(str(name)):
+    if not local and official_name(str(name)) is not None:
         raise ValueError(f"{str(name)!r} is a model of TransformerLens, without gates: {way}")
-
-
-def _is_transformer_lens_name(name: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformer_lens.loading_from_pretrained import get_official_model_name
-
-        try:
-            get_official_model_name(name)
-        except ValueError:
-            return False
-    return True

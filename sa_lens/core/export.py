@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sa_lens.core import architecture, reference
+from sa_lens.core.base import TRANSFORMER_LENS
 from sa_lens.core.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -34,7 +35,7 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     """Writes the clean stream as a plain HookedTransformer: config JSON, safetensors, tokenizer; all or nothing.
 
     Returns:
-        Five lines of Python that load it without sa_lens.
+        Five lines of Python that load it, without sa_lens where TransformerLens has a HookedTransformer (below 4).
 
     Raises:
         FileExistsError: the folder holds something.
@@ -52,10 +53,11 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     has_tokenizer = model.tokenizer is not None
     tokenizer = f", tokenizer=transformers.AutoTokenizer.from_pretrained({str(folder)!r})" if has_tokenizer else ""
     dtype = "" if described["dtype"] == "float32" else f", dtype=torch.{described['dtype']}"
+    package = "transformer_lens" if TRANSFORMER_LENS < 4 else "sa_lens"
     return "\n".join(
         [
             "import json, pathlib, torch, transformers, safetensors.torch",
-            "from transformer_lens import HookedTransformer, HookedTransformerConfig",
+            f"from {package} import HookedTransformer, HookedTransformerConfig",
             f"cfg = HookedTransformerConfig(**json.loads(pathlib.Path({str(folder / CONFIG)!r}).read_text()){dtype})",
             f"model = HookedTransformer(cfg{tokenizer})",
             f"model.load_state_dict(safetensors.torch.load_file({str(folder / WEIGHTS)!r}))",

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerBase
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
+from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
 from sa_lens.core.gate import Gate
 from sa_lens.core.hook_points import StreamPoint, StreamState
 from sa_lens.data.tokenizers import prompt_tokenizer
@@ -58,8 +57,7 @@ class GatedTransformer(HookedTransformer):
         seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
         tl_cfg.seed = None
         gpus = [torch.device(str(tl_cfg.device))] if "cuda" in str(tl_cfg.device) else []
-        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+        with torch.random.fork_rng(devices=gpus), deprecation_ignored():
             # torch.manual_seed would also seed GPUs that this model is not on
             torch.default_generator.manual_seed(seed)
             for gpu in gpus:

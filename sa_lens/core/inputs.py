@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.utilities import LocallyOverridenDefaults, get_attention_mask
+
+from sa_lens.core.base import HookedTransformer
 
 
 def is_recorded() -> bool:

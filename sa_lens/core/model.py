@@ -12,17 +12,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from sa_lens.config import GateConfig, Masks
 from sa_lens.core import architecture, checkpoints, embedding, reference
+from sa_lens.core.base import HookedTransformer, hooked_transformer
+from sa_lens.core.bridge import hooked_from_bridge, is_bridge
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.hook_points import Ablation, Hooks, user_hooks
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
@@ -35,6 +36,9 @@ from sa_lens.core.streams import (
     position_mask,
     run_clean_pass,
 )
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 _FORWARD = inspect.signature(HookedTransformer.forward)
 _END = object()
@@ -412,21 +416,26 @@ class SelfAblatingTransformer(GatedTransformer):
 
     @classmethod
     def from_hooked(
-        cls, model: HookedTransformer, gates: GateConfig | None = None, *, seed: int = 0
+        cls, model: HookedTransformer | TransformerBridge, gates: GateConfig | None = None, *, seed: int = 0
     ) -> SelfAblatingTransformer:
-        """A copy of a decoder-only HookedTransformer with fresh gates on it.
+        """A copy of a decoder-only HookedTransformer or TransformerBridge with fresh gates on it.
 
-        Embeddings are tied only if the configuration says so and the weights agree.
+        The logits of a bridge and of the copy are compared on random tokens. Embeddings are tied only if the
+        configuration says so and the weights agree.
 
         Args:
             gates: the gates; default: local, k = 8.
             seed: seed of the gates' initial weights.
 
         Raises:
-            ValueError: an architecture whose ablated stream would not be exact, with the reason.
+            ValueError: an architecture whose ablated stream would not be exact, with the reason; or a bridge whose
+                logits the copy does not have.
         """
+        if is_bridge(model):
+            model = hooked_from_bridge(model)
         if not isinstance(model, HookedTransformer):
-            raise ValueError(f"from_hooked takes a HookedTransformer, not a {type(model).__name__}")
+            given = type(model).__name__
+            raise ValueError(f"from_hooked takes a HookedTransformer or a TransformerBridge, not a {given}")
         cfg = architecture.actual_config(model)
         cfg.init_weights = False
         cfg.tie_word_embeddings = embedding.agree(model) and bool(model.cfg.tie_word_embeddings)
@@ -448,9 +457,7 @@ class SelfAblatingTransformer(GatedTransformer):
         cfg.init_weights = False
         cfg.tie_word_embeddings = False
         name, cfg.tokenizer_name = cfg.tokenizer_name, None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-            plain = HookedTransformer(cfg)
+        plain = hooked_transformer(cfg)
         plain.cfg.tokenizer_name = name
         plain.tokenizer = self.tokenizer
         plain.load_state_dict({k: v for k, v in self.state_dict().items() if "_gate." not in k})

@@ -11,10 +11,10 @@ from typing import TypeVar
 import einops
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, Scope
 from sa_lens.core.architecture import check_weights
+from sa_lens.core.base import HookedTransformerConfig
 from sa_lens.core.coverage import Coverage
 from sa_lens.core.gated import GatedTransformer
 

@@ -153,7 +153,7 @@ def test_without_gates_there_are_no_such_limits():
 
 
 def test_from_hooked_takes_a_hooked_transformer_only():
-    with pytest.raises(ValueError, match="takes a HookedTransformer, not a Linear"):
+    with pytest.raises(ValueError, match="takes a HookedTransformer or a TransformerBridge, not a Linear"):
         SelfAblatingTransformer.from_hooked(torch.nn.Linear(2, 2))
 
 
