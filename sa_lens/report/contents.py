@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sa_lens.views.records import CircuitEdge, Curves, GateRaster, Histogram, Predictions, Story, Table
+from sa_lens.views.records import CircuitMap, Curves, GateRaster, Histogram, Predictions, Story, Table
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Overview:
     facts: tuple[Fact, ...]
     """Shape, gates, text, training."""
     losses: Table
-    """A row a stream: loss, perplexity, bits per byte, and what the gates cost."""
+    """One row per stream: loss, perplexity, bits per byte, and what the gates cost."""
     training: Curves | None
-    """Training curves; None where the run kept none."""
+    """Training curves; None if the run kept none."""
     samples: tuple[Sample, ...]
     """The same prompts continued by each stream."""
 
@@ -84,7 +84,7 @@ class StoryPage:
 
 @dataclass(frozen=True)
 class Snippet:
-    """A piece of text at which a unit was looked at."""
+    """A piece of text with the values of a unit."""
 
     tokens: tuple[str, ...]
     """The text, token by token."""
@@ -114,13 +114,13 @@ class UnitStream:
     """The label that its firing tells best, chosen on other stories; empty: none, or a text without labels."""
     label_f1: float | None
     """F1 of that label on stories that it was not chosen on."""
-    explanation: str
-    """What it fires on, readable; empty: it was not explained."""
-    explanation_f1: float | None
+    explanation: str = ""
+    """Main patterns that it fires on; empty: none, or it was not explained."""
+    explanation_f1: float | None = None
     """F1 of the explanation on text that it was not made from."""
-    histogram: Histogram | None
-    """Its values; None: it was not looked at more closely."""
-    snippets: tuple[Snippet, ...]
+    histogram: Histogram | None = None
+    """Its values; None: without details, or in the ablated stream it never stays."""
+    snippets: tuple[Snippet, ...] = ()
     """Top-activating snippets, then a sample."""
 
 
@@ -150,12 +150,8 @@ class Ranking:
     """`ACDC`, `EAP-IG` or `gate circuit`."""
     stream: str
     """The stream that it was found in."""
-    note: str
-    """How it was found, with its settings."""
-    scale: str
-    """What the scores mean, with unit."""
-    edges: tuple[CircuitEdge, ...]
-    """Edges, the most important first."""
+    circuit: CircuitMap
+    """Its edges, the most important first; the note says how they were found."""
     chosen: int
     """How many of them the method's own rule keeps, where the slider starts."""
     curve: Curves | None
@@ -171,17 +167,9 @@ class TaskPage:
     about: str
     """What is asked, with an example."""
     skill: Table
-    """A row a stream: pair accuracy, top-1 accuracy, logit difference."""
-    n_layers: int
-    """Layers of the transformer."""
-    n_heads: int
-    """Heads of a layer."""
-    attn_only: bool
-    """Whether the transformer has no MLPs."""
-    n_edges: int
-    """Edges of the whole transformer."""
+    """One row per stream: pair accuracy, top-1 accuracy, logit difference."""
     rankings: tuple[Ranking, ...]
-    """One a method and stream; empty where no stream can do the task."""
+    """One per method and stream; empty if no stream can do the task."""
     note: str
     """Why there is no circuit of a stream; empty: there is one of each."""
 
@@ -193,7 +181,7 @@ class ModelPage:
     name: str
     """Name of its run, by which it is picked."""
     streams: tuple[str, ...]
-    """`clean`, and `ablated` where there is such."""
+    """`clean`, and `ablated` if the model has gates."""
     overview: Overview
     stories: tuple[StoryPage, ...]
     """The same stories in every model of a report."""
@@ -201,7 +189,7 @@ class ModelPage:
     units: tuple[UnitPage, ...]
     """Every unit that is live in a stream or that a story mentions; `units_note` counts them."""
     units_note: str
-    """On how much text the units were looked at, and how many of how many are shown."""
+    """On how much text the units were measured, and how many of how many are shown."""
 
 
 @dataclass(frozen=True)

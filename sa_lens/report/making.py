@@ -12,8 +12,8 @@ from sa_lens.data.disk import cache_folder
 from sa_lens.data.writing import scratch_folder
 from sa_lens.report.contents import ModelPage, Report
 from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather
-from sa_lens.report.model_tables import Figures, comparison
-from sa_lens.report.overview import measured, overview
+from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison
+from sa_lens.report.overview import loss_cells, measured, overview
 from sa_lens.report.story_pages import story_page
 from sa_lens.report.subjects import Subject, open_subjects
 from sa_lens.report.task_pages import Prompts, able_streams, check_tasks, prompts_for, task_page
@@ -76,21 +76,21 @@ def make_report(
     subjects = open_subjects(runs, device)
     texts = gather(subjects, text, column, n_stories)
     with scratch_folder(cache_folder(None) / "tokens") as folder:
-        encoded = [encode_for(subject, texts, folder, progress=False) for subject in subjects]
+        encoded = [encode_for(subject, texts, folder) for subject in subjects]
         prompts = _prompts(subjects, tasks, seed)
-        pages, figures = [], []
+        pages, cells = [], []
         with closing(Phases(subjects, [task.task for task in prompts[0]], progress)) as phases:
             for subject, own, of_subject in zip(subjects, encoded, prompts, strict=True):
                 page, of_page = _model(subject, texts, own, of_subject, n_units, seed, partial(phases.begin, subject))
                 pages.append(page)
-                figures.append(of_page)
+                cells.append(of_page)
             phases.end()
     names = [subject.name for subject in subjects]
     return Report(
         title=title if title is not None else " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names),
         version=__version__,
         models=tuple(pages),
-        comparison=comparison(figures, texts.name),
+        comparison=comparison(names, cells, texts.name),
     )
 
 
@@ -116,20 +116,23 @@ def _model(
     n_units: int,
     seed: int,
     begin: Callable[[str], None],
-) -> tuple[ModelPage, Figures]:
+) -> tuple[ModelPage, Cells]:
     begin("losses")
     losses = measured(subject, text)
     first = overview(subject, texts, losses, seed)
     begin("stories")
     stories = tuple(story_page(subject, story) for story in texts.stories)
+    cells: dict[str, dict[str, str]] = {LOSSES: loss_cells(losses)}
     tasks = []
     for of_task in prompts:
         begin(of_task.task)
-        tasks.append(task_page(subject, of_task, seed, progress=False))
+        page, of_page = task_page(subject, of_task, seed)
+        tasks.append(page)
+        for title, rows in of_page.items():
+            cells.setdefault(title, {}).update(rows)
     mentioned = {unit.name for page in stories if page.gates is not None for unit in page.gates.units}
-    units, note, unit_figures = unit_pages(subject, text, n_units, mentioned, seed, begin)
-    page = ModelPage(subject.name, subject.streams, first, stories, tuple(page for page, _ in tasks), units, note)
-    return page, Figures(subject.name, losses, tuple(figures for _, figures in tasks), unit_figures)
+    units, note, cells[UNITS] = unit_pages(subject, text, n_units, mentioned, seed, begin)
+    return ModelPage(subject.name, subject.streams, first, stories, tuple(tasks), units, note), cells
 
 
 class Phases:

@@ -90,7 +90,7 @@ def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories
     return Texts(name, stories, held_out, calibration)
 
 
-def encode_for(subject: Subject, texts: Texts, folder: Path, progress: bool) -> ModelText:
+def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
     """The measured text in a model's tokens, as files in a folder.
 
     Raises:
@@ -101,7 +101,7 @@ def encode_for(subject: Subject, texts: Texts, folder: Path, progress: bool) -> 
         documents: tuple[str, ...] = getattr(texts, part)
         path = folder / f"{subject.name.replace('/', '-')}-{part}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = write_tokens(path, documents, subject.tokenizer, name=part.replace("_", "-"), progress=progress)
+        file = write_tokens(path, documents, subject.tokenizer, name=part.replace("_", "-"), progress=False)
         file.check_vocabulary(subject.model.cfg.d_vocab)
         if file.n_blocks(subject.n_ctx) < LEAST_BLOCKS:
             raise ValueError(

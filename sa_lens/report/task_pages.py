@@ -1,8 +1,8 @@
-"""What a model does at a task, and the circuits behind it: ACDC, EAP-IG, and the gate's own."""
+"""What a model does at a task, and the circuits behind it: by ACDC, by EAP-IG, and the gate's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from sa_lens.circuits.tasks import TASKS, make_unseen
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.report.contents import Ranking, TaskPage
+from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, cell
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
 from sa_lens.views.labels import TASKS as TITLES
-from sa_lens.views.records import CircuitEdge, Curves, Table
+from sa_lens.views.records import CircuitEdge, CircuitMap, Curves, Table
+from sa_lens.views.result_tables import MISSING
 
 PAIRS = 64
 """Prompts to find circuits with, and as many others to judge them on."""
@@ -31,7 +33,7 @@ TAU = 0.01
 ABOUT = {
     "ioi": "Two people are named, then one of them gives something: to whom? The answer is the other name.",
     "pronoun": "A girl or a boy is named: which pronoun comes next?",
-    "object": "An object is named, and later taken up again: which word comes next?",
+    "object": "An object is named, and later mentioned again: which word comes next?",
     "repeated": "Two names stand together, and later the first comes again: which name follows?",
 }
 """What each task asks."""
@@ -61,20 +63,6 @@ class Prompts:
     """Why there are none."""
 
 
-@dataclass(frozen=True)
-class TaskFigures:
-    """The figures of a task by which models are compared."""
-
-    task: str
-    """Name of the task."""
-    accuracy: Mapping[Stream, str]
-    """Pair accuracy with its interval."""
-    kept: Mapping[tuple[Stream, Method], int]
-    """Edges of each method's circuit."""
-    needed: Mapping[tuple[Stream, Method], int | None]
-    """Edges that each ranking needs for f >= 0.9; None where faithfulness is not defined."""
-
-
 def check_tasks(tasks: Sequence[str]) -> None:
     """Refuses names that are neither a task nor a JSON file.
 
@@ -87,7 +75,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def prompts_for(subject: Subject, task: str, seed: int) -> Prompts:
-    """The prompts of a task, the same for every model with the same tokenizer.
+    """Returns the prompts of a task, the same for every model with the same tokenizer.
 
     A task whose words are no single tokens of the tokenizer has none, and says why.
 
@@ -110,78 +98,78 @@ def prompts_for(subject: Subject, task: str, seed: int) -> Prompts:
 
 
 def able_streams(subject: Subject, prompts: Prompts) -> tuple[Stream, ...]:
-    """The streams that do the task, on the prompts that circuits are judged on."""
+    """Returns the streams that can do the task, on the prompts that circuits are judged on."""
     if prompts.report is None:
         return ()
     table = skill(subject.model, prompts.report)
     return tuple(stream for stream, able in zip(table["stream"], table["able"], strict=True) if able)
 
 
-def task_page(subject: Subject, prompts: Prompts, seed: int, progress: bool) -> tuple[TaskPage, TaskFigures]:
-    """Skill and circuits of a task.
+def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, dict[str, dict[str, str]]]:
+    """Returns the page of a task, with skill and circuits, and the model's cells in the tables that compare models.
 
     Args:
         seed: of the intervals.
     """
-    cfg = subject.model.cfg
     title = TITLES.get(prompts.task, Path(prompts.task).stem)
     notes, rankings = [], []
-    accuracy: dict[Stream, str] = {}
-    kept: dict[tuple[Stream, Method], int] = {}
-    needed: dict[tuple[Stream, Method], int | None] = {}
+    table = Table("Skill", "", ("stream",), (), (False,))
+    cells = {
+        SKILL: {f"{title}, {stream}": MISSING for stream in STREAMS},
+        NEEDED: {f"{title}, {stream}, {method}": MISSING for stream in STREAMS for method in METHODS.values()},
+        KEPT: {f"{title}, {stream}": MISSING for stream in STREAMS},
+    }
     try:
         n_edges = len(Graph.from_model(subject.model))
     except ValueError as error:
         n_edges = 0
         notes.append(str(error))
     if prompts.find is None or prompts.report is None:
-        table = Table("Skill", "", ("stream",), (), (False,))
         notes.append(f"No prompts of this task can be made for this model: {prompts.missing}.")
     else:
         runs = SharedRuns()
-        rows = skill(subject.model, prompts.report, seed=seed)
-        table = _skill_table(rows)
-        accuracy = dict(zip(rows["stream"], (row[1] for row in table.rows), strict=True))
-        for stream, able, share in zip(rows["stream"], rows["able"], rows["pair_accuracy"], strict=True):
+        skills = skill(subject.model, prompts.report, seed=seed)
+        table = _skill_table(skills)
+        for row, stream, able, share in zip(
+            table.rows, skills["stream"], skills["able"], skills["pair_accuracy"], strict=True
+        ):
+            cells[SKILL][f"{title}, {stream}"] = row[1]
             if not able:
                 notes.append(
                     f"No circuit of the {stream} stream: its pair accuracy of {share:.0%} is below {SKILL_BAR:.0%}, so "
                     "it cannot do the task, and a circuit for it would explain nothing."
                 )
                 continue
-            for method in _methods(subject, stream) if n_edges else ():
-                try:
-                    found = find_circuit(
-                        *(subject.model, prompts.find, prompts.report, method),
-                        tau=TAU,
-                        stream=stream,
-                        # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
-                        gates="live" if stream == "ablated" and method != "acdc" else None,
-                        runs=runs,
-                        progress=progress,
-                        seed=seed,
-                    )
-                except SearchInterrupted as stop:
-                    # a report keeps nothing that could be resumed
-                    raise KeyboardInterrupt from stop
-                rankings.append(ranking(found, method, stream, len(prompts.find), len(prompts.report)))
-                kept[stream, method] = len(found.circuit)
-                needed[stream, method] = found.curve.edges_for(LEVEL).edges if found.curve is not None else None
-    page = TaskPage(
-        task=title,
-        about=_about(prompts),
-        skill=table,
-        n_layers=cfg.n_layers,
-        n_heads=cfg.n_heads,
-        attn_only=bool(cfg.attn_only),
-        n_edges=n_edges,
-        rankings=tuple(rankings),
-        note=" ".join(notes),
-    )
-    return page, TaskFigures(title, accuracy, kept, needed)
+            for method in _methods(stream) if n_edges else ():
+                result = _find(subject, prompts.find, prompts.report, method, stream, runs, seed)
+                rankings.append(ranking(result, method, stream, title, len(prompts.find), len(prompts.report)))
+                needed = result.curve.edges_for(LEVEL).edges if result.curve is not None else None
+                cells[NEEDED][f"{title}, {stream}, {METHODS[method]}"] = cell(needed, ",")
+                if method == "acdc":
+                    cells[KEPT][f"{title}, {stream}"] = f"{len(result.circuit):,}"
+    return TaskPage(title, _about(prompts), table, tuple(rankings), " ".join(notes)), cells
 
 
-def _methods(subject: Subject, stream: Stream) -> tuple[Method, ...]:
+def _find(
+    subject: Subject,
+    find: PromptPairs,
+    report: PromptPairs,
+    method: Method,
+    stream: Stream,
+    runs: SharedRuns,
+    seed: int,
+) -> FoundCircuit:
+    # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
+    masks = "live" if stream == "ablated" and method != "acdc" else None
+    options: dict[str, Any] = {"tau": TAU, "stream": stream, "gates": masks, "runs": runs, "seed": seed}
+    try:
+        return find_circuit(subject.model, find, report, method, **options, progress=False)
+    except SearchInterrupted as stop:
+        # a report keeps nothing that could be resumed
+        raise KeyboardInterrupt from stop
+
+
+def _methods(stream: Stream) -> tuple[Method, ...]:
     return ("acdc", "eap-ig", "gate") if stream == "ablated" else ("acdc", "eap-ig")
 
 
@@ -196,23 +184,25 @@ def _skill_table(rows: Any) -> Table:
     return comparison_table(rows, "Skill", note=note, columns=columns)
 
 
-def ranking(found: FoundCircuit, method: Method, stream: Stream, n_find: int, n_report: int) -> Ranking:
-    """A found circuit as a ranking, its edges in the order in which they join it."""
-    order = in_order(found.ranking, absolute=method != "acdc")
-    kept = order[: max(MOST_EDGES, len(found.circuit))]
-    return Ranking(
-        method=METHODS[method],
-        stream=stream,
-        note=_note(found, method, n_find, n_report, len(kept)),
+def ranking(result: FoundCircuit, method: Method, stream: Stream, task: str, n_find: int, n_report: int) -> Ranking:
+    """Returns a circuit that was found as a ranking, its edges in the order in which they join it."""
+    graph = result.ranking.graph
+    edges = in_order(result.ranking, absolute=method != "acdc")[: max(MOST_EDGES, len(result.circuit))]
+    circuit = CircuitMap(
+        title=f"{task}, {METHODS[method]}, {stream} stream",
+        note=_note(result, method, n_find, n_report, len(edges)),
+        n_layers=graph.n_layers,
+        n_heads=graph.n_heads,
+        attn_only=graph.attn_only,
+        n_edges=len(graph),
+        edges=tuple(edges),
         scale=SCALES[method],
-        edges=tuple(kept),
-        chosen=len(found.circuit),
-        curve=_curve(found, method),
     )
+    return Ranking(METHODS[method], stream, circuit, chosen=len(result.circuit), curve=_curve(result, method))
 
 
 def in_order(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
-    """Every edge, the largest score first and equals in the order of the graph, as `Circuit.keep` takes them."""
+    """Returns every edge, the largest score first, equals in the order of the graph, as `Circuit.keep` takes them."""
     graph = circuit.graph
     values = circuit.scores[graph.exists]
     places: list[int] = (values.abs() if absolute else values).sort(descending=True, stable=True).indices.tolist()
@@ -222,30 +212,30 @@ def in_order(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
     ]
 
 
-def _note(found: FoundCircuit, method: Method, n_find: int, n_report: int, shown: int) -> str:
+def _note(result: FoundCircuit, method: Method, n_find: int, n_report: int, shown: int) -> str:
     how = {
         "acdc": f"Edge by edge, an edge goes if KL rises by less than tau = {TAU:g} nats without it",
         "eap-ig": f"Integrated gradients of the logit difference; the fewest edges tried with f ≥ {LEVEL:g}",
         "gate": f"Which units the gates keep at the last token; the fewest edges tried with f ≥ {LEVEL:g}",
     }[method]
     parts = [f"{how}. Found with {n_find} prompts, judged on {n_report} others"]
-    parts[0] += f"; other edges carry what they carry in the corrupt prompt ({found.choices['ablation']})"
-    if found.choices["gates"] != "none":
-        parts[0] += f"; {found.choices['gates']} gates"
-    if found.own is not None:
-        point = found.own.points[0]
+    parts[0] += f"; other edges carry what they carry in the corrupt prompt ({result.choices['ablation']})"
+    if result.choices["gates"] != "none":
+        parts[0] += f"; {result.choices['gates']} gates"
+    if result.own is not None:
+        point = result.own.points[0]
         parts.append(
-            f"The circuit of {len(found.circuit):,} edges has f = {point.f.mean:.2f}, KL {point.kl.mean:.3f} nats"
+            f"The circuit of {len(result.circuit):,} edges has f = {point.f.mean:.2f}, KL {point.kl.mean:.3f} nats"
         )
-    if shown < len(found.ranking.graph):
-        parts.append(f"Shown are the first {shown:,} of {len(found.ranking.graph):,} edges")
-    return ". ".join([*parts, *found.warnings]) + "."
+    if shown < len(result.ranking.graph):
+        parts.append(f"Shown are the first {shown:,} of {len(result.ranking.graph):,} edges")
+    return ". ".join([*parts, *result.warnings]) + "."
 
 
-def _curve(found: FoundCircuit, method: Method) -> Curves | None:
+def _curve(result: FoundCircuit, method: Method) -> Curves | None:
     """Faithfulness along the order of the ranking; None where it is not defined."""
-    if found.curve is None:
+    if result.curve is None:
         return None
-    table = found.curve.table()
+    table = result.curve.table()
     table = table[table["order"] == ("signed" if method == "acdc" else "absolute")]
     return faithfulness_chart({METHODS[method]: table})

@@ -14,8 +14,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sa_lens.circuits.metrics import SKILL_BAR
+from sa_lens.config import Stream
 from sa_lens.core.host import Host, streams_of
-from sa_lens.units.activations import stream_units
+from sa_lens.units.activations import Site, stream_units
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.labels import TASKS, metric_words, unit_name
 from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
@@ -306,24 +307,39 @@ def unit_histogram(
         ValueError: a unit that the model does not have, or a text that does not fit.
     """
     site, index = checked_unit(model, unit)
-    streams = streams_of(model)
-    clean, ablated = [], []
-    n = stays = 0
-    for batch in stream_units(model, text, streams, sites=[site], n_tokens=n_tokens, progress=False):
-        n += batch.tokens.numel()
-        clean.append(batch.values["clean"][site][..., index].flatten().float().cpu().numpy())
-        if site in batch.masks:
-            live = batch.masks[site][..., index] > 0
-            stays += int(live.sum())
-            ablated.append(batch.values["ablated"][site][..., index][live].float().cpu().numpy())
-    values = {"clean": np.concatenate(clean)}
-    note = f"{n:,} tokens"
-    if ablated:
+    values, n = unit_values(model, text, [(site, index)], n_tokens)
+    of_unit = values[site, index]
+    note, counted = f"{n:,} tokens", {"clean": of_unit["clean"]}
+    if "ablated" in of_unit:
+        stays = len(of_unit["ablated"])
         note += f"; stays at {stays:,} of them ({stays / n:.2%})"
         if stays:
-            values["ablated, where it stays"] = np.concatenate(ablated)
-    name = unit_name(model, site.layer, site.kind, index)
-    return histogram(values, name[0].upper() + name[1:], "value of the unit", note=note, bins=bins)
+            counted["ablated, where it stays"] = of_unit["ablated"]
+    name = unit_name(model, site.layer, site.kind, index).capitalize()
+    return histogram(counted, name, "value of the unit", note=note, bins=bins)
+
+
+def unit_values(
+    model: Host, text: Any, units: Sequence[tuple[Site, int]], n_tokens: int | None = None
+) -> tuple[dict[tuple[Site, int], dict[Stream, np.ndarray]], int]:
+    """Returns the values of units over a text by stream (ablated: where they stay), and the number of tokens."""
+    streams = streams_of(model)
+    sites = list(dict.fromkeys(site for site, _ in units))
+    parts: dict[tuple[Site, int], dict[Stream, list[np.ndarray]]] = {
+        unit: {stream: [] for stream in streams} for unit in units
+    }
+    n = 0
+    for batch in stream_units(model, text, streams, sites=sites, n_tokens=n_tokens, progress=False):
+        n += batch.tokens.numel()
+        for (site, index), by_stream in parts.items():
+            for stream, of_stream in by_stream.items():
+                x = batch.values[stream][site][..., index]
+                x = x[batch.masks[site][..., index] > 0] if stream == "ablated" and site in batch.masks else x
+                of_stream.append(x.flatten().float().cpu().numpy())
+    return {
+        unit: {stream: np.concatenate(of_stream) for stream, of_stream in by_stream.items()}
+        for unit, by_stream in parts.items()
+    }, n
 
 
 @draw.register

@@ -21,6 +21,7 @@ from sa_lens.report.contents import (
 )
 from sa_lens.views.records import (
     CircuitEdge,
+    CircuitMap,
     Curves,
     GateRaster,
     Guess,
@@ -180,9 +181,9 @@ def ranking(rng: random.Random, method: str, stream: str) -> Ranking:
         "log",
         (Level(1.0, "full model"),),
     )
-    return Ranking(
-        method, stream, "tau 0.01, 64 pairs; layer 1 neuron 3 matters", "fall of KL, nats", ordered, 24, curve
-    )
+    note = "tau 0.01, 64 pairs; layer 1 neuron 3 matters"
+    circuit = CircuitMap(method, note, N_LAYERS, N_HEADS, False, 300, ordered, "fall of KL, nats")
+    return Ranking(method, stream, circuit, 24, curve)
 
 
 def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
@@ -224,9 +225,9 @@ def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
         ),
         stories=tuple(story_page(rng, tokens, streams) for tokens in story_tokens()),
         tasks=(
-            TaskPage("IOI", "Tom and Anna ... gave to: Anna", skill, N_LAYERS, N_HEADS, False, 300,
+            TaskPage("IOI", "Tom and Anna ... gave to: Anna", skill,
                      tuple(ranking(rng, *one) for one in methods), ""),
-            TaskPage("Pronoun gender", "Anna said that: she", skill, N_LAYERS, N_HEADS, False, 300,
+            TaskPage("Pronoun gender", "Anna said that: she", skill,
                      (ranking(rng, "ACDC", "clean"),), "No circuit of the ablated stream: it cannot do the task."),
         ),
         units=tuple(

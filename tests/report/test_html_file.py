@@ -263,7 +263,7 @@ def test_the_slider_changes_the_number_of_edges(visit):
 
 def test_the_curve_marks_the_size(visit):
     page = visit("circuits")
-    edges = len(report().models[0].tasks[0].rankings[0].edges)
+    edges = len(report().models[0].tasks[0].rankings[0].circuit.edges)
     panel = page.locator(".panel").first
     panel.locator(".chart").scroll_into_view_if_needed()
     page.wait_for_selector(".panel .chart[data-drawn] .shapelayer path", state="attached")
@@ -280,7 +280,7 @@ def test_a_node_shows_its_edges_alone(visit):
     panel = page.locator(".panel").first
     edges = [
         edge
-        for edge in report().models[0].tasks[0].rankings[0].edges[:24]
+        for edge in report().models[0].tasks[0].rankings[0].circuit.edges[:24]
         if "embed" in (edge.source, edge.destination)
     ]
     node = panel.locator("[data-node=embed]")

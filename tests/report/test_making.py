@@ -123,7 +123,7 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     assert read(save(found, tmp_path / "report.json")) == found
     assert page.overview.training is None
     assert {unit.kind for unit in page.units} == {"attn"}
-    assert page.tasks[0].attn_only
+    assert "no MLP" in page.overview.facts[0].value
     assert page.tasks[0].rankings == ()
     assert "cannot do the task" in page.tasks[0].note
 

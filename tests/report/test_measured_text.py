@@ -14,7 +14,7 @@ from sa_lens.training.report import text_of_run
 def test_measured_text_is_the_runs_own(gated: Subject, tmp_path: Path) -> None:
     texts = gather([gated], None, "text", 4)
     own = text_of_run(gated.run, gated.model)
-    found = encode_for(gated, texts, tmp_path, False)
+    found = encode_for(gated, texts, tmp_path)
     n = min(found.held_out.n_tokens, own.validation.n_tokens)
     assert n > 5_000
     assert (found.held_out.tokens[:n] == own.validation.tokens[:n]).all()
@@ -56,11 +56,11 @@ def test_a_model_without_text_of_its_own_is_measured_on_the_named_one(gated: Sub
     assert (*found.calibration, *found.held_out) == tuple(whole)
     assert 50 < len(found.calibration) < 150
     assert found.name == "many.txt"
-    encode_for(bare, found, tmp_path, False)
+    encode_for(bare, found, tmp_path)
     one.write_text(" ".join(whole))
     found = gather([bare], str(one), "text", 3)
     assert found.calibration[0] + found.held_out[0] == " ".join(whole)
-    encode_for(bare, found, tmp_path, False)
+    encode_for(bare, found, tmp_path)
 
 
 def test_names_are_as_short_as_can_be_told_apart() -> None:

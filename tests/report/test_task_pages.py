@@ -40,7 +40,8 @@ def test_an_able_model_has_a_ranking_of_each_method(easy: TaskPage) -> None:
         ("gate circuit", "ablated"),
     ]
     assert easy.note == ""
-    assert (easy.n_layers, easy.n_heads, easy.attn_only) == (2, 2, False)
+    for one in easy.rankings:
+        assert (one.circuit.n_layers, one.circuit.n_heads, one.circuit.attn_only) == (2, 2, False)
 
 
 def test_skill_is_that_of_the_prompts_to_judge_on(easy: TaskPage, gated: Subject, easy_task: str) -> None:
@@ -58,10 +59,10 @@ def test_acdc_is_the_search_itself(easy: TaskPage, gated: Subject, easy_task: st
     true = acdc(gated.model, prompts.find, 0.01, stream=stream, progress=False).circuit
     found = of(easy, "ACDC", stream)
     assert found.chosen == len(true)
-    assert set(named(found.edges[: found.chosen])) == {str(edge) for edge in true}
-    scores = [edge.score for edge in found.edges]
+    assert set(named(found.circuit.edges[: found.chosen])) == {str(edge) for edge in true}
+    scores = [edge.score for edge in found.circuit.edges]
     assert scores == sorted(scores, reverse=True)
-    for edge, name in zip(found.edges, named(found.edges), strict=True):
+    for edge, name in zip(found.circuit.edges, named(found.circuit.edges), strict=True):
         assert edge.score == pytest.approx(true.score(name), rel=5.1e-3, abs=1e-12)
 
 
@@ -71,7 +72,7 @@ def test_curves_and_sizes_are_those_of_direct_calls(easy: TaskPage, gated: Subje
     whole = find_circuit(gated.model, prompts.find, prompts.report, "gate", **live)
     found = of(easy, "gate circuit", "ablated")
     assert found.chosen == len(whole.circuit)
-    assert set(named(found.edges[: found.chosen])) == {str(edge) for edge in whole.circuit}
+    assert set(named(found.circuit.edges[: found.chosen])) == {str(edge) for edge in whole.circuit}
     true = faithfulness_curve(gated.model, prompts.report, whole.ranking, order="absolute", **live)
     assert found.curve is not None
     (line,) = found.curve.lines
@@ -104,10 +105,10 @@ def test_order_is_that_of_keep() -> None:
 def test_long_rankings_are_cut_and_say_so(gated: Subject, easy_task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_pages, "MOST_EDGES", 5)
     monkeypatch.setattr(task_pages, "_methods", lambda *_: ("eap-ig",))
-    page, _ = task_page(gated, prompts_for(gated, easy_task, 0), 0, False)
+    page, _ = task_page(gated, prompts_for(gated, easy_task, 0), 0)
     for one in page.rankings:
-        assert len(one.edges) == max(5, one.chosen)
-        assert f"Shown are the first {len(one.edges)} of {page.n_edges} edges" in one.note
+        assert len(one.circuit.edges) == max(5, one.chosen)
+        assert f"Shown are the first {len(one.circuit.edges)} of {one.circuit.n_edges} edges" in one.circuit.note
 
 
 def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +116,8 @@ def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pyt
         raise ValueError("names are cut in pieces")
 
     monkeypatch.setattr(task_pages, "make_unseen", make)
-    page, figures = task_page(gated, prompts_for(gated, "ioi", 0), 0, False)
+    page, cells = task_page(gated, prompts_for(gated, "ioi", 0), 0)
     assert page.rankings == ()
     assert page.skill.rows == ()
     assert page.note == "No prompts of this task can be made for this model: names are cut in pieces."
-    assert not figures.accuracy
+    assert {cell for rows in cells.values() for cell in rows.values()} == {"n/a"}

@@ -19,7 +19,7 @@ STREAMS = ("clean", "ablated")
 
 @pytest.fixture(scope="module")
 def text(gated: Subject, tmp_path_factory: pytest.TempPathFactory):
-    return encode_for(gated, gather([gated], None, "text", 1), tmp_path_factory.mktemp("tokens"), False)
+    return encode_for(gated, gather([gated], None, "text", 1), tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
