@@ -1,4 +1,4 @@
-"""What a group of columns is measured on, and what a group is."""
+"""What a measurement is, what it is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,21 +23,21 @@ MINIMUM_BLOCKS = 8
 """Blocks of validation text that measurements need."""
 
 Values = dict[str, dict[str, float | None]]
-"""Value by column and stream; None: there is none, and a note says why."""
+"""Value by column and stream. None or NaN: there is no value, and a note says why."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a group of columns found."""
+class Result:
+    """What a measurement returns for one model."""
 
     values: Values
-    """By column and stream."""
+    """By column and stream; the stream of columns about the weights is the empty string."""
     notes: tuple[str, ...] = ()
-    """Why a value is missing or to be read with care."""
+    """Why a value is missing, or must be read with care."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainedModel:
     """A trained model with its text."""
 
     model: SelfAblatingTransformer
@@ -48,11 +47,9 @@ class Subject:
     run: RunConfig
     """How it was trained."""
     folder: Path
-    """Where a group may keep files of its own."""
+    """Where a measurement may keep files of its own."""
     baseline: SelfAblatingTransformer | None = None
-    """The dense baseline of the same seed; None where this is the baseline itself, or there is none."""
-    progress: bool = False
-    """Show progress bars."""
+    """The dense baseline of the same seed; None for the baseline itself, or if no measurement asks for it."""
 
     @property
     def seed(self) -> int:
@@ -65,19 +62,18 @@ class Subject:
         return streams_of(self.model)
 
     @property
-    def world(self) -> World:
-        """Words of the prompts: those of the text it was trained on."""
+    def words(self) -> World:
+        """Vocabulary of the prompts: that of the text the model was trained on."""
         return "stories" if self.run.data.source == "stories" else "tinystories"
 
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.W_E.device
+    def no_values(self, columns: Sequence[str]) -> Values:
+        """The columns, in every stream of the model, still without values."""
+        return {column: dict.fromkeys(self.streams) for column in columns}
 
     def texts(self, calibration: int, tokens: int) -> tuple[Int[Tensor, "block pos"], Int[Tensor, "block pos"]]:
-        """Blocks of the validation text to calibrate on, and others to measure on.
+        """Blocks of the validation text to calibrate on, and other blocks to measure on.
 
-        A text too short for both is shared out in the same proportion.
+        A text that is too short for both is divided in the same proportion.
 
         Raises:
             ValueError: a validation text of fewer than `MINIMUM_BLOCKS` blocks.
@@ -99,36 +95,40 @@ def check_validation(data: PreparedData, n_ctx: int) -> None:
         )
 
 
-class Group(ABC):
+class Measurement(ABC):
     """Columns that are measured together: a frozen dataclass whose fields are its settings."""
 
     name: ClassVar[str]
-    """Name by which it is asked for."""
+    """Name of the kind of measurement."""
     version: ClassVar[int] = 1
-    """Raised whenever the same settings give other numbers, so that older cells are measured again."""
+    """Raised whenever the same settings give other numbers, so that every model is measured again."""
     columns: ClassVar[tuple[str, ...]]
     """Names of its columns."""
     against_baseline: ClassVar[bool] = False
     """Whether it needs the dense baseline of the same seed."""
+    task: str = ""
+    """The task that it is about; empty: none. A measurement of a task has a field of this name."""
+
+    @property
+    def label(self) -> str:
+        """Name by which `compare` is asked for it: with the task in front, unless that is IOI."""
+        return self.name if self.task in ("", "ioi") else f"{self.task}-{self.name}"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that its values depend on, apart from model and text."""
+        settings = dataclasses.asdict(self)  # type: ignore[call-overload]
+        settings.pop("task", None)  # part of the label
+        return {"group": self.label, "version": self.version, "settings": settings}
 
     @abstractmethod
-    def measure(self, subject: Subject) -> Measured:
-        """The group's columns of one model."""
+    def measure(self, trained: TrainedModel) -> Result:
+        """Measures one model."""
 
     @abstractmethod
     def work(self, run: RunConfig) -> float:
-        """Cost of one model in tokens of a forward pass of its clean stream, roughly."""
+        """Cost for one model, roughly, in tokens of a forward pass of its clean stream."""
 
     def missing(self) -> str | None:
         """Why it cannot be measured on this machine; None if it can."""
         return None
-
-
-def inputs_of(group: Group) -> dict[str, Any]:
-    """All that makes a group's figures what they are, apart from model and text."""
-    return {"group": group.name, "version": group.version, "settings": dataclasses.asdict(group)}  # type: ignore[call-overload]
-
-
-def in_every_stream(columns: Sequence[str], streams: Sequence[Stream]) -> Values:
-    """The columns, still without values."""
-    return {column: dict.fromkeys(streams) for column in columns}

@@ -1,7 +1,7 @@
-"""What a comparison will cost: its cells, tokens and hours, and what is on disk already.
+"""What a comparison still has to do: models, tokens, estimated hours, and what is on disk already.
 
-Times of cells that were finished in the same folder count for their like; all others are estimated from a few timed
-steps of a model of the grid's shape on this machine.
+Times of finished models in the same folder count for models of the same variant. All other times are estimated from a
+few timed steps of a model of the grid's shape on this machine.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sa_lens.compare.cells import Cell
 from sa_lens.compare.grids import Grid, Variant
-from sa_lens.compare.subject import Group
+from sa_lens.compare.measurement import Measurement
+from sa_lens.compare.model_folder import ModelFolder
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 
@@ -29,71 +29,73 @@ OF_UNKNOWN_TOKENIZER = 50_257
 """Vocabulary that is assumed where only the tokenizer's name is known."""
 
 
-def plan_table(cells: Sequence[Cell], groups: Sequence[Group], device: str) -> pd.DataFrame:
-    """A row for each thing to do: variant, seed, what (`training` or a group), status, tokens, seconds left.
+def plan_table(folders: Sequence[ModelFolder], measurements: Sequence[Measurement], device: str) -> pd.DataFrame:
+    """One row per thing to do: variant, seed, what (`training` or a measurement), status, tokens, seconds left.
 
     Status: `done`, `to do`, `step N of M`, or why it is not available. Tokens are those of training.
     """
     import pandas as pd
 
-    rows, speeds = [], _Speeds(cells, groups, device)
-    for cell in cells:
-        train = cell.grid.run.train
-        tokens = train.steps * train.batch_size * cell.grid.run.model.n_ctx if cell.variant.training != "none" else 0
-        place = {"variant": cell.variant.name, "seed": cell.seed}
-        done = cell.trained() is not None
-        steps = cell.steps_done()
-        left = 0.0 if done else 1 - steps / train.steps
+    rows, times = [], _Times(folders, measurements, device)
+    for folder in folders:
+        train = folder.grid.run.train
+        tokens = (
+            train.steps * train.batch_size * folder.grid.run.model.n_ctx if folder.variant.training != "none" else 0
+        )
+        model = {"variant": folder.variant.name, "seed": folder.seed}
+        done, steps = folder.trained() is not None, folder.steps_done()
         status = "done" if done else f"step {steps} of {train.steps}" if steps else "to do"
-        seconds = left * speeds.training(cell) if left and tokens else 0.0
-        rows.append({**place, "what": "training", "status": status, "tokens": tokens, "seconds": seconds})
-        for group in groups:
-            measured, why = cell.measured(group) is not None, group.missing()
-            status = "done" if measured else why or "to do"
-            seconds = speeds.group(cell, group) if status == "to do" else 0.0
-            rows.append({**place, "what": group.name, "status": status, "tokens": 0, "seconds": seconds})
+        left = 0.0 if done or not tokens else 1 - steps / train.steps
+        seconds = left * times.training(folder) if left else 0.0
+        rows.append({**model, "what": "training", "status": status, "tokens": tokens, "seconds": seconds})
+        for measurement in measurements:
+            done = folder.result(measurement) is not None
+            status = "done" if done else measurement.missing() or "to do"
+            seconds = times.measuring(folder, measurement) if status == "to do" else 0.0
+            rows.append({**model, "what": measurement.label, "status": status, "tokens": 0, "seconds": seconds})
     return pd.DataFrame(rows)
 
 
-class _Speeds:
-    """Seconds of trainings and groups, from finished cells or else from timed steps."""
+class _Times:
+    """Seconds of trainings and measurements, from finished models or else from timed steps."""
 
-    def __init__(self, cells: Sequence[Cell], groups: Sequence[Group], device: str) -> None:
+    def __init__(self, folders: Sequence[ModelFolder], measurements: Sequence[Measurement], device: str) -> None:
         self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
         self.trainings: dict[str, list[float]] = {}
-        self.groups: dict[tuple[str, bool], list[float]] = {}
-        self.timed: dict[GateConfig, StepTimes] = {}
-        for cell in cells:
-            trained = cell.trained()
-            if trained is not None and cell.variant.training != "none":
-                self.trainings.setdefault(cell.variant.name, []).append(trained["seconds"])
-            for group in groups:
-                record = cell.record_of(group)
+        self.measurements: dict[tuple[str, bool], list[float]] = {}
+        self.steps: dict[GateConfig, StepTimes] = {}
+        for folder in folders:
+            trained = folder.trained()
+            if trained is not None and folder.variant.training != "none":
+                self.trainings.setdefault(folder.variant.name, []).append(trained["seconds"])
+            for measurement in measurements:
+                record = folder.record_of(measurement)
                 if record is not None:
-                    self.groups.setdefault((group.name, cell.variant.gates.gated), []).append(record["seconds"])
+                    alike = (measurement.label, folder.variant.gates.gated)
+                    self.measurements.setdefault(alike, []).append(record["seconds"])
 
-    def training(self, cell: Cell) -> float:
-        known = self.trainings.get(cell.variant.name)
+    def training(self, folder: ModelFolder) -> float:
+        known = self.trainings.get(folder.variant.name)
         if known:
             return sum(known) / len(known)
-        times, train = self._timed(cell.grid, cell.variant), cell.config.train
-        dense = train.dense_steps if cell.variant.gates.gated else 0
+        times, train = self.of_steps(folder.grid, folder.variant), folder.config.train
+        dense = train.dense_steps if folder.variant.gates.gated else 0
         return dense * times.dense + (train.steps - dense) * times.full
 
-    def group(self, cell: Cell, group: Group) -> float:
-        known = self.groups.get((group.name, cell.variant.gates.gated))
+    def measuring(self, folder: ModelFolder, measurement: Measurement) -> float:
+        gates = folder.variant.gates
+        known = self.measurements.get((measurement.label, gates.gated))
         if known:
             return sum(known) / len(known)
-        run = dataclasses.replace(cell.grid.run, gates=cell.variant.gates)
-        streams = 2 if cell.variant.gates.gated else 1
-        return streams / 2 * group.work(run) * self._timed(cell.grid, cell.grid.variants[0]).token
+        work = measurement.work(dataclasses.replace(folder.grid.run, gates=gates))
+        streams = 2 if gates.gated else 1
+        return streams / 2 * work * self.of_steps(folder.grid, folder.grid.variants[0]).token
 
-    def _timed(self, grid: Grid, variant: Variant) -> StepTimes:
+    def of_steps(self, grid: Grid, variant: Variant) -> StepTimes:
         gates = dataclasses.replace(variant.gates, scores="learned")
-        if gates not in self.timed:
-            run = dataclasses.replace(grid.run, gates=gates)
-            self.timed[gates] = timed_steps(run, self.device)
-        return self.timed[gates]
+        if gates not in self.steps:
+            self.steps[gates] = timed_steps(dataclasses.replace(grid.run, gates=gates), self.device)
+        return self.steps[gates]
 
 
 class StepTimes(NamedTuple):
@@ -108,7 +110,7 @@ class StepTimes(NamedTuple):
 
 
 def timed_steps(run: RunConfig, device: str) -> StepTimes:
-    """Times of a model of the run's shape, from a few steps."""
+    """Times a few steps of a model of the run's shape."""
     d_vocab = run.model.d_vocab or (run.data.vocab_size if run.data.tokenizer == "bpe" else OF_UNKNOWN_TOKENIZER)
     shape = dataclasses.replace(run.model, d_vocab=d_vocab)
     model = SelfAblatingTransformer(shape, run.gates, seed=0, device=device)
@@ -135,23 +137,22 @@ def timed_steps(run: RunConfig, device: str) -> StepTimes:
 
 
 def _seconds(action: Any, device: str) -> float:
-    """Mean seconds of an action, the first one not counted."""
-    action()
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        action()
-    _wait(device)
-    return (time.perf_counter() - began) / TIMED_STEPS
+    """Mean seconds of an action; the first call does not count."""
 
+    def repeat(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    repeat(1)
+    return repeat(TIMED_STEPS) / TIMED_STEPS
 
 
 def plan_text(plan: pd.DataFrame) -> str:
-    """The plan in words: a line a variant, then tokens and hours."""
+    """The plan as text: one line per variant, then the time of training and of each measurement."""
     lines = [f"{'variant':<16}{'seeds':>6}{'tokens':>16}{'done':>10}{'left':>12}"]
     for variant, rows in plan.groupby("variant", sort=False):
         done = f"{int((rows['status'] == 'done').sum())}/{len(rows)}"
@@ -164,8 +165,8 @@ def plan_text(plan: pd.DataFrame) -> str:
     lines.append("")
     lines.append(f"training     {duration(plan[training]['seconds'].sum()):>10}")
     lines += [f"{name:<13}{duration(seconds):>10}" for name, seconds in parts.items()]
-    for (what, why), some in plan[~plan["status"].str.match(r"done|to do|step \d")].groupby(["what", "status"]):
-        lines.append(f"not available: {what} ({why}), {len(some)} cells")
+    for (what, why), rows in plan[~plan["status"].str.match(r"done|to do|step \d")].groupby(["what", "status"]):
+        lines.append(f"not available: {what} ({why}), {len(rows)} models")
     lines.append(f"\nleft in all, one process on this machine: {duration(plan['seconds'].sum())}")
     return "\n".join(lines)
 

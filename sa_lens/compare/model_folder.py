@@ -1,11 +1,11 @@
-"""Cells on disk: trained models and measured groups of columns, each found again by what went into it.
+"""The models of a comparison on disk, and what was measured on them; both are found again by what went into them.
 
-    OUT/models/NAME-seedN-KEY/run/        the training run, resumable
-    OUT/models/NAME-seedN-KEY/final/      the model after its last step
-    OUT/models/NAME-seedN-KEY/done.json   written last: the model is finished
-    OUT/models/NAME-seedN-KEY/GROUP-KEY.json     the figures of a group of columns
+    OUT/models/NAME-seedN-KEY/run/               the training run, resumable
+    OUT/models/NAME-seedN-KEY/final/             the model after its last step
+    OUT/models/NAME-seedN-KEY/done.json          written last: the model is finished
+    OUT/models/NAME-seedN-KEY/MEASUREMENT-KEY.json   the values of a measurement
 
-A key is a hash of inputs, so a changed setting makes a new cell and leaves the others as they are.
+A key is a hash of inputs, so a changed setting makes a new folder or file and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import UnionType
 from typing import Any
 
 from sa_lens.compare.grids import BASELINE, Grid, Variant
-from sa_lens.compare.subject import Group, Measured, inputs_of
+from sa_lens.compare.measurement import Measurement, Result
 from sa_lens.config import RunConfig, convert, to_dict
 from sa_lens.core.checkpoints import WEIGHTS, complete_steps
 from sa_lens.data.disk import fingerprint, key_of
@@ -41,8 +41,8 @@ _NO_CONSEQUENCE = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model of a grid."""
+class ModelFolder:
+    """One model of a grid: a variant with a seed, and its folder."""
 
     grid: Grid
     variant: Variant
@@ -56,21 +56,21 @@ class Cell:
         return f"{self.variant.name}, seed {self.seed}"
 
     @property
-    def baseline(self) -> Cell | None:
-        """The dense baseline of the same seed; None where this is it."""
+    def baseline(self) -> ModelFolder | None:
+        """The dense baseline of the same seed; None where this is the baseline."""
         if self.variant.name == BASELINE:
             return None
         return dataclasses.replace(self, variant=self.grid.variants[0])
 
     @property
     def config(self) -> RunConfig:
-        """The run; a variant trained on the baseline starts from its last step."""
+        """The run; a variant trained on the baseline starts from the baseline's last step."""
         base = self.baseline
         return self.grid.config(self.variant, self.seed, str(base.final) if base is not None else None)
 
     @property
     def key(self) -> str:
-        """Hash of all that makes the model what it is: files by content, the baseline by its own key."""
+        """Hash of everything that the model depends on: files by content, the baseline by its own key."""
         base = self.baseline if self.variant.training == "gates" else None
         values = to_dict(self.grid.config(self.variant, self.seed, base.key if base is not None else None))
         for section, names in _NO_CONSEQUENCE.items():
@@ -83,31 +83,31 @@ class Cell:
         return key_of([FORMAT, values, self.variant.training])
 
     @property
-    def folder(self) -> Path:
+    def path(self) -> Path:
         """Where everything of this model is."""
         return self.out / "models" / f"{self.variant.name}-seed{self.seed}-{self.key[:10]}"
 
     @property
     def run(self) -> Path:
         """The training run."""
-        return self.folder / "run"
+        return self.path / "run"
 
     @property
     def final(self) -> Path:
         """The model after its last step."""
-        return self.folder / "final"
+        return self.path / "final"
 
     def trained(self) -> dict[str, Any] | None:
-        """What is recorded of the finished model: hash of its weights, of both texts, seconds; None if not finished.
+        """The record of the finished model: hashes of its weights and of both texts, seconds; None if not finished.
 
         Raises:
             ValueError: `final` holds other weights than were recorded.
         """
         keys = {"weights": str, "text": dict, "seconds": float}
-        record, weights = read_record(self.folder / "done.json", keys), self.final / WEIGHTS
+        record, weights = _read_record(self.path / "done.json", keys), self.final / WEIGHTS
         if record is not None and weights.is_file() and _content(weights) != record["weights"]:
             raise ValueError(
-                f"{weights} has changed since this model was finished: restore it, or delete {self.folder}, and it is "
+                f"{weights} has changed since this model was finished: restore it, or delete {self.path}, and it is "
                 "made again"
             )
         return record
@@ -120,55 +120,58 @@ class Cell:
     def finish(self, text: dict[str, str], seconds: float) -> dict[str, Any]:
         """Records that the model in `final` is finished."""
         record = {"weights": fingerprint(self.final / WEIGHTS), "text": text, "seconds": seconds}
-        write_record(self.folder / "done.json", {"cell": self.name, **record})
+        _write_record(self.path / "done.json", {"model": self.name, **record})
         return record
 
-    def group_file(self, group: Group, trained: dict[str, Any]) -> Path:
-        """Where the figures of a group are; `trained` is what `trained()` gave."""
-        inputs = {**inputs_of(group), "weights": trained["weights"], "text": trained["text"]}
+    def result_file(self, measurement: Measurement, trained: dict[str, Any]) -> Path:
+        """Where the values of a measurement are; `trained` is the record of the model."""
+        inputs = {**measurement.inputs, "weights": trained["weights"], "text": trained["text"]}
         base = self.baseline
-        if group.against_baseline and base is not None:
+        if measurement.against_baseline and base is not None:
             inputs["baseline"] = (base.trained() or {}).get("weights")
-        return self.folder / f"{group.name}-{key_of([FORMAT, inputs])[:10]}.json"
+        return self.path / f"{measurement.label}-{key_of([FORMAT, inputs])[:10]}.json"
 
-    def measured(self, group: Group) -> Measured | None:
-        """The figures of a group; None if it was not measured with these settings on this model."""
-        record = self.record_of(group)
+    def record_of(self, measurement: Measurement) -> dict[str, Any] | None:
+        """The file of a measurement's values, with its seconds."""
+        trained = self.trained()
+        keys = {"values": dict, "notes": list, "seconds": float}
+        return None if trained is None else _read_record(self.result_file(measurement, trained), keys)
+
+    def result(self, measurement: Measurement) -> Result | None:
+        """The values of a measurement; None if it was not made with these settings on this model."""
+        record = self.record_of(measurement)
         if record is None:
             return None
         try:
             values = convert("values", record["values"], dict[str, dict[str, float | None]])
-            return Measured(values, convert("notes", record["notes"], tuple[str, ...]))
+            notes = convert("notes", record["notes"], tuple[str, ...])
         except ValueError as error:
             raise DamagedFile(
-                f"the {group.name} of {self.name} in {self.folder} is damaged: {error}; {AGAIN}"
+                f"the {measurement.label} of {self.name} in {self.path} is damaged: {error}; {AGAIN}"
             ) from error
+        # in some files the names of columns begin with the task
+        prefix = f"{measurement.task}_" if measurement.task else ""
+        return Result({name.removeprefix(prefix): value for name, value in values.items()}, notes)
 
-    def record_of(self, group: Group) -> dict[str, Any] | None:
-        """The file of a group's figures, with its seconds."""
-        trained = self.trained()
-        keys = {"values": dict, "notes": list, "seconds": float}
-        return None if trained is None else read_record(self.group_file(group, trained), keys)
-
-    def keep(self, group: Group, measured: Measured, seconds: float) -> None:
-        """Writes the figures of a group; one that is not finite counts as missing."""
+    def keep(self, measurement: Measurement, result: Result, seconds: float) -> None:
+        """Writes the values of a measurement; a value that is not finite counts as missing."""
         trained = self.trained()
         if trained is None:
             raise ValueError(f"{self.name} is not trained, so nothing can have been measured on it")
         values = {
             column: {stream: x if x is not None and math.isfinite(x) else None for stream, x in of_stream.items()}
-            for column, of_stream in measured.values.items()
+            for column, of_stream in result.values.items()
         }
-        record = {"cell": self.name, **inputs_of(group), "values": values, "notes": measured.notes}
-        write_record(self.group_file(group, trained), {**record, "seconds": seconds})
+        record = {"model": self.name, **measurement.inputs, "values": values, "notes": result.notes}
+        _write_record(self.result_file(measurement, trained), {**record, "seconds": seconds})
 
     @contextmanager
     def held(self) -> Iterator[bool]:
-        """Holds the cell against other processes; yields False if one of them works on it."""
+        """Holds the folder against other processes; yields False if one of them works on it."""
         from filelock import FileLock, Timeout
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -180,12 +183,17 @@ class Cell:
             lock.release()
 
 
+def model_folders(grid: Grid, seeds: tuple[int, ...], out: Path) -> list[ModelFolder]:
+    """All models, seed by seed, each seed's baseline first."""
+    return [ModelFolder(grid, variant, seed, out) for seed in seeds for variant in grid.variants]
+
+
 def _content(path: Path) -> str:
-    """Fingerprint of a text; a file is read again only if its size or time of change differs."""
+    """Fingerprint of a file or folder; a file is read again only if its size or time of change differs."""
     if not path.is_file():
         return fingerprint(path)
-    found = path.stat()
-    return _of_file(path.resolve(), found.st_size, found.st_mtime_ns)
+    state = path.stat()
+    return _of_file(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
 @functools.cache
@@ -193,23 +201,13 @@ def _of_file(path: Path, size: int, changed: int) -> str:
     return fingerprint(path)
 
 
-def cells_of(grid: Grid, seeds: tuple[int, ...], out: Path) -> list[Cell]:
-    """All cells, seed by seed, each seed's baseline first."""
-    return [Cell(grid, variant, seed, out) for seed in seeds for variant in grid.variants]
-
-
-def read_record(path: Path, keys: Mapping[str, type | UnionType]) -> dict[str, Any] | None:
-    """The content of a JSON file with these keys among others; None if there is no file.
-
-    Raises:
-        DamagedFile: a damaged file.
-    """
+def _read_record(path: Path, keys: Mapping[str, type | UnionType]) -> dict[str, Any] | None:
+    """The content of a JSON file with these keys among others; None if there is no file."""
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path, remedy=AGAIN, keys=keys, other_keys=True)
     return record
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
+def _write_record(path: Path, record: dict[str, Any]) -> None:
     atomic_write(path, json.dumps(record, indent=1, allow_nan=False).encode())
