@@ -210,7 +210,8 @@ class TestErrors:
         from sa_lens.core import SelfAblatingTransformer
 
         assert (tuple(TASKS), MINIMUM) == (names.TASKS, names.FEWEST_PROMPTS)
-        assert {group.name for grid in GRIDS.values() for group in grid().groups} == {*names.COLUMN_GROUPS}
+        labels = {measurement.label for grid in GRIDS.values() for measurement in grid().measurements}
+        assert labels == {*names.COLUMN_GROUPS}
         shape = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_ctx=8, d_vocab=10, act_fn="solu_ln")
         model = SelfAblatingTransformer(shape, GateConfig(k_attn=2, k_mlp=2), device="cpu")
         assert {*model.hook_dict} <= {*names.HOOKS}
@@ -609,13 +610,13 @@ class TestCompare:
     def test_a_stop_says_that_the_same_command_goes_on(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from sa_lens.compare import running
+        from sa_lens.compare import run_grid
 
         def stopped(*arguments: object, **options: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(running, "train", stopped)
+        monkeypatch.setattr(run_grid, "train", stopped)
         line = fails(
             ["compare", "--grid", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"], capsys, code=130
         )

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sa_lens.circuits.graph import Circuit
-from sa_lens.compare.cells import Cell
 from sa_lens.compare.grids import smoke
+from sa_lens.compare.model_folder import ModelFolder
 from sa_lens.report import Report
 from sa_lens.views import records
 
@@ -62,19 +62,19 @@ def test_what_is_no_json(content: bytes, tmp_path: Path) -> None:
         records.read(path)
 
 
-def test_cells(tmp_path: Path) -> None:
+def test_models_of_a_comparison(tmp_path: Path) -> None:
     grid = smoke()
-    cell, group = Cell(grid, grid.variants[0], 0, tmp_path), grid.groups[0]
-    cell.folder.mkdir(parents=True)
+    folder, measurement = ModelFolder(grid, grid.variants[0], 0, tmp_path), grid.measurements[0]
+    folder.path.mkdir(parents=True)
     done = {"weights": "abc", "text": {"train": "t", "validation": "v"}, "seconds": 1.5}
     for content in ("[]", "{}", "{", '{"weights": 3, "text": {}, "seconds": 1}', json.dumps({**done, "text": "t"})):
-        (cell.folder / "done.json").write_text(content)
+        (folder.path / "done.json").write_text(content)
         with pytest.raises(ValueError, match=r"done\.json is damaged: .*; delete it, it will be made again"):
-            cell.trained()
-    (cell.folder / "done.json").write_text(json.dumps(done))
-    assert cell.trained() == done
+            folder.trained()
+    (folder.path / "done.json").write_text(json.dumps(done))
+    assert folder.trained() == done
     figures = {"values": {"loss": {"clean": 1.5, "ablated": None}}, "notes": ["a"], "seconds": 2}
-    file = cell.group_file(group, done)
+    file = folder.result_file(measurement, done)
     for change in (
         {"values": []},
         {"notes": None},
@@ -85,11 +85,11 @@ def test_cells(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps({**figures, **change}))
         with pytest.raises(ValueError, match=r"losses.* is damaged: .*; delete it, it will be made again"):
-            cell.measured(group)
+            folder.result(measurement)
     file.write_text(json.dumps(figures))
-    measured = cell.measured(group)
-    assert measured is not None
-    assert (measured.values, measured.notes) == ({"loss": {"clean": 1.5, "ablated": None}}, ("a",))
+    result = folder.result(measurement)
+    assert result is not None
+    assert (result.values, result.notes) == ({"loss": {"clean": 1.5, "ablated": None}}, ("a",))
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def compare(
     check_column_groups(groups or [])
 
     from sa_lens.compare import compare as run_comparison
-    from sa_lens.compare.report import verdict_text
+    from sa_lens.compare import verdict_text
 
     found = run_comparison(
         grid, folder, seeds=seeds, columns=groups, text=text, validation=validation, device=device, dry_run=dry_run

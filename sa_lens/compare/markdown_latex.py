@@ -112,7 +112,7 @@ def verdict_text(comparison: Comparison) -> str:
     """Verdicts as text: under each claim one line per column and stream."""
     table, lines = verdict_table(comparison), []
     variants = [*table.columns[4:]]
-    labels = [", ".join(filter(None, (row.task, row.column, row.stream))) for row in table.itertuples()]
+    labels = [", ".join(filter(None, row)) for row in table[["task", "column", "stream"]].to_numpy().tolist()]
     width = max(map(len, labels), default=0)
     for claim, rows in table.assign(label=labels).groupby("claim", sort=False):
         lines.append(str(claim))
@@ -129,7 +129,7 @@ def verdict_text(comparison: Comparison) -> str:
 
 def _rows(summary: pd.DataFrame) -> dict[Place, dict[Any, Any]]:
     keys = ("task", "column", "stream", "variant")
-    return {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}  # type: ignore[misc]
+    return {tuple(row[key] for key in keys): row for row in summary.to_dict("records")}
 
 
 def _tables_by_theme(comparison: Comparison, cells: Mapping[Place, str]) -> dict[str, pd.DataFrame]:

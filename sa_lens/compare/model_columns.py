@@ -64,8 +64,8 @@ class Weights(Measurement):
         return 1000.0
 
     def measure(self, trained: TrainedModel) -> Result:
-        table = sparsity(trained.model, self.eps).set_index("weight")
-        return Result({name: {WEIGHTS: float(table.at[place])} for name, place in self.rows.items()})
+        table = sparsity(trained.model, self.eps).set_index("weight").to_dict("index")
+        return Result({name: {WEIGHTS: table[row][column]} for name, (row, column) in self.rows.items()})
 
 
 @dataclass(frozen=True)

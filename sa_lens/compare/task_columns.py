@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +46,7 @@ class TaskMeasurement(Measurement):
         except ValueError as error:
             return Result(values, (f"no prompts: {error}",))
         for stream in trained.streams:
-            figures, note = self.measure_stream(trained, stream, *prompts)
+            figures, note = self.measure_stream(trained, stream, prompts)
             notes += [note] if note else []
             for name, value in figures.items():
                 values[name][stream] = float(value)
@@ -56,12 +57,12 @@ class TaskMeasurement(Measurement):
         return make_unseen(self.task, trained.data.tokenizer, n, 0, world=trained.words)
 
     def prompt_counts(self) -> tuple[int, ...]:
-        """Numbers of pairs, one for each argument of `measure_stream`."""
+        """Numbers of pairs, one for each of the prompt sets that `measure_stream` gets."""
         return (self.pairs,)
 
     @abstractmethod
     def measure_stream(
-        self, trained: TrainedModel, stream: Stream, *prompts: PromptPairs
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
     ) -> tuple[dict[str, float], str]:
         """The columns that have a value in this stream, and a note; empty: none."""
 
@@ -83,9 +84,9 @@ class Skill(TaskMeasurement):
         return 3.0 * self.pairs * PROMPT_TOKENS
 
     def measure_stream(
-        self, trained: TrainedModel, stream: Stream, *prompts: PromptPairs
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
     ) -> tuple[dict[str, float], str]:
-        row: dict[Any, Any] = skill(trained.model, *prompts, stream).iloc[0].to_dict()
+        row: dict[Any, Any] = skill(trained.model, prompts[0], stream).iloc[0].to_dict()
         weak = f"the {stream} stream has {row['pair_accuracy']:.0%} pair accuracy: below {SKILL_BAR:.0%}"
         return {name: row[name] for name in self.columns}, "" if row["able"] else weak
 
@@ -131,7 +132,7 @@ class ACDC(TaskMeasurement):
         return self.pairs, self.skill_pairs
 
     def measure_stream(
-        self, trained: TrainedModel, stream: Stream, *prompts: PromptPairs
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
     ) -> tuple[dict[str, float], str]:
         pairs, judged = prompts
         clean, corrupt = (last_logits(trained.model, pairs, stream, prompt) for prompt in ("clean", "corrupt"))
@@ -145,7 +146,7 @@ class ACDC(TaskMeasurement):
             return len(acdc(trained.model, pairs, tau, stream=stream, order=visits, progress=False))
 
         thresholds = {f"{tau:g}": tau for tau in self.taus} | {"own": OWN_SHARE * divergence}
-        figures = {f"acdc_edges_{name}": edges(tau) for name, tau in thresholds.items()}
+        figures: dict[str, float] = {f"acdc_edges_{name}": edges(tau) for name, tau in thresholds.items()}
         if self.orders:
             counts = [edges(0.01, seed) for seed in range(self.orders)]
             figures["acdc_order_spread"] = statistics.stdev(counts) if len(counts) > 1 else 0.0
@@ -182,7 +183,7 @@ class Faithfulness(TaskMeasurement):
         return 2 * self.pairs, self.skill_pairs
 
     def measure_stream(
-        self, trained: TrainedModel, stream: Stream, *prompts: PromptPairs
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
     ) -> tuple[dict[str, float], str]:
         pairs, judged = prompts
         weak = too_weak(trained, judged, stream, self.bar)

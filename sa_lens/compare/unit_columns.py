@@ -55,7 +55,8 @@ class Units(Measurement):
 
         ours = tables(trained.model, trained.streams)
         values, notes = trained.no_values(self.columns), []
-        for stream, table in ours[SHARE].groupby("stream"):
+        for stream in trained.streams:
+            table = ours[SHARE][ours[SHARE]["stream"] == stream]
             live = table[table["live"]]
             values["live_units"][stream] = float(table["live"].mean())
             for name in ("firing_rate", "effective_tokens"):
@@ -102,8 +103,8 @@ class Labels(Measurement):
         calibration, _ = trained.texts(self.calibration, self.calibration)
         thresholds = calibrate(trained.model, calibration, trained.streams, progress=False)
         table = selectivity(trained.model, text, thresholds, trained.streams, sample_tokens=2, progress=False).coverage
-        for stream, covered in table.groupby("stream")["covered"]:
-            values["label_coverage"][stream] = float(covered.mean())
+        for stream in trained.streams:
+            values["label_coverage"][stream] = float(table[table["stream"] == stream]["covered"].mean())
         return Result(values)
 
 

@@ -71,10 +71,11 @@ class Comparison:
         if against not in self.variants:
             raise ValueError(f"against={against!r} is no variant of this comparison: {', '.join(self.variants)}")
         keys = ["variant", "task", "column", "stream"]
-        by_seed = {key: rows.set_index("seed")["value"] for key, rows in self.values.groupby(keys, sort=False)}
+        groups: Any = self.values.groupby(keys, sort=False)
+        by_seed: dict[_Key, pd.Series] = {key: rows.set_index("seed")["value"] for key, rows in groups}
         rows = []
         for variant in self.variants:
-            of_variant = [_row(by_seed, *key, against=against) for key in by_seed if key[0] == variant]
+            of_variant = [_row(by_seed, key, against) for key in by_seed if key[0] == variant]
             if variant != against:
                 _decide(of_variant)
             rows += of_variant
@@ -83,6 +84,8 @@ class Comparison:
         return pd.DataFrame(rows, columns=_COLUMNS)
 
 
+_Key = tuple[str, str, str, str]
+"""Variant, task, column, stream."""
 _DIFFERENCE = ("n_pairs", "difference", "difference_low", "difference_high", "p")
 _COLUMNS = [
     *("variant", "task", "column", "stream", "n", "mean", "low", "high", *_DIFFERENCE, "p_holm"),
@@ -90,19 +93,18 @@ _COLUMNS = [
 ]
 
 
-def _row(
-    by_seed: dict[Any, pd.Series], variant: str, task: str, column: str, stream: str, against: str
-) -> dict[str, Any]:
+def _row(by_seed: dict[_Key, pd.Series], key: _Key, against: str) -> dict[str, Any]:
     """A row of the summary, without its verdict."""
-    own = by_seed[variant, task, column, stream]
+    (variant, task, column, stream), own = key, by_seed[key]
     row: dict[str, Any] = {"variant": variant, "task": task, "column": column, "stream": stream, "n": int(own.count())}
     row |= t_interval(own.tolist())._asdict()
     row |= {"direction": claimed_direction(task, column), "verdict": "", "claim": column_named(column).claim}
     if variant == against:
         return row | dict.fromkeys(_DIFFERENCE, math.nan) | {"n_pairs": 0, "p_holm": math.nan}
     reference = by_seed.get((against, task, column, stream), by_seed.get((against, task, column, "clean")))
-    both = own.to_frame("own").join(own.iloc[:0] if reference is None else reference, how="inner").to_numpy()
-    return row | dict(zip(_DIFFERENCE, paired_difference(*both.T.tolist()), strict=True)) | {"p_holm": math.nan}
+    both = own.to_frame("own").join(own.iloc[:0] if reference is None else reference, how="inner")
+    difference = paired_difference(both["own"].tolist(), both["value"].tolist())
+    return row | dict(zip(_DIFFERENCE, difference, strict=True)) | {"p_holm": math.nan}
 
 
 def _decide(rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sa_lens.compare.verdicts import LEAST_PAIRS, holm, paired, verdict
+from sa_lens.compare.verdicts import LEAST_PAIRS, holm, paired_difference, verdict
 
 numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=8).filter(lambda x: np.std(x) > 1e-3)
 
@@ -18,7 +18,7 @@ numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=8).filter(lambda x
 @given(numbers, st.integers(0, 2**31))
 def test_paired_tests_are_those_of_scipy(values, seed):
     reference = np.random.default_rng(seed).normal(size=len(values))
-    found = paired(values, reference.tolist())
+    found = paired_difference(values, reference.tolist())
     twin = stats.ttest_rel(values, reference)
     assert found.mean == pytest.approx(np.mean(np.subtract(values, reference)))
     if len(values) < LEAST_PAIRS:
@@ -29,17 +29,17 @@ def test_paired_tests_are_those_of_scipy(values, seed):
 
 
 def test_pairs_with_a_missing_half_are_left_out():
-    found = paired([1.0, 5.0, math.nan, 4.0], [0.0, 3.0, 1.0, math.nan])
+    found = paired_difference([1.0, 5.0, math.nan, 4.0], [0.0, 3.0, 1.0, math.nan])
     assert (found.n, found.mean) == (2, 1.5)
-    assert math.isnan(paired([1.0], [0.0]).p)
-    assert math.isnan(paired([16.0, 21.0], [10.0, 15.0]).p), "two equal differences are no proof"
+    assert math.isnan(paired_difference([1.0], [0.0]).p)
+    assert math.isnan(paired_difference([16.0, 21.0], [10.0, 15.0]).p), "two equal differences are no proof"
 
 
 def test_equal_differences_have_no_test():
-    assert math.isnan(paired([3.0, 3.0, 3.0], [1.0, 1.0, 1.0]).p)
-    assert paired([3.0, 3.0, 3.0], [3.0, 3.0, 3.0]).p == 1.0
+    assert math.isnan(paired_difference([3.0, 3.0, 3.0], [1.0, 1.0, 1.0]).p)
+    assert paired_difference([3.0, 3.0, 3.0], [3.0, 3.0, 3.0]).p == 1.0
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        paired([1.0], [1.0, 2.0])
+        paired_difference([1.0], [1.0, 2.0])
 
 
 def test_holm_by_hand():
