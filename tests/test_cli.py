@@ -163,7 +163,10 @@ class TestErrors:
             (["circuit", "run", "--resume"], "holds no interrupted search"),
             (["report", "run", "--tasks", "pronuon"], "perhaps you meant pronoun"),
             (["compare", "--grid", "laptpo"], "perhaps you meant laptop"),
-            (["compare", "--columns", "losses,unit"], "no group unit; there are losses, .*; perhaps you meant units"),
+            (
+                ["compare", "--columns", "losses,unit"],
+                "no measurement unit; there are losses, .*; perhaps you meant units",
+            ),
             (["train", "--out", "run", "--preset", "papr-head"], "perhaps you meant paper-head"),
             (["sae", "run", "--hook", "blocks.1.hook_mlp_ou"], "perhaps you meant blocks.1.hook_mlp_out"),
             (["sae", "run", "--hook", "blocks.3.hook_mlp_out"], "the model has the layers 0 to 1"),
@@ -211,7 +214,7 @@ class TestErrors:
 
         assert (tuple(TASKS), MINIMUM) == (names.TASKS, names.FEWEST_PROMPTS)
         labels = {measurement.label for grid in GRIDS.values() for measurement in grid().measurements}
-        assert labels == {*names.COLUMN_GROUPS}
+        assert labels == {*names.MEASUREMENTS}
         shape = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_ctx=8, d_vocab=10, act_fn="solu_ln")
         model = SelfAblatingTransformer(shape, GateConfig(k_attn=2, k_mlp=2), device="cpu")
         assert {*model.hook_dict} <= {*names.HOOKS}
@@ -628,8 +631,8 @@ class TestCompare:
         [
             (["--grid", "desk"], "laptop-tinystories"),
             (["--seeds", "0"], "seeds=0 must be at least 1"),
-            (["--columns", "losses,circuits"], "no group circuits; there are losses, weights"),
-            (["--columns", ","], "no group given"),
+            (["--columns", "losses,circuits"], "no measurement circuits; there are losses, weights"),
+            (["--columns", ","], "no measurement given"),
             (["--validation", "text.txt"], "goes with text="),
             (["--text", "no-such.txt"], "no-such.txt"),
         ],

@@ -15,7 +15,7 @@ from sa_lens.catalogue import run_folder
 from sa_lens.config import Task, suggestion
 
 TASKS = get_args(Task)
-COLUMN_GROUPS = (
+MEASUREMENTS = (
     *("losses", "weights", "skill", "acdc", "faithfulness", "object-skill", "object-acdc", "object-faithfulness"),
     *("units", "labels", "explanations", "leakage", "sae"),
 )
@@ -73,16 +73,16 @@ def check_hook(hook: str, run: str) -> None:
         raise ValueError(f"hook={hook!r} is no hook point of a model{suggestion(hook, known)}")
 
 
-def check_column_groups(names: Iterable[str]) -> None:
-    """Refuses names that are no group of columns of any comparison.
+def check_measurements(names: Iterable[str]) -> None:
+    """Refuses names that are no measurement of any comparison.
 
     Raises:
         ValueError: with the nearest one.
     """
     for name in names:
-        if name not in COLUMN_GROUPS:
-            near = suggestion(name, COLUMN_GROUPS)
-            raise ValueError(f"columns: no group {name}; there are {', '.join(COLUMN_GROUPS)}{near}")
+        if name not in MEASUREMENTS:
+            near = suggestion(name, MEASUREMENTS)
+            raise ValueError(f"columns: no measurement {name}; there are {', '.join(MEASUREMENTS)}{near}")
 
 
 def _layers(run: str) -> int | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sa_lens.catalogue import results_folder
-from sa_lens.cli.names import FEWEST_PROMPTS, check_column_groups, check_hook, check_task
+from sa_lens.cli.names import FEWEST_PROMPTS, check_hook, check_measurements, check_task
 from sa_lens.cli.parsing import Run, as_json, command
 from sa_lens.config import Ablation, Device, GridName, Masks, Method, SAEPreset, Stream, Words
 from sa_lens.places import output_file, output_folder
@@ -275,7 +275,7 @@ def compare(
 ) -> int | None:
     """Train and measure a dense baseline, self-ablating models and controls under equal conditions, over seeds.
 
-    Everything that is finished stays on disk: after Ctrl-C the same command goes on, a further seed or group of columns
+    Everything that is finished stays on disk: after Ctrl-C the same command goes on, a further seed or measurement
     costs only itself, and several processes may share the folder.
 
     Args:
@@ -283,7 +283,7 @@ def compare(
             seeds. paper: the nine models of the paper, for GPUs. smoke: tiny models, to see that everything runs.
         out: Folder of models, tables and figure; None: runs/compare-GRID.
         seeds: How many, from 0 on; None: the grid's.
-        columns: Groups of columns, separated by commas, such as losses,acdc; None: all.
+        columns: Measurements whose columns are wanted, separated by commas, such as losses,acdc; None: all.
         text: Train on this text instead: a file, a folder or a dataset id on the Hub.
         validation: Its validation text; None: a part of it.
         device: Where to run.
@@ -291,7 +291,7 @@ def compare(
     """
     folder = output_folder(out or Path("runs") / f"compare-{grid}")
     groups = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
-    check_column_groups(groups or [])
+    check_measurements(groups or [])
 
     from sa_lens.compare import compare as run_comparison
     from sa_lens.compare import verdict_text
@@ -305,7 +305,7 @@ def compare(
     if verdicts:
         print(f"\nClaims against the dense baseline, over {len(found.seeds)} seeds\n\n{verdicts}")
     if found.unfinished:
-        print(f"\n{found.unfinished} groups of columns are not measured yet.")
+        print(f"\n{found.unfinished} measurements of models are not made yet.")
     print(f"\nIn {folder}: table.md, table.tex, values.csv, summary.csv, figure.html, and the models")
     return None
 
