@@ -29,6 +29,8 @@ Stream = Literal["clean", "ablated"]
 """The plain transformer, or what the top-k gates leave of it."""
 Masks = Literal["frozen", "live"]
 """Masks of the ablated stream: kept from the unedited clean prompt, or computed anew under every edit."""
+Site = Literal["attn", "mlp"]
+"""Which units of a layer: `attn`, attention units; `mlp`, neurons."""
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu", "solu_ln"]
 """Activation function of the MLP, by TransformerLens's name."""
 Which = Literal["best", "last"]
