@@ -65,7 +65,7 @@ def main(
     found = units.explain(gated, text.validation, rules["self-ablating"]["ablated"], explained, n_tokens=tokens)
     written["explanations"] = found.table
     print("\nExplained units, ablated stream")
-    print(found.table[["layer", "kind", "unit", "pattern", "text_f1", "list_text_f1"]].round(2).to_string(index=False))
+    print(found.table[["layer", "site", "unit", "pattern", "text_f1", "list_text_f1"]].round(2).to_string(index=False))
 
     leak = units.leakage(gated, text.validation, n_tokens=min(tokens, 20_000), probe_tokens=probe_tokens)
     written["leakage"] = leak.losses

@@ -44,9 +44,9 @@ def main(
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
     raster = gate_raster(model, text)
-    neurons = [unit for unit in raster.units if unit.kind == "mlp"]
+    neurons = [unit for unit in raster.units if unit.site == "mlp"]
     strongest = max(neurons, key=lambda unit: max(map(abs, unit.values)))
-    unit = (strongest.layer, "mlp", int(strongest.name.rsplit(" ", 1)[1]))
+    unit = strongest.name
     shown: dict[str, Any] = {
         "story": story(model, text, units=[unit]),
         "predictions": predictions(model, text),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sa_lens.config import Site
 from sa_lens.views.records import CircuitMap, Curves, GateRaster, Histogram, Predictions, Story, Table
 
 
@@ -129,13 +130,13 @@ class UnitPage:
     """One unit."""
 
     name: str
-    """As in the gate raster, such as `layer 1 neuron 17`."""
+    """As in the gate raster, such as `L1.mlp.17`."""
     layer: int
     """Its layer."""
-    kind: str
-    """`attn` or `mlp`."""
+    site: Site
+    """`attn`: an attention unit; `mlp`: a neuron."""
     index: int
-    """Its place in the layer."""
+    """Its index in the sublayer."""
     promotes: tuple[str, ...]
     """Tokens whose logits it raises most, directly."""
     streams: tuple[UnitStream, ...]

@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sa_lens.config import Stream
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.report.contents import UnitPage, UnitStream
 from sa_lens.report.measured_text import ModelText
 from sa_lens.report.model_tables import STREAMS, cell
 from sa_lens.report.subjects import Subject
-from sa_lens.report.unit_details import Place, details_of
-from sa_lens.units.activations import Site, held, unit_counts
+from sa_lens.report.unit_details import details_of
+from sa_lens.units.activations import held
 from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
 from sa_lens.units.unit_tables import specialization
 from sa_lens.views.gate_raster import promoted_tokens
-from sa_lens.views.labels import unit_name
 from sa_lens.views.records import number
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def unit_pages(
         f"{len(pages):,} of {sum(unit_counts(model).values()):,} units are shown: those that are live in a stream, and "
         f"those in a story. Figures are of {table.attrs['n_tokens']:,} tokens of held-out text; a unit fires "
         f"above half of its 99.9th percentile on {table.attrs['n_calibration_tokens']:,} other tokens. "
-        f"{len({place[1:] for place in details})} units, spread evenly over layers and kinds, have details: "
+        f"{len({unit for unit, _ in details})} units, spread evenly over sublayers, have details: "
         "explanation, histogram, snippets"
     )
     if labels is not None:
@@ -73,33 +73,32 @@ def unit_pages(
     return pages, note + ".", _cells(table, labels, details)
 
 
-def most_telling(table: pd.DataFrame, n_units: int) -> dict[Site, list[int]]:
-    """Returns the units to describe in detail, spread evenly over layers and kinds, in the order of the sites.
+def most_telling(table: pd.DataFrame, n_units: int) -> list[Unit]:
+    """Returns the units to describe in detail, spread evenly over the sublayers, in the order of the table.
 
-    Of each site come first those whose firing says most about the token: firing rate times the bits between the
+    Of each sublayer come first those whose firing says most about the token: firing rate times the bits between the
     effective number of tokens of the text and that of the tokens the unit fires on; in the ablated stream where there
     is one. Dead units never come.
     """
     stream = "ablated" if "ablated" in set(table["stream"]) else "clean"
     of_text = table.attrs["effective_tokens_of_text"]
-    ordered: dict[Site, list[int]] = {}
+    ordered: dict[Sublayer, list[Unit]] = {}
     own = table[table["stream"] == stream]
-    for layer, kind in own[["layer", "kind"]].drop_duplicates().itertuples(index=False):
-        live = own[(own["layer"] == layer) & (own["kind"] == kind) & own["live"] & (own["firing_rate"] > 0)]
+    for layer, site in own[["layer", "site"]].drop_duplicates().itertuples(index=False):
+        live = own[(own["layer"] == layer) & (own["site"] == site) & own["live"] & (own["firing_rate"] > 0)]
         bits = [
             rate * math.log2(of_text / effective)
             for rate, effective in zip(live["firing_rate"], live["effective_tokens"], strict=True)
         ]
         order = sorted(range(len(live)), key=lambda i: (-bits[i], live["unit"].iloc[i]))
-        ordered[Site(int(layer), kind)] = [int(live["unit"].iloc[i]) for i in order]
+        ordered[Sublayer(int(layer), site)] = [Unit(int(layer), site, int(live["unit"].iloc[i])) for i in order]
     turns = [
-        (site, units[turn])
+        units[turn]
         for turn in range(max(map(len, ordered.values()), default=0))
-        for site, units in ordered.items()
+        for units in ordered.values()
         if turn < len(units)
-    ][:n_units]
-    chosen = {site: sorted(unit for of_site, unit in turns if of_site == site) for site in ordered}
-    return {site: units for site, units in chosen.items() if units}
+    ]
+    return sorted(turns[:n_units])
 
 
 def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int) -> pd.DataFrame | None:
@@ -116,30 +115,29 @@ def _pages(
     subject: Subject,
     table: pd.DataFrame,
     labels: pd.DataFrame | None,
-    details: Mapping[Place, dict[str, Any]],
+    details: Mapping[tuple[Unit, Stream], dict[str, Any]],
     mentioned: Collection[str],
 ) -> tuple[UnitPage, ...]:
     rows, labelled = _by_unit(table), _by_unit(labels) if labels is not None else {}
     pages = []
-    for site, count in unit_counts(subject.model).items():
-        names = {unit: unit_name(subject.model, site.layer, site.kind, unit) for unit in range(count)}
+    for sublayer, count in unit_counts(subject.model).items():
         shown = [
             unit
-            for unit, name in names.items()
-            if name in mentioned or any(rows[stream, site, unit]["live"] for stream in subject.streams)
+            for unit in (Unit(*sublayer, index) for index in range(count))
+            if str(unit) in mentioned or any(rows[unit, stream]["live"] for stream in subject.streams)
         ]
-        promoted = promoted_tokens(subject.model, site, shown, PROMOTED)
+        promoted = promoted_tokens(subject.model, sublayer, [unit.index for unit in shown], PROMOTED)
         for unit, promotes in zip(shown, promoted, strict=True):
-            places: list[Place] = [(stream, site, unit) for stream in subject.streams]
+            places = [(unit, stream) for stream in subject.streams]
             streams = tuple(_stream(rows[place], labelled.get(place, {}), details.get(place, {})) for place in places)
-            pages.append(UnitPage(names[unit], site.layer, site.kind, unit, promotes, streams))
+            pages.append(UnitPage(str(unit), *unit, promotes, streams))
     return tuple(pages)
 
 
-def _by_unit(table: pd.DataFrame) -> dict[Place, dict[str, Any]]:
-    """Rows of a table of units by stream, site and unit."""
+def _by_unit(table: pd.DataFrame) -> dict[tuple[Unit, Stream], dict[str, Any]]:
+    """Rows of a table of units by unit and stream."""
     rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-    return {(row["stream"], Site(row["layer"], row["kind"]), row["unit"]): row for row in rows}
+    return {(Unit(row["layer"], row["site"], row["unit"]), row["stream"]): row for row in rows}
 
 
 def _stream(row: Mapping[str, Any], label: Mapping[str, Any], details: Mapping[str, Any]) -> UnitStream:
@@ -156,14 +154,16 @@ def _stream(row: Mapping[str, Any], label: Mapping[str, Any], details: Mapping[s
     )
 
 
-def _cells(table: pd.DataFrame, labels: pd.DataFrame | None, details: Mapping[Place, dict[str, Any]]) -> dict[str, str]:
+def _cells(
+    table: pd.DataFrame, labels: pd.DataFrame | None, details: Mapping[tuple[Unit, Stream], dict[str, Any]]
+) -> dict[str, str]:
     """Means over the live units of each stream, by which models are compared."""
     by_stream = {}
     for stream in STREAMS:
         units = table[table["stream"] == stream]
         live = units[units["live"]]
         of_live = labels[(labels["stream"] == stream) & labels["live"]]["f1"] if labels is not None else ()
-        scores = [of_unit["explanation_f1"] for place, of_unit in details.items() if place[0] == stream]
+        scores = [of_unit["explanation_f1"] for (_, of), of_unit in details.items() if of == stream]
         figures: dict[str, tuple[Any, str]] = {
             "live units": (units["live"], ".1%"),
             "firing rate": (live["firing_rate"], ".2%"),

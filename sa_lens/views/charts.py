@@ -16,11 +16,11 @@ import plotly.graph_objects as go
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, streams_of
-from sa_lens.units.activations import Site, stream_units
+from sa_lens.core.unit import Unit, checked_unit
+from sa_lens.units.activations import stream_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.labels import TASKS, metric_words, unit_name
+from sa_lens.views.labels import TASKS, metric_words
 from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
-from sa_lens.views.story import UnitPlace, checked_unit
 from sa_lens.views.theme import faded, label_axis, lay_out, palette, plain
 
 WIDTH = 860
@@ -293,48 +293,46 @@ def histogram(
 
 
 def unit_histogram(
-    model: Host, text: Any, unit: UnitPlace, *, n_tokens: int | None = None, bins: int | None = None
+    model: Host, text: Any, unit: Unit | str, *, n_tokens: int | None = None, bins: int | None = None
 ) -> Histogram:
     """Returns a histogram of a unit's values over a text: in the clean stream, and where it stays in the ablated one.
 
     Args:
         text: a token file, or blocks of tokens `[block pos]`.
-        unit: (layer, kind, unit), kind `attn` or `mlp`.
+        unit: a `Unit`, or text such as `L1.mlp.17`.
         n_tokens: tokens to read at most; None: all.
         bins: number of bins; None: 60.
 
     Raises:
         ValueError: a unit that the model does not have, or a text that does not fit.
     """
-    site, index = checked_unit(model, unit)
-    values, n = unit_values(model, text, [(site, index)], n_tokens)
-    of_unit = values[site, index]
+    unit = checked_unit(model, unit)
+    values, n = unit_values(model, text, [unit], n_tokens)
+    of_unit = values[unit]
     note, counted = f"{n:,} tokens", {"clean": of_unit["clean"]}
     if "ablated" in of_unit:
         stays = len(of_unit["ablated"])
         note += f"; stays at {stays:,} of them ({stays / n:.2%})"
         if stays:
             counted["ablated, where it stays"] = of_unit["ablated"]
-    name = unit_name(model, site.layer, site.kind, index).capitalize()
-    return histogram(counted, name, "value of the unit", note=note, bins=bins)
+    return histogram(counted, str(unit), "value of the unit", note=note, bins=bins)
 
 
 def unit_values(
-    model: Host, text: Any, units: Sequence[tuple[Site, int]], n_tokens: int | None = None
-) -> tuple[dict[tuple[Site, int], dict[Stream, np.ndarray]], int]:
+    model: Host, text: Any, units: Sequence[Unit], n_tokens: int | None = None
+) -> tuple[dict[Unit, dict[Stream, np.ndarray]], int]:
     """Returns the values of units over a text by stream (ablated: where they stay), and the number of tokens."""
     streams = streams_of(model)
-    sites = list(dict.fromkeys(site for site, _ in units))
-    parts: dict[tuple[Site, int], dict[Stream, list[np.ndarray]]] = {
-        unit: {stream: [] for stream in streams} for unit in units
-    }
+    sublayers = list(dict.fromkeys(unit.sublayer for unit in units))
+    parts: dict[Unit, dict[Stream, list[np.ndarray]]] = {unit: {stream: [] for stream in streams} for unit in units}
     n = 0
-    for batch in stream_units(model, text, streams, sites=sites, n_tokens=n_tokens, progress=False):
+    for batch in stream_units(model, text, streams, sublayers=sublayers, n_tokens=n_tokens, progress=False):
         n += batch.tokens.numel()
-        for (site, index), by_stream in parts.items():
+        for unit, by_stream in parts.items():
             for stream, of_stream in by_stream.items():
-                x = batch.values[stream][site][..., index]
-                x = x[batch.masks[site][..., index] > 0] if stream == "ablated" and site in batch.masks else x
+                x = batch.values[stream][unit.sublayer][..., unit.index]
+                if stream == "ablated" and unit.sublayer in batch.masks:
+                    x = x[batch.masks[unit.sublayer][..., unit.index] > 0]
                 of_stream.append(x.flatten().float().cpu().numpy())
     return {
         unit: {stream: np.concatenate(of_stream) for stream, of_stream in by_stream.items()}

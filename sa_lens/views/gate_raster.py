@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, has_ablated_stream, weight
-from sa_lens.units.activations import Site, read_units, unit_sites
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
+from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.labels import read_text, short_label, token_text, unit_name
+from sa_lens.views.labels import read_text, short_label, token_text
 from sa_lens.views.records import GateRaster, LiveUnit, short
 from sa_lens.views.theme import colour_bar, label_axis, lay_out, palette, plain, strong_scale
 
@@ -47,46 +48,46 @@ def gate_raster(
     if top < 0:
         raise ValueError(f"top={top} tokens per unit: give 0 or more")
     tokens, labels = read_text(model, text)
-    sites = unit_sites(model)
-    values, masks = read_units(model, tokens, ["clean", "ablated"], sites)
+    sublayers = list(unit_counts(model))
+    values, masks = read_units(model, tokens, ["clean", "ablated"], sublayers)
     units: list[LiveUnit] = []
     kept = 0
-    for site in sites:
-        live = masks[site][0] > 0
+    for sublayer in sublayers:
+        live = masks[sublayer][0] > 0
         kept += int(live[0].sum())
         chosen = live.any(0).nonzero()[:, 0].tolist()
-        promoted = promoted_tokens(model, site, chosen, top)
-        for unit, names in zip(chosen, promoted, strict=True):
-            places = live[:, unit].nonzero()[:, 0]
+        promoted = promoted_tokens(model, sublayer, chosen, top)
+        for index, names in zip(chosen, promoted, strict=True):
+            positions = live[:, index].nonzero()[:, 0]
             units.append(
                 LiveUnit(
-                    name=unit_name(model, site.layer, site.kind, unit),
-                    layer=site.layer,
-                    kind=site.kind,
+                    name=str(Unit(*sublayer, index)),
+                    layer=sublayer.layer,
+                    site=sublayer.site,
                     promotes=names,
-                    positions=tuple(places.tolist()),
-                    values=tuple(map(short, values[stream][site][0, places, unit].float().tolist())),
+                    positions=tuple(positions.tolist()),
+                    values=tuple(map(short, values[stream][sublayer][0, positions, index].float().tolist())),
                 )
             )
-    total = sum(masks[site].shape[-1] for site in sites)
+    total = sum(masks[sublayer].shape[-1] for sublayer in sublayers)
     note = (
         f"{kept} of {total:,} units stay at each token; shown are the {len(units):,} that stay at one token or more; "
         f"colour: value of the unit in the {stream} stream, over the root mean square (RMS) of the values shown of its "
-        "layer and kind"
+        "sublayer"
     )
     return GateRaster(title, note, labels, tuple(units), f"value, {stream} stream")
 
 
-def promoted_tokens(model: Host, site: Site, units: list[int], top: int) -> list[tuple[str, ...]]:
+def promoted_tokens(model: Host, sublayer: Sublayer, units: list[int], top: int) -> list[tuple[str, ...]]:
     """Returns for each unit the tokens whose logits it raises most, directly: its output weights, scaled by the final
     LayerNorm's weight, times the unembedding less its mean over the vocabulary."""
     if not units or not top:
         return [()] * len(units)
     with torch.no_grad():
-        if site.kind == "mlp":
-            out: Float[Tensor, "unit d_model"] = weight(model, f"blocks.{site.layer}.mlp.W_out")
+        if sublayer.site == "mlp":
+            out: Float[Tensor, "unit d_model"] = weight(model, f"blocks.{sublayer.layer}.mlp.W_out")
         else:
-            out = weight(model, f"blocks.{site.layer}.attn.W_O").flatten(0, 1)
+            out = weight(model, f"blocks.{sublayer.layer}.attn.W_O").flatten(0, 1)
         directions = out[units].float()
         if "ln_final.hook_scale" in model.hook_dict:
             # absent where it is folded into the unembedding
@@ -104,7 +105,7 @@ def _(record: GateRaster, *, dark: bool = False) -> Figure:
     n, rows = len(record.tokens), len(record.units)
     groups: dict[tuple[int, str], list[int]] = {}
     for row, unit in enumerate(record.units):
-        groups.setdefault((unit.layer, unit.kind), []).append(row)
+        groups.setdefault((unit.layer, unit.site), []).append(row)
     z: list[list[float | None]] = [[None] * n for _ in range(rows)]
     hover = [[""] * n for _ in range(rows)]
     for members in groups.values():
@@ -143,7 +144,7 @@ def _(record: GateRaster, *, dark: bool = False) -> Figure:
     tokens = [short_label(record.tokens[place]) for place in places]
     x = label_axis(tokens, "token", places, tickangle=-90, tickfont={"size": 10})
     words = {"attn": "attention", "mlp": "neurons"}
-    sites = [f"layer {layer} {words[kind]} ({len(members)})" for (layer, kind), members in groups.items()]
+    sites = [f"layer {layer} {words[site]} ({len(members)})" for (layer, site), members in groups.items()]
     middles = [(members[0] + members[-1]) / 2 for members in groups.values()]
     y = label_axis(sites, "", middles, autorange="reversed", tickfont={"size": 11})
     width = int(min(WIDEST, max(640, 260 + (26 if n <= 60 else 14) * n)))

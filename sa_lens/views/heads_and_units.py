@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sa_lens.config import Stream
+from sa_lens.config import Site, Stream
 from sa_lens.core.host import Host, in_stream, streams_of
-from sa_lens.units.activations import read_units, unit_sites
+from sa_lens.core.unit import Unit, unit_counts
+from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import draw
 from sa_lens.views.html_page import Page, component, escape_markup
-from sa_lens.views.labels import read_text, unit_name
+from sa_lens.views.labels import read_text
 from sa_lens.views.records import Attention, OfText, UnitActivations, numbers, short
 
 
@@ -54,36 +55,39 @@ def attention(
 
 
 def unit_activations(
-    model: Host, text: str | Int[Tensor, " pos"], *, kind: str = "mlp", most: int = 24
+    model: Host, text: str | Int[Tensor, " pos"], *, site: Site = "mlp", most: int = 24
 ) -> UnitActivations:
     """Returns the values of the most active units of each layer at every token, in each stream, to browse.
 
     Args:
         text: text, which gets one begin-of-text token, or tokens.
-        kind: `mlp` for neurons, `attn` for attention units.
+        site: `mlp` for neurons, `attn` for attention units.
         most: units of each layer: those with the largest absolute value in the clean stream on this text.
 
     Raises:
-        ValueError: an unknown kind, `most` below 1, or a text that the model cannot read.
+        ValueError: an unknown site, `most` below 1, or a text that the model cannot read.
     """
     tokens, labels = read_text(model, text)
-    sites = [site for site in unit_sites(model) if site.kind == kind]
-    if not sites:
-        raise ValueError(f"kind={kind!r}: this model has units of kind {sorted({s.kind for s in unit_sites(model)})}")
+    sublayers = [sublayer for sublayer in unit_counts(model) if sublayer.site == site]
+    if not sublayers:
+        allowed = " or ".join(sorted({repr(sublayer.site) for sublayer in unit_counts(model)}))
+        raise ValueError(f"site={site!r} must be {allowed} for this model")
     if most < 1:
         raise ValueError(f"most={most} units of a layer: show at least 1")
     streams = streams_of(model)
-    values, _ = read_units(model, tokens, streams, sites)
+    values, _ = read_units(model, tokens, streams, sublayers)
     parts, names = [], []
-    for site in sites:
+    for sublayer in sublayers:
         # ties go to the lowest unit
-        order = values["clean"][site][0].abs().amax(0).sort(descending=True, stable=True).indices[:most]
-        parts.append(torch.stack([values[stream][site][0][:, order].float().cpu() for stream in streams], 1))
-        names += [unit_name(model, site.layer, kind, unit) for unit in order.tolist()]
-    kinds = {"mlp": "neurons", "attn": "attention units"}[kind]
-    note = f"{len(names) // len(sites)} per layer, the largest first; in the ablated stream the value after the mask"
+        order = values["clean"][sublayer][0].abs().amax(0).sort(descending=True, stable=True).indices[:most]
+        parts.append(torch.stack([values[stream][sublayer][0][:, order].float().cpu() for stream in streams], 1))
+        names += [str(Unit(*sublayer, index)) for index in order.tolist()]
+    words = {"mlp": "neurons", "attn": "attention units"}[site]
+    note = (
+        f"{len(names) // len(sublayers)} per layer, the largest first; in the ablated stream the value after the mask"
+    )
     return UnitActivations(
-        f"The most active {kinds}",
+        f"The most active {words}",
         note,
         labels,
         streams,

@@ -82,14 +82,6 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return [boundary_tokens(tokenizer).begin, *tokenizer.encode(text, add_special_tokens=False)]
 
 
-def unit_name(model: Host, layer: int, kind: str, unit: int) -> str:
-    """Returns a unit in words; attention units are counted over all heads of a layer."""
-    if kind == "mlp":
-        return f"layer {layer} neuron {unit}"
-    head, channel = divmod(unit, model.cfg.d_head)
-    return f"layer {layer} head {head} channel {channel}"
-
-
 def visible(token: str) -> str:
     """Returns a token in which a lonely space or line break can be seen."""
     return token if token.strip() else token.replace("\n", "¶").replace(" ", "␣")

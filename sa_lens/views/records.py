@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from sa_lens.config import from_dict, shown, suggestion
+from sa_lens.config import Site, from_dict, shown, suggestion
 from sa_lens.data.reading import DamagedFile, check_object, parse_json
 
 Colours = Literal["diverging", "sequential"]
@@ -147,11 +147,11 @@ class LiveUnit:
     """A unit that a gate keeps at some tokens of a text."""
 
     name: str
-    """Such as `layer 1 neuron 17`."""
+    """Such as `L1.mlp.17`."""
     layer: int
     """Its layer."""
-    kind: Literal["attn", "mlp"]
-    """Attention unit or neuron."""
+    site: Site
+    """`attn`: an attention unit; `mlp`: a neuron."""
     promotes: tuple[str, ...]
     """Tokens whose logits it raises most, directly."""
     positions: tuple[int, ...]

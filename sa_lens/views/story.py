@@ -12,15 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sa_lens.core.host import Host, has_ablated_stream, in_stream, streams_of
-from sa_lens.units.activations import Site, read_units, unit_counts, unit_sites
+from sa_lens.core.unit import Unit, checked_unit, unit_counts
+from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import draw
 from sa_lens.views.html_page import Page
-from sa_lens.views.labels import read_text, unit_name
+from sa_lens.views.labels import read_text
 from sa_lens.views.records import Story, Track, number
 from sa_lens.views.theme import colour_at, colour_scale, ink_on
-
-UnitPlace = tuple[int, str, int]
-"""(layer, kind, unit): kind `attn` or `mlp`; attention units are counted over all heads of a layer."""
 
 _pictures = count()
 
@@ -28,7 +26,7 @@ _pictures = count()
 def story(
     model: Host,
     text: str | Int[Tensor, " pos"],
-    units: Sequence[UnitPlace] = (),
+    units: Sequence[Unit | str] = (),
     *,
     title: str = "A story, token by token",
 ) -> Story:
@@ -40,22 +38,22 @@ def story(
 
     Args:
         text: text, which gets one begin-of-text token, or tokens.
-        units: units to show, as (layer, kind, unit); kind is `attn` or `mlp`, as in the tables of `sa_lens.units`.
+        units: units to show, as `Unit` or as text such as `L1.mlp.17`.
         title: heading.
 
     Raises:
         ValueError: a unit that the model does not have, or a text that it cannot read.
     """
     tokens, labels = read_text(model, text)
-    chosen = [checked_unit(model, place) for place in units]
+    chosen = [checked_unit(model, unit) for unit in units]
     streams = streams_of(model)
     gated = has_ablated_stream(model)
     hard = gated and model.gates.kind == "hard"  # type: ignore[attr-defined]
-    sites = unit_sites(model) if hard else list(dict.fromkeys(site for site, _ in chosen))
-    values, masks = read_units(model, tokens, streams, sites) if sites else ({}, {})
+    sublayers = list(unit_counts(model)) if hard else list(dict.fromkeys(unit.sublayer for unit in chosen))
+    values, masks = read_units(model, tokens, streams, sublayers) if sublayers else ({}, {})
     tracks = []
     if hard:
-        live = torch.cat([masks[site][0] > 0 for site in sites], -1)
+        live = torch.cat([masks[sublayer][0] > 0 for sublayer in sublayers], -1)
         entered = (live[1:] & ~live[:-1]).sum(-1).tolist()
         kept = int(live[0].sum())
         tracks.append(
@@ -70,33 +68,15 @@ def story(
     if len(losses) == 2:
         difference = (losses["ablated"] - losses["clean"]).tolist()
         tracks.append(Track("ablated minus clean loss", "nats", (None, *map(number, difference)), "diverging"))
-    for site, unit in chosen:
-        name = unit_name(model, site.layer, site.kind, unit)
+    for unit in chosen:
         for stream in streams:
-            of_unit = tuple(map(number, values[stream][site][0, :, unit].tolist()))
-            tracks.append(Track(f"{name}, {stream}", "value", of_unit, "diverging"))
-        if site in masks:
-            tracks.append(Track(f"{name}, mask", "1: stays", tuple(map(number, masks[site][0, :, unit].tolist()))))
+            of_unit = tuple(map(number, values[stream][unit.sublayer][0, :, unit.index].tolist()))
+            tracks.append(Track(f"{unit}, {stream}", "value", of_unit, "diverging"))
+        if unit.sublayer in masks:
+            mask = masks[unit.sublayer][0, :, unit.index].tolist()
+            tracks.append(Track(f"{unit}, mask", "1: stays", tuple(map(number, mask))))
     note = f"{len(labels)} tokens; the loss at a token is that of predicting it from those before"
     return Story(title, note, labels, tuple(tracks))
-
-
-def checked_unit(model: Host, place: UnitPlace) -> tuple[Site, int]:
-    """Returns the site and index of a unit.
-
-    Raises:
-        ValueError: a unit that the model does not have.
-    """
-    layer, kind, unit = place
-    counts = unit_counts(model)
-    site = Site(layer, kind)  # type: ignore[arg-type]
-    if site not in counts or not 0 <= unit < counts[site]:
-        sizes = {site.kind: n for site, n in counts.items()}
-        raise ValueError(
-            f"no unit {tuple(place)}: give (layer, kind, unit) with layers 0 to {model.cfg.n_layers - 1} and units of "
-            + " and ".join(f"kind {name!r} from 0 to {n - 1}" for name, n in sizes.items())
-        )
-    return site, unit
 
 
 @draw.register

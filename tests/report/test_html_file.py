@@ -193,8 +193,8 @@ def test_tracks_colour_tokens(visit):
     assert after != before
     page.get_by_role("button", name="Dark look").click()
     assert tokens.evaluate_all(colour) not in (before, after)
-    page.get_by_label("Colour by").select_option("layer 1 neuron 3, clean")
-    assert page.locator(".legend-name a").get_attribute("href") == "#unit/gated%2Fone/layer-1-neuron-3"
+    page.get_by_label("Colour by").select_option("L1.mlp.3, clean")
+    assert page.locator(".legend-name a").get_attribute("href") == "#unit/gated%2Fone/L1.mlp.3"
 
 
 def test_heads_light_what_they_attend_to(visit):
@@ -226,7 +226,7 @@ def test_hostile_text_is_text(visit):
     signs = {"\n": "↵", " ": "␣", "\t": "⇥", "": "∅"}
     assert shown == [signs[token] if token in signs else token.removeprefix(" ") for token in EVIL]
     assert page.locator("[data-token] > *:not(.sign)").count() == 0
-    page.evaluate("location.hash = '#unit/gated%2Fone/layer-0-head-0-channel-0'")
+    page.evaluate("location.hash = '#unit/gated%2Fone/L0.attn.0'")
     page.wait_for_selector(".unit-name")
     assert page.locator("main img, main script, main em, main i:not(.ramp):not(.bar i), main b:has(*)").count() == 0
     assert page.title() == "Two models <b>&amp;</b> a script"
@@ -330,8 +330,8 @@ def test_headings_sort_both_ways_with_mouse_and_keyboard(visit):
     names.press(" ")
     shown = texts(page, "#section-units tbody th")
     names.press(" ")
-    assert shown[0] == "layer 0 head 0 channel 0"
-    assert texts(page, "#section-units tbody th")[0] == "layer 2 neuron 39"
+    assert shown[0] == "L0.attn.0"
+    assert texts(page, "#section-units tbody th")[0] == "L2.mlp.39"
 
 
 def test_what_has_no_value_stands_last(visit):
@@ -359,7 +359,7 @@ def test_search_and_filters_narrow_the_table(visit):
     section.get_by_label("Layer").select_option("2")
     assert rows.count() == 16
     section.get_by_label("Explained only").check()
-    places = [place for place, (_, layer, kind, _) in enumerate(unit_names()) if layer == 2 and kind == "attn"]
+    places = [place for place, (_, layer, site, _) in enumerate(unit_names()) if layer == 2 and site == "attn"]
     assert rows.count() == sum(place % 3 == 0 for place in places)
 
 
@@ -380,7 +380,7 @@ def test_a_unit_opens_from_a_mention_and_leads_back(visit):
     address = link.get_attribute("href")
     link.press("Enter")
     page.wait_for_selector(".unit-name")
-    assert page.locator(".unit-name").inner_text().replace(" ", "-").startswith(address.split("/")[2])
+    assert page.locator(".unit-name").inner_text().startswith(address.split("/")[2])
     assert page.evaluate("document.activeElement.className") == "unit-name"
     page.locator(".unit-stories a").first.click()
     page.wait_for_selector("#section-stories:not(.off)")
@@ -391,16 +391,16 @@ def test_a_unit_opens_from_a_mention_and_leads_back(visit):
     for section, place in (("circuits", "#section-circuits .how a"), ("comparison", "#section-comparison td a")):
         page.evaluate("address => { location.hash = address }", section)
         page.wait_for_selector(f"#section-{section}[data-drawn]:not(.off)")
-        assert page.locator(place).first.get_attribute("href") == "#unit/gated%2Fone/layer-1-neuron-3"
+        assert page.locator(place).first.get_attribute("href") == "#unit/gated%2Fone/L1.mlp.3"
 
 
 def test_a_deep_link_opens_a_unit(browser, path):
     opened = browser.open(path)
-    opened.page.goto(path.as_uri() + "#unit/gated%2Fone/layer-2-neuron-4")
+    opened.page.goto(path.as_uri() + "#unit/gated%2Fone/L2.mlp.4")
     opened.page.reload()
     opened.page.wait_for_selector(".unit-name")
-    unit = report().models[0].units[[name for name, *_ in unit_names()].index("layer 2 neuron 4")]
-    assert opened.page.locator(".unit-name").inner_text() == "layer 2 neuron 4 of gated/one"
+    unit = report().models[0].units[[name for name, *_ in unit_names()].index("L2.mlp.4")]
+    assert opened.page.locator(".unit-name").inner_text() == "L2.mlp.4 of gated/one"
     streams = opened.page.locator(".unit-stream")
     assert streams.count() == 2
     for i, stream in enumerate(unit.streams):
@@ -412,8 +412,8 @@ def test_a_deep_link_opens_a_unit(browser, path):
     after = link.get_attribute("href").split("/")[2].replace("-", " ")
     link.click()
     wait(opened.page.locator(".unit-name")).to_have_text(f"{after} of gated/one")
-    opened.page.evaluate("location.hash = '#unit/gated%2Fone/layer-9-neuron-9'")
-    opened.page.wait_for_selector("text=This report holds no unit layer 9 neuron 9")
+    opened.page.evaluate("location.hash = '#unit/gated%2Fone/L9.mlp.9'")
+    opened.page.wait_for_selector("text=This report holds no unit L9.mlp.9")
     assert opened.clean()
     opened.page.close()
 
@@ -423,7 +423,7 @@ def test_a_deep_link_opens_a_unit(browser, path):
 
 def test_a_phone_scrolls_one_way_only(visit):
     page = visit(viewport=PHONE, whole=True)
-    for address in (*SECTIONS, "unit/gated%2Fone/layer-0-head-0-channel-0", "stories/gated%2Fone/2/4"):
+    for address in (*SECTIONS, "unit/gated%2Fone/L0.attn.0", "stories/gated%2Fone/2/4"):
         page.evaluate("address => { location.hash = address }", address)
         page.wait_for_selector(f"#section-{section_of(address)}[data-drawn]:not(.off)")
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], address
@@ -514,7 +514,7 @@ def test_packing_keeps_every_record():
     for story, packed_story in zip(whole.models[0].stories, parts["stories-0"]["stories"], strict=True):
         gates, start = packed_story["gates"], 0
         for unit, place, n in zip(story.gates.units, gates["units"], gates["counts"], strict=True):
-            assert [known[name][place] for name in ("name", "layer", "kind")] == [unit.name, unit.layer, unit.kind]
+            assert [known[name][place] for name in ("name", "layer", "site")] == [unit.name, unit.layer, unit.site]
             assert tuple(known["promotes"][place]) == unit.promotes
             gaps, values = (gates[name][start : start + n] for name in ("gaps", "values"))
             assert tuple(sum(gaps[: i + 1]) for i in range(n)) == unit.positions

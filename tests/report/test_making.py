@@ -43,9 +43,9 @@ def test_every_unit_of_a_raster_is_found_by_its_name(report: Report) -> None:
     assert len(set(names)) == len(names)
     for story in gated.stories:
         assert story.gates is not None
-        mentioned = {unit.name: (unit.layer, unit.kind) for unit in story.gates.units}
+        mentioned = {unit.name: (unit.layer, unit.site) for unit in story.gates.units}
         assert len(mentioned) > 8
-        pages = {unit.name: (unit.layer, unit.kind) for unit in gated.units}
+        pages = {unit.name: (unit.layer, unit.site) for unit in gated.units}
         assert mentioned.items() <= pages.items()
 
 
@@ -122,7 +122,7 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     assert found.title == "</title>"
     assert read(save(found, tmp_path / "report.json")) == found
     assert page.overview.training is None
-    assert {unit.kind for unit in page.units} == {"attn"}
+    assert {unit.site for unit in page.units} == {"attn"}
     assert "no MLP" in page.overview.facts[0].value
     assert page.tasks[0].rankings == ()
     assert "cannot do the task" in page.tasks[0].note

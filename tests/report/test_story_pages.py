@@ -47,10 +47,10 @@ def test_raster_is_the_masks(report: Report, gated: Subject) -> None:
     true = set()
     for layer in range(2):
         attn = cache[f"blocks.{layer}.attn_gate.hook_mask"][0]
-        for at, head, channel in (attn > 0).nonzero().tolist():
-            true.add((f"layer {layer} head {head} channel {channel}", at))
-        for at, unit in (cache[f"blocks.{layer}.mlp_gate.hook_mask"][0] > 0).nonzero().tolist():
-            true.add((f"layer {layer} neuron {unit}", at))
+        for at, index in (attn.flatten(1) > 0).nonzero().tolist():
+            true.add((f"L{layer}.attn.{index}", at))
+        for at, index in (cache[f"blocks.{layer}.mlp_gate.hook_mask"][0] > 0).nonzero().tolist():
+            true.add((f"L{layer}.mlp.{index}", at))
     assert {(unit.name, at) for unit in page.gates.units for at in unit.positions} == true
 
 

@@ -11,7 +11,7 @@ from sa_lens.report.contents import UnitPage
 from sa_lens.report.measured_text import encode_for, gather
 from sa_lens.report.subjects import Subject
 from sa_lens.report.unit_pages import most_telling
-from sa_lens.units import Site, calibrate, explain, label_stories, selectivity, specialization
+from sa_lens.units import Sublayer, Unit, calibrate, explain, label_stories, selectivity, specialization
 from sa_lens.views.gate_raster import promoted_tokens
 
 STREAMS = ("clean", "ablated")
@@ -37,11 +37,11 @@ def looked_at(report: Report) -> list[UnitPage]:
 
 
 def test_figures_are_those_of_specialization(report: Report, table: pd.DataFrame) -> None:
-    rows = table.set_index(["stream", "layer", "kind", "unit"])
+    rows = table.set_index(["stream", "layer", "site", "unit"])
     pages = report.models[0].units
     for page in pages:
         for one in page.streams:
-            row = rows.loc[(one.stream, page.layer, page.kind, page.index)]
+            row = rows.loc[(one.stream, page.layer, page.site, page.index)]
             assert one.live == row["live"]
             assert one.firing_rate == pytest.approx(row["firing_rate"], rel=5.1e-3)
             assert (one.mask_on is None) == (one.stream == "clean")
@@ -52,19 +52,19 @@ def test_figures_are_those_of_specialization(report: Report, table: pd.DataFrame
             else:
                 assert one.effective_tokens is None
     live = table[table["live"]]
-    wanted = set(zip(live["layer"], live["kind"], live["unit"], strict=True))
-    assert wanted <= {(page.layer, page.kind, page.index) for page in pages}
+    wanted = set(zip(live["layer"], live["site"], live["unit"], strict=True))
+    assert wanted <= {(page.layer, page.site, page.index) for page in pages}
     assert f"{len(pages):,} of 160 units" in report.models[0].units_note
 
 
 def test_labels_are_those_of_selectivity(report: Report, gated: Subject, rules) -> None:
     stories = label_stories(gated.tokenizer, 600, 48, seed=1)
     true = selectivity(gated.model, stories, rules, sample_tokens=2, progress=False).table
-    rows = true.set_index(["stream", "layer", "kind", "unit"])
+    rows = true.set_index(["stream", "layer", "site", "unit"])
     found = 0
     for page in report.models[0].units:
         for one in page.streams:
-            row = rows.loc[(one.stream, page.layer, page.kind, page.index)]
+            row = rows.loc[(one.stream, page.layer, page.site, page.index)]
             if one.label:
                 found += 1
                 assert one.label == row["f1_label"]
@@ -77,14 +77,14 @@ def test_labels_are_those_of_selectivity(report: Report, gated: Subject, rules) 
 
 def test_promoted_tokens(report: Report, gated: Subject) -> None:
     for page in report.models[0].units[::20]:
-        (true,) = promoted_tokens(gated.model, Site(page.layer, page.kind), [page.index], 5)
+        (true,) = promoted_tokens(gated.model, Sublayer(page.layer, page.site), [page.index], 5)
         assert page.promotes == true
 
 
 def test_closer_looks_are_spread_evenly_over_layers_and_kinds(report: Report) -> None:
     pages = looked_at(report)
     assert len(pages) == 6
-    sites = [(page.layer, page.kind) for page in pages]
+    sites = [(page.layer, page.site) for page in pages]
     counts = [sites.count(site) for site in ((0, "attn"), (0, "mlp"), (1, "attn"), (1, "mlp"))]
     assert sorted(counts) == [1, 1, 2, 2]
 
@@ -99,14 +99,14 @@ def test_snippets_hold_the_values_of_the_unit(report: Report, gated: Subject, te
                 assert not one.live
                 continue
             assert [snippet.kind for snippet in one.snippets] == ["top"] * 5 + ["sample"] * 3
-            kinds.add(page.kind)
+            kinds.add(page.site)
             for snippet in one.snippets:
                 assert len(snippet.tokens) == len(snippet.values) == 24
-                sizes = [abs(value) if page.kind == "attn" else value for value in snippet.values]
+                sizes = [abs(value) if page.site == "attn" else value for value in snippet.values]
                 assert sizes[snippet.focus] == max(sizes)
             first = one.snippets[0]
             row = next(i for i, whole in enumerate(spelled) if "".join(first.tokens) in whole)
-            name = f"blocks.{page.layer}.{'attn.hook_z' if page.kind == 'attn' else 'mlp.hook_post'}"
+            name = f"blocks.{page.layer}.{'attn.hook_z' if page.site == 'attn' else 'mlp.hook_post'}"
             with torch.no_grad():
                 if one.stream == "ablated":
                     with gated.model.ablated():
@@ -121,7 +121,7 @@ def test_snippets_hold_the_values_of_the_unit(report: Report, gated: Subject, te
 
 
 def test_histograms_count_every_token_or_those_that_it_stays_at(report: Report, table: pd.DataFrame, text) -> None:
-    rows = table.set_index(["stream", "layer", "kind", "unit"])
+    rows = table.set_index(["stream", "layer", "site", "unit"])
     n = min(text.held_out_blocks.n_tokens, 20_000 // 48 * 48)
     for page in looked_at(report):
         for one in page.streams:
@@ -131,15 +131,15 @@ def test_histograms_count_every_token_or_those_that_it_stays_at(report: Report, 
             if one.stream == "clean":
                 assert sum(series.counts) == n
             elif n == table.attrs["n_tokens"]:
-                rate = rows.loc[("ablated", page.layer, page.kind, page.index)]["mask_rate"]
+                rate = rows.loc[("ablated", page.layer, page.site, page.index)]["mask_rate"]
                 assert sum(series.counts) == pytest.approx(rate * n)
 
 
 def test_explanations_are_those_of_explain(report: Report, gated: Subject, text, rules) -> None:
     page = next(page for page in looked_at(report) if page.streams[0].live)
-    place = (Site(page.layer, page.kind), page.index)
+    unit = Unit(page.layer, page.site, page.index)
     true = explain(
-        *(gated.model, text.held_out_blocks, rules["clean"], [place]),
+        *(gated.model, text.held_out_blocks, rules["clean"], [unit]),
         n_tokens=30_000,
         snippets=10,
         substitutes=2,
@@ -150,7 +150,7 @@ def test_explanations_are_those_of_explain(report: Report, gated: Subject, text,
 
 
 def units_table(rows: list[tuple[int, str, int, bool, float, float]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=["layer", "kind", "unit", "live", "firing_rate", "effective_tokens"])
+    table = pd.DataFrame(rows, columns=["layer", "site", "unit", "live", "firing_rate", "effective_tokens"])
     table.insert(0, "stream", "clean")
     table.attrs["effective_tokens_of_text"] = 64.0
     return table
@@ -168,12 +168,15 @@ def test_the_most_telling_units_come_first() -> None:
             (0, "mlp", 5, True, 0.1, 2.0),  # as telling as neuron 7: the lower one first
         ]
     )
-    attn, mlp = Site(0, "attn"), Site(0, "mlp")
-    assert most_telling(table, 1) == {attn: [2]}
-    assert most_telling(table, 2) == {attn: [2], mlp: [5]}
-    assert most_telling(table, 4) == {attn: [1, 2], mlp: [5, 7]}
-    assert most_telling(table, 99) == {attn: [0, 1, 2], mlp: [5, 7]}
-    assert most_telling(table, 0) == {}
+    expected = {
+        0: [],
+        1: ["L0.attn.2"],
+        2: ["L0.attn.2", "L0.mlp.5"],
+        4: ["L0.attn.1", "L0.attn.2", "L0.mlp.5", "L0.mlp.7"],
+        99: ["L0.attn.0", "L0.attn.1", "L0.attn.2", "L0.mlp.5", "L0.mlp.7"],
+    }
+    for n_units, names in expected.items():
+        assert [str(unit) for unit in most_telling(table, n_units)] == names
 
 
 def test_units_that_stories_mention_are_listed_dead_or_not(report: Report) -> None:

@@ -170,7 +170,7 @@ def test_counts():
 
 def test_unit_in_both_streams(model, plain_model):
     blocks = torch.stack([TOKENS, TOKENS.flip(0)])
-    record = unit_histogram(model, blocks, (1, "mlp", 7), bins=5)
+    record = unit_histogram(model, blocks, "L1.mlp.7", bins=5)
     clean, kept = [], []
     for tokens in blocks:
         cache = caches(model, tokens)
@@ -185,6 +185,6 @@ def test_unit_in_both_streams(model, plain_model):
             perhaps = sum(edges[i] - near <= value <= edges[i + 1] + near for value in values)
             assert surely <= count <= perhaps
     assert f"stays at {len(kept)} of them" in record.note
-    assert len(unit_histogram(plain_model, blocks, (1, "attn", 7)).series) == 1
+    assert len(unit_histogram(plain_model, blocks, "L1.attn.7").series) == 1
     with pytest.raises(ValueError, match="no unit"):
-        unit_histogram(model, blocks, (2, "mlp", 0))
+        unit_histogram(model, blocks, "L2.mlp.0")

@@ -5,6 +5,7 @@ import torch
 from characters import EVIL, TOKENS, caches
 
 import sa_lens as sa
+from sa_lens.core.unit import Unit
 from sa_lens.views import draw, gate_raster
 from sa_lens.views.records import from_json, to_json
 
@@ -15,13 +16,13 @@ def test_units_that_stay(model, stream):
     cache = caches(model)
     expected = []
     for layer in range(2):
-        for gate, kind in (("attn_gate", "attn"), ("mlp_gate", "mlp")):
+        for gate, site in (("attn_gate", "attn"), ("mlp_gate", "mlp")):
             mask = cache["ablated"]["mask", layer, gate][0].flatten(1)
-            values = (cache[stream]["z", layer] if kind == "attn" else cache[stream]["post", layer])[0].flatten(1)
+            values = (cache[stream]["z", layer] if site == "attn" else cache[stream]["post", layer])[0].flatten(1)
             for unit in range(mask.shape[1]):
                 at = [t for t in range(len(TOKENS)) if mask[t, unit]]
                 if at:
-                    expected.append((layer, kind, at, values[at, unit].tolist()))
+                    expected.append((layer, site, at, values[at, unit].tolist()))
     assert [(u.layer, u.kind, list(u.positions)) for u in record.units] == [e[:3] for e in expected]
     for unit, (_, _, _, values) in zip(record.units, expected, strict=True):
         assert unit.values == pytest.approx(values, rel=1e-5)
@@ -35,9 +36,9 @@ def test_promoted_tokens_are_those_of_the_output_weights(model):
     found = {unit.name: unit.promotes for unit in record.units}
     checked = 0
     for name, promotes in found.items():
-        words = name.split()
-        layer = int(words[1])
-        row = model.W_out[layer, int(words[3])] if "neuron" in name else model.W_O[layer, int(words[3]), int(words[5])]
+        unit = Unit.parse(name)
+        out = model.W_out[unit.layer] if unit.site == "mlp" else model.W_O[unit.layer].flatten(0, 1)
+        row = out[unit.index]
         logits = (row * model.ln_final.w) @ w_u
         assert promotes == tuple(map(str, logits.topk(2).indices.tolist()))
         checked += 1

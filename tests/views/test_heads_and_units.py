@@ -40,24 +40,23 @@ def test_page_needs_no_network(model, tmp_path):
         save(attention(model, torch.tensor([0]), 0), tmp_path / "attention.png")
 
 
-@pytest.mark.parametrize("kind", ["mlp", "attn"])
-def test_unit_activations(model, plain_model, kind):
-    record = unit_activations(model, TOKENS, kind=kind, most=3)
+@pytest.mark.parametrize("site", ["mlp", "attn"])
+def test_unit_activations(model, plain_model, site):
+    record = unit_activations(model, TOKENS, site=site, most=3)
     assert record.streams == ("clean", "ablated")
     found = caches(model)
     for layer in range(2):
-        values = {s: (found[s]["post" if kind == "mlp" else "z", layer])[0].flatten(1) for s in record.streams}
+        values = {s: (found[s]["post" if site == "mlp" else "z", layer])[0].flatten(1) for s in record.streams}
         largest = values["clean"].abs().amax(0).topk(3).indices
         shown = torch.tensor(record.values)[:, :, 3 * layer : 3 * layer + 3]
         torch.testing.assert_close(
             shown, torch.stack([values[s][:, largest] for s in record.streams], 1), rtol=1e-5, atol=1e-6
         )
         first = int(largest[0])
-        name = f"neuron {first}" if kind == "mlp" else f"head {first // 4} channel {first % 4}"
-        assert record.units[3 * layer] == f"layer {layer} {name}"
+        assert record.units[3 * layer] == f"L{layer}.{site}.{first}"
     assert from_json(to_json(record)) == record
     assert draw(record).html().count("data-sa-lens-library=") == 1
-    assert unit_activations(plain_model, TOKENS, kind=kind).streams == ("clean",)
+    assert unit_activations(plain_model, TOKENS, site=site).streams == ("clean",)
 
 
 def test_refusals(model):
@@ -67,7 +66,7 @@ def test_refusals(model):
         attention(model, "Once", 0)
     with pytest.raises(ValueError, match="not of 2"):
         attention(model, torch.zeros(2, 3, dtype=torch.long), 0)
-    with pytest.raises(ValueError, match="kind='head'"):
-        unit_activations(model, TOKENS, kind="head")
+    with pytest.raises(ValueError, match="site='head'"):
+        unit_activations(model, TOKENS, site="head")
     with pytest.raises(ValueError, match="most=0"):
         unit_activations(model, TOKENS, most=0)

@@ -35,19 +35,19 @@ def test_tracks_agree_with_caches(model):
         losses = [-float(log_p[t, TOKENS[t + 1]]) for t in range(len(TOKENS) - 1)]
         assert tracks[f"loss, {stream}"].values == (None, *map(pytest.approx, losses))
         post, z = cache[stream]["post", 1][0, :, 7], cache[stream]["z", 0][0].flatten(1)[:, 5]
-        assert tracks[f"layer 1 neuron 7, {stream}"].values == pytest.approx(post.tolist(), abs=1e-6)
-        assert tracks[f"layer 0 head 1 channel 1, {stream}"].values == pytest.approx(z.tolist(), abs=1e-6)
+        assert tracks[f"L1.mlp.7, {stream}"].values == pytest.approx(post.tolist(), abs=1e-6)
+        assert tracks[f"L0.attn.5, {stream}"].values == pytest.approx(z.tolist(), abs=1e-6)
     difference = tracks["ablated minus clean loss"].values
     pairs = zip(tracks["loss, ablated"].values[1:], tracks["loss, clean"].values[1:], strict=True)
     assert difference == (None, *(pytest.approx(a - c, abs=1e-6) for a, c in pairs))
-    assert tracks["layer 1 neuron 7, mask"].values == tuple(cache["ablated"]["mask", 1, "mlp_gate"][0, :, 7].tolist())
+    assert tracks["L1.mlp.7, mask"].values == tuple(cache["ablated"]["mask", 1, "mlp_gate"][0, :, 7].tolist())
     assert from_json(to_json(record)) == record
 
 
 def test_models_without_gates_have_one_stream(plain_model):
     assert [track.name for track in story(plain_model, TOKENS, [(0, "mlp", 1)]).tracks] == [
         "loss, clean",
-        "layer 0 neuron 1, clean",
+        "L0.mlp.1, clean",
     ]
 
 
@@ -103,7 +103,7 @@ def test_a_character_of_several_tokens_stands_at_the_last():
 
 
 def test_refusals(model):
-    with pytest.raises(ValueError, match=r"no unit \(0, 'mlp', 16\).*kind 'mlp' from 0 to 15"):
+    with pytest.raises(ValueError, match=r"no unit L0.mlp.16.*L1.mlp.15"):
         story(model, TOKENS, [(0, "mlp", 16)])
     with pytest.raises(ValueError, match="no tokenizer"):
         story(model, "Once")

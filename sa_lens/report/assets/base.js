@@ -55,7 +55,7 @@ function unitsThatStay({ units, counts, gaps, values }, known) {
     next += counts[i];
     let position = 0;
     return {
-      ...{ name: known.name[place], layer: known.layer[place], kind: known.kind[place], promotes: known.promotes[place] },
+      ...{ name: known.name[place], layer: known.layer[place], site: known.site[place], promotes: known.promotes[place] },
       positions: gaps.slice(from, next).map((gap) => (position += gap)),
       values: values.slice(from, next),
     };

@@ -310,7 +310,7 @@ function staysBlock(data, at) {
   if (!data.gates) return part("Units that stay", "This model has no gates: every unit takes part at every token.");
   const groups = new Map();
   for (const one of staysAt(data, at)) {
-    const key = `layer ${one.unit.layer}, ${one.unit.kind === "mlp" ? "neurons" : "attention units"}`;
+    const key = `layer ${one.unit.layer}, ${one.unit.site === "mlp" ? "neurons" : "attention units"}`;
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(one);
   }
@@ -338,7 +338,7 @@ function staysBlock(data, at) {
 }
 
 function unitRow({ unit, value }, most) {
-  const words = unit.name.replace(/^layer \d+ /, "");
+  const words = unit.name.replace(/^L\d+\./, "");
   const known = unitPlaces[explorer.model].get(unit.name);
   const explanation = known === undefined ? "" : explanationOf(report.models[explorer.model].units[known]);
   return h(

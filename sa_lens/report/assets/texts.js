@@ -3,15 +3,14 @@
 // Which unit of a model a name belongs to; filled when the report opens.
 const unitPlaces = [];
 
-const unitId = (name) => name.replaceAll(" ", "-");
-const unitAddress = (model, name) => `#unit/${encodeURIComponent(report.models[model].name)}/${encodeURIComponent(unitId(name))}`;
+const unitAddress = (model, name) => `#unit/${encodeURIComponent(report.models[model].name)}/${encodeURIComponent(name)}`;
 
 // A unit's name, as a link to its page where it has one.
 function unitLink(model, name, words = name) {
   return unitPlaces[model].has(name) ? h("a", { class: "unit-link", href: unitAddress(model, name) }, words) : h("span", {}, words);
 }
 
-const UNIT_NAME = /layer \d+ (?:neuron \d+|head \d+ channel \d+)/g;
+const UNIT_NAME = /\bL\d+\.(?:attn|mlp)\.\d+\b/g;
 
 // Text in which every name of a unit is a link to it.
 function linked(model, text) {

@@ -1,13 +1,13 @@
 // Units: a table of thousands, page by page, and the page of one unit.
 
 const PAGE = 50;
-const table = { model: 0, stream: null, query: "", kind: "", layer: "", explained: false, sort: "unit", down: false, page: 0, parts: null, rows: [] };
+const table = { model: 0, stream: null, query: "", site: "", layer: "", explained: false, sort: "unit", down: false, page: 0, parts: null, rows: [] };
 
 // Columns of which there is something to show: not every stream has masks, and not every text labels.
 const shownColumns = () => COLUMNS.filter((column) => column.key === table.sort || !column.by || table.filled.has(column.key));
 
-const kindWords = { mlp: "neuron", attn: "attention unit" };
-const byName = (a, b) => a.unit.layer - b.unit.layer || a.unit.kind.localeCompare(b.unit.kind) || a.unit.index - b.unit.index;
+const siteWords = { mlp: "neuron", attn: "attention unit" };
+const byName = (a, b) => a.unit.layer - b.unit.layer || a.unit.site.localeCompare(b.unit.site) || a.unit.index - b.unit.index;
 
 // A row is a unit and its figures in one stream.
 const COLUMNS = [
@@ -60,7 +60,7 @@ function unitControls() {
     }) : "",
     search,
     picker("Stream", model.streams.map((stream) => [stream, stream]), table.stream, set("stream")),
-    picker("Kind", [["", "all"], ["attn", "attention units"], ["mlp", "neurons"]], table.kind, set("kind")),
+    picker("Kind", [["", "all"], ["attn", "attention units"], ["mlp", "neurons"]], table.site, set("site")),
     picker("Layer", [["", "all"], ...layers.map((layer) => [layer, String(layer)])], table.layer, set("layer")),
     tick("Explained only", table.explained, set("explained")),
   );
@@ -79,7 +79,7 @@ function matchingUnits() {
   for (const unit of report.models[table.model].units) {
     const stream = unit.streams.find((one) => one.stream === table.stream);
     if (!stream || !stream.live) continue;
-    if (table.kind && unit.kind !== table.kind) continue;
+    if (table.site && unit.site !== table.site) continue;
     if (table.layer !== "" && unit.layer !== Number(table.layer)) continue;
     if (table.explained && !stream.explanation) continue;
     if (query && !haystack(unit).includes(query)) continue;
@@ -171,11 +171,11 @@ async function unitDetails(model) {
 
 async function openUnit(model, id) {
   const { list, one } = table.parts;
-  const place = report.models[model]?.units.findIndex((unit) => unitId(unit.name) === id) ?? -1;
+  const place = report.models[model]?.units.findIndex((unit) => unit.name === id) ?? -1;
   list.classList.add("off");
   one.classList.remove("off");
   if (place < 0) {
-    one.replaceChildren(backToAll(), h("p", { class: "message" }, `This report holds no unit ${id.replaceAll("-", " ")}: it is of another model, or was not live on the text that was read.`));
+    one.replaceChildren(backToAll(), h("p", { class: "message" }, `This report holds no unit ${id}: it is of another model, or was not live on the text that was read.`));
     return;
   }
   const unit = report.models[model].units[place];
@@ -190,7 +190,7 @@ async function openUnit(model, id) {
   one.replaceChildren(
     h("p", { class: "unit-nav controls" }, backToAll(), step("← unit before", at - 1), step("unit after →", at + 1), at >= 0 ? h("span", { class: "faint" }, `${count(at + 1)} of ${count(table.rows.length)} in the table`) : null),
     h("h3", { tabindex: "-1", class: "unit-name" }, unit.name, several() ? h("span", { class: "faint" }, ` of ${report.models[model].name}`) : null),
-    h("p", {}, `${kindWords[unit.kind]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
+    h("p", {}, `${siteWords[unit.site]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
     h("div", { class: "columns unit-streams" }, unit.streams.map((stream, i) => unitStream(stream, details[i]))),
     h("div", { class: "unit-stories" }),
   );
