@@ -23,7 +23,7 @@ def test_units_that_stay(model, stream):
                 at = [t for t in range(len(TOKENS)) if mask[t, unit]]
                 if at:
                     expected.append((layer, site, at, values[at, unit].tolist()))
-    assert [(u.layer, u.kind, list(u.positions)) for u in record.units] == [e[:3] for e in expected]
+    assert [(u.layer, u.site, list(u.positions)) for u in record.units] == [e[:3] for e in expected]
     for unit, (_, _, _, values) in zip(record.units, expected, strict=True):
         assert unit.values == pytest.approx(values, rel=1e-5)
     assert sum(len(unit.positions) for unit in record.units) == 14 * len(TOKENS)
