@@ -16,7 +16,7 @@ import pandas as pd  # noqa: E402
 
 import sa_lens as sa  # noqa: E402
 from sa_lens import units  # noqa: E402
-from sa_lens.training.report import text_of_run  # noqa: E402
+from sa_lens.training import text_of_run  # noqa: E402
 from sa_lens.views import histogram, save  # noqa: E402
 
 

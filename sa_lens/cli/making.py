@@ -72,7 +72,7 @@ def train_command(arguments: list[str]) -> int | None:
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, init=options.init))
     run = parse(RunConfig, flags, "train", "", default=run)
 
-    from sa_lens.training import side_by_side, train
+    from sa_lens.training import train
 
     result = train(run, options.out, device=options.device, resume=options.resume)
     if not _is_first_process():
@@ -84,7 +84,7 @@ def train_command(arguments: list[str]) -> int | None:
     )
     print(f"{stream} stream {result.best_loss:.4f} at step {result.best_step:,}")
     if result.sample is not None:
-        print(f"\n{side_by_side(result.sample)}")
+        print(f"\n{result.sample.side_by_side()}")
     print(f'\nNext: sa-lens eval {result.folder}\n      sa-lens generate {result.folder} "Once upon a time"')
     return None
 
@@ -138,10 +138,10 @@ def eval_(
         device: Where to run.
         json: Print one JSON object.
     """
-    from sa_lens.training.report import evaluate_run, table
+    from sa_lens.training import evaluate_run, evaluation_table
 
     found = evaluate_run(run, text=text, column=column, tokens=tokens, which=which, device=device)
-    print(as_json(dataclasses.asdict(found)) if json else table(found))
+    print(as_json(dataclasses.asdict(found)) if json else evaluation_table(found))
     return None
 
 
@@ -170,12 +170,11 @@ def generate(
         device: Where to run.
         json: Print one JSON object.
     """
-    from sa_lens.training import sample, side_by_side
-    from sa_lens.training.report import load_run
+    from sa_lens.training import load_run, sample
 
     model = load_run(run, which=which, device=device)
     drawn = sample(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    print(as_json(dataclasses.asdict(drawn)) if json else side_by_side(drawn))
+    print(as_json(dataclasses.asdict(drawn)) if json else drawn.side_by_side())
     return None
 
 
@@ -201,7 +200,7 @@ def export(
         output_folder(out, free=True)
 
     from sa_lens.core import export as formats
-    from sa_lens.training.report import load_run
+    from sa_lens.training import load_run
 
     model = load_run(run, which=which, device="cpu")
     if to == "hooked":

@@ -75,7 +75,7 @@ def circuit(
     from sa_lens.circuits.find_and_judge import find_circuit
     from sa_lens.circuits.graph import Circuit
     from sa_lens.circuits.tasks import make_unseen
-    from sa_lens.training.report import load_run, trained_on_stories
+    from sa_lens.training.trained_run import load_run, trained_on_stories
     from sa_lens.views import faithfulness_chart, save
 
     if words == "auto":
@@ -158,7 +158,7 @@ def units(
 
     from sa_lens.core.host import streams_of
     from sa_lens.data.writing import atomic_write
-    from sa_lens.training.report import load_run, text_of_run
+    from sa_lens.training import load_run, text_of_run
     from sa_lens.units.comparison import summary
     from sa_lens.units.firing import calibrate
     from sa_lens.units.labels import label_stories, selectivity
@@ -235,7 +235,7 @@ def sae(
 
     from sa_lens.sae import evaluate_sae, train_sae
     from sa_lens.sae.train import check_output
-    from sa_lens.training.report import load_run, text_of_run
+    from sa_lens.training import load_run, text_of_run
 
     model = load_run(run, device=device)
     hook = hook or f"blocks.{model.cfg.n_layers // 2}.hook_mlp_out"

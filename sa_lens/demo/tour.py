@@ -23,14 +23,12 @@ from sa_lens.report import make_report
 from sa_lens.report import save as save_report
 from sa_lens.shipped.make import figures_of
 from sa_lens.shipped.measuring import skills
-from sa_lens.training import sample, side_by_side, train
-from sa_lens.training.report import load_run, text_of_run
+from sa_lens.training import load_run, sample, text_of_run, train
 from sa_lens.training.run_folder import is_run
 from sa_lens.units.comparison import summary
 from sa_lens.units.firing import calibrate
 from sa_lens.units.unit_tables import specialization
-from sa_lens.views import patch_map, save, training_curves
-from sa_lens.views import side_by_side as figures_side_by_side
+from sa_lens.views import patch_map, save, side_by_side, training_curves
 
 LOCAL, DENSE = "stories-local", "stories-dense"
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
@@ -73,7 +71,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     with clock.part("stories"):
         print("\nA story of the dense model, and one of each stream of the self-ablating model")
         for model in models.values():
-            print(side_by_side(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed)) + "\n")
+            print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side() + "\n")
 
     assert local.tokenizer is not None
     pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, world="stories")
@@ -139,14 +137,14 @@ def patching_figures(model: SelfAblatingTransformer, pairs: PromptPairs, out: Pa
     for what, title in (("resid_pre", "residual streams"), ("heads", "heads")):
         tables = [patch(model, pairs, what, stream, progress=progress) for stream in STREAMS]
         records = [patch_map(table, "value") for table in tables]
-        figure = figures_side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
+        figure = side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
         written.append(save(figure, out / f"patching-{what}.html"))
     return written
 
 
 def circuit_figure(circuits: dict[Stream, Circuit], out: Path) -> Path:
     """Draws the circuits of both streams next to one another."""
-    figure = figures_side_by_side(
+    figure = side_by_side(
         list(circuits.values()), "ACDC's circuit of the indirect object", names=[f"{name} stream" for name in circuits]
     )
     return save(figure, out / "circuits.html")

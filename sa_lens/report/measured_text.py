@@ -18,7 +18,7 @@ from sa_lens.data.disk import cache_folder
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject
-from sa_lens.training.report import text_of_run
+from sa_lens.training import text_of_run
 from sa_lens.units.activations import TextBlocks
 from sa_lens.views.labels import encode_text
 

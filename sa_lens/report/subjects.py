@@ -11,7 +11,7 @@ from sa_lens.circuits.tasks import World
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
-from sa_lens.training.report import load_run, settings_of
+from sa_lens.training.trained_run import load_run, settings_of
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def training_curves(
         FileNotFoundError: a folder without metrics.
         ValueError: no runs, an unknown kind, or a run without a record of that kind.
     """
-    from sa_lens.training.metrics import MetricsFile
+    from sa_lens.training.run_log import MetricsFile
 
     if kind not in ("eval", "train"):
         raise ValueError(f"kind={kind!r} must be 'eval' or 'train'")

@@ -8,7 +8,7 @@ import pytest
 
 from sa_lens.report.measured_text import STORY_TOKENS, encode_for, gather
 from sa_lens.report.subjects import Subject, distinct_names
-from sa_lens.training.report import text_of_run
+from sa_lens.training import text_of_run
 
 
 def test_measured_text_is_the_runs_own(gated: Subject, tmp_path: Path) -> None:

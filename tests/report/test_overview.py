@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 
 from sa_lens.report import Report
-from sa_lens.training import sample
-from sa_lens.training.report import evaluate_run
+from sa_lens.training import evaluate_run, sample
 from sa_lens.views import training_curves
 
 

@@ -17,10 +17,10 @@ from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, c
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.data.writing import atomic_write, remove_leftovers
-from sa_lens.training import run_folder, run_text, state
-from sa_lens.training.metrics import MetricsFile
+from sa_lens.training import run_folder, run_text, saved_state
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
+from sa_lens.training.run_log import MetricsFile
 from sa_lens.training.schedule import learning_rate, trains_ablated
 from sa_lens.training.sharding import check_sharding
 
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
+class TrainingSetup:
     """Everything that the loop works on."""
 
-    at: state.RunState
+    state: saved_state.RunState
     """Where the run stands."""
     data: PreparedData
     """Tokens on disk."""
@@ -48,7 +48,7 @@ class Start:
     """What `config.json` says of the text; see `run_text.record`."""
 
 
-def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> Start:
+def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainingSetup:
     """Prepares data, model and optimizer, and opens the run folder; on a resumed run, as its last checkpoint has them.
 
     Raises:
@@ -78,7 +78,7 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
     check_sharding(module)
     environment = Environment.of(accelerator)
     if earlier is None:
-        at = state.RunState(
+        state = saved_state.RunState(
             step=0,
             position=0,
             lr=learning_rate(0, run.train),
@@ -94,32 +94,32 @@ def start(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, 
     else:
         before, tensors = earlier
         untouched = gate_names(model) if not trains_ablated(before.step - 1, run) else frozenset()
-        state.restore_optimizer(model, optimizer.optimizer, tensors.optimizer, untouched)
-        state.restore_generators(accelerator.process_index, tensors.generators)
-        if different := environment.differences(Environment(**before.environment)):
+        saved_state.restore_optimizer(model, optimizer.optimizer, tensors.optimizer, untouched)
+        saved_state.restore_generators(accelerator.process_index, tensors.generators)
+        if different := saved_state.differences(before.environment, dataclasses.asdict(environment)):
             log.warning("resuming under other conditions, so not bit for bit: %s", "; ".join(different))
-        at = dataclasses.replace(before, run=to_dict(run), environment=dataclasses.asdict(environment))
+        state = dataclasses.replace(before, run=to_dict(run), environment=dataclasses.asdict(environment))
     # nobody writes before everybody has read
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with run_folder.explained(out):
-            _open_folder(run, out, model, at, text)
-    return Start(at, data, model, module, optimizer, text)
+        with run_folder.explain_write_errors(out):
+            _open_folder(run, out, model, state, text)
+    return TrainingSetup(state, data, model, module, optimizer, text)
 
 
-def _earlier(out: Path, run: RunConfig) -> tuple[state.RunState, state.Tensors] | None:
+def _earlier(out: Path, run: RunConfig) -> tuple[saved_state.RunState, saved_state.Tensors] | None:
     """The last complete checkpoint of a run; None if it was killed before the first."""
     if (out / run_folder.CONFIG_YAML).is_file():
         run_folder.check_unchanged(out, to_dict(run_folder.stored_config(out)), run)
     steps = checkpoints.complete_steps(out)
     if not steps:
         return None
-    at, tensors = state.read(steps[-1])
-    run_folder.check_unchanged(out, at.run, run)
-    return at, tensors
+    state, tensors = saved_state.read(steps[-1])
+    run_folder.check_unchanged(out, state.run, run)
+    return state, tensors
 
 
-def _recorded_text(out: Path, earlier: tuple[state.RunState, state.Tensors] | None) -> dict[str, Any]:
+def _recorded_text(out: Path, earlier: tuple[saved_state.RunState, saved_state.Tensors] | None) -> dict[str, Any]:
     """What a run to be resumed says of its text; empty if it was killed before it said anything."""
     return {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})}
 
@@ -134,7 +134,7 @@ def _with_its_text(
     """
     different: list[str] = []
     for located in run_text.candidates(run, out, recorded):
-        data, model = initial(located, progress=progress)
+        data, model = load_text_and_model(located, progress=progress)
         different = run_text.differing(data, recorded)
         if not different:
             return located, data, model
@@ -145,12 +145,12 @@ def _with_its_text(
 
 
 def _open_folder(
-    run: RunConfig, out: Path, model: SelfAblatingTransformer, at: state.RunState, text: dict[str, Any]
+    run: RunConfig, out: Path, model: SelfAblatingTransformer, state: saved_state.RunState, text: dict[str, Any]
 ) -> None:
     for folder in (out.parent, out, out / "state"):
         remove_leftovers(folder)
     atomic_write(out / run_folder.CONFIG_YAML, lambda path: write_yaml(run, path))
-    MetricsFile(out / run_folder.METRICS).drop_after(at.step)
+    MetricsFile(out / run_folder.METRICS).drop_after(state.step)
     if not (out / checkpoints.CONFIG).is_file():
         if model.tokenizer is not None:
             checkpoints.save_tokenizer(model.tokenizer, out)
@@ -158,7 +158,7 @@ def _open_folder(
         atomic_write(out / checkpoints.CONFIG, json.dumps(config, indent=2).encode())
 
 
-def initial(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblatingTransformer]:
+def load_text_and_model(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblatingTransformer]:
     """Tokens on disk, and the model before its first step, on the CPU.
 
     With `train.init` the model's shape is that model's and `model.n_ctx` the length of the training sequences; unless

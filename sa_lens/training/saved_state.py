@@ -27,7 +27,7 @@ from sa_lens.core.checkpoints import MARKER, WEIGHTS, complete_steps, write_weig
 from sa_lens.data.reading import check_object, parse_json
 from sa_lens.data.writing import remove_folder, staged_folder
 from sa_lens.training.evaluation import Evaluation
-from sa_lens.training.processes import Environment
+from sa_lens.training.processes import Environment, flat_settings
 from sa_lens.training.sharding import shared_like, whole
 
 VERSION = 1
@@ -184,13 +184,7 @@ def restore_generators(process: int, states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states[f"{process}.cuda"])
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that differ, as `section.name: before -> now`."""
-    found = []
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key}: {old} -> {new}")
-    return found
+    old, new = flat_settings(before), flat_settings(now)
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]

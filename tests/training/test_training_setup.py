@@ -16,7 +16,7 @@ from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import train
-from sa_lens.training.start import initial
+from sa_lens.training.training_setup import load_text_and_model
 
 
 def shaped(run: RunConfig, **model: Any) -> RunConfig:
@@ -59,17 +59,17 @@ def test_blocks_may_be_shorter_than_the_models_context_but_not_longer(
     make_run: MakeRun, pretrained: HookedTransformer
 ) -> None:
     gates = GateConfig(k_attn=2, k_mlp=2)
-    _, model = initial(shaped(make_run(gates, init="gpt2"), n_ctx=32), progress=False)
+    _, model = load_text_and_model(shaped(make_run(gates, init="gpt2"), n_ctx=32), progress=False)
     assert model.cfg.n_ctx == 32
     with pytest.raises(ValueError, match="n_ctx=33 is more than the 32 positions of gpt2"):
-        initial(shaped(make_run(gates, init="gpt2"), n_ctx=33), progress=False)
+        load_text_and_model(shaped(make_run(gates, init="gpt2"), n_ctx=33), progress=False)
 
 
 def test_a_shape_that_is_not_used_is_said(
     make_run: MakeRun, pretrained: HookedTransformer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        initial(make_run(GateConfig(k_attn=2, k_mlp=2), init="gpt2"), progress=False)
+        load_text_and_model(make_run(GateConfig(k_attn=2, k_mlp=2), init="gpt2"), progress=False)
     assert "not used: model.n_layers, model.d_model" in caplog.text
 
 
@@ -77,9 +77,9 @@ def test_the_tokenizer_must_fit(make_run: MakeRun, pretrained: HookedTransformer
     run = make_run(GateConfig(k_attn=2, k_mlp=2), init="gpt2")
     pretrained.tokenizer = None
     with pytest.raises(ValueError, match=r"brings no tokenizer: name it in data\.tokenizer"):
-        initial(run, progress=False)
+        load_text_and_model(run, progress=False)
     named = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(data.tokenizer_folder)))
-    _, model = initial(named, progress=False)
+    _, model = load_text_and_model(named, progress=False)
     assert model.tokenizer.get_vocab() == data.tokenizer.get_vocab()
 
 

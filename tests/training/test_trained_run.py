@@ -13,8 +13,7 @@ import pytest
 import sa_lens as sa
 from sa_lens.data import hub, sources
 from sa_lens.data.stories import generate
-from sa_lens.training import train
-from sa_lens.training.report import load_run, text_of_run
+from sa_lens.training import load_run, text_of_run, train
 
 
 def write(path: Path, n: int = 60, seed: int = 1) -> None:
