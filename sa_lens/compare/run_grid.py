@@ -23,10 +23,9 @@ from sa_lens.core.architecture import check_supported, hooked_config
 from sa_lens.data import PreparedData, prepare
 from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, terminable
-from sa_lens.training import train
+from sa_lens.training import load_run, train
 from sa_lens.training.processes import check_device
-from sa_lens.training.report import load_run
-from sa_lens.training.start import initial
+from sa_lens.training.training_setup import load_text_and_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -226,7 +225,7 @@ def _train(
         same = dataclasses.replace(run.data, tokenizer=str(data.tokenizer_folder), keep_whole=None)
         run = dataclasses.replace(run, data=same)
     if folder.variant.training == "none":
-        (_, model), seconds = initial(run, progress=False), 0.0
+        (_, model), seconds = load_text_and_model(run, progress=False), 0.0
     else:
         trained = train(run, folder.run, device=device, resume=folder.run.exists(), progress=progress)
         model, seconds = trained.model, trained.seconds
