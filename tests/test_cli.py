@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from sa_lens import cli
 from sa_lens.circuits.graph import Circuit
-from sa_lens.cli import making, names, reading
+from sa_lens.cli import argument_checks, model_commands
 from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
 
 TINY = [
@@ -43,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: list[str]) -> str:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 2) -> str:
-    """The one line on standard error of a command that must fail."""
+    """What a command that must fail says on standard error: one line, or a box by tyro, made one line here."""
     try:
         found = cli.main(arguments)
     except SystemExit as stop:
@@ -51,9 +50,8 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], *, code: int
     printed = capsys.readouterr()
     assert found == code
     assert printed.out == ""
-    lines = printed.err.strip().splitlines()
-    assert len(lines) == 1, printed.err
-    return lines[0]
+    assert len(printed.err.strip().splitlines()) == 1 or "For full helptext" in printed.err, printed.err
+    return " ".join(re.sub(r"[│╭╮╰╯─]|-{3,}", " ", printed.err).split())
 
 
 class TestHelp:
@@ -67,10 +65,14 @@ class TestHelp:
         assert re.search(rf"sa-lens {name}\b", text.split("Example")[1])
 
     def test_lists_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main([]) == 0
+        with pytest.raises(SystemExit) as stop:
+            cli.main([])
+        assert stop.value.code == 0
         text = capsys.readouterr().out
         for name, command in cli.COMMANDS.items():
-            assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.MULTILINE)
+            summary = command.__doc__.splitlines()[0]
+            assert len(summary) < 60
+            assert re.search(rf"^\W+{name} +{re.escape(summary)}\W*$", text, re.MULTILINE)
 
     def test_all_settings_are_flags(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
@@ -82,14 +84,10 @@ class TestHelp:
 
     def test_flags_named_in_the_short_help_exist(self) -> None:
         settings = to_dict(RunConfig())
-        named = re.findall(r"--(\w+)\.([\w-]+)", making.TRAIN_HELP)
+        named = re.findall(r"--(\w+)\.([\w-]+)", model_commands.train.__doc__)
         assert len(named) > 10
         for section, name in named:
             assert name.replace("-", "_") in settings[section]
-
-    def test_presets_on_offer_are_those_there_are(self) -> None:
-        offered = typing.get_args(typing.get_type_hints(making.TrainOptions)["preset"])[0]
-        assert set(typing.get_args(offered)) == set(PRESETS)
 
     def test_needs_nothing_heavy(self) -> None:
         program = (
@@ -109,12 +107,12 @@ class TestHelp:
 class TestErrors:
     def test_commands_and_flags(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         out = ["train", "--out", str(tmp_path / "run")]
-        assert "no command 'tran': choose from train, " in fails(["tran"], capsys)
+        assert "Unrecognized options: tran Available subcommands: train, demo, eval," in fails(["tran"], capsys)
         assert "--out" in fails(["train"], capsys)
-        assert "perhaps you meant --train.steps" in fails([*out, "--train.stps", "3"], capsys)
-        assert fails([*out, "--train.steps", "0"], capsys) == "sa-lens train: train.steps=0 must be at least 1"
+        assert "Perhaps you meant: --train.steps" in fails([*out, "--train.stps", "3"], capsys)
+        assert "train.steps=0 must be at least 1" in fails([*out, "--train.steps", "0"], capsys)
         assert "--train.steps" in fails([*out, "--train.steps", "x"], capsys)
-        assert "'none', 'local', 'global', 'both'" in fails([*out, "--gates.scope", "foo"], capsys)
+        assert "'foo' is not one of none, local, global, both" in fails([*out, "--gates.scope", "foo"], capsys)
         assert "more than the 512" in fails([*out, "--gates.k-mlp", "600"], capsys)
         assert "name it in train.init" in fails([*out, "--train.freeze", "base"], capsys)
         assert not (tmp_path / "run").exists()
@@ -135,16 +133,16 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["train", "--out", ""], "--out is empty"),
-            (["train", "--out="], "--out is empty"),
-            (["train", "--out", "run", "--data.source", ""], "--data.source is empty"),
-            (["train", "--out", "run", "--data.tokenizer", " "], "--data.tokenizer is empty"),
-            (["train", "--out", "run", "--init", ""], "--init is empty"),
-            (["generate", "", "Tom"], "argument 1 is empty"),
-            (["eval", "run", "--text", ""], "--text is empty"),
-            (["report", "run", ""], "argument 2 is empty"),
-            (["report", "run", "-o", ""], "-o is empty"),
-            (["export", "run", "--to", "hf", "--out", ""], "--out is empty"),
+            (["train", "--out", ""], "--out: it is empty"),
+            (["train", "--out="], "--out: it is empty"),
+            (["train", "--out", "run", "--data.source", ""], "--data.source: it is empty"),
+            (["train", "--out", "run", "--data.tokenizer", " "], "--data.tokenizer: it is empty"),
+            (["train", "--out", "run", "--init", ""], "--init: it is empty"),
+            (["generate", "", "Tom"], "RUN: it is empty"),
+            (["eval", "run", "--text", ""], "--text: it is empty"),
+            (["report", "run", ""], "the name of a run is empty"),
+            (["report", "run", "-o", ""], "--out: it is empty"),
+            (["export", "run", "--to", "hf", "--out", ""], "--out: it is empty"),
             (["train", "--out", "file"], "file is a file: name a folder"),
             (["train", "--out", "file/run"], "nothing can be written below it"),
             (["demo", "--out", "file"], "file is a file"),
@@ -212,12 +210,12 @@ class TestErrors:
         from sa_lens.config import GateConfig, ModelConfig
         from sa_lens.core import SelfAblatingTransformer
 
-        assert (tuple(TASKS), MINIMUM) == (names.TASKS, names.FEWEST_PROMPTS)
+        assert (tuple(TASKS), MINIMUM) == (argument_checks.TASKS, argument_checks.FEWEST_PROMPTS)
         labels = {measurement.label for grid in GRIDS.values() for measurement in grid().measurements}
-        assert labels == {*names.MEASUREMENTS}
+        assert labels == {*argument_checks.MEASUREMENTS}
         shape = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_ctx=8, d_vocab=10, act_fn="solu_ln")
         model = SelfAblatingTransformer(shape, GateConfig(k_attn=2, k_mlp=2), device="cpu")
-        assert {*model.hook_dict} <= {*names.HOOKS}
+        assert {*model.hook_dict} <= {*argument_checks.HOOKS}
 
     def test_debug_shows_where(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
@@ -650,8 +648,3 @@ class TestCompare:
         arguments = ["compare", "--grid", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"]
         assert message in fails([*arguments, *flags], capsys)
         assert not (tmp_path / "out" / "models").exists()
-
-    def test_grids_on_offer_are_those_there_are(self) -> None:
-        from sa_lens.compare import GRIDS
-
-        assert set(typing.get_args(typing.get_type_hints(reading.compare)["grid"])) == set(GRIDS)

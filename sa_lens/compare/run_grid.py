@@ -22,7 +22,7 @@ from sa_lens.compare.verdicts import Comparison, collect
 from sa_lens.core.architecture import check_supported, hooked_config
 from sa_lens.data import PreparedData, prepare
 from sa_lens.places import output_folder
-from sa_lens.stopping import Interrupted, terminable
+from sa_lens.stopping import Interrupted, stop_requests
 from sa_lens.training import load_run, train
 from sa_lens.training.processes import check_device
 from sa_lens.training.training_setup import load_text_and_model
@@ -157,7 +157,7 @@ def _run(
                     continue
                 done += 1
                 try:
-                    with terminable():
+                    with stop_requests(at_once=True):
                         _train_and_measure(folder, measurements, data, device, progress, f"[{done}/{len(folders)}]")
                 except KeyboardInterrupt as stop:
                     message = f"stopped at {folder.name}; {out} keeps everything so far. The same command goes on"

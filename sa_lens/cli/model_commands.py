@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from sa_lens.cli.parsing import COMMANDS, Command, Run, as_json, command, parse
+from sa_lens.cli.argument_checks import MayBeEmpty, Run, argument_types
 from sa_lens.config import PRESETS, Device, ExportFormat, PresetName, RunConfig, Which, read_yaml
 from sa_lens.launching import unfinished_launch
 from sa_lens.places import output_file, output_folder
@@ -18,7 +22,7 @@ from sa_lens.places import output_file, output_folder
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `sa-lens train` takes beside the configuration."""
+    """What `sa-lens train` takes beside the settings of the configuration."""
 
     out: Path
     """Run folder, new unless --resume."""
@@ -33,71 +37,102 @@ class TrainOptions:
     device: Device = "auto"
     """Where to train."""
 
+    def settings(self) -> RunConfig:
+        """The settings before flags: those of the run to resume, or the file's over the preset's over the defaults."""
+        if self.resume and self.preset is None and self.config is None:
+            from sa_lens.training.run_folder import stored_config
 
-TRAIN_HELP = """Train a model: gates and transformer together, or a dense baseline with --gates.scope none.
-
-Every setting of the YAML file is a flag too, and flags come first:
-  --gates.scope local|global|both|none   --gates.k-attn 8   --gates.k-mlp 8
-  --model.n-layers 4   --model.d-model 128   --model.n-heads 8   --model.n-ctx 256
-  --data.source FILE   --data.validation FILE   --data.tokenizer FOLDER   --data.keep-whole FILE
-  --train.steps 2000   --train.batch-size 16   --train.lr 3e-3   --train.freeze base
-  --help-all                             lists all of them
-
-Examples:
-  sa-lens train --preset laptop --out runs/local
-  sa-lens train --preset laptop --gates.scope none --out runs/dense
-  sa-lens train --resume --out runs/local"""
+            run = stored_config(self.out)
+        else:
+            run = PRESETS[self.preset] if self.preset is not None else RunConfig()
+            run = read_yaml(self.config, base=run) if self.config is not None else run
+        if self.init is not None:
+            run = dataclasses.replace(run, train=dataclasses.replace(run.train, init=self.init))
+        return run
 
 
-def train_command(arguments: list[str]) -> int | None:
-    """Precedence of settings: flags, then --config, then --preset, then the defaults."""
-    if "--help-all" in arguments:
-        parse(RunConfig, ["--help"], "train", "All settings, by section.", default=RunConfig())
-    options, flags = parse(
-        TrainOptions, arguments, "train", TRAIN_HELP, return_unknown_args=True, config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    output_folder(options.out)
-    launch = unfinished_launch()
-    if launch is not None and (launch.cpu or options.device == "cpu"):
-        command = launch.command(["sa_lens", "train", *arguments])
-        os.execv(command[0], command)
-    if options.resume and options.preset is None and options.config is None:
-        from sa_lens.training.run_folder import stored_config
+def train(options: TrainOptions, settings: RunConfig) -> int | None:
+    """Train a model.
 
-        run = stored_config(options.out)
-    else:
-        run = PRESETS[options.preset] if options.preset is not None else RunConfig()
-        run = read_yaml(options.config, base=run) if options.config is not None else run
-    if options.init is not None:
-        run = dataclasses.replace(run, train=dataclasses.replace(run.train, init=options.init))
-    run = parse(RunConfig, flags, "train", "", default=run)
+    Gates and transformer are trained together, or a dense baseline with --gates.scope none. Every setting of the YAML
+    file is a flag too; --help-all lists all of them. The usual ones:
 
-    from sa_lens.training import train
+      --gates.scope local|global|both|none   --gates.k-attn 8   --gates.k-mlp 8
+      --model.n-layers 4   --model.d-model 128   --model.n-heads 8   --model.n-ctx 256
+      --data.source FILE   --data.validation FILE   --data.tokenizer FOLDER   --data.keep-whole FILE
+      --train.steps 2000   --train.batch-size 16   --train.lr 3e-3   --train.freeze base
 
-    result = train(run, options.out, device=options.device, resume=options.resume)
-    if not _is_first_process():
+    Example: sa-lens train --preset laptop --out runs/local
+             sa-lens train --preset laptop --gates.scope none --out runs/dense
+             sa-lens train --resume --out runs/local
+    """
+    from sa_lens.training import train as run_training
+
+    result = run_training(settings, options.out, device=options.device, resume=options.resume)
+    if os.environ.get("RANK", "0") != "0":
         return None
     stream = "clean" if result.evaluation.ablated_loss is None else "ablated"
     print(
-        f"\n{result.folder}: {result.steps:,} steps in {_duration(result.seconds)}; best validation loss of the ",
-        end="",
+        f"\n{result.folder}: {result.steps:,} steps in {_duration(result.seconds)}; best validation loss of the "
+        f"{stream} stream {result.best_loss:.4f} at step {result.best_step:,}"
     )
-    print(f"{stream} stream {result.best_loss:.4f} at step {result.best_step:,}")
     if result.sample is not None:
         print(f"\n{result.sample.side_by_side()}")
     print(f'\nNext: sa-lens eval {result.folder}\n      sa-lens generate {result.folder} "Once upon a time"')
     return None
 
 
-COMMANDS["train"] = Command("train a model", "sa-lens train --preset laptop --out runs/local", train_command)
+def train_from(arguments: list[str]) -> tuple[list[str], Callable[..., int | None]]:
+    """`train` with the defaults that --preset, --config, --resume and --init set, which flags then change.
+
+    Args:
+        arguments: the command line, beginning with `train`.
+
+    Returns:
+        The command line for tyro, and the command. Its short help leaves the settings out; that of --help-all does not.
+    """
+    default, shown = RunConfig(), [tyro.conf.arg(name="")]
+    if {"-h", "--help"} & set(arguments):
+        shown.append(tyro.conf.Suppress)
+    arguments = ["--help" if word == "--help-all" else word for word in arguments]
+    # what tyro cannot read here, it cannot read later either, and then it says so
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        options, _ = tyro.cli(
+            TrainOptions,
+            args=arguments[1:],
+            return_unknown_args=True,
+            add_help=False,
+            console_outputs=False,
+            config=(tyro.conf.FlagCreatePairsOff,),
+            registry=argument_types,
+        )
+        output_folder(options.out)
+        launch = unfinished_launch()
+        if launch is not None and (launch.cpu or options.device == "cpu"):
+            command = launch.command(["sa_lens", *arguments])
+            os.execv(command[0], command)
+        default = options.settings()
+
+    def command_with_defaults(options: Any, settings: Any = default) -> int | None:
+        return train(options, settings)
+
+    command_with_defaults.__doc__ = train.__doc__
+    command_with_defaults.__annotations__ = {
+        "options": Annotated[TrainOptions, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff],
+        "settings": Annotated[RunConfig, *shown],
+        "return": int | None,
+    }
+    return arguments, command_with_defaults
 
 
-@command("what the shipped models do, and a minute of training", "sa-lens demo")
 def demo(out: Path = Path("runs/demo"), train: bool = False, seed: int = 0, device: Device = "auto") -> int | None:
-    """Show it all on generated stories, offline, in about three minutes.
+    """Show what the shipped models do, and train a small one.
 
-    With the two shipped models: skill, a story, patching and circuits in both streams, what the masks carry, units and
-    a report; then a self-ablating model is trained from scratch for a minute.
+    This takes about three minutes and needs no network. With the two shipped models: skill, a story, patching and
+    circuits in both streams, what the masks carry, units and a report; then a self-ablating model is trained from
+    scratch for a minute.
+
+    Example: sa-lens demo
 
     Args:
         out: Folder of figures, report and runs; an interrupted training goes on.
@@ -117,8 +152,7 @@ def demo(out: Path = Path("runs/demo"), train: bool = False, seed: int = 0, devi
     return None
 
 
-@command("losses of both streams on validation text", "sa-lens eval runs/local --tokens 200000")
-def eval_(
+def evaluate(
     run: Run,
     text: str | None = None,
     column: str = "text",
@@ -127,7 +161,11 @@ def eval_(
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
-    """Evaluate a model: clean and ablated loss, perplexity, bits per byte, and how the gates use their units.
+    """Evaluate a model on validation text.
+
+    Prints clean and ablated loss, perplexity and bits per byte, and how the gates use their units.
+
+    Example: sa-lens eval runs/local --tokens 200000
 
     Args:
         run: Run folder, shipped model or Hub id.
@@ -141,14 +179,13 @@ def eval_(
     from sa_lens.training import evaluate_run, evaluation_table
 
     found = evaluate_run(run, text=text, column=column, tokens=tokens, which=which, device=device)
-    print(as_json(dataclasses.asdict(found)) if json else evaluation_table(found))
+    print(dumps(dataclasses.asdict(found), indent=1) if json else evaluation_table(found))
     return None
 
 
-@command("text from both streams, side by side", 'sa-lens generate runs/local "Once upon a time"')
 def generate(
     run: Run,
-    prompt: Annotated[str, tyro.conf.arg(metavar="PROMPT"), tyro.conf.Positional] = "",
+    prompt: Annotated[MayBeEmpty, tyro.conf.arg(metavar="PROMPT"), tyro.conf.Positional] = "",
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -157,7 +194,11 @@ def generate(
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
-    """Continue a prompt in both streams, with the same random draws.
+    """Continue a prompt in both streams.
+
+    Both streams use the same random draws.
+
+    Example: sa-lens generate runs/local "Once upon a time"
 
     Args:
         run: Run folder, shipped model or Hub id.
@@ -174,18 +215,19 @@ def generate(
 
     model = load_run(run, which=which, device=device)
     drawn = sample(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    print(as_json(dataclasses.asdict(drawn)) if json else drawn.side_by_side())
+    print(dumps(dataclasses.asdict(drawn), indent=1) if json else drawn.side_by_side())
     return None
 
 
-@command("write a model for other programs", "sa-lens export runs/local --to hf --out local-gpt2")
 def export(
     run: Run,
     to: ExportFormat,
     out: Path,
     which: Which = "best",
 ) -> int | None:
-    """Write a model in a format of other programs.
+    """Write a model for other programs.
+
+    Example: sa-lens export runs/local --to hf --out local-gpt2
 
     Args:
         run: Run folder, shipped model or Hub id.
@@ -211,10 +253,6 @@ def export(
     else:
         print(f"{formats.to_hf(model, out)} written. Load it with: AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return None
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _duration(seconds: float) -> str:

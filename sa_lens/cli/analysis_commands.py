@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from sa_lens.catalogue import results_folder
-from sa_lens.cli.names import FEWEST_PROMPTS, check_hook, check_measurements, check_task
-from sa_lens.cli.parsing import Run, as_json, command
+from sa_lens.cli.argument_checks import FEWEST_PROMPTS, MayBeEmpty, Run, check_hook, check_measurements, check_task
 from sa_lens.config import Ablation, Device, GridName, Masks, Method, SAEPreset, Stream, Words
 from sa_lens.places import output_file, output_folder
 from sa_lens.stopping import Interrupted
 
 
-@command("find a circuit for a task and judge it", "sa-lens circuit runs/local --task ioi --stream ablated")
 def circuit(
     run: Run,
     task: str = "ioi",
@@ -34,10 +33,14 @@ def circuit(
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
-    """Find the circuit of a task in one stream, and say how faithful it is on other prompts.
+    """Find the circuit of a task and judge it.
+
+    The circuit is found in one stream; its faithfulness is measured on other prompts.
 
     Prints the task skill first: a circuit for a task that the model cannot do explains nothing. Writes the circuit,
     its ranking, tables and figures into a folder.
+
+    Example: sa-lens circuit runs/local --task ioi --stream ablated
 
     Args:
         run: Run folder, shipped model or Hub id.
@@ -117,7 +120,7 @@ def circuit(
     for name, figure in figures.items():
         save(figure, folder / f"{name}.html")
     if json:
-        print(as_json(found.row()))
+        print(dumps(found.row(), indent=1))
         return None
     print(f"{both.report()}; {len(find)} to find with, {len(report)} to report on\n")
     print(found.summary())
@@ -125,7 +128,6 @@ def circuit(
     return None
 
 
-@command("what every unit fires on, and sparsity", "sa-lens units runs/local --tokens 200000")
 def units(
     run: Run,
     tokens: int = 200_000,
@@ -137,9 +139,12 @@ def units(
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
-    """Describe every unit of every stream on the run's validation text, and how sparse weights and activations are.
+    """Describe every unit, and how sparse the model is.
 
-    Firing thresholds come from the beginning of the training text. Labels are those of generated stories.
+    Units are described in every stream on the run's validation text. Firing thresholds come from the beginning of the
+    training text. Labels are those of generated stories.
+
+    Example: sa-lens units runs/local --tokens 200000
 
     Args:
         run: Run folder, shipped model or Hub id.
@@ -183,7 +188,7 @@ def units(
     whole = tables["summary"].query("kind == 'all'").drop_duplicates(["column", "stream"])
     if json:
         means = {str(name): dict(zip(at["column"], at["mean"], strict=True)) for name, at in whole.groupby("stream")}
-        print(as_json(means))
+        print(dumps(means, indent=1))
         return None
     shown = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
     print("Means over live units (live: over all), by stream\n")
@@ -192,7 +197,6 @@ def units(
     return None
 
 
-@command("train a sparse autoencoder on a hook", "sa-lens sae runs/local --hook blocks.2.hook_mlp_out --stream ablated")
 def sae(
     run: Run,
     hook: str | None = None,
@@ -210,7 +214,11 @@ def sae(
     device: Device = "auto",
     json: bool = False,
 ) -> int | None:
-    """Train an SAE on what a hook holds in one stream, with SAELens, and measure it on the run's validation text.
+    """Train a sparse autoencoder on a hook.
+
+    SAELens trains it on the activations of one stream; it is measured on the run's validation text.
+
+    Example: sa-lens sae runs/local --hook blocks.2.hook_mlp_out --stream ablated
 
     Args:
         run: Run folder, shipped model or Hub id.
@@ -249,7 +257,7 @@ def sae(
     found = dataclasses.asdict(evaluate_sae(model, trained, data.validation, n_tokens=tokens, progress=not json))
     found = {name: value for name, value in found.items() if name != "density"}
     if json:
-        print(as_json(found))
+        print(dumps(found, indent=1))
         return None
     width = max(map(len, found))
     print(
@@ -262,7 +270,6 @@ def sae(
     return None
 
 
-@command("train and measure a grid of models, one table", "sa-lens compare --grid laptop --dry-run")
 def compare(
     grid: GridName = "laptop",
     out: Path | None = None,
@@ -273,10 +280,13 @@ def compare(
     device: Device = "auto",
     dry_run: bool = False,
 ) -> int | None:
-    """Train and measure a dense baseline, self-ablating models and controls under equal conditions, over seeds.
+    """Train and measure a grid of models over seeds.
 
-    Everything that is finished stays on disk: after Ctrl-C the same command goes on, a further seed or measurement
-    costs only itself, and several processes may share the folder.
+    A dense baseline, self-ablating models and controls are trained under equal conditions. Everything that is finished
+    stays on disk: after Ctrl-C the same command goes on, a further seed or measurement costs only itself, and
+    several processes may share the folder.
+
+    Example: sa-lens compare --grid laptop --dry-run
 
     Args:
         grid: laptop: nine small models, five seeds, generated stories. laptop-tinystories: the same on real text, three
@@ -310,20 +320,22 @@ def compare(
     return None
 
 
-@command("one page about trained models, for a browser", "sa-lens report runs/local runs/dense -o report.html")
 def report(
-    runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [OTHER_RUN ...]"), tyro.conf.Positional],
+    runs: Annotated[tuple[MayBeEmpty, ...], tyro.conf.arg(metavar="RUN [OTHER_RUN ...]"), tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
     text: str | None = None,
     stories: int = 12,
     units: int = 96,
     tasks: tuple[str, ...] | None = None,
-    title: str | None = None,
+    title: MayBeEmpty | None = None,
     seed: int = 0,
     device: Device = "auto",
 ) -> int | None:
-    """Write one HTML file that opens without a network: losses, stories token by token, circuits, units; several runs
-    beside one another.
+    """Write one HTML page about trained models.
+
+    It opens without a network: losses, stories token by token, circuits, units; several runs beside one another.
+
+    Example: sa-lens report runs/local runs/dense -o report.html
 
     Args:
         runs: Run folders, shipped models or Hub ids; their stories come from the first one's validation text.
@@ -340,6 +352,8 @@ def report(
         raise ValueError(f"--out {out} must end in .html: the report is a page for a browser")
     if not runs:
         raise ValueError("name at least one run: sa-lens report runs/local")
+    if not all(run.strip() for run in runs):
+        raise ValueError("the name of a run is empty, perhaps from an unset variable: name a run, or leave it out")
     output_file(out)
     for task in tasks or ():
         check_task(task)
