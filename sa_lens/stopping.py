@@ -54,10 +54,9 @@ def stop_requests(*, at_once: bool = False) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.made = True
 
-    handled = (signal.SIGTERM,) if at_once else (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        handled = ()
-    before = {number: signal.signal(number, handle) for number in handled}
+    numbers = [signal.SIGTERM] if at_once else [signal.SIGINT, signal.SIGTERM]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in numbers if in_main_thread}
     try:
         yield request
     finally:

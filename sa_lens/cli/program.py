@@ -91,7 +91,8 @@ def parse(arguments: list[str]) -> functools.partial[int | None]:
     else:
         app = tyro.extras.SubcommandApp()
         for name, command in commands.items():
-            app.command(_bind_later(command), name=name, help=(inspect.getdoc(command) or "").split("\n")[0])
+            summary = (inspect.getdoc(command) or "").split("\n")[0]
+            app.command(name=name, help=summary)(_bind_later(command))
         bound = app.cli(prog="sa-lens", description=DESCRIPTION, args=arguments or ["--help"], **options)
     return bound
 

@@ -89,12 +89,11 @@ class SearchInterrupted(Interrupted):
     """A search was asked to stop; `result` holds what is decided, and `resume=` takes it."""
 
     def __init__(self, result: ACDCResult) -> None:
-        self.result = result
-        """What is decided so far; edges not yet visited count as kept."""
         visited, edges = result.tried + result.untouched, len(result.circuit.graph)
         super().__init__(
             f"stopped after {visited:,} of {edges:,} edges; the exception's `result` holds what is decided. Go on with "
-            "acdc(..., resume=result)"
+            "acdc(..., resume=result)",
+            result=result,
         )
 
 
