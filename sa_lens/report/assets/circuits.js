@@ -27,24 +27,24 @@ function showCircuits() {
   if (!methods.includes(circuits.method)) circuits.method = methods[0] ?? null;
   const streams = [...new Set(rankings.filter((ranking) => ranking.method === circuits.method).map((ranking) => ranking.stream))];
   if (!streams.includes(circuits.stream)) circuits.stream = streams[0] ?? null;
-  const set = (name) => (value) => {
-    circuits[name] = value;
-    showCircuits();
-    circuits.parts.controls.querySelector(`[data-role="${name}"] select`)?.focus();
-  };
-  const marked = (name, field) => {
+  const choice = (name, label, values) => {
+    if (!values.length) return "";
+    const field = picker(label, values.map((value) => [value, value]), circuits[name], (value) => {
+      circuits[name] = value;
+      showCircuits();
+      circuits.parts.controls.querySelector(`[data-role="${name}"] select`)?.focus();
+    });
     field.setAttribute("data-role", name);
     return field;
   };
-  const named = (values) => values.map((value) => [value, value]);
-  const sides = several() && report.models.length > 2 ? circuits.models.map((model, side) => picker(side ? "Right" : "Left", report.models.map((one, i) => [i, one.name]), model, (value) => {
-    circuits.models[side] = Number(value);
+  const sides = report.models.length > 2 ? circuits.models.map((model, side) => modelPicker(side ? "Right" : "Left", model, (value) => {
+    circuits.models[side] = value;
     showCircuits();
   })) : [];
   circuits.parts.controls.replaceChildren(
-    marked("task", picker("Task", named(taskNames()), circuits.task, set("task"))),
-    methods.length ? marked("method", picker("Method", named(methods), circuits.method, set("method"))) : "",
-    streams.length ? marked("stream", picker("Stream", named(streams), circuits.stream, set("stream"))) : "",
+    choice("task", "Task", taskNames()),
+    choice("method", "Method", methods),
+    choice("stream", "Stream", streams),
     ...sides,
     several() ? tick("Both sliders together", circuits.together, (on) => (circuits.together = on)) : "",
   );
@@ -114,12 +114,10 @@ function rankingPanel(model, ranking, element) {
     const open = edges.querySelector("details")?.open || graph.node !== null;
     const of = graph.node ? ` of ${nodeWords(graph.node)}` : "";
     edges.replaceChildren(
-      h(
-        "details",
-        { open },
+      h("details", { open },
         h("summary", {}, `Edges${of} as a table`),
         h("p", { class: "how" }, `Edges${of} in the order in which they join; score: ${scale}.${some.length < mine.length ? ` The first ${some.length} of ${count(mine.length)}.` : ""}`),
-        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${scale})`], some.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), [true, false, false, false, true])),
+        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${scale})`], some.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), { numeric: [true, false, false, false, true] })),
       ),
     );
   }
@@ -158,9 +156,7 @@ function graphLegend({ edges, scale }) {
   const sample = (kind, width) => s("svg", { width: 34, height: 10, "aria-hidden": "true" }, s("path", { d: "M2,5H32", class: `edge ${kind}`, "stroke-width": width }));
   const scores = edges.map((edge) => edge.score).filter((score) => score !== null);
   const largest = scores.length ? Math.max(...scores.map(Math.abs)) : null;
-  return h(
-    "p",
-    { class: "graph-legend" },
+  return h("p", { class: "graph-legend" },
     h("span", {}, sample("positive", 3), " positive"),
     scores.some((score) => score < 0) ? h("span", {}, sample("negative", 3), " negative") : null,
     h("span", {}, sample("positive", 4.8), largest === null ? " no scores" : ` ${figure3(largest)}`),

@@ -76,21 +76,7 @@ class Graph {
       this.light();
       this.picked(this.node);
     };
-    const group = s(
-      "g",
-      {
-        class: "node",
-        role: "button",
-        tabindex: "-1",
-        "data-node": name,
-        "aria-pressed": "false",
-        onclick: pick,
-        onkeydown: (event) => {
-          if (event.key !== "Enter" && event.key !== " ") return;
-          event.preventDefault();
-          pick();
-        },
-      },
+    const group = s("g", { class: "node", role: "button", tabindex: "-1", "data-node": name, "aria-pressed": "false", ...pressable(pick) },
       shape,
       s("text", { x, y: y + 3.5 }, nodeLabel(name)),
       tip,
@@ -107,9 +93,7 @@ class Graph {
       const weight = Math.asinh(Math.abs(edge.score ?? 0) / this.unit) / this.most || 0;
       const sign = edge.score === null ? "none" : edge.score < 0 ? "negative" : "positive";
       this.paths.push(
-        s(
-          "path",
-          { d: edgePath(this.layout.places, edge), class: `edge ${sign}`, "stroke-width": (0.8 + 4 * weight).toFixed(2), "stroke-opacity": (0.4 + 0.6 * weight).toFixed(2) },
+        s("path", { d: edgePath(this.layout.places, edge), class: `edge ${sign}`, "stroke-width": (0.8 + 4 * weight).toFixed(2), "stroke-opacity": (0.4 + 0.6 * weight).toFixed(2) },
           s("title", {}, `${edgeWords(edge)}\n${edge.score === null ? "no score" : `${figure3(edge.score)} ${scale}`}`),
         ),
       );
