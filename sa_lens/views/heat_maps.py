@@ -153,7 +153,7 @@ def _trace(record: HeatMap, limits: tuple[float, float], dark: bool, cell: int) 
             f"{record.y.title} %{{customdata[0]}}<br>{record.x.title} %{{customdata[1]}}<br>"
             f"<b>%{{z:.4f}}</b> {record.scale}<extra></extra>"
         ),
-        colorbar=colour_bar(record.scale, dark, tickformat=".2~f"),
+        colorbar=colour_bar(record.scale, dark, "right", tickformat=".2~f"),
         showscale=False,
     )
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import plotly.graph_objects as go
 
@@ -215,9 +215,9 @@ def label_axis(labels: Sequence[str], title: str = "", places: Sequence[float] |
     }
 
 
-def colour_bar(title: str, dark: bool, **more: Any) -> Any:
-    """Returns plotly's settings of a colour bar; its title is wrapped above it."""
-    font = {"size": 12, "color": palette(dark).faint}
+def colour_bar(title: str, dark: bool, side: Literal["top", "right"] = "top", **more: Any) -> Any:
+    """Returns plotly's settings of a colour bar, with its title wrapped above it, or beside it."""
     # the empty line keeps the title off the bar
-    text = {"text": wrapped(title, 110) + "<br>\u00a0", "side": "top", "font": font}
-    return {"title": text, "thickness": 12, "outlinewidth": 0, "tickfont": {"size": 11}, **more}
+    text = wrapped(title, 110) + "<br>\u00a0" if side == "top" else plain(title)
+    about = {"text": text, "side": side, "font": {"size": 12, "color": palette(dark).faint}}
+    return {"title": about, "thickness": 12, "outlinewidth": 0, "tickfont": {"size": 11}, **more}
