@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "circuits"))
 from micro import token_pairs
 from twins import SlowRuns, slow_acdc
 
-from sa_lens.circuits.acdc import AMBIGUOUS, acdc, visiting_order
+from sa_lens.circuits.discovery.acdc import AMBIGUOUS, acdc, visiting_order
 
 
 @dataclass(frozen=True)

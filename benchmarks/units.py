@@ -24,8 +24,10 @@ import torch
 
 import sa_lens as sa
 from sa_lens.config import PRESETS
+from sa_lens.core.host import streams_of
+from sa_lens.core.unit import unit_counts
 from sa_lens.units import calibrate, specialization
-from sa_lens.units.activations import TOKENS_AT_ONCE, model_streams, read_by_hooks, read_units, unit_sites
+from sa_lens.units.activations import TOKENS_AT_ONCE, read_by_hooks, read_units
 
 GOAL = 5_000_000
 """Tokens that times are scaled to."""
@@ -49,7 +51,7 @@ class Clock:
 
 def passes(model: Any, blocks: torch.Tensor) -> dict[str, Clock]:
     """Seconds of both forward passes over the same batches, in turn, the first batch not counted."""
-    sites, streams = unit_sites(model), model_streams(model)
+    sites, streams = list(unit_counts(model)), streams_of(model)
     batch = max(1, TOKENS_AT_ONCE["cpu"] // blocks.shape[1])
     readers = {"with hooks": read_by_hooks, "without hooks": read_units}
     clocks = {name: Clock() for name in readers}
@@ -85,7 +87,7 @@ def main() -> None:
 
     timed = blocks[: max(8, options.pass_tokens // n_ctx)]
     clocks = passes(model, timed)
-    rules = calibrate(model, blocks[:8], model_streams(model), progress=False)
+    rules = calibrate(model, blocks[:8], streams_of(model), progress=False)
     clocks["specialization"] = Clock()
     pairs = max(1, COMPANY * blocks.numel() // GOAL)  # the share of the text on which pairs are counted at the goal
     clocks["specialization"].time(

@@ -21,9 +21,48 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+# Choices: every option that takes one of a few names, once for API, files and command line
+
 Scope = Literal["none", "local", "global", "both"]
+"""What the gates read: nothing (no gates), each layer's own clean input, the end of a clean pass, or both."""
 Stream = Literal["clean", "ablated"]
+"""The plain transformer, or what the top-k gates leave of it."""
+Masks = Literal["frozen", "live"]
+"""Masks of the ablated stream: kept from the unedited clean prompt, or computed anew under every edit."""
+Site = Literal["attn", "mlp"]
+"""Which units of a layer: `attn`, attention units; `mlp`, neurons."""
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu", "solu_ln"]
+"""Activation function of the MLP, by TransformerLens's name."""
+Which = Literal["best", "last"]
+"""Weights of a run: the best by validation loss, or those of the last checkpoint."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
+"""Where to run; `auto` takes a GPU if there is one."""
+Task = Literal["ioi", "pronoun", "object", "repeated"]
+"""Indirect object, gender of a pronoun, object recall, repeated name."""
+Patterns = Literal["seen", "held-out"]
+"""Sentence patterns of prompts: those of the generated stories, or with at least one sentence that no story has."""
+NamePairs = Literal["any", "held-out", "seen"]
+"""Pairs of names in prompts: any, those that never occur together in a generated story, or those that may."""
+Words = Literal["stories", "tinystories"]
+"""Vocabulary of the prompts: that of the generated stories, or that of TinyStories."""
+Method = Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"]
+"""How to find a circuit. `acdc` decides edge by edge. The others rank all edges: `eap`, `eap-ig` and `relp` by
+gradients, `exact` by the effect of removing each edge alone, `gate` by the model's own masks."""
+Ablation = Literal["resample", "zero", "mean"]
+"""What an edge outside the circuit carries: its source's activation on the corrupt prompt; zero; or the mean of the
+activations on the corrupt prompts of the same length, position by position."""
+MetricName = Literal[
+    "logit_difference", "pair_accuracy", "top1_accuracy", "answer_rank", "answer_log_probability", "kl"
+]
+"""What is measured at the end of a prompt; `kl` compares with the unedited clean prompt."""
+PresetName = Literal["paper-2024-10", "paper-head", "laptop"]
+"""A named training recipe; see `PRESETS`."""
+SAEPreset = Literal["laptop", "paper"]
+"""Named settings of a sparse autoencoder."""
+GridName = Literal["laptop", "laptop-tinystories", "paper", "smoke"]
+"""A named comparison of models."""
+ExportFormat = Literal["hooked", "reference", "hf"]
+"""A plain HookedTransformer, a state dict with the names of the paper's code, or a GPT-2 folder for transformers."""
 
 LARGEST_SEED = 2**32 - 1
 """Largest seed that every random generator in use takes."""
@@ -469,7 +508,7 @@ class RunConfig:
         _check_fields(self, "")
 
 
-PRESETS: dict[str, RunConfig] = {
+PRESETS: dict[PresetName, RunConfig] = {
     "paper-2024-10": RunConfig(
         loss=LossConfig(clean=0.5, ablated=0.5),
         data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),

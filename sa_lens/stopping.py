@@ -1,10 +1,10 @@
-"""Stopping when the user or the cluster asks for it: what is raised then, and how signals are taken."""
+"""Stopping when the user or the cluster asks for it: the exception that is raised, and how signals are handled."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,13 +12,17 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work was asked to stop and did so; the message says what is kept and how to go on."""
+    """Work stopped because Ctrl-C or SIGTERM asked for it; the message says what is kept and how to resume."""
 
-    def __init__(self, message: str, *, folder: Path | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, result: Any = None, folder: Path | None = None, step: int | None = None
+    ) -> None:
+        self.result = result
+        """The unfinished result, which `resume=` of the same function takes; None if there is none."""
         self.folder = folder
-        """Where what is kept lies; None: nowhere."""
+        """Folder of what is kept; None: nothing is on disk."""
         self.step = step
-        """Steps done, where the work has such."""
+        """Steps done, if the work counts steps."""
         super().__init__(message)
 
 
@@ -28,43 +32,33 @@ class StopRequest:
     def __init__(self) -> None:
         self.made = False
 
+    def raise_if_made(self) -> None:
+        """Raises `Interrupted` if a stop was asked for."""
+        if self.made:
+            raise Interrupted
+
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Within the context, the first SIGINT (Ctrl-C) or SIGTERM makes a stop request instead of ending the process.
+def stop_requests(*, at_once: bool = False) -> Iterator[StopRequest]:
+    """Within the context, the first Ctrl-C or SIGTERM makes a stop request instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing changes.
+    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread nothing changes.
+
+    Args:
+        at_once: raise KeyboardInterrupt on the first SIGTERM already, as Ctrl-C does by itself.
     """
     request = StopRequest()
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if request.made and number == signal.SIGINT:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if at_once or (request.made and number == signal.SIGINT):
             raise KeyboardInterrupt
         request.made = True
 
-    with _handled(ask, signal.SIGINT, signal.SIGTERM):
-        yield request
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the context SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handled(stop, signal.SIGTERM):
-        yield
-
-
-@contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {number: signal.signal(number, handler) for number in numbers}
+    numbers = [signal.SIGTERM] if at_once else [signal.SIGINT, signal.SIGTERM]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handle) for number in numbers if in_main_thread}
     try:
-        yield
+        yield request
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)

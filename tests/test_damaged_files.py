@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sa_lens.circuits.graph import Circuit
-from sa_lens.compare.cells import Cell
 from sa_lens.compare.grids import smoke
-from sa_lens.report import from_json as report_from_json
+from sa_lens.compare.model_folder import ModelFolder
+from sa_lens.report import Report
 from sa_lens.views import records
 
 CIRCUIT = {
@@ -58,23 +58,23 @@ def test_what_is_no_json(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"c\.json is damaged: .*; find the circuit again"):
         Circuit.load(path)
-    with pytest.raises(ValueError, match=r"c\.json is damaged: .*; write the record again"):
+    with pytest.raises(ValueError, match=r"c\.json is damaged: .*; save the record again"):
         records.read(path)
 
 
-def test_cells(tmp_path: Path) -> None:
+def test_models_of_a_comparison(tmp_path: Path) -> None:
     grid = smoke()
-    cell, group = Cell(grid, grid.variants[0], 0, tmp_path), grid.groups[0]
-    cell.folder.mkdir(parents=True)
+    folder, measurement = ModelFolder(grid, grid.variants[0], 0, tmp_path), grid.measurements[0]
+    folder.path.mkdir(parents=True)
     done = {"weights": "abc", "text": {"train": "t", "validation": "v"}, "seconds": 1.5}
     for content in ("[]", "{}", "{", '{"weights": 3, "text": {}, "seconds": 1}', json.dumps({**done, "text": "t"})):
-        (cell.folder / "done.json").write_text(content)
+        (folder.path / "done.json").write_text(content)
         with pytest.raises(ValueError, match=r"done\.json is damaged: .*; delete it, it will be made again"):
-            cell.trained()
-    (cell.folder / "done.json").write_text(json.dumps(done))
-    assert cell.trained() == done
+            folder.trained()
+    (folder.path / "done.json").write_text(json.dumps(done))
+    assert folder.trained() == done
     figures = {"values": {"loss": {"clean": 1.5, "ablated": None}}, "notes": ["a"], "seconds": 2}
-    file = cell.group_file(group, done)
+    file = folder.result_file(measurement, done)
     for change in (
         {"values": []},
         {"notes": None},
@@ -85,11 +85,11 @@ def test_cells(tmp_path: Path) -> None:
     ):
         file.write_text(json.dumps({**figures, **change}))
         with pytest.raises(ValueError, match=r"losses.* is damaged: .*; delete it, it will be made again"):
-            cell.measured(group)
+            folder.result(measurement)
     file.write_text(json.dumps(figures))
-    measured = cell.measured(group)
-    assert measured is not None
-    assert (measured.values, measured.notes) == ({"loss": {"clean": 1.5, "ablated": None}}, ("a",))
+    result = folder.result(measurement)
+    assert result is not None
+    assert (result.values, result.notes) == ({"loss": {"clean": 1.5, "ablated": None}}, ("a",))
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_reports() -> None:
         "",
         "[]",
         "{}",
-        '{"title": 3}',
-        '{"title": "a", "version": "1", "models": 3, "comparison": null}',
+        '{"kind": "Report", "title": 3}',
+        '{"kind": "Report", "title": "a", "version": "1", "models": 3, "comparison": null}',
         "\ud800",
     ):
-        with pytest.raises(ValueError, match=r"^not a report: .*; text begins"):
-            report_from_json(text)
+        with pytest.raises(ValueError, match=r"^not a record of Report: .*; text begins"):
+            records.from_json(text, [Report])

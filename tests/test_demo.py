@@ -50,7 +50,7 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
         asked.update(options, runs=runs)
         return "report"
 
-    def write_page(report: str, path: Path) -> Path:
+    def save(report: str, path: Path) -> Path:
         path.write_text(report)
         return path
 
@@ -59,7 +59,7 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
     # a model that has learnt nothing tells clean and corrupt prompts apart by next to nothing
     monkeypatch.setattr(tour, "faithfulness_curve", functools.partial(tour.faithfulness_curve, minimum_gap=1e-9))
     monkeypatch.setattr(tour, "make_report", make_report)
-    monkeypatch.setattr(tour, "write_page", write_page)
+    monkeypatch.setattr(tour, "save_report", save)
     threads = torch.get_num_threads()
     assert cli.main(["demo", "--device", "cpu"]) == 0
     assert torch.get_num_threads() == threads

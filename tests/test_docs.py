@@ -182,11 +182,13 @@ def test_complaints_of_commands_are_quoted_as_they_are_printed(faq, capsys):
         except SystemExit as stop:
             code = stop.code
         assert code == 2, command
-        assert capsys.readouterr().err.split() == expected.split(), command
+        # the boxes that tyro draws depend on the terminal
+        printed, expected = (re.sub("[│╭╮╰╯─]|-{3,}", " ", text) for text in (capsys.readouterr().err, expected))
+        assert printed.split() == expected.split(), command
 
 
 def test_the_message_of_missing_pictures_is_quoted(faq):
-    from sa_lens.views.page import MISSING
+    from sa_lens.views.html_page import MISSING
 
     assert [source.split() for _, source in blocks(faq, "text")] == [MISSING.split()]
 
@@ -368,6 +370,8 @@ def test_the_api_has_every_public_name(site):
     raw = (site / "objects.inv").read_bytes()
     header = b"".join(raw.splitlines(keepends=True)[:4])
     documented = {line.split(" ")[0] for line in zlib.decompress(raw[len(header) :]).decode().splitlines()}
+    # no text of ours: a number, and two classes of TransformerLens 3
+    elsewhere = {"__version__", "HookedTransformer", "HookedTransformerConfig"}
     for module in (
         "sa_lens",
         "sa_lens.data",
@@ -381,9 +385,9 @@ def test_the_api_has_every_public_name(site):
     ):
         for public in importlib.import_module(module).__all__:
             known = {f"{module}.{public}", f"sa_lens.config.{public}"}
-            assert known & documented or public == "__version__", f"{module}.{public} is not in docs/api"
+            assert known & documented or public in elsewhere, f"{module}.{public} is not in docs/api"
     for package in (sa_lens.circuits, sa_lens.units):
-        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             module = importlib.import_module(found.name)
             for name, member in vars(module).items():
                 if inspect.isfunction(member) and member.__module__ == found.name and not name.startswith("_"):

@@ -14,11 +14,11 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits.agreement import agreement_table  # noqa: E402
-from sa_lens.circuits.gate_circuit import gate_rankings  # noqa: E402
-from sa_lens.circuits.search import Method, find_circuit, table  # noqa: E402
+from sa_lens.circuits.discovery.gate_circuit import gate_rankings  # noqa: E402
+from sa_lens.circuits.find_and_judge import Method, find_circuit, table  # noqa: E402
+from sa_lens.circuits.judging.agreement import agreement_table  # noqa: E402
 from sa_lens.circuits.tasks import make  # noqa: E402
-from sa_lens.views import draw, faithfulness_chart, save, side_by_side  # noqa: E402
+from sa_lens.views import faithfulness_chart, save, side_by_side  # noqa: E402
 
 METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "exact")
 
@@ -76,7 +76,7 @@ def main(
             if (curve := found[name, stream, method].curve) is not None
         }
         if curves and method != "acdc":
-            print("wrote", save(draw(faithfulness_chart(curves)), out / f"faithfulness-{method}.html"))
+            print("wrote", save(faithfulness_chart(curves), out / f"faithfulness-{method}.html"))
 
     rankings = gate_rankings(gated, find, draws=3)
     references = {

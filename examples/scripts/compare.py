@@ -13,10 +13,18 @@ import tyro
 
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
-from sa_lens.compare import GRIDS, Grid, compare, plan  # noqa: E402
-from sa_lens.compare.basic_columns import Losses, ObjectSkill, Weights  # noqa: E402
-from sa_lens.compare.report import verdict_text  # noqa: E402
-from sa_lens.compare.unit_columns import Leakage, Units  # noqa: E402
+from sa_lens.compare import (  # noqa: E402
+    GRIDS,
+    Grid,
+    Leakage,
+    Losses,
+    Skill,
+    Units,
+    Weights,
+    compare,
+    plan,
+    verdict_text,
+)
 
 
 def small_grid(steps: int, stories: int, tokens: int) -> Grid:
@@ -28,15 +36,15 @@ def small_grid(steps: int, stories: int, tokens: int) -> Grid:
         data=dataclasses.replace(small.run.data, n_stories=stories),
         train=dataclasses.replace(small.run.train, steps=steps, batch_size=8, eval_every=steps, save_every=steps),
     )
-    groups = (
+    measurements = (
         Losses(tokens),
         Weights(),
-        ObjectSkill(64),
+        Skill(64, task="object"),
         Units(tokens, tokens),
         Leakage(tokens, probe_tokens=max(256, tokens // 5)),
     )
     variants = tuple(v for v in small.variants if v.name not in ("frozen-base", "random-init"))
-    return dataclasses.replace(small, name="small", run=run, variants=variants, groups=groups)
+    return dataclasses.replace(small, name="small", run=run, variants=variants, measurements=measurements)
 
 
 def main(
@@ -60,8 +68,8 @@ def main(
     grid = small_grid(steps, stories, tokens)
     left = plan(grid, out, seeds=seeds, device=device)["seconds"].sum()
     print(f"about {left / 60:.1f} minutes; after Ctrl-C the same command goes on")
-    found = compare(grid, out, seeds=seeds, device=device)
-    print(f"\nClaims against the dense baseline\n\n{verdict_text(found)}\n")
+    comparison = compare(grid, out, seeds=seeds, device=device)
+    print(f"\nClaims against the dense baseline\n\n{verdict_text(comparison)}\n")
     for name in ("table.md", "summary.csv", "figure.html"):
         print("wrote", out / name)
 

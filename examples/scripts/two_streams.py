@@ -15,9 +15,9 @@ warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
 from sa_lens.circuits.metrics import skill  # noqa: E402
-from sa_lens.circuits.patching import patch  # noqa: E402
+from sa_lens.circuits.patching.activation_patching import patch  # noqa: E402
 from sa_lens.circuits.tasks import make  # noqa: E402
-from sa_lens.views import attention, save, side_by_side, to_record, view  # noqa: E402
+from sa_lens.views import attention, save, side_by_side  # noqa: E402
 
 
 def main(
@@ -44,12 +44,12 @@ def main(
 
     for what in ("resid_pre", "heads"):
         tables = [patch(model, prompts, what, stream) for stream in ("clean", "ablated")]
-        figure = side_by_side([to_record(table) for table in tables], f"{task}: {what}", names=["clean", "ablated"])
+        figure = side_by_side(tables, f"{task}: {what}", names=["clean", "ablated"])
         print("wrote", save(figure, out / f"{what}.html"))
     for what in ("mask_attn", "mask_mlp"):
-        print("wrote", save(view(to_record(patch(model, prompts, what, "ablated"))), out / f"{what}.html"))
+        print("wrote", save(patch(model, prompts, what, "ablated"), out / f"{what}.html"))
     heads = attention(model, prompts.clean_texts[0], layer=model.cfg.n_layers - 1)
-    print("wrote", view(heads).save(out / "attention.html"))
+    print("wrote", save(heads, out / "attention.html"))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import pandas as pd  # noqa: E402
 
 import sa_lens as sa  # noqa: E402
 from sa_lens import units  # noqa: E402
-from sa_lens.training.report import text_of_run  # noqa: E402
-from sa_lens.views import draw, histogram, save  # noqa: E402
+from sa_lens.training import text_of_run  # noqa: E402
+from sa_lens.views import histogram, save  # noqa: E402
 
 
 def main(
@@ -65,7 +65,7 @@ def main(
     found = units.explain(gated, text.validation, rules["self-ablating"]["ablated"], explained, n_tokens=tokens)
     written["explanations"] = found.table
     print("\nExplained units, ablated stream")
-    print(found.table[["layer", "kind", "unit", "pattern", "text_f1", "list_text_f1"]].round(2).to_string(index=False))
+    print(found.table[["layer", "site", "unit", "pattern", "text_f1", "list_text_f1"]].round(2).to_string(index=False))
 
     leak = units.leakage(gated, text.validation, n_tokens=min(tokens, 20_000), probe_tokens=probe_tokens)
     written["leakage"] = leak.losses
@@ -81,8 +81,8 @@ def main(
         for name, table in tables.items()
         for stream, some in table.groupby("stream", sort=False)
     }
-    figure = draw(histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units"))
-    print("wrote", save(figure, out / "effective-tokens.html"))
+    counts = histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units")
+    print("wrote", save(counts, out / "effective-tokens.html"))
 
 
 if __name__ == "__main__":

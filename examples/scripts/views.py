@@ -19,11 +19,10 @@ from sa_lens.views import (  # noqa: E402
     gate_raster,
     logit_lens,
     predictions,
-    records,
+    save,
     story,
     training_curves,
     unit_activations,
-    view,
 )
 
 
@@ -45,9 +44,9 @@ def main(
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
     raster = gate_raster(model, text)
-    neurons = [unit for unit in raster.units if unit.kind == "mlp"]
+    neurons = [unit for unit in raster.units if unit.site == "mlp"]
     strongest = max(neurons, key=lambda unit: max(map(abs, unit.values)))
-    unit = (strongest.layer, "mlp", int(strongest.name.rsplit(" ", 1)[1]))
+    unit = strongest.name
     shown: dict[str, Any] = {
         "story": story(model, text, units=[unit]),
         "predictions": predictions(model, text),
@@ -59,8 +58,8 @@ def main(
     if (Path(run) / "metrics.jsonl").exists():
         shown["training"] = training_curves([run])
     for name, record in shown.items():
-        records.write(record, out / f"{name}.json")
-        print("wrote", view(record, dark=dark).save(out / f"{name}.html"))
+        save(record, out / f"{name}.json")
+        print("wrote", save(record, out / f"{name}.html", dark=dark))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sa_lens.config import convert, from_dict
 from sa_lens.core.host import Host
-from sa_lens.core.nodes import not_additive
+from sa_lens.core.nodes import why_not_additive
 from sa_lens.data.reading import DamagedFile, check_object, read_json
 from sa_lens.data.writing import atomic_write
 
@@ -97,9 +97,9 @@ class Graph:
         Raises:
             ValueError: an architecture in which outputs of heads and MLPs do not simply add up.
         """
-        reason = not_additive(model)
+        reason = why_not_additive(model)
         if reason is not None:
-            raise ValueError(f"no graph of edges for this {type(model).__name__}: {reason}")
+            raise ValueError(f"no graph of edges for this {type(model).__name__}, which has {reason}")
         cfg = model.cfg
         return cls(cfg.n_layers, cfg.n_heads, bool(cfg.attn_only), bool(cfg.parallel_attn_mlp))
 

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, has_ablated_stream, in_stream, run_to_last, widened
+from sa_lens.core.host import Host, device_of, in_stream, run_to_last, streams_of, widened
 from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 
@@ -242,7 +242,7 @@ def skill(
     """
     import pandas as pd
 
-    streams: list[Stream] = [stream] if stream else ["clean", "ablated"] if has_ablated_stream(model) else ["clean"]
+    streams = streams_of(model, stream)
     rows = []
     for chosen in streams:
         logits = last_logits(model, pairs, chosen, batch_size=batch_size)

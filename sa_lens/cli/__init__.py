@@ -1,10 +1,9 @@
-"""The command line: `sa-lens COMMAND ...`.
+"""The command line: `sa-lens COMMAND ...`, or `python -m sa_lens COMMAND ...`.
 
-A command is a function with a typed signature, from which its flags and help are made. Only the standard library, tyro
-and the configuration are imported here; each command imports what it needs when it runs.
+A command is a function: its parameters are the flags, its docstring is the help. Importing this package imports the
+standard library, tyro and the configuration alone; each command imports what it needs when it runs.
 """
 
-from sa_lens.cli import making, reading
-from sa_lens.cli.parsing import COMMANDS, main
+from sa_lens.cli.program import COMMANDS, main
 
-__all__ = ["COMMANDS", "main", "making", "reading"]
+__all__ = ["COMMANDS", "main"]

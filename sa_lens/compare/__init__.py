@@ -1,11 +1,67 @@
-"""Comparison of models trained under equal conditions: variants and seeds, one table, verdicts by a fixed rule.
+"""Comparison of models that are trained under equal conditions: variants and seeds, one table, verdicts by a fixed rule.
 
-`compare("laptop", "runs/compare")` trains and measures what is not on disk yet and writes the table; see
-docs/compare.md.
-"""
+| name | what it is | cost |
+|---|---|---|
+| `compare` | train and measure what is not on disk yet, write the table: `compare("laptop", "runs/compare")` | hours; see `plan` |
+| `plan` | what `compare` would do, with estimated times | seconds |
+| `GRIDS`, `Grid`, `Variant` | what is trained: named grids, a grid or a variant of your own | |
+| `Losses`, `Weights`, `Skill`, `ACDC`, `Faithfulness`, `Units`, `Labels`, `Explanations`, `Leakage`, `SAE` | what is measured: the fields are settings | seconds to minutes per model |
+| `Measurement`, `TrainedModel`, `Result` | a measurement of your own: what it is, what it gets, what it returns | |
+| `COLUMNS`, `Column` | columns of the table: labels, and the claims about them | |
+| `Comparison` | the results: `.values`, `.summary()`, `.notes` | |
+| `tables`, `difference_tables`, `verdict_table`, `verdict_text` | the tables in print | |
+| `figure`, `write` | the figure; all files of tables and figure | seconds |
+"""  # noqa: E501
 
-from sa_lens.compare.comparing import compare, plan
+import sys
+from types import ModuleType
+
+from sa_lens.compare.columns import COLUMNS, Column
+from sa_lens.compare.comparison_figure import figure
 from sa_lens.compare.grids import GRIDS, Grid, Variant
-from sa_lens.compare.results import Comparison
+from sa_lens.compare.markdown_latex import difference_tables, tables, verdict_table, verdict_text, write
+from sa_lens.compare.measurement import Measurement, Result, TrainedModel
+from sa_lens.compare.model_columns import SAE, Losses, Weights
+from sa_lens.compare.run_grid import compare, plan
+from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
+from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
+from sa_lens.compare.verdicts import Comparison
 
-__all__ = ["GRIDS", "Comparison", "Grid", "Variant", "compare", "plan"]
+__all__ = [
+    "ACDC",
+    "COLUMNS",
+    "GRIDS",
+    "SAE",
+    "Column",
+    "Comparison",
+    "Explanations",
+    "Faithfulness",
+    "Grid",
+    "Labels",
+    "Leakage",
+    "Losses",
+    "Measurement",
+    "Result",
+    "Skill",
+    "TrainedModel",
+    "Units",
+    "Variant",
+    "Weights",
+    "compare",
+    "difference_tables",
+    "figure",
+    "plan",
+    "tables",
+    "verdict_table",
+    "verdict_text",
+    "write",
+]
+
+
+class _CallablePackage(ModuleType):
+    """`sa_lens.compare(...)` calls the function of this name; the package itself stays importable."""
+
+    __call__ = staticmethod(compare)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

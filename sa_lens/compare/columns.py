@@ -1,7 +1,7 @@
-"""Every column of the table: what it is called, and what the claims say of it.
+"""The columns of the table: labels, the direction that the paper claims for each, and the paper's published figures.
 
-The directions of the claims stand here and nowhere else. They are those of the paper (arXiv 2505.00509, abstract and
-section 4), carried over to the columns that measure the same thing under like conditions.
+The directions of the claims are stated here and nowhere else. They are those of the paper (arXiv 2505.00509, abstract
+and section 4), carried over to the columns that measure the same thing under like conditions.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-WHOLE = ""
-"""Stream of columns that belong to the weights, and so to no stream."""
+WEIGHTS = ""
+"""Stream of columns about the weights, which belong to neither stream."""
+
+TASKS = {"ioi": "IOI", "object": "object recall"}
+"""Tasks of the comparison, with their names in print."""
 
 OTHER = "Other columns"
-"""Theme of columns that are not in `COLUMNS`."""
+"""Theme of the columns that are not in `COLUMNS`."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Column:
     claim: str = ""
     """The claim in words."""
     paper: str = ""
-    """Field of the paper's published row that this is; empty: it has none."""
+    """Its name in the paper's published figures (`PAPER`); empty: it has none."""
     streams: tuple[str, ...] = ("clean", "ablated")
     """Streams in which it has a value."""
+    tasks: tuple[str, ...] = ("",)
+    """Tasks that it is measured on, and claimed of; the empty string: it is not about a task."""
     theme: str = OTHER
-    """Columns of one theme stand in one table."""
+    """Title of the table that it stands in, with other columns of the same theme."""
     drawn: bool = False
     """Whether the figure shows it unless other columns are asked for."""
 
@@ -47,33 +52,29 @@ _CONCENTRATED = "features are more concentrated"
 _SPECIALIZED = "units are more specialized"
 _LESS_SPARSE = "weights are less sparse"
 
+_MATCHED = "effective tokens less the baseline's, at equal layer and activity"
+
 _THEMES: dict[str, tuple[Column, ...]] = {
     "Language modelling": (
-        Column("loss", "loss, nats a token", 3, drawn=True),
+        Column("loss", "loss, nats per token", 3, drawn=True),
         Column("perplexity", "perplexity", 2, -1, "no loss in language modelling", "perplexity"),
         Column("units_used", "share of units ever kept", 2, streams=("ablated",)),
     ),
     "Weights": (
         Column(
-            "mean_abs_weight",
-            "mean absolute weight, all parameters",
-            3,
-            +1,
-            _LESS_SPARSE,
-            "mean_abs_weight",
-            streams=(WHOLE,),
+            *("mean_abs_weight", "mean absolute weight, all parameters", 3, +1, _LESS_SPARSE, "mean_abs_weight"),
             drawn=True,
         ),
-        Column("mean_abs_weight_inner", "mean absolute weight without embeddings", 4, streams=(WHOLE,)),
-        Column("hoyer", "Hoyer sparsity of matrices", 3, streams=(WHOLE,)),
-        Column("hoyer_inner", "Hoyer sparsity without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,), drawn=True),
-        Column("gini_inner", "Gini of weights without embeddings", 3, -1, _LESS_SPARSE, streams=(WHOLE,)),
-        Column("small_inner", "share of weights below 1 % of scale, without embeddings", 4, streams=(WHOLE,)),
+        Column("mean_abs_weight_inner", "mean absolute weight without embeddings", 4),
+        Column("hoyer", "Hoyer sparsity of matrices", 3),
+        Column("hoyer_inner", "Hoyer sparsity without embeddings", 3, -1, _LESS_SPARSE, drawn=True),
+        Column("gini_inner", "Gini of weights without embeddings", 3, -1, _LESS_SPARSE),
+        Column("small_inner", "share of weights below 1 % of scale, without embeddings", 4),
     ),
-    "Indirect object identification": (
-        Column("pair_accuracy", "IOI pair accuracy", 3, drawn=True),
-        Column("top1_accuracy", "IOI top-1 accuracy", 3),
-        Column("logit_difference", "IOI logit difference", 2),
+    "Skill": (
+        Column("pair_accuracy", "pair accuracy", 3, drawn=True),
+        Column("top1_accuracy", "top-1 accuracy", 3),
+        Column("logit_difference", "logit difference", 2),
     ),
     "Circuits by ACDC": (
         Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
@@ -90,46 +91,11 @@ _THEMES: dict[str, tuple[Column, ...]] = {
         Column("edges_0.9_frozen", "edges for f >= 0.9 under masks of the clean prompt", 0, streams=("ablated",)),
         Column("masks_alone", "f of the clean prompt's masks without any edge", 2, streams=("ablated",)),
     ),
-    "Object recall": (
-        Column("object_pair_accuracy", "object recall, pair accuracy", 3),
-        Column("object_logit_difference", "object recall, logit difference", 2),
-    ),
-    "Object recall: circuits by ACDC": (
-        Column("object_corrupt_kl", "object recall, KL(clean prompt || corrupt prompt), nats", 2),
-        Column("object_acdc_edges_0.003", "object recall, ACDC edges, tau 0.003", 0),
-        Column("object_acdc_edges_0.01", "object recall, ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL),
-        Column("object_acdc_edges_0.03", "object recall, ACDC edges, tau 0.03", 0),
-        Column("object_acdc_edges_own", "object recall, ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL, drawn=True),
-    ),
-    "Object recall: faithfulness": (
-        Column("object_edges_0.9", "object recall, edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
-        Column("object_cpr", "object recall, CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
-        Column("object_cmd", "object recall, CMD", 3, -1, _MORE_FAITHFUL),
-        Column(
-            "object_edges_0.9_frozen",
-            "object recall, edges for f >= 0.9 under masks of the clean prompt",
-            0,
-            streams=("ablated",),
-        ),
-        Column(
-            "object_masks_alone",
-            "object recall, f of the clean prompt's masks without any edge",
-            2,
-            streams=("ablated",),
-        ),
-    ),
     "Units": (
         Column("live_units", "share of live units", 3, drawn=True),
         Column("firing_rate", "firing rate of live units", 4),
         Column("effective_tokens", "effective tokens of live units", 1),
-        Column(
-            "effective_tokens_matched",
-            "effective tokens less the baseline's, at equal layer and activity",
-            2,
-            -1,
-            _SPECIALIZED,
-            drawn=True,
-        ),
+        Column("effective_tokens_matched", _MATCHED, 2, -1, _SPECIALIZED, drawn=True),
         Column("effective_tokens_matched_0.3", "the same, firing at 0.3 of the percentile", 2),
         Column("effective_tokens_matched_0.7", "the same, firing at 0.7 of the percentile", 2),
         Column("share_matched", "share of live units that have a match", 2),
@@ -154,21 +120,58 @@ _THEMES: dict[str, tuple[Column, ...]] = {
     ),
 }
 
+_OF_THEME: dict[str, dict[str, tuple[str, ...]]] = {
+    "Weights": {"streams": (WEIGHTS,)},
+    **{theme: {"tasks": tuple(TASKS)} for theme in ("Skill", "Circuits by ACDC", "Faithfulness")},
+}
+"""Fields that all columns of a theme share."""
+
 COLUMNS: dict[str, Column] = {
-    column.name: dataclasses.replace(column, theme=theme) for theme, some in _THEMES.items() for column in some
+    column.name: dataclasses.replace(column, theme=theme, **_OF_THEME.get(theme, {}))  # type: ignore[arg-type]
+    for theme, columns in _THEMES.items()
+    for column in columns
 }
 """Columns by name, in the order of the tables."""
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of columns, each once, in the order of the tables; those that are not in `COLUMNS` last."""
-    order = [*COLUMNS]
-    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in COLUMNS else len(order))
+def in_order(places: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs of task and column, each once, in the order of the tables: theme, then task, then column.
+
+    Columns that are not in `COLUMNS` come last.
+    """
+    scales: tuple[list[str], ...] = ([*_THEMES, OTHER], ["", *TASKS], list(COLUMNS))
+
+    def order(place: tuple[str, str]) -> list[int]:
+        task, name = place
+        values = (column_named(name).theme, task, name)
+        return [s.index(v) if v in s else len(s) for s, v in zip(scales, values, strict=True)]
+
+    return sorted(dict.fromkeys(places), key=order)
 
 
 def column_named(name: str) -> Column:
     """The column of this name; one without label and claim where `COLUMNS` does not have it."""
     return COLUMNS.get(name) or Column(name, name, 3)
+
+
+def with_task(title: str, task: str) -> str:
+    """The title of a table or panel with the task that it is about."""
+    return f"{title}: {TASKS.get(task, task)}" if task else title
+
+
+def claimed_direction(task: str, name: str) -> int:
+    """Direction that is claimed of a column in a task; 0: there is no claim."""
+    column = column_named(name)
+    return column.direction if task in column.tasks else 0
+
+
+def claims_of(stream: str) -> list[tuple[str, str]]:
+    """Tasks and columns whose claims are decided together: those of the clean stream and the weights, or of the
+    ablated stream. They are those of `COLUMNS`, whatever of it is measured.
+    """
+    streams = {"ablated"} if stream == "ablated" else {"clean", WEIGHTS}
+    claims = [column for column in COLUMNS.values() if column.direction and streams & {*column.streams}]
+    return in_order((task, column.name) for column in claims for task in column.tasks)
 
 
 PAPER: dict[str, dict[str, float]] = {
@@ -185,16 +188,6 @@ PAPER: dict[str, dict[str, float]] = {
 """The paper's published figures by variant: clean stream, one run each, no seeds (the authors' results notebook)."""
 
 
-def paper_value(variant: str, column: str) -> float | None:
-    """The paper's figure for a column of a variant; None where it has none."""
-    field = column_named(column).paper
-    return PAPER.get(variant, {}).get(field) if field else None
-
-
-def family(stream: str) -> tuple[str, ...]:
-    """Columns whose claims are decided together: all of the clean stream and of the weights, or all of the ablated.
-
-    The family is that of `COLUMNS`, whatever of it is measured.
-    """
-    streams = {"ablated"} if stream == "ablated" else {"clean", WHOLE}
-    return tuple(name for name, column in COLUMNS.items() if column.direction and streams & {*column.streams})
+def published_value(variant: str, task: str, name: str) -> float | None:
+    """The paper's figure for a column of a variant; None where it has none. The paper's task is IOI."""
+    return PAPER.get(variant, {}).get(column_named(name).paper) if task in ("", "ioi") else None

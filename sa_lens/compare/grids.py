@@ -1,8 +1,8 @@
 """Grids: which models are trained, on what, and what is measured on them.
 
-Every model of a grid sees the same tokens in the same order for the same number of steps. The seed changes both the
-initial weights and the order, alike for every variant; those of the plain transformer are the same in all variants of a
-seed.
+Every model of a grid sees the same tokens in the same order for the same number of steps. The seed sets the initial
+weights and the order of the tokens; all variants of a seed share the order and the initial weights of the plain
+transformer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sa_lens.circuits.tinystories import NAMES
-from sa_lens.compare.basic_columns import Losses, ObjectSkill, Skill, Weights
-from sa_lens.compare.circuit_columns import ACDC, Faithfulness, ObjectACDC, ObjectFaithfulness
-from sa_lens.compare.sae_columns import SAE
-from sa_lens.compare.subject import Group
+from sa_lens.circuits.tasks.tinystories import NAMES
+from sa_lens.compare.measurement import Measurement
+from sa_lens.compare.model_columns import SAE, Losses, Weights
+from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
 from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
 from sa_lens.data.writing import atomic_write
@@ -33,10 +32,10 @@ Training = Literal["whole", "gates", "none"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table."""
+    """One way to build or train the model: a row of the table."""
 
     name: str
-    """Its name; those of the paper's rows are `baseline`, `local-8` and so on."""
+    """Its name. The paper's published figures belong to names such as `baseline` and `local-8`."""
     gates: GateConfig
     """Its gates; scope `none` for the baseline."""
     training: Training = "whole"
@@ -50,13 +49,13 @@ class Grid:
     name: str
     """Name of the grid."""
     about: str
-    """What it is for, in a line."""
+    """One line: what it is for."""
     run: RunConfig
-    """What all models share: shape, loss, text, training. Gates and seed are those of variant and cell."""
+    """What all models share: shape, loss, text, training. Its gates and its seed are not used."""
     variants: tuple[Variant, ...]
     """The baseline first."""
-    groups: tuple[Group, ...]
-    """Groups of columns."""
+    measurements: tuple[Measurement, ...]
+    """What is measured on every model."""
     seeds: tuple[int, ...]
     """Seeds that are trained unless others are asked for."""
 
@@ -66,7 +65,7 @@ class Grid:
             raise ValueError(f"variants {names}: names must differ, and the first must be {BASELINE!r}")
 
     def config(self, variant: Variant, seed: int, baseline: str | None = None) -> RunConfig:
-        """The run of one cell.
+        """The run of a variant with a seed.
 
         Args:
             baseline: folder of the trained baseline of the same seed, for a variant that trains gates on it.
@@ -86,7 +85,7 @@ class Grid:
 
 
 def learned(ks: Sequence[int], gates: GateConfig) -> tuple[Variant, ...]:
-    """Local and global gates that keep k attention units and k neurons, for each k."""
+    """Variants with local and with global gates that keep k attention units and k neurons, for each k."""
     return tuple(
         Variant(f"{scope}-{k}", dataclasses.replace(gates, scope=scope, k_attn=k, k_mlp=k))
         for scope in ("local", "global")
@@ -95,8 +94,8 @@ def learned(ks: Sequence[int], gates: GateConfig) -> tuple[Variant, ...]:
 
 
 def controls(k: int, gates: GateConfig) -> tuple[Variant, ...]:
-    """The four controls, with local gates: random scores per layer, random scores per token, gates on the frozen
-    baseline, and a model that is not trained at all."""
+    """The four controls, with local gates: random scores per layer, random scores per token, gates trained on the
+    frozen baseline, and a model that is not trained at all."""
     local = dataclasses.replace(gates, scope="local", k_attn=k, k_mlp=k)
     return (
         Variant("random-static", dataclasses.replace(local, scores="random-static")),
@@ -137,15 +136,15 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         about=about,
         run=run,
         variants=(baseline(), *learned((2, 8), gates), *controls(8, gates)),
-        groups=(
+        measurements=(
             Losses(tokens=60_000),
             Weights(),
             Skill(),
             ACDC(),
             Faithfulness(pairs=64),
-            ObjectSkill(),
-            ObjectACDC(),
-            ObjectFaithfulness(pairs=64),
+            Skill(task="object"),
+            ACDC(task="object", orders=0),
+            Faithfulness(task="object", pairs=64),
             Units(),
             Labels(),
             Explanations(units=24, tokens=30_000),
@@ -177,15 +176,15 @@ def laptop_tinystories() -> Grid:
 def paper() -> Grid:
     """The paper's nine models at full size."""
     preset = PRESETS["paper-2024-10"]
-    groups = (
+    measurements = (
         Losses(tokens=500_000),
         Weights(),
         Skill(),
         ACDC(),
         Faithfulness(),
-        ObjectSkill(),
-        ObjectACDC(),
-        ObjectFaithfulness(),
+        Skill(task="object"),
+        ACDC(task="object", orders=0),
+        Faithfulness(task="object"),
         Units(tokens=500_000, calibration=250_000),
         Labels(),
         Explanations(units=256, tokens=200_000, calibration=250_000),
@@ -193,7 +192,7 @@ def paper() -> Grid:
         SAE(SAE_PRESETS["paper"], tokens=200_000),
     )
     variants = (baseline(), *learned((8, 4, 2, 1), preset.gates))
-    return Grid("paper", "the paper's nine models at full size; for GPUs", preset, variants, groups, (0,))
+    return Grid("paper", "the paper's nine models at full size; for GPUs", preset, variants, measurements, (0,))
 
 
 def smoke() -> Grid:
@@ -212,15 +211,15 @@ def smoke() -> Grid:
         about="models of six steps, to see that everything runs",
         run=run,
         variants=(baseline(), *learned((4,), gates), *controls(4, gates)),
-        groups=(
+        measurements=(
             Losses(tokens=256),
             Weights(),
             Skill(pairs=16),
             ACDC(pairs=8, orders=2, bar=0.0, skill_pairs=16),
             Faithfulness(pairs=16, steps=1, bar=0.0, skill_pairs=16),
-            ObjectSkill(pairs=16),
-            ObjectACDC(pairs=8, bar=0.0, skill_pairs=16),
-            ObjectFaithfulness(pairs=16, steps=1, bar=0.0, skill_pairs=16),
+            Skill(task="object", pairs=16),
+            ACDC(task="object", pairs=8, orders=0, bar=0.0, skill_pairs=16),
+            Faithfulness(task="object", pairs=16, steps=1, bar=0.0, skill_pairs=16),
             Units(tokens=512, calibration=512),
             Labels(stories=60, calibration=512),
             Explanations(units=2, tokens=512, calibration=512),
@@ -267,7 +266,7 @@ def with_names_whole(grid: Grid, path: Path) -> Grid:
     """The grid with a tokenizer that keeps the names of the prompts whole, where it trains one on real text.
 
     Args:
-        path: where the names are, one a line (`write_names` puts them there).
+        path: file of the names, one per line, which `write_names` writes.
     """
     data = grid.run.data
     if data.source == "stories" or data.tokenizer != "bpe" or data.keep_whole is not None:
@@ -277,6 +276,6 @@ def with_names_whole(grid: Grid, path: Path) -> Grid:
 
 
 def write_names(path: Path) -> None:
-    """Writes the names of the prompts on real text, one a line."""
+    """Writes the names of the prompts on real text, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, "\n".join(NAMES).encode())

@@ -1,20 +1,27 @@
-"""Intervals over seeds, paired differences, and the rule by which a claim holds, fails or stays undecided.
+"""The results of a comparison: values, intervals over seeds, paired differences, and verdicts on the claims.
 
-The rule is fixed before anything is run: a claim predicts a direction for one column; it *holds* if the paired
-difference over seeds goes that way and its 95 % interval excludes 0 after Holm's correction over the claims of one
-variant in one stream, it *fails* if the difference goes the other way on the same terms, otherwise it is *undecided*.
+The rule is fixed before anything is run. A claim predicts a direction for one column. It *holds* if the paired
+difference over seeds goes that way and its 95 % interval excludes 0 after Holm's correction over the claims about one
+variant in one stream. It *fails* if the difference goes the other way on the same terms. Otherwise it is *undecided*.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-LEVEL = 0.95
-"""Coverage of intervals; claims are decided at 1 - LEVEL."""
+from sa_lens.compare.columns import WEIGHTS, claimed_direction, claims_of, column_named, in_order
+from sa_lens.compare.grids import BASELINE
+from sa_lens.compare.measurement import Measurement
+from sa_lens.compare.model_folder import ModelFolder
+from sa_lens.statistics import LEVEL, Interval, t_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEAST_PAIRS = 3
 """Seeds without which there is no test: counts of edges can differ by the same number twice, and p would be 0."""
@@ -22,17 +29,92 @@ LEAST_PAIRS = 3
 Verdict = Literal["holds", "fails", "undecided"]
 
 
-class Interval(NamedTuple):
-    """A mean over seeds."""
+@dataclass(frozen=True)
+class Comparison:
+    """The values of a comparison; `summary` decides on them, `write` makes files of them."""
 
-    n: int
-    """Seeds with a value."""
-    mean: float
-    """Their mean; NaN without any."""
-    low: float
-    """Lower end of the t interval; NaN with fewer than two seeds."""
-    high: float
-    """Upper end."""
+    name: str
+    """Name of the grid."""
+    variants: tuple[str, ...]
+    """Rows of the table, the baseline first."""
+    seeds: tuple[int, ...]
+    """All seeds that were asked for."""
+    values: pd.DataFrame
+    """One row per value: variant, seed, task (empty: not about a task), column, stream (empty: of the weights), value
+    (NaN: none)."""
+    notes: pd.DataFrame
+    """One row per note on a model: variant, seed, measurement, note."""
+    unfinished: int
+    """Measurements of models that are still to do."""
+
+    def summary(self, against: str = BASELINE) -> pd.DataFrame:
+        """Means over seeds, paired differences and verdicts.
+
+        The ablated stream of a gated model is compared with the clean stream of the dense baseline, which has no other.
+        Against a gated variant, each stream is compared with the same stream.
+
+        Args:
+            against: the variant that differences are taken from. The claims are about the baseline; with another
+                variant, the verdicts tell whether an effect goes beyond that variant's.
+
+        Returns:
+            One row per variant, task, column and stream: `n`, `mean`, `low`, `high` (95 % t interval over seeds);
+            `n_pairs`, `difference`, `difference_low`, `difference_high`, `p` (paired t test), `p_holm` (corrected over
+            the claims about the variant in the stream); `direction` claimed, `verdict` (empty without a claim),
+            `claim`.
+
+        Raises:
+            ValueError: no such variant.
+        """
+        import pandas as pd
+
+        if against not in self.variants:
+            raise ValueError(f"against={against!r} is no variant of this comparison: {', '.join(self.variants)}")
+        keys = ["variant", "task", "column", "stream"]
+        groups: Any = self.values.groupby(keys, sort=False)
+        by_seed: dict[_Key, pd.Series] = {key: rows.set_index("seed")["value"] for key, rows in groups}
+        rows = []
+        for variant in self.variants:
+            of_variant = [_row(by_seed, key, against) for key in by_seed if key[0] == variant]
+            if variant != against:
+                _decide(of_variant)
+            rows += of_variant
+        order = in_order((task, column) for _, task, column, _ in by_seed)
+        rows.sort(key=lambda row: (self.variants.index(row["variant"]), order.index((row["task"], row["column"]))))
+        return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+_Key = tuple[str, str, str, str]
+"""Variant, task, column, stream."""
+_DIFFERENCE = ("n_pairs", "difference", "difference_low", "difference_high", "p")
+_COLUMNS = [
+    *("variant", "task", "column", "stream", "n", "mean", "low", "high", *_DIFFERENCE, "p_holm"),
+    *("direction", "verdict", "claim"),
+]
+
+
+def _row(by_seed: dict[_Key, pd.Series], key: _Key, against: str) -> dict[str, Any]:
+    """A row of the summary, without its verdict."""
+    (variant, task, column, stream), own = key, by_seed[key]
+    row: dict[str, Any] = {"variant": variant, "task": task, "column": column, "stream": stream, "n": int(own.count())}
+    row |= t_interval(own.tolist())._asdict()
+    row |= {"direction": claimed_direction(task, column), "verdict": "", "claim": column_named(column).claim}
+    if variant == against:
+        return row | dict.fromkeys(_DIFFERENCE, math.nan) | {"n_pairs": 0, "p_holm": math.nan}
+    reference = by_seed.get((against, task, column, stream), by_seed.get((against, task, column, "clean")))
+    both = own.to_frame("own").join(own.iloc[:0] if reference is None else reference, how="inner")
+    difference = paired_difference(both["own"].tolist(), both["value"].tolist())
+    return row | dict(zip(_DIFFERENCE, difference, strict=True)) | {"p_holm": math.nan}
+
+
+def _decide(rows: list[dict[str, Any]]) -> None:
+    """Fills in corrected p-values and verdicts of one variant, family by family."""
+    for streams in (("clean", WEIGHTS), ("ablated",)):
+        claims = [row for row in rows if row["direction"] and row["stream"] in streams]
+        adjusted = holm([row["p"] for row in claims], len(claims_of(streams[0])))
+        for row, p in zip(claims, adjusted, strict=True):
+            row["p_holm"] = p
+            row["verdict"] = verdict(row["difference"], p, row["direction"])
 
 
 class Difference(NamedTuple):
@@ -41,35 +123,17 @@ class Difference(NamedTuple):
     n: int
     """Seeds that have both values."""
     mean: float
-    """Mean of variant minus reference."""
+    """Mean of variant minus reference; NaN without any."""
     low: float
     """Lower end of the t interval of the differences."""
     high: float
     """Upper end."""
     p: float
-    """Two-sided p-value of the paired t test; NaN with fewer than `LEAST_PAIRS` seeds, or differences all alike."""
+    """Two-sided p-value of the paired t test; NaN with fewer than `LEAST_PAIRS` seeds, or if all differences are the
+    same number other than 0."""
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean and t interval of the mean; NaN values are left out.
-
-    Raises:
-        ValueError: a level outside (0, 1).
-    """
-    from scipy.stats import t
-
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie above 0 and below 1")
-    x = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
-    n = len(x)
-    if n < 2:
-        return Interval(n, float(x[0]) if n else math.nan, math.nan, math.nan)
-    half = float(t.ppf((1 + level) / 2, n - 1)) * float(x.std(ddof=1)) / math.sqrt(n)
-    mean = float(x.mean())
-    return Interval(n, mean, mean - half, mean + half)
-
-
-def paired(values: Sequence[float], reference: Sequence[float], level: float = LEVEL) -> Difference:
+def paired_difference(values: Sequence[float], reference: Sequence[float], level: float = LEVEL) -> Difference:
     """Difference of values that belong together by seed; pairs with a NaN are left out.
 
     Differences that are all equal have no test, or p = 1 if they are all 0: counts of edges may differ by the same
@@ -78,16 +142,17 @@ def paired(values: Sequence[float], reference: Sequence[float], level: float = L
     Raises:
         ValueError: sequences of unequal length, or a level outside (0, 1).
     """
-    from scipy.stats import t
+    from scipy.stats import ttest_1samp
 
-    found = t_interval([a - b for a, b in zip(values, reference, strict=True)], level)
-    if found.n < LEAST_PAIRS:
-        return Difference(*found, math.nan)
-    half = found.high - found.mean
-    if half == 0:
-        return Difference(*found, 1.0 if found.mean == 0 else math.nan)
-    statistic = abs(found.mean) / half * float(t.ppf((1 + level) / 2, found.n - 1))
-    return Difference(*found, 2 * float(t.sf(statistic, found.n - 1)))
+    differences = [a - b for a, b in zip(values, reference, strict=True) if math.isfinite(a - b)]
+    interval: Interval = t_interval(differences, level)
+    if len(differences) < LEAST_PAIRS:
+        p = math.nan
+    elif np.ptp(differences) == 0:
+        p = 1.0 if interval.mean == 0 else math.nan
+    else:
+        p = float(ttest_1samp(differences, 0).pvalue)
+    return Difference(len(differences), *interval, p)
 
 
 def holm(p: Sequence[float], family: int | None = None) -> list[float]:
@@ -112,7 +177,7 @@ def holm(p: Sequence[float], family: int | None = None) -> list[float]:
 
 
 def verdict(difference: float, adjusted_p: float, direction: int, level: float = LEVEL) -> Verdict:
-    """What becomes of a claim.
+    """Verdict on a claim.
 
     Args:
         difference: mean paired difference, variant minus reference.
@@ -127,3 +192,36 @@ def verdict(difference: float, adjusted_p: float, direction: int, level: float =
     if math.isnan(adjusted_p) or not adjusted_p + level < 1:
         return "undecided"
     return "holds" if difference * direction > 0 else "fails"
+
+
+def collect(name: str, folders: Sequence[ModelFolder], measurements: Sequence[Measurement]) -> Comparison:
+    """The comparison of all models that are on disk."""
+    import pandas as pd
+
+    values, notes, unfinished = [], [], 0
+    for folder in folders:
+        of_model = {"variant": folder.variant.name, "seed": folder.seed}
+        for measurement in measurements:
+            note = {**of_model, "measurement": measurement.label}
+            result = folder.result(measurement)
+            if result is None:
+                why = measurement.missing()
+                unfinished += why is None
+                notes.append({**note, "note": why or "not measured yet"})
+                continue
+            notes += [{**note, "note": text} for text in result.notes]
+            values += [
+                {**of_model, "task": measurement.task, "column": column, "stream": stream, "value": value}
+                for column, of_stream in result.values.items()
+                for stream, value in of_stream.items()
+            ]
+    return Comparison(
+        name=name,
+        variants=tuple(dict.fromkeys(folder.variant.name for folder in folders)),
+        seeds=tuple(dict.fromkeys(folder.seed for folder in folders)),
+        values=pd.DataFrame(values, columns=["variant", "seed", "task", "column", "stream", "value"]).astype(
+            {"value": float}
+        ),
+        notes=pd.DataFrame(notes, columns=["variant", "seed", "measurement", "note"]),
+        unfinished=unfinished,
+    )

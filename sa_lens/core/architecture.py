@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import apply_softcap
-from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.core.base import HookedTransformer, HookedTransformerConfig
+from sa_lens.core.coverage import Coverage
 from sa_lens.core.embedding import TiedUnembed
-
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
 
 
 def hooked_config(
@@ -52,35 +49,42 @@ def hooked_config(
     )
 
 
+_GATES = Coverage(
+    features={
+        "windowed attention",
+        "grouped keys and values",
+        "a soft cap on logits",
+        "an attention scale that falls with the layer",
+        "a final RMSNorm after LayerNorms",
+        "a LayerNorm on the embedding",
+        "attention and MLP in parallel",
+        "no MLPs",
+        "a gated MLP",
+        "a LayerNorm inside the MLP",
+    },
+    positions={"standard", "rotary", "shortformer", "alibi"},
+    because={
+        "bidirectional attention": "the ablated stream is defined for causal decoders",
+        "a soft cap on attention scores": "scores are hooked after the cap, so clean keys cannot be put in",
+        "clipped queries, keys and values": "they are hooked before the clip",
+        "log-n attention": "queries are scaled after their hook",
+        "a mixture of experts": "its neurons have no single hook",
+        "4-bit weights": "gates cannot read them exactly",
+    },
+)
+"""Architectures whose ablated stream is exact, as the tests show; the others are refused."""
+
+
 def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
     """Refuses what the ablated stream would not be exact for, and gates that do not fit.
 
     Raises:
         ValueError: with the reason.
     """
-    reasons = {
-        "encoder or bidirectional attention: the ablated stream is defined for causal decoders": cfg.attention_dir
-        != "causal",
-        "a soft cap on attention scores: scores are hooked after the cap, so clean keys cannot be put in": (
-            cfg.attn_scores_soft_cap > 0
-        ),
-        "attention sinks: not shown to be exact": cfg.use_attention_sinks,
-        "normalised queries and keys: not shown to be exact": cfg.use_qk_norm,
-        "clipped queries, keys and values: they are hooked before the clip": cfg.clip_qkv is not None,
-        "log-n attention: queries are scaled after their hook": cfg.use_logn_attn,
-        "dynamic NTK rotary embeddings: not shown to be exact": cfg.use_dynamic_ntk_rope,
-        "relative position bias: not shown to be exact": cfg.positional_embedding_type == "relative_positional_bias",
-        "normalisation after the layers: not shown to be exact": cfg.use_normalization_before_and_after
-        or cfg.original_architecture in POST_NORM_ARCHITECTURES
-        or cfg.original_architecture == "OlmoeForCausalLM",
-        "mixture of experts: its neurons have no single hook": bool(cfg.num_experts),
-        "4-bit weights: gates cannot read them exactly": bool(getattr(cfg, "load_in_4bit", False)),
-        "several devices (n_devices > 1): not tested": cfg.n_devices > 1,
-    }
     if gates.gated:
-        for reason, applies in reasons.items():
-            if applies:
-                raise ValueError(f"no gates on this model: {reason}")
+        reason = _GATES.reason_against(cfg)
+        if reason is not None:
+            raise ValueError(f"no gates on this model, which has {reason}")
         n_attn = cfg.n_heads * (cfg.d_head if gates.attn_unit == "channel" else 1)
         limits = [("k_attn", gates.k_attn, n_attn)]
         if not cfg.attn_only:
@@ -223,13 +227,3 @@ def fold_final_norm_into_gates(state: dict[str, Tensor]) -> None:
         if b is not None:
             state[bias_key] = state[bias_key] + b @ state[key]
         state[key] = w[:, None] * state[key]
-
-
-def named_gates(model: SelfAblatingTransformer) -> list[tuple[int, str]]:
-    """(layer, name) of every gate, `attn_gate` before `mlp_gate`."""
-    return [
-        (layer, name)
-        for layer, block in enumerate(model.blocks)
-        for name in ("attn_gate", "mlp_gate")
-        if hasattr(block, name)
-    ]

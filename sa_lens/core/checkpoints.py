@@ -15,26 +15,27 @@ import json
 import re
 import tempfile
 import typing
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 from transformers import AutoTokenizer
 
 from sa_lens.catalogue import near_name, shipped_folder
 from sa_lens.config import GateConfig, from_dict, to_dict
 from sa_lens.core import architecture
+from sa_lens.core.base import HookedTransformerConfig, official_name
 from sa_lens.core.gate import Gate
-from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.core.gated import GatedTransformer
 from sa_lens.data.reading import DamagedFile, check_object, read_json
 from sa_lens.data.writing import atomic_write, staged_folder
+
+Model = TypeVar("Model", bound=GatedTransformer)
 
 FORMAT = "sa_lens"
 VERSION = 1
@@ -104,12 +105,12 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         save_file(dict(weights), path, metadata={"format": "pt"})
 
 
-def weights_of(model: SelfAblatingTransformer) -> dict[str, Tensor]:
+def weights_of(model: GatedTransformer) -> dict[str, Tensor]:
     """The model's parameters by name, contiguous on the CPU; a tied unembedding is not among them."""
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
-def describe(model: SelfAblatingTransformer) -> dict[str, Any]:
+def describe(model: GatedTransformer) -> dict[str, Any]:
     """What `config.json` holds: everything needed to rebuild the model without its weights.
 
     Raises:
@@ -135,7 +136,7 @@ def describe(model: SelfAblatingTransformer) -> dict[str, Any]:
     }
 
 
-def check_description(model: SelfAblatingTransformer, described: Mapping[str, Any]) -> None:
+def check_description(model: GatedTransformer, described: Mapping[str, Any]) -> None:
     """Checks that a model built from its description is this one, weights aside.
 
     Raises:
@@ -151,7 +152,7 @@ def check_description(model: SelfAblatingTransformer, described: Mapping[str, An
             if isinstance(value, plain) and name != "training" and not name.startswith("_")
         }
 
-    twin = build(described, device="meta")
+    twin = build(type(model), described, device="meta")
     wanted = {name: (tuple(p.shape), p.dtype) for name, p in twin.named_parameters()}
     actual = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     for name, module in twin.named_modules():
@@ -165,7 +166,7 @@ def check_description(model: SelfAblatingTransformer, described: Mapping[str, An
             )
 
 
-def save(model: SelfAblatingTransformer, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+def save(model: GatedTransformer, folder: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
     """Writes the model into a folder: tokenizer, `model.safetensors` and `config.json`, all of them or none.
 
     A new folder appears under its name only when complete. Other files of an existing folder are left alone.
@@ -214,8 +215,12 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load(
-    name: str | Path, *, which: Literal["best", "last"] = "best", device: str | torch.device | None = None
-) -> SelfAblatingTransformer:
+    cls: type[Model],
+    name: str | Path,
+    *,
+    which: Literal["best", "last"] = "best",
+    device: str | torch.device | None = None,
+) -> Model:
     """Loads a model from a run folder or the Hub; see `SelfAblatingTransformer.from_pretrained`."""
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r} must be 'best' or 'last'")
@@ -232,7 +237,7 @@ def load(
     if isinstance(n_layers := config["model"].get("n_layers"), int) and n_layers > layers:
         # found out before memory is taken for that many
         raise ValueError(f"{path} does not fit this model: it has {layers} layers, expected {n_layers}")
-    model = build(config, folder, device=device)
+    model = build(cls, config, folder, device=device)
     _fill(model, weights, path, config.get("stored_dtype"))
     return model.eval()
 
@@ -251,7 +256,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by sa_lens. A Hugging Face model goes through TransformerLens first: "
-            "SelfAblatingTransformer.from_hooked(HookedTransformer.from_pretrained(name), GateConfig(...))"
+            "SelfAblatingTransformer.from_hooked(TransformerBridge.boot_transformers(name), GateConfig(...))"
         )
     version = config.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -277,8 +282,12 @@ def _damaged(path: Path, fault: object) -> DamagedFile:
 
 
 def build(
-    config: Mapping[str, Any], folder: Path | None = None, *, device: str | torch.device | None = None
-) -> SelfAblatingTransformer:
+    cls: type[Model],
+    config: Mapping[str, Any],
+    folder: Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> Model:
     """The model that a `config.json` describes, with weights still to be loaded, and its tokenizer if there is one.
 
     Raises:
@@ -288,7 +297,7 @@ def build(
         # a device that is not there is no fault of the file
         torch.empty(0, device=device)
     try:
-        model = _described_model(config, device)
+        model = _described_model(cls, config, device)
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ArithmeticError, RuntimeError) as error:
         raise _damaged(Path(CONFIG) if folder is None else folder / CONFIG, error) from error
     if folder is not None and config["tokenizer"]:
@@ -296,7 +305,7 @@ def build(
     return model
 
 
-def _described_model(config: Mapping[str, Any], device: str | torch.device | None) -> SelfAblatingTransformer:
+def _described_model(cls: type[Model], config: Mapping[str, Any], device: str | torch.device | None) -> Model:
     if config["dtype"] not in DTYPES:
         raise ValueError(f"dtype {config['dtype']!r} is unknown, it must be one of {', '.join(DTYPES)}")
     cfg = HookedTransformerConfig(
@@ -309,7 +318,7 @@ def _described_model(config: Mapping[str, Any], device: str | torch.device | Non
     lacking = [name for name in to_dict(gates) if name not in config["gates"]]
     if lacking:
         raise ValueError(f"gates lacks {lacking[0]!r}")
-    model = SelfAblatingTransformer(cfg, gates)
+    model = cls(cfg, gates)
     model.qkv_bias, model.unembed_bias = config["qkv_bias"], config["unembed_bias"]
     with torch.no_grad():
         for name in model.zero_biases:
@@ -360,7 +369,7 @@ def _tokenizer_of(folder: Path) -> Any:
         raise DamagedFile(f"the tokenizer in {folder} is damaged: {error}; {REMEDY}") from error
 
 
-def load_weights(model: SelfAblatingTransformer, path: Path) -> None:
+def load_weights(model: GatedTransformer, path: Path) -> None:
     """Loads a `model.safetensors` into the model it belongs to.
 
     Raises:
@@ -379,9 +388,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise _damaged(path, error) from error
 
 
-def _fill(
-    model: SelfAblatingTransformer, weights: dict[str, Tensor], path: Path, stored_dtype: str | None = None
-) -> None:
+def _fill(model: GatedTransformer, weights: dict[str, Tensor], path: Path, stored_dtype: str | None = None) -> None:
     """Fills a model with weights of its own type, or of the type in which they are stored to save room."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -452,8 +459,8 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
         ValueError: with the way to the same end.
     """
     way = (
-        "load it with HookedTransformer.from_pretrained(...), then "
-        "SelfAblatingTransformer.from_hooked(model, GateConfig())"
+        "load it with TransformerBridge.boot_transformers(...), then "
+        "SelfAblatingTransformer.from_hooked(bridge, GateConfig())"
     )
     local = shipped_folder(name) is not None or Path(name).exists()
     if "dtype" in unknown and local:
@@ -466,17 +473,5 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
             f"from_pretrained has no argument {next(iter(unknown))!r}; it loads sa_lens's own models as they are. "
             f"For a TransformerLens model {way}"
         )
-    if not local and _is_transformer_lens_name(str(name)):
+    if not local and official_name(str(name)) is not None:
         raise ValueError(f"{str(name)!r} is a model of TransformerLens, without gates: {way}")
-
-
-def _is_transformer_lens_name(name: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformer_lens.loading_from_pretrained import get_official_model_name
-
-        try:
-            get_official_model_name(name)
-        except ValueError:
-            return False
-    return True

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.components import Embed, Unembed
 from transformer_lens.hook_points import HookPoint
+
+from sa_lens.core.base import Embed, HookedTransformer, Unembed
 
 
 class TiedUnembed(Unembed):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sa_lens.core import architecture, reference
+from sa_lens.core.base import TRANSFORMER_LENS
 from sa_lens.core.checkpoints import (
     CONFIG,
     WEIGHTS,
@@ -20,19 +21,21 @@ from sa_lens.core.checkpoints import (
     save_tokenizer,
     write_weights,
 )
+from sa_lens.core.coverage import Coverage
 from sa_lens.core.model import SelfAblatingTransformer
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.data.writing import atomic_write, staged_folder
 from sa_lens.places import output_file, output_folder
 
-_HF_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+_GPT2 = Coverage(normalizations={"LN", "LNPre"}, activations={"gelu_new", "gelu", "relu", "silu"})
+"""Architectures that a GPT-2 folder can express."""
 
 
 def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     """Writes the clean stream as a plain HookedTransformer: config JSON, safetensors, tokenizer; all or nothing.
 
     Returns:
-        Five lines of Python that load it without sa_lens.
+        Five lines of Python that load it, without sa_lens where TransformerLens has a HookedTransformer (below 4).
 
     Raises:
         FileExistsError: the folder holds something.
@@ -50,10 +53,11 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     has_tokenizer = model.tokenizer is not None
     tokenizer = f", tokenizer=transformers.AutoTokenizer.from_pretrained({str(folder)!r})" if has_tokenizer else ""
     dtype = "" if described["dtype"] == "float32" else f", dtype=torch.{described['dtype']}"
+    package = "transformer_lens" if TRANSFORMER_LENS < 4 else "sa_lens"
     return "\n".join(
         [
             "import json, pathlib, torch, transformers, safetensors.torch",
-            "from transformer_lens import HookedTransformer, HookedTransformerConfig",
+            f"from {package} import HookedTransformer, HookedTransformerConfig",
             f"cfg = HookedTransformerConfig(**json.loads(pathlib.Path({str(folder / CONFIG)!r}).read_text()){dtype})",
             f"model = HookedTransformer(cfg{tokenizer})",
             f"model.load_state_dict(safetensors.torch.load_file({str(folder / WEIGHTS)!r}))",
@@ -90,23 +94,15 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     cfg = architecture.actual_config(model)
-    for requirement, holds in {
-        "LayerNorm": cfg.normalization_type in ("LN", "LNPre") and not cfg.final_rms,
-        "learned positions added to the embedding": cfg.positional_embedding_type == "standard",
-        "an MLP in every layer, not gated": not cfg.attn_only and not cfg.gated_mlp,
-        "attention and MLP in sequence": not cfg.parallel_attn_mlp,
-        "ungrouped keys and values": cfg.n_key_value_heads is None,
-        "attention over all earlier positions": not cfg.use_local_attn,
-        "heads that add up to the residual stream, n_heads * d_head = d_model": cfg.n_heads * cfg.d_head == cfg.d_model,
-        f"one of the activations {', '.join(_HF_ACTIVATIONS)}": cfg.act_fn in _HF_ACTIVATIONS,
-        "no soft cap": cfg.output_logits_soft_cap <= 0 and cfg.attn_scores_soft_cap <= 0,
-        "no LayerNorm after the embedding": not cfg.post_embedding_ln,
-        "the same attention scale in every layer": not cfg.scale_attn_by_inverse_layer_idx,
-        "as many logits as tokens": cfg.d_vocab_out == cfg.d_vocab,
-        "no bias on the logits": not bool(model.unembed.b_U.any()),
-    }.items():
-        if not holds:
-            raise ValueError(f"GPT-2 cannot express this model: it needs {requirement}. Use --to hooked")
+    reason = _GPT2.reason_against(cfg)
+    if reason is None and cfg.n_heads * cfg.d_head != cfg.d_model:
+        reason = "heads that do not add up to the residual stream (n_heads * d_head = d_model)"
+    if reason is None and cfg.d_vocab_out != cfg.d_vocab:
+        reason = "other logits than tokens"
+    if reason is None and bool(model.unembed.b_U.any()):
+        reason = "a bias on the logits"
+    if reason is not None:
+        raise ValueError(f"GPT-2 cannot express this model, which has {reason}. Use --to hooked")
     folder = output_folder(folder, free=True)
     begin, end = (None, None) if model.tokenizer is None else boundary_tokens(model.tokenizer)
     hf = GPT2LMHeadModel(
@@ -117,7 +113,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
             n_layer=cfg.n_layers,
             n_head=cfg.n_heads,
             n_inner=cfg.d_mlp,
-            activation_function=_HF_ACTIVATIONS[cfg.act_fn],
+            activation_function=cfg.act_fn,
             layer_norm_epsilon=cfg.eps,
             resid_pdrop=0.0,
             embd_pdrop=0.0,

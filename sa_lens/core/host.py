@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.config import Stream
+from sa_lens.config import Masks, Stream
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 """(name of a hook point, function of the activation and `hook=`)."""
@@ -49,24 +49,29 @@ def has_ablated_stream(model: Host) -> bool:
     return gates is not None and bool(gates.gated)
 
 
+def streams_of(model: Host, stream: Stream | None = None) -> tuple[Stream, ...]:
+    """The streams that the model has; with `stream`, that one alone."""
+    if stream is not None:
+        return (stream,)
+    return ("clean", "ablated") if has_ablated_stream(model) else ("clean",)
+
+
 def in_stream(
     model: Host,
     stream: Stream,
     position: int | Sequence[int] | Tensor | None = None,
     *,
-    gates: Literal["frozen", "live"] = "frozen",
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Masks | Mapping[str, Tensor] | None = None,
     clean_hooks: Sequence[Any] = (),
 ) -> AbstractContextManager[Any]:
     """A context in which the model runs the stream.
 
     Args:
         position: where the masks act in the ablated stream; None: at all positions. See `model.ablated`.
-        gates: `frozen` or `live`, as in `model.ablated`.
-        masks: given masks, as in `model.ablated`.
+        masks: `frozen`, `live` or given masks, as in `model.ablated`; None: `frozen`.
         clean_hooks: hooks of the clean pass, as in `model.ablated`.
 
-    The last four mean nothing in the clean stream, so one call serves both.
+    The last three mean nothing in the clean stream, so one call serves both.
 
     Raises:
         ValueError: an unknown stream, or the ablated one of a model without gates.
@@ -81,7 +86,7 @@ def in_stream(
             "on it with SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
         )
     ablated: Callable[..., AbstractContextManager[Any]] = model.ablated  # type: ignore[attr-defined]
-    return ablated(position=position, gates=gates, masks=masks, clean_hooks=clean_hooks)
+    return ablated(position=position, masks="frozen" if masks is None else masks, clean_hooks=clean_hooks)
 
 
 def gate_hook_names(model: Host, what: Literal["in", "scores", "mask"] = "mask") -> list[str]:
@@ -164,7 +169,7 @@ def run_to_last(
     """Logits at the last position in float32 or wider, without unembedding the others.
 
     With a large vocabulary most of the time and memory of a short prompt go into logits that nobody reads. Not for
-    `gates="live"`, whose clean pass runs these hooks too and would lose the other positions.
+    `masks="live"`, whose clean pass runs these hooks too and would lose the other positions.
     """
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 

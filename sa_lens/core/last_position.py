@@ -1,9 +1,9 @@
 """Passes of prompts of several lengths up to the last position of each, in both streams, without hooks.
 
-What hooks would read of `model` and of `model.ablated(position=-1)`, for models whose nodes can be run one by one
-(`nodes.unsupported`). All prompts run together, padded on the right, with no work on the padding and none in the top
-layer but at the last position. A pass is cut in lanes: `earlier` holds the positions before the last one, which both
-streams share; `clean` and `ablated` are the last position in each.
+They give what hooks would read of `model` and of `model.ablated(position=-1)`, for models whose nodes can be run one by
+one. All prompts run together, padded on the right. Nothing is computed on the padding, and in the top layer nothing but
+the last position. A pass has three lanes: `earlier` holds the positions before the last one, which both streams share;
+`clean` and `ablated` are the last position in each.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from sa_lens.core.fused.support import has_user_hooks
 from sa_lens.core.host import Host, in_stream
-from sa_lens.core.nodes import NodeFunctions, gate_masks, unsupported
+from sa_lens.core.nodes import NodeFunctions, gate_masks, why_not_single_nodes
 
 Lane = Literal["earlier", "clean", "ablated"]
 """Positions before the last one; the last one in the clean stream; the last one in the ablated stream."""
 
-Masks = tuple[Tensor | None, Tensor | None]
+LayerMasks = tuple[Tensor | None, Tensor | None]
 """Masks of a layer's attention units `[prompt, head, width]` and neurons `[prompt, d_mlp]` at the last position."""
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -37,7 +37,7 @@ def why_not_by_nodes(model: Host) -> str | None:
     """Why a pass by nodes would not be what a pass of the model is; None if it would."""
     if has_user_hooks(model):  # type: ignore[arg-type]
         return "hooks are attached to this model, which only a pass of the whole model runs"
-    return unsupported(model)
+    return why_not_single_nodes(model)
 
 
 class Prompts(NamedTuple):
@@ -91,8 +91,8 @@ class LastPass(NamedTuple):
     """Outputs of the MLPs."""
     final: dict[Lane, Float[Tensor, "prompt d_model"]]
     """Residual stream above the top layer."""
-    masks: list[Masks]
-    """Masks by layer; none without an ablated lane."""
+    masks: list[LayerMasks]
+    """LayerMasks by layer; none without an ablated lane."""
     keys_and_values: list[KeysAndValues]
     """By layer, of the earlier lane."""
 
@@ -124,7 +124,7 @@ def run_with_gradients(
     *,
     ablated: bool,
     before: Sequence[KeysAndValues],
-    masks: Sequence[Masks] | None = None,
+    masks: Sequence[LayerMasks] | None = None,
 ) -> LastPass:
     """Runs prompts of which some earlier positions are known, without turning gradients off.
 
@@ -179,7 +179,7 @@ class _Run:
             last = self._at_last("clean", layer, last, (None, None))
         self.found.final["clean"] = self.reads("clean", self.layers, "logits", last)
 
-    def ablated(self, given: Sequence[Masks] | None = None) -> None:
+    def ablated(self, given: Sequence[LayerMasks] | None = None) -> None:
         x = self._begin("ablated")
         reads_end = self.model.gates.reads_global  # type: ignore[attr-defined]
         for layer in range(self.layers):
@@ -199,7 +199,7 @@ class _Run:
         padded[:, self.prompts.prompt, self.prompts.pos] = x
         return padded
 
-    def _at_last(self, lane: Lane, layer: int, x: Float[Tensor, "prompt d_model"], masks: Masks) -> Tensor:
+    def _at_last(self, lane: Lane, layer: int, x: Float[Tensor, "prompt d_model"], masks: LayerMasks) -> Tensor:
         """A layer at the last position: its query looks at the earlier lane and at itself."""
         last = self.prompts.last
         own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
@@ -210,7 +210,9 @@ class _Run:
         z = self.functions.attend(layer, q, k, v, last)[:, :, 0].transpose(0, 1)
         return self._rest(lane, layer, x, z, masks)
 
-    def _rest(self, lane: Lane, layer: int, x: Tensor, z: Float[Tensor, "row head d_head"], masks: Masks) -> Tensor:
+    def _rest(
+        self, lane: Lane, layer: int, x: Tensor, z: Float[Tensor, "row head d_head"], masks: LayerMasks
+    ) -> Tensor:
         """A layer from its attention units on."""
         cfg = self.functions.cfg
         z = z if masks[0] is None else z * masks[0]

@@ -1,62 +1,46 @@
 """`SelfAblatingTransformer`: a HookedTransformer with learned top-k gates and two streams.
 
-What makes the ablated stream is in `streams.py`, what a gate computes in `gate.py`. Saving, loading and exchange with
-other formats are in `checkpoints.py`, `reference.py` and `export.py`.
+Here a model runs its streams. Its gates and weights are in `gated.py`, what makes the ablated stream in `streams.py`,
+files and other formats in `checkpoints.py`, `reference.py` and `export.py`.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import LocallyOverridenDefaults, Slice, get_attention_mask
-from transformers import PreTrainedTokenizerBase
+from transformer_lens.utilities import Slice
 
-from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import architecture, embedding
-from sa_lens.core.gate import Gate
+from sa_lens.config import GateConfig, Masks
+from sa_lens.core import architecture, checkpoints, embedding, reference
+from sa_lens.core.base import HookedTransformer, hooked_transformer
+from sa_lens.core.bridge import hooked_from_bridge, is_bridge
+from sa_lens.core.gated import GatedTransformer
+from sa_lens.core.hook_points import Ablation, Hooks, user_hooks
+from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.streams import (
-    Ablation,
     CleanPass,
-    Hooks,
-    StreamPoint,
-    StreamState,
     ablated_hooks,
     copy_cache,
     gated_points,
     position_mask,
     run_clean_pass,
-    user_hooks,
 )
-from sa_lens.data.tokenizers import prompt_tokenizer
-from sa_lens.data.tokens import vocabulary_of
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
-_FORWARD_ARGUMENTS = (
-    "loss_per_token",
-    "prepend_bos",
-    "padding_side",
-    "start_at_layer",
-    "tokens",
-    "shortformer_pos_embed",
-    "attention_mask",
-    "stop_at_layer",
-    "past_kv_cache",
-)
-"""Positional order of `HookedTransformer.forward` after `input` and `return_type`."""
+_FORWARD = inspect.signature(HookedTransformer.forward)
 _END = object()
 """What is left of a generator at its end."""
 
@@ -95,7 +79,20 @@ class Streams(NamedTuple):
         return named
 
 
-class SelfAblatingTransformer(HookedTransformer):
+class BothPasses(NamedTuple):
+    """A clean and an ablated pass; the ablated parts are None or empty without gates."""
+
+    clean_logits: Float[Tensor, "batch pos d_vocab"]
+    ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
+    masks: dict[str, list[Tensor]]
+    """Masks by kind of gate, a tensor a layer."""
+    clean_outputs: list[Float[Tensor, "batch pos d_model"]]
+    """Each layer's output, then the final LayerNorm's, of the clean stream."""
+    ablated_outputs: list[Float[Tensor, "batch pos d_model"]]
+    """The same of the ablated stream."""
+
+
+class SelfAblatingTransformer(GatedTransformer):
     """A HookedTransformer whose gates decide, token by token, which units stay in its ablated stream.
 
     By default everything runs on the clean stream, bit for bit as `HookedTransformer` does; inside
@@ -115,141 +112,12 @@ class SelfAblatingTransformer(HookedTransformer):
     Source: arXiv 2505.00509, section 3.
     """
 
-    gates: GateConfig
-
-    def __init__(
-        self,
-        cfg: HookedTransformerConfig | ModelConfig,
-        gates: GateConfig | None = None,
-        tokenizer: Any = None,
-        *,
-        seed: int | None = None,
-        device: str | torch.device | None = None,
-        default_padding_side: Literal["left", "right"] | None = None,
-    ) -> None:
-        gates = gates if gates is not None else GateConfig()
-        own = cfg if isinstance(cfg, ModelConfig) else None
-        tl_cfg = (
-            architecture.hooked_config(cfg, tokenizer=tokenizer, device=device)
-            if isinstance(cfg, ModelConfig)
-            else copy.deepcopy(cfg)
-        )
-        if device is not None:
-            tl_cfg.device = str(device)
-        architecture.check_supported(tl_cfg, gates)
-        # TransformerLens would run Python code of a tokenizer on the Hub
-        tl_cfg.trust_remote_code = False
-        seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
-        tl_cfg.seed = None
-        gpus = [torch.device(str(tl_cfg.device))] if "cuda" in str(tl_cfg.device) else []
-        with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-            # torch.manual_seed would also seed GPUs that this model is not on
-            torch.default_generator.manual_seed(seed)
-            for gpu in gpus:
-                with torch.cuda.device(gpu):
-                    torch.cuda.manual_seed(seed)
-            super().__init__(tl_cfg, tokenizer=tokenizer, default_padding_side=default_padding_side)
-        self.cfg.seed = seed
-        self.gates = gates
-        self._streams = StreamState()
-        generator = torch.Generator().manual_seed(seed + 1)
-        if own is not None and own.init == "reference":
-            architecture.initialise_as_reference(self, torch.Generator().manual_seed(seed))
-        if gates.gated:
-            self._attach_gates(generator)
-        self.qkv_bias = own.qkv_bias if own is not None else True
-        self.unembed_bias = own.unembed_bias if own is not None else True
-        self.freeze_unused_biases()
-        if self.cfg.tie_word_embeddings:
-            self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed)
-        self.setup()
-
-    def set_tokenizer(self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None) -> None:
-        """As in TransformerLens, for any Hugging Face tokenizer, also one that was never on disk.
-
-        The model keeps a copy that puts one token before a text: the one before the documents of a training text, see
-        `boundary_tokens`. It never reads the tokenizer from its folder again, so that no code there is run.
-
-        Args:
-            default_padding_side: `left` or `right`; None: the tokenizer's own.
-
-        Raises:
-            ValueError: no Hugging Face tokenizer, or one without begin- and end-of-text token.
-        """
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"the tokenizer is a {type(tokenizer).__name__}, but must be a Hugging Face one; wrap one of the "
-                "tokenizers library in PreTrainedTokenizerFast(tokenizer_object=..., eos_token=...)"
-            )
-        if default_padding_side not in ("left", "right", None):
-            raise ValueError(f"default_padding_side={default_padding_side!r} must be 'left', 'right' or None")
-        self.tokenizer = prompt_tokenizer(tokenizer)
-        self.tokenizer.padding_side = default_padding_side or self.tokenizer.padding_side or "right"
-        self.cfg.tokenizer_prepends_bos = True
-        if self.cfg.d_vocab == -1:
-            self.cfg.d_vocab = vocabulary_of(self.tokenizer)
-        if self.cfg.d_vocab_out == -1:
-            self.cfg.d_vocab_out = self.cfg.d_vocab
-
-    def _attach_gates(self, generator: torch.Generator) -> None:
-        cfg = self.cfg
-        attn_shape = (cfg.n_heads, cfg.d_head if self.gates.attn_unit == "channel" else 1)
-        for block in self.blocks:
-            shapes: dict[str, tuple[int, tuple[int, ...]]] = {"attn_gate": (self.gates.k_attn, attn_shape)}
-            if not cfg.attn_only:
-                assert cfg.d_mlp is not None
-                shapes["mlp_gate"] = (self.gates.k_mlp, (cfg.d_mlp,))
-            for name, (k, shape) in shapes.items():
-                gate = Gate(self.gates, k, cfg.d_model, shape, cfg.dtype, block.attn.b_O.device)
-                gate.reset_parameters(generator)
-                block.add_module(name, gate)
-
-    def freeze_unused_biases(self) -> None:
-        for name in self.zero_biases:
-            self.get_parameter(name).requires_grad_(False)
-
-    def _admit_filled_biases(self) -> None:
-        """Makes biases the model's own that it did not have and that weight processing has filled."""
-        unused = self.zero_biases
-        filled = {name.rsplit(".", 1)[-1] for name in unused if bool(self.get_parameter(name).any())}
-        self.qkv_bias = self.qkv_bias or bool(filled - {"b_U"})
-        self.unembed_bias = self.unembed_bias or "b_U" in filled
-        for name in unused:
-            self.get_parameter(name).requires_grad_(name not in self.zero_biases)
-
-    @property
-    def zero_biases(self) -> list[str]:
-        """Names of the biases that TransformerLens creates but this model does not have; they stay zero."""
-        unused = set() if self.qkv_bias else {"b_Q", "b_K", "b_V", "_b_K", "_b_V"}
-        if not self.unembed_bias:
-            unused.add("b_U")
-        return [name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in unused]
-
-    def setup(self) -> None:
-        """As in TransformerLens, after which the hook points know about the streams."""
-        super().setup()
-        if "_streams" not in self.__dict__:
-            return
-        for point in self.hook_dict.values():
-            if type(point) is HookPoint:
-                point.__class__ = StreamPoint
-                cast(StreamPoint, point).streams = self._streams
-
-    @property
-    def tied(self) -> bool:
-        """Whether embedding and unembedding are one parameter."""
-        return isinstance(self.unembed, embedding.TiedUnembed)
-
-    # ------------------------------------------------------------------------------------------------------ streams
-
     @contextmanager
     def ablated(
         self,
         position: int | Sequence[int] | Tensor | None = None,
         *,
-        gates: Literal["frozen", "live"] = "frozen",
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Masks | Mapping[str, Tensor] = "frozen",
         clean_hooks: Hooks = (),
     ) -> Iterator[SelfAblatingTransformer]:
         """Inside the context, this model and thread run the ablated stream.
@@ -264,27 +132,27 @@ class SelfAblatingTransformer(HookedTransformer):
 
         Args:
             position: where the masks act: one for all prompts or one for each; negative ones count from the end.
-            gates: `frozen`: masks of a clean pass on the same tokens in which no user hook fires. `live`: the user's
-                hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice). Only with a
-                position.
-            masks: given masks by hook name (`run_streams(...).masks`, or any cache that holds them). Where they cover
-                every gate, `hook_scores` stays silent; with a position the clean pass is then skipped.
+            masks: `frozen`: masks of a clean pass on the same tokens in which no user hook fires. `live`: the user's
+                hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice); only with a
+                position. Or given masks by hook name (`run_streams(...).masks`, or any cache that holds them): where
+                they cover every gate, `hook_scores` stays silent, and with a position the clean pass is skipped.
             clean_hooks: hooks of the clean pass, in TransformerLens's form.
 
         Raises:
             ValueError: a model without gates, an unknown choice, masks of another model.
         """
         self._require_gates("model.ablated()")
-        if gates not in ("frozen", "live"):
-            raise ValueError(f"gates={gates!r} must be 'frozen' or 'live'")
-        if gates == "live" and position is None:
+        if not isinstance(masks, str):
+            masks = self._checked_masks(masks)
+        elif masks not in get_args(Masks):
+            raise ValueError(f"masks={masks!r} must be 'frozen', 'live' or masks by hook name")
+        elif masks == "live" and position is None:
             raise ValueError(
-                "gates='live' needs a position; to edit the clean pass at all positions use clean_hooks=[(name, fn)]"
+                "masks='live' needs a position; to edit the clean pass at all positions use clean_hooks=[(name, fn)]"
             )
-        if gates == "live" and (masks is not None or clean_hooks):
-            raise ValueError("gates='live' recomputes the masks under your hooks: do not give masks or clean_hooks too")
-        chosen = None if masks is None else self._checked_masks(masks)
-        with self._streams.entered(Ablation(position, gates, chosen, tuple(clean_hooks))):
+        elif masks == "live" and clean_hooks:
+            raise ValueError("masks='live' recomputes the masks under your own hooks: do not give clean_hooks too")
+        with self._streams.entered(Ablation(position, masks, tuple(clean_hooks))):
             yield self
 
     @contextmanager
@@ -333,7 +201,7 @@ class SelfAblatingTransformer(HookedTransformer):
         with self._streams.lock:
             self.context_level += 1
         try:
-            with user_hooks(self, given, remove=reset_hooks_end):
+            with user_hooks(self, self._streams, given, remove=reset_hooks_end):
                 yield self
         finally:
             with self._streams.lock:
@@ -380,7 +248,8 @@ class SelfAblatingTransformer(HookedTransformer):
         `run_with_hooks` and `run_with_cache`. `prepend_bos` and `padding_side` act on the whole model while a pass
         lasts: with several threads, tokenize first.
         """
-        kwargs.update(zip(_FORWARD_ARGUMENTS, args, strict=False))
+        given = _FORWARD.bind(self, input, return_type, *args, **kwargs).arguments
+        kwargs = {name: value for name, value in given.items() if name not in ("self", "input", "return_type")}
         self._streams.threads.add(threading.get_ident())
         ablation = self._streams.current
         _say_that_the_stream_is_fixed(ablation)
@@ -411,7 +280,7 @@ class SelfAblatingTransformer(HookedTransformer):
             )
         cache_before = copy_cache(cache) if cache is not None else None
         clean = None
-        if ablation.position is None or not self._covers_every_gate(ablation.masks):
+        if ablation.position is None or not self._covers_every_gate(ablation.given):
             clean = self._clean_pass(input, kwargs, ablation, stop_at_layer=stop, want_keys=ablation.position is None)
             if ablation.position is not None and clean.resid_post is not None:
                 position_mask(ablation.position, *clean.resid_post.shape[:2])
@@ -423,8 +292,8 @@ class SelfAblatingTransformer(HookedTransformer):
     def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
         return run_clean_pass(self, super().forward, input, kwargs, ablation, **wants)
 
-    def _covers_every_gate(self, masks: Mapping[str, Tensor] | None) -> bool:
-        return masks is not None and all(
+    def _covers_every_gate(self, masks: Mapping[str, Tensor]) -> bool:
+        return all(
             f"blocks.{layer}.{name}.hook_mask" in masks
             for layer, block in enumerate(self.blocks)
             for name, _ in gated_points(block)
@@ -450,27 +319,9 @@ class SelfAblatingTransformer(HookedTransformer):
             prepend_bos: for strings; None: the model's default.
             padding_side: for strings; None: the tokenizer's.
         """
-        given = {"prepend_bos": prepend_bos, "padding_side": padding_side}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        side = padding_side or (None if self.tokenizer is None else self.tokenizer.padding_side)
-        texts = None if isinstance(input, Tensor) else [input] if isinstance(input, str) else input
-        if not isinstance(input, Tensor):
-            input = self.to_tokens(input, **options)
-        tokens = input[None] if input.ndim == 1 else input
-        check_tokens(tokens, len(self.embed.W_E))
-        tokens = tokens.to(self.embed.W_E.device, torch.long)
+        tokens, attention_mask, seen = tokens_and_padding(self, input, attention_mask, prepend_bos, padding_side)
         if targets is not None:
             targets = targets.to(tokens)
-        seen = attention_mask
-        if attention_mask is None and texts is not None:
-            lengths = [self.to_tokens(text, **options).shape[1] for text in texts]
-            attention_mask = padding_mask(lengths, tokens.shape[1], side == "left").to(tokens.device)
-            # what comes after a token never reaches it, so that padding on the right needs no mask in the passes
-            seen = attention_mask if side == "left" else None
-        elif attention_mask is None and side == "left" and self.tokenizer is not None:
-            bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-            with LocallyOverridenDefaults(self, padding_side=side):
-                seen = attention_mask = get_attention_mask(self.tokenizer, tokens, bos)
         both = self.run_both_passes(tokens, seen)
 
         def loss(logits: Tensor) -> Tensor:
@@ -561,25 +412,30 @@ class SelfAblatingTransformer(HookedTransformer):
             for module, mode in training.items():
                 module.training = mode
 
-    # ------------------------------------------------------------------------------------------------------ weights
+    # --------------------------------------------------------------------------------------- other models and files
 
     @classmethod
     def from_hooked(
-        cls, model: HookedTransformer, gates: GateConfig | None = None, *, seed: int = 0
+        cls, model: HookedTransformer | TransformerBridge, gates: GateConfig | None = None, *, seed: int = 0
     ) -> SelfAblatingTransformer:
-        """A copy of a decoder-only HookedTransformer with fresh gates on it.
+        """A copy of a decoder-only HookedTransformer or TransformerBridge with fresh gates on it.
 
-        Embeddings are tied only if the configuration says so and the weights agree.
+        The logits of a bridge and of the copy are compared on random tokens. Embeddings are tied only if the
+        configuration says so and the weights agree.
 
         Args:
             gates: the gates; default: local, k = 8.
             seed: seed of the gates' initial weights.
 
         Raises:
-            ValueError: an architecture whose ablated stream would not be exact, with the reason.
+            ValueError: an architecture whose ablated stream would not be exact, with the reason; or a bridge whose
+                logits the copy does not have.
         """
+        if is_bridge(model):
+            model = hooked_from_bridge(model)
         if not isinstance(model, HookedTransformer):
-            raise ValueError(f"from_hooked takes a HookedTransformer, not a {type(model).__name__}")
+            given = type(model).__name__
+            raise ValueError(f"from_hooked takes a HookedTransformer or a TransformerBridge, not a {given}")
         cfg = architecture.actual_config(model)
         cfg.init_weights = False
         cfg.tie_word_embeddings = embedding.agree(model) and bool(model.cfg.tie_word_embeddings)
@@ -595,127 +451,21 @@ class SelfAblatingTransformer(HookedTransformer):
             copied.freeze_unused_biases()
         return copied
 
-    def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Loads everything but the gates.
-
-        Raises:
-            ValueError: a missing or unknown weight.
-        """
-        result = self.load_state_dict(dict(state), strict=False)
-        parameters = dict(self.named_parameters())
-        missing = [key for key in result.missing_keys if key in parameters and "_gate." not in key]
-        if missing or result.unexpected_keys:
-            raise ValueError(f"weights do not fit: missing {missing}, unknown {result.unexpected_keys}")
-
     def to_hooked_transformer(self) -> HookedTransformer:
         """A plain HookedTransformer with a copy of the clean stream's weights and no gates."""
         cfg = architecture.actual_config(self)
         cfg.init_weights = False
         cfg.tie_word_embeddings = False
         name, cfg.tokenizer_name = cfg.tokenizer_name, None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-            plain = HookedTransformer(cfg)
+        plain = hooked_transformer(cfg)
         plain.cfg.tokenizer_name = name
         plain.tokenizer = self.tokenizer
         plain.load_state_dict({k: v for k, v in self.state_dict().items() if "_gate." not in k})
         plain.train(self.training)
         return plain
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; with tied embeddings, refuses a state whose W_U is not the transpose of its W_E.
-
-        Raises:
-            ValueError: W_U and W_E differ although the embeddings are tied. Nothing is loaded then.
-        """
-        if self.tied:
-            embedding.check_tied(state_dict, self.embed.W_E)
-        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self._admit_filled_biases()
-        return found
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
-        moved = super()._apply(fn, recurse)
-        self.cfg.dtype, self.cfg.device = self.W_E.dtype, str(self.W_E.device)
-        return moved
-
-    def untie(self) -> None:
-        """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
-        if isinstance(self.unembed, embedding.TiedUnembed):
-            self.unembed = embedding.untied(self.unembed)
-            self.cfg.tie_word_embeddings = False
-            self.setup()
-
-    def process_weights_(
-        self,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-    ) -> None:
-        """As in TransformerLens, refusing what would change the ablated stream; see `load_and_process_state_dict`.
-
-        Value biases are left where they are.
-        """
-        self.load_and_process_state_dict(
-            self.state_dict(),
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=not self.gates.gated,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
-
-    def load_and_process_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        fold_value_biases: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-    ) -> None:
-        """As in TransformerLens. On a gated model `fold_ln` and `center_unembed` keep both streams as they are.
-
-        Gates that the state does not hold stay this model's own.
-
-        Raises:
-            ValueError: on a gated model, a processing that would change a stream, with the reason.
-        """
-        if self.gates.gated:
-            architecture.check_processing(
-                self.cfg,
-                state_dict,
-                fold_ln=fold_ln,
-                center_writing_weights=center_writing_weights,
-                center_unembed=center_unembed,
-                fold_value_biases=fold_value_biases,
-                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            )
-        gates = {key: value for key, value in self.state_dict().items() if "_gate." in key}
-        state_dict = {key: value.clone() for key, value in {**gates, **state_dict}.items()}
-        if self.tied and (fold_ln or center_writing_weights or center_unembed):
-            log.warning("embedding and unembedding are untied: weight processing changes them apart")
-            self.untie()
-        if fold_ln and self.gates.reads_global:
-            architecture.fold_final_norm_into_gates(state_dict)
-        super().load_and_process_state_dict(
-            state_dict,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
-        self._admit_filled_biases()
-
-    # -------------------------------------------------------------------------------------------------------- files
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes config.json, model.safetensors and the tokenizer, whole or not at all. See `checkpoints.save`."""
-        from sa_lens.core import checkpoints
-
         return checkpoints.save(self, folder)
 
     @classmethod
@@ -739,66 +489,23 @@ class SelfAblatingTransformer(HookedTransformer):
             FileNotFoundError: no such folder, or no model in it.
             ValueError: TransformerLens's own keywords or model names, a damaged or foreign file.
         """
-        from sa_lens.core import checkpoints
-
         checkpoints.refuse_transformer_lens_arguments(name, unknown)
-        return checkpoints.load(name, which=which, device=device)
+        return checkpoints.load(cls, name, which=which, device=device)
 
     @classmethod
     def from_reference(
         cls, source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16
     ) -> SelfAblatingTransformer:
         """Loads weights of the paper's code. See `reference.load`."""
-        from sa_lens.core import reference
-
-        return reference.load(source, gates, n_heads)
-
-
-def _is_recorded() -> bool:
-    """Whether a program is being recorded by torch, which cannot decide by the values of tensors."""
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return capturing or torch.jit.is_tracing() or torch.compiler.is_compiling()
+        return reference.load(cls, source, gates, n_heads)
 
 
 def _say_that_the_stream_is_fixed(ablation: Ablation | None) -> None:
     """Warns where a pass is being recorded, since the record cannot ask for the stream again."""
-    if _is_recorded():
+    if is_recorded():
         stream = "clean" if ablation is None else "ablated"
         warnings.warn(
             f"what is recorded here (torch.export, torch.jit.trace, a CUDA graph) is the {stream} stream, whatever "
             "stream is chosen when it runs: record each stream that you need",
             stacklevel=3,
         )
-
-
-def check_tokens(tokens: Int[Tensor, "*shape"], d_vocab: int) -> None:
-    """Returns if every token is one of the vocabulary; torch would count negative ones from its end.
-
-    Raises:
-        ValueError: a token below 0 or beyond the vocabulary. A program that torch records is not checked.
-    """
-    if _is_recorded():
-        return
-    strange = tokens[(tokens < 0) | (tokens >= d_vocab)]
-    if len(strange):
-        raise ValueError(f"token {int(strange[0])} is not in the vocabulary: tokens are from 0 to {d_vocab - 1}")
-
-
-def padding_mask(lengths: Sequence[int], length: int, left: bool) -> Int[Tensor, "batch pos"]:
-    """1 for the tokens of prompts of these lengths, 0 for their padding to one length."""
-    place = torch.arange(length)
-    size = torch.tensor(lengths)[:, None]
-    return (place >= length - size if left else place < size).long()
-
-
-class BothPasses(NamedTuple):
-    """A clean and an ablated pass; the ablated parts are None or empty without gates."""
-
-    clean_logits: Float[Tensor, "batch pos d_vocab"]
-    ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
-    masks: dict[str, list[Tensor]]
-    """Masks by kind of gate, a tensor a layer."""
-    clean_outputs: list[Float[Tensor, "batch pos d_model"]]
-    """Each layer's output, then the final LayerNorm's, of the clean stream."""
-    ablated_outputs: list[Float[Tensor, "batch pos d_model"]]
-    """The same of the ablated stream."""

@@ -2,7 +2,7 @@
 
 A pass of the whole model under hooks is the definition; these functions give one head or one MLP alone, for searches
 that need it thousands of times. LayerNorm's weight and bias and the attention scale are folded into the matrices, in
-the model's own precision. `unsupported` says for which models the functions are not exact; nothing here is used then.
+the model's own precision. `why_not_single_nodes` says for which models the functions are not exact.
 
 Also here: the switches of TransformerLens that split a layer's input by head.
 """
@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
+from sa_lens.core.coverage import FEATURES, Coverage
 from sa_lens.core.host import Host, weight
 
-_NORMS = ("LN", "LNPre", "RMS", "RMSPre", None)
-_POSITIONS = ("standard", "rotary")
 _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_attn_in")
 
 
@@ -46,37 +44,41 @@ def split_inputs(model: Host) -> Iterator[None]:
             setattr(cfg, name, value)
 
 
-def not_additive(model: Host) -> str | None:
+_ADDITIVE = Coverage(
+    features=FEATURES.keys() - {"normalisation after the layers", "4-bit weights"},
+    positions={"standard", "rotary", "shortformer", "alibi", "relative_positional_bias"},
+    because={
+        "normalisation after the layers": "what a head writes depends on the other heads",
+        "4-bit weights": "the part of a head in the output cannot be read off them",
+    },
+)
+"""Architectures in which the outputs of heads and MLPs add up in the residual stream."""
+
+_SINGLE_NODES = Coverage(
+    features={
+        "windowed attention",
+        "grouped keys and values",
+        "an attention scale that falls with the layer",
+        "a LayerNorm on the embedding",
+        "attention and MLP in parallel",
+        "no MLPs",
+        "a gated MLP",
+    },
+    positions={"standard", "rotary"},
+    dtypes={torch.float32, torch.float64},
+)
+"""Architectures for which `NodeFunctions` is exact."""
+
+
+def why_not_additive(model: Host) -> str | None:
     """Why the outputs of heads and MLPs do not simply add up in the residual stream; None if they do."""
-    cfg = model.cfg
-    if cfg.use_normalization_before_and_after or cfg.original_architecture in POST_NORM_ARCHITECTURES:
-        return "it normalises the outputs of its layers, so what a head writes depends on the other heads"
-    if getattr(cfg, "load_in_4bit", False):
-        return "its weights are in 4 bits, and a head's part of the output cannot be read off them"
-    return None
+    return _ADDITIVE.reason_against(model.cfg)
 
 
-def unsupported(model: Host) -> str | None:
+def why_not_single_nodes(model: Host) -> str | None:
     """Why `NodeFunctions` would not be exact for this model; None if they are."""
-    cfg, dtype = model.cfg, weight(model, "embed.W_E").dtype
-    reasons = {
-        f"normalisation {cfg.normalization_type!r}": cfg.normalization_type not in _NORMS,
-        "a final RMSNorm after LayerNorms": cfg.final_rms and cfg.normalization_type in ("LN", "LNPre"),
-        f"positions {cfg.positional_embedding_type!r}": cfg.positional_embedding_type not in _POSITIONS,
-        "a soft cap on attention scores": cfg.attn_scores_soft_cap > 0,
-        "a soft cap on logits": cfg.output_logits_soft_cap > 0,
-        "attention sinks": cfg.use_attention_sinks,
-        "normalised queries and keys": cfg.use_qk_norm,
-        "clipped queries, keys and values": cfg.clip_qkv is not None,
-        "log-n attention": cfg.use_logn_attn,
-        "bidirectional attention": cfg.attention_dir != "causal",
-        "mixture of experts": bool(cfg.num_experts),
-        f"activation {cfg.act_fn!r}": not cfg.attn_only and cfg.act_fn is not None and cfg.act_fn.endswith("_ln"),
-        f"precision {dtype}": dtype not in (torch.float32, torch.float64),
-        "several devices": cfg.n_devices > 1,
-    }
-    found = [reason for reason, applies in reasons.items() if applies]
-    return f"no exact recomputation of single nodes for {found[0]}" if found else not_additive(model)
+    reason = _SINGLE_NODES.reason_against(model.cfg, weight(model, "embed.W_E").dtype)
+    return None if reason is None else f"no exact recomputation of single nodes for {reason}"
 
 
 class _MLPWeights(NamedTuple):
@@ -92,7 +94,7 @@ class NodeFunctions:
     """The nodes of one model as functions of their inputs.
 
     Args:
-        model: any host for which `unsupported` is None.
+        model: any host for which `why_not_single_nodes` is None.
         length: tokens of the prompts, for the causal mask.
     """
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-
-from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS, get_official_model_name
 
 from sa_lens.catalogue import shipped_folder
 from sa_lens.config import GateConfig
-from sa_lens.core import checkpoints
+from sa_lens.core.base import TRANSFORMER_LENS, HookedTransformer, deprecation_ignored, official_name
+from sa_lens.core.bridge import hooked_from_bridge
 from sa_lens.core.model import SelfAblatingTransformer
 
 
@@ -32,19 +29,12 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
             not fit.
     """
     local = shipped_folder(name) is not None or Path(name).exists()
-    if not local and checkpoints._is_transformer_lens_name(str(name)):
-        if get_official_model_name(str(name)).startswith(NEED_REMOTE_CODE_MODELS):
-            raise ValueError(
-                f"TransformerLens loads {str(name)!r} with Python code from the Hub, which is never run here; load it "
-                "yourself and pass it to SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
-            )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-            base: HookedTransformer = HookedTransformer.from_pretrained_no_processing(
-                str(name), device="cpu", trust_remote_code=False
-            )
-    else:
-        base = checkpoints.load(name, device="cpu")
+    known = None if local else official_name(str(name))
+    base = (
+        SelfAblatingTransformer.from_pretrained(name, device="cpu")
+        if known is None
+        else _transformer_lens_model(str(name), known)
+    )
     model = SelfAblatingTransformer.from_hooked(base, gates, seed=seed)
     same = isinstance(base, SelfAblatingTransformer) and base.gates.scores == gates.scores
     kept = {key: value for key, value in base.state_dict().items() if same and "_gate." in key}
@@ -52,3 +42,20 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
     if kept and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in fresh.items()}:
         model.load_state_dict({**model.state_dict(), **kept})
     return model
+
+
+def _transformer_lens_model(name: str, known: str) -> HookedTransformer:
+    """The unprocessed model that TransformerLens loads by this name; `known` is its Hub id."""
+    if TRANSFORMER_LENS >= 4:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return hooked_from_bridge(TransformerBridge.boot_transformers(known, device="cpu", trust_remote_code=False))
+    from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS
+
+    if known.startswith(NEED_REMOTE_CODE_MODELS):
+        raise ValueError(
+            f"TransformerLens loads {name!r} with Python code from the Hub, which is never run here; load it "
+            "yourself and pass it to SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
+        )
+    with deprecation_ignored():
+        return HookedTransformer.from_pretrained_no_processing(name, device="cpu", trust_remote_code=False)

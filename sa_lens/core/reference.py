@@ -6,15 +6,22 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import einops
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, Scope
 from sa_lens.core.architecture import check_weights
-from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.core.base import HookedTransformerConfig
+from sa_lens.core.coverage import Coverage
+from sa_lens.core.gated import GatedTransformer
+
+Model = TypeVar("Model", bound=GatedTransformer)
+
+_REFERENCE = Coverage(normalizations={"LN"}, activations={"gelu_new"})
+"""Architectures that the reference can express."""
 
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 _ATTENTION_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)")
@@ -29,7 +36,7 @@ _OUTSIDE_LAYERS = {
 }
 
 
-def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> SelfAblatingTransformer:
+def load(cls: type[Model], source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> Model:
     """A model with the weights of the reference; sizes and scope come from the shapes, the dtype is kept.
 
     Args:
@@ -48,7 +55,7 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
     if gates.scope != scope:
         raise ValueError(f"gates.scope={gates.scope!r}, but these weights are of scope {scope!r}: pass scope={scope!r}")
     cfg = _config(state, n_heads)
-    model = SelfAblatingTransformer(cfg, gates, device="cpu")
+    model = cls(cfg, gates, device="cpu")
     model.qkv_bias = model.unembed_bias = False
     model.freeze_unused_biases()
     converted = _to_hooked(state, cfg)
@@ -64,28 +71,26 @@ def load(source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: 
     return model
 
 
-def save(model: SelfAblatingTransformer) -> dict[str, Tensor]:
+def save(model: GatedTransformer) -> dict[str, Tensor]:
     """The model's weights under the reference's names.
 
     Raises:
         ValueError: an architecture, or a nonzero bias, that the reference does not have.
     """
     cfg = model.cfg
-    for name, ok in {
-        "LayerNorm with weights": cfg.normalization_type == "LN",
-        "learned positions": cfg.positional_embedding_type == "standard",
-        "tied embeddings": model.tied,
-        "an MLP that is not gated": not cfg.attn_only and not cfg.gated_mlp,
-        "attention and MLP in sequence": not cfg.parallel_attn_mlp,
-        "ungrouped keys and values": cfg.n_key_value_heads is None,
-        "no attention scale": not cfg.use_attn_scale,
-        "act_fn gelu_new": cfg.act_fn == "gelu_new",
-        "d_head = d_model / n_heads": cfg.d_head * cfg.n_heads == cfg.d_model,
-        "gates of one scope": model.gates.scope != "both",
-        "channels as attention units": model.gates.attn_unit == "channel" or not model.gates.gated,
+    reason = _REFERENCE.reason_against(cfg)
+    for name, applies in {
+        "embeddings that are not tied": not model.tied,
+        "an attention scale": cfg.use_attn_scale,
+        "heads that do not add up to the residual stream (d_head = d_model / n_heads)": (
+            cfg.d_head * cfg.n_heads != cfg.d_model
+        ),
+        "local and global gates at once": model.gates.scope == "both",
+        "whole heads as attention units": model.gates.gated and model.gates.attn_unit != "channel",
     }.items():
-        if not ok:
-            raise ValueError(f"the reference cannot express this model: it has {name} only")
+        reason = name if reason is None and applies else reason
+    if reason is not None:
+        raise ValueError(f"the reference cannot express this model, which has {reason}")
     state = model.state_dict()
     for leaf in ("b_Q", "b_K", "b_V", "b_U"):
         for name in (n for n in state if n.endswith(f".{leaf}")):

@@ -1,4 +1,4 @@
-"""The two streams of an unmodified transformer: a recorded clean pass, and hooks that make an ablated pass of it.
+"""The ablated stream of an unmodified transformer: a recorded clean pass, and hooks that make an ablated pass of it.
 
 The ablated stream at position t takes its query, its own key and its own value from itself, and the keys and values
 of earlier positions from the clean stream. Two corrections by hooks turn an ordinary pass into that:
@@ -14,11 +14,9 @@ Nothing here knows about tokenizers, losses or files.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,169 +26,8 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.hook_points import HookPoint
 
 from sa_lens.core.gate import Gate
-
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
-
-Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
-"""Hooks as TransformerLens takes them: (name or filter of names, function of the activation and `hook=`)."""
-
-AttachedHook = tuple[HookPoint, Callable[[Tensor], Tensor | None], bool]
-"""(hook point, function of the activation, whether it runs before the user's hooks)."""
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What `model.ablated(...)` was asked for; see there."""
-
-    position: int | Sequence[int] | Tensor | None = None
-    gates: Literal["frozen", "live"] = "frozen"
-    masks: Mapping[str, Tensor] | None = None
-    clean_hooks: Hooks = ()
-
-
-class _PassHooks:
-    """What one pass runs at hook points beside the user's hooks, by identity of the point."""
-
-    def __init__(self, hooks: Sequence[AttachedHook], silent: bool) -> None:
-        self.silent = silent
-        self.before: dict[int, list[Callable[[Tensor], Tensor | None]]] = {}
-        self.after: dict[int, list[Callable[[Tensor], Tensor | None]]] = {}
-        for point, function, first in hooks:
-            if not isinstance(point, StreamPoint):
-                raise ValueError(
-                    f"a {type(point).__name__} stands where this model had a hook point, so that its streams cannot be "
-                    "told apart: put the hook point back, and use run_with_hooks instead"
-                )
-            (self.before if first else self.after).setdefault(id(point), []).append(function)
-
-
-class _ThreadState(threading.local):
-    """What one thread does on one model."""
-
-    pass_hooks: _PassHooks | None = None
-    """What its current pass does at the hook points."""
-
-    def __init__(self) -> None:
-        self.stack: list[Ablation | None] = []
-        """Its nested contexts, innermost last; None stands for the clean stream."""
-
-
-class StreamState:
-    """Which stream each thread runs on one model, and what its pass does at the hook points.
-
-    Nothing of it is shared between threads, and no lock is held while a pass runs. Copies of a model start with a fresh
-    state on the clean stream.
-    """
-
-    def __init__(self) -> None:
-        self.of_thread = _ThreadState()
-        self.threads: set[int] = set()
-        """Threads that have run the model."""
-        self.lock = threading.Lock()
-        """Held while hooks are attached or removed, never while user code runs."""
-
-    @property
-    def current(self) -> Ablation | None:
-        """The innermost context of this thread; None: the clean stream."""
-        stack = self.of_thread.stack
-        return stack[-1] if stack else None
-
-    @contextmanager
-    def entered(self, ablation: Ablation | None) -> Iterator[None]:
-        """Makes `ablation` the innermost context of this thread."""
-        stack = self.of_thread.stack
-        stack.append(ablation)
-        try:
-            yield
-        finally:
-            stack.pop()
-
-    @contextmanager
-    def attached(self, hooks: Sequence[AttachedHook] = (), *, silent: bool = False) -> Iterator[None]:
-        """Within the context, passes of this thread run these hooks, and no others of an outer pass.
-
-        Args:
-            silent: no hook of the user fires.
-        """
-        outer = self.of_thread.pass_hooks
-        self.of_thread.pass_hooks = _PassHooks(hooks, silent)
-        try:
-            yield
-        finally:
-            self.of_thread.pass_hooks = outer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StreamState:
-        return StreamState()
-
-    def __reduce__(self) -> tuple[type[StreamState], tuple[()]]:
-        return StreamState, ()
-
-
-class StreamPoint(HookPoint):
-    """A hook point that also runs what a pass of the current thread attaches to it; see `StreamState.attached`."""
-
-    streams: StreamState
-
-    def __call__(self, x: Tensor) -> Any:
-        """The value after the hooks that write, the user's, and those that read."""
-        own = self.streams.of_thread.pass_hooks
-        if own is None:
-            return HookPoint.__call__(self, x)
-        for function in own.before.get(id(self), ()):
-            written = function(x)
-            x = x if written is None else written
-        if not own.silent:
-            x = HookPoint.__call__(self, x)
-        for function in own.after.get(id(self), ()):
-            written = function(x)
-            x = x if written is None else written
-        return x
-
-
-@contextmanager
-def user_hooks(
-    model: SelfAblatingTransformer, hooks: Sequence[tuple[Any, Any, Literal["fwd", "bwd"]]], *, remove: bool
-) -> Iterator[None]:
-    """Attaches hooks of the user that fire, while the context lasts, in passes of this thread alone.
-
-    Args:
-        hooks: (name or filter of names, function, direction), as TransformerLens takes them.
-        remove: whether they are taken away at the end; otherwise they stay, for all threads.
-    """
-    streams, owner = model._streams, threading.get_ident()
-    everybodys = False
-
-    def mine(function: Any) -> Any:
-        def hook(value: Any, *, hook: Any) -> Any:
-            thread = threading.get_ident()
-            # gradients of a GPU come in threads of torch, which never run the model
-            if everybodys or thread == owner or thread not in streams.threads:
-                return function(value, hook=hook)
-            return None
-
-        return hook
-
-    attached: list[tuple[Any, Any]] = []
-    try:
-        for name, function, direction in hooks:
-            names = [name] if isinstance(name, str) else [n for n in model.hook_dict if name(n)]
-            points: list[Any] = [model.mod_dict[n] for n in names]
-            for point in points:
-                with streams.lock:
-                    point.add_hook(mine(function), dir=direction, level=model.context_level)
-                    handle = (point.fwd_hooks if direction == "fwd" else point.bwd_hooks)[-1]
-                attached.append((point, handle))
-                handle.user_hook = function
-        yield
-    finally:
-        everybodys = not remove
-        if remove:
-            with streams.lock:
-                for point, handle in attached:
-                    handle.hook.remove()
-                    point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
-                    point.bwd_hooks = [other for other in point.bwd_hooks if other is not handle]
+from sa_lens.core.gated import GatedTransformer
+from sa_lens.core.hook_points import Ablation, AttachedHook, Hooks
 
 
 @dataclass
@@ -232,7 +69,7 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
 
 
 def run_clean_pass(
-    model: SelfAblatingTransformer,
+    model: GatedTransformer,
     forward: Callable[..., Any],
     inputs: Any,
     kwargs: dict[str, Any],
@@ -266,9 +103,8 @@ def run_clean_pass(
             readers.append((key_point, keep(record.keys), False))
             readers.append((block.attn.hook_v, keep(record.values), False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
-    frozen = ablation.gates == "frozen"
-    edits = resolve_hooks(model.hook_dict, ablation.clean_hooks) if frozen else []
-    with model._streams.attached([*edits, *readers], silent=frozen):
+    edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
+    with model._streams.attached([*edits, *readers], silent=ablation.masks != "live"):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
@@ -361,7 +197,7 @@ def position_mask(position: int | Sequence[int] | Tensor, batch: int, length: in
 
 
 def ablated_hooks(
-    model: SelfAblatingTransformer,
+    model: GatedTransformer,
     clean: CleanPass | None,
     ablation: Ablation,
     stop_at_layer: int | None,
@@ -372,7 +208,6 @@ def ablated_hooks(
         clean: the recorded clean pass; None if all masks are given and the ablation is at one position.
     """
     hooks: list[AttachedHook] = []
-    given = ablation.masks or {}
     for layer, block in list(enumerate(model.blocks))[:stop_at_layer]:
         local = clean.resid_pre[layer] if clean else None
         final = clean.final if clean else None
@@ -382,7 +217,7 @@ def ablated_hooks(
             hooks += mix.hooks()
         for gate_name, point in gated_points(block):
             gate = getattr(block, gate_name)
-            mask = given.get(f"blocks.{layer}.{gate_name}.hook_mask")
+            mask = ablation.given.get(f"blocks.{layer}.{gate_name}.hook_mask")
             scores = gate.project(local, final) if mask is None else None
             correct = mix.correct_z if mix is not None and gate_name == "attn_gate" else None
             hooks.append((point, _gate_hook(gate, scores, mask, correct, ablation.position), True))

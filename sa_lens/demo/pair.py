@@ -18,9 +18,9 @@ from sa_lens.demo.tables import loss_table, show, skill_table
 from sa_lens.shipped.make import figures_of, train_model
 from sa_lens.shipped.measuring import stories_bars
 from sa_lens.stopping import Interrupted
-from sa_lens.training.metrics import MetricsFile
-from sa_lens.training.report import load_run, text_of_run
+from sa_lens.training import load_run, text_of_run
 from sa_lens.training.run_folder import METRICS
+from sa_lens.training.run_log import MetricsFile
 
 POLL_SECONDS = 1.0
 """Seconds between two looks at how far the trainings are."""

@@ -7,29 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.catalogue import about, run_folder
-from sa_lens.circuits.acdc import acdc
-from sa_lens.circuits.faithfulness import faithfulness_curve
+from sa_lens.circuits.discovery.acdc import acdc
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.patching import patch
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
+from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.tasks import PromptPairs, make_unseen
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData
 from sa_lens.demo import demo_run
 from sa_lens.demo.clock import Clock
 from sa_lens.demo.tables import loss_table, show, skill_table
-from sa_lens.report import make_report, write_page
+from sa_lens.report import make_report
+from sa_lens.report import save as save_report
 from sa_lens.shipped.make import figures_of
 from sa_lens.shipped.measuring import skills
-from sa_lens.training import sample, side_by_side, train
-from sa_lens.training.report import load_run, text_of_run
+from sa_lens.training import load_run, sample, text_of_run, train
 from sa_lens.training.run_folder import is_run
-from sa_lens.units.activations import model_streams
 from sa_lens.units.comparison import summary
 from sa_lens.units.firing import calibrate
 from sa_lens.units.unit_tables import specialization
-from sa_lens.views import draw, save, to_record, training_curves
-from sa_lens.views import side_by_side as figures_side_by_side
+from sa_lens.views import patch_map, save, side_by_side, training_curves
 
 LOCAL, DENSE = "stories-local", "stories-dense"
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
@@ -72,7 +71,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     with clock.part("stories"):
         print("\nA story of the dense model, and one of each stream of the self-ablating model")
         for model in models.values():
-            print(side_by_side(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed)) + "\n")
+            print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side() + "\n")
 
     assert local.tokenizer is not None
     pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, world="stories")
@@ -99,12 +98,12 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
             device=device,
             progress=progress,
         )
-        page = write_page(made, out / "report.html")
+        page = save_report(made, out / "report.html")
 
     with clock.part("training"):
         trained = short_training(out / "short", seed, device, progress)
         short = figures_of(trained, demo_run(seed=seed), "stories", data)
-        figures.append(save(draw(training_curves([out / "short"])), out / "training.html"))
+        figures.append(save(training_curves([out / "short"]), out / "training.html"))
     stored = {name: about(name)["figures"] for name in (DENSE, LOCAL)}
     show("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
 
@@ -137,15 +136,15 @@ def patching_figures(model: SelfAblatingTransformer, pairs: PromptPairs, out: Pa
     written = []
     for what, title in (("resid_pre", "residual streams"), ("heads", "heads")):
         tables = [patch(model, pairs, what, stream, progress=progress) for stream in STREAMS]
-        records = [to_record(table, "value") for table in tables]
-        figure = figures_side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
+        records = [patch_map(table, "value") for table in tables]
+        figure = side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
         written.append(save(figure, out / f"patching-{what}.html"))
     return written
 
 
 def circuit_figure(circuits: dict[Stream, Circuit], out: Path) -> Path:
     """Draws the circuits of both streams next to one another."""
-    figure = figures_side_by_side(
+    figure = side_by_side(
         list(circuits.values()), "ACDC's circuit of the indirect object", names=[f"{name} stream" for name in circuits]
     )
     return save(figure, out / "circuits.html")
@@ -161,7 +160,7 @@ def tell_circuits(circuits: dict[Stream, Circuit], masks_alone: float) -> None:
 
 def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, progress: bool) -> None:
     """Prints what the units of each stream fire on, as means over units."""
-    thresholds = calibrate(model, data.train, model_streams(model), n_tokens=UNIT_TOKENS, progress=progress)
+    thresholds = calibrate(model, data.train, streams_of(model), n_tokens=UNIT_TOKENS, progress=progress)
     table = specialization(model, data.validation, thresholds, n_tokens=UNIT_TOKENS, progress=progress).table
     means = summary(table, list(UNIT_FIGURES), seed=seed).query("kind == 'all'")
     shown = means.pivot(index="column", columns="stream", values="mean").reindex(list(UNIT_FIGURES))

@@ -1,8 +1,8 @@
-"""A report from run folders: loads the models, looks at each, and sets them side by side."""
+"""Makes a report of runs: loads the models, looks at each, and sets them side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -10,20 +10,23 @@ from pathlib import Path
 from sa_lens import __version__
 from sa_lens.data.disk import cache_folder
 from sa_lens.data.writing import scratch_folder
-from sa_lens.report.comparison import Figures, comparison
-from sa_lens.report.overview import measured, overview
-from sa_lens.report.phases import Phases
-from sa_lens.report.records import ModelPage, Report
-from sa_lens.report.stories import story_page
+from sa_lens.report.contents import ModelPage, Report
+from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather
+from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison
+from sa_lens.report.overview import loss_cells, measured, overview
+from sa_lens.report.story_pages import story_page
 from sa_lens.report.subjects import Subject, open_subjects
-from sa_lens.report.tasks import Prompts, able_streams, check_tasks, prompts_for, task_page
-from sa_lens.report.texts import ModelText, Texts, encode_for, gather
-from sa_lens.report.units import unit_pages
+from sa_lens.report.task_pages import Prompts, able_streams, check_tasks, prompts_for, task_page
+from sa_lens.report.unit_pages import unit_pages
 
 ALWAYS = "ioi"
 """The task that a report shows whether a model can do it or not."""
 OTHERS = ("object", "pronoun", "repeated")
-"""Tasks that it shows where a stream of a model can do them."""
+"""Tasks that it shows if a stream of a model can do them."""
+SECONDS = {"losses": 3.6, "stories": 0.5, "thresholds": 0.9, "units": 1.1, "closer look": 4.8, "labels": 1.9}
+"""Seconds of processor time of each phase, per stream: means over the two shipped models of the stories."""
+TASK_SECONDS = 1.9
+"""The same of a task."""
 
 
 def make_report(
@@ -39,7 +42,7 @@ def make_report(
     device: str = "cpu",
     progress: bool = True,
 ) -> Report:
-    """A report on one trained model or several.
+    """Makes a report on one trained model or several.
 
     All models read the same stories and do the same tasks. Everything is measured on the validation text of the first
     run, with firing thresholds from its training text; each model reads it with its own tokenizer. Where the first
@@ -73,36 +76,36 @@ def make_report(
     subjects = open_subjects(runs, device)
     texts = gather(subjects, text, column, n_stories)
     with scratch_folder(cache_folder(None) / "tokens") as folder:
-        encoded = [encode_for(subject, texts, folder, progress=False) for subject in subjects]
+        encoded = [encode_for(subject, texts, folder) for subject in subjects]
         prompts = _prompts(subjects, tasks, seed)
-        pages, figures = [], []
-        with closing(Phases(subjects, [asked.task for asked in prompts[0]], progress)) as phases:
-            for subject, own, asked in zip(subjects, encoded, prompts, strict=True):
-                page, found = _model(subject, texts, own, asked, n_units, seed, phases)
+        pages, cells = [], []
+        with closing(Phases(subjects, [task.task for task in prompts[0]], progress)) as phases:
+            for subject, own, of_subject in zip(subjects, encoded, prompts, strict=True):
+                page, of_page = _model(subject, texts, own, of_subject, n_units, seed, partial(phases.begin, subject))
                 pages.append(page)
-                figures.append(found)
+                cells.append(of_page)
             phases.end()
     names = [subject.name for subject in subjects]
     return Report(
         title=title if title is not None else " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names),
         version=__version__,
         models=tuple(pages),
-        comparison=comparison(figures, texts.name),
+        comparison=comparison(names, cells, texts.name),
     )
 
 
 def _prompts(subjects: Sequence[Subject], tasks: Sequence[str] | None, seed: int) -> list[list[Prompts]]:
     """The prompts of each model, task by task; without a choice, those tasks that some stream can do."""
-    asked = list(dict.fromkeys(tasks)) if tasks is not None else [ALWAYS, *OTHERS]
-    made = [[prompts_for(subject, task, seed) for task in asked] for subject in subjects]
-    if tasks is not None:
-        return made
+    names = list(dict.fromkeys(tasks)) if tasks is not None else [ALWAYS, *OTHERS]
+    made = [[prompts_for(subject, task, seed) for task in names] for subject in subjects]
     kept = [
         i
-        for i, task in enumerate(asked)
-        if task == ALWAYS or any(able_streams(s, of[i]) for s, of in zip(subjects, made, strict=True))
+        for i, task in enumerate(names)
+        if tasks is not None
+        or task == ALWAYS
+        or any(able_streams(subject, prompts[i]) for subject, prompts in zip(subjects, made, strict=True))
     ]
-    return [[of[i] for i in kept] for of in made]
+    return [[prompts[i] for i in kept] for prompts in made]
 
 
 def _model(
@@ -112,27 +115,67 @@ def _model(
     prompts: Sequence[Prompts],
     n_units: int,
     seed: int,
-    phases: Phases,
-) -> tuple[ModelPage, Figures]:
-    phases.begin(subject, "losses")
+    begin: Callable[[str], None],
+) -> tuple[ModelPage, Cells]:
+    begin("losses")
     losses = measured(subject, text)
     first = overview(subject, texts, losses, seed)
-    phases.begin(subject, "stories")
+    begin("stories")
     stories = tuple(story_page(subject, story) for story in texts.stories)
-    done = []
-    for asked in prompts:
-        phases.begin(subject, asked.task)
-        done.append(task_page(subject, asked, seed, progress=False))
+    cells: dict[str, dict[str, str]] = {LOSSES: loss_cells(losses)}
+    tasks = []
+    for of_task in prompts:
+        begin(of_task.task)
+        page, of_page = task_page(subject, of_task, seed)
+        tasks.append(page)
+        for title, rows in of_page.items():
+            cells.setdefault(title, {}).update(rows)
     mentioned = {unit.name for page in stories if page.gates is not None for unit in page.gates.units}
-    begin = partial(phases.begin, subject)
-    units, note, unit_figures = unit_pages(subject, text, n_units, mentioned, seed, begin)
-    page = ModelPage(
-        name=subject.name,
-        streams=subject.streams,
-        overview=first,
-        stories=stories,
-        tasks=tuple(page for page, _ in done),
-        units=units,
-        units_note=note,
-    )
-    return page, Figures(subject.name, losses, tuple(found for _, found in done), unit_figures)
+    units, note, cells[UNITS] = unit_pages(subject, text, n_units, mentioned, seed, begin)
+    return ModelPage(subject.name, subject.streams, first, stories, tuple(tasks), units, note), cells
+
+
+class Phases:
+    """The progress bar of a report: which phase it is, of how many, and how much time is left.
+
+    Args:
+        subjects: the models.
+        tasks: names of the tasks, the same for each.
+        progress: show the bar.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], tasks: Sequence[str], progress: bool) -> None:
+        from tqdm.auto import tqdm
+
+        names = ["losses", "stories", *tasks, *list(SECONDS)[2:]]
+        self.seconds = {
+            f"{subject.name}: {name}": SECONDS.get(name, TASK_SECONDS) * len(subject.streams)
+            for subject in subjects
+            for name in names
+        }
+        self.current = 0
+        self.bar = tqdm(
+            total=sum(self.seconds.values()),
+            smoothing=0,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
+            disable=not progress,
+        )
+
+    def begin(self, subject: Subject, name: str) -> None:
+        """Ends the phase before, those left out included, and begins this one."""
+        place = list(self.seconds).index(f"{subject.name}: {name}")
+        self.bar.set_description_str(f"{subject.name}: {name} ({place + 1} of {len(self.seconds)})", refresh=False)
+        self._fill(place)
+        self.bar.refresh()
+
+    def end(self) -> None:
+        """Fills the bar."""
+        self._fill(len(self.seconds))
+
+    def _fill(self, place: int) -> None:
+        self.bar.update(sum(list(self.seconds.values())[self.current : place]))
+        self.current = place
+
+    def close(self) -> None:
+        """Leaves the bar as it is, whatever has been done."""
+        self.bar.close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sa_lens.data import validation_blocks
-from sa_lens.report.records import Fact, Overview, Sample
+from sa_lens.report.contents import Fact, Overview, Sample
+from sa_lens.report.measured_text import ModelText, Texts
+from sa_lens.report.model_tables import STREAMS, cell
 from sa_lens.report.subjects import Subject
-from sa_lens.report.texts import ModelText, Texts
 from sa_lens.training import Evaluation, bytes_per_token, evaluate, sample
 from sa_lens.views import training_curves
 from sa_lens.views.records import Curves, Table
@@ -21,21 +22,21 @@ SAMPLE_TOKENS = 60
 
 
 def measured(subject: Subject, text: ModelText) -> Evaluation:
-    """Losses of both streams, and how the gates use their units."""
+    """Measures the losses of both streams, and how the gates use their units."""
     blocks = validation_blocks(text.held_out, subject.n_ctx, EVALUATED)
     return evaluate(subject.model, blocks, bytes_per_token=bytes_per_token(text.held_out))
 
 
-def overview(subject: Subject, texts: Texts, found: Evaluation, seed: int) -> Overview:
-    """The first page of a model.
+def overview(subject: Subject, texts: Texts, evaluation: Evaluation, seed: int) -> Overview:
+    """Returns the first page of a model.
 
     Args:
-        found: from `measured`.
+        evaluation: from `measured`.
         seed: of the samples.
     """
     return Overview(
-        facts=(*_shape(subject), *_training(subject), *_use(found, texts)),
-        losses=losses(found),
+        facts=(*_shape(subject), *_training(subject), *_use(evaluation, texts)),
+        losses=losses(evaluation),
         training=_curves(subject),
         samples=tuple(_samples(subject, texts.stories, seed)),
     )
@@ -47,7 +48,7 @@ def _shape(subject: Subject) -> list[Fact]:
     parameters = sum(parameter.numel() for parameter in subject.model.parameters())
     return [
         Fact("Transformer", f"{_count(cfg.n_layers, 'layer')} of {_count(cfg.n_heads, 'head')} and {neurons}", ""),
-        Fact("Width", f"{cfg.d_model:,}, {cfg.d_head:,} a head", "Size of the residual stream, channels of a head."),
+        Fact("Width", f"{cfg.d_model:,}, {cfg.d_head:,} per head", "Size of the residual stream, channels of a head."),
         Fact("Parameters", f"{parameters:,}", "Gates included."),
         Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at once."),
         Fact("Vocabulary", f"{cfg.d_vocab:,} tokens", ""),
@@ -108,37 +109,45 @@ def _training(subject: Subject) -> list[Fact]:
     return facts
 
 
-def _use(found: Evaluation, texts: Texts) -> list[Fact]:
-    facts = [Fact("Measured on", f"{found.tokens:,} tokens", f"Losses and use of units: {texts.name}.")]
+def _use(evaluation: Evaluation, texts: Texts) -> list[Fact]:
+    facts = [Fact("Measured on", f"{evaluation.tokens:,} tokens", f"Losses and use of units: {texts.name}.")]
     for name, share, meaning in (
-        ("Attention units used", found.attn_units_used, "Kept at one token of that text or more."),
-        ("Neurons used", found.mlp_units_used, "Kept at one token of that text or more."),
-        ("Mask overlap", found.mask_overlap, "Share of a token's kept units that the next token keeps too."),
+        ("Attention units used", evaluation.attn_units_used, "Kept at one token of that text or more."),
+        ("Neurons used", evaluation.mlp_units_used, "Kept at one token of that text or more."),
+        ("Mask overlap", evaluation.mask_overlap, "Share of a token's kept units that the next token keeps too."),
     ):
         if share is not None:
             facts.append(Fact(name, f"{share:.1%}", meaning))
     return facts
 
 
-def losses(found: Evaluation) -> Table:
-    """A row a stream."""
-    rows = [_row("clean", found.clean_loss, found.clean_perplexity, found.clean_bits_per_byte, 0.0)]
-    if found.ablated_loss is not None:
-        assert found.ablated_perplexity is not None
-        assert found.ablated_bits_per_byte is not None
-        rows.append(
-            _row(
-                *("ablated", found.ablated_loss, found.ablated_perplexity, found.ablated_bits_per_byte),
-                found.ablated_loss - found.clean_loss,
-            )
-        )
+def losses(evaluation: Evaluation) -> Table:
+    """Returns a table with one row per stream."""
     columns = ("stream", "loss, nats per token", "perplexity", "bits per byte", "cost of the gates, nats")
-    note = f"means over {found.tokens:,} predicted tokens of held-out text"
+    cells = loss_cells(evaluation)
+    rows = []
+    for stream in STREAMS[: 1 if evaluation.ablated_loss is None else 2]:
+        row = [cells[f"{stream} {name}"] for name in ("loss, nats per token", "perplexity", "bits per byte")]
+        rows.append((stream, *row, cells[columns[-1]] if stream == "ablated" else ""))
+    note = f"means over {evaluation.tokens:,} predicted tokens of held-out text"
     return Table("Losses", note, columns, tuple(rows), (False, True, True, True, True))
 
 
-def _row(stream: str, loss: float, perplexity: float, bits: float, cost: float) -> tuple[str, ...]:
-    return stream, f"{loss:.4f}", f"{perplexity:,.2f}", f"{bits:.4f}", "" if stream == "clean" else f"{cost:+.4f}"
+def loss_cells(evaluation: Evaluation) -> dict[str, str]:
+    """Returns the model's cells in the table that compares losses."""
+    cost = None if evaluation.ablated_loss is None else evaluation.ablated_loss - evaluation.clean_loss
+    return {
+        "clean loss, nats per token": cell(evaluation.clean_loss, ".4f"),
+        "ablated loss, nats per token": cell(evaluation.ablated_loss, ".4f"),
+        "cost of the gates, nats": cell(cost, "+.4f"),
+        "clean perplexity": cell(evaluation.clean_perplexity, ",.2f"),
+        "ablated perplexity": cell(evaluation.ablated_perplexity, ",.2f"),
+        "clean bits per byte": cell(evaluation.clean_bits_per_byte, ".4f"),
+        "ablated bits per byte": cell(evaluation.ablated_bits_per_byte, ".4f"),
+        "attention units used": cell(evaluation.attn_units_used, ".1%"),
+        "neurons used": cell(evaluation.mlp_units_used, ".1%"),
+        "kept units that the next token keeps too": cell(evaluation.mask_overlap, ".1%"),
+    }
 
 
 def _curves(subject: Subject) -> Curves | None:
@@ -153,15 +162,15 @@ def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample
     """A text from its beginning, and the first words of two stories continued, by each stream."""
     prompts = ["", *dict.fromkeys(" ".join(story.split()[:PROMPT_WORDS]) for story in stories)][:3]
     room = subject.model.cfg.n_ctx - 1
-    found = []
+    samples = []
     for prompt in prompts:
         if len(subject.tokenizer.encode(prompt, add_special_tokens=False)) >= room:
             continue
         drawn = sample(subject.model, prompt, max_new_tokens=SAMPLE_TOKENS, seed=seed)
         for stream, text in (("clean", drawn.clean), ("ablated", drawn.ablated)):
             if text is not None:
-                found.append(Sample(prompt, stream, text.removeprefix(prompt)))
-    return found
+                samples.append(Sample(prompt, stream, text.removeprefix(prompt)))
+    return samples
 
 
 def _count(n: int, thing: str) -> str:

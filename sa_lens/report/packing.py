@@ -10,8 +10,8 @@ import math
 from itertools import zip_longest
 from typing import Any
 
-from sa_lens.report.records import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
-from sa_lens.views.text_records import GateRaster
+from sa_lens.report.contents import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
+from sa_lens.views.records import GateRaster
 
 __all__ = ["packed"]
 
@@ -73,7 +73,7 @@ def _front(model: ModelPage) -> dict[str, Any]:
 
 def _unit(unit: UnitPage) -> dict[str, Any]:
     """A unit as the table shows it."""
-    row = {name: plain(getattr(unit, name)) for name in ("name", "layer", "kind", "index", "promotes")}
+    row = {name: plain(getattr(unit, name)) for name in ("name", "layer", "site", "index", "promotes")}
     row["streams"] = [
         {
             field.name: plain(getattr(stream, field.name), 3)
@@ -112,9 +112,9 @@ def _snippet(snippet: Snippet) -> dict[str, Any]:
 def _stories(model: ModelPage) -> dict[str, Any]:
     """Stories, and the units that their gates keep, in columns and told once."""
     rasters = [story.gates.units for story in model.stories if story.gates is not None]
-    units = {(u.name, u.layer, u.kind, u.promotes): None for raster in rasters for u in raster}
+    units = {(u.name, u.layer, u.site, u.promotes): None for raster in rasters for u in raster}
     place = {unit: i for i, unit in enumerate(units)}
-    names = ("name", "layer", "kind", "promotes")
+    names = ("name", "layer", "site", "promotes")
     columns = zip(*units, strict=True) if units else ((), (), (), ())
     return {
         "units": {name: plain(tuple(column)) for name, column in zip(names, columns, strict=True)},
@@ -149,7 +149,7 @@ def _gates(gates: GateRaster, place: dict[tuple[Any, ...], int]) -> dict[str, An
     return {
         "note": gates.note,
         "scale": gates.scale,
-        "units": [place[unit.name, unit.layer, unit.kind, unit.promotes] for unit in gates.units],
+        "units": [place[unit.name, unit.layer, unit.site, unit.promotes] for unit in gates.units],
         "counts": [len(unit.positions) for unit in gates.units],
         "gaps": [gap for row in gaps for gap in row],
         "values": [_brief(value, 3) for unit in gates.units for value in unit.values],

@@ -10,8 +10,8 @@ from typing import Any
 from sa_lens.circuits.tasks import World
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.training.report import load_run, settings_of
-from sa_lens.units.activations import model_streams
+from sa_lens.core.host import streams_of
+from sa_lens.training.trained_run import load_run, settings_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Subject:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """The streams that the model has."""
-        return model_streams(self.model)
+        return streams_of(self.model)
 
     @property
     def n_ctx(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream, require_hooks
 from sa_lens.data import BlockOrder, TokenFile
+from sa_lens.stopping import StopRequest
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
 """Hooks `[batch pos head d_head]` whose heads SAELens takes as one row."""
@@ -156,10 +157,6 @@ def activations(
     return cache[hook].flatten(0, 1).flatten(1).float()
 
 
-class StopRequested(Exception):
-    """The user or the cluster asked for a stop, and no step is under way."""
-
-
 class ActivationBatches(Iterator[Tensor]):
     """An endless stream of shuffled batches of activations, `[batch_tokens width]` each, addressed by step.
 
@@ -169,7 +166,7 @@ class ActivationBatches(Iterator[Tensor]):
 
     Args:
         start: step of the first batch.
-        stopped: asked between two passes of the model; if it says yes, `StopRequested` is raised.
+        request: looked at between two passes of the model; if a stop was asked for, `Interrupted` is raised.
     """
 
     BLOCKS_A_PASS = 16
@@ -185,11 +182,12 @@ class ActivationBatches(Iterator[Tensor]):
         buffer_tokens: int,
         seed: int,
         start: int = 0,
-        stopped: Callable[[], bool] = lambda: False,
+        request: StopRequest | None = None,
     ) -> None:
         blocks.require(batch_tokens)
         self.model, self.blocks, self.hook, self.stream = model, blocks, hook, stream
-        self.batch_tokens, self.seed, self.step, self.stopped = batch_tokens, seed, start, stopped
+        self.batch_tokens, self.seed, self.step = batch_tokens, seed, start
+        self.request = request or StopRequest()
         self.order = BlockOrder(len(blocks), seed)
         enough = -(-batch_tokens // blocks.length)
         self.blocks_a_buffer = max(enough, min(len(blocks), buffer_tokens // blocks.length))
@@ -207,8 +205,7 @@ class ActivationBatches(Iterator[Tensor]):
         chosen = self.order.indices(number * self.blocks_a_buffer, self.blocks_a_buffer)
         parts = []
         for first in range(0, len(chosen), self.BLOCKS_A_PASS):
-            if self.stopped():
-                raise StopRequested
+            self.request.raise_if_made()
             tokens = self.blocks.take(chosen[first : first + self.BLOCKS_A_PASS])
             parts.append(activations(self.model, tokens, self.hook, self.stream))
         self._buffer = torch.cat(parts)

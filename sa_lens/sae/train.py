@@ -21,7 +21,7 @@ from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.data.reading import DamagedFile, read_json
 from sa_lens.data.writing import atomic_write, remove_leftovers, staged_folder
 from sa_lens.places import output_folder
-from sa_lens.sae.activations import ActivationBatches, StopRequested, TokenBlocks, Tokens, hook_width, import_sae_lens
+from sa_lens.sae.activations import ActivationBatches, TokenBlocks, Tokens, hook_width, import_sae_lens
 from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 
@@ -122,7 +122,7 @@ def train_sae(
                 buffer_tokens=settings.buffer_tokens,
                 seed=seed,
                 start=start,
-                stopped=lambda: request.made,
+                request=request,
             )
 
         with torch.random.fork_rng(devices=[]):
@@ -140,7 +140,7 @@ def train_sae(
             if cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is None:
                 scaler.scaling_factor = _norm_scale(batches(), settings.steps, d_in)
             _fit(trainer, settings.steps, folder, checkpoint_every, progress, request)
-        except StopRequested as stop:
+        except Interrupted as stop:
             step, kept = trainer.n_training_steps, "nothing is saved, as output is None"
             if folder is not None:
                 _save_checkpoint(trainer, folder)
@@ -159,8 +159,7 @@ def _fit(
 
     with tqdm(total=steps, initial=trainer.n_training_steps, desc="SAE", unit=" steps", disable=not progress) as bar:
         while trainer.n_training_steps < steps:
-            if request.made:
-                raise StopRequested
+            request.raise_if_made()
             trainer.maybe_reset_sparsity()
             out = trainer.step(next(trainer.data_provider))
             trainer.n_training_steps += 1

@@ -1,11 +1,24 @@
-"""Training: the loop, its schedule and optimizer, exact checkpoints, evaluation and samples."""
+"""Train a model, resume a run exactly, evaluate a model, and draw text from both streams.
+
+| name | what it answers | cost |
+|---|---|---|
+| `train` -> `TrainResult` | trains a model into a run folder, or resumes it bit for bit | minutes to days |
+| `load_run` | the model of a run folder, a shipped name or a Hub id, on a device | seconds |
+| `text_of_run` | training and validation text of a run, in its tokens | seconds, once |
+| `evaluate_run`, `evaluation_table` | losses of a run's model on its own or another text; as a table | seconds |
+| `evaluate` -> `Evaluation` | losses of a model on blocks of tokens (it needs `bytes_per_token`) | seconds |
+| `sample` -> `Sample` | a prompt continued in both streams with the same random draws | seconds |
+| `learning_rate` | the learning rate of a step | none |
+| `Interrupted`, `TrainingDiverged` | what `train` raises when it is stopped, or when a loss is no longer finite | |
+"""
 
 from sa_lens.stopping import Interrupted
-from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
+from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate, evaluate_run, evaluation_table
 from sa_lens.training.loop import TrainResult, train
-from sa_lens.training.metrics import TrainingDiverged
-from sa_lens.training.sampling import Sample, sample, side_by_side
+from sa_lens.training.run_log import TrainingDiverged
+from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate
+from sa_lens.training.trained_run import load_run, text_of_run
 
 __all__ = [
     "Evaluation",
@@ -15,8 +28,11 @@ __all__ = [
     "TrainingDiverged",
     "bytes_per_token",
     "evaluate",
+    "evaluate_run",
+    "evaluation_table",
     "learning_rate",
+    "load_run",
     "sample",
-    "side_by_side",
+    "text_of_run",
     "train",
 ]

@@ -1,10 +1,11 @@
-"""Losses of both streams on a fixed validation text, and how the gates use their units."""
+"""Losses of both streams on a fixed validation text, how the gates use their units, and what `sa-lens eval` prints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,13 @@ from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
 from sa_lens.core.masks import masks_of
-from sa_lens.data import TokenFile
+from sa_lens.data import TokenFile, validation_blocks
+from sa_lens.data.disk import cache_folder
+from sa_lens.data.preparation import say_form
+from sa_lens.data.sources import open_source
+from sa_lens.data.tokens import write_tokens
+from sa_lens.data.writing import scratch_folder
+from sa_lens.training.trained_run import load_run, settings_of, text_of_run
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a batch."""
@@ -175,3 +182,69 @@ def _exp(loss: float) -> float:
 def bytes_per_token(file: TokenFile) -> float:
     """Bytes of text per token of a file, end-of-text tokens counted as tokens without bytes."""
     return file.n_bytes / file.n_tokens
+
+
+def evaluate_run(
+    run: str,
+    *,
+    text: str | None = None,
+    column: str = "text",
+    tokens: int = 100_000,
+    which: Literal["best", "last"] = "best",
+    device: str = "auto",
+) -> Evaluation:
+    """Evaluates a trained model on its run's validation text, or on another one.
+
+    Args:
+        run: run folder, shipped name or Hub id.
+        text: path or dataset id, as `data.source`; None: the run's own validation text.
+        column: column of `text` that holds the text.
+        tokens: predicted tokens, from the beginning of the text.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model or text, or a model that was not saved by a training run.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens} must be at least 1")
+    model = load_run(run, which=which, device=device)
+    if model.tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer, so it cannot read text")
+    settings = settings_of(run)
+    n_ctx = model.cfg.n_ctx if settings is None else min(settings.model.n_ctx, model.cfg.n_ctx)
+    if text is None:
+        return _evaluate_file(model, text_of_run(run, model).validation, n_ctx, tokens)
+    cache = cache_folder(None)
+    source = open_source(text, column=column, split=None, max_documents=None, streaming=False, cache=cache)
+    with scratch_folder(cache / "tokens") as folder:
+        form = source.form()
+        file = write_tokens(folder / "text.bin", source.read(), model.tokenizer, name=text, form=form)
+        say_form(text, [file])
+        return _evaluate_file(model, file, n_ctx, tokens)
+
+
+def _evaluate_file(model: SelfAblatingTransformer, file: TokenFile, n_ctx: int, tokens: int) -> Evaluation:
+    file.check_vocabulary(model.cfg.d_vocab)
+    blocks = validation_blocks(file, n_ctx, tokens)
+    return evaluate(model, blocks, bytes_per_token=bytes_per_token(file))
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """The figures of an evaluation as text, as `sa-lens eval` prints them."""
+    rows = [f"{evaluation.tokens:,} tokens", f"{'':<14}{'loss':>10}{'perplexity':>13}{'bits per byte':>16}"]
+    for stream in ("clean", "ablated"):
+        loss = getattr(evaluation, f"{stream}_loss")
+        if loss is not None:
+            perplexity, bits = (
+                getattr(evaluation, f"{stream}_perplexity"),
+                getattr(evaluation, f"{stream}_bits_per_byte"),
+            )
+            rows.append(f"{stream:<14}{loss:>10.4f}{perplexity:>13.2f}{bits:>16.4f}")
+    for name, label in (
+        ("attn_units_used", "attention units used at least once"),
+        ("mlp_units_used", "neurons used at least once"),
+        ("mask_overlap", "kept units that the next token keeps too"),
+    ):
+        value = getattr(evaluation, name)
+        if value is not None:
+            rows.append(f"{label:<42}{value:>11.1%}")
+    return "\n".join(rows)

@@ -22,9 +22,8 @@ from sa_lens.data import training_loader, validation_blocks
 from sa_lens.launching import check_processes
 from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
-from sa_lens.training import run_folder, state
+from sa_lens.training import run_folder, saved_state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
-from sa_lens.training.metrics import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.processes import (
     LostProcess,
     accelerator_for,
@@ -33,10 +32,11 @@ from sa_lens.training.processes import (
     is_lost_connection,
     micro_batches,
 )
+from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
 from sa_lens.training.sharding import whole, whole_parameters
-from sa_lens.training.start import Start, start
+from sa_lens.training.training_setup import TrainingSetup, set_up
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,22 +113,22 @@ def train(
 
 def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainResult:
     cfg, main = run.train, accelerator.is_main_process
-    begun = start(run, out, accelerator, resume=resume, progress=progress)
-    at, model, module, optimizer = begun.at, begun.model, begun.module, begun.optimizer
+    setup = set_up(run, out, accelerator, resume=resume, progress=progress)
+    state, model, module, optimizer = setup.state, setup.model, setup.module, setup.optimizer
     metrics = MetricsFile(out / run_folder.METRICS)
-    validation = validation_blocks(begun.data.validation, run.model.n_ctx, cfg.eval_tokens)
-    batches = _batches(run, begun, accelerator)
+    validation = validation_blocks(setup.data.validation, run.model.n_ctx, cfg.eval_tokens)
+    batches = _batches(run, setup, accelerator)
     parts = micro_batches(run, accelerator.num_processes)
-    step = at.step
+    step = state.step
     window = Window(term_names(run, trains_ablated(step, run)), lambda x: accelerator.reduce(x, "mean"))
-    window.fetched = list(at.window)
-    tokens_a_step = cfg.batch_size * run.model.n_ctx
-    began = time.perf_counter() - at.seconds
+    window.fetched = list(state.window)
+    tokens_per_step = cfg.batch_size * run.model.n_ctx
+    began = time.perf_counter() - state.seconds
     logged_step, logged_at = step, time.perf_counter()
 
     def record(kind: str, values: dict[str, Any]) -> None:
         if main:
-            with run_folder.explained(out):
+            with run_folder.explain_write_errors(out):
                 metrics.append({"kind": kind, "step": step, **values})
             accelerator.log({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
@@ -138,43 +138,43 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             stopping = _agreed(stop, step, cfg.log_every, accelerator)
 
             # -------------------------------------------------------------------------------------------- evaluate
-            if step > at.step and (last or step % cfg.eval_every == 0):
+            if step > state.step and (last or step % cfg.eval_every == 0):
                 window.fetch(step)
                 with whole_parameters(module):
                     evaluation = evaluate(
                         model,
                         validation,
-                        bytes_per_token=bytes_per_token(begun.data.validation),
+                        bytes_per_token=bytes_per_token(setup.data.validation),
                         clean_alone=not trains_ablated(step - 1, run),
                         share=(accelerator.process_index, accelerator.num_processes),
                         total=lambda x: _total(x, accelerator),
                     )
                 _check_evaluation(evaluation, step)
-                found = dataclasses.asdict(evaluation)
-                at = dataclasses.replace(at, evaluation=found)
-                record("eval", found)
+                figures = dataclasses.asdict(evaluation)
+                state = dataclasses.replace(state, evaluation=figures)
+                record("eval", figures)
                 selectable = trains_ablated(step - 1, run) or not run.gates.gated
-                if selectable and (at.best_loss is None or evaluation.selection_loss < at.best_loss):
-                    at = dataclasses.replace(at, best_loss=evaluation.selection_loss, best_step=step)
-                    extra = {"run": to_dict(run), "text": begun.text, "step": step, "validation": found}
-                    with whole_parameters(module), run_folder.explained(out):
+                if selectable and (state.best_loss is None or evaluation.selection_loss < state.best_loss):
+                    state = dataclasses.replace(state, best_loss=evaluation.selection_loss, best_step=step)
+                    extra = {"run": to_dict(run), "text": setup.text, "step": step, "validation": figures}
+                    with whole_parameters(module), run_folder.explain_write_errors(out):
                         if main:
                             checkpoints.save(model, out, extra)
                 if progress:
-                    bar.write(_evaluation_line(step, evaluation, best=at.best_step == step), file=sys.stderr)
+                    bar.write(_evaluation_line(step, evaluation, best=state.best_step == step), file=sys.stderr)
 
             # ------------------------------------------------------------------------------------------------ save
-            if step > at.step and (last or stopping or step % cfg.save_every == 0):
+            if step > state.step and (last or stopping or step % cfg.save_every == 0):
                 window.fetch(step)
-                at = dataclasses.replace(
-                    at,
+                state = dataclasses.replace(
+                    state,
                     step=step,
                     position=step * cfg.batch_size,
                     lr=learning_rate(step, cfg),
                     seconds=time.perf_counter() - began,
                     window=window.fetched,
                 )
-                _save(out, at, begun, accelerator)
+                _save(out, state, setup, accelerator)
 
             # ------------------------------------------------------------------------------------------- stop test
             if stopping and not last:
@@ -209,39 +209,32 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             if step % cfg.log_every == 0 or step in (cfg.steps, cfg.dense_steps):
                 window.fetch(step)
                 means, now = window.means(), time.perf_counter()
-                speed = (step - logged_step) * tokens_a_step / (now - logged_at)
+                speed = (step - logged_step) * tokens_per_step / (now - logged_at)
                 logged_step, logged_at = step, now
-                figures: dict[str, Any] = {
-                    "tokens": step * tokens_a_step,
-                    **means,
-                    "lr": lr,
-                    "tokens_per_s": round(speed),
-                }
-                if run.gates.gated:
-                    figures["streams"] = 2 if ablated else 1
+                streams = {"streams": 2 if ablated else 1} if run.gates.gated else {}
+                figures = {"tokens": step * tokens_per_step, **means, "lr": lr, "tokens_per_s": round(speed), **streams}
                 record("train", {**figures, "seconds": round(now - began, 1)})
                 bar.set_postfix_str(_status(means, speed))
 
-    assert at.best_loss is not None
-    assert at.best_step is not None
-    assert at.evaluation is not None
+    assert state.best_loss is not None
+    assert state.best_step is not None
+    assert state.evaluation is not None
     with whole_parameters(module):
         drawn = _final_sample(run, model, metrics, record) if main else None
         accelerator.wait_for_everyone()
-    return TrainResult(
-        out, model, step, at.best_loss, at.best_step, Evaluation(**at.evaluation), drawn, time.perf_counter() - began
-    )
+    evaluation, seconds = Evaluation(**state.evaluation), time.perf_counter() - began
+    return TrainResult(out, model, step, state.best_loss, state.best_step, evaluation, drawn, seconds)
 
 
-def _batches(run: RunConfig, begun: Start, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's micro-batches from where the run stands, on its device."""
     device = accelerator.device
     loader = training_loader(
-        begun.data.train,
+        setup.data.train,
         run.model.n_ctx,
         seed=run.train.seed,
         batch_size=run.train.batch_size,
-        start_step=begun.at.step,
+        start_step=setup.state.step,
         stop_step=run.train.steps,
         accumulate=micro_batches(run, accelerator.num_processes),
         rank=accelerator.process_index,
@@ -276,24 +269,24 @@ def _check_evaluation(evaluation: Evaluation, step: int) -> None:
             raise TrainingDiverged(f"after step {step} the validation {name} = {value}")
 
 
-def _save(out: Path, at: state.RunState, begun: Start, accelerator: Accelerator) -> None:
+def _save(out: Path, state: saved_state.RunState, setup: TrainingSetup, accelerator: Accelerator) -> None:
     """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
     from accelerate.utils import gather_object
 
-    weights = {name: whole(p.detach()).cpu().contiguous() for name, p in begun.model.named_parameters()}
-    moments = state.optimizer_tensors(begun.model, begun.optimizer.optimizer)
+    weights = {name: whole(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
+    moments = saved_state.optimizer_tensors(setup.model, setup.optimizer.optimizer)
     for name, tensor in [*weights.items(), *moments.items()]:
         if not bool(torch.isfinite(tensor).all()):
-            raise TrainingDiverged(f"after step {at.step} {name} is not finite")
-    generators = gather_object([state.generators_of(accelerator.process_index)])
+            raise TrainingDiverged(f"after step {state.step} {name} is not finite")
+    generators = gather_object([saved_state.generators_of(accelerator.process_index)])
     if accelerator.is_main_process:
-        tensors = state.Tensors(
+        tensors = saved_state.Tensors(
             weights=weights,
             optimizer=moments,
             generators={name: tensor for of_process in generators for name, tensor in of_process.items()},
         )
-        with run_folder.explained(out):
-            state.write(out, at, tensors)
+        with run_folder.explain_write_errors(out):
+            saved_state.write(out, state, tensors)
     accelerator.wait_for_everyone()
 
 
@@ -328,11 +321,11 @@ def _status(means: dict[str, float], speed: float) -> str:
     return ", ".join([*(f"{name} {value:.3f}" for name, value in shown.items()), f"{speed:,.0f} tokens/s"])
 
 
-def _evaluation_line(step: int, found: Evaluation, *, best: bool) -> str:
-    parts = [f"clean {found.clean_loss:.4f} (perplexity {found.clean_perplexity:.2f})"]
-    if found.ablated_loss is not None:
-        parts.append(f"ablated {found.ablated_loss:.4f} (perplexity {found.ablated_perplexity:.2f})")
-        parts.append(f"units used {found.units_used:.0%}")
-        if found.mask_overlap is not None:
-            parts.append(f"mask overlap {found.mask_overlap:.0%}")
+def _evaluation_line(step: int, evaluation: Evaluation, *, best: bool) -> str:
+    parts = [f"clean {evaluation.clean_loss:.4f} (perplexity {evaluation.clean_perplexity:.2f})"]
+    if evaluation.ablated_loss is not None:
+        parts.append(f"ablated {evaluation.ablated_loss:.4f} (perplexity {evaluation.ablated_perplexity:.2f})")
+        parts.append(f"units used {evaluation.units_used:.0%}")
+        if evaluation.mask_overlap is not None:
+            parts.append(f"mask overlap {evaluation.mask_overlap:.0%}")
     return f"step {step:>7,}  validation: {', '.join(parts)}{'  (best)' if best else ''}"

@@ -84,8 +84,13 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
                 f"device={device!r}, but Accelerate already runs on {accelerator.device.type!r} in this process"
             )
         if run.train.tracker != "none":
+            # in the types that every tracker takes
+            settings = {
+                name: value if isinstance(value, bool | int | float | str) else str(value)
+                for name, value in flat_settings(to_dict(run)).items()
+            }
             accelerator.init_trackers(
-                "sa_lens", config=_flat(to_dict(run)), init_kwargs={"wandb": {"dir": str(out), "name": out.name}}
+                "sa_lens", config=settings, init_kwargs={"wandb": {"dir": str(out), "name": out.name}}
             )
         try:
             yield accelerator
@@ -138,14 +143,11 @@ def micro_batches(run: RunConfig, processes: int) -> int:
     return each
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested settings as `section.name`, in the types that every tracker takes."""
-    flat: dict[str, int | float | str | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by name, as `section.name`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
@@ -181,8 +183,3 @@ class Environment:
                 "transformer_lens": getattr(transformer_lens, "__version__", "unknown"),
             },
         )
-
-    def differences(self, other: Environment) -> list[str]:
-        """What differs in `other`, as `name: here -> there`."""
-        here, there = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name}: {there[name]} -> {here[name]}" for name in here if here[name] != there[name]]

@@ -2,8 +2,8 @@
 
 run.yaml            the configuration, as `--config` takes it
 config.json, model.safetensors, tokenizer files      the best model so far
-metrics.jsonl       see `metrics.MetricsFile`
-state/              see `state`
+metrics.jsonl       see `run_log.MetricsFile`
+state/              see `saved_state`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from sa_lens.config import RunConfig, read_yaml, to_dict
 from sa_lens.core.checkpoints import CONFIG, complete_steps
 from sa_lens.training.run_text import PATHS
-from sa_lens.training.state import differences
+from sa_lens.training.saved_state import differences
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def sole_trainer(out: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    with explained(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
         lock = FileLock(out / ".lock")
@@ -119,7 +119,7 @@ def sole_trainer(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(out: Path) -> Iterator[None]:
+def explain_write_errors(out: Path) -> Iterator[None]:
     """Says, in errors of the operating system while writing a run, what is still there and what to do."""
     try:
         yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.host import in_stream, streams_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,20 @@ class Sample:
     """Text of the clean stream, prompt included."""
     ablated: str | None
     """Text of the ablated stream, prompt included; None without gates."""
+
+    def side_by_side(self, width: int | None = None) -> str:
+        """The texts in two columns, or in one without gates.
+
+        Args:
+            width: characters per line; None: the terminal's.
+        """
+        width = width if width is not None else min(120, shutil.get_terminal_size((100, 24)).columns)
+        if self.ablated is None:
+            return "\n".join(["clean stream", "-" * width, *_wrapped(self.clean, width)])
+        column = (width - 3) // 2
+        rows = zip_longest(_wrapped(self.clean, column), _wrapped(self.ablated, column), fillvalue="")
+        head = [f"{'clean stream':<{column}} | ablated stream", f"{'-' * column}-+-{'-' * column}"]
+        return "\n".join(head + [f"{left:<{column}} | {right}".rstrip() for left, right in rows])
 
 
 def sample(
@@ -63,10 +78,9 @@ def sample(
             f"{model.cfg.n_ctx} at most: shorten it"
         )
     texts: dict[str, str] = {}
-    streams = ("clean", "ablated") if model.gates.gated else ("clean",)
-    for stream in streams:
+    for stream in streams_of(model):
         # TransformerLens draws from the global generator
-        with torch.random.fork_rng(), model.ablated() if stream == "ablated" else nullcontext():
+        with torch.random.fork_rng(), in_stream(model, stream):
             torch.manual_seed(seed)
             drawn = model.generate(
                 tokens,
@@ -81,23 +95,6 @@ def sample(
             )
         texts[stream] = str(model.tokenizer.decode(drawn[0, 1:], skip_special_tokens=True))
     return Sample(prompt, texts["clean"], texts.get("ablated"))
-
-
-def side_by_side(found: Sample, width: int | None = None) -> str:
-    """A sample as two columns of text, or one column without gates.
-
-    Args:
-        width: characters a line; None: the terminal's.
-    """
-    width = width if width is not None else min(120, shutil.get_terminal_size((100, 24)).columns)
-    if found.ablated is None:
-        return "\n".join(["clean stream", "-" * width, *_wrapped(found.clean, width)])
-    column = (width - 3) // 2
-    left, right = _wrapped(found.clean, column), _wrapped(found.ablated, column)
-    rows = max(len(left), len(right))
-    left, right = left + [""] * (rows - len(left)), right + [""] * (rows - len(right))
-    head = [f"{'clean stream':<{column}} | ablated stream", f"{'-' * column}-+-{'-' * column}"]
-    return "\n".join(head + [f"{a:<{column}} | {b}".rstrip() for a, b in zip(left, right, strict=True)])
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -1,6 +1,7 @@
 """What single units do: specialization, explanations, leakage through masks, and sparsity; tables and records."""
 
-from sa_lens.units.activations import Site, stream_units, unit_counts, unit_sites
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
+from sa_lens.units.activations import stream_units
 from sa_lens.units.comparison import compare, summary
 from sa_lens.units.explanations import Explanation, Explanations, explain
 from sa_lens.units.firing import Thresholds, calibrate
@@ -19,11 +20,12 @@ __all__ = [
     "LabelledText",
     "Leakage",
     "Selectivity",
-    "Site",
     "Snippets",
     "Specialization",
+    "Sublayer",
     "Thresholds",
     "TokenClasses",
+    "Unit",
     "activation_sparsity",
     "calibrate",
     "compare",
@@ -39,6 +41,5 @@ __all__ = [
     "stream_units",
     "summary",
     "unit_counts",
-    "unit_sites",
     "word_classes",
 ]

@@ -1,6 +1,6 @@
 """Values and masks of all units, streamed over a text batch by batch.
 
-Here: where units are read (`Site`), texts cut into blocks (`TextBlocks`), and one loop over both (`stream_units`).
+Here: texts cut into blocks (`TextBlocks`), and one loop over all sublayers (`stream_units`).
 What is computed from the values is elsewhere.
 
 Axes: `unit` is one attention unit (an entry of `z`, heads flattened: unit = head * d_head + channel) or one neuron.
@@ -9,7 +9,7 @@ Axes: `unit` is one attention unit (an entry of `z`, heads flattened: unit = hea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +17,10 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.fused import fused_units, reads_fused
-from sa_lens.core.host import Host, device_of, gate_hook_names, has_ablated_stream, in_stream, widened
+from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, streams_of, widened
+from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import check_blocks
-
-Kind = Literal["attn", "mlp"]
-"""Kind of unit: attention unit or neuron."""
 
 MEMORY = 2**30
 """Bytes of units that `held` holds at most."""
@@ -30,23 +28,8 @@ TOKENS_AT_ONCE = {"cpu": 1024, "other": 32_768}
 """Tokens of a batch by type of device: on a CPU, what its caches hold is fastest."""
 
 
-class Site(NamedTuple):
-    """The units of one kind in one layer."""
-
-    layer: int
-    """Layer, from 0."""
-    kind: Kind
-    """`attn`: attention units; `mlp`: neurons."""
-
-    @property
-    def value_hook(self) -> str:
-        """Hook point of the units' values: after the mask in the ablated stream."""
-        return f"blocks.{self.layer}.{'attn.hook_z' if self.kind == 'attn' else 'mlp.hook_post'}"
-
-    @property
-    def mask_hook(self) -> str:
-        """Hook point of the units' mask; there are such only on a model with gates."""
-        return f"blocks.{self.layer}.{self.kind}_gate.hook_mask"
+UnitValues = dict[Sublayer, Float[Tensor, "batch pos unit"]]
+"""Values or masks of all units of some sublayers."""
 
 
 class UnitBatch(NamedTuple):
@@ -56,10 +39,10 @@ class UnitBatch(NamedTuple):
     """What was run, on the model's device."""
     first: int
     """Index of the first block in the text."""
-    values: dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]]
-    """Values by stream and site; in the ablated stream after the mask."""
-    masks: dict[Site, Float[Tensor, "batch pos unit"]]
-    """Masks by site, a gate of whole heads repeated for the units of each; empty unless the ablated stream is read."""
+    values: dict[Stream, UnitValues]
+    """Values by stream and sublayer; in the ablated stream after the mask."""
+    masks: UnitValues
+    """Masks by sublayer, those of whole heads repeated for each unit; empty unless the ablated stream is read."""
 
 
 class TextBlocks:
@@ -124,23 +107,23 @@ class ReadBlocks(TextBlocks):
     """Blocks whose units have been read once and are held: `stream_units` gives them again without running the model.
 
     Args:
-        batches: what `stream_units` gave of the blocks, from the first on, with all sites.
+        batches: what `stream_units` gave of the blocks, from the first on, with all sublayers.
     """
 
     def __init__(self, blocks: TextBlocks, batches: Sequence[UnitBatch]) -> None:
         self.text, self.length, self.batches = blocks.text, blocks.length, batches
         self.count = sum(len(batch.tokens) for batch in batches)
 
-    def again(self, count: int, streams: Sequence[Stream], sites: Sequence[Site]) -> Iterator[UnitBatch]:
-        """The batches of the first `count` blocks with these streams and sites."""
+    def again(self, count: int, streams: Sequence[Stream], sublayers: Sequence[Sublayer]) -> Iterator[UnitBatch]:
+        """The batches of the first `count` blocks with these streams and sublayers."""
         for batch in self.batches:
             n = count - batch.first
             if n > 0:
                 yield UnitBatch(
                     batch.tokens[:n],
                     batch.first,
-                    {stream: {site: batch.values[stream][site][:n] for site in sites} for stream in streams},
-                    {site: batch.masks[site][:n] for site in sites if site in batch.masks and "ablated" in streams},
+                    {stream: {s: batch.values[stream][s][:n] for s in sublayers} for stream in streams},
+                    {s: batch.masks[s][:n] for s in sublayers if s in batch.masks and "ablated" in streams},
                 )
 
 
@@ -158,22 +141,8 @@ def _check_tensor(tokens: Any, n_ctx: int, d_vocab: int | None) -> None:
         )
 
 
-def unit_sites(model: Host) -> list[Site]:
-    """Every site of the model, layer by layer, attention first."""
-    kinds: tuple[Kind, ...] = ("attn", "mlp")
-    sites = [Site(layer, kind) for layer in range(model.cfg.n_layers) for kind in kinds]
-    return [site for site in sites if site.value_hook in model.hook_dict]
-
-
-def unit_counts(model: Host) -> dict[Site, int]:
-    """Number of units of each site."""
-    attn = model.cfg.n_heads * model.cfg.d_head
-    return {site: attn if site.kind == "attn" else model.cfg.d_mlp for site in unit_sites(model)}
-
-
-def model_streams(model: Host) -> tuple[Stream, ...]:
-    """The streams that the model has."""
-    return ("clean", "ablated") if has_ablated_stream(model) else ("clean",)
+model_streams = streams_of
+"""The name by which `sa_lens.shipped` imports it."""
 
 
 def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: int | None = None) -> TextBlocks:
@@ -203,7 +172,7 @@ def stream_units(
     text: TokenFile | Tensor | TextBlocks,
     streams: Stream | Sequence[Stream] = "clean",
     *,
-    sites: Sequence[Site] | None = None,
+    sublayers: Sequence[Sublayer] | None = None,
     n_tokens: int | None = None,
     tokens_at_once: int | None = None,
     progress: bool = True,
@@ -217,14 +186,14 @@ def stream_units(
     Args:
         text: a token file, blocks `[block pos]`, or `TextBlocks`.
         streams: one stream or several. The ablated stream is at all positions at once.
-        sites: which units; None: all.
+        sublayers: which units; None: all.
         n_tokens: tokens to read at most; None: all.
         tokens_at_once: tokens a batch; at least one block is run. None: 1,024 on a CPU, 32,768 elsewhere.
         progress: show a progress bar.
         name: its title.
 
     Raises:
-        ValueError: an unknown stream or site, the ablated stream of a model without gates, a text that does not fit.
+        ValueError: an unknown stream or sublayer, the ablated stream without gates, or a text that does not fit.
     """
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     if not chosen:
@@ -232,19 +201,19 @@ def stream_units(
     for stream in chosen:
         with in_stream(model, stream):
             pass
-    known = unit_sites(model)
-    sites = known if sites is None else list(sites)
-    for site in sites:
-        if site not in known:
+    known = list(unit_counts(model))
+    sublayers = known if sublayers is None else list(sublayers)
+    for sublayer in sublayers:
+        if sublayer not in known:
             raise ValueError(
-                f"this {type(model).__name__} has no units at {site}: layers 0 to {model.cfg.n_layers - 1}"
+                f"this {type(model).__name__} has no units at {sublayer}: layers 0 to {model.cfg.n_layers - 1}"
             )
     blocks = text_blocks(model, text, n_tokens)
     if isinstance(blocks, ReadBlocks):
-        return blocks.again(blocks.count, chosen, sites)
+        return blocks.again(blocks.count, chosen, sublayers)
     if tokens_at_once is None:
         tokens_at_once = TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
-    return _batches(model, blocks, chosen, sites, max(1, tokens_at_once // blocks.length), progress, name)
+    return _batches(model, blocks, chosen, sublayers, max(1, tokens_at_once // blocks.length), progress, name)
 
 
 def held(
@@ -273,7 +242,7 @@ def _batches(
     model: Host,
     blocks: TextBlocks,
     streams: tuple[Stream, ...],
-    sites: Sequence[Site],
+    sublayers: Sequence[Sublayer],
     batch: int,
     progress: bool,
     name: str,
@@ -284,67 +253,73 @@ def _batches(
     with tqdm(total=blocks.n_tokens, desc=name, unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for first in range(0, len(blocks), batch):
             tokens = blocks.rows(first, first + batch).to(device)
-            yield UnitBatch(tokens, first, *read_units(model, tokens, streams, sites))
+            yield UnitBatch(tokens, first, *read_units(model, tokens, streams, sublayers))
             bar.update(tokens.numel())
 
 
 def read_units(
-    model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sites: Sequence[Site]
-) -> tuple[dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]], dict[Site, Float[Tensor, "batch pos unit"]]]:
-    """Values by stream and site, and masks by site, of one batch, in float32 or wider; see `UnitBatch`.
+    model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sublayers: Sequence[Sublayer]
+) -> tuple[
+    dict[Stream, dict[Sublayer, Float[Tensor, "batch pos unit"]]], dict[Sublayer, Float[Tensor, "batch pos unit"]]
+]:
+    """Values by stream and sublayer, and masks by sublayer, of one batch, in float32 or wider; see `UnitBatch`.
 
     Without hooks where the model and its state allow it, several times faster; the same values up to rounding.
     """
     read = _without_hooks if reads_fused(model) else read_by_hooks
-    values, masks = read(model, tokens, streams, sites)
-    wide: dict[Stream, dict[Site, Tensor]] = {stream: _wide(found) for stream, found in values.items()}
+    values, masks = read(model, tokens, streams, sublayers)
+    wide: dict[Stream, dict[Sublayer, Tensor]] = {stream: _wide(found) for stream, found in values.items()}
     return wide, _wide(masks)
 
 
-def _wide(found: dict[Site, Tensor]) -> dict[Site, Tensor]:
-    return {site: widened(x) for site, x in found.items()}
+def _wide(found: dict[Sublayer, Tensor]) -> dict[Sublayer, Tensor]:
+    return {sublayer: widened(x) for sublayer, x in found.items()}
 
 
 def _without_hooks(
-    model: Any, tokens: Tensor, streams: Sequence[Stream], sites: Sequence[Site]
-) -> tuple[dict[Stream, dict[Site, Tensor]], dict[Site, Tensor]]:
+    model: Any, tokens: Tensor, streams: Sequence[Stream], sublayers: Sequence[Sublayer]
+) -> tuple[dict[Stream, dict[Sublayer, Tensor]], dict[Sublayer, Tensor]]:
     found = fused_units(model, tokens, "ablated" if "ablated" in streams else "clean")
     read = {"clean": found.clean, "ablated": found.ablated}
-    values: dict[Stream, dict[Site, Tensor]] = {
-        stream: {site: read[stream][site.layer, site.kind] for site in sites} for stream in streams
+    values: dict[Stream, dict[Sublayer, Tensor]] = {
+        stream: {sublayer: read[stream][sublayer] for sublayer in sublayers} for stream in streams
     }
-    masks = {site: found.masks[site.layer, site.kind] for site in sites if (site.layer, site.kind) in found.masks}
-    return values, {site: _widened(mask, values["ablated"][site]) for site, mask in masks.items()}
+    masks = {sublayer: found.masks[sublayer] for sublayer in sublayers if sublayer in found.masks}
+    return values, {sublayer: _widened(mask, values["ablated"][sublayer]) for sublayer, mask in masks.items()}
 
 
 def read_by_hooks(
-    model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sites: Sequence[Site]
-) -> tuple[dict[Stream, dict[Site, Float[Tensor, "batch pos unit"]]], dict[Site, Float[Tensor, "batch pos unit"]]]:
+    model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sublayers: Sequence[Sublayer]
+) -> tuple[
+    dict[Stream, dict[Sublayer, Float[Tensor, "batch pos unit"]]], dict[Sublayer, Float[Tensor, "batch pos unit"]]
+]:
     """What `read_units` gives, of any model with hook points."""
-    values: dict[Stream, dict[Site, Tensor]] = {stream: {} for stream in streams}
-    masks: dict[Site, Tensor] = {}
+    values: dict[Stream, dict[Sublayer, Tensor]] = {stream: {} for stream in streams}
+    masks: dict[Sublayer, Tensor] = {}
     stop = model.cfg.n_layers
-    clean_readers = [(site.value_hook, _keep_at(site, values["clean"])) for site in sites if "clean" in streams]
+    clean_readers = [
+        (sublayer.value_hook, _keep_at(sublayer, values["clean"])) for sublayer in sublayers if "clean" in streams
+    ]
     with torch.no_grad():
         if "ablated" in streams:
             gated = set(gate_hook_names(model))
-            masked = [site for site in sites if site.mask_hook in gated]
+            masked = [sublayer for sublayer in sublayers if sublayer.mask_hook in gated]
             hooks = [
-                *((site.value_hook, _keep_at(site, values["ablated"])) for site in sites),
-                *((site.mask_hook, _keep_at(site, masks)) for site in masked),
+                *((sublayer.value_hook, _keep_at(sublayer, values["ablated"])) for sublayer in sublayers),
+                *((sublayer.mask_hook, _keep_at(sublayer, masks)) for sublayer in masked),
             ]
             with in_stream(model, "ablated", clean_hooks=clean_readers):
                 model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=stop)
-            masks = {site: _widened(mask, values["ablated"][site]) for site, mask in masks.items()}
+            masks = {sublayer: _widened(mask, values["ablated"][sublayer]) for sublayer, mask in masks.items()}
         else:
             with in_stream(model, "clean"):
                 model.run_with_hooks(tokens, fwd_hooks=clean_readers, stop_at_layer=stop)
     return values, masks
 
 
-def _keep_at(site: Site, into: dict[Site, Tensor]) -> Callable[..., None]:
+def _keep_at(sublayer: Sublayer, into: dict[Sublayer, Tensor]) -> Callable[..., None]:
     def keep(x: Tensor, hook: Any) -> None:
-        into[site] = x.flatten(2)
+        into[sublayer] = x.flatten(2)
 
     return keep
 

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import Stream
-from sa_lens.units.measures import LEVEL, bootstrap_means, quantiles, resampled_means
+from sa_lens.statistics import LEVEL, bootstrap_means, column_means, percentile_interval, resampled_means
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NOT_MEASURES = frozenset(("stream", "layer", "kind", "unit", "top_token", "threshold", "mean", "std"))
+NOT_MEASURES = frozenset(("stream", "layer", "site", "unit", "top_token", "threshold", "mean", "std"))
 """Columns of a table of units whose means say nothing, or depend on the scale of the model."""
 BINS_PER_DECADE = 8
 """Bins of the firing rate for a factor of ten: wider ones leave a difference of activity within a bin."""
-KEY = ["stream", "layer", "kind", "unit"]
 
 
 def measures_of(table: pd.DataFrame) -> list[str]:
@@ -47,7 +46,7 @@ def summary(
         seed: of the draws.
 
     Returns:
-        A row for each stream, kind of unit (`all` first) and column: stream, kind, column, n, mean, low, high.
+        One row per stream, site (`all` first) and column: stream, site, column, n, mean, low, high.
 
     Raises:
         ValueError: an unknown column, an empty table, a level outside (0, 1).
@@ -60,15 +59,15 @@ def summary(
     rows = []
     for stream in table["stream"].unique():
         of_stream = table[table["stream"] == stream]
-        for kind in ("all", *of_stream["kind"].unique()):
-            some = of_stream if kind == "all" else of_stream[of_stream["kind"] == kind]
+        for site in ("all", *of_stream["site"].unique()):
+            some = of_stream if site == "all" else of_stream[of_stream["site"] == site]
             values = some[columns].to_numpy(dtype=float, na_value=np.nan)
             if "live" in some:
                 values[np.ix_(~some["live"].to_numpy(dtype=bool), [name != "live" for name in columns])] = np.nan
             found = bootstrap_means(values, level=level, resamples=resamples, seed=seed)
             known = np.isfinite(values).sum(0)
             rows += [
-                {"stream": stream, "kind": kind, "column": column, "n": int(n), "mean": mean, "low": low, "high": high}
+                {"stream": stream, "site": site, "column": column, "n": int(n), "mean": mean, "low": low, "high": high}
                 for column, n, (mean, low, high) in zip(columns, known, found.T, strict=True)
             ]
     return pd.DataFrame(rows)
@@ -84,9 +83,9 @@ def compare(
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Two models' units at equal layer, kind and activity: the difference second minus first, with intervals.
+    """Two models' units at equal layer, site and activity: the difference second minus first, with intervals.
 
-    Live units are put into cells of one layer, one kind and an eighth of a decade of the firing rate. In each cell the
+    Live units are put into cells of one sublayer and an eighth of a decade of the firing rate. In each cell the
     difference of the means is taken, and cells are weighted by the smaller of the two numbers of units; a cell that
     one model leaves empty does not count. The interval comes from drawing units with replacement within each cell.
 
@@ -125,13 +124,13 @@ def compare(
         for side, index in zip(sides, cells, strict=True)
     ]
     rng = np.random.default_rng(seed)
-    means = [np.stack([_mean(x) for x in side]) for side in values]
+    means = [np.stack([column_means(x) for x in side]) for side in values]
     draws = [np.stack([resampled_means(x, resamples, rng) for x in side]) for side in values]
     weight = np.minimum(*(np.stack([np.isfinite(x).sum(0) for x in side]) for side in values)).astype(float)
     matched = [_weighted(m[:, None], weight)[0] for m in means]
     differences = _weighted(draws[1] - draws[0], weight)
-    low, high = (quantiles(differences, q) for q in ((1 - level) / 2, (1 + level) / 2))
-    whole = [_mean(side[columns].to_numpy(dtype=float, na_value=np.nan)) for side in sides]
+    low, high = percentile_interval(differences, level)
+    whole = [column_means(side[columns].to_numpy(dtype=float, na_value=np.nan)) for side in sides]
     share = sum(len(x) for side in values for x in side) / sum(map(len, sides))
     return pd.DataFrame(
         {
@@ -170,15 +169,9 @@ def _cells(side: pd.DataFrame) -> dict[tuple[int, str, int], list[int]]:
     """Rows of each cell."""
     bins = np.floor(BINS_PER_DECADE * np.log10(side["firing_rate"].to_numpy())).astype(int)
     cells: dict[tuple[int, str, int], list[int]] = {}
-    for row, cell in enumerate(zip(side["layer"], side["kind"], bins.tolist(), strict=True)):
+    for row, cell in enumerate(zip(side["layer"], side["site"], bins.tolist(), strict=True)):
         cells.setdefault(cell, []).append(row)
     return cells
-
-
-def _mean(x: np.ndarray) -> np.ndarray:
-    known = np.isfinite(x)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, x, 0).sum(0) / known.sum(0)
 
 
 def _weighted(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

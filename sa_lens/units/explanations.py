@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host
+from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
+from sa_lens.statistics import bootstrap_interval
+from sa_lens.units.activations import TextBlocks, stream_units, text_blocks
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.judging import firing_places, judge, listed, silent_places, token_list, window_of
 from sa_lens.units.pruning import Asking, Context, Fill, Guess, answer, pruned, substituted
-from sa_lens.units.swaps import mean_interval
 from sa_lens.units.trie import ANY, ContextTrie
 
 if TYPE_CHECKING:
@@ -47,10 +48,8 @@ class Snippet(NamedTuple):
 class Explanation:
     """The explanation of one unit."""
 
-    site: Site
-    """Layer and kind of the unit."""
-    unit: int
-    """Its index within the layer."""
+    unit: Unit
+    """The unit."""
     stream: Stream
     """Stream in which it was read."""
     level: float
@@ -85,7 +84,7 @@ def explain(
     model: Host,
     text: TokenFile | Tensor | TextBlocks,
     thresholds: Thresholds,
-    units: int | Sequence[tuple[Site, int]] | Literal["all"] = 32,
+    units: int | Sequence[Unit] | Literal["all"] = 32,
     *,
     tokenizer: Any = None,
     n_tokens: int | None = 60_000,
@@ -108,7 +107,7 @@ def explain(
     Args:
         text: text that the thresholds were not calibrated on.
         thresholds: the firing rule, from `calibrate`; it names the stream.
-        units: number of live units, drawn evenly over the sites; or (site, unit) pairs; or `all`.
+        units: number of live units, drawn evenly over the sublayers; or units; or `all`.
         tokenizer: to spell the patterns; None: the model's; without one, token ids are shown.
         n_tokens: tokens of the text to use, both halves together; None: all.
         snippets: snippets a unit in each half, at most.
@@ -119,7 +118,7 @@ def explain(
         progress: show progress bars.
 
     Returns:
-        `table`: layer, kind, unit; `live`; `fires_fit`, `fires_test`, firing tokens in each half; `patterns`, their
+        `table`: layer, site, unit; `live`; `fires_fit`, `fires_test`, firing tokens in each half; `patterns`, their
         number; `kept`, share of the snippets that pruning could explain; `explained`, whether any pattern predicts
         firing; `pattern`; then, for the trie and (prefix `list_`) for the token list: `precision`, `recall`, `f1` of
         firing on the tokens of held-out snippets in which the unit fires; `text_precision`, `text_recall`, `text_f1`
@@ -148,13 +147,13 @@ def explain(
     with tqdm(total=len(chosen), desc="explanations", unit=" units", disable=not progress) as bar:
         for start in range(0, len(chosen), UNITS_AT_ONCE):
             group = chosen[start : start + UNITS_AT_ONCE]
-            jobs: list[tuple[Site, int, Asking[tuple[dict[str, Any], Explanation]]]] = []
-            for (site, unit), scores in _scores(model, blocks, thresholds.stream, group, progress):
-                level = float(thresholds.levels(site, share)[unit])
+            jobs: list[tuple[Unit, Asking[tuple[dict[str, Any], Explanation]]]] = []
+            for unit, scores in _scores(model, blocks, thresholds.stream, group, progress):
+                level = float(thresholds.levels(unit.sublayer, share)[unit.index])
                 half = scores.numpy().astype(np.float64)
-                job = _Job(model, thresholds.stream, site, unit, level, tokens, half, snippets, context, substitutes)
-                draws = np.random.default_rng([seed, site.layer, site.kind == "mlp", unit])
-                jobs.append((site, unit, job.run(draws, before, tokenizer)))
+                job = _Job(model, thresholds.stream, unit, level, tokens, half, snippets, context, substitutes)
+                draws = np.random.default_rng([seed, unit.layer, unit.site == "mlp", unit.index])
+                jobs.append((unit, job.run(draws, before, tokenizer)))
             for first in range(0, len(jobs), JOBS_AT_ONCE):
                 together = jobs[first : first + JOBS_AT_ONCE]
                 for row, explanation in answer(model, thresholds.stream, together, before + context):
@@ -179,49 +178,49 @@ def _check(
 
 
 def _chosen(
-    model: Host, thresholds: Thresholds, units: int | Sequence[tuple[Site, int]] | str, rng: np.random.Generator
-) -> list[tuple[Site, int]]:
+    model: Host, thresholds: Thresholds, units: int | Sequence[Unit] | str, rng: np.random.Generator
+) -> list[Unit]:
     counts = unit_counts(model)
     if isinstance(units, str):
         if units != "all":
-            raise ValueError(f"units={units!r} must be a number, (site, unit) pairs, or 'all'")
-        return [(site, unit) for site, count in counts.items() for unit in range(count)]
+            raise ValueError(f"units={units!r} must be a number, a list of units, or 'all'")
+        return [Unit(*sublayer, index) for sublayer, count in counts.items() for index in range(count)]
     if not isinstance(units, int):
         if not len(units):
-            raise ValueError("units is empty: give (site, unit) pairs, a number, or 'all'")
-        for site, unit in units:
-            if site not in counts or not 0 <= unit < counts[site]:
-                raise ValueError(f"unit {unit} of {site} is not there: {counts.get(site, 0)} units at that site")
-        return list(units)
+            raise ValueError("units is empty: give units, a number, or 'all'")
+        return [checked_unit(model, unit) for unit in units]
     if units < 1:
         raise ValueError(f"units={units} must be at least 1")
-    live = {site: rng.permutation(np.flatnonzero(thresholds.live(site).cpu().numpy())) for site in counts}
+    live = {s: rng.permutation(np.flatnonzero(thresholds.live(s).cpu().numpy())) for s in counts}
     turns = [
-        (site, int(order[i]))
+        Unit(*sublayer, int(order[i]))
         for i in range(max(map(len, live.values())))
-        for site, order in live.items()
+        for sublayer, order in live.items()
         if i < len(order)
     ]
     if not turns:
         raise ValueError("no unit is live on the calibration text")
-    picked = turns[:units]
-    return sorted(picked, key=lambda one: (list(counts).index(one[0]), one[1]))
+    # sorted as tuples: layer by layer, attention first
+    return sorted(turns[:units])
 
 
 def _scores(
-    model: Host, blocks: TextBlocks, stream: Stream, units: Sequence[tuple[Site, int]], progress: bool
-) -> Iterator[tuple[tuple[Site, int], Tensor]]:
+    model: Host, blocks: TextBlocks, stream: Stream, units: Sequence[Unit], progress: bool
+) -> Iterator[tuple[Unit, Tensor]]:
     """The scores `[block, pos]` of each unit on the whole text."""
-    sites = list(dict.fromkeys(site for site, _ in units))
-    wanted = {site: torch.tensor([unit for at, unit in units if at == site]) for site in sites}
-    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for batch in stream_units(model, blocks, stream, sites=sites, progress=progress, name="scores"):
-        for site, values in batch.values[stream].items():
-            parts[site].append(unit_scores(site, values[..., wanted[site].to(values.device)]).float().cpu())
-    for site in sites:
-        scores = torch.cat(parts.pop(site))
-        for i, unit in enumerate(wanted[site].tolist()):
-            yield (site, unit), scores[..., i]
+    groups: dict[Sublayer, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(unit.sublayer, []).append(unit)
+    indices = {sublayer: torch.tensor([unit.index for unit in group]) for sublayer, group in groups.items()}
+    parts: dict[Sublayer, list[Tensor]] = {sublayer: [] for sublayer in groups}
+    for batch in stream_units(model, blocks, stream, sublayers=list(groups), progress=progress, name="scores"):
+        for sublayer, values in batch.values[stream].items():
+            chosen = values[..., indices[sublayer].to(values.device)]
+            parts[sublayer].append(unit_scores(sublayer, chosen).float().cpu())
+    for sublayer, group in groups.items():
+        scores = torch.cat(parts.pop(sublayer))
+        for i, unit in enumerate(group):
+            yield unit, scores[..., i]
 
 
 # --------------------------------------------------------------------------------------------------------- one unit
@@ -230,8 +229,7 @@ def _scores(
 class _Job(NamedTuple):
     model: Host
     stream: Stream
-    site: Site
-    unit: int
+    unit: Unit
     level: float
     tokens: Int64[np.ndarray, "block pos"]
     scores: Float64[np.ndarray, "block pos"]
@@ -242,7 +240,6 @@ class _Job(NamedTuple):
     def run(self, rng: np.random.Generator, before: int, tokenizer: Any) -> Asking[tuple[dict[str, Any], Explanation]]:
         half = len(self.tokens) // 2
         tokens, scores = self.tokens[half:], self.scores[half:]
-        site, unit = self.site, self.unit
         fires = self.scores > self.level
         places = firing_places(self.scores[:half], self.level, self.snippets, self.context, rng)
         contexts: list[Context | None] = []
@@ -253,9 +250,9 @@ class _Job(NamedTuple):
         silent = silent_places(scores > self.level, len(tested), self.context, rng)
         words = token_list(self.tokens[:half], self.scores[:half], self.level)
         row: dict[str, Any] = {
-            "layer": site.layer,
-            "kind": site.kind,
-            "unit": unit,
+            "layer": self.unit.layer,
+            "site": self.unit.site,
+            "unit": self.unit.index,
             "stream": self.stream,
             "live": bool(np.isfinite(self.level)),
             "fires_fit": int(fires[:half].sum()),
@@ -269,8 +266,7 @@ class _Job(NamedTuple):
             judged = judge(predicted, scores, self.level, tested, silent, self.context)
             row |= {prefix + name: value for name, value in judged.items()}
         explanation = Explanation(
-            site=site,
-            unit=unit,
+            unit=self.unit,
             stream=self.stream,
             level=self.level,
             trie=trie,
@@ -350,8 +346,8 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
         for prefix in ("", "list_"):
             values[prefix + name] = float(judged[prefix + name].mean())
     for name in ("f1", "text_f1"):
-        gain = torch.tensor((judged[name] - judged[f"list_{name}"]).to_numpy(dtype=np.float64, copy=True))[:, None]
-        mean, low, high = mean_interval(gain, torch.ones_like(gain, dtype=torch.bool), seed)
+        gain = (judged[name] - judged[f"list_{name}"]).to_numpy(dtype=np.float64)
+        mean, low, high = bootstrap_interval(gain, np.ones(len(gain)), resamples=1000, seed=seed)
         values |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
     return pd.Series(values, name="explanations")
 

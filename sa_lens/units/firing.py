@@ -2,7 +2,7 @@
 
 A neuron fires where its hooked value (after the mask in the ablated stream) exceeds half its own 99.9th percentile on
 the calibration text; an attention unit where its absolute value does. A unit whose percentile is below 1e-4 of the
-root mean square of its layer's units of that kind is dead: it never fires.
+root mean square of its sublayer is dead: it never fires.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, fingerprint_of
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import Site, TextBlocks, stream_units, text_blocks, unit_counts
+from sa_lens.units.activations import TextBlocks, stream_units, text_blocks
 
 QUANTILE = 0.999
 """The percentile of a unit's scores that stands for its largest ones."""
@@ -36,9 +37,9 @@ def check_share(share: float) -> None:
         raise ValueError(f"share={share} of the percentile must be above 0 and at most 1; the rule's is {SHARE}")
 
 
-def unit_scores(site: Site, values: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
+def unit_scores(place: Sublayer | Unit, values: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
     """What the rule looks at: a neuron's value, an attention unit's absolute value."""
-    return values.abs() if site.kind == "attn" else values
+    return values.abs() if place.site == "attn" else values
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Thresholds:
 
     stream: Stream
     """Stream that it holds for."""
-    peaks: Mapping[Site, Float[Tensor, " unit"]]
+    peaks: Mapping[Sublayer, Float[Tensor, " unit"]]
     """99.9th percentile of each unit's scores on the calibration text."""
-    rms: Mapping[Site, float]
-    """Root mean square of all values of a site."""
+    rms: Mapping[Sublayer, float]
+    """Root mean square of all values of a sublayer."""
     n_tokens: int
     """Tokens of the calibration text."""
     model: str | None = None
@@ -58,29 +59,31 @@ class Thresholds:
 
     def check_model(self, model: Host) -> None:
         """Raises ValueError if these are the thresholds of another model."""
-        shapes = {site: len(peaks) for site, peaks in self.peaks.items()}
+        shapes = {sublayer: len(peaks) for sublayer, peaks in self.peaks.items()}
         if shapes != unit_counts(model):
             raise ValueError("the thresholds are those of a model of another shape: calibrate this one")
         if self.model not in (None, fingerprint_of(model, self.stream)):
             raise ValueError("the thresholds are those of a model with other weights or gates: calibrate this one")
 
-    def live(self, site: Site) -> Bool[Tensor, " unit"]:
+    def live(self, sublayer: Sublayer) -> Bool[Tensor, " unit"]:
         """Units that are not dead."""
-        peaks = self.peaks[site]
-        return (peaks >= DEAD_BELOW * self.rms[site]) & (peaks > 0)
+        peaks = self.peaks[sublayer]
+        return (peaks >= DEAD_BELOW * self.rms[sublayer]) & (peaks > 0)
 
-    def levels(self, site: Site, share: float = SHARE) -> Float[Tensor, " unit"]:
+    def levels(self, sublayer: Sublayer, share: float = SHARE) -> Float[Tensor, " unit"]:
         """The score above which each unit fires; infinite for dead ones.
 
         Raises:
             ValueError: a share outside (0, 1].
         """
         check_share(share)
-        return torch.where(self.live(site), share * self.peaks[site], math.inf)
+        return torch.where(self.live(sublayer), share * self.peaks[sublayer], math.inf)
 
-    def fires(self, site: Site, values: Float[Tensor, "... unit"], share: float = SHARE) -> Bool[Tensor, "... unit"]:
-        """Where each unit of the site fires."""
-        return unit_scores(site, values) > self.levels(site, share).to(values.device)
+    def fires(
+        self, sublayer: Sublayer, values: Float[Tensor, "... unit"], share: float = SHARE
+    ) -> Bool[Tensor, "... unit"]:
+        """Where each unit of the sublayer fires."""
+        return unit_scores(sublayer, values) > self.levels(sublayer, share).to(values.device)
 
 
 def calibrate(
@@ -108,23 +111,23 @@ def calibrate(
     batches = stream_units(model, blocks, chosen, progress=progress, name="calibration")
     at = (blocks.n_tokens - 1) * QUANTILE
     kept = blocks.n_tokens - math.floor(at)
-    largest: dict[tuple[Stream, Site], Tensor] = {}
-    squares: dict[tuple[Stream, Site], float] = {}
+    largest: dict[tuple[Stream, Sublayer], Tensor] = {}
+    squares: dict[tuple[Stream, Sublayer], float] = {}
     for batch in batches:
         for stream in chosen:
-            for site, values in batch.values[stream].items():
-                key = (stream, site)
+            for sublayer, values in batch.values[stream].items():
+                key = (stream, sublayer)
                 squares[key] = squares.get(key, 0.0) + float(values.double().square().sum())
-                scores = unit_scores(site, values).flatten(0, 1).T
+                scores = unit_scores(sublayer, values).flatten(0, 1).T
                 pool = scores if key not in largest else torch.cat([largest[key], scores], 1)
                 largest[key] = pool.topk(min(kept, pool.shape[1]), dim=1).values
     counts, rules = unit_counts(model), {}
     for stream in chosen:
         peaks, rms = {}, {}
-        for site, count in counts.items():
-            top = largest[stream, site].double()
+        for sublayer, count in counts.items():
+            top = largest[stream, sublayer].double()
             above = top[:, -2] if kept > 1 else top[:, -1]
-            peaks[site] = torch.lerp(top[:, -1], above, at - math.floor(at)).to(largest[stream, site].dtype)
-            rms[site] = math.sqrt(squares[stream, site] / (blocks.n_tokens * count))
+            peaks[sublayer] = torch.lerp(top[:, -1], above, at - math.floor(at)).to(largest[stream, sublayer].dtype)
+            rms[sublayer] = math.sqrt(squares[stream, sublayer] / (blocks.n_tokens * count))
         rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens, fingerprint_of(model, stream))
     return rules

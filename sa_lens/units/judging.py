@@ -5,8 +5,12 @@ An explanation is a prediction of a unit's score at every token. See docs/explan
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
+
+from sa_lens.statistics import pearson
 
 
 def window_of(at: int, context: int, after: int, length: int) -> slice:
@@ -105,8 +109,7 @@ def _agreement(says: Bool[np.ndarray, " *any"], is_so: Bool[np.ndarray, " *any"]
     }
 
 
-def correlation(a: Float64[np.ndarray, " token"], b: Float64[np.ndarray, " token"]) -> float:
-    """Pearson's correlation; 0 if `a` is constant but `b` is not, NaN if `b` is."""
-    if len(b) < 2 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 else 0.0
+def correlation(predicted: Float64[np.ndarray, " token"], scores: Float64[np.ndarray, " token"]) -> float:
+    """Pearson's correlation; 0 if the prediction alone is constant, NaN if the scores are."""
+    value = pearson(predicted, scores)
+    return 0.0 if math.isnan(value) and len(scores) > 1 and np.ptp(scores) > 0 else value

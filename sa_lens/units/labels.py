@@ -15,19 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of
+from sa_lens.core.host import Host, device_of, streams_of
+from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.stories import LABELS, Story, generate
 from sa_lens.data.tokenizers import boundary_tokens
-from sa_lens.units.activations import (
-    Site,
-    model_streams,
-    stream_units,
-    text_blocks,
-    unit_counts,
-)
+from sa_lens.statistics import auroc, effective_number
+from sa_lens.units.activations import stream_units, text_blocks
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
-from sa_lens.units.measures import effective_number
 from sa_lens.units.unit_tables import rules_for
 
 if TYPE_CHECKING:
@@ -143,7 +138,7 @@ def selectivity(
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
     if streams is None:
-        streams = model_streams(model)
+        streams = streams_of(model)
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     if len(text.tokens) < 2:
         raise ValueError("the labelled text has one block; the label is chosen on one half and scored on the other")
@@ -174,9 +169,9 @@ class _Half(NamedTuple):
     n: int
     of_label: Float[Tensor, " label"]
     """Tokens of each label."""
-    together: dict[tuple[Stream, Site], Float[Tensor, "label_and_all unit"]]
+    together: dict[tuple[Stream, Sublayer], Float[Tensor, "label_and_all unit"]]
     """Tokens with the label at which the unit fires; the last row: all at which it fires."""
-    auroc: dict[tuple[Stream, Site], Float[Tensor, "label unit"]]
+    auroc: dict[tuple[Stream, Sublayer], Float[Tensor, "label unit"]]
 
 
 def _count(
@@ -199,7 +194,7 @@ def _count(
     column[kept] = torch.arange(len(kept))
     picked = torch.linspace(0, n - 1, min(sample_tokens, n), dtype=torch.float64).long()
     counts = unit_counts(model)
-    keys = [(stream, site) for stream in streams for site in counts]
+    keys = [(stream, sublayer) for stream in streams for sublayer in counts]
     together = {k: torch.zeros(len(kept) + 1, counts[k[1]], dtype=torch.float64, device=device) for k in keys}
     sample = {key: torch.zeros(len(picked), counts[key[1]], device=device) for key in keys}
     of_label = torch.zeros(len(kept), dtype=torch.float64)
@@ -215,27 +210,13 @@ def _count(
         rows = picked[low:high] - start
         members[low:high] = member[rows, :-1]
         member = member.to(device)
-        for stream, site in keys:
-            scores = unit_scores(site, batch.values[stream][site].flatten(0, 1).float())
-            fired = torch.gt(scores, rules[stream].levels(site, share).to(device), out=torch.empty_like(scores))
-            together[stream, site] += member.T @ fired
-            sample[stream, site][low:high] = scores[rows.to(device)]
+        for stream, sublayer in keys:
+            scores = unit_scores(sublayer, batch.values[stream][sublayer].flatten(0, 1).float())
+            fired = torch.gt(scores, rules[stream].levels(sublayer, share).to(device), out=torch.empty_like(scores))
+            together[stream, sublayer] += member.T @ fired
+            sample[stream, sublayer][low:high] = scores[rows.to(device)]
     areas = {key: auroc(sample.pop(key), members.to(device)) for key in keys}
     return _Half(n, of_label.to(device), together, areas)
-
-
-def auroc(scores: Float[Tensor, "token unit"], member: Float[Tensor, "token label"]) -> Float[Tensor, "label unit"]:
-    """Area under the ROC curve of every score for every label; ties count half. NaN for a label of all or no tokens."""
-    n = len(scores)
-    positives = member.sum(0).double()
-    sums = torch.zeros(member.shape[1], scores.shape[1], dtype=torch.float64, device=scores.device)
-    for first in range(0, scores.shape[1], 256):
-        x = scores[:, first : first + 256].T.contiguous()
-        ordered = x.sort(1).values
-        ranks = (torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True) + 1).double() / 2
-        sums[:, first : first + 256] = member.T.double() @ ranks.T
-    above = sums - (positives * (positives + 1) / 2)[:, None]
-    return above / (positives * (n - positives))[:, None]
 
 
 class _Scores(NamedTuple):
@@ -270,7 +251,7 @@ def _scored(
     rules: Mapping[Stream, Thresholds],
     names: Sequence[str],
     streams: Sequence[Stream],
-    counts: Mapping[Site, int],
+    counts: Mapping[Sublayer, int],
 ) -> Selectivity:
     import pandas as pd
 
@@ -278,15 +259,15 @@ def _scored(
     choice, held = halves
     always = 2 * held.of_label / (held.n + held.of_label)
     for stream in streams:
-        everywhere: list[tuple[Site, _Scores, _Scores]] = []
-        for site, n_units in counts.items():
-            key = (stream, site)
+        everywhere: list[tuple[Sublayer, _Scores, _Scores]] = []
+        for sublayer, n_units in counts.items():
+            key = (stream, sublayer)
             before, after = (
                 firing_scores(h.together[key][:-1], h.together[key][-1], h.of_label, h.n) for h in (choice, held)
             )
-            everywhere.append((site, before, after))
+            everywhere.append((sublayer, before, after))
             unit = torch.arange(n_units, device=before.f1.device)
-            live = rules[stream].live(site).to(unit.device)
+            live = rules[stream].live(sublayer).to(unit.device)
             columns: dict[str, Any] = {"live": live}
             pairs = {
                 "f1": (before.f1, after.f1),
@@ -306,7 +287,7 @@ def _scored(
                 choice.together[key][of_pos] + held.together[key][of_pos]
             )
             part = pd.DataFrame(
-                {"stream": stream, "layer": site.layer, "kind": site.kind, "unit": range(n_units)}
+                {"stream": stream, "layer": sublayer.layer, "site": sublayer.site, "unit": range(n_units)}
                 | {name: column.cpu().numpy() for name, column in columns.items()}
             )
             for name in pairs:
@@ -320,26 +301,26 @@ def _scored(
 
 
 def _coverage(
-    stream: Stream, everywhere: Sequence[tuple[Site, _Scores, _Scores]], names: Sequence[str], held: _Half
+    stream: Stream, everywhere: Sequence[tuple[Sublayer, _Scores, _Scores]], names: Sequence[str], held: _Half
 ) -> pd.DataFrame:
     """For each label the unit with the highest F1 on the choice half, and its F1 on the held-out one."""
     import pandas as pd
 
     before = torch.cat([scores.f1 for _, scores, _ in everywhere], 1)
     after = torch.cat([scores.f1 for _, _, scores in everywhere], 1)
-    places = [(site, unit) for site, scores, _ in everywhere for unit in range(scores.f1.shape[1])]
+    places = [(sublayer, unit) for sublayer, scores, _ in everywhere for unit in range(scores.f1.shape[1])]
     best = before.argmax(1)
     rows = []
     for i, label in enumerate(names):
-        site, unit = places[int(best[i])]
+        sublayer, unit = places[int(best[i])]
         f1 = float(after[i, best[i]])
         rows.append(
             {
                 "stream": stream,
                 "label": label,
                 "n_tokens": int(held.of_label[i]),
-                "layer": site.layer,
-                "kind": site.kind,
+                "layer": sublayer.layer,
+                "site": sublayer.site,
                 "unit": unit,
                 "f1": f1,
                 "covered": f1 >= COVERED,

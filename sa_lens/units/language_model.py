@@ -187,7 +187,7 @@ def explain_by_chat(
         seed: of the order in which snippets are judged.
 
     Returns:
-        A row a unit: `layer`, `kind`, `unit`, `stream`; `explanation`; `detection`, balanced accuracy in telling
+        A row a unit: `layer`, `site`, `unit`, `stream`; `explanation`; `detection`, balanced accuracy in telling
         snippets with firing; `simulation`, correlation of predicted with true activations over all tokens; NaN where
         there are no snippets or no answer could be read; `unread`, answers that could not be.
 
@@ -212,7 +212,7 @@ def explain_by_chat(
         few, fires = [few[i] for i in order], [fires[i] for i in order]
         detection, simulation, unread = _judged(chat, words, few, fires, spell, peak)
         rows.append(
-            {"layer": one.site.layer, "kind": one.site.kind, "unit": one.unit, "stream": one.stream}
+            {"layer": one.unit.layer, "site": one.unit.site, "unit": one.unit.index, "stream": one.stream}
             | {"explanation": words, "detection": detection, "simulation": simulation, "unread": unread}
         )
     return pd.DataFrame(rows)

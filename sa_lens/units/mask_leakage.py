@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, weight
 from sa_lens.data import TokenFile
+from sa_lens.statistics import Interval, bootstrap_interval
 from sa_lens.units.activations import TextBlocks, text_blocks
 from sa_lens.units.probes import fit_probe, smoothed_counts
 from sa_lens.units.swaps import (
-    mean_interval,
     mean_values,
     other_occurrences,
     permuted_units,
@@ -254,7 +254,7 @@ def _self_reading(model: Host, layer: int | None) -> Iterator[Hook]:
 
 
 def _row(nats: Tensor, ablated: Tensor, acts: Bool[Tensor, "batch pred"], seed: int) -> dict[str, Any]:
-    difference = mean_interval(nats - ablated, acts, seed)
+    difference = _mean_over_sequences(nats - ablated, acts, seed)
     n = int(acts.sum())
     return {
         "n": n,
@@ -265,6 +265,11 @@ def _row(nats: Tensor, ablated: Tensor, acts: Bool[Tensor, "batch pred"], seed: 
         "difference_low": difference[1],
         "difference_high": difference[2],
     }
+
+
+def _mean_over_sequences(nats: Float[Tensor, "batch pred"], where: Bool[Tensor, "batch pred"], seed: int) -> Interval:
+    """Mean over the chosen predictions with a bootstrap interval over sequences."""
+    return bootstrap_interval((nats.double() * where).sum(-1), where.double().sum(-1), resamples=1000, seed=seed)
 
 
 def _summary(nats: Mapping[tuple[str, int | None], Tensor], where: Tensor, probes: pd.DataFrame) -> pd.Series:
@@ -335,7 +340,7 @@ def _probes(
     for probe, layer, log_probabilities in found:
         spread = torch.zeros(places[1].shape, dtype=torch.float64)
         spread[places[1].cpu()] = -log_probabilities.gather(-1, labels[1][:, None])[:, 0].double().cpu()
-        nats, low, high = mean_interval(spread, places[1].cpu(), seed)
+        nats, low, high = _mean_over_sequences(spread, places[1].cpu(), seed)
         accuracy = float((log_probabilities.argmax(-1) == labels[1]).double().mean())
         table.append(
             {"probe": probe, "layer": layer, "n": len(labels[1]), "nats": nats, "nats_low": low, "nats_high": high}

@@ -23,7 +23,7 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream
 from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
-from sa_lens.units.activations import Site
+from sa_lens.core.unit import Unit
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.trie import ANY
 
@@ -40,8 +40,8 @@ DRAWS = 3
 class UnitReader:
     """Reads one unit's score (a neuron's value, an attention unit's absolute value) at chosen places of short texts."""
 
-    def __init__(self, model: Host, stream: Stream, site: Site, unit: int) -> None:
-        self.model, self.stream, self.site, self.unit = model, stream, site, unit
+    def __init__(self, model: Host, stream: Stream, unit: Unit) -> None:
+        self.model, self.stream, self.unit = model, stream, unit
 
     def scores(self, rows: Int64[np.ndarray, "row pos"], at: Int64[np.ndarray, " row"]) -> Float32[np.ndarray, " row"]:
         """Score of the unit at position `at` of each row; what stands to the right of it is without effect."""
@@ -53,13 +53,12 @@ class UnitReader:
             places = torch.from_numpy(at[start : start + step]).to(device)
 
             def keep(x: Tensor, hook: Any, places: Tensor = places) -> None:
-                found.append(x.flatten(2)[torch.arange(len(places), device=x.device), places, self.unit])
+                found.append(x.flatten(2)[torch.arange(len(places), device=x.device), places, self.unit.index])
 
             with torch.no_grad(), in_stream(self.model, self.stream, position=places):
-                self.model.run_with_hooks(
-                    tokens, fwd_hooks=[(self.site.value_hook, keep)], stop_at_layer=self.site.layer + 1
-                )
-        return unit_scores(self.site, torch.cat(found)).float().cpu().numpy() if found else np.zeros(0, np.float32)
+                hooks = [(self.unit.sublayer.value_hook, keep)]
+                self.model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=self.unit.layer + 1)
+        return unit_scores(self.unit, torch.cat(found)).float().cpu().numpy() if found else np.zeros(0, np.float32)
 
 
 class Texts(NamedTuple):
@@ -85,7 +84,7 @@ Asking = Generator[Texts | Guess, np.ndarray, Result]
 """Work on one unit that asks the model now and then: scores of `Texts` `[row]`, likely tokens of a `Guess`."""
 
 
-def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Site, int, Asking[Result]]], longest: int) -> list[Result]:
+def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Unit, Asking[Result]]], longest: int) -> list[Result]:
     """Results of jobs, each with the unit that it asks about; what several ask at a time is run together.
 
     Args:
@@ -97,7 +96,7 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Site, int, Asking[R
 
     def go_on(i: int, answered: np.ndarray | None) -> None:
         try:
-            asked[i] = jobs[i][2].send(answered)  # type: ignore[arg-type]
+            asked[i] = jobs[i][1].send(answered)  # type: ignore[arg-type]
         except StopIteration as end:
             results[i] = end.value
 
@@ -107,7 +106,7 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Site, int, Asking[R
         texts = {i: one for i, one in asked.items() if isinstance(one, Texts)}
         guesses = {i: one for i, one in asked.items() if isinstance(one, Guess)}
         asked.clear()
-        places = [(jobs[i][0], jobs[i][1], *one) for i, one in texts.items()]
+        places = [(jobs[i][0], *one) for i, one in texts.items()]
         answers = dict(zip(texts, read(model, stream, places), strict=True))
         for count in {one.n_likely for one in guesses.values()}:
             alike = {i: one.rows for i, one in guesses.items() if one.n_likely == count}
@@ -119,12 +118,12 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Site, int, Asking[R
     return [results[i] for i in range(len(jobs))]
 
 
-Places = Sequence[tuple[Site, int, np.ndarray, np.ndarray]]
+Places = Sequence[tuple[Unit, np.ndarray, np.ndarray]]
 """Units, each with the rows and places at which it is read."""
 
 
 def _read_by_hooks(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
-    return [UnitReader(model, stream, site, unit).scores(rows, at) for site, unit, rows, at in places]
+    return [UnitReader(model, stream, unit).scores(rows, at) for unit, rows, at in places]
 
 
 def _read_by_nodes(model: Host, longest: int) -> Any:
@@ -135,17 +134,17 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
     def read(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
         found: list[Any] = [np.zeros(0, np.float32)] * len(places)
         whole = stream == "ablated" and model.gates.reads_global  # type: ignore[attr-defined]
-        for layer in sorted({site.layer for site, *_ in places}):
-            own = [i for i, (site, _, rows, _) in enumerate(places) if site.layer == layer and len(rows)]
+        for layer in sorted({unit.layer for unit, *_ in places}):
+            own = [i for i, (unit, rows, _) in enumerate(places) if unit.layer == layer and len(rows)]
             if not own:
                 continue
-            width = max(places[i][2].shape[1] for i in own)
-            rows = np.concatenate([np.pad(places[i][2], ((0, 0), (0, width - places[i][2].shape[1]))) for i in own])
-            at = np.concatenate([places[i][3] for i in own])
+            width = max(places[i][1].shape[1] for i in own)
+            rows = np.concatenate([np.pad(places[i][1], ((0, 0), (0, width - places[i][1].shape[1]))) for i in own])
+            at = np.concatenate([places[i][2] for i in own])
             # rows of like length together, so that there is little padding
             order = np.argsort(at, kind="stable")
-            values = {kind: np.zeros((len(rows),), np.float32) for kind in ("attn", "mlp")}
-            unit = np.concatenate([np.full(len(places[i][2]), places[i][1]) for i in own])
+            values = {site: np.zeros((len(rows),), np.float32) for site in ("attn", "mlp")}
+            index_of = np.concatenate([np.full(len(places[i][1]), places[i][0].index) for i in own])
             start = 0
             while start < len(order):
                 part = order[start : start + max(1, TOKENS_AT_ONCE // int(at[order[start]] + 1))]
@@ -156,16 +155,16 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
                 ran = run_to_position(
                     model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
                 )
-                for kind, layers in (("attn", ran.z[stream]), ("mlp", ran.post[stream])):
+                for site, layers in (("attn", ran.z[stream]), ("mlp", ran.post[stream])):
                     if layers:
                         x = layers[layer].flatten(1)
-                        index = torch.from_numpy(unit[part]).to(device).clamp(max=x.shape[1] - 1)
-                        values[kind][part] = x.gather(1, index[:, None])[:, 0].float().cpu().numpy()
-            cuts = np.cumsum([len(places[i][2]) for i in own])[:-1]
-            split = {kind: np.split(x, cuts) for kind, x in values.items()}
+                        index = torch.from_numpy(index_of[part]).to(device).clamp(max=x.shape[1] - 1)
+                        values[site][part] = x.gather(1, index[:, None])[:, 0].float().cpu().numpy()
+            cuts = np.cumsum([len(places[i][1]) for i in own])[:-1]
+            split = {site: np.split(x, cuts) for site, x in values.items()}
             for place, i in enumerate(own):
-                site = places[i][0]
-                found[i] = unit_scores(site, torch.from_numpy(split[site.kind][place])).numpy()
+                unit = places[i][0]
+                found[i] = unit_scores(unit, torch.from_numpy(split[unit.site][place])).numpy()
         return found
 
     return read

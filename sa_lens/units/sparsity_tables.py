@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, fingerprint_of, weight, widened
+from sa_lens.core.host import Host, fingerprint_of, streams_of, weight, widened
+from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import TextBlocks, model_streams, stream_units, text_blocks, unit_sites
-from sa_lens.units.measures import gini, hoyer, hoyer_from_sums
+from sa_lens.statistics import gini, hoyer, hoyer_from_sums
+from sa_lens.units.activations import TextBlocks, stream_units, text_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,7 +91,7 @@ def activation_sparsity(
         eps: a value counts as small below `eps` times the root mean square of the token's units.
 
     Returns:
-        A row for each stream, layer and kind of unit: n (units), hoyer, gini, share_zero, share_small; means over
+        One row per stream and sublayer: n (units), hoyer, gini, share_zero, share_small; means over
         tokens. Tokens at which every unit is zero are left out of Hoyer and Gini.
 
     Raises:
@@ -100,26 +101,26 @@ def activation_sparsity(
 
     _check_eps(eps)
     if streams is None:
-        streams = model_streams(model)
+        streams = streams_of(model)
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     blocks = text_blocks(model, text, n_tokens)
-    keys = [(stream, site) for stream in chosen for site in unit_sites(model)]
+    keys = [(stream, sublayer) for stream in chosen for sublayer in unit_counts(model)]
     sums = {key: torch.zeros(2, 4, dtype=torch.float64) for key in keys}
     widths = {}
     for batch in stream_units(model, blocks, chosen, progress=progress, name="activation sparsity"):
-        for stream, site in keys:
-            x = batch.values[stream][site].flatten(0, 1).T.float()
-            widths[site] = len(x)
+        for stream, sublayer in keys:
+            x = batch.values[stream][sublayer].flatten(0, 1).T.float()
+            widths[sublayer] = len(x)
             floor = eps * x.square().mean(0).sqrt()
             columns = [hoyer(x), gini(x), (x == 0).double().mean(0), (x.abs() <= floor).double().mean(0)]
             each = torch.stack([column.double() for column in columns])
             known = each.isfinite()
-            sums[stream, site][0] += torch.where(known, each, 0).sum(1).cpu()
-            sums[stream, site][1] += known.sum(1).cpu()
+            sums[stream, sublayer][0] += torch.where(known, each, 0).sum(1).cpu()
+            sums[stream, sublayer][1] += known.sum(1).cpu()
     rows = []
-    for stream, site in keys:
-        values = (sums[stream, site][0] / sums[stream, site][1]).tolist()
-        place = {"stream": stream, "layer": site.layer, "kind": site.kind, "n": widths[site]}
+    for stream, sublayer in keys:
+        values = (sums[stream, sublayer][0] / sums[stream, sublayer][1]).tolist()
+        place = {"stream": stream, "layer": sublayer.layer, "site": sublayer.site, "n": widths[sublayer]}
         rows.append(place | dict(zip(("hoyer", "gini", "share_zero", "share_small"), values, strict=True)))
     return pd.DataFrame(rows)
 
@@ -134,7 +135,7 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
         table: from `specialization` of this model.
 
     Returns:
-        A row for each stream, layer and kind of unit, and one for `all` of a stream (layer -1): weights, not_small,
+        One row per stream and sublayer, and one for `all` of a stream (layer -1): weights, not_small,
         live (of these, weights of live units), firing (expected at a token: each unit's weights times its firing
         rate), live_share and firing_share of all weights.
 
@@ -150,19 +151,23 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
     rows = []
     for stream in table["stream"].unique():
         of_stream = []
-        for site in unit_sites(model):
-            per_unit, total = _weights_of_units(model, site.layer, site.kind, scales, eps)
-            some = table[(table["stream"] == stream) & (table["layer"] == site.layer) & (table["kind"] == site.kind)]
+        for sublayer in unit_counts(model):
+            per_unit, total = _weights_of_units(model, sublayer, scales, eps)
+            some = table[
+                (table["stream"] == stream) & (table["layer"] == sublayer.layer) & (table["site"] == sublayer.site)
+            ]
             some = some.sort_values("unit")
             if len(some) != len(per_unit):
-                raise ValueError(f"the table has {len(some)} units at {site}, this model {len(per_unit)}: not its own")
+                raise ValueError(
+                    f"the table has {len(some)} units at {sublayer}, this model {len(per_unit)}: not its own"
+                )
             live = torch.as_tensor(some["live"].to_numpy(dtype=float, copy=True))
             rate = torch.as_tensor(some["firing_rate"].to_numpy(dtype=float, copy=True))
             of_stream.append(
                 {
                     "stream": stream,
-                    "layer": site.layer,
-                    "kind": site.kind,
+                    "layer": sublayer.layer,
+                    "site": sublayer.site,
                     "weights": total,
                     "not_small": float(per_unit.sum()),
                     "live": float(per_unit @ live),
@@ -170,7 +175,7 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
                 }
             )
         whole = {name: sum(row[name] for row in of_stream) for name in ("weights", "not_small", "live", "firing")}
-        rows += [*of_stream, {"stream": stream, "layer": -1, "kind": "all", **whole}]
+        rows += [*of_stream, {"stream": stream, "layer": -1, "site": "all", **whole}]
     found = pd.DataFrame(rows)
     found["live_share"] = found["live"] / found["weights"]
     found["firing_share"] = found["firing"] / found["weights"]
@@ -242,17 +247,17 @@ def _all_row(name: str, some: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _weights_of_units(
-    model: Host, layer: int, kind: str, scales: Mapping[str, float], eps: float
+    model: Host, sublayer: Sublayer, scales: Mapping[str, float], eps: float
 ) -> tuple[Float[Tensor, " unit"], int]:
-    """Number of weights of each unit that are not small, and of all weights of the site."""
+    """Number of weights of each unit that are not small, and of all weights of the sublayer."""
     # the axes of each matrix that are not units: all but head and d_head, or all but d_mlp
-    if kind == "attn":
+    if sublayer.site == "attn":
         other_axes = {"attn.W_V": (1,), "attn.W_O": (2,)}
     else:
         other_axes = {"mlp.W_in": (0,), "mlp.W_gate": (0,), "mlp.W_out": (1,)}
     counts, total = [], 0
     for name, over in other_axes.items():
-        full = f"blocks.{layer}.{name}"
+        full = f"blocks.{sublayer.layer}.{name}"
         x = _found(model, full)
         if x is not None:
             counts.append((x.abs() >= eps * scales[full]).sum(over).flatten())

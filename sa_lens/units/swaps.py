@@ -1,12 +1,11 @@
-"""What is put in place of masks and values: masks of other tokens, permuted masks, means; and intervals of nats."""
+"""What is put in place of masks and values: masks of other tokens, permuted masks, means."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.core.host import Host, gate_hook_names, in_stream
@@ -97,18 +96,3 @@ def text_batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tens
     """Parts of the sequences that fit one pass each, by tokens and by logits."""
     at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
     return tokens.split(max(1, at_once // tokens.shape[1]))
-
-
-def mean_interval(
-    values: Float[Tensor, "batch pred"], where: Bool[Tensor, "batch pred"], seed: int, resamples: int = 1000
-) -> tuple[float, float, float]:
-    """Mean of the values at the chosen places, and its 95 % bootstrap interval, sequences drawn with replacement."""
-    sums = (values.double() * where).sum(-1).cpu().numpy()
-    counts = where.double().sum(-1).cpu().numpy()
-    if counts.sum() == 0:
-        return float("nan"), float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    total = counts[drawn].sum(1)
-    means = sums[drawn].sum(1)[total > 0] / total[total > 0]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / counts.sum()), float(low), float(high)

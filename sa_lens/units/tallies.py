@@ -1,4 +1,4 @@
-"""Running sums over the units of one site or layer, in memory that does not grow with the text."""
+"""Running sums over the units of one sublayer or layer, in memory that does not grow with the text."""
 
 from __future__ import annotations
 

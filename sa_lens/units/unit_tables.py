@@ -17,20 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, fingerprint_of
+from sa_lens.core.host import Host, device_of, fingerprint_of, streams_of
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import (
-    Site,
-    TextBlocks,
-    UnitBatch,
-    model_streams,
-    stream_units,
-    text_blocks,
-    unit_counts,
-    unit_sites,
-)
+from sa_lens.statistics import effective_number, gini, hoyer_from_sums
+from sa_lens.units.activations import TextBlocks, UnitBatch, stream_units, text_blocks
 from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
-from sa_lens.units.measures import effective_number, gini, hoyer_from_sums
 from sa_lens.units.tallies import EXACT_IN_FLOAT32, CoActivation, Moments, TokenTally
 from sa_lens.units.token_classes import TokenClasses, word_classes
 
@@ -51,13 +43,13 @@ class Specialization:
     """The firing rule that was used."""
     company: Mapping[tuple[Stream, int], CoActivation]
     """Co-activation by stream and layer; the units of a layer are its attention units, then its neurons."""
-    token_counts: Mapping[tuple[Stream, Site], Float[Tensor, "slot unit"]]
+    token_counts: Mapping[tuple[Stream, Sublayer], Float[Tensor, "slot unit"]]
     """How often each unit fires on each counted token; the last slot holds all other tokens."""
     tokens: Int[Tensor, " slot_but_last"]
     """The counted tokens, most frequent first."""
 
     def coactivation(self, layer: int, stream: Stream = "clean") -> pd.DataFrame:
-        """Jaccard index of every pair of a layer's units; rows and columns `attn.0`, ..., `mlp.0`, ...
+        """Jaccard index of every pair of a layer's units; rows and columns `L0.attn.0`, ..., `L0.mlp.0`, ...
 
         Raises:
             ValueError: no such stream or layer in the record.
@@ -67,8 +59,8 @@ class Specialization:
         if (stream, layer) not in self.company:
             raise ValueError(f"no co-activation of layer {layer} in the {stream} stream; there is: {[*self.company]}")
         record = self.company[stream, layer]
-        n_attn = int((self.table.query("stream == @stream and layer == @layer").kind == "attn").sum())
-        names = [_unit_name(unit, n_attn) for unit in record.units.tolist()]
+        n_attn = int((self.table.query("stream == @stream and layer == @layer").site == "attn").sum())
+        names = [_unit_name(layer, unit, n_attn) for unit in record.units.tolist()]
         return pd.DataFrame(record.jaccard().cpu().numpy(), index=names, columns=names)
 
 
@@ -114,7 +106,7 @@ def specialization(
         if value < 1:
             raise ValueError(f"{name}={value} is too small: it must be at least 1 (coactivation_units: 2)")
     if streams is None:
-        streams = model_streams(model)
+        streams = streams_of(model)
     chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)
@@ -128,9 +120,9 @@ def specialization(
     rules = rules_for(model, calibration, chosen, progress)
     vocabulary = _Vocabulary.of(frequencies, distinct_tokens, device_of(model))
     tallies = {
-        (stream, site): _SiteTally(site, n, rules[stream], share, vocabulary, blocks, sample_tokens)
+        (stream, sublayer): _SublayerTally(sublayer, n, rules[stream], share, vocabulary, blocks, sample_tokens)
         for stream in chosen
-        for site, n in unit_counts(model).items()
+        for sublayer, n in unit_counts(model).items()
     }
     company = _company(model, chosen, coactivation_units) if coactivation_tokens else {}
     pairs_seen = 0
@@ -140,7 +132,7 @@ def specialization(
         with_pairs = pairs_seen * blocks.n_tokens <= coactivation_tokens * batch.first * blocks.length
         pairs_seen += n if with_pairs else 0
         for stream in chosen:
-            fired = {site: tallies[stream, site].add(batch, stream) for site in batch.values[stream]}
+            fired = {sublayer: tallies[stream, sublayer].add(batch, stream) for sublayer in batch.values[stream]}
             for layer in range(model.cfg.n_layers) if with_pairs else ():
                 if (stream, layer) in company:
                     company[stream, layer].add(torch.cat([fired[s] for s in fired if s.layer == layer], 1))
@@ -219,12 +211,12 @@ class _Vocabulary:
         return cls(tokens, slot_of.to(device), exact)
 
 
-class _SiteTally:
-    """All that is counted of one site in one stream."""
+class _SublayerTally:
+    """All that is counted of one sublayer in one stream."""
 
     def __init__(
         self,
-        site: Site,
+        sublayer: Sublayer,
         n_units: int,
         rule: Thresholds,
         share: float,
@@ -233,9 +225,9 @@ class _SiteTally:
         sample: int,
     ) -> None:
         device = vocabulary.slot_of.device
-        self.site, self.rule, self.blocks = site, rule, blocks
-        self.threshold = rule.levels(site, share).to(device)
-        self.levels = {share: rule.levels(site, share).to(device) for share in OTHER_SHARES}
+        self.sublayer, self.rule, self.blocks = sublayer, rule, blocks
+        self.threshold = rule.levels(sublayer, share).to(device)
+        self.levels = {share: rule.levels(sublayer, share).to(device) for share in OTHER_SHARES}
         self.rates = {share: torch.zeros(n_units, dtype=torch.float64, device=device) for share in OTHER_SHARES}
         self.kept: Tensor | None = None
         self.moments = Moments()
@@ -249,9 +241,9 @@ class _SiteTally:
 
     def add(self, batch: UnitBatch, stream: Stream) -> Float[Tensor, "token unit"]:
         """Counts a batch; returns 1 where a unit fires, else 0."""
-        values = batch.values[stream][self.site]
+        values = batch.values[stream][self.sublayer]
         x = values.flatten(0, 1).float()
-        scores = unit_scores(self.site, x)
+        scores = unit_scores(self.sublayer, x)
         ones = x.new_ones(1, len(x))
         # a comparison written straight into floats, which the products below need
         fired = torch.gt(scores, self.threshold, out=torch.empty_like(scores))
@@ -268,8 +260,8 @@ class _SiteTally:
         low, high = torch.searchsorted(self.picked, torch.tensor([start, start + len(x)])).tolist()
         if high > low:
             self.sample[low:high] = x[(self.picked[low:high] - start).to(x.device)]
-        if stream == "ablated" and self.site in batch.masks:
-            mask = batch.masks[self.site].flatten(0, 1).float()
+        if stream == "ablated" and self.sublayer in batch.masks:
+            mask = batch.masks[self.sublayer].flatten(0, 1).float()
             on = (ones @ torch.gt(mask, 0.5, out=above))[0].double()
             self.kept = on if self.kept is None else self.kept + on
         return fired
@@ -284,7 +276,7 @@ class _SiteTally:
         top = counts[:-1].max(0)
         never = torch.full_like(fires, torch.nan)
         columns = {
-            "live": self.rule.live(self.site),
+            "live": self.rule.live(self.sublayer),
             "mask_rate": self.kept / n if self.kept is not None else never,
             "firing_rate": fires / n,
             **{f"firing_rate_{share:g}": rate / n for share, rate in self.rates.items()},
@@ -301,7 +293,7 @@ class _SiteTally:
             "effective_positions": effective_number(by_rate),
             "mean_position": (by_rate * centres[:, None]).sum(0) / by_rate.sum(0),
         }
-        place = {"stream": stream, "layer": self.site.layer, "kind": self.site.kind, "unit": range(len(fires))}
+        place = {"stream": stream, "layer": self.sublayer.layer, "site": self.sublayer.site, "unit": range(len(fires))}
         return {**place, **{name: column.cpu().numpy() for name, column in columns.items()}}
 
 
@@ -319,14 +311,15 @@ def _company(model: Host, streams: Sequence[Stream], most: int) -> dict[tuple[St
     company = {}
     for stream in streams:
         for layer in range(model.cfg.n_layers):
-            n = sum(counts[site] for site in unit_sites(model) if site.layer == layer)
+            n = sum(counts[sublayer] for sublayer in counts if sublayer.layer == layer)
             units = torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).long().to(device)
             company[stream, layer] = CoActivation(units)
     return company
 
 
-def _unit_name(unit: int, n_attn: int) -> str:
-    return f"attn.{unit}" if unit < n_attn else f"mlp.{unit - n_attn}"
+def _unit_name(layer: int, index: int, n_attn: int) -> str:
+    """Name of a unit by its index in the layer, attention units first."""
+    return str(Unit(layer, "attn", index) if index < n_attn else Unit(layer, "mlp", index - n_attn))
 
 
 def _table(
@@ -340,8 +333,8 @@ def _table(
     for (stream, layer), record in company.items():
         of_layer = (table["stream"] == stream) & (table["layer"] == layer)
         rows = table.index[of_layer][record.units.cpu().numpy()]
-        n_attn = int((table.loc[of_layer, "kind"] == "attn").sum())
-        names = [_unit_name(unit, n_attn) for unit in record.units.tolist()]
+        n_attn = int((table.loc[of_layer, "site"] == "attn").sum())
+        names = [_unit_name(layer, unit, n_attn) for unit in record.units.tolist()]
         values, places = (x.tolist() for x in record.partners(n_partners))
         found = [
             tuple((names[place], value) for place, value in zip(p, v, strict=True) if value > 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of
+from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import ReadBlocks, Site, TextBlocks, stream_units, text_blocks, unit_counts
+from sa_lens.units.activations import ReadBlocks, TextBlocks, stream_units, text_blocks
 from sa_lens.units.firing import unit_scores
 
 BEFORE = 0.75
@@ -21,7 +22,7 @@ BEFORE = 0.75
 
 @dataclass(frozen=True)
 class Snippets:
-    """Windows of one site's units, the top ones first, from `snippets`.
+    """Windows of one sublayer's units, the top ones first, from `snippets`.
 
     Every window holds the position at which the unit's score (see `unit_scores`) is largest in its block; no two
     windows of a unit come from one block.
@@ -29,10 +30,10 @@ class Snippets:
 
     stream: Stream
     """Stream that was read."""
-    site: Site
+    sublayer: Sublayer
     """Where the units are."""
     units: Int[Tensor, " unit"]
-    """Which units of the site."""
+    """Which units of the sublayer."""
     n_top: int
     """The first `n_top` snippets are the most active blocks, by falling score; the rest are the sample."""
     tokens: Int[Tensor, "unit snippet pos"]
@@ -56,7 +57,7 @@ class Snippets:
         """
         found = (self.units == unit).nonzero()
         if not len(found):
-            raise ValueError(f"unit={unit} of {self.site} has no snippets here: ask for it in units={{site: [...]}}")
+            raise ValueError(f"unit={unit} of {self.sublayer} has no snippets here: ask for it in units=[...]")
         return int(found[0, 0])
 
 
@@ -65,13 +66,13 @@ def snippets(
     text: TokenFile | Tensor | TextBlocks,
     stream: Stream = "clean",
     *,
-    units: Mapping[Site, Sequence[int]] | None = None,
+    units: Sequence[Unit] | None = None,
     n_top: int = 20,
     n_sample: int = 20,
     length: int = 64,
     n_tokens: int | None = 500_000,
     progress: bool = True,
-) -> dict[Site, Snippets]:
+) -> dict[Sublayer, Snippets]:
     """The most active windows of each unit and a sample over the quantiles of all others, with values at every token.
 
     Two passes over the text: one for the largest score of every unit in every block (4 bytes a unit and block), one
@@ -87,14 +88,16 @@ def snippets(
         progress: show progress bars.
 
     Returns:
-        Snippets by site.
+        Snippets by sublayer.
 
     Raises:
-        ValueError: an unknown stream, site or unit; windows longer than the blocks; fewer blocks than snippets.
+        ValueError: an unknown stream or unit; windows longer than the blocks; fewer blocks than snippets.
     """
     blocks = text_blocks(model, text, n_tokens)
     counts = unit_counts(model)
-    chosen = {site: torch.arange(n) for site, n in counts.items()} if units is None else _checked(units, counts)
+    chosen = (
+        {sublayer: torch.arange(n) for sublayer, n in counts.items()} if units is None else _by_sublayer(model, units)
+    )
     if n_top < 1 or n_sample < 0:
         raise ValueError(f"n_top={n_top} must be at least 1 and n_sample={n_sample} at least 0")
     if not 1 <= length <= blocks.length:
@@ -104,48 +107,46 @@ def snippets(
             f"the text has {len(blocks)} blocks, and n_top + n_sample = {n_top + n_sample} windows come from as many: "
             "give more text or ask for fewer"
         )
-    sites = list(chosen)
+    sublayers = list(chosen)
     device = device_of(model)
-    picked = {site: index.to(device) for site, index in chosen.items()}
-    largest = {site: torch.empty(len(blocks), len(index), device=device) for site, index in chosen.items()}
-    for batch in stream_units(model, blocks, stream, sites=sites, progress=progress, name="largest"):
-        for site, values in batch.values[stream].items():
-            scores = unit_scores(site, values[..., picked[site]])
-            largest[site][batch.first : batch.first + len(values)] = scores.amax(1).float()
-    found = {site: _Windows(site, stream, chosen[site], largest.pop(site), n_top, n_sample, length) for site in sites}
+    picked = {sublayer: index.to(device) for sublayer, index in chosen.items()}
+    largest = {sublayer: torch.empty(len(blocks), len(index), device=device) for sublayer, index in chosen.items()}
+    for batch in stream_units(model, blocks, stream, sublayers=sublayers, progress=progress, name="largest"):
+        for sublayer, values in batch.values[stream].items():
+            scores = unit_scores(sublayer, values[..., picked[sublayer]])
+            largest[sublayer][batch.first : batch.first + len(values)] = scores.amax(1).float()
+    found = {
+        sublayer: _Windows(sublayer, stream, chosen[sublayer], largest.pop(sublayer), n_top, n_sample, length)
+        for sublayer in sublayers
+    }
     wanted = torch.cat([windows.blocks.flatten() for windows in found.values()]).unique()
     again = blocks
     if isinstance(blocks, ReadBlocks):
         wanted = torch.arange(len(blocks))
     else:
         again = TextBlocks(blocks.pick(wanted), model.cfg.n_ctx)
-    for batch in stream_units(model, again, stream, sites=sites, progress=progress, name="snippets"):
+    for batch in stream_units(model, again, stream, sublayers=sublayers, progress=progress, name="snippets"):
         run = wanted[batch.first : batch.first + len(batch.tokens)]
-        for site, values in batch.values[stream].items():
-            found[site].fill(run, batch.tokens.cpu(), values[..., picked[site]].cpu())
-    return {site: windows.snippets() for site, windows in found.items()}
+        for sublayer, values in batch.values[stream].items():
+            found[sublayer].fill(run, batch.tokens.cpu(), values[..., picked[sublayer]].cpu())
+    return {sublayer: windows.snippets() for sublayer, windows in found.items()}
 
 
-def _checked(units: Mapping[Site, Sequence[int]], counts: Mapping[Site, int]) -> dict[Site, Tensor]:
-    chosen = {}
-    for site, some in units.items():
-        if site not in counts:
-            raise ValueError(f"no units at {site}: the model has {', '.join(map(str, counts))}")
-        index = torch.as_tensor(list(some), dtype=torch.int64)
-        if not len(index) or int(index.min()) < 0 or int(index.max()) >= counts[site]:
-            raise ValueError(f"units of {site} must be some of 0 to {counts[site] - 1}, not {list(some)}")
-        chosen[Site(*site)] = index
-    if not chosen:
-        raise ValueError("units names no site")
-    return chosen
+def _by_sublayer(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
+    if not len(units):
+        raise ValueError("units is empty: name at least one unit, or None for all")
+    indices: dict[Sublayer, list[int]] = {}
+    for unit in units:
+        indices.setdefault(unit.sublayer, []).append(checked_unit(model, unit).index)
+    return {sublayer: torch.tensor(index) for sublayer, index in indices.items()}
 
 
 class _Windows:
-    """The windows of one site: which blocks, then what is in them."""
+    """The windows of one sublayer: which blocks, then what is in them."""
 
     def __init__(
         self,
-        site: Site,
+        sublayer: Sublayer,
         stream: Stream,
         units: Int[Tensor, " unit"],
         largest: Float[Tensor, "block unit"],
@@ -153,7 +154,7 @@ class _Windows:
         n_sample: int,
         length: int,
     ) -> None:
-        self.site, self.stream, self.units, self.n_top, self.length = site, stream, units, n_top, length
+        self.sublayer, self.stream, self.units, self.n_top, self.length = sublayer, stream, units, n_top, length
         n = len(largest)
         order = largest.T.sort(dim=1, descending=True, stable=True).indices.cpu()
         ranks = torch.arange(n_top)
@@ -178,7 +179,7 @@ class _Windows:
         unit, slot = (run[row] == self.blocks).nonzero(as_tuple=True)
         at = row[unit, slot]
         of_unit = values[at, :, unit].float()
-        peak = unit_scores(self.site, of_unit).argmax(1)
+        peak = unit_scores(self.sublayer, of_unit).argmax(1)
         start = (peak - int(BEFORE * self.length)).clamp(min=0).clamp(max=tokens.shape[1] - self.length)
         places = start[:, None] + torch.arange(self.length)
         self.tokens[unit, slot] = tokens[at].gather(1, places)
@@ -189,7 +190,7 @@ class _Windows:
     def snippets(self) -> Snippets:
         return Snippets(
             self.stream,
-            self.site,
+            self.sublayer,
             self.units,
             self.n_top,
             self.tokens,

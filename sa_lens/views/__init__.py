@@ -1,39 +1,63 @@
-"""Figures and the records they are drawn from; a figure is a pure function of its record."""
+"""Pictures of what a model does on a text, and of what an analysis found.
 
-from sa_lens.views import records
-from sa_lens.views.attention import AttentionView, attention
-from sa_lens.views.charts import faithfulness_chart, training_curves
-from sa_lens.views.circuit import circuit_map
-from sa_lens.views.coloured_text import story, unit_activations
-from sa_lens.views.drawing import Figure, draw, save
-from sa_lens.views.heatmap import side_by_side, to_record
-from sa_lens.views.histograms import histogram, unit_histogram
+A call makes a **record**, a frozen dataclass of numbers and texts; `show` shows it and `save` saves it, as a page, an
+image, or JSON. In the order in which one meets them:
+
+| name | what it answers | cost |
+|---|---|---|
+| `show(x)` | shows a record, a circuit, a table of patches or a picture, in the notebook or a browser | none |
+| `save(x, path)` | writes it as `.html` (one file, no network), `.png`, `.svg`, `.json`, ... | a browser for images |
+| `read(path)` | the record of a `.json` that `save` wrote | none |
+| `draw(x)` | the picture itself, a plotly figure or a page of HTML, to change before it is saved | none |
+| `side_by_side([x, y])` | heat maps or circuits on one colour scale | none |
+| `story(model, text)` | where do masks change, and what does each token cost in each stream? | one pass per stream |
+| `predictions(model, text)` | what does each stream expect after each token? | one pass per stream |
+| `logit_lens(model, text)` | what would the residual stream predict after each layer? | one pass per layer and stream |
+| `gate_raster(model, text)` | which units stay at which token? | one pass per stream |
+| `attention(model, text, layer)` | where do the heads of a layer look, in each stream? | one pass per stream |
+| `unit_activations(model, text)` | on which tokens are a layer's most active units active? | one pass per stream |
+| `unit_histogram(model, blocks, unit)` | how often has a unit which value, in each stream? | one reading of the text |
+| `histogram(values, title, x_title)` | the same for any numbers | none |
+| `patch_map(table)` | where does patching change the answer? | none |
+| `circuit_map(circuit)` | which edges does a circuit have? | none |
+| `faithfulness_chart(curves)` | how much of the model's effect does a circuit of each size keep? | none |
+| `training_curves(runs)` | how did the losses of runs fall? | none |
+| `comparison_table(table, title)` | any table of results, intervals beside their values | none |
+| `load_scripts()` | puts the scripts of all views into one cell of a notebook | none |
+"""
+
+# isort: off
+from sa_lens.views.drawing import Figure, draw, save, show, side_by_side
+from sa_lens.views.html_page import load_scripts
+from sa_lens.views.records import read
+from sa_lens.views.story import story
 from sa_lens.views.next_tokens import logit_lens, predictions
-from sa_lens.views.page import View, load_scripts, view
-from sa_lens.views.raster import gate_raster
-from sa_lens.views.tables import comparison_table
+from sa_lens.views.gate_raster import gate_raster
+from sa_lens.views.heads_and_units import attention, unit_activations
+from sa_lens.views.charts import faithfulness_chart, histogram, training_curves, unit_histogram
+from sa_lens.views.heat_maps import patch_map
+from sa_lens.views.circuit_map import circuit_map
+from sa_lens.views.result_tables import comparison_table
 
-__all__ = [
-    "AttentionView",
-    "Figure",
-    "View",
-    "attention",
-    "circuit_map",
-    "comparison_table",
-    "draw",
-    "faithfulness_chart",
-    "gate_raster",
-    "histogram",
-    "load_scripts",
-    "logit_lens",
-    "predictions",
-    "records",
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "show",
     "save",
+    "read",
+    "draw",
     "side_by_side",
     "story",
-    "to_record",
-    "training_curves",
+    "predictions",
+    "logit_lens",
+    "gate_raster",
+    "attention",
     "unit_activations",
     "unit_histogram",
-    "view",
+    "histogram",
+    "patch_map",
+    "circuit_map",
+    "faithfulness_chart",
+    "training_curves",
+    "comparison_table",
+    "load_scripts",
+    "Figure",
 ]

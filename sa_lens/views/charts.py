@@ -1,20 +1,27 @@
-"""Bars and curves: single units by effect, losses over training."""
+"""Bars, curves and histograms: single units by effect, losses over training, faithfulness, values of units."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from sa_lens.circuits.metrics import SKILL_BAR
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, streams_of
+from sa_lens.core.unit import Unit, checked_unit
+from sa_lens.units.activations import stream_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.records import Bars, Curves, Level, Line, number
-from sa_lens.views.theme import faded, heading, palette, plain, template
-from sa_lens.views.words import TASKS, metric_words
+from sa_lens.views.labels import TASKS, metric_words
+from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
+from sa_lens.views.theme import faded, label_axis, lay_out, palette, plain
 
 WIDTH = 860
 """Pixels of a chart."""
@@ -22,9 +29,11 @@ MOST_BARS = 40
 """Bars that a figure shows; the rest stay in the record."""
 
 
+# ---------------------------------------------------------------------------------------------------------------- bars
+
+
 @draw.register
-def figure_of_bars(record: Bars, *, dark: bool = False) -> Figure:
-    """The figure of bars: the first 40, from the top."""
+def _(record: Bars, *, dark: bool = False) -> Figure:
     colours = palette(dark)
     labels, values = [plain(label) for label in record.labels[:MOST_BARS]], record.values[:MOST_BARS]
     figure = Figure(
@@ -37,26 +46,14 @@ def figure_of_bars(record: Bars, *, dark: bool = False) -> Figure:
             hovertemplate=f"%{{customdata}}<br><b>%{{x:.4f}}</b> {record.scale}<extra></extra>",
         )
     )
-    note = record.note
     if len(record.values) > MOST_BARS:
-        note += f"; the first {MOST_BARS} of {len(record.values)}"
-    title, room = heading(record.title, note, WIDTH, dark)
-    figure.update_layout(
-        template=template(dark),
-        title=title,
-        xaxis={"title": {"text": record.scale}, "zeroline": True, "zerolinecolor": colours.faint},
-        yaxis={
-            "autorange": "reversed",
-            "tickvals": list(range(len(labels))),
-            "ticktext": labels,
-            "showgrid": False,
-        },
-        width=WIDTH,
-        height=65 + room + 20 * len(labels),
-        margin={"t": room},
-        bargap=0.25,
-    )
-    return figure
+        record = replace(record, note=f"{record.note}; the first {MOST_BARS} of {len(record.values)}")
+    x = {"title": {"text": record.scale}, "zeroline": True, "zerolinecolor": colours.faint}
+    y = label_axis(record.labels[:MOST_BARS], autorange="reversed")
+    return lay_out(figure, record, WIDTH, 65 + 20 * len(labels), dark, xaxis=x, yaxis=y, bargap=0.25)
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
 
 
 def training_curves(
@@ -64,7 +61,7 @@ def training_curves(
     kind: Literal["eval", "train"] = "eval",
     title: str = "Loss over training",
 ) -> Curves:
-    """Losses of one or several runs, from their `metrics.jsonl`.
+    """Returns the losses of one or several runs, from their `metrics.jsonl`.
 
     Where a run trains the clean stream alone at first, a mark says from which step on the ablated one is trained too.
 
@@ -77,7 +74,7 @@ def training_curves(
         FileNotFoundError: a folder without metrics.
         ValueError: no runs, an unknown kind, or a run without a record of that kind.
     """
-    from sa_lens.training.metrics import MetricsFile
+    from sa_lens.training.run_log import MetricsFile
 
     if kind not in ("eval", "train"):
         raise ValueError(f"kind={kind!r} must be 'eval' or 'train'")
@@ -113,12 +110,12 @@ def faithfulness_chart(
     title: str | None = None,
     note: str | None = None,
 ) -> Curves:
-    """How well circuits of growing size do what the whole model does.
+    """Returns curves of how well circuits of growing size do what the whole model does.
 
     Args:
-        curves: tables with a row a size: `edges`, `share`, `f`, `kl`, and intervals `f_low`, `f_high` where there are
-            any. A table may hold several curves, told apart by its columns `ranking`, `method`, `order` and `stream`
-            (`sa_lens.circuits.curves.curves_table` makes such a one); a mapping names each table.
+        curves: tables with one row per size: `edges`, `share`, `f`, `kl`, and perhaps intervals `f_low`, `f_high`. A
+            table may hold several curves, told apart by its columns `ranking`, `method`, `order` and `stream`
+            (`sa_lens.circuits.curves_table` makes such a table); a mapping names each table.
         x: number of edges, or their share of all, on a log axis (sizes of 0 have no place on it).
         y: faithfulness f (0: as the empty circuit, 1: as the full model), or KL from the full model in nats.
         title: heading; None: what is shown.
@@ -189,29 +186,28 @@ def _curve_note(tables: Iterable[pd.DataFrame]) -> str:
     return "; ".join(parts)
 
 
+def _label(line: Line) -> str:
+    return plain(f"{line.name}, {line.stream}" if line.stream else line.name)
+
+
 @draw.register
-def figure_of_curves(record: Curves, *, dark: bool = False) -> Figure:
-    """The figure of curves: a colour for each name, the ablated stream dashed."""
+def _(record: Curves, *, dark: bool = False) -> Figure:
     colours = palette(dark)
     names = list(dict.fromkeys(line.name for line in record.lines))
     figure = Figure()
-    for level in record.levels:
-        figure.add_hline(
-            y=level.value,
-            line={"color": colours.faint, "width": 1, "dash": "dot"},
-            annotation={"text": plain(level.label), "font": {"size": 11, "color": colours.faint}},
-            annotation_position="top left",
-        )
-    for moment in record.moments:
-        figure.add_vline(
-            x=moment.value,
-            line={"color": colours.faint, "width": 1, "dash": "dot"},
-            annotation={"text": plain(moment.label), "font": {"size": 11, "color": colours.faint}},
-            annotation_position="top right",
-        )
+    for add, place, levels, corner in (
+        (figure.add_hline, "y", record.levels, "top left"),
+        (figure.add_vline, "x", record.moments, "top right"),
+    ):
+        for level in levels:
+            add(
+                **{place: level.value},
+                line={"color": colours.faint, "width": 1, "dash": "dot"},
+                annotation={"text": plain(level.label), "font": {"size": 11, "color": colours.faint}},
+                annotation_position=corner,
+            )
     for line in record.lines:
-        label = plain(f"{line.name}, {line.stream}" if line.stream else line.name)
-        hover = f"{label}<br>{record.x_title} %{{x:,}}<br><b>%{{y:.4f}}</b> {record.y_title}<extra></extra>"
+        label = _label(line)
         colour = colours.lines[names.index(line.name) % len(colours.lines)]
         if line.low:
             figure.add_trace(_band(line, colour))
@@ -221,32 +217,18 @@ def figure_of_curves(record: Curves, *, dark: bool = False) -> Figure:
                 y=list(line.y),
                 name=label,
                 mode="lines+markers" if len(line.x) <= 60 else "lines",
-                line={
-                    "color": colour,
-                    "dash": "dash" if line.stream == "ablated" else "solid",
-                    "width": 2,
-                },
+                line={"color": colour, "dash": "dash" if line.stream == "ablated" else "solid", "width": 2},
                 marker={"size": 5},
-                hovertemplate=hover,
+                hovertemplate=(
+                    f"{label}<br>{record.x_title} %{{x:,}}<br><b>%{{y:.4f}}</b> {record.y_title}<extra></extra>"
+                ),
                 legendgroup=label,
             )
         )
-    title, room = heading(record.title, record.note, WIDTH, dark)
-    figure.update_layout(
-        template=template(dark),
-        title=title,
-        xaxis=(
-            {"title": {"text": record.x_title}, "rangemode": "tozero"}
-            if record.x_scale == "linear"
-            else {"title": {"text": record.x_title}, "type": "log", "dtick": "D2" if _decades(record) < 3 else 1}
-        ),
-        yaxis={"title": {"text": record.y_title}},
-        showlegend=len(record.lines) > 1,
-        width=WIDTH,
-        height=480,
-        margin={"t": room},
-    )
-    return figure
+    log = {"type": "log", "dtick": "D2" if _decades(record) < 3 else 1}
+    x = {"title": {"text": record.x_title}, **(log if record.x_scale == "log" else {"rangemode": "tozero"})}
+    y = {"title": {"text": record.y_title}}
+    return lay_out(figure, record, WIDTH, 396, dark, xaxis=x, yaxis=y, showlegend=len(record.lines) > 1)
 
 
 def _decades(record: Curves) -> float:
@@ -267,6 +249,118 @@ def _band(line: Line, colour: str) -> go.Scatter:
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,
-        legendgroup=plain(f"{line.name}, {line.stream}" if line.stream else line.name),
+        legendgroup=_label(line),
         name="interval",
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- histograms
+
+
+def histogram(
+    values: Mapping[str, Any], title: str, x_title: str, *, note: str = "", bins: int | None = None
+) -> Histogram:
+    """Returns how often values of each size occur, with the same bins for all.
+
+    Args:
+        values: arrays of numbers by name.
+        title: heading.
+        x_title: what the values are, with unit.
+        note: a line below the heading.
+        bins: number of bins, all equally wide; None: 60.
+
+    Raises:
+        ValueError: nothing to count, a value that is not finite, or fewer than one bin.
+    """
+    bins = 60 if bins is None else bins
+    arrays = {name: np.asarray(array, dtype=float).ravel() for name, array in values.items()}
+    if not arrays or not all(array.size for array in arrays.values()):
+        raise ValueError("histogram needs at least one value under each name")
+    if bins < 1:
+        raise ValueError(f"bins={bins} must be at least 1")
+    everything = np.concatenate(list(arrays.values()))
+    if not np.isfinite(everything).all():
+        raise ValueError(f"histogram counts finite values; {int((~np.isfinite(everything)).sum())} are not")
+    edges = np.histogram_bin_edges(everything, bins)
+    counted = {name: np.histogram(array, edges)[0] for name, array in arrays.items()}
+    return Histogram(
+        title,
+        note,
+        x_title,
+        tuple(map(float, edges)),
+        tuple(Series(name, tuple(map(int, counts))) for name, counts in counted.items()),
+    )
+
+
+def unit_histogram(
+    model: Host, text: Any, unit: Unit | str, *, n_tokens: int | None = None, bins: int | None = None
+) -> Histogram:
+    """Returns a histogram of a unit's values over a text: in the clean stream, and where it stays in the ablated one.
+
+    Args:
+        text: a token file, or blocks of tokens `[block pos]`.
+        unit: a `Unit`, or text such as `L1.mlp.17`.
+        n_tokens: tokens to read at most; None: all.
+        bins: number of bins; None: 60.
+
+    Raises:
+        ValueError: a unit that the model does not have, or a text that does not fit.
+    """
+    unit = checked_unit(model, unit)
+    values, n = unit_values(model, text, [unit], n_tokens)
+    of_unit = values[unit]
+    note, counted = f"{n:,} tokens", {"clean": of_unit["clean"]}
+    if "ablated" in of_unit:
+        stays = len(of_unit["ablated"])
+        note += f"; stays at {stays:,} of them ({stays / n:.2%})"
+        if stays:
+            counted["ablated, where it stays"] = of_unit["ablated"]
+    return histogram(counted, str(unit), "value of the unit", note=note, bins=bins)
+
+
+def unit_values(
+    model: Host, text: Any, units: Sequence[Unit], n_tokens: int | None = None
+) -> tuple[dict[Unit, dict[Stream, np.ndarray]], int]:
+    """Returns the values of units over a text by stream (ablated: where they stay), and the number of tokens."""
+    streams = streams_of(model)
+    sublayers = list(dict.fromkeys(unit.sublayer for unit in units))
+    parts: dict[Unit, dict[Stream, list[np.ndarray]]] = {unit: {stream: [] for stream in streams} for unit in units}
+    n = 0
+    for batch in stream_units(model, text, streams, sublayers=sublayers, n_tokens=n_tokens, progress=False):
+        n += batch.tokens.numel()
+        for unit, by_stream in parts.items():
+            for stream, of_stream in by_stream.items():
+                x = batch.values[stream][unit.sublayer][..., unit.index]
+                if stream == "ablated" and unit.sublayer in batch.masks:
+                    x = x[batch.masks[unit.sublayer][..., unit.index] > 0]
+                of_stream.append(x.flatten().float().cpu().numpy())
+    return {
+        unit: {stream: np.concatenate(of_stream) for stream, of_stream in by_stream.items()}
+        for unit, by_stream in parts.items()
+    }, n
+
+
+@draw.register
+def _(record: Histogram, *, dark: bool = False) -> Figure:
+    colours = palette(dark)
+    bins = list(pairwise(record.edges))
+    figure = Figure()
+    for i, series in enumerate(record.series):
+        colour = colours.lines[i % len(colours.lines)]
+        figure.add_trace(
+            go.Bar(
+                x=[(low + high) / 2 for low, high in bins],
+                y=list(series.counts),
+                width=[high - low for low, high in bins],
+                customdata=[f"{low:.4g} to {high:.4g}" for low, high in bins],
+                name=plain(series.name),
+                marker={"color": faded(colour, 0.4), "line": {"color": colour, "width": 1.2}},
+                hovertemplate=f"{plain(series.name)}<br>%{{customdata}}<br><b>%{{y:,}}</b><extra></extra>",
+            )
+        )
+    x, y = (
+        {"title": {"text": plain(record.x_title)}},
+        {"title": {"text": "count (log scale)"}, "type": "log", "dtick": 1},
+    )
+    layout: dict[str, Any] = {"barmode": "overlay", "bargap": 0, "showlegend": len(record.series) > 1}
+    return lay_out(figure, record, WIDTH, 316, dark, xaxis=x, yaxis=y, **layout)

@@ -1,4 +1,4 @@
-"""`draw`: a plotly figure of a record, and `save`: the figure as a file that needs no network.
+"""`draw` makes a picture of a record, `show` shows it, `save` writes it to a file that needs no network.
 
 What draws each kind of record is registered in the module of that kind.
 """
@@ -6,124 +6,276 @@ What draws each kind of record is registered in the module of that kind.
 from __future__ import annotations
 
 import json
-from functools import singledispatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial, singledispatch
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.subplots import make_subplots
 
+from sa_lens.data.writing import atomic_write
 from sa_lens.places import output_file
-from sa_lens.views.page import component, in_notebook, inert, scripts_to_carry, write_html
+from sa_lens.views.html_page import Picture, component
+from sa_lens.views.records import Titled, to_json
+from sa_lens.views.theme import lay_out, palette, wrapped
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
-
-
 _USUAL = {"plotly_mimetype", "notebook", "jupyterlab", "vscode", "colab", "kaggle", "notebook_connected"}
 """Renderers that plotly chooses by itself in notebooks; any other is somebody's wish."""
 _CONFIG = {"displaylogo": False, "responsive": True}
 
 
-class Figure(go.Figure):
-    """A plotly figure that saves itself, and that shows itself in notebooks without a network.
+class Figure(Picture, go.Figure):
+    """A plotly figure that shows itself in notebooks without a network, and saves itself.
 
     Plotly's own display of HTML asks a server for MathJax. This one carries plotly's script with the first figure of a
     notebook, and the figure's data for front ends that draw plotly figures themselves. A renderer chosen in
     `plotly.io.renderers.default` is respected.
     """
 
+    libraries = ("plotly",)
+
     def fragment(self) -> str:
-        """The figure as HTML without plotly's script, which the page must hold."""
-        return _fragment(self)
+        content = json.loads(pio.to_json({**self.to_plotly_json(), "config": _CONFIG}, validate=False))
+        return component("plotly", "", content, style=f"min-height:{self.layout.height or 450}px")
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         content = json.loads(self.to_json(validate=False))
         return {
             "application/vnd.plotly.v1+json": {**content, "config": _CONFIG},
-            "text/html": scripts_to_carry(("plotly",)) + self.fragment(),
+            "text/html": self._repr_html_(),
         }
 
-    def _repr_html_(self) -> str:
-        return scripts_to_carry(("plotly",)) + self.fragment()
-
     def _ipython_display_(self) -> None:
-        if not self._displayed():
+        if not self._display():
             super()._ipython_display_()
 
     def show(self, *args: Any, **kwargs: Any) -> None:
         """Shows the figure: in the notebook, or in a browser. Arguments are plotly's, and make it plotly's display."""
-        if args or kwargs or not self._displayed():
-            super().show(*args, **kwargs)
+        if args or kwargs or not self._display():
+            go.Figure.show(self, *args, **kwargs)
 
-    def _displayed(self) -> bool:
-        """Displays the figure if this is a notebook and nobody wished another renderer; whether it did."""
-        if not in_notebook() or not set(str(pio.renderers.default or "").split("+")) <= _USUAL:
-            return False
-        from IPython.display import display
-
-        display(self._repr_mimebundle_(), raw=True)
-        return True
+    def _display(self) -> bool:
+        return set(str(pio.renderers.default or "").split("+")) <= _USUAL and super()._display()
 
     def save(self, path: str | Path, *, scale: float = 2) -> Path:
-        """Writes the figure to a file, as `sa_lens.views.save` does."""
-        return save(self, path, scale=scale)
+        """Writes the figure: `.html` (one file, plotly inside, no network needed), or an image.
+
+        Args:
+            scale: pixels per unit of the figure's size, for images.
+
+        Raises:
+            ValueError: another ending.
+            RuntimeError: an image is asked for and kaleido or a Chrome browser is missing.
+        """
+        path = output_file(path)
+        if path.suffix not in (".html", *IMAGES):
+            raise ValueError(f"{path.name}: a figure is saved as .html, {', '.join(IMAGES)}")
+        if path.suffix == ".html":
+            self._write(path, path.stem, str(self.layout.paper_bgcolor or "white"))
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            import kaleido  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(
+                f"{path.name}: images need kaleido (pip install 'sa-lens[png]') and Chrome or Chromium; .html needs "
+                "neither"
+            ) from error
+        try:
+            self.write_image(path, scale=scale)
+        except RuntimeError as error:
+            if "Chrome" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{path.name}: kaleido found no Chrome or Chromium to draw the image with; install one (such as "
+                "Debian's chromium, or set BROWSER_PATH), or save as .html"
+            ) from error
+        return path
 
 
-def _fragment(figure: go.Figure) -> str:
-    content = figure.to_plotly_json()
-    shown = pio.to_json({"data": content["data"], "layout": content["layout"], "config": _CONFIG}, validate=False)
-    height = figure.layout.height or 450
-    return component("plotly", "", inert(json.loads(shown)), style=f"min-height:{height}px")
+# --------------------------------------------------------------------------------------------------------------- verbs
 
 
 @singledispatch
-def draw(shown: object, *, dark: bool = False) -> Figure:
-    """A plotly figure of a record, of a circuit, or of a table of patches.
+def draw(shown: object, *, dark: bool = False) -> Any:
+    """Draws a record, and returns the picture: a plotly figure, or a page of HTML for texts and tables.
+
+    Either shows itself as the last line of a notebook's cell, and can be changed before it is saved.
 
     Args:
-        shown: a record of `sa_lens.views.records`, a circuit, or a table of `sa_lens.circuits.patching.patch`.
+        shown: a record, a circuit, or a table of patches. A circuit takes the options of `circuit_map` as well, such as
+            `skill=`; a table those of `patch_map`.
         dark: the dark look.
 
-    A circuit takes the options of `circuit_map` as well, such as `skill=`.
-
     Raises:
-        TypeError: something that has no figure.
+        TypeError: something that has no picture.
     """
-    kinds = sorted(kind.__name__ for kind in draw.registry if kind is not object)
-    raise TypeError(f"there is no figure of a {type(shown).__name__}; figures are of {', '.join(kinds)}")
+    kinds = sorted(kind.__name__ for kind in draw.registry if kind not in (object, Picture))
+    raise TypeError(f"there is no picture of a {type(shown).__name__}; there is one of {', '.join(kinds)}")
 
 
-def save(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
-    """Writes a figure: `.html` (one file, plotly inside, no network needed), or an image.
+@draw.register
+def _(shown: Picture) -> Any:
+    return shown
+
+
+def show(shown: Any, **options: Any) -> None:
+    """Shows a record, or anything else that `draw` takes, in the notebook, or else in a browser.
 
     Args:
-        path: where; the ending chooses the format.
-        scale: pixels per unit of the figure's size, for images.
+        shown: a record, a circuit, a table of patches, or a picture.
+        options: those of `draw`, such as `dark=True`.
+    """
+    draw(shown, **options).show()
+
+
+def save(shown: Any, path: str | Path, *, scale: float | None = None, **options: Any) -> Path:
+    """Saves a record, or anything else that `draw` takes, in the format that the ending of the path names.
+
+    `.html` is one interactive file that needs no network; `.json` is the record itself, which `read` reads; `.png`,
+    `.svg`, `.pdf`, `.jpg` and `.webp` are images of figures.
+
+    Args:
+        shown: a record, a circuit, a table of patches, or a picture.
+        path: where; its folder is made if need be.
+        scale: pixels per unit of the figure's size, for images; None: 2.
+        options: those of `draw`, such as `dark=True`.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: another ending.
+        ValueError: an ending that does not fit.
         RuntimeError: an image is asked for and kaleido or a Chrome browser is missing.
     """
-    path = output_file(path)
-    if path.suffix not in (".html", *IMAGES):
-        raise ValueError(f"{path.name}: a figure is saved as .html, {', '.join(IMAGES)}")
-    if path.suffix == ".html":
-        write_html(path, path.stem, ("plotly",), _fragment(figure), str(figure.layout.paper_bgcolor or "white"))
+    if Path(path).suffix == ".json" and is_dataclass(shown):
+        path = output_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, to_json(shown).encode())
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import kaleido  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            f"{path.name}: images need kaleido (pip install 'sa-lens[png]') and Chrome or Chromium; .html needs neither"
-        ) from error
-    try:
-        figure.write_image(path, scale=scale)
-    except RuntimeError as error:
-        if "Chrome" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{path.name}: kaleido found no Chrome or Chromium to draw the image with; install one (such as Debian's "
-            "chromium, or set BROWSER_PATH), or save as .html"
-        ) from error
-    return path
+    return draw(shown, **options).save(path, **({} if scale is None else {"scale": scale}))
+
+
+# -------------------------------------------------------------------------------------------------------------- panels
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Records of one kind, ready to be drawn next to one another on one colour scale."""
+
+    traces: list[list[Any]]
+    """Traces of each panel."""
+    axes: list[tuple[dict[str, Any], dict[str, Any]]]
+    """Settings of the x and y axis of each."""
+    width: int
+    """Pixels of a panel."""
+    beside: int
+    """Pixels of the colour bar and the outer margins."""
+    gap: int
+    """Pixels between two panels."""
+    height: int
+    """Pixels of the panels and what is below."""
+    layout: dict[str, Any] = field(default_factory=dict)
+    """Other settings of the figure."""
+
+
+_panels: dict[type, Callable[[Sequence[Any], bool], Panels]] = {}
+
+
+def register_panels(kind: type, make: Callable[[Sequence[Any], bool], Panels]) -> None:
+    """Registers how records of a kind are drawn, alone by `draw` or next to one another by `side_by_side`."""
+    _panels[kind] = make
+    draw.register(kind, partial(_draw_panels, names=("",)))
+
+
+@singledispatch
+def to_record(shown: Any, **options: Any) -> Any:
+    """Returns the record of an analysis's result, such as a circuit; a record as it is."""
+    return shown
+
+
+def register_result(kind: type, make: Callable[..., Any]) -> None:
+    """Registers the record of an analysis's result, so that `draw` and `side_by_side` take the result itself."""
+    to_record.register(kind, make)
+    draw.register(kind, lambda shown, *, dark=False, **options: draw(make(shown, **options), dark=dark))
+
+
+def _draw_panels(*records: Any, names: Sequence[str], dark: bool = False, title: str = "") -> Figure:
+    panels = _panels[type(records[0])](records, dark)
+    n = len(records)
+    width = panels.beside + panels.width * n
+    notes = list(dict.fromkeys(record.note for record in records))
+    small = f"<br><span style='font-size:11px;color:{palette(dark).faint}'>"
+    captions = [
+        f"<b>{wrapped(name, panels.width - 20)}</b>"
+        + (f"{small}{wrapped(record.note, panels.width - 20, 6)}</span>" if len(notes) > 1 else "")
+        for name, record in zip(names, records, strict=True)
+        if n > 1
+    ]
+    figure = make_subplots(
+        1,
+        n,
+        subplot_titles=captions or None,
+        horizontal_spacing=panels.gap / (width - panels.beside),
+        figure=Figure(),
+    )
+    figure.update_annotations(font_size=13, font_color=palette(dark).text, yanchor="bottom")
+    for column, (traces, (x, y)) in enumerate(zip(panels.traces, panels.axes, strict=True), 1):
+        for trace in traces:
+            figure.add_trace(trace, row=1, col=column)
+        figure.update_xaxes(x, row=1, col=column)
+        figure.update_yaxes(y, row=1, col=column)
+    above = 20 + 17 * max(caption.count("<br>") for caption in captions) if captions else 0
+    head = replace(records[0], title=title or records[0].title, note=notes[0] if len(notes) == 1 else "")
+    return lay_out(figure, head, width, above + panels.height, dark, above=above, **panels.layout)
+
+
+def side_by_side(
+    shown: Sequence[Any], title: str = "", *, names: Sequence[str] | None = None, dark: bool = False
+) -> Figure:
+    """Draws heat maps or circuits next to one another on one colour scale, such as one for each stream or model.
+
+    A node of a circuit has the same place in each.
+
+    Args:
+        shown: records of heat maps, or tables of patches; or circuits, or records of them.
+        title: heading; empty: what their headings begin with alike.
+        names: a name above each; default: their headings, without what the title says of all.
+        dark: the dark look.
+
+    Raises:
+        ValueError: fewer than two, of different kinds, two that mean different things by colour, circuits of
+            transformers of different shapes.
+    """
+    records: list[Titled] = [to_record(result) for result in shown]
+    if len(records) < 2:
+        raise ValueError(f"side_by_side needs two heat maps or circuits, not {len(records)}")
+    for record in records:
+        if type(record) not in _panels or type(record) is not type(records[0]):
+            raise ValueError(f"side_by_side shows heat maps or circuits of one kind, not {type(record).__name__}")
+        scales = [(one.scale, getattr(one, "colours", None)) for one in (records[0], record)]  # type: ignore[attr-defined]
+        if scales[0] != scales[1]:
+            raise ValueError(f"side_by_side has one colour scale, but {scales[1][0]!r} is not {scales[0][0]!r}")
+    alike, rest = _shared([record.title for record in records])
+    if names is None:
+        names = [record.title for record in records] if title else rest
+    if len(names) != len(records):
+        raise ValueError(f"{len(names)} names for {len(records)} panels")
+    return _draw_panels(*records, names=names, dark=dark, title=title or alike)
+
+
+def _shared(titles: Sequence[str]) -> tuple[str, list[str]]:
+    """The parts, between commas, with which all the titles begin, and what is left of each.
+
+    Titles that begin differently, or are alike to the end of one, are left as they are, below the first one.
+    """
+    parts = [title.split(", ") for title in titles]
+    shortest = min(map(len, parts))
+    n = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), shortest)
+    if n in (0, shortest):
+        return titles[0], [*titles]
+    return ", ".join(parts[0][:n]), [", ".join(rest[n:]) for rest in parts]

@@ -1,69 +1,191 @@
-"""What is shown, as data: frozen records that go to JSON and back, from which every figure is drawn.
+"""What is shown, as data: frozen records that go to JSON and back, from which every picture is drawn.
 
-A record holds numbers, labels and units, and no colours, sizes or pixels: those are the theme's. Missing numbers are
-None.
+A record holds numbers, labels and units of measurement, but no colours or sizes: those are the theme's. Missing numbers
+are None.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from sa_lens.config import from_dict, shown, suggestion
+from sa_lens.config import Site, from_dict, shown, suggestion
 from sa_lens.data.reading import DamagedFile, check_object, parse_json
-from sa_lens.views.text_records import (
-    Attention,
-    GateRaster,
-    Guess,
-    LensStream,
-    LiveUnit,
-    LogitLens,
-    Predictions,
-    Story,
-    StreamPredictions,
-    Track,
-    UnitActivations,
-)
 
-__all__ = [
-    "Attention",
-    "Axis",
-    "Bars",
-    "CircuitEdge",
-    "CircuitMap",
-    "Curves",
-    "GateRaster",
-    "Guess",
-    "HeatMap",
-    "Histogram",
-    "LensStream",
-    "Level",
-    "Line",
-    "LiveUnit",
-    "LogitLens",
-    "Predictions",
-    "Record",
-    "Series",
-    "Story",
-    "StreamPredictions",
-    "Table",
-    "Track",
-    "UnitActivations",
-    "from_json",
-    "number",
-    "numbers",
-    "read",
-    "short",
-    "to_json",
-    "write",
-]
+Colours = Literal["diverging", "sequential"]
+"""`diverging`: centred at 0. `sequential`: from the smallest to the largest value."""
+
+
+@dataclass(frozen=True)
+class Titled:
+    """What every record begins with."""
+
+    title: str
+    """Heading."""
+    note: str
+    """A line below the heading: what the numbers mean, and what they were measured on."""
+
+
+@dataclass(frozen=True)
+class OfText(Titled):
+    """What every record of one text begins with."""
+
+    tokens: tuple[str, ...]
+    """The text, token by token."""
+
+
+# ------------------------------------------------------------------------------------------------------------ one text
+
+
+@dataclass(frozen=True)
+class Attention(OfText):
+    """Attention patterns of heads on one text."""
+
+    heads: tuple[str, ...]
+    """Name of each pattern, such as `ablated 1.3`."""
+    patterns: tuple[tuple[tuple[float, ...], ...], ...]
+    """For each head and query position, the share of attention that each key position gets."""
+
+    def __post_init__(self) -> None:
+        _check(self.title, len(self.heads), "names", len(self.patterns), "patterns")
+
+
+@dataclass(frozen=True)
+class Track:
+    """A number for each token of a text."""
+
+    name: str
+    """What the numbers are, in a few words."""
+    scale: str
+    """What they mean, with unit."""
+    values: tuple[float | None, ...]
+    """One number per token; None where there is none."""
+    colours: Colours = "sequential"
+    """How numbers become colours."""
+
+
+@dataclass(frozen=True)
+class Story(OfText):
+    """A text whose tokens take the colour of a number, one track of numbers at a time."""
+
+    tracks: tuple[Track, ...]
+    """What to colour by; the first is shown first."""
+
+    def __post_init__(self) -> None:
+        for track in self.tracks:
+            _check(self.title, len(track.values), f"values of {track.name}", len(self.tokens), "tokens")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that a stream expects next."""
+
+    token: str
+    """Its text."""
+    log_probability: float
+    """In nats."""
+
+
+@dataclass(frozen=True)
+class StreamPredictions:
+    """What one stream expects after each token of a text."""
+
+    stream: str
+    """`clean` or `ablated`."""
+    top: tuple[tuple[Guess, ...], ...]
+    """The most likely next tokens at each position, the likeliest first."""
+    actual: tuple[float | None, ...]
+    """Log-probability of the token that does come next, nats; None at the end."""
+
+
+@dataclass(frozen=True)
+class Predictions(OfText):
+    """What each stream expects after each token of a text."""
+
+    streams: tuple[StreamPredictions, ...]
+    """One entry per stream."""
+
+    def __post_init__(self) -> None:
+        for stream in self.streams:
+            for values in (stream.top, stream.actual):
+                _check(self.title, len(values), f"predictions, {stream.stream},", len(self.tokens), "tokens")
+
+
+@dataclass(frozen=True)
+class LensStream:
+    """What the residual stream would predict after each layer, in one stream."""
+
+    stream: str
+    """`clean` or `ablated`."""
+    top: tuple[tuple[str, ...], ...]
+    """For each layer and position, the likeliest next token."""
+    log_probability: tuple[tuple[float, ...], ...]
+    """Its log-probability, nats."""
+    actual: tuple[tuple[float | None, ...], ...]
+    """Log-probability of the token that does come next, nats; None at the end."""
+
+
+@dataclass(frozen=True)
+class LogitLens(OfText):
+    """What the residual stream would predict after each layer."""
+
+    layers: tuple[str, ...]
+    """Name of each row, in the order of computation."""
+    streams: tuple[LensStream, ...]
+    """One entry per stream."""
+
+
+@dataclass(frozen=True)
+class LiveUnit:
+    """A unit that a gate keeps at some tokens of a text."""
+
+    name: str
+    """Such as `L1.mlp.17`."""
+    layer: int
+    """Its layer."""
+    site: Site
+    """`attn`: an attention unit; `mlp`: a neuron."""
+    promotes: tuple[str, ...]
+    """Tokens whose logits it raises most, directly."""
+    positions: tuple[int, ...]
+    """Tokens at which it stays, rising."""
+    values: tuple[float, ...]
+    """Its value at each of them."""
+
+    def __post_init__(self) -> None:
+        _check(self.name, len(self.positions), "positions", len(self.values), "values")
+
+
+@dataclass(frozen=True)
+class GateRaster(OfText):
+    """Which units stay at each token of a text; units that never stay are left out."""
+
+    units: tuple[LiveUnit, ...]
+    """Layer by layer, attention units first."""
+    scale: str
+    """What the values mean."""
+
+
+@dataclass(frozen=True)
+class UnitActivations(OfText):
+    """Values of the most active units on a text, to browse unit by unit."""
+
+    streams: tuple[str, ...]
+    """`clean`, and `ablated` if the model has gates."""
+    units: tuple[str, ...]
+    """Names of the units, layer by layer."""
+    values: tuple[tuple[tuple[float, ...], ...], ...]
+    """For each token, stream and unit, the value."""
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
 
 
 @dataclass(frozen=True)
@@ -73,17 +195,13 @@ class Axis:
     title: str
     """What the axis shows, with its unit where it has one."""
     labels: tuple[str, ...]
-    """A label for each place on it."""
+    """One label per row or column."""
 
 
 @dataclass(frozen=True)
-class HeatMap:
+class HeatMap(Titled):
     """A table of numbers shown as colours; the first row is drawn at the bottom."""
 
-    title: str
-    """Heading."""
-    note: str
-    """A line below the heading: what the numbers mean, how many prompts."""
     x: Axis
     """Columns."""
     y: Axis
@@ -92,8 +210,8 @@ class HeatMap:
     """A row of numbers for each label of y."""
     scale: str
     """What the colours mean, with unit."""
-    colours: Literal["diverging", "sequential"] = "diverging"
-    """`diverging`: centred at 0. `sequential`: from the smallest to the largest value."""
+    colours: Colours = "diverging"
+    """How numbers become colours."""
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.y.labels) or any(len(row) != len(self.x.labels) for row in self.values):
@@ -103,23 +221,18 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
-class Bars:
+class Bars(Titled):
     """Numbers with names, the first at the top."""
 
-    title: str
-    """Heading."""
-    note: str
-    """A line below the heading."""
     labels: tuple[str, ...]
-    """A name for each bar."""
+    """Name of each bar."""
     values: tuple[float | None, ...]
     """Length of each bar."""
     scale: str
     """What the lengths mean, with unit."""
 
     def __post_init__(self) -> None:
-        if len(self.labels) != len(self.values):
-            raise ValueError(f"{self.title!r}: {len(self.labels)} labels for {len(self.values)} values")
+        _check(self.title, len(self.labels), "labels", len(self.values), "values")
 
 
 @dataclass(frozen=True)
@@ -127,25 +240,23 @@ class Line:
     """One curve."""
 
     name: str
-    """What it belongs to, such as a run; lines of one name share a colour."""
+    """What it belongs to, such as a run; lines with the same name share a colour."""
     stream: str
     """`clean` (solid), `ablated` (dashed), or empty (solid)."""
     x: tuple[float, ...]
-    """Where, rising."""
+    """Places, rising."""
     y: tuple[float | None, ...]
-    """How much."""
+    """Values."""
     low: tuple[float | None, ...] = ()
     """Lower ends of the intervals; empty: none."""
     high: tuple[float | None, ...] = ()
     """Upper ends of the intervals; empty: none."""
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y):
-            raise ValueError(f"line {self.name!r}: {len(self.x)} places for {len(self.y)} values")
-        if {len(self.low), len(self.high)} not in ({0}, {len(self.x)}):
-            raise ValueError(
-                f"line {self.name!r}: {len(self.low)} and {len(self.high)} ends of intervals for {len(self.x)} places"
-            )
+        _check(self.name, len(self.x), "places", len(self.y), "values")
+        if self.low or self.high:
+            _check(self.name, len(self.low), "lower ends", len(self.x), "places")
+            _check(self.name, len(self.high), "upper ends", len(self.x), "places")
 
 
 @dataclass(frozen=True)
@@ -153,19 +264,15 @@ class Level:
     """A value to compare curves with."""
 
     value: float
-    """Where on the y axis."""
+    """Place on the axis."""
     label: str
     """What it means."""
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Titled):
     """Curves over one axis."""
 
-    title: str
-    """Heading."""
-    note: str
-    """A line below the heading."""
     x_title: str
     """What x is, with unit."""
     y_title: str
@@ -175,9 +282,35 @@ class Curves:
     x_scale: Literal["linear", "log"] = "linear"
     """Spacing of the x axis."""
     levels: tuple[Level, ...] = ()
-    """Values to compare the curves with."""
+    """Values of y to compare the curves with."""
     moments: tuple[Level, ...] = ()
     """Values of x at which something changes."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Counts of one quantity in the bins of a histogram."""
+
+    name: str
+    """What was counted."""
+    counts: tuple[int, ...]
+    """How many fell into each bin."""
+
+
+@dataclass(frozen=True)
+class Histogram(Titled):
+    """How often values of each size occur."""
+
+    x_title: str
+    """What was measured, with unit."""
+    edges: tuple[float, ...]
+    """Ends of the bins, one more than there are bins."""
+    series: tuple[Series, ...]
+    """What was counted, in the order of the legend."""
+
+    def __post_init__(self) -> None:
+        for series in self.series:
+            _check(self.title, len(series.counts), f"counts of {series.name}", len(self.edges) - 1, "bins")
 
 
 @dataclass(frozen=True)
@@ -195,13 +328,9 @@ class CircuitEdge:
 
 
 @dataclass(frozen=True)
-class CircuitMap:
+class CircuitMap(Titled):
     """A circuit: nodes by layer, and the edges between them."""
 
-    title: str
-    """Heading."""
-    note: str
-    """A line below the heading: how the circuit was found, how well the model does the task."""
     n_layers: int
     """Layers of the transformer."""
     n_heads: int
@@ -217,48 +346,11 @@ class CircuitMap:
 
 
 @dataclass(frozen=True)
-class Series:
-    """Counts of one thing in the bins of a histogram."""
-
-    name: str
-    """What was counted."""
-    counts: tuple[int, ...]
-    """How many fell into each bin."""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How often values of some size occur."""
-
-    title: str
-    """Heading."""
-    note: str
-    """A line below the heading."""
-    x_title: str
-    """What was measured, with unit."""
-    edges: tuple[float, ...]
-    """Ends of the bins, one more than there are bins."""
-    series: tuple[Series, ...]
-    """What was counted, in the order of the legend."""
-
-    def __post_init__(self) -> None:
-        for one in self.series:
-            if len(one.counts) != len(self.edges) - 1:
-                raise ValueError(
-                    f"{self.title!r}: {len(one.counts)} counts of {one.name} for {len(self.edges) - 1} bins"
-                )
-
-
-@dataclass(frozen=True)
-class Table:
+class Table(Titled):
     """A table of texts and numbers."""
 
-    title: str
-    """Heading."""
-    note: str
-    """A line below the heading."""
     columns: tuple[str, ...]
-    """Heads of the columns, with units."""
+    """Headings of the columns, with units."""
     rows: tuple[tuple[str, ...], ...]
     """Cells as they are read."""
     numeric: tuple[bool, ...]
@@ -281,68 +373,68 @@ Record = (
 )
 """Everything that can be drawn."""
 
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in typing.get_args(Record)}
+_R = TypeVar("_R")
+
+
+def _check(name: str, n: int, what: str, m: int, of: str) -> None:
+    if n != m:
+        raise ValueError(f"{name!r}: {n} {what} for {m} {of}")
 
 
 def number(value: Any) -> float | None:
-    """A float, or None for what is missing or not finite."""
-    if value is None:
-        return None
-    found = float(value)
-    return found if math.isfinite(found) else None
+    """Returns a float, or None for what is missing or not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def short(value: float) -> float:
-    """A number to six significant digits, as many as single precision is good for."""
+    """Rounds a number to six significant digits, the precision of float32."""
     return float(f"{value:.6g}")
 
 
 def numbers(values: Any) -> Any:
-    """Nested tuples of `number`, from an array of any depth."""
+    """Returns nested tuples of `number`, from an array of any depth."""
     array = np.asarray(values, dtype=float)
     return tuple(numbers(part) for part in array) if array.ndim else number(array)
 
 
-def to_json(record: Record) -> str:
-    """The record as JSON, its kind under `kind`."""
-    return json.dumps(
-        {"kind": type(record).__name__, **dataclasses.asdict(record)}, allow_nan=False, ensure_ascii=False
-    )
+# ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def from_json(text: str) -> Record:
-    """The record that `to_json` wrote.
+def to_json(record: Any) -> str:
+    """Returns a record, or a report, as JSON; the name of its class stands under `kind`."""
+    content = {"kind": type(record).__name__, **vars(record)}
+    return json.dumps(content, default=vars, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def from_json(text: str, kinds: Sequence[type[_R]] = typing.get_args(Record)) -> _R:
+    """Returns the record that `to_json` wrote.
+
+    Args:
+        kinds: classes of which it may be.
 
     Raises:
         ValueError: not a record, or of an unknown kind.
     """
+    known = {kind.__name__: kind for kind in kinds}
     try:
         content = parse_json(text)
         check_object(content, {"kind": str}, other_keys=True)
         kind = content.pop("kind")
-        if kind not in _KINDS:
-            raise ValueError(f"its kind is {shown(kind)}{suggestion(kind, _KINDS)}")
-        return typing.cast(Record, from_dict(_KINDS[kind], content))
+        if kind not in known:
+            raise ValueError(f"its kind is {shown(kind)}{suggestion(kind, known)}")
+        return from_dict(known[kind], content)
     except ValueError as error:
-        raise ValueError(f"not a record of {', '.join(_KINDS)}: {error}; text begins {text[:60]!r}") from error
+        raise ValueError(f"not a record of {', '.join(known)}: {error}; text begins {text[:60]!r}") from error
 
 
-def write(record: Record, path: str | Path) -> Path:
-    """Writes the record as a JSON file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(record), encoding="utf-8")
-    return path
-
-
-def read(path: str | Path) -> Record:
-    """Reads a record that `write` wrote.
+def read(path: str | Path, kinds: Sequence[type[_R]] = typing.get_args(Record)) -> _R:
+    """Reads a record from a JSON file that `save` wrote.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a record.
     """
     try:
-        return from_json(Path(path).read_bytes().decode())
+        return from_json(Path(path).read_bytes().decode(), kinds)
     except ValueError as error:
-        raise DamagedFile(f"{path} is damaged: {error}; write the record again") from error
+        raise DamagedFile(f"{path} is damaged: {error}; save the record again") from error

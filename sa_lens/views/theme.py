@@ -1,4 +1,4 @@
-"""The one look of all figures, light and dark, safe for colour-blind eyes.
+"""The look of all figures, light and dark, safe for colour-blind eyes; and what their layouts have in common.
 
 Nothing is set globally: each figure carries its own template.
 """
@@ -10,9 +10,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import plotly.graph_objects as go
+
+from sa_lens.views.records import Colours, Titled
+
+_F = TypeVar("_F", bound=go.Figure)
 
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
@@ -66,14 +70,13 @@ def palette(dark: bool = False) -> Palette:
     return DARK if dark else LIGHT
 
 
-def colour_scale(kind: Literal["diverging", "sequential"], dark: bool = False) -> list[tuple[float, str]]:
-    """The colour scale as plotly takes it: (place from 0 to 1, colour)."""
-    colours = getattr(palette(dark), kind)
-    return [(i / (len(colours) - 1), colour) for i, colour in enumerate(colours)]
+def colour_scale(kind: Colours, dark: bool = False) -> list[tuple[float, str]]:
+    """Returns a colour scale as plotly takes it: (place from 0 to 1, colour)."""
+    return _stops(getattr(palette(dark), kind), 0, 1)
 
 
-def strong_scale(kind: Literal["diverging", "sequential"], dark: bool = False) -> list[tuple[float, str]]:
-    """As `colour_scale`, without the colours near zero that would vanish on the background."""
+def strong_scale(kind: Colours, dark: bool = False) -> list[tuple[float, str]]:
+    """Returns `colour_scale` without the colours near zero that would vanish on the background."""
     colours = getattr(palette(dark), kind)
     if kind == "sequential":
         return _stops(colours[2:], 0, 1)
@@ -86,32 +89,36 @@ def _stops(colours: Sequence[str], start: float, end: float) -> list[tuple[float
     return [(start + (end - start) * i / n, colour) for i, colour in enumerate(colours)]
 
 
-def colour_at(scale: Sequence[tuple[float, str]], at: float) -> str:
-    """The colour at a place from 0 to 1 of a colour scale, which may jump."""
-    at = min(max(at, 0.0), 1.0)
-    i = max(j for j in range(len(scale) - 1) if scale[j][0] <= at and scale[j][0] < scale[j + 1][0])
+def colour_at(scale: Sequence[tuple[float, str]], share: float) -> str:
+    """Returns the colour at a place from 0 to 1 of a colour scale, which may jump."""
+    share = min(max(share, 0.0), 1.0)
+    i = max(j for j in range(len(scale) - 1) if scale[j][0] <= share and scale[j][0] < scale[j + 1][0])
     (start, low), (end, high) = scale[i], scale[i + 1]
-    share = (at - start) / (end - start)
-    mixed = [round((1 - share) * int(low[j : j + 2], 16) + share * int(high[j : j + 2], 16)) for j in (1, 3, 5)]
-    return "#" + "".join(f"{part:02x}" for part in mixed)
+    share = (share - start) / (end - start)
+    mixed = [round((1 - share) * a + share * b) for a, b in zip(_channels(low), _channels(high), strict=True)]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def _channels(colour: str) -> list[int]:
+    """Red, green and blue from 0 to 255."""
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def faded(colour: str, opacity: float) -> str:
-    """A colour that lets what is below shine through."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"
+    """Returns a colour that lets what is below shine through."""
+    return f"rgba({','.join(map(str, _channels(colour)))},{opacity})"
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour."""
-    red, green, blue = ((int(colour[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5))
+    """Returns black or white, whichever reads better on a colour."""
+    red, green, blue = ((channel / 255) ** 2.2 for channel in _channels(colour))
     # equal contrast with both at this luminance, by the formula of the Web Content Accessibility Guidelines
     return "#101317" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 
 
 @cache
 def template(dark: bool = False) -> go.layout.Template:
-    """Plotly template of the light or the dark look."""
+    """Returns the plotly template of the light or the dark look."""
     colours = palette(dark)
     axis = {
         "gridcolor": colours.grid,
@@ -141,13 +148,16 @@ def template(dark: bool = False) -> go.layout.Template:
     )
 
 
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
 def plain(text: str) -> str:
-    """Text that plotly shows as it is, where it would read markup."""
+    """Returns text that plotly shows as it is, where it would read markup."""
     return html.escape(text, quote=False)
 
 
 def wrapped(text: str, width: float, letter: float = 6.6) -> str:
-    """Text broken into lines of so many pixels, safe from markup.
+    """Breaks text into lines of so many pixels, safe from markup.
 
     Args:
         letter: mean width of a letter, in pixels; the default is that of small print.
@@ -157,7 +167,7 @@ def wrapped(text: str, width: float, letter: float = 6.6) -> str:
 
 
 def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[dict[str, str], int]:
-    """Plotly's title (the heading, and the note below it in small print), and the room it takes, in pixels.
+    """Returns plotly's title (the heading, and the note below it in small print), and its height in pixels.
 
     Args:
         width: of the figure, in pixels.
@@ -170,3 +180,44 @@ def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[di
     style = f"font-size:12px;color:{palette(dark).faint}"
     # plotly spaces the lines of the note by the size of the heading
     return {"text": f"<b>{large}</b><br><span style='{style}'>{small}</span>"}, room + 22 * (1 + small.count("<br>"))
+
+
+def lay_out(
+    figure: _F, record: Titled, width: int, height: int, dark: bool, *, above: int = 0, bottom: int = 55, **layout: Any
+) -> _F:
+    """Gives a figure its heading, its template and its size, and returns it.
+
+    Args:
+        height: of everything below the heading, in pixels.
+        above: pixels between the heading and the axes, part of the height.
+        bottom: pixels below the axes, part of the height.
+        layout: plotly's other settings.
+    """
+    title, room = heading(record.title, record.note, width, dark)
+    margin = {"t": room + above, "b": bottom}
+    size = {"width": width, "height": room + height}
+    return figure.update_layout(template=template(dark), title=title, margin=margin, **size, **layout)
+
+
+def label_axis(labels: Sequence[str], title: str = "", places: Sequence[float] | None = None, **more: Any) -> Any:
+    """Returns plotly's settings of an axis that names rows or columns.
+
+    Args:
+        places: where the labels stand; None: 0, 1, 2, ...
+    """
+    return {
+        "title": {"text": plain(title)},
+        "tickvals": list(range(len(labels)) if places is None else places),
+        "ticktext": [plain(label) for label in labels],
+        "showgrid": False,
+        "zeroline": False,
+        **more,
+    }
+
+
+def colour_bar(title: str, dark: bool, side: Literal["top", "right"] = "top", **more: Any) -> Any:
+    """Returns plotly's settings of a colour bar, with its title wrapped above it, or beside it."""
+    # the empty line keeps the title off the bar
+    text = wrapped(title, 110) + "<br>\u00a0" if side == "top" else plain(title)
+    about = {"text": text, "side": side, "font": {"size": 12, "color": palette(dark).faint}}
+    return {"title": about, "thickness": 12, "outlinewidth": 0, "tickfont": {"size": 11}, **more}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sa_lens as sa
-from sa_lens.circuits import tasks, tinystories
+from sa_lens.circuits import tasks
+from sa_lens.circuits.tasks import tinystories
 from sa_lens.data.stories import NAMES, generate
 from sa_lens.data.tokenizers import load_tokenizer, train_bpe
 

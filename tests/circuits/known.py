@@ -15,7 +15,7 @@ from micro import config, token_pairs
 from transformer_lens import HookedTransformer
 
 from sa_lens.circuits.graph import Circuit, Graph
-from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
 
 N_TOKENS = 4
 

@@ -8,7 +8,7 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sa_lens as sa
-from sa_lens.circuits.pairs import PromptPairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
 
 
 def config(**changes: Any) -> HookedTransformerConfig:

@@ -47,7 +47,7 @@ def test_graph_of_a_model_is_that_of_its_shape_and_leaves_it_alone() -> None:
 
 
 def test_a_model_whose_outputs_do_not_add_up_is_refused() -> None:
-    with pytest.raises(ValueError, match="normalises the outputs"):
+    with pytest.raises(ValueError, match="normalisation after the layers: what a head writes"):
         Graph.from_model(plain(use_normalization_before_and_after=True, normalization_type="RMS"))
 
 

@@ -10,16 +10,16 @@ from micro import gated, token_pairs
 from transformer_lens import HookedTransformer
 
 from sa_lens.circuits import metrics
-from sa_lens.circuits.acdc import acdc
-from sa_lens.circuits.attribution import eap, eap_ig, relp
-from sa_lens.circuits.completeness import completeness, minimality
-from sa_lens.circuits.effects import exact_effects
-from sa_lens.circuits.faithfulness import faithfulness_curve
-from sa_lens.circuits.gate_circuit import mask_shares
+from sa_lens.circuits.discovery.acdc import acdc
+from sa_lens.circuits.discovery.eap import eap, eap_ig, relp
+from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.discovery.gate_circuit import mask_shares
 from sa_lens.circuits.graph import Circuit, Graph
+from sa_lens.circuits.judging.completeness import completeness, minimality
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
 from sa_lens.circuits.metrics import bootstrap_interval, kl, last_logits, skill
-from sa_lens.circuits.node_attribution import attribute_nodes
-from sa_lens.circuits.patching import patch
+from sa_lens.circuits.patching.activation_patching import patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import torch
 from micro import gated, token_pairs
 
 from sa_lens.circuits import metrics
-from sa_lens.circuits.acdc import acdc
-from sa_lens.circuits.attribution import eap, eap_ig
-from sa_lens.circuits.effects import exact_effects
-from sa_lens.circuits.faithfulness import faithfulness_curve
-from sa_lens.circuits.gate_circuit import mask_shares
-from sa_lens.circuits.node_attribution import attribute_nodes
-from sa_lens.circuits.patching import patch
-from sa_lens.circuits.running import run_circuit
+from sa_lens.circuits.discovery.acdc import acdc
+from sa_lens.circuits.discovery.eap import eap, eap_ig
+from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.discovery.gate_circuit import mask_shares
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
+from sa_lens.circuits.patching.activation_patching import patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
+from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.core.host import run_to_last
-from sa_lens.core.nodes import split_inputs, unsupported
+from sa_lens.core.nodes import split_inputs, why_not_single_nodes
 
 PRECISIONS = [torch.bfloat16, torch.float16, torch.float64]
 QUIET: dict[str, Any] = {"progress": False}
@@ -93,7 +93,7 @@ def test_figures_of_a_narrow_model(dtype: torch.dtype, stream: Any) -> None:
     run = run_circuit(model, pairs, found.circuit, stream=stream).logits
     tolerance = {"rel": 1e-3, "abs": 1e-5}
     assert found.value == pytest.approx(divergence(clean, run).mean(), **tolerance)
-    assert found.shortcuts == ("on" if dtype == torch.float64 else unsupported(model))
+    assert found.shortcuts == ("on" if dtype == torch.float64 else why_not_single_nodes(model))
     curve = faithfulness_curve(model, pairs, [found.circuit], stream=stream, minimum_gap=1e-6, metric="kl", **QUIET)
     assert curve.points[0].kl.mean == pytest.approx(divergence(clean, run).mean(), **tolerance)
 

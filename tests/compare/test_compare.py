@@ -15,13 +15,23 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sa_lens.circuits.recompute import Recomputation
-from sa_lens.compare import Comparison, Grid, circuit_columns, compare, comparing, plan, running
-from sa_lens.compare.basic_columns import Losses, Weights
-from sa_lens.compare.cells import Cell, cells_of
-from sa_lens.compare.grids import GRIDS
-from sa_lens.compare.sae_columns import SAE
-from sa_lens.compare.subject import Group, Measured
+from sa_lens.circuits.running.edge_removals import Recomputation
+from sa_lens.compare import (
+    ACDC,
+    GRIDS,
+    SAE,
+    Comparison,
+    Faithfulness,
+    Grid,
+    Losses,
+    Measurement,
+    Result,
+    Weights,
+    compare,
+    plan,
+    run_grid,
+)
+from sa_lens.compare.model_folder import ModelFolder, model_folders
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.stopping import Interrupted
 
@@ -31,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-def tiny(cache: str, *names: str, groups: tuple = (Losses(tokens=256), Weights())) -> Grid:
+def tiny(cache: str, *names: str, measurements: tuple = (Losses(tokens=256), Weights())) -> Grid:
     """The smoke grid with some of its variants and a few cheap columns."""
     grid = GRIDS["smoke"]()
     data = dataclasses.replace(grid.run.data, cache_dir=cache)
@@ -39,7 +49,7 @@ def tiny(cache: str, *names: str, groups: tuple = (Losses(tokens=256), Weights()
         grid,
         run=dataclasses.replace(grid.run, data=data),
         variants=tuple(v for v in grid.variants if v.name in ("baseline", *names)),
-        groups=groups or grid.groups,
+        measurements=measurements or grid.measurements,
     )
 
 
@@ -52,14 +62,14 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(f"train {Path(out).parent.name.rsplit('-', 1)[0]}")
         return train(run, out, **options)
 
-    train = running.train
-    monkeypatch.setattr(running, "train", counted_train)
+    train = run_grid.train
+    monkeypatch.setattr(run_grid, "train", counted_train)
     for kind in (Losses, Weights):
         measure = kind.measure
 
-        def counted(self, subject, measure=measure):
-            done.append(f"{self.name} {subject.folder.name.rsplit('-', 1)[0]}")
-            return measure(self, subject)
+        def counted(self, trained, measure=measure):
+            done.append(f"{self.name} {trained.folder.name.rsplit('-', 1)[0]}")
+            return measure(self, trained)
 
         monkeypatch.setattr(kind, "measure", counted)
     return done
@@ -71,24 +81,28 @@ def run(grid: Grid, out: Path, **options) -> Comparison:
 
 @pytest.mark.slow
 def test_every_column_of_every_kind_of_variant(tmp_path, cache):
-    """All groups on a baseline, a gated model and one that is not trained: every promised value is there."""
+    """All measurements on a baseline, a gated model and one that is not trained: every promised value is there."""
     pytest.importorskip("sae_lens")
-    grid = tiny(cache, "global-4", "frozen-base", "random-init", groups=())
+    grid = tiny(cache, "global-4", "frozen-base", "random-init", measurements=())
     found = run(grid, tmp_path, seeds=1)
-    values = found.values.set_index(["variant", "column", "stream"])["value"]
-    for group in grid.groups:
+    values = found.values.set_index(["variant", "task", "column", "stream"])["value"]
+    for measurement in grid.measurements:
         for variant in found.variants:
             streams = ["", "clean"] if variant == "baseline" else ["", "clean", "ablated"]
-            there = {column for v, column, stream in values.index if v == variant and stream in streams}
-            absent = set(group.columns) - there
+            there = {
+                column
+                for v, task, column, stream in values.index
+                if (v, task) == (variant, measurement.task) and stream in streams
+            }
+            absent = set(measurement.columns) - there
             only_gated = {"units_used", "mask_share", "probe_mask_nats", "self_read_cost"}
-            assert absent <= (only_gated if variant == "baseline" else set()), (group.name, variant)
-    assert values["baseline", "acdc_edges_0.003", "clean"] >= 0
-    assert values["baseline", "effective_tokens_matched", "clean"] == 0
-    assert values["frozen-base", "loss", "clean"] == values["baseline", "loss", "clean"]
-    assert values["frozen-base", "mean_abs_weight", ""] == values["baseline", "mean_abs_weight", ""]
-    assert values["random-init", "loss", "clean"] > values["baseline", "loss", "clean"]
-    assert {"table.md", "table.tex", "summary.csv", "values.csv", "figure.html", "figure.json"} <= {
+            assert absent <= (only_gated if variant == "baseline" else set()), (measurement.label, variant)
+    assert values["baseline", "ioi", "acdc_edges_0.003", "clean"] >= 0
+    assert values["baseline", "", "effective_tokens_matched", "clean"] == 0
+    assert values["frozen-base", "", "loss", "clean"] == values["baseline", "", "loss", "clean"]
+    assert values["frozen-base", "", "mean_abs_weight", ""] == values["baseline", "", "mean_abs_weight", ""]
+    assert values["random-init", "", "loss", "clean"] > values["baseline", "", "loss", "clean"]
+    assert {"table.md", "table.tex", "summary.csv", "values.csv", "figure.html"} <= {
         path.name for path in tmp_path.iterdir()
     }
     assert found.unfinished == 0
@@ -98,8 +112,8 @@ def test_controls_are_what_they_say(tmp_path, cache):
     grid = tiny(cache, "random-static", "frozen-base", "random-init")
     run(grid, tmp_path, seeds=1)
     models = {
-        cell.variant.name: SelfAblatingTransformer.from_pretrained(cell.final, device="cpu")
-        for cell in cells_of(grid, (0,), tmp_path)
+        folder.variant.name: SelfAblatingTransformer.from_pretrained(folder.final, device="cpu")
+        for folder in model_folders(grid, (0,), tmp_path)
     }
     plain = dict(models["baseline"].named_parameters())
     frozen = dict(models["frozen-base"].named_parameters())
@@ -143,7 +157,7 @@ def test_changed_settings_are_measured_or_trained_again(tmp_path, cache, jobs):
     grid = tiny(cache)
     run(grid, tmp_path, seeds=1)
     jobs.clear()
-    run(dataclasses.replace(grid, groups=(Losses(tokens=128), Weights())), tmp_path, seeds=1)
+    run(dataclasses.replace(grid, measurements=(Losses(tokens=128), Weights())), tmp_path, seeds=1)
     assert jobs == ["losses baseline-seed0"]
     jobs.clear()
     often = dataclasses.replace(grid.run, train=dataclasses.replace(grid.run.train, save_every=2, log_every=1))
@@ -156,10 +170,10 @@ def test_changed_settings_are_measured_or_trained_again(tmp_path, cache, jobs):
 
 def test_changed_settings_of_an_sae_are_another_sae(tmp_path, cache):
     pytest.importorskip("sae_lens")
-    settings = GRIDS["smoke"]().groups[-1].settings
+    settings = GRIDS["smoke"]().measurements[-1].settings
     for steps in (2, 3):
-        group = SAE(dataclasses.replace(settings, steps=steps), tokens=256)
-        found = run(tiny(cache, groups=(group,)), tmp_path, seeds=1)
+        measurement = SAE(dataclasses.replace(settings, steps=steps), tokens=256)
+        found = run(tiny(cache, measurements=(measurement,)), tmp_path, seeds=1)
         assert found.unfinished == 0
     assert len([*tmp_path.glob("models/*/sae-clean-*")]) == 2
 
@@ -170,14 +184,14 @@ def test_a_changed_baseline_changes_the_gates_on_it_alone(tmp_path, cache):
     other = dataclasses.replace(
         grid, variants=(grid.variants[0], dataclasses.replace(grid.variants[1], gates=gates), grid.variants[2])
     )
-    keys, changed = ([cell.key for cell in cells_of(g, (0,), tmp_path)] for g in (grid, other))
+    keys, changed = ([folder.key for folder in model_folders(g, (0,), tmp_path)] for g in (grid, other))
     assert [a == b for a, b in zip(keys, changed, strict=True)] == [True, False, True]
     longer = dataclasses.replace(grid.run, train=dataclasses.replace(grid.run.train, steps=7))
-    changed = [cell.key for cell in cells_of(dataclasses.replace(grid, run=longer), (0,), tmp_path)]
+    changed = [folder.key for folder in model_folders(dataclasses.replace(grid, run=longer), (0,), tmp_path)]
     assert not set(keys) & set(changed)
 
 
-def test_the_same_text_elsewhere_is_the_same_cell(tmp_path, cache):
+def test_the_same_text_elsewhere_is_the_same_model(tmp_path, cache):
     keys = []
     for name in ("here", "there"):
         file = tmp_path / name / "text.txt"
@@ -186,16 +200,16 @@ def test_the_same_text_elsewhere_is_the_same_cell(tmp_path, cache):
         grid = tiny(cache)
         data = dataclasses.replace(grid.run.data, source=str(file), cache_dir=name)
         grid = dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
-        keys.append(Cell(grid, grid.variants[0], 0, tmp_path).key)
+        keys.append(ModelFolder(grid, grid.variants[0], 0, tmp_path).key)
     assert keys[0] == keys[1]
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, cache, monkeypatch):
-    """Stopped in the second training: the first cell is not touched again, the second resumes, and all figures are
+    """Stopped in the second training: the first model is not touched again, the second resumes, and all figures are
     those of an undisturbed comparison."""
     grid = tiny(cache, "local-4")
     whole = run(grid, tmp_path / "whole", seeds=1)
-    train = running.train
+    train = run_grid.train
     calls = []
 
     def stopping(config, out, **options):
@@ -204,7 +218,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, cache, monkeypatch):
             return stop_after(config, out, 3, train, **options)
         return train(config, out, **options)
 
-    monkeypatch.setattr(running, "train", stopping)
+    monkeypatch.setattr(run_grid, "train", stopping)
     with pytest.raises(Interrupted, match="The same command goes on") as stop:
         run(grid, tmp_path / "stopped", seeds=1)
     assert isinstance(stop.value, KeyboardInterrupt)
@@ -253,7 +267,7 @@ def stop_after(config, out, step, train, **options):
 def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypatch, jobs):
     grid = tiny(cache)
 
-    def interrupted(self, subject):
+    def interrupted(self, trained):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -281,24 +295,24 @@ def test_an_interrupted_search_for_a_circuit_is_no_result(tmp_path, cache, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Recomputation, "try_removals", stopped)
-    groups = (circuit_columns.ACDC(pairs=8, orders=0, bar=0.0),)
+    measurements = (ACDC(pairs=8, orders=0, bar=0.0),)
     with pytest.raises(Interrupted, match="The same command goes on"):
-        run(tiny(cache, groups=groups), tmp_path, seeds=1)
+        run(tiny(cache, measurements=measurements), tmp_path, seeds=1)
     assert not list(tmp_path.rglob("acdc-*.json"))
 
 
 def test_a_weak_model_has_no_circuit(tmp_path, cache):
-    groups = (circuit_columns.ACDC(pairs=8, orders=2), circuit_columns.Faithfulness(pairs=16))
-    found = run(tiny(cache, groups=groups), tmp_path, seeds=1)
+    measurements = (ACDC(pairs=8, orders=2), Faithfulness(pairs=16))
+    found = run(tiny(cache, measurements=measurements), tmp_path, seeds=1)
     values = found.values.set_index("column")["value"]
     assert values[["acdc_edges_0.01", "acdc_order_spread", "edges_0.9", "cpr"]].isna().all()
     assert values["corrupt_kl"] > 0
     (note,) = set(found.notes["note"])
     assert "below 80%" in note, "judged on the same prompts for all columns of circuits"
-    assert set(found.notes["group"]) == {"acdc", "faithfulness"}
+    assert set(found.notes["measurement"]) == {"acdc", "faithfulness"}
 
 
-def test_a_group_that_is_not_installed_is_left_for_later(tmp_path, cache, monkeypatch, jobs):
+def test_a_measurement_that_is_not_installed_is_left_for_later(tmp_path, cache, monkeypatch, jobs):
     monkeypatch.setattr(Weights, "missing", lambda self: "install it")
     found = run(tiny(cache), tmp_path, seeds=1)
     assert set(found.values["column"]) == {"loss", "perplexity"}
@@ -310,10 +324,10 @@ def test_a_group_that_is_not_installed_is_left_for_later(tmp_path, cache, monkey
     assert jobs == ["weights baseline-seed0"]
 
 
-def test_a_cell_that_another_process_holds_is_waited_for(tmp_path, cache, monkeypatch, jobs):
-    """Held at the first look, free at the second; meanwhile the other cells are done."""
+def test_a_model_that_another_process_holds_is_waited_for(tmp_path, cache, monkeypatch, jobs):
+    """Held at the first look, free at the second; meanwhile the other models are done."""
     grid = tiny(cache, "local-4", "random-init")
-    held = cells_of(grid, (0,), tmp_path)[1]
+    held = model_folders(grid, (0,), tmp_path)[1]
     lock = held.held()
     waits = []
 
@@ -321,7 +335,7 @@ def test_a_cell_that_another_process_holds_is_waited_for(tmp_path, cache, monkey
         waits.append(list(jobs))
         lock.__exit__(None, None, None)
 
-    monkeypatch.setattr(running.time, "sleep", wait)
+    monkeypatch.setattr(run_grid.time, "sleep", wait)
     assert lock.__enter__()
     run(grid, tmp_path, seeds=1)
     assert len(waits) == 1
@@ -350,11 +364,11 @@ def test_a_dry_run_does_nothing_and_says_what_is_to_do(tmp_path, cache, capsys, 
     assert again["seconds"].sum() == 0
 
 
-def test_times_of_finished_cells_count_for_their_like(tmp_path, cache):
-    grid = tiny(cache, groups=(Weights(),))
+def test_times_of_finished_models_count_for_their_like(tmp_path, cache):
+    grid = tiny(cache, measurements=(Weights(),))
     run(grid, tmp_path, seeds=1)
-    (cell,) = cells_of(grid, (0,), tmp_path)
-    done = cell.folder / "done.json"
+    (folder,) = model_folders(grid, (0,), tmp_path)
+    done = folder.path / "done.json"
     done.write_text(json.dumps({**json.loads(done.read_text()), "seconds": 1234.0}))
     table = plan(grid, tmp_path, seeds=2, device="cpu")
     assert table[(table["seed"] == 1) & (table["what"] == "training")]["seconds"].item() == 1234.0
@@ -363,18 +377,18 @@ def test_times_of_finished_cells_count_for_their_like(tmp_path, cache):
 def test_another_text_under_the_same_name_is_noticed(tmp_path, cache, monkeypatch):
     grid = tiny(cache)
     run(grid, tmp_path, seeds=1)
-    prepare = running.prepare
+    prepare = run_grid.prepare
 
     def changed(*arguments, **options):
         data = prepare(*arguments, **options)
         return dataclasses.replace(data, train=dataclasses.replace(data.train, fingerprint="other"))
 
-    monkeypatch.setattr(running, "prepare", changed)
+    monkeypatch.setattr(run_grid, "prepare", changed)
     with pytest.raises(ValueError, match="the text is not the one"):
         run(grid, tmp_path, seeds=1)
 
 
-def test_a_damaged_cell_is_named(tmp_path, cache):
+def test_a_damaged_result_is_named(tmp_path, cache):
     grid = tiny(cache)
     run(grid, tmp_path, seeds=1)
     file = next((tmp_path / "models").glob("*/losses-*.json"))
@@ -390,14 +404,14 @@ def test_a_damaged_cell_is_named(tmp_path, cache):
         ({"seeds": 0}, "seeds=0"),
         ({"seeds": [1, 1]}, "different whole numbers"),
         ({"seeds": [-1]}, "whole numbers from 0"),
-        ({"columns": ["circuits"]}, "no group circuits; there are losses"),
-        ({"columns": []}, "no group given"),
+        ({"columns": ["circuits"]}, "no measurement circuits; there are losses"),
+        ({"columns": []}, "no measurement given"),
         ({"validation": "text.txt"}, "goes with text="),
         ({"device": "tpu"}, "tpu"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_done(options, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "run_cells", lambda *a, **k: pytest.fail("it began"))
+    monkeypatch.setattr(run_grid, "_run", lambda *a, **k: pytest.fail("it began"))
     given = {"grid": "smoke", **options}
     with pytest.raises(ValueError, match=message):
         compare(given.pop("grid"), tmp_path / "out", **given)
@@ -424,7 +438,7 @@ def test_a_short_validation_text_is_refused_before_training(tmp_path, cache, job
 def test_sigterm_stops_like_ctrl_c(tmp_path, cache, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
 
-    def terminated(self, subject):
+    def terminated(self, trained):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
@@ -435,8 +449,8 @@ def test_sigterm_stops_like_ctrl_c(tmp_path, cache, monkeypatch):
 
 
 @dataclass(frozen=True)
-class Odd(Group):
-    """A group of one's own whose figure is not a number in one stream."""
+class Odd(Measurement):
+    """A measurement of one's own whose figure is not a number in one stream."""
 
     name: ClassVar[str] = "odd"
     columns: ClassVar[tuple[str, ...]] = ("odd_one",)
@@ -444,12 +458,12 @@ class Odd(Group):
     def work(self, run):
         return 1.0
 
-    def measure(self, subject):
-        return Measured({"odd_one": {"clean": 1.5, "ablated": math.nan}})
+    def measure(self, trained):
+        return Result({"odd_one": {"clean": 1.5, "ablated": math.nan}})
 
 
-def test_own_groups_are_cached_and_shown(tmp_path, cache):
-    grid = tiny(cache, "random-init", groups=(Odd(),))
+def test_own_measurements_are_cached_and_shown(tmp_path, cache):
+    grid = tiny(cache, "random-init", measurements=(Odd(),))
     for _ in range(2):
         found = run(grid, tmp_path, seeds=1)
         values = found.values.set_index(["variant", "stream"])["value"]

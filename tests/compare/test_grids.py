@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from sa_lens.compare.circuit_columns import n_edges
-from sa_lens.compare.columns import COLUMNS, PAPER
+from sa_lens.compare.columns import COLUMNS, PAPER, TASKS
 from sa_lens.compare.grids import GRIDS, Grid, Variant, baseline, grid_named, with_names_whole, with_text
-from sa_lens.compare.sae_columns import sae_hook
+from sa_lens.compare.model_columns import sae_hook
 from sa_lens.config import GateConfig, ModelConfig, RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer
 
@@ -63,19 +62,14 @@ def test_the_paper_grid_is_the_papers_nine_cells():
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_every_column_of_every_group_is_in_the_table(name):
-    groups = GRIDS[name]().groups
-    columns = [column for group in groups for column in group.columns]
+def test_every_column_of_every_measurement_is_in_the_table(name):
+    measurements = GRIDS[name]().measurements
+    columns = [(measurement.task, column) for measurement in measurements for column in measurement.columns]
     assert len(columns) == len(set(columns))
-    assert set(columns) == {*COLUMNS}
-    for group in groups:
-        assert group.work(RunConfig(gates=GateConfig(scope="local"))) > 0
-
-
-def test_edges_are_counted_as_in_the_paper():
-    assert n_edges(RunConfig()) == 23_981
-    assert n_edges(RunConfig(model=ModelConfig(n_layers=4))) == 5_327
-    assert n_edges(RunConfig(model=ModelConfig(n_layers=2, n_heads=8))) == 310
+    assert set(columns) == {(task, column.name) for column in COLUMNS.values() for task in column.tasks}
+    assert {task for task, _ in columns} == {"", *TASKS}
+    for measurement in measurements:
+        assert measurement.work(RunConfig(gates=GateConfig(scope="local"))) > 0
 
 
 def test_the_sae_sits_where_the_papers_does():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -12,51 +12,54 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from sa_lens.compare.columns import COLUMNS, OTHER, PAPER, WHOLE, Column, family, paper_value
-from sa_lens.compare.figure import small_multiples
-from sa_lens.compare.report import (
-    THE_PAPERS,
+from sa_lens.compare import (
+    COLUMNS,
+    Column,
+    Comparison,
     difference_tables,
-    latex,
-    markdown,
+    figure,
     tables,
     verdict_table,
     verdict_text,
     write,
 )
-from sa_lens.compare.results import Comparison
-from sa_lens.views import draw
+from sa_lens.compare.columns import OTHER, PAPER, WEIGHTS, claims_of, column_named, published_value
+from sa_lens.compare.markdown_latex import PAPER_TABLE, latex, markdown
 
 BASE = [80.0, 82.0, 78.0, 81.0]
 LOCAL = [40.0, 43.0, 38.0, 40.0]
 """ACDC edges: differences -40, -39, -40, -41."""
 
 
+def task_of(column: str) -> str:
+    return column_named(column).tasks[0]
+
+
 def comparison(**more: dict[tuple[str, str], list[float]]) -> Comparison:
-    """Four seeds; by variant, (column, stream): a value a seed."""
+    """Four seeds; by variant, (column, stream): one value per seed. Columns about a task are of IOI."""
     figures = {
-        "baseline": {("acdc_edges_0.01", "clean"): BASE, ("mean_abs_weight", WHOLE): [0.1, 0.1, 0.1, 0.1]},
+        "baseline": {("acdc_edges_0.01", "clean"): BASE, ("mean_abs_weight", WEIGHTS): [0.1, 0.1, 0.1, 0.1]},
         "local-8": {
             ("acdc_edges_0.01", "clean"): LOCAL,
             ("acdc_edges_0.01", "ablated"): [30.0, 120.0, math.nan, 60.0],
-            ("mean_abs_weight", WHOLE): [0.1, 0.11, 0.09, 0.1],
+            ("mean_abs_weight", WEIGHTS): [0.1, 0.11, 0.09, 0.1],
         },
         **more,
     }
     rows = [
-        {"variant": variant, "seed": seed, "column": column, "stream": stream, "value": value}
+        {"variant": variant, "seed": seed, "task": task_of(column), "column": column, "stream": stream, "value": value}
         for variant, columns in figures.items()
         for (column, stream), values in columns.items()
         for seed, value in enumerate(values)
     ]
-    notes = pd.DataFrame([{"variant": "local-8", "seed": 2, "group": "acdc", "note": "too weak"}])
+    notes = pd.DataFrame([{"variant": "local-8", "seed": 2, "measurement": "acdc", "note": "too weak"}])
     return Comparison("made-up", tuple(figures), (0, 1, 2, 3), pd.DataFrame(rows), notes, 0)
 
 
-def row(found: pd.DataFrame, variant: str, column: str, stream: str) -> dict:
-    (only,) = found[(found["variant"] == variant) & (found["column"] == column) & (found["stream"] == stream)].to_dict(
-        "records"
-    )
+def row(summary: pd.DataFrame, variant: str, column: str, stream: str) -> dict:
+    place = [variant, task_of(column), column, stream]
+    chosen = (summary[["variant", "task", "column", "stream"]] == place).all(axis=1)
+    (only,) = summary[chosen].to_dict("records")
     return only
 
 
@@ -77,14 +80,14 @@ def test_the_ablated_stream_is_compared_with_the_only_stream_of_the_baseline():
     assert found["verdict"] == "undecided"
 
 
-def test_verdicts_are_corrected_over_the_whole_family():
+def test_verdicts_are_corrected_over_the_whole_claims_of():
     """Two of the claims on the clean stream are measured; the correction is that of all of them."""
     summary = comparison().summary()
     edges, weight = (
         row(summary, "local-8", name, stream)
         for name, stream in (("acdc_edges_0.01", "clean"), ("mean_abs_weight", ""))
     )
-    n = len(family("clean"))
+    n = len(claims_of("clean"))
     assert n > 2
     assert edges["p_holm"] == pytest.approx(n * edges["p"])
     assert weight["p_holm"] == pytest.approx(min(1.0, (n - 1) * weight["p"]))
@@ -117,12 +120,12 @@ def test_one_seed_gives_no_verdict():
     found = row(one.summary(), "local-8", "acdc_edges_0.01", "clean")
     assert found["verdict"] == "undecided"
     assert math.isnan(found["low"])
-    assert "40" in tables(one)["Circuits by ACDC"].to_string()
+    assert "40" in tables(one)["Circuits by ACDC: IOI"].to_string()
 
 
 def test_the_first_table_shows_ours_and_the_papers_figures():
     title, shown = next(iter(tables(comparison()).items()))
-    assert title == THE_PAPERS
+    assert title == PAPER_TABLE
     shown = shown.set_index(["variant", "stream"])
     edges, weight = COLUMNS["acdc_edges_0.01"].label, COLUMNS["mean_abs_weight"].label
     half = np.diff(stats.ttest_1samp(LOCAL, 0).confidence_interval(0.95))[0] / 2
@@ -137,27 +140,29 @@ def test_the_first_table_shows_ours_and_the_papers_figures():
 
 def test_a_theme_is_a_table():
     shown = tables(comparison())
-    assert list(shown) == [THE_PAPERS, "Weights", "Circuits by ACDC"]
+    assert list(shown) == [PAPER_TABLE, "Weights", "Circuits by ACDC: IOI"]
     assert set(shown["Weights"]["stream"]) == {"weights"}
 
 
 def test_missing_values_are_shown_as_such():
     nothing = {("cpr", "clean"): [math.nan] * 4}
     made = comparison(weak=nothing)
-    assert tables(made)["Faithfulness"].to_dict("records") == [{"variant": "weak", "stream": "clean", "CPR": "n/a"}]
-    assert difference_tables(made)["Faithfulness"]["CPR"].item() == "n/a"
+    assert tables(made)["Faithfulness: IOI"].to_dict("records") == [
+        {"variant": "weak", "stream": "clean", "CPR": "n/a"}
+    ]
+    assert difference_tables(made)["Faithfulness: IOI"]["CPR"].item() == "n/a"
     assert verdict_table(made).set_index("column").loc["CPR: higher", "weak"] == "n/a"
 
 
 def test_verdicts_are_shown_with_their_differences():
-    shown = verdict_table(comparison()).set_index(["column", "stream"])["local-8"]
+    shown = verdict_table(comparison()).set_index(["task", "column", "stream"])["local-8"]
     label = COLUMNS["acdc_edges_0.01"].label
     assert shown.to_dict() == {
-        ("mean absolute weight, all parameters: higher", "weights"): "undecided",
-        (f"{label}: lower", "clean"): "holds",
-        (f"{label}: lower", "ablated"): "undecided",
+        ("", "mean absolute weight, all parameters: higher", "weights"): "undecided",
+        ("IOI", f"{label}: lower", "clean"): "holds",
+        ("IOI", f"{label}: lower", "ablated"): "undecided",
     }
-    cells = difference_tables(comparison())["Circuits by ACDC"].set_index("stream")[label]
+    cells = difference_tables(comparison())["Circuits by ACDC: IOI"].set_index("stream")[label]
     assert cells["clean"].startswith("-40 [-4")
     assert cells["clean"].endswith(": holds")
     assert "(n=3)" in cells["ablated"], "one seed has no value"
@@ -175,13 +180,13 @@ def test_an_own_column_is_shown_without_a_claim():
     assert row(made.summary(), "own", "my_column", "clean")["verdict"] == ""
     assert list(tables(made))[-1] == OTHER
     assert "my_column" in markdown(made)
-    assert [panel.title for panel in small_multiples(made).panels][-1] == "my_column"
+    assert titles(made)[-1] == "my_column"
 
 
-def test_an_own_claim_joins_its_family(monkeypatch):
-    n = len(family("clean"))
+def test_an_own_claim_joins_its_claims_of(monkeypatch):
+    n = len(claims_of("clean"))
     monkeypatch.setitem(COLUMNS, "my_column", Column("my_column", "mine", 2, +1, "it grows", streams=("clean",)))
-    assert (len(family("clean")), family("ablated")) == (n + 1, family("ablated"))
+    assert (len(claims_of("clean")), claims_of("ablated")) == (n + 1, claims_of("ablated"))
     summary = comparison(
         own={("my_column", "clean"): [1.0, 2.0, 3.0, 4.0], ("acdc_edges_0.01", "clean"): LOCAL}
     ).summary()
@@ -195,8 +200,10 @@ def test_files_are_whole(tmp_path):
     written = write(made, tmp_path)
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
     pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "summary.csv", keep_default_na=True).drop(columns=["stream", "verdict", "claim"]),
-        made.summary().drop(columns=["stream", "verdict", "claim"]),
+        pd.read_csv(tmp_path / "summary.csv", keep_default_na=True).drop(
+            columns=["task", "stream", "verdict", "claim"]
+        ),
+        made.summary().drop(columns=["task", "stream", "verdict", "claim"]),
     )
     text = (tmp_path / "table.md").read_text()
     assert text == markdown(made)
@@ -207,7 +214,6 @@ def test_files_are_whole(tmp_path):
     assert r"$\pm$" in tex
     made_of = len(tables(made)) + len(difference_tables(made)) + verdict_table(made)["claim"].nunique()
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{table}") == made_of
-    assert json.loads((tmp_path / "figure.json").read_text())["variants"] == ["baseline", "local-8"]
     assert "plotly" in (tmp_path / "figure.html").read_text()
 
 
@@ -227,6 +233,23 @@ def test_the_latex_compiles(tmp_path):
     assert (tmp_path / "page.pdf").stat().st_size > 0
 
 
+def test_a_task_is_a_column_of_the_table():
+    """The same column in another task has its own rows, its own table and its own claim in the family."""
+    made = comparison()
+    other = made.values[made.values["column"] == "acdc_edges_0.01"].assign(task="object")
+    made = dataclasses.replace(made, values=pd.concat([made.values, other]))
+    summary = made.summary()
+    rows = summary[(summary["column"] == "acdc_edges_0.01") & (summary["stream"] == "clean")].set_index("variant")
+    assert rows.loc["local-8", "task"].tolist() == ["ioi", "object"]
+    assert rows.loc["local-8", "difference"].tolist() == [-40, -40]
+    shown = tables(made)
+    assert list(shown) == [PAPER_TABLE, "Weights", "Circuits by ACDC: IOI", "Circuits by ACDC: object recall"]
+    assert len(shown[PAPER_TABLE].columns) == 4
+    verdicts = verdict_table(made)
+    assert verdicts[verdicts["stream"] == "clean"]["task"].tolist() == ["IOI", "object recall"]
+    assert "object recall, ACDC edges" in verdict_text(made)
+
+
 def test_an_unfinished_comparison_says_so():
     made = comparison()
     partial = Comparison(made.name, made.variants, made.seeds, made.values, made.notes, 7)
@@ -234,37 +257,39 @@ def test_an_unfinished_comparison_says_so():
     assert "Unfinished" not in markdown(made)
 
 
-def test_the_figure_has_a_panel_a_column_and_a_dot_a_variant():
-    record = small_multiples(comparison())
-    assert [panel.title for panel in record.panels] == [
-        COLUMNS[name].label for name in ("mean_abs_weight", "acdc_edges_0.01")
-    ]
-    edges = record.panels[1]
-    assert edges.reference == np.mean(BASE)
-    clean, ablated = edges.dots
-    assert clean.mean == (np.mean(BASE), np.mean(LOCAL))
-    assert ablated.mean == (None, 70.0)
-    figure = draw(record)
-    assert [list(trace.x) for trace in figure.data if trace.name == "ablated stream"] == [[None, 70.0]]
-    lines = [shape.x0 for shape in figure.layout.shapes]
-    assert lines == [panel.reference for panel in record.panels]
+def titles(made: Comparison) -> list[str]:
+    return [note.text.replace("<br>", " ") for note in figure(made).layout.annotations]
+
+
+def test_the_figure_has_one_panel_per_column_and_one_dot_per_variant():
+    made = figure(comparison())
+    assert titles(comparison()) == [COLUMNS["mean_abs_weight"].label, f"{COLUMNS['acdc_edges_0.01'].label}: IOI"]
+    weights, clean, ablated = made.data
+    assert weights.name == "weights"
+    assert list(clean.x) == [np.mean(BASE), np.mean(LOCAL)]
+    assert (ablated.name, list(ablated.x)) == ("ablated stream", [None, 70.0])
+    low, high = stats.ttest_1samp(LOCAL, 0).confidence_interval(0.95)
+    assert clean.error_x.array[1] == pytest.approx(high - np.mean(LOCAL))
+    assert clean.error_x.arrayminus[1] == pytest.approx(np.mean(LOCAL) - low)
+    assert [shape.x0 for shape in made.layout.shapes] == [0.1, np.mean(BASE)]
     with pytest.raises(ValueError, match="no values of cpr"):
-        small_multiples(comparison(), ("cpr",))
+        figure(comparison(), ("cpr",))
 
 
 def test_every_claim_has_a_direction_and_words():
     for column in COLUMNS.values():
         assert column.direction in (-1, 0, 1)
         assert bool(column.claim) == bool(column.direction)
-    assert len(set(family("clean"))) == len(family("clean"))
-    assert {"mean_abs_weight"} <= {*family("clean")} - {*family("ablated")}
+    assert len(set(claims_of("clean"))) == len(claims_of("clean"))
+    assert {("", "mean_abs_weight")} <= {*claims_of("clean")} - {*claims_of("ablated")}
 
 
 def test_the_papers_figures_are_those_of_the_published_table():
-    assert paper_value("baseline", "perplexity") == 5.73
-    assert paper_value("local-2", "acdc_edges_0.01") == 54
-    assert paper_value("local-2", "cpr") is None
-    assert paper_value("random-init", "perplexity") is None
+    assert published_value("baseline", "", "perplexity") == 5.73
+    assert published_value("local-2", "ioi", "acdc_edges_0.01") == 54
+    assert published_value("local-2", "object", "acdc_edges_0.01") is None
+    assert published_value("local-2", "ioi", "cpr") is None
+    assert published_value("random-init", "", "perplexity") is None
     assert len(PAPER) == 9
     assert all(len(figures) == 5 for figures in PAPER.values())
 
@@ -272,9 +297,9 @@ def test_the_papers_figures_are_those_of_the_published_table():
 def test_a_mean_far_off_is_an_arrow_at_the_edge_and_all_others_are_where_they_are():
     near = {f"global-{k}": {("loss", "clean"): [1.0 + k / 100] * 4} for k in (1, 2, 4, 8)}
     made = comparison(**near, **{"random-init": {("loss", "clean"): [7.2] * 4}})
-    figure = draw(small_multiples(made, ("loss",)))
-    dots, arrow = figure.data
-    low, high = figure.layout.xaxis.range
+    drawn = figure(made, ("loss",))
+    dots, arrow = drawn.data
+    low, high = drawn.layout.xaxis.range
     assert dots.x[made.variants.index("global-4")] == 1.04
     assert dots.x[made.variants.index("random-init")] is None
     assert low < 1.01

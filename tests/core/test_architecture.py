@@ -122,7 +122,10 @@ UNSUPPORTED = {
     "clipped-qkv": ({"clip_qkv": 1.0}, "clipped queries"),
     "log-n": ({"use_logn_attn": True}, "log-n"),
     "dynamic-ntk": ({"use_dynamic_ntk_rope": True}, "NTK"),
-    "relative-bias": ({"positional_embedding_type": "relative_positional_bias"}, "relative position bias"),
+    "relative-bias": (
+        {"positional_embedding_type": "relative_positional_bias"},
+        "relative_positional_bias",
+    ),
     "norm-before-and-after": ({"use_normalization_before_and_after": True}, "normalisation after the layers"),
     "post-norm": ({"original_architecture": "Olmo2ForCausalLM"}, "normalisation after the layers"),
     "mixture-of-experts": ({"num_experts": 4, "experts_per_token": 2}, "mixture of experts"),
@@ -150,7 +153,7 @@ def test_without_gates_there_are_no_such_limits():
 
 
 def test_from_hooked_takes_a_hooked_transformer_only():
-    with pytest.raises(ValueError, match="takes a HookedTransformer, not a Linear"):
+    with pytest.raises(ValueError, match="takes a HookedTransformer or a TransformerBridge, not a Linear"):
         SelfAblatingTransformer.from_hooked(torch.nn.Linear(2, 2))
 
 

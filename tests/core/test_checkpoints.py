@@ -445,7 +445,7 @@ def test_a_config_that_is_not_text_is_refused(saved):
 @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"model_type": "gpt2"}'])
 def test_a_foreign_config_is_refused_with_the_way_to_load_it(saved, text):
     (saved / "config.json").write_text(text)
-    refused(saved, r"not written by sa_lens.*from_hooked\(HookedTransformer")
+    refused(saved, r"not written by sa_lens.*from_hooked\(TransformerBridge")
 
 
 @pytest.mark.parametrize("key", ["version", "dtype", "gates", "model", "qkv_bias", "unembed_bias"])
@@ -537,7 +537,7 @@ def test_a_field_of_another_transformer_lens(saved, monkeypatch):
         ("model", "act_fn", "evil", "act_fn=evil must be one of"),
         ("model", "use_attn_scale", None, "use_attn_scale must be of type bool"),
         ("model", "attn_types", 3, "attn_types must be of type"),
-        ("model", "load_in_4bit", True, "no gates on this model: 4-bit weights"),
+        ("model", "load_in_4bit", True, "no gates on this model, which has 4-bit weights"),
         ("gates", "k_mlp", 10**9, "gates.k_mlp=1000000000 is more than the 64 units"),
         ("gates", "k_mlp", True, "gates.k_mlp=True must be a whole number"),
         ("gates", "temperature", -1.0, "gates.temperature=-1.0 must be above 0"),
@@ -641,7 +641,7 @@ def test_missing_files_are_named(saved, tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "pythia-70m", "EleutherAI/pythia-70m"])
 def test_names_of_transformer_lens_are_refused_with_the_fix(name):
     with pytest.raises(
-        ValueError, match=r"a model of TransformerLens, without gates: load it with Hooked.*from_hooked"
+        ValueError, match=r"a model of TransformerLens, without gates: load it with TransformerBridge.*from_hooked"
     ):
         SelfAblatingTransformer.from_pretrained(name)
 

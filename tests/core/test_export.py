@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import SelfAblatingTransformer, checkpoints, export
+from sa_lens.core import SelfAblatingTransformer, export
 
 
 def small_model(scope: str = "local", *, seed: int = 0, **shape: Any) -> SelfAblatingTransformer:
@@ -121,14 +121,14 @@ def test_reference_state_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: small_model(attn_scale=True), "no attention scale only"),
-        (lambda: small_model(tied_embedding=False), "tied embeddings only"),
-        (lambda: small_model(act_fn="relu"), "act_fn gelu_new only"),
-        (lambda: small_model("both"), "gates of one scope only"),
-        (lambda: small_model(d_mlp=0), "an MLP that is not gated only"),
+        (lambda: small_model(attn_scale=True), "which has an attention scale"),
+        (lambda: small_model(tied_embedding=False), "which has embeddings that are not tied"),
+        (lambda: small_model(act_fn="relu"), "which has activation 'relu'"),
+        (lambda: small_model("both"), "which has local and global gates at once"),
+        (lambda: small_model(d_mlp=0), "which has no MLPs"),
         (lambda: small_model(qkv_bias=True), "no bias b_Q, but blocks.0.attn.b_Q is not zero"),
         (lambda: small_model(unembed_bias=True), "no bias b_U, but unembed.b_U is not zero"),
-        (lambda: gated_model("llama"), "LayerNorm with weights only"),
+        (lambda: gated_model("llama"), "which has grouped keys and values"),
     ],
 )
 def test_reference_refuses_what_it_cannot_express(tmp_path, make, reason):
@@ -208,18 +208,18 @@ def test_hugging_face_brings_the_tokenizer(tmp_path, letters):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: gated_model("llama"), "it needs LayerNorm"),
-        (lambda: gated_model("no-norm"), "it needs LayerNorm"),
-        (lambda: gated_model("pythia"), "learned positions added to the embedding"),
-        (lambda: gated_model("alibi"), "learned positions added to the embedding"),
-        (lambda: gated_model("shortformer"), "learned positions added to the embedding"),
-        (lambda: gated_model("attention-only"), "an MLP in every layer"),
-        (lambda: gated_model("gpt-neo"), "attention over all earlier positions"),
-        (lambda: gated_model("solu-ln"), "one of the activations gelu_new, gelu, relu, silu"),
-        (lambda: gated_model("inverse-layer-scale"), "the same attention scale in every layer"),
-        (lambda: gated_model("capped-logits"), "no soft cap"),
-        (lambda: gated_model("gpt2"), "no bias on the logits"),
-        (lambda: small_model(d_head=3), "n_heads \\* d_head = d_model"),
+        (lambda: gated_model("llama"), "grouped keys and values"),
+        (lambda: gated_model("no-norm"), "normalisation None"),
+        (lambda: gated_model("pythia"), "attention and MLP in parallel"),
+        (lambda: gated_model("alibi"), "a LayerNorm on the embedding"),
+        (lambda: gated_model("shortformer"), "positions of type 'shortformer'"),
+        (lambda: gated_model("attention-only"), "no MLPs"),
+        (lambda: gated_model("gpt-neo"), "windowed attention"),
+        (lambda: gated_model("solu-ln"), "a LayerNorm inside the MLP"),
+        (lambda: gated_model("inverse-layer-scale"), "an attention scale that falls with the layer"),
+        (lambda: gated_model("capped-logits"), "a soft cap on logits"),
+        (lambda: gated_model("gpt2"), "a bias on the logits"),
+        (lambda: small_model(d_head=3), "heads that do not add up"),
     ],
 )
 def test_hugging_face_refuses_what_gpt2_cannot_express(tmp_path, make, reason):
@@ -280,4 +280,4 @@ def test_an_exported_model_is_not_mistaken_for_our_own(tmp_path):
     export.to_hooked(small_model(), tmp_path / "hooked")
     for folder in ("hf", "hooked"):
         with pytest.raises(ValueError, match="not written by sa_lens"):
-            checkpoints.load(tmp_path / folder)
+            SelfAblatingTransformer.from_pretrained(tmp_path / folder)

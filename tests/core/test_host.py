@@ -23,6 +23,9 @@ def test_both_kinds_of_model_are_hosts(model):
     assert isinstance(plain, host.Host)
     assert host.has_ablated_stream(model)
     assert not host.has_ablated_stream(plain)
+    assert host.streams_of(model) == ("clean", "ablated")
+    assert host.streams_of(plain) == ("clean",)
+    assert host.streams_of(model, "ablated") == ("ablated",)
     assert not host.has_ablated_stream(sa.SelfAblatingTransformer(model.cfg, sa.GateConfig(scope="none")))
 
 

@@ -1,4 +1,4 @@
-"""Single nodes compute what a pass of the whole model does, or `unsupported` says why they do not."""
+"""Single nodes compute what a pass of the whole model does, or `why_not_single_nodes` says why they do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sa_lens.config import GateConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import in_stream
 from sa_lens.core.last_position import Prompts, embedded, run_to_position
-from sa_lens.core.nodes import NodeFunctions, unsupported
+from sa_lens.core.nodes import NodeFunctions, why_not_single_nodes
 
 NORMS = [(norm, final) for norm in ("LN", "LNPre", "RMS", "RMSPre", None) for final in (False, True)]
 
@@ -21,7 +21,7 @@ NORMS = [(norm, final) for norm in ("LN", "LNPre", "RMS", "RMSPre", None) for fi
 @pytest.mark.parametrize(("norm", "final_rms"), NORMS)
 def test_the_end_of_a_pass_is_exact_or_refused(norm: str | None, final_rms: bool) -> None:
     model = plain_model(normalization_type=norm, final_rms=final_rms, dtype=torch.float64)
-    reason = unsupported(model)
+    reason = why_not_single_nodes(model)
     if norm in ("LN", "LNPre") and final_rms:
         assert reason is not None
         assert reason.endswith("for a final RMSNorm after LayerNorms")
@@ -38,20 +38,20 @@ def test_the_end_of_a_pass_is_exact_or_refused(norm: str | None, final_rms: bool
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"positional_embedding_type": "alibi"}, "positions 'alibi'"),
+        ({"positional_embedding_type": "alibi"}, "positions of type 'alibi'"),
         ({"attn_scores_soft_cap": 5.0}, "a soft cap on attention scores"),
         ({"output_logits_soft_cap": 5.0}, "a soft cap on logits"),
         ({"attention_dir": "bidirectional"}, "bidirectional attention"),
-        ({"act_fn": "solu_ln"}, "activation 'solu_ln'"),
+        ({"act_fn": "solu_ln"}, "a LayerNorm inside the MLP"),
         (
             {"normalization_type": "RMS", "use_normalization_before_and_after": True},
-            "normalises the outputs of its layers",
+            "normalisation after the layers",
         ),
     ],
     ids=str,
 )
 def test_what_cannot_be_recomputed_is_named(changes: dict[str, Any], reason: str) -> None:
-    assert reason in str(unsupported(plain_model(**changes)))
+    assert reason in str(why_not_single_nodes(plain_model(**changes)))
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "gpt-neo", "pythia", "llama", "attention-only", "no-norm"])

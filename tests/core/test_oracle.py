@@ -137,7 +137,7 @@ def test_user_edits_with_one_position(shape, name):
     with model.ablated(position=p):
         assert_close(model.run_with_hooks(tokens, fwd_hooks=edits), expected)
     live = oracle.masking_hooks(live_masks(plain, model, tokens, edits), p)
-    with model.ablated(position=p, gates="live"):
+    with model.ablated(position=p, masks="live"):
         assert_close(
             model.run_with_hooks(tokens, fwd_hooks=edits), plain.run_with_hooks(tokens, fwd_hooks=[*live, *edits])
         )

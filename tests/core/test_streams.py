@@ -413,7 +413,7 @@ def test_backward_hooks_of_the_caller_fire_once():
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
-@pytest.mark.parametrize("options", [{}, {"position": -1}, {"position": -1, "gates": "live"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"position": -1}, {"position": -1, "masks": "live"}], ids=str)
 def test_backward_hooks_get_the_gradient_of_what_is_added_at_their_point(shape, options):
     """The slow twin adds a tensor of zeros at the hook point and asks for its gradient."""
     model, tokens = gated_model(shape), random_tokens()
@@ -499,7 +499,7 @@ def test_frozen_gates_do_not_see_edits_and_live_gates_do():
     with model.ablated(position=-1):
         model.run_with_hooks(tokens, fwd_hooks=hooks)
     assert torch.equal(masks[0], unedited)
-    with model.ablated(position=-1, gates="live"):
+    with model.ablated(position=-1, masks="live"):
         model.run_with_hooks(tokens, fwd_hooks=hooks)
     gate = model.blocks[0].attn_gate
     _, cache = model.run_with_cache(tokens)
@@ -584,9 +584,9 @@ def test_a_model_without_gates_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gates": "thawed", "position": 1}, "gates='thawed'"),
-        ({"gates": "live"}, "needs a position"),
-        ({"gates": "live", "position": 1, "clean_hooks": [("hook_embed", lambda x, hook: x)]}, "clean_hooks"),
+        ({"masks": "thawed", "position": 1}, "masks='thawed'"),
+        ({"masks": "live"}, "needs a position"),
+        ({"masks": "live", "position": 1, "clean_hooks": [("hook_embed", lambda x, hook: x)]}, "clean_hooks"),
         ({"masks": {}}, "holds no mask"),
         ({"masks": {ATTN_MASK.format(7): torch.ones(2, 7, 4, 4)}}, "holds no mask"),
         ({"masks": {ATTN_MASK.format(0): torch.ones(2, 7, 16)}}, r"shape \(16,\), this model's are \(4, 4\)"),

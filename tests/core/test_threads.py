@@ -69,7 +69,7 @@ def test_a_pass_held_in_the_middle_does_not_touch_those_of_other_threads(scope, 
         "clean": model.clean,
         "ablated": model.ablated,
         "position": lambda: model.ablated(position=-1),
-        "live": lambda: model.ablated(position=-1, gates="live"),
+        "live": lambda: model.ablated(position=-1, masks="live"),
     }
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def test_a_hook_may_run_the_same_model():
                 assert_same(run_all(model, OTHERS), expected)
             inside = False
 
-    for context in (model.clean, model.ablated, lambda: model.ablated(position=-1, gates="live")):
+    for context in (model.clean, model.ablated, lambda: model.ablated(position=-1, masks="live")):
         with torch.no_grad(), context():
             logits = model(TOKENS)
             assert torch.equal(model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.hook_resid_mid", run)]), logits)

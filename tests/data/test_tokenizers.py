@@ -309,9 +309,9 @@ BOUNDARIES = {
 def test_one_token_stands_before_every_text(name: str, template: str, pre: str, tmp_path: Path) -> None:
     """In the training text, `to_tokens`, tasks, views, and units: the same, and the one that training has seen."""
     import sa_lens as sa
-    from sa_lens.circuits.pairs import Draft, encode
+    from sa_lens.circuits.tasks.pairs import Draft, encode
     from sa_lens.units.labels import label_stories
-    from sa_lens.views.texts import encoded
+    from sa_lens.views.labels import encode_text
 
     begin_token, end_token, begin, end = BOUNDARIES[name]
     tokenizer = in_memory(begin_token, end_token, template, pre)
@@ -333,7 +333,7 @@ def test_one_token_stands_before_every_text(name: str, template: str, pre: str, 
         assert model.to_tokens(text, prepend_bos=False).tolist() == [ids]
         assert model.to_tokens(["Tom", text], padding_side="left")[1].tolist() == [begin, *ids]
         assert model.to_tokens("").tolist() == [[begin]]
-        assert encoded(model.tokenizer, text) == encoded(tokenizer, text) == [begin, *ids]
+        assert encode_text(model.tokenizer, text) == encode_text(tokenizer, text) == [begin, *ids]
         assert model.tokenizer.eos_token_id == end, "where generated text stops"
         pairs = encode("test", [Draft("x", "q", "z", "v")], model.tokenizer) if pre == "bytes" else None
         assert pairs is None or set(pairs.clean[:, 0].tolist()) == {begin}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from sa_lens.report.records import (
+from sa_lens.report.contents import (
     Fact,
     Looks,
     ModelPage,
@@ -21,6 +21,7 @@ from sa_lens.report.records import (
 )
 from sa_lens.views.records import (
     CircuitEdge,
+    CircuitMap,
     Curves,
     GateRaster,
     Guess,
@@ -54,8 +55,8 @@ def story_tokens() -> list[tuple[str, ...]]:
 def unit_names() -> list[tuple[str, int, str, int]]:
     found = []
     for layer in range(N_LAYERS):
-        found += [(f"layer {layer} head {i // 8} channel {i % 8}", layer, "attn", i) for i in range(16)]
-        found += [(f"layer {layer} neuron {i}", layer, "mlp", i) for i in range(40)]
+        found += [(f"L{layer}.attn.{i}", layer, "attn", i) for i in range(16)]
+        found += [(f"L{layer}.mlp.{i}", layer, "mlp", i) for i in range(40)]
     return found
 
 
@@ -122,13 +123,13 @@ def story_page(rng: random.Random, tokens: tuple[str, ...], streams: tuple[str, 
             None if a is None else a - c for a, c in zip(losses["ablated"], losses["clean"], strict=True)
         )
         tracks.append(Track("ablated minus clean loss", "nats", difference, "diverging"))
-        tracks.append(Track("layer 1 neuron 3, clean", "value", tuple(rng.gauss(0, 1) for _ in range(n)), "diverging"))
+        tracks.append(Track("L1.mlp.3, clean", "value", tuple(rng.gauss(0, 1) for _ in range(n)), "diverging"))
         live = []
-        for name, layer, kind, index in unit_names():
+        for name, layer, site, index in unit_names():
             positions = tuple(at for at in range(n) if (at * 7 + index * 3 + layer) % 4 == 0)
             values = tuple(round(rng.gauss(0, 1), 4) for _ in positions)
             if positions:
-                live.append(LiveUnit(name, layer, kind, (" the", "<i>"), positions, values))
+                live.append(LiveUnit(name, layer, site, (" the", "<i>"), positions, values))
         gates = GateRaster("Units that stay", "some of all", tokens, tuple(live), "value, ablated stream")
     looks = []
     for stream in streams:
@@ -180,9 +181,9 @@ def ranking(rng: random.Random, method: str, stream: str) -> Ranking:
         "log",
         (Level(1.0, "full model"),),
     )
-    return Ranking(
-        method, stream, "tau 0.01, 64 pairs; layer 1 neuron 3 matters", "fall of KL, nats", ordered, 24, curve
-    )
+    note = "tau 0.01, 64 pairs; L1.mlp.3 matters"
+    circuit = CircuitMap(method, note, N_LAYERS, N_HEADS, False, 300, ordered, "fall of KL, nats")
+    return Ranking(method, stream, circuit, 24, curve)
 
 
 def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
@@ -224,14 +225,14 @@ def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
         ),
         stories=tuple(story_page(rng, tokens, streams) for tokens in story_tokens()),
         tasks=(
-            TaskPage("IOI", "Tom and Anna ... gave to: Anna", skill, N_LAYERS, N_HEADS, False, 300,
+            TaskPage("IOI", "Tom and Anna ... gave to: Anna", skill,
                      tuple(ranking(rng, *one) for one in methods), ""),
-            TaskPage("Pronoun gender", "Anna said that: she", skill, N_LAYERS, N_HEADS, False, 300,
+            TaskPage("Pronoun gender", "Anna said that: she", skill,
                      (ranking(rng, "ACDC", "clean"),), "No circuit of the ablated stream: it cannot do the task."),
         ),
         units=tuple(
-            UnitPage(unit, layer, kind, index, (" cat", "</td>"), unit_streams(rng, streams, place))
-            for place, (unit, layer, kind, index) in enumerate(unit_names())
+            UnitPage(unit, layer, site, index, (" cat", "</td>"), unit_streams(rng, streams, place))
+            for place, (unit, layer, site, index) in enumerate(unit_names())
         ),
         units_note="Read on 20,000 tokens; all 168 of 168 units are shown.",
     )  # fmt: skip
@@ -244,7 +245,7 @@ def report() -> Report:
         models=(model_page("gated/one", ("clean", "ablated"), 1), model_page("plain", ("clean",), 2)),
         comparison=(
             Table("Side by side", "on the same text", ("figure", "gated/one", "plain"),
-                  (("loss, nats", "2.31", "2.25"), ("a unit", "layer 1 neuron 3", "none")), (False, True, True)),
+                  (("loss, nats", "2.31", "2.25"), ("a unit", "L1.mlp.3", "none")), (False, True, True)),
         ),
     )  # fmt: skip
 

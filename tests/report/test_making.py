@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sa_lens.cli import main
-from sa_lens.report import Report, from_json, make_report, making, to_json, units
-from sa_lens.report.phases import Phases
-from sa_lens.report.records import ModelPage
+from sa_lens.report import Report, make_report, making, read, save, unit_pages
+from sa_lens.report.contents import ModelPage
+from sa_lens.report.making import Phases
 
 STRANGE = (
     "<script>alert('1')</script> & \"2\" &amp; {3}",
@@ -43,9 +43,9 @@ def test_every_unit_of_a_raster_is_found_by_its_name(report: Report) -> None:
     assert len(set(names)) == len(names)
     for story in gated.stories:
         assert story.gates is not None
-        mentioned = {unit.name: (unit.layer, unit.kind) for unit in story.gates.units}
+        mentioned = {unit.name: (unit.layer, unit.site) for unit in story.gates.units}
         assert len(mentioned) > 8
-        pages = {unit.name: (unit.layer, unit.kind) for unit in gated.units}
+        pages = {unit.name: (unit.layer, unit.site) for unit in gated.units}
         assert mentioned.items() <= pages.items()
 
 
@@ -80,14 +80,14 @@ def test_comparison_repeats_the_figures_of_the_models(report: Report) -> None:
     assert live["live units, clean"][0] == f"{found / every:.1%}"
 
 
-def test_json_and_back(report: Report) -> None:
-    text = to_json(report)
-    assert from_json(text) == report
-    assert json.loads(text)["models"][0]["name"] == "gated"
-    with pytest.raises(ValueError, match="not a report"):
-        from_json('{"title": "no"}')
-    with pytest.raises(ValueError, match="not a report"):
-        from_json("nothing")
+def test_json_and_back(report: Report, tmp_path: Path) -> None:
+    path = save(report, tmp_path / "deep" / "report.json")
+    assert read(path) == report
+    assert json.loads(path.read_text(encoding="utf-8"))["models"][0]["name"] == "gated"
+    for text in ('{"title": "no"}', "nothing", '{"kind": "Table", "title": "no"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a record of Report"):
+            read(path)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -100,7 +100,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_same_seed_same_report_and_nothing_written(gated_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "LABELLED", 60)
+    monkeypatch.setattr(unit_pages, "LABELLED", 60)
     before = contents(gated_run)
     options = {"n_stories": 1, "n_units": 2, "tasks": (), "progress": False}
     first = make_report([gated_run], seed=3, **options)
@@ -120,10 +120,10 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     page = found.models[0]
     assert words(page) == list(STRANGE)
     assert found.title == "</title>"
-    assert from_json(to_json(found)) == found
+    assert read(save(found, tmp_path / "report.json")) == found
     assert page.overview.training is None
-    assert {unit.kind for unit in page.units} == {"attn"}
-    assert page.tasks[0].attn_only
+    assert {unit.site for unit in page.units} == {"attn"}
+    assert "no MLP" in page.overview.facts[0].value
     assert page.tasks[0].rankings == ()
     assert "cannot do the task" in page.tasks[0].note
 
@@ -134,7 +134,7 @@ def test_one_bar_tells_the_phase_and_an_interrupt_leaves_no_file(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(units, "specialization", stop)
+    monkeypatch.setattr(unit_pages, "specialization", stop)
     shown = []
     begin = Phases.begin
 

@@ -24,7 +24,7 @@ def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: 
     import torch
 
     from sa_lens.core import checkpoints
-    from sa_lens.training import loop, state, train
+    from sa_lens.training import loop, saved_state, train
 
     torch.set_num_threads(1)
     # data workers notice the death of the process that forked them, not that of a server's client
@@ -50,9 +50,9 @@ def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: 
 
         return write
 
-    state.write = watched(state.write)
+    saved_state.write = watched(saved_state.write)
     checkpoints.save = watched(checkpoints.save)
-    assert loop.state.write is state.write
+    assert loop.saved_state.write is saved_state.write
     sys.setprofile(count)
     train(run, out, device="cpu", resume=True, progress=False)
     sys.setprofile(None)

@@ -15,8 +15,8 @@ from tiny_runs import MakeRun, records, same, weights
 from sa_lens.config import GateConfig, LossConfig, RunConfig, read_yaml
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, checkpoints
 from sa_lens.data import BlockOrder, prepare, validation_blocks
-from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, evaluate, loop, state, train
-from sa_lens.training.start import initial
+from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, evaluate, loop, saved_state, train
+from sa_lens.training.training_setup import load_text_and_model
 
 
 def plain_loop(run: RunConfig) -> SelfAblatingTransformer:
@@ -75,8 +75,8 @@ def test_the_dense_steps_are_those_of_the_baseline(make_run: MakeRun, tmp_path: 
     settings = {"dense_share": 8 / 12, "save_every": 8, "steps": 12, "log_every": 1}
     gated = train(make_run(**settings), tmp_path / "gated", progress=False)
     dense = train(make_run(GateConfig(scope="none"), **settings), tmp_path / "dense", progress=False)
-    (_, at_switch), (_, baseline) = (state.read(r.folder / "state" / "step-8") for r in (gated, dense))
-    fresh = weights(initial(make_run(**settings), progress=False)[1])
+    (_, at_switch), (_, baseline) = (saved_state.read(r.folder / "state" / "step-8") for r in (gated, dense))
+    fresh = weights(load_text_and_model(make_run(**settings), progress=False)[1])
     for name, weight in at_switch.weights.items():
         assert torch.equal(weight, fresh[name] if "_gate." in name else baseline.weights[name]), name
     assert same(at_switch.optimizer, baseline.optimizer)

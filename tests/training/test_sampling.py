@@ -8,7 +8,7 @@ import torch
 from sa_lens.config import DataConfig, GateConfig, ModelConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.data import prepare
-from sa_lens.training import Sample, sample, side_by_side
+from sa_lens.training import Sample, sample
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_refusals(gated: SelfAblatingTransformer, options: dict[str, object], me
 
 def test_columns_by_hand() -> None:
     drawn = Sample("", "one two three", "four\nfive")
-    assert side_by_side(drawn, width=23).splitlines() == [
+    assert drawn.side_by_side(width=23).splitlines() == [
         "clean stream | ablated stream",
         "-----------+------------"[:10] + "-+-" + "-" * 10,
         "one two    | four",
         "three      | five",
     ]
-    assert side_by_side(Sample("", "one two", None), width=7).splitlines() == ["clean stream", "-------", "one two"]
+    assert Sample("", "one two", None).side_by_side(width=7).splitlines() == ["clean stream", "-------", "one two"]

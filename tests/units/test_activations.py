@@ -6,26 +6,21 @@ import torch
 
 import sa_lens as sa
 from sa_lens.core.fused import reads_fused
+from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import write_tokens
-from sa_lens.units.activations import (
-    Site,
-    TextBlocks,
-    read_by_hooks,
-    read_units,
-    stream_units,
-    unit_counts,
-    unit_sites,
-)
+from sa_lens.units.activations import TextBlocks, read_by_hooks, read_units, stream_units
 
 
 def gathered(model, text, streams, **options):
     batches = list(stream_units(model, text, streams, progress=False, **options))
     values = {
-        stream: {site: torch.cat([b.values[stream][site] for b in batches]) for site in batches[0].values[stream]}
+        stream: {
+            sublayer: torch.cat([b.values[stream][sublayer] for b in batches]) for sublayer in batches[0].values[stream]
+        }
         for stream in batches[0].values
     }
-    masks = {site: torch.cat([b.masks[site] for b in batches]) for site in batches[0].masks}
+    masks = {sublayer: torch.cat([b.masks[sublayer] for b in batches]) for sublayer in batches[0].masks}
     return torch.cat([b.tokens for b in batches]), values, masks
 
 
@@ -37,11 +32,11 @@ def test_values_and_masks_are_those_of_the_hooks(gated, text, at_once):
             _, ablated = gated.run_with_cache(text)
     tokens, values, masks = gathered(gated, text, ("clean", "ablated"), tokens_at_once=at_once)
     assert torch.equal(tokens, text)
-    for site, n in unit_counts(gated).items():
+    for sublayer, n in unit_counts(gated).items():
         for stream, cache in (("clean", clean), ("ablated", ablated)):
-            assert values[stream][site].shape[-1] == n
-            torch.testing.assert_close(values[stream][site], cache[site.value_hook].flatten(2))
-        assert torch.equal(masks[site], ablated[site.mask_hook].flatten(2))
+            assert values[stream][sublayer].shape[-1] == n
+            torch.testing.assert_close(values[stream][sublayer], cache[sublayer.value_hook].flatten(2))
+        assert torch.equal(masks[sublayer], ablated[sublayer.mask_hook].flatten(2))
 
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
@@ -49,16 +44,16 @@ def test_one_stream_alone_gives_the_same_values(gated, text, stream):
     _, both, _ = gathered(gated, text, ("clean", "ablated"))
     _, alone, masks = gathered(gated, text, stream)
     assert bool(masks) == (stream == "ablated")
-    for site in unit_sites(gated):
-        torch.testing.assert_close(alone[stream][site], both[stream][site])
+    for sublayer in unit_counts(gated):
+        torch.testing.assert_close(alone[stream][sublayer], both[stream][sublayer])
 
 
 def test_masks_of_whole_heads_are_repeated_for_their_units(text):
     cfg = sa.ModelConfig(n_layers=1, d_model=8, n_heads=2, d_mlp=8, n_ctx=16, d_vocab=24)
     model = sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=1, k_mlp=2, attn_unit="head"), device="cpu")
     _, values, masks = gathered(model, text, "ablated")
-    mask = masks[Site(0, "attn")]
-    assert mask.shape == values["ablated"][Site(0, "attn")].shape
+    mask = masks[Sublayer(0, "attn")]
+    assert mask.shape == values["ablated"][Sublayer(0, "attn")].shape
     heads = mask.unflatten(-1, (2, 4))
     assert torch.equal(heads, heads[..., :1].expand_as(heads))
     assert torch.equal(heads[..., 0].sum(-1), torch.ones(12, 16))
@@ -102,7 +97,7 @@ def test_bad_input_is_refused_at_once(gated, planted, text, tmp_path, word_token
     with pytest.raises(ValueError, match="needs gates"):
         stream_units(planted, text, "ablated")
     with pytest.raises(ValueError, match="no units at"):
-        stream_units(gated, text, sites=[Site(7, "mlp")])
+        stream_units(gated, text, sublayers=[Sublayer(7, "mlp")])
     with pytest.raises(ValueError, match="longer than n_ctx=16"):
         stream_units(gated, text.view(6, 32))
     with pytest.raises(ValueError, match="vocabulary of 24"):
@@ -138,19 +133,19 @@ def test_without_hooks_the_values_are_the_same(gates, streams, text):
         parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     # a loaded state may bring biases that the model was built without
     model.load_state_dict(model.state_dict())
-    sites = unit_sites(model)
+    sublayers = list(unit_counts(model))
     assert reads_fused(model)
-    fast, slow = (read(model, text, streams, sites) for read in (read_units, read_by_hooks))
+    fast, slow = (read(model, text, streams, sublayers) for read in (read_units, read_by_hooks))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
 
 
 def test_a_hook_of_the_user_is_heard(gated, text):
-    sites = [Site(1, "mlp")]
+    sublayers = [Sublayer(1, "mlp")]
     gated.add_hook("blocks.0.hook_resid_post", lambda x, hook: 0 * x)
     try:
         assert not reads_fused(gated)
-        (values, _), (expected, _) = (read(gated, text, ("clean",), sites) for read in (read_units, read_by_hooks))
+        (values, _), (expected, _) = (read(gated, text, ("clean",), sublayers) for read in (read_units, read_by_hooks))
     finally:
         gated.reset_hooks()
-    assert torch.equal(values["clean"][sites[0]], expected["clean"][sites[0]])
-    assert float(values["clean"][sites[0]].std(1).max()) < 1e-5, "positions no longer differ"
+    assert torch.equal(values["clean"][sublayers[0]], expected["clean"][sublayers[0]])
+    assert float(values["clean"][sublayers[0]].std(1).max()) < 1e-5, "positions no longer differ"

@@ -8,16 +8,16 @@ from sa_lens.units.comparison import compare, summary
 from sa_lens.units.unit_tables import specialization
 
 
-def table_of(rates, values, layer=0, kind="mlp", stream="clean"):
+def table_of(rates, values, layer=0, site="mlp", stream="clean"):
     n = len(rates)
     return pd.DataFrame(
-        {"stream": stream, "layer": layer, "kind": kind, "unit": range(n), "live": np.array(rates) > 0,
+        {"stream": stream, "layer": layer, "site": site, "unit": range(n), "live": np.array(rates) > 0,
          "firing_rate": rates, "gini": values}
     )  # fmt: skip
 
 
 def test_dead_units_count_in_the_share_of_live_ones_alone():
-    found = summary(table_of([0.2, 0.0, 0.4, 0.0], [0.5, 0.9, 0.7, 0.9]), resamples=20).set_index(["kind", "column"])
+    found = summary(table_of([0.2, 0.0, 0.4, 0.0], [0.5, 0.9, 0.7, 0.9]), resamples=20).set_index(["site", "column"])
     assert found.loc[("all", "live")]["mean"] == 0.5
     assert found.loc[("all", "firing_rate")]["mean"] == pytest.approx(0.3)
     assert found.loc[("all", "gini")]["mean"] == pytest.approx(0.6)
@@ -27,7 +27,7 @@ def test_dead_units_count_in_the_share_of_live_ones_alone():
 def test_summary_gives_means_counts_and_intervals(gated, text, calibration):
     table = specialization(gated, text, calibration, progress=False).table
     found = summary(table, ["live", "firing_rate", "effective_tokens"], resamples=200).set_index(
-        ["stream", "kind", "column"]
+        ["stream", "site", "column"]
     )
     for stream in ("clean", "ablated"):
         some = table[table.stream == stream]
@@ -35,7 +35,7 @@ def test_summary_gives_means_counts_and_intervals(gated, text, calibration):
         assert row["mean"] == pytest.approx(some.effective_tokens.mean())
         assert row.n == some.effective_tokens.notna().sum()
         assert row.low <= row["mean"] <= row.high
-        neurons = some[some.kind == "mlp"]
+        neurons = some[some.site == "mlp"]
         assert found.loc[(stream, "mlp", "live")]["mean"] == pytest.approx(neurons.live.mean())
         assert found.loc[(stream, "mlp", "firing_rate")]["mean"] == pytest.approx(
             neurons[neurons.live].firing_rate.mean()
@@ -69,7 +69,7 @@ def test_a_true_difference_is_found_with_its_interval():
 
 def test_layers_and_kinds_are_kept_apart_and_dead_units_left_out():
     first = pd.concat([table_of([0.01, 0.01], [1.0, 1.0]), table_of([0.01, 0.0], [5.0, np.nan], layer=1)])
-    second = pd.concat([table_of([0.01], [2.0]), table_of([0.01], [9.0], layer=1, kind="attn")])
+    second = pd.concat([table_of([0.01], [2.0]), table_of([0.01], [9.0], layer=1, site="attn")])
     row = compare(first, second, ["gini"], resamples=20).iloc[0]
     assert (row.first_matched, row.second_matched, row.n_cells) == (1, 2, 1)
     assert row.share_matched == pytest.approx(3 / 5)

@@ -7,7 +7,7 @@ import torch
 from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
-from sa_lens.units.activations import Site
+from sa_lens.core.unit import Unit
 from sa_lens.units.explanations import explain
 from sa_lens.units.firing import calibrate
 from sa_lens.units.judging import correlation, firing_places, judge, silent_places, token_list, window_of
@@ -15,7 +15,6 @@ from sa_lens.units.pruning import Fill, Texts, UnitReader, answer, likely_tokens
 from sa_lens.units.trie import ANY
 
 V, N_CTX = 12, 32
-SITE = Site(0, "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def text():
 @pytest.fixture(scope="module", params=["clean", "ablated"])
 def found(request, planted, text):
     thresholds = calibrate(planted, text[:20], request.param, progress=False)[request.param]
-    chosen = [(SITE, unit) for unit in range(4)]
+    chosen = [Unit(0, "mlp", index) for index in range(4)]
     return explain(planted, text[20:], thresholds, chosen, context=4, substitutes=3, snippets=24, progress=False)
 
 
@@ -139,15 +138,15 @@ def test_the_same_seed_gives_the_same_table(planted, text):
 def test_a_unit_is_read_where_it_fires(planted, text):
     """Scores of cut and padded snippets are those of the whole prompts, one by one."""
     rows, at = text[:7].numpy(), np.array([0, 5, 31, 8, 3, 2, 9])
-    for site, unit in ((SITE, 2), (Site(0, "attn"), 4)):
+    for unit in (Unit(0, "mlp", 2), Unit(0, "attn", 4)):
         for stream in ("clean", "ablated"):
-            found = UnitReader(planted, stream, site, unit).scores(rows, at)
+            found = UnitReader(planted, stream, unit).scores(rows, at)
             for row, place, score in zip(rows, at, found, strict=True):
                 run = planted.ablated() if stream == "ablated" else planted.clean()
                 with torch.no_grad(), run:
                     _, cache = planted.run_with_cache(torch.from_numpy(row[None, : place + 1]))
-                expected = cache[site.value_hook].flatten(2)[0, -1, unit]
-                assert score == pytest.approx(float(expected.abs() if site.kind == "attn" else expected))
+                expected = cache[unit.sublayer.value_hook].flatten(2)[0, -1, unit.index]
+                assert score == pytest.approx(float(expected.abs() if unit.site == "attn" else expected))
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
@@ -171,17 +170,17 @@ def test_many_units_at_once_are_read_as_one_by_one(text, scope):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     rng = np.random.default_rng(0)
-    units = [(Site(layer, kind), unit) for layer in range(3) for kind in ("attn", "mlp") for unit in (0, 7)]
+    units = [Unit(layer, site, index) for layer in range(3) for site in ("attn", "mlp") for index in (0, 7)]
     asked = [(rng.integers(V, size=(n, 9 + n % 3)), rng.integers(9, size=n)) for n in range(1, len(units) + 1)]
 
     def asking(rows, at):
         return (yield Texts(rows, at))
 
     for stream in ("clean", "ablated"):
-        jobs = [(*unit, asking(*texts)) for unit, texts in zip(units, asked, strict=True)]
+        jobs = [(unit, asking(*texts)) for unit, texts in zip(units, asked, strict=True)]
         found = answer(model, stream, jobs, 12)
-        for (site, unit), (rows, at), scores in zip(units, asked, found, strict=True):
-            np.testing.assert_allclose(scores, UnitReader(model, stream, site, unit).scores(rows, at), atol=1e-6)
+        for unit, (rows, at), scores in zip(units, asked, found, strict=True):
+            np.testing.assert_allclose(scores, UnitReader(model, stream, unit).scores(rows, at), atol=1e-6)
         assert any((scores > 0.1).any() for scores in found)
 
 
@@ -280,7 +279,7 @@ def test_correlation_of_constants():
     [
         ({"units": 0}, "units=0"),
         ({"units": "some"}, "units='some'"),
-        ({"units": [(SITE, 4)]}, "unit 4 of"),
+        ({"units": [Unit(0, "mlp", 4)]}, "no unit L0.mlp.4"),
         ({"snippets": 1}, "snippets=1"),
         ({"substitutes": -1}, "substitutes=-1"),
         ({"context": 40}, "context=40"),

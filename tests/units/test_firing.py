@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.units import effective_connections, explain, specialization
-from sa_lens.units.activations import Site, unit_sites
 from sa_lens.units.firing import Thresholds, calibrate
 
 
-def values_of(model, text, stream, site):
+def values_of(model, text, stream, sublayer):
     with torch.no_grad():
         if stream == "clean":
-            return model.run_with_cache(text)[1][site.value_hook].flatten(2).flatten(0, 1)
+            return model.run_with_cache(text)[1][sublayer.value_hook].flatten(2).flatten(0, 1)
         with model.ablated():
-            return model.run_with_cache(text)[1][site.value_hook].flatten(2).flatten(0, 1)
+            return model.run_with_cache(text)[1][sublayer.value_hook].flatten(2).flatten(0, 1)
 
 
 @pytest.mark.parametrize("n_blocks", [1, 80])
@@ -25,34 +25,34 @@ def test_percentile_and_scale_agree_with_numpy(gated, calibration, n_blocks):
     text = calibration[:n_blocks]
     rules = calibrate(gated, text, ("clean", "ablated"), progress=False)
     for stream, rule in rules.items():
-        for site in unit_sites(gated):
-            x = values_of(gated, text, stream, site).double().numpy()
-            scores = np.abs(x) if site.kind == "attn" else x
-            np.testing.assert_allclose(rule.peaks[site], np.quantile(scores, 0.999, axis=0), rtol=1e-4, atol=1e-6)
-            np.testing.assert_allclose(rule.rms[site], np.sqrt((x**2).mean()), rtol=1e-5)
+        for sublayer in unit_counts(gated):
+            x = values_of(gated, text, stream, sublayer).double().numpy()
+            scores = np.abs(x) if sublayer.site == "attn" else x
+            np.testing.assert_allclose(rule.peaks[sublayer], np.quantile(scores, 0.999, axis=0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(rule.rms[sublayer], np.sqrt((x**2).mean()), rtol=1e-5)
 
 
 def test_units_fire_above_half_their_percentile():
-    site, heads = Site(0, "mlp"), Site(0, "attn")
-    rule = Thresholds("clean", {site: torch.tensor([2.0, 4.0, 1e-5, -3.0])} | {heads: torch.tensor([2.0])},
-                      {site: 1.0, heads: 1.0}, 10)  # fmt: skip
-    assert rule.live(site).tolist() == [True, True, False, False]
+    sublayer, heads = Sublayer(0, "mlp"), Sublayer(0, "attn")
+    rule = Thresholds("clean", {sublayer: torch.tensor([2.0, 4.0, 1e-5, -3.0])} | {heads: torch.tensor([2.0])},
+                      {sublayer: 1.0, heads: 1.0}, 10)  # fmt: skip
+    assert rule.live(sublayer).tolist() == [True, True, False, False]
     # levels 1, 2, never, never; equal is not above
-    fires = rule.fires(site, torch.tensor([[1.0, 2.1, 9.0, 9.0], [1.1, -5.0, 0.0, 0.0]]))
+    fires = rule.fires(sublayer, torch.tensor([[1.0, 2.1, 9.0, 9.0], [1.1, -5.0, 0.0, 0.0]]))
     assert fires.tolist() == [[False, True, False, False], [True, False, False, False]]
-    assert rule.fires(site, torch.tensor([0.7, 0.0, 0.0, 0.0]), 0.3).tolist() == [True, False, False, False]
+    assert rule.fires(sublayer, torch.tensor([0.7, 0.0, 0.0, 0.0]), 0.3).tolist() == [True, False, False, False]
     assert rule.fires(heads, torch.tensor([[-1.5], [0.9]])).tolist() == [[True], [False]]
     with pytest.raises(ValueError, match="share=0"):
-        rule.levels(site, 0)
+        rule.levels(sublayer, 0)
 
 
 def test_a_silent_unit_is_dead_and_a_rare_one_below_the_percentile_too(planted, even_text):
     rule = calibrate(planted, even_text, progress=False)["clean"]
-    assert rule.live(Site(0, "mlp")).tolist() == [True, True, True, False, True, True]
-    assert not rule.live(Site(0, "attn")).any()
+    assert rule.live(Sublayer(0, "mlp")).tolist() == [True, True, True, False, True, True]
+    assert not rule.live(Sublayer(0, "attn")).any()
     once = torch.full((200, 16), 9)
     once[0, 0] = 7
-    assert not calibrate(planted, once, progress=False)["clean"].live(Site(0, "mlp"))[1]
+    assert not calibrate(planted, once, progress=False)["clean"].live(Sublayer(0, "mlp"))[1]
 
 
 def test_thresholds_of_other_weights_are_refused(gated, text, calibration):

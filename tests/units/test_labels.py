@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
+from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data.stories import LABELS, generate
-from sa_lens.units.activations import Site, unit_sites
 from sa_lens.units.firing import calibrate, unit_scores
-from sa_lens.units.labels import LabelledText, auroc, firing_scores, label_stories, selectivity
+from sa_lens.units.labels import LabelledText, firing_scores, label_stories, selectivity
 
 
 def labelled(tokens, of_token, names):
@@ -26,7 +26,7 @@ def planted_labels(even_text):
 
 def test_planted_units_get_their_labels(planted, planted_labels, even_text):
     found = selectivity(planted, planted_labels, even_text, progress=False)
-    neurons = found.table.query("kind == 'mlp'").set_index("unit")
+    neurons = found.table.query("site == 'mlp'").set_index("unit")
     for unit, label in ((0, "class=planted"), (1, "class=seven"), (2, "class=seven")):
         row = neurons.loc[unit]
         assert (row.f1_label, row.auroc_label, row.mutual_information_label) == (label, label, label)
@@ -40,7 +40,7 @@ def test_planted_units_get_their_labels(planted, planted_labels, even_text):
     assert always.mutual_information == pytest.approx(0, abs=1e-9)
     covered = found.coverage.set_index("label")
     assert covered.covered.to_dict() == {"class=planted": True, "class=seven": True, "class=other": False}
-    assert (covered.loc["class=planted"].kind, covered.loc["class=planted"].unit) == ("mlp", 0)
+    assert (covered.loc["class=planted"].site, covered.loc["class=planted"].unit) == ("mlp", 0)
 
 
 def test_the_label_is_chosen_on_one_half_and_scored_on_the_other(gated, calibration):
@@ -63,7 +63,7 @@ def test_another_share_of_the_percentile(gated, text, calibration):
     labelled = LabelledText(text, labels, tuple(f"random={i}" for i in range(4)))
     rules = calibrate(gated, calibration, ("clean", "ablated"), progress=False)
     lower = {
-        stream: dataclasses.replace(rule, peaks={site: 0.6 * peaks for site, peaks in rule.peaks.items()})
+        stream: dataclasses.replace(rule, peaks={sublayer: 0.6 * peaks for sublayer, peaks in rule.peaks.items()})
         for stream, rule in rules.items()
     }
     options = {"min_tokens": 3, "progress": False}
@@ -81,7 +81,7 @@ def test_swapping_what_the_second_half_says_leaves_the_choice_alone(planted, pla
     half = len(even_text) // 2
     turned[:, half:] = torch.tensor([1, 0, 2, -1])[turned[:, half:]]
     found = selectivity(planted, planted_labels._replace(labels=turned), even_text, progress=False)
-    row = found.table.query("kind == 'mlp' and unit == 0").iloc[0]
+    row = found.table.query("site == 'mlp' and unit == 0").iloc[0]
     assert row.f1_label == "class=planted"
     assert row.f1_when_chosen == 1
     assert row.f1 == 0
@@ -98,11 +98,11 @@ def test_measures_agree_with_scipy_and_counts_on_the_held_out_half(gated, text, 
         cache = gated.run_with_cache(held)[1]
     labels = of_token[held].flatten().numpy()
     checked = 0
-    for site in unit_sites(gated):
-        x = cache[site.value_hook].flatten(2).flatten(0, 1)
-        fired = rules["ablated"].fires(site, x).numpy()
-        scores = unit_scores(site, x).numpy()
-        for _, row in table[(table.layer == site.layer) & (table.kind == site.kind) & table.live].iterrows():
+    for sublayer in unit_counts(gated):
+        x = cache[sublayer.value_hook].flatten(2).flatten(0, 1)
+        fired = rules["ablated"].fires(sublayer, x).numpy()
+        scores = unit_scores(sublayer, x).numpy()
+        for _, row in table[(table.layer == sublayer.layer) & (table.site == sublayer.site) & table.live].iterrows():
             checked += 1
             on, member = fired[:, row.unit], labels == int(row.f1_label[-1])
             assert row.f1 == pytest.approx(2 * (on & member).sum() / (on.sum() + member.sum()))
@@ -117,14 +117,7 @@ def test_measures_agree_with_scipy_and_counts_on_the_held_out_half(gated, text, 
     assert checked > 20
 
 
-def test_auroc_counts_ties_half_and_scores_say_nothing_without_tokens():
-    scores = torch.tensor([[0.0], [0.0], [1.0], [2.0]])
-    member = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0]])
-    found = auroc(scores, member)
-    # label 0: {0, 1} against {0, 2}: half, lost, won, lost
-    assert found[0].item() == pytest.approx(1.5 / 4)
-    assert found[1].item() == pytest.approx(2.5 / 3)
-    assert found[2].isnan().all()
+def test_a_unit_that_never_fires_scores_zero():
     never = firing_scores(torch.zeros(1, 1), torch.zeros(1), torch.tensor([3.0]), 10)
     assert [float(x) for x in never] == [0, 0, 0, 0]
 
@@ -180,4 +173,4 @@ def test_bad_input_gets_a_clear_error(gated, text, calibration, story_tokenizer)
         label_stories(story_tokenizer, 1, 512)
     with pytest.raises(ValueError, match="fast Hugging Face tokenizer"):
         label_stories(None, 10, 16)
-    assert Site(0, "mlp") in unit_sites(gated)
+    assert Sublayer(0, "mlp") in unit_counts(gated)

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
-from sa_lens.units.activations import Site
+from sa_lens.core.unit import Unit
 from sa_lens.units.explanations import Explanation, Snippet
 from sa_lens.units.language_model import DETECT, EXPLAIN, BudgetError, ChatModel, explain_by_chat, marked, numbers
 from sa_lens.units.trie import ContextTrie
@@ -145,7 +145,13 @@ def test_settings_out_of_range_are_refused(settings, message):
 def unit(**snippets):
     snippets = {"fitted": (), "firing": (), "silent": (), **snippets}
     return Explanation(
-        site=Site(1, "mlp"), unit=4, stream="clean", level=1.0, trie=ContextTrie(), contexts=(), pattern="", **snippets
+        unit=Unit(1, "mlp", 4),
+        stream="clean",
+        level=1.0,
+        trie=ContextTrie(),
+        contexts=(),
+        pattern="",
+        **snippets,
     )
 
 
@@ -170,7 +176,7 @@ def test_units_are_explained_and_judged(server):
         model, [unit(fitted=(CAT,), firing=(CAT, CAT), silent=(DOG, DOG)), unit()], WORDS.__getitem__, progress=False
     )
     (row,) = table.to_dict("records")
-    assert (row["layer"], row["kind"], row["unit"], row["explanation"]) == (1, "mlp", 4, "Cats.")
+    assert (row["layer"], row["site"], row["unit"], row["explanation"]) == (1, "mlp", 4, "Cats.")
     assert (row["detection"], row["unread"]) == (1.0, 0)
     assert row["simulation"] == pytest.approx(1)
     assert model.calls == 1 + 1 + 4

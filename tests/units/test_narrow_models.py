@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from sa_lens.core.unit import Sublayer, Unit
 from sa_lens.units import activation_sparsity, calibrate, leakage, snippets, sparsity, specialization
-from sa_lens.units.activations import Site
 
 PRECISIONS = [torch.bfloat16, torch.float16, torch.float64]
-SITE = Site(1, "mlp")
+MLP = Sublayer(1, "mlp")
 
 
 @pytest.fixture(params=PRECISIONS, ids=str)
@@ -26,14 +26,14 @@ def test_units_of_a_narrow_model(narrow, stream, text, calibration):
         context = narrow.ablated() if stream == "ablated" else narrow.clean()
         with torch.no_grad(), context:
             _, cache = narrow.run_with_cache(tokens)
-        assert cache[SITE.value_hook].dtype == narrow.W_E.dtype
-        return cache[SITE.value_hook].flatten(0, 1).double().numpy()
+        assert cache[MLP.value_hook].dtype == narrow.W_E.dtype
+        return cache[MLP.value_hook].flatten(0, 1).double().numpy()
 
     rules = calibrate(narrow, calibration, stream, progress=False)
     peaks = np.quantile(values_on(calibration), 0.999, axis=0)
-    np.testing.assert_allclose(rules[stream].peaks[SITE], peaks, rtol=1e-5)
+    np.testing.assert_allclose(rules[stream].peaks[MLP], peaks, rtol=1e-5)
     table = specialization(narrow, text, rules, stream, progress=False).table
-    rows = table[(table["layer"] == 1) & (table["kind"] == "mlp")]
+    rows = table[(table["layer"] == 1) & (table["site"] == "mlp")]
     values = values_on(text)
     np.testing.assert_allclose(rows["mean"], values.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(rows["std"], values.std(0), rtol=1e-4)
@@ -44,9 +44,9 @@ def test_units_of_a_narrow_model(narrow, stream, text, calibration):
         gini = weights @ sizes / (len(values) * sizes.sum(0))
     np.testing.assert_allclose(rows["gini"], gini, rtol=1e-4)
     largest = values.reshape(len(text), -1, values.shape[-1]).max(1)
-    shown = snippets(narrow, text, stream, units={SITE: [3]}, n_top=4, length=8, n_sample=0, progress=False)[SITE]
+    shown = snippets(narrow, text, stream, units=[Unit(*MLP, 3)], n_top=4, length=8, n_sample=0, progress=False)[MLP]
     np.testing.assert_allclose(shown.values.amax(-1)[0], np.sort(largest[:, 3])[::-1][:4], rtol=1e-6)
-    share = activation_sparsity(narrow, text, stream, progress=False).query("layer == 1 and kind == 'mlp'")
+    share = activation_sparsity(narrow, text, stream, progress=False).query("layer == 1 and site == 'mlp'")
     small = np.abs(values) <= 0.01 * np.sqrt((values**2).mean(1, keepdims=True))
     assert share["share_small"].item() == pytest.approx(small.mean(), abs=1e-3)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sa_lens.units.activations import unit_sites
-from sa_lens.units.measures import gini, hoyer
+from sa_lens.core.unit import unit_counts
+from sa_lens.statistics import gini, hoyer
 from sa_lens.units.sparsity_tables import activation_sparsity, effective_connections, sparsity
 from sa_lens.units.unit_tables import specialization
 
@@ -69,15 +69,15 @@ def test_matrices_rescaled_against_one_another_leave_function_hoyer_and_gini(gat
 
 
 def test_activations_token_by_token(gated, text):
-    table = activation_sparsity(gated, text, eps=0.2, progress=False).set_index(["stream", "layer", "kind"])
+    table = activation_sparsity(gated, text, eps=0.2, progress=False).set_index(["stream", "layer", "site"])
     with torch.no_grad():
         caches = {"clean": gated.run_with_cache(text)[1]}
         with gated.ablated():
             caches["ablated"] = gated.run_with_cache(text)[1]
     for stream, cache in caches.items():
-        for site in unit_sites(gated):
-            tokens = cache[site.value_hook].flatten(2).flatten(0, 1)
-            row = table.loc[(stream, site.layer, site.kind)]
+        for sublayer in unit_counts(gated):
+            tokens = cache[sublayer.value_hook].flatten(2).flatten(0, 1)
+            row = table.loc[(stream, sublayer.layer, sublayer.site)]
             assert row.hoyer == pytest.approx(np.mean([float(hoyer(x)) for x in tokens]), rel=1e-5)
             assert row.gini == pytest.approx(np.mean([float(gini(x)) for x in tokens]), rel=1e-5)
             # far below 0, gelu is 0 in one of its formulas and next to 0 in another
@@ -92,9 +92,9 @@ def test_activations_token_by_token(gated, text):
 
 def test_connections_of_live_and_firing_units(planted, even_text):
     record = specialization(planted, even_text, even_text, progress=False)
-    table = effective_connections(planted, record.table).set_index("kind")
+    table = effective_connections(planted, record.table).set_index("site")
     # the rows that the neurons read: 4, 1, 1, all 26 but of a dead one, 24 and 1; nothing is written out
-    rates = record.table.query("kind == 'mlp'").firing_rate.to_numpy()
+    rates = record.table.query("site == 'mlp'").firing_rate.to_numpy()
     reads = np.array([4, 1, 1, 26, 24, 1])
     row = table.loc["mlp"]
     assert (row.weights, row.not_small, row.live) == (2 * 26 * 6, reads.sum(), reads.sum() - 26)

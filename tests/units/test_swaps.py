@@ -1,12 +1,10 @@
 """Masks are put where they should: on another occurrence of the same token, or on other units."""
 
-import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa_lens.units.swaps import mean_interval, other_occurrences, permuted_units
+from sa_lens.units.swaps import other_occurrences, permuted_units
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=6), st.integers(0, 9))
@@ -45,12 +43,3 @@ def test_permuted_masks_are_as_large_and_elsewhere():
         assert permuted[name].shape == mask.shape
         assert torch.equal(permuted[name].flatten(2).sort(-1).values, mask.flatten(2).sort(-1).values)
         assert not torch.equal(permuted[name], mask)
-
-
-def test_the_interval_draws_sequences():
-    values, where = torch.tensor([[1.0, 9.0], [3.0, 5.0]]), torch.tensor([[True, False], [True, True]])
-    mean, low, high = mean_interval(values, where, 0)
-    assert mean == pytest.approx(3.0)
-    # two sequences: the means of (1, 1), (1, 3, 5) and (3, 5, 3, 5)
-    assert (low, high) == (1.0, 4.0)
-    assert np.isnan(mean_interval(values, torch.zeros_like(where), 0)[0])

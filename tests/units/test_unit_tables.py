@@ -5,18 +5,19 @@ import pytest
 import torch
 from scipy import stats
 
-from sa_lens.units.activations import TOKENS_AT_ONCE, Site, unit_sites
+from sa_lens.core.unit import Sublayer, unit_counts
+from sa_lens.statistics import gini, hoyer
+from sa_lens.units.activations import TOKENS_AT_ONCE
 from sa_lens.units.firing import calibrate
-from sa_lens.units.measures import gini, hoyer
 from sa_lens.units.token_classes import TokenClasses, word_classes
 from sa_lens.units.unit_tables import specialization
 
 CLASSES = TokenClasses(("low", "planted", "high"), torch.tensor([0] * 3 + [1] * 5 + [2] * 16))
 
 
-def unit_row(record, unit, kind="mlp", stream="clean", layer=0):
+def unit_row(record, unit, site="mlp", stream="clean", layer=0):
     table = record.table
-    found = table[(table.stream == stream) & (table.kind == kind) & (table.unit == unit) & (table.layer == layer)]
+    found = table[(table.stream == stream) & (table.site == site) & (table.unit == unit) & (table.layer == layer)]
     assert len(found) == 1
     return found.iloc[0]
 
@@ -39,12 +40,12 @@ def test_a_neuron_wired_to_a_token_class(described, even_text):
 
 def test_a_pair_that_fires_together(described):
     first, second = unit_row(described, 1), unit_row(described, 2)
-    assert (first.partner, first.partner_jaccard) == ("mlp.2", 1.0)
-    assert (second.partner, second.partner_jaccard) == ("mlp.1", 1.0)
+    assert (first.partner, first.partner_jaccard) == ("L0.mlp.2", 1.0)
+    assert (second.partner, second.partner_jaccard) == ("L0.mlp.1", 1.0)
     assert first.effective_tokens == pytest.approx(1)
     assert first.top_token == 7
     assert first.top_token_share == 1
-    assert described.coactivation(0).loc["mlp.1", "mlp.2"] == 1
+    assert described.coactivation(0).loc["L0.mlp.1", "L0.mlp.2"] == 1
 
 
 def test_another_share_of_the_percentile(gated, text, calibration):
@@ -88,16 +89,16 @@ def test_every_figure_agrees_with_the_whole_array(gated, text, calibration):
         with gated.ablated():
             caches["ablated"] = gated.run_with_cache(text)[1]
     for stream, cache in caches.items():
-        for site in unit_sites(gated):
-            x = cache[site.value_hook].flatten(2).flatten(0, 1)
-            some = record.table.query("stream == @stream and layer == @site.layer and kind == @site.kind")
-            fired = rules[stream].fires(site, x).numpy()
+        for sublayer in unit_counts(gated):
+            x = cache[sublayer.value_hook].flatten(2).flatten(0, 1)
+            some = record.table.query("stream == @stream and layer == @sublayer.layer and site == @sublayer.site")
+            fired = rules[stream].fires(sublayer, x).numpy()
             for share in (0.3, 0.7):
                 np.testing.assert_allclose(
-                    some[f"firing_rate_{share}"], rules[stream].fires(site, x, share).double().mean(0)
+                    some[f"firing_rate_{share}"], rules[stream].fires(sublayer, x, share).double().mean(0)
                 )
             if stream == "ablated":
-                np.testing.assert_allclose(some.mask_rate, cache[site.mask_hook].flatten(2).double().mean((0, 1)))
+                np.testing.assert_allclose(some.mask_rate, cache[sublayer.mask_hook].flatten(2).double().mean((0, 1)))
             else:
                 assert some.mask_rate.isna().all()
             np.testing.assert_allclose(some.firing_rate, fired.mean(0))
@@ -121,7 +122,7 @@ def test_every_figure_agrees_with_the_whole_array(gated, text, calibration):
         fired = np.concatenate(
             [
                 rules["clean"].fires(s, caches["clean"][s.value_hook].flatten(2).flatten(0, 1)).numpy()
-                for s in (Site(layer, "attn"), Site(layer, "mlp"))
+                for s in (Sublayer(layer, "attn"), Sublayer(layer, "mlp"))
             ],
             1,
         )

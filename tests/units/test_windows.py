@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.units import activations
-from sa_lens.units.activations import ReadBlocks, Site, held, text_blocks, unit_sites
+from sa_lens.units.activations import ReadBlocks, held, text_blocks
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.windows import snippets
 
@@ -18,10 +19,10 @@ def test_windows_are_those_of_a_slow_search(gated, text, stream):
         else:
             with gated.ablated():
                 cache = gated.run_with_cache(text)[1]
-    assert list(found) == unit_sites(gated)
-    for site, record in found.items():
-        x = cache[site.value_hook].flatten(2)
-        scores = unit_scores(site, x)
+    assert list(found) == list(unit_counts(gated))
+    for sublayer, record in found.items():
+        x = cache[sublayer.value_hook].flatten(2)
+        scores = unit_scores(sublayer, x)
         assert record.tokens.shape == record.values.shape == (x.shape[-1], 7, 6)
         for unit in range(x.shape[-1]):
             largest = scores[:, :, unit].amax(1)
@@ -34,15 +35,17 @@ def test_windows_are_those_of_a_slow_search(gated, text, stream):
                 block, start = int(record.blocks[unit, i]), int(record.starts[unit, i])
                 assert torch.equal(record.tokens[unit, i], text[block, start : start + 6])
                 torch.testing.assert_close(record.values[unit, i], x[block, start : start + 6, unit])
-                peak = unit_scores(site, record.values[unit, i])[record.peaks[unit, i]]
+                peak = unit_scores(sublayer, record.values[unit, i])[record.peaks[unit, i]]
                 torch.testing.assert_close(peak, largest[block])
                 smaller = int((largest < largest[block]).sum())
                 assert abs(float(record.quantiles[unit, i]) * 12 - smaller) < 1.01
 
 
 def test_chosen_units_only(planted, even_text):
-    site = Site(0, "mlp")
-    record = snippets(planted, even_text, units={site: [2, 0]}, n_top=2, n_sample=0, length=5, progress=False)[site]
+    sublayer = Sublayer(0, "mlp")
+    record = snippets(
+        planted, even_text, units=[Unit(0, "mlp", 2), Unit(0, "mlp", 0)], n_top=2, n_sample=0, length=5, progress=False
+    )[sublayer]
     assert record.units.tolist() == [2, 0]
     row = record.of(2)
     assert record.tokens[row].gather(1, record.peaks[row][:, None]).unique().tolist() == [7]
@@ -56,9 +59,9 @@ def test_bad_input_gets_a_clear_error(gated, text):
         ({"length": 17}, "from 1 to the 16 tokens"),
         ({"n_top": 9}, "has 12 blocks"),
         ({"n_top": 0}, "n_top=0"),
-        ({"units": {Site(0, "mlp"): [20]}}, "some of 0 to 19"),
-        ({"units": {Site(5, "mlp"): [0]}}, "no units at"),
-        ({"units": {}}, "names no site"),
+        ({"units": [Unit(0, "mlp", 20)]}, "no unit L0.mlp.20.*L1.mlp.19"),
+        ({"units": [Unit(5, "mlp", 0)]}, "no unit L5.mlp.0"),
+        ({"units": []}, "units is empty"),
         ({"stream": "grey"}, "must be 'clean' or 'ablated'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -76,7 +79,7 @@ def test_a_text_that_was_read_once_gives_the_same(gated, text, memory, monkeypat
             if memory > 10:
                 patch.setattr(activations, "read_units", lambda *_: pytest.fail("the model ran again"))
             found = snippets(gated, blocks, stream, **options)
-        for site, record in expected.items():
+        for sublayer, record in expected.items():
             for name in ("tokens", "peaks", "blocks", "starts", "quantiles"):
-                assert torch.equal(getattr(found[site], name), getattr(record, name)), name
-            torch.testing.assert_close(found[site].values, record.values)
+                assert torch.equal(getattr(found[sublayer], name), getattr(record, name)), name
+            torch.testing.assert_close(found[sublayer].values, record.values)

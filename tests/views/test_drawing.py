@@ -14,7 +14,7 @@ RECORD = Bars("units", "", ("a", "b"), (1.0, -2.0), "share")
 
 
 def test_html_holds_everything_once(tmp_path):
-    path = save(draw(RECORD), tmp_path / "deep" / "figure.html")
+    path = save(RECORD, tmp_path / "deep" / "figure.html")
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text), "loads something from elsewhere"
     # plotly's own script is several megabytes, compressed here
@@ -23,7 +23,7 @@ def test_html_holds_everything_once(tmp_path):
 
 
 def test_a_saved_figure_is_drawn_without_a_network(tmp_path, browser):
-    opened = browser.open(save(draw(RECORD), tmp_path / "figure.html"))
+    opened = browser.open(save(RECORD, tmp_path / "figure.html"))
     opened.page.locator(".main-svg").first.wait_for(state="attached")
     assert "share" in opened.page.locator(".sa-lens-box").inner_text()
     assert opened.clean()
@@ -36,8 +36,8 @@ def test_png_has_the_size_of_the_figure(tmp_path):
     path = tmp_path / "figure.png"
     # in a process of its own, since a browser on a busy machine may take minutes to start
     program = (
-        "from sa_lens.views import draw, save; from sa_lens.views.records import Bars; "
-        f"save(draw(Bars('units', '', ('a', 'b'), (1.0, -2.0), 'share')), {str(path)!r}, scale=1)"
+        "from sa_lens.views import save; from sa_lens.views.records import Bars; "
+        f"save(Bars('units', '', ('a', 'b'), (1.0, -2.0), 'share'), {str(path)!r}, scale=1)"
     )
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from characters import EVIL, TOKENS, caches
 
-from sa_lens.views import draw, logit_lens, predictions, view
+from sa_lens.views import draw, logit_lens, predictions
 from sa_lens.views.records import from_json, to_json
 
 
@@ -32,7 +32,7 @@ def test_predictions_of_both_streams(model):
 
 def test_table_of_predictions(model, plain_model):
     record = predictions(model, TOKENS, top=3)
-    text = view(record).html()
+    text = draw(record).html()
     assert text.count("<tr>") == 1 + len(TOKENS)
     assert text.count("class='sa-lens-guess") == 2 * 3 * len(TOKENS)
     right = sum(guess.token == record.tokens[t + 1] for one in record.streams for t in range(6) for guess in one.top[t])

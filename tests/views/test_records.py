@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sa_lens.views.records import Attention, Axis, Bars, Curves, HeatMap, Line, from_json, numbers, read, to_json, write
+from sa_lens.views import read, save
+from sa_lens.views.records import Attention, Axis, Bars, Curves, HeatMap, Line, from_json, numbers, to_json
 
 RECORDS = [
     HeatMap(
@@ -17,7 +18,7 @@ RECORDS = [
     ),
     Bars("units", "", ("a", "b"), (1.0, -2.0), "share"),
     Curves("loss", "", "steps", "nats", (Line("run", "clean", (0.0, 1.0), (2.0, None)),)),
-    Attention("layer 0", ("<|endoftext|>", " Lily"), ("clean 0.0",), (((1.0, 0.0), (0.25, 0.75)),)),
+    Attention("layer 0", "", ("<|endoftext|>", " Lily"), ("clean 0.0",), (((1.0, 0.0), (0.25, 0.75)),)),
 ]
 
 
@@ -25,7 +26,7 @@ RECORDS = [
 def test_json_and_back(record, tmp_path):
     assert from_json(to_json(record)) == record
     assert json.loads(to_json(record))["kind"] == type(record).__name__
-    assert read(write(record, tmp_path / "deep" / "record.json")) == record
+    assert read(save(record, tmp_path / "deep" / "record.json")) == record
     assert hash(record) == hash(from_json(to_json(record)))
 
 
@@ -48,4 +49,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="2 places for 1 values"):
         Line("a", "", (0.0, 1.0), (1.0,))
     with pytest.raises(ValueError, match="1 names for 0 patterns"):
-        Attention("t", ("a",), ("h",), ())
+        Attention("t", "", ("a",), ("h",), ())

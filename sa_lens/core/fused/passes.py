@@ -8,8 +8,7 @@ run one after the other too, so that nothing is computed backwards through the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +20,9 @@ from sa_lens.config import LossConfig
 from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
+from sa_lens.core.fused.support import ACTIVATIONS
+from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.loss_terms import reconstruction_loss
-
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 class StreamLosses(NamedTuple):
@@ -45,7 +34,7 @@ class StreamLosses(NamedTuple):
 
 
 def fused_loss(
-    model: SelfAblatingTransformer,
+    model: GatedTransformer,
     cfg: LossConfig,
     tokens: Int[Tensor, "batch pos"],
     targets: Int[Tensor, "batch pos"] | None,
@@ -92,7 +81,7 @@ class _Clean(NamedTuple):
 class Passes:
     """Runs the layers of one model in one precision."""
 
-    def __init__(self, model: SelfAblatingTransformer, dtype: torch.dtype, recompute: bool) -> None:
+    def __init__(self, model: GatedTransformer, dtype: torch.dtype, recompute: bool) -> None:
         self.model = model
         self.cfg = model.cfg
         self.dtype = dtype
@@ -199,7 +188,7 @@ class Passes:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
         pre = self.linear(self.normalised(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
-        post = mask_post(_ACTIVATIONS[str(self.cfg.act_fn)](pre))
+        post = mask_post(ACTIVATIONS[str(self.cfg.act_fn)](pre))
         return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
 
     # ------------------------------------------------------------------------------------------------------- pieces

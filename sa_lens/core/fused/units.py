@@ -7,7 +7,7 @@ units of many tokens; whoever wants to edit or to read anything else uses hooks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,7 @@ from sa_lens.config import Stream
 from sa_lens.core.fused.passes import Passes
 from sa_lens.core.fused.selection import mask_of
 from sa_lens.core.fused.support import has_user_hooks, why_not_fused
-
-if TYPE_CHECKING:
-    from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.core.gated import GatedTransformer
 
 
 class UnitValues(NamedTuple):
@@ -36,15 +34,11 @@ class UnitValues(NamedTuple):
 
 def reads_fused(model: Any) -> bool:
     """Whether `fused_units` gives what hooks would give: a model that the fused path runs, and no hook of the user."""
-    from sa_lens.core.model import SelfAblatingTransformer
-
-    return isinstance(model, SelfAblatingTransformer) and why_not_fused(model) is None and not has_user_hooks(model)
+    return isinstance(model, GatedTransformer) and why_not_fused(model) is None and not has_user_hooks(model)
 
 
 @torch.no_grad()
-def fused_units(
-    model: SelfAblatingTransformer, tokens: Int[Tensor, "batch pos"], stream: Stream = "ablated"
-) -> UnitValues:
+def fused_units(model: GatedTransformer, tokens: Int[Tensor, "batch pos"], stream: Stream = "ablated") -> UnitValues:
     """Values of all units; with `stream="ablated"` of both streams, otherwise of the clean one.
 
     Raises:
@@ -66,7 +60,7 @@ def fused_units(
 class _Reader(Passes):
     """Passes that keep the units of every layer."""
 
-    def __init__(self, model: SelfAblatingTransformer) -> None:
+    def __init__(self, model: GatedTransformer) -> None:
         super().__init__(model, model.W_E.dtype, recompute=False)
         # a model that trains without biases may have been given some
         self.qkv_bias = True

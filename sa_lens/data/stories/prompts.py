@@ -12,15 +12,12 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
+from sa_lens.config import Patterns, Task
 from sa_lens.data.stories.grammar import CHARACTERS, OBJECTS, draw, spelled
 from sa_lens.data.stories.patterns import trees
 from sa_lens.data.stories.words import GLAD, KIND_OF, NAMES, NEEDY, PLACES, Entity, Place, character, thing
-
-Task = Literal["ioi", "pronoun", "object", "repeated"]
-Patterns = Literal["seen", "held-out"]
-"""Sentence patterns of the stories, or with at least one of `HELD_OUT_PATTERNS`."""
 
 
 class _Step(NamedTuple):
@@ -151,7 +148,7 @@ _RECIPES: dict[Patterns, dict[Task, tuple[_Recipe, ...]]] = {
     },
 }
 
-TASKS: tuple[Task, ...] = ("ioi", "pronoun", "object", "repeated")
+TASKS: tuple[Task, ...] = get_args(Task)
 """Indirect object, gender of a pronoun, object recall, repeated name."""
 
 TEMPLATES_PER_RECIPE, MOST_WORDS = 12, 40

@@ -19,9 +19,13 @@ const s = (tag, properties, ...children) => fill(document.createElementNS(SVG, t
 
 // ---------------------------------------------------------------------------------------------------------- packs
 
-const opened = new Map();
+// A function that keeps what it returned for each argument.
+function remembered(make) {
+  const made = new Map();
+  return (key) => (made.has(key) ? made : made.set(key, make(key))).get(key);
+}
 
-async function unpackedText(name) {
+async function unpackText(name) {
   const packed = document.getElementById("pack-" + name);
   const letters = atob(packed.textContent);
   packed.remove();
@@ -30,23 +34,14 @@ async function unpackedText(name) {
 }
 
 // A part of the report, unpacked when it is first wanted.
-function pack(name) {
-  if (!opened.has(name)) opened.set(name, unpackedText(name).then(JSON.parse));
-  return opened.get(name);
-}
+const pack = remembered((name) => unpackText(name).then(JSON.parse));
 
-const told = new Map();
-
-// The stories of a model, the units that its gates keep as one record each.
-function storiesOfModel(model) {
-  if (!told.has(model)) {
-    told.set(model, pack(`stories-${model}`).then(({ units, stories }) => {
-      for (const story of stories) if (story.gates) story.gates.units = unitsThatStay(story.gates, units);
-      return stories;
-    }));
-  }
-  return told.get(model);
-}
+// The stories of a model, with one record for each unit that its gates keep.
+const storiesOfModel = remembered(async (model) => {
+  const { units, stories } = await pack(`stories-${model}`);
+  for (const story of stories) if (story.gates) story.gates.units = unitsThatStay(story.gates, units);
+  return stories;
+});
 
 function unitsThatStay({ units, counts, gaps, values }, known) {
   let next = 0;
@@ -55,7 +50,7 @@ function unitsThatStay({ units, counts, gaps, values }, known) {
     next += counts[i];
     let position = 0;
     return {
-      ...{ name: known.name[place], layer: known.layer[place], kind: known.kind[place], promotes: known.promotes[place] },
+      ...{ name: known.name[place], layer: known.layer[place], site: known.site[place], promotes: known.promotes[place] },
       positions: gaps.slice(from, next).map((gap) => (position += gap)),
       values: values.slice(from, next),
     };
@@ -91,9 +86,7 @@ let labels = 0;
 // A choice among few or many, with its label.
 function picker(label, options, chosen, change) {
   const id = "choice-" + labels++;
-  const select = h(
-    "select",
-    { id, onchange: () => change(select.value) },
+  const select = h("select", { id, onchange: () => change(select.value) },
     options.map(([value, words]) => h("option", { value, selected: String(value) === String(chosen) }, words)),
   );
   return h("div", { class: "field controls" }, h("label", { for: id }, label), select);
@@ -114,9 +107,7 @@ function searchBox(label, placeholder, change) {
 // A part of a section: heading, what it holds and how to read it, content.
 function block(title, how, ...content) {
   const id = "block-" + labels++;
-  return h(
-    "section",
-    { class: "block", "aria-labelledby": id },
+  return h("section", { class: "block", "aria-labelledby": id },
     h("h3", { id }, title),
     how ? h("p", { class: "how" }, how) : null,
     ...content,
@@ -125,6 +116,20 @@ function block(title, how, ...content) {
 
 // Something wide that scrolls within the page, also by keyboard.
 const scroller = (label, ...content) => h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, ...content);
+
+// What makes an element answer a click, Enter and the space bar.
+const pressable = (press) => ({
+  onclick: press,
+  onkeydown: (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    press();
+  },
+});
+
+// A choice among the models, if there are several.
+const modelPicker = (label, chosen, change) =>
+  report.models.length > 1 ? picker(label, report.models.map((model, i) => [i, model.name]), chosen, (value) => change(Number(value))) : null;
 
 // A calm moment of the browser.
 const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 500 }) : setTimeout(done, 50)));

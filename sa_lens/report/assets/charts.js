@@ -4,7 +4,7 @@ let library = null;
 
 function plotly() {
   if (!library) {
-    library = unpackedText("plotly").then(
+    library = unpackText("plotly").then(
       (source) =>
         new Promise((done, failed) => {
           const address = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
@@ -88,16 +88,17 @@ class Chart {
 
 const coarse = window.matchMedia("(pointer: coarse)").matches;
 
-function eachChart(draw) {
+// Draws again the charts that are drawn, or all, and forgets those that have left the page.
+function redrawCharts(all, width) {
   for (const [box, chart] of charts) {
     if (!box.isConnected && "drawn" in box.dataset) {
       library.loaded.purge(box);
       charts.delete(box);
-    } else if ("drawn" in box.dataset || draw.all) draw.with(chart);
+    } else if (all || "drawn" in box.dataset) chart.draw(width);
   }
 }
 
-themed.add(() => eachChart({ with: (chart) => chart.draw() }));
+themed.add(() => redrawCharts(false));
 
 // ----------------------------------------------------------------------------------------------------------- kinds
 
@@ -118,20 +119,12 @@ function curveData(record) {
       data.push({
         x: [...places.map((i) => line.x[i]), ...back.map((i) => line.x[i])],
         y: [...places.map((i) => line.high[i]), ...back.map((i) => line.low[i])],
-        mode: "lines",
-        fill: "toself",
-        fillcolor: colour + "26",
-        line: { width: 0 },
-        hoverinfo: "skip",
-        showlegend: false,
-        legendgroup: label,
+        ...{ mode: "lines", fill: "toself", fillcolor: colour + "26", line: { width: 0 } },
+        ...{ hoverinfo: "skip", showlegend: false, legendgroup: label },
       });
     }
     data.push({
-      x: line.x,
-      y: line.y,
-      name: label,
-      legendgroup: label,
+      ...{ x: line.x, y: line.y, name: label, legendgroup: label },
       mode: line.x.length <= 60 ? "lines+markers" : "lines",
       line: { color: colour, width: 2, dash: line.stream === "ablated" ? "dash" : "solid" },
       marker: { size: 4.5 },
@@ -139,24 +132,11 @@ function curveData(record) {
       hoverinfo: "text",
     });
   }
-  const shapes = record.levels.map((level) => ({
-    type: "line",
-    xref: "paper",
-    x0: 0,
-    x1: 1,
-    y0: level.value,
-    y1: level.value,
-    line: { color: c.faint, width: 1, dash: "dot" },
-  }));
-  const annotations = record.levels.map((level) => ({
-    xref: "paper",
-    x: 1,
-    xanchor: "right",
-    y: level.value,
-    yanchor: "bottom",
-    text: inert(level.label),
-    showarrow: false,
-    font: { size: 11, color: c.faint },
+  const dotted = { color: c.faint, width: 1, dash: "dot" };
+  const shapes = record.levels.map(({ value }) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: dotted }));
+  const annotations = record.levels.map(({ value, label }) => ({
+    ...{ xref: "paper", x: 1, xanchor: "right", y: value, yanchor: "bottom" },
+    ...{ text: inert(label), showarrow: false, font: { size: 11, color: c.faint } },
   }));
   const log = record.x_scale === "log";
   return {
@@ -236,13 +216,11 @@ function chartFigure(record, how, { histogram = false, height = 300, title = rec
     "toggle",
     () => {
       const { columns, rows } = (histogram ? histogramNumbers : curveNumbers)(record);
-      numbers.append(scroller("Numbers: " + title, plainTable(columns, rows, columns.map(() => true))));
+      numbers.append(scroller("Numbers: " + title, plainTable(columns, rows, { numeric: columns.map(() => true) })));
     },
     { once: true },
   );
-  const figure = h(
-    "figure",
-    { class: "block" },
+  const figure = h("figure", { class: "block" },
     h("figcaption", {}, h(level, {}, title), h("p", { class: "how" }, sentence(record.note), how)),
     chart.box,
     numbers,

@@ -27,24 +27,24 @@ function showCircuits() {
   if (!methods.includes(circuits.method)) circuits.method = methods[0] ?? null;
   const streams = [...new Set(rankings.filter((ranking) => ranking.method === circuits.method).map((ranking) => ranking.stream))];
   if (!streams.includes(circuits.stream)) circuits.stream = streams[0] ?? null;
-  const set = (name) => (value) => {
-    circuits[name] = value;
-    showCircuits();
-    circuits.parts.controls.querySelector(`[data-role="${name}"] select`)?.focus();
-  };
-  const marked = (name, field) => {
+  const choice = (name, label, values) => {
+    if (!values.length) return "";
+    const field = picker(label, values.map((value) => [value, value]), circuits[name], (value) => {
+      circuits[name] = value;
+      showCircuits();
+      circuits.parts.controls.querySelector(`[data-role="${name}"] select`)?.focus();
+    });
     field.setAttribute("data-role", name);
     return field;
   };
-  const named = (values) => values.map((value) => [value, value]);
-  const sides = several() && report.models.length > 2 ? circuits.models.map((model, side) => picker(side ? "Right" : "Left", report.models.map((one, i) => [i, one.name]), model, (value) => {
-    circuits.models[side] = Number(value);
+  const sides = report.models.length > 2 ? circuits.models.map((model, side) => modelPicker(side ? "Right" : "Left", model, (value) => {
+    circuits.models[side] = value;
     showCircuits();
   })) : [];
   circuits.parts.controls.replaceChildren(
-    marked("task", picker("Task", named(taskNames()), circuits.task, set("task"))),
-    methods.length ? marked("method", picker("Method", named(methods), circuits.method, set("method"))) : "",
-    streams.length ? marked("stream", picker("Stream", named(streams), circuits.stream, set("stream"))) : "",
+    choice("task", "Task", taskNames()),
+    choice("method", "Method", methods),
+    choice("stream", "Stream", streams),
     ...sides,
     several() ? tick("Both sliders together", circuits.together, (on) => (circuits.together = on)) : "",
   );
@@ -80,11 +80,12 @@ function circuitPanel(model) {
     if (circuits.method || !task.note) element.append(h("p", { class: "note boxed" }, circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for."));
     return { element };
   }
-  return rankingPanel(model, task, ranking, element);
+  return rankingPanel(model, ranking, element);
 }
 
-function rankingPanel(model, task, ranking, element) {
-  const total = ranking.edges.length;
+function rankingPanel(model, ranking, element) {
+  const { edges: all, scale, n_edges: whole } = ranking.circuit;
+  const total = all.length;
   const sizes = stops(total, Math.min(ranking.chosen, total));
   const output = h("output", { "aria-live": "polite" });
   const id = "size-" + labels++;
@@ -93,7 +94,7 @@ function rankingPanel(model, task, ranking, element) {
   const back = h("button", { type: "button", class: "plain" }, `As found: ${count(ranking.chosen)}`);
   const edges = h("div", {});
   const shown = { n: 0 };
-  const graph = new Graph(task, ranking, () => listEdges());
+  const graph = new Graph(ranking.circuit, () => listEdges());
   const curve = ranking.curve ? chartFigure(ranking.curve, "How much of what the whole model does the circuit does alone, by its size; the upright line is the size on the slider.", { height: 250, level: "h4" }) : null;
 
   function show(n) {
@@ -102,23 +103,21 @@ function rankingPanel(model, task, ranking, element) {
     slider.setAttribute("aria-valuetext", plural(shown.n, "edge"));
     exact.value = String(shown.n);
     graph.show(shown.n);
-    output.textContent = `${plural(shown.n, "edge")} of ${count(task.n_edges)} (${percent(shown.n / task.n_edges)})${faithfulnessWords(ranking.curve, shown.n)}`;
+    output.textContent = `${plural(shown.n, "edge")} of ${count(whole)} (${percent(shown.n / whole)})${faithfulnessWords(ranking.curve, shown.n)}`;
     if (curve) curve.chart.mark(markAt(ranking.curve, shown.n));
     listEdges();
   }
 
   function listEdges() {
-    const mine = ranking.edges.slice(0, shown.n).map((edge, i) => [i, edge]).filter(([, edge]) => !graph.node || edge.source === graph.node || edge.destination === graph.node);
+    const mine = all.slice(0, shown.n).map((edge, i) => [i, edge]).filter(([, edge]) => !graph.node || edge.source === graph.node || edge.destination === graph.node);
     const some = mine.slice(0, 40);
     const open = edges.querySelector("details")?.open || graph.node !== null;
     const of = graph.node ? ` of ${nodeWords(graph.node)}` : "";
     edges.replaceChildren(
-      h(
-        "details",
-        { open },
+      h("details", { open },
         h("summary", {}, `Edges${of} as a table`),
-        h("p", { class: "how" }, `Edges${of} in the order in which they join; score: ${ranking.scale}.${some.length < mine.length ? ` The first ${some.length} of ${count(mine.length)}.` : ""}`),
-        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${ranking.scale})`], some.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), [true, false, false, false, true])),
+        h("p", { class: "how" }, `Edges${of} in the order in which they join; score: ${scale}.${some.length < mine.length ? ` The first ${some.length} of ${count(mine.length)}.` : ""}`),
+        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${scale})`], some.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), { numeric: [true, false, false, false, true] })),
       ),
     );
   }
@@ -141,11 +140,11 @@ function rankingPanel(model, task, ranking, element) {
   element.append(
     block(
       `${ranking.method} circuit, ${ranking.stream} stream`,
-      [linked(model, sentence(ranking.note)), "Layers upward; circles are heads, squares MLPs. Wider is a larger score; orange is positive, blue negative. Click a node to see its edges alone."],
+      [linked(model, sentence(ranking.circuit.note)), "Layers upward; circles are heads, squares MLPs. Wider is a larger score; orange is positive, blue negative. Click a node to see its edges alone."],
       h("div", { class: "slider-row controls" }, h("label", { for: id }, "Edges"), slider, exact, back),
       h("p", { class: "size-words" }, output),
       scroller("The circuit as a graph", graph.element),
-      graphLegend(ranking),
+      graphLegend(ranking.circuit),
       edges,
     ),
   );
@@ -153,18 +152,16 @@ function rankingPanel(model, task, ranking, element) {
   return { element, show, start: () => show(Math.min(ranking.chosen, total)) };
 }
 
-function graphLegend(ranking) {
+function graphLegend({ edges, scale }) {
   const sample = (kind, width) => s("svg", { width: 34, height: 10, "aria-hidden": "true" }, s("path", { d: "M2,5H32", class: `edge ${kind}`, "stroke-width": width }));
-  const scores = ranking.edges.map((edge) => edge.score).filter((score) => score !== null);
+  const scores = edges.map((edge) => edge.score).filter((score) => score !== null);
   const largest = scores.length ? Math.max(...scores.map(Math.abs)) : null;
-  return h(
-    "p",
-    { class: "graph-legend" },
+  return h("p", { class: "graph-legend" },
     h("span", {}, sample("positive", 3), " positive"),
     scores.some((score) => score < 0) ? h("span", {}, sample("negative", 3), " negative") : null,
     h("span", {}, sample("positive", 4.8), largest === null ? " no scores" : ` ${figure3(largest)}`),
     h("span", {}, sample("positive", 0.8), " 0"),
-    h("span", { class: "faint" }, ranking.scale),
+    h("span", { class: "faint" }, scale),
   );
 }
 

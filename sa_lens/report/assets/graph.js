@@ -5,16 +5,16 @@ const NODE = 13;
 const LEFT = 62;
 
 // A node has one place whatever the size of the circuit, and the same in every model of one shape.
-function nodePlaces(task) {
-  const inner = Math.max(300, task.n_heads * 40);
-  const width = LEFT + inner + (task.attn_only ? 20 : 110);
-  const height = (task.n_layers + 1) * ROW + 40;
+function nodePlaces(circuit) {
+  const inner = Math.max(300, circuit.n_heads * 40);
+  const width = LEFT + inner + (circuit.attn_only ? 20 : 110);
+  const height = (circuit.n_layers + 1) * ROW + 40;
   const y = (layer) => height - 20 - (layer + 1) * ROW + 12;
   const places = new Map();
   places.set("embed", [LEFT + inner / 2, height - 22]);
-  for (let layer = 0; layer < task.n_layers; layer++) {
-    for (let head = 0; head < task.n_heads; head++) places.set(`a${layer}.h${head}`, [LEFT + ((head + 0.5) * inner) / task.n_heads, y(layer)]);
-    if (!task.attn_only) places.set(`m${layer}`, [LEFT + inner + 42, y(layer) - 0.45 * ROW]);
+  for (let layer = 0; layer < circuit.n_layers; layer++) {
+    for (let head = 0; head < circuit.n_heads; head++) places.set(`a${layer}.h${head}`, [LEFT + ((head + 0.5) * inner) / circuit.n_heads, y(layer)]);
+    if (!circuit.attn_only) places.set(`m${layer}`, [LEFT + inner + 42, y(layer) - 0.45 * ROW]);
   }
   places.set("logits", [LEFT + inner / 2, 22]);
   return { places, width, height, y };
@@ -46,13 +46,13 @@ const edgeWords = (edge) => `${edge.source} → ${edge.destination}${edge.port ?
 
 class Graph {
   // picked: called with a node, or null.
-  constructor(task, ranking, picked) {
-    this.ranking = ranking;
+  constructor(circuit, picked) {
+    this.circuit = circuit;
     this.n = 0;
     this.node = null;
     this.picked = picked;
-    this.layout = nodePlaces(task);
-    const scores = ranking.edges.map((edge) => Math.abs(edge.score ?? 0)).filter(Boolean).sort((a, b) => a - b);
+    this.layout = nodePlaces(circuit);
+    const scores = circuit.edges.map((edge) => Math.abs(edge.score ?? 0)).filter(Boolean).sort((a, b) => a - b);
     // spread by asinh, so that a few large scores leave the others apart
     this.unit = scores.length ? scores[scores.length >> 1] : 1;
     this.most = scores.length ? Math.asinh(scores[scores.length - 1] / this.unit) : 1;
@@ -60,7 +60,7 @@ class Graph {
     this.marks = s("g", { class: "nodes" });
     this.paths = [];
     this.nodes = new Map();
-    const rows = Array.from({ length: task.n_layers }, (_, layer) => s("text", { x: 4, y: this.layout.y(layer) + 4, class: "row" }, `layer ${layer}`));
+    const rows = Array.from({ length: circuit.n_layers }, (_, layer) => s("text", { x: 4, y: this.layout.y(layer) + 4, class: "row" }, `layer ${layer}`));
     this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph" }, rows, this.lines, this.marks);
     for (const [name, [x, y]] of this.layout.places) this.addNode(name, x, y);
   }
@@ -76,21 +76,7 @@ class Graph {
       this.light();
       this.picked(this.node);
     };
-    const group = s(
-      "g",
-      {
-        class: "node",
-        role: "button",
-        tabindex: "-1",
-        "data-node": name,
-        "aria-pressed": "false",
-        onclick: pick,
-        onkeydown: (event) => {
-          if (event.key !== "Enter" && event.key !== " ") return;
-          event.preventDefault();
-          pick();
-        },
-      },
+    const group = s("g", { class: "node", role: "button", tabindex: "-1", "data-node": name, "aria-pressed": "false", ...pressable(pick) },
       shape,
       s("text", { x, y: y + 3.5 }, nodeLabel(name)),
       tip,
@@ -101,15 +87,13 @@ class Graph {
 
   // Draws the first n edges: only those that come or go are touched.
   show(n) {
-    const { edges, scale } = this.ranking;
+    const { edges, scale } = this.circuit;
     for (let i = this.paths.length; i < n; i++) {
       const edge = edges[i];
       const weight = Math.asinh(Math.abs(edge.score ?? 0) / this.unit) / this.most || 0;
       const sign = edge.score === null ? "none" : edge.score < 0 ? "negative" : "positive";
       this.paths.push(
-        s(
-          "path",
-          { d: edgePath(this.layout.places, edge), class: `edge ${sign}`, "stroke-width": (0.8 + 4 * weight).toFixed(2), "stroke-opacity": (0.4 + 0.6 * weight).toFixed(2) },
+        s("path", { d: edgePath(this.layout.places, edge), class: `edge ${sign}`, "stroke-width": (0.8 + 4 * weight).toFixed(2), "stroke-opacity": (0.4 + 0.6 * weight).toFixed(2) },
           s("title", {}, `${edgeWords(edge)}\n${edge.score === null ? "no score" : `${figure3(edge.score)} ${scale}`}`),
         ),
       );
@@ -138,7 +122,7 @@ class Graph {
   // Leaves only the edges of the chosen node strong.
   light() {
     this.paths.slice(0, this.n).forEach((path, i) => {
-      const edge = this.ranking.edges[i];
+      const edge = this.circuit.edges[i];
       path.classList.toggle("dim", this.node !== null && edge.source !== this.node && edge.destination !== this.node);
     });
     for (const [name, { group }] of this.nodes) group.setAttribute("aria-pressed", String(name === this.node));

@@ -4,11 +4,9 @@ function drawOverview(into) {
   const models = report.models;
   into.append(factsBlock(models));
   into.append(
-    h(
-      "div",
-      { class: "columns" },
+    h("div", { class: "columns" },
       models.map((model, i) =>
-        tableBlock(model.overview.losses, "A row a stream: lower loss, perplexity and bits are better; the clean stream runs without gates, the ablated one drops what they do not keep.", {
+        tableBlock(model.overview.losses, "One row per stream. Lower loss, perplexity and bits are better; the clean stream runs without gates, the ablated one drops what they do not keep.", {
           model: i,
           title: several() ? `${model.overview.losses.title}, ${model.name}` : model.overview.losses.title,
         }),
@@ -24,23 +22,15 @@ const several = () => report.models.length > 1;
 
 function factsBlock(models) {
   const names = [...new Set(models.flatMap((model) => model.overview.facts.map((fact) => fact.name)))];
-  const found = (model, name) => model.overview.facts.find((fact) => fact.name === name);
   const rows = names.map((name) => {
-    const facts = models.map((model) => found(model, name));
-    const meaning = facts.map((fact) => fact?.meaning).find(Boolean) || "";
-    return h(
-      "tr",
-      {},
-      h("th", { scope: "row" }, name),
-      facts.map((fact) => h("td", { class: "fact" }, fact ? fact.value : "n/a")),
-      h("td", { class: "faint" }, meaning),
-    );
+    const facts = models.map((model) => model.overview.facts.find((fact) => fact.name === name));
+    return [name, ...facts.map((fact) => fact?.value ?? "n/a"), facts.map((fact) => fact?.meaning).find(Boolean) || ""];
   });
   const heads = several() ? models.map((model) => model.name) : ["value"];
   return block(
     several() ? "The models" : "The model",
-    several() ? "A column a model; the last column says what a figure means." : "Each figure of the model with its meaning.",
-    scroller("Facts", h("table", { class: "facts" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "figure"), heads.map((name) => h("th", { scope: "col" }, name)), h("th", { scope: "col" }, "meaning"))), h("tbody", {}, rows))),
+    several() ? "One column per model; the last column says what a figure means." : "Each figure of the model with its meaning.",
+    scroller("Facts", plainTable(["figure", ...heads, "meaning"], rows, { name: "facts" })),
   );
 }
 
@@ -68,16 +58,12 @@ function samplesBlock(models) {
     "The same beginning, in bold, continued by each stream.",
     prompts.length ? null : h("p", { class: "note" }, "This report holds no samples."),
     prompts.map((prompt) =>
-      h(
-        "div",
-        { class: "samples" },
+      h("div", { class: "samples" },
         models.flatMap((model) =>
           model.overview.samples
             .filter((sample) => sample.prompt === prompt)
             .map((sample) =>
-              h(
-                "article",
-                { class: "sample", style: { "border-color": streamVariable(sample.stream) } },
+              h("article", { class: "sample", style: { "border-color": streamVariable(sample.stream) } },
                 h("h4", {}, several() ? `${model.name}, ${sample.stream}` : sample.stream),
                 h("p", { dir: "auto" }, h("b", {}, sample.prompt), sample.text),
               ),

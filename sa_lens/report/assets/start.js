@@ -27,19 +27,7 @@ function wanted() {
   });
   const model = Math.max(0, report.models.findIndex((one) => one.name === rest[0]));
   if (name === "unit" && sections.has("units")) return { name: "units", open: () => openUnit(model, rest.slice(1).join("/")), focus: ".unit-name" };
-  if (name === "units" && sections.has("units"))
-    return {
-      name,
-      open: () => {
-        if (rest[0] !== undefined && model !== table.model) {
-          table.model = model;
-          unitControls();
-          showUnits();
-        }
-        showAllUnits();
-        unitDetails(table.model);
-      },
-    };
+  if (name === "units" && sections.has("units")) return { name, open: () => showAllUnits(rest[0] === undefined ? table.model : model) };
   if (name === "stories" && sections.has(name)) {
     const [story, token] = rest.slice(1).map((part) => parseInt(part, 10));
     const change = {};
@@ -48,8 +36,7 @@ function wanted() {
     if (token >= 0) change.token = token;
     return { name, open: () => (Object.keys(change).length ? openStory(change) : null), focus: token >= 0 ? ".tokens [tabindex='0']" : null };
   }
-  if (sections.has(name)) return { name };
-  return { name: SECTIONS[0].name };
+  return { name: sections.has(name) ? name : SECTIONS[0].name };
 }
 
 let asked = 0;
@@ -74,8 +61,11 @@ async function go(first) {
 
 // ----------------------------------------------------------------------------------------------------------- paper
 
-async function drawEverything() {
-  for (const name of sections.keys()) await drawn(name);
+async function drawEverything(pause) {
+  for (const name of sections.keys()) {
+    await pause?.();
+    await drawn(name);
+  }
   if (sections.has("units")) await unitDetails(table.model);
 }
 
@@ -86,7 +76,7 @@ function onPaper() {
   lookBefore = document.documentElement.dataset.theme || "";
   document.documentElement.classList.add("paper");
   setTheme("light");
-  eachChart({ all: true, with: (chart) => chart.draw(PRINTED) });
+  redrawCharts(true, PRINTED);
 }
 
 function offPaper() {
@@ -133,11 +123,7 @@ async function start() {
   window.addEventListener("afterprint", offPaper);
   await go(true);
   document.documentElement.dataset.ready = Math.round(performance.now());
-  for (const name of sections.keys()) {
-    await idle();
-    await drawn(name);
-    if (name === "units") await unitDetails(table.model);
-  }
+  await drawEverything(idle);
   document.documentElement.dataset.complete = "";
 }
 

@@ -7,14 +7,12 @@ async function drawStories(into) {
   const state = h("p", { class: "note", role: "status" });
   const text = h("div", { class: "story-text" });
   const details = h("div", { class: "story-details", role: "region", tabindex: "0", "aria-label": "The chosen token" });
-  const chooser = several() ? picker("Model", report.models.map((model, i) => [i, model.name]), explorer.model, (value) => openStory({ model: Number(value) })) : null;
+  const chooser = modelPicker("Model", explorer.model, (model) => openStory({ model }));
   chooser?.setAttribute("data-role", "story-model");
   explorer.parts = { list, state, text, details, chooser: chooser?.querySelector("select") };
   into.append(
     h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. What happens at that token stands beside the story, or below it where there is no room."),
-    h(
-      "div",
-      { class: "bar-of-controls controls" },
+    h("div", { class: "bar-of-controls controls" },
       chooser,
       searchBox("Search stories", "a word of the story", (value) => {
         explorer.query = value;
@@ -69,20 +67,8 @@ function listStories() {
     list.replaceChildren(
       ...matching.map((i) => {
         const chosen = i === explorer.story;
-        const choose = () => openStory({ story: i });
-        return h(
-          "div",
-          {
-            role: "option",
-            tabindex: chosen || (i === matching[0] && !matching.includes(explorer.story)) ? "0" : "-1",
-            "aria-selected": String(chosen),
-            onclick: choose,
-            onkeydown: (event) => {
-              if (event.key !== "Enter" && event.key !== " ") return;
-              event.preventDefault();
-              choose();
-            },
-          },
+        const tabindex = chosen || (i === matching[0] && !matching.includes(explorer.story)) ? "0" : "-1";
+        return h("div", { role: "option", tabindex, "aria-selected": String(chosen), ...pressable(() => openStory({ story: i })) },
           h("span", { class: "faint" }, `${i + 1} `),
           h("bdi", {}, stories[i].title),
         );
@@ -133,17 +119,16 @@ function colourStory() {
 
 // Arrow keys: along the text, and to the nearest token of the line above or below.
 function moveToken(event) {
-  const n = explorer.tokens.length;
-  const along = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  let to = null;
-  if (along) to = explorer.token + along;
-  else if (event.key === "Home") to = 0;
-  else if (event.key === "End") to = n - 1;
-  else if (event.key === "ArrowDown" || event.key === "ArrowUp") to = nextLine(event.key === "ArrowDown" ? 1 : -1);
-  else if (event.key === "Enter" || event.key === " ") to = explorer.tokens.indexOf(document.activeElement);
-  if (to === null) return;
+  const { token, tokens } = explorer;
+  const moves = {
+    ...{ ArrowRight: () => token + 1, ArrowLeft: () => token - 1, Home: () => 0, End: () => tokens.length - 1 },
+    ...{ ArrowDown: () => nextLine(1), ArrowUp: () => nextLine(-1) },
+    ...{ Enter: () => tokens.indexOf(document.activeElement), " ": () => tokens.indexOf(document.activeElement) },
+  };
+  const to = moves[event.key]?.();
+  if (to === undefined) return;
   event.preventDefault();
-  if (to >= 0 && to < n) chooseToken(to, true);
+  if (to >= 0 && to < tokens.length) chooseToken(to, true);
 }
 
 function nextLine(way) {
@@ -189,21 +174,19 @@ function showToken() {
   lightLooks();
 }
 
+// Tokens with bars for their shares: of a stream's probability, or of a head's attention.
+const shareList = (title, stream, rows) =>
+  h("div", { class: "stream" },
+    h("h5", {}, title),
+    h("ol", { class: "guesses" }, rows.map(({ token, share, tip, right }) => h("li", { class: right ? "right" : null }, tokenLabel(token), bar(share, streamVariable(stream)), h("span", { class: "number", title: tip }, percent(share))))),
+  );
+
 function predictionsBlock(data, at) {
   const next = data.tokens[at + 1];
-  const streams = data.predictions.map((one) => {
-    const shown = one.top[at];
-    const row = (token, log, extra) => {
-      const p = Math.exp(log);
-      return h("li", { class: token === next ? "right" : null }, tokenLabel(token), bar(p, streamVariable(one.stream)), h("span", { class: "number", title: `log-probability ${figure3(log)} nats` }, percent(p)), extra);
-    };
-    const missing = next !== undefined && one.actual[at] !== null && !shown.some((guess) => guess.token === next);
-    return h(
-      "div",
-      { class: "stream" },
-      h("h5", {}, `${one.stream} stream`),
-      h("ol", { class: "guesses" }, shown.map((guess) => row(guess.token, guess.log_probability)), missing ? row(next, one.actual[at]) : null),
-    );
+  const streams = data.predictions.map(({ stream, top, actual }) => {
+    const guesses = [...top[at]];
+    if (next !== undefined && actual[at] !== null && !guesses.some((guess) => guess.token === next)) guesses.push({ token: next, log_probability: actual[at] });
+    return shareList(`${stream} stream`, stream, guesses.map(({ token, log_probability: log }) => ({ token, share: Math.exp(log), tip: `log-probability ${figure3(log)} nats`, right: token === next })));
   });
   return part("What comes next", "Probability of the likeliest next tokens in each stream, per cent; the frame marks the token that does come next.", h("div", { class: "streams predictions" }, streams));
 }
@@ -215,21 +198,15 @@ const part = (title, how, ...content) => h("section", { class: "part" }, h("h4",
 const headName = (looks) => `${looks.layer}.${looks.head}`;
 
 function looksBlock(data, at) {
-  const layers = new Map();
-  for (const looks of data.looks) {
-    if (!layers.has(looks.layer)) layers.set(looks.layer, new Set());
-    layers.get(looks.layer).add(looks.head);
-  }
   const streams = [...new Set(data.looks.map((looks) => looks.stream))];
-  const rows = [...layers].sort((a, b) => a[0] - b[0]).map(([layer, heads]) =>
-    h(
-      "div",
-      { class: "heads" },
+  const heads = data.looks.filter((looks) => looks.stream === streams[0]);
+  const rows = [...new Set(heads.map((looks) => looks.layer))].map((layer) =>
+    h("div", { class: "heads" },
       h("span", { class: "faint" }, `layer ${layer}`),
-      [...heads].sort((a, b) => a - b).map((head) => {
+      heads.filter((looks) => looks.layer === layer).map(({ head }) => {
         const name = `${layer}.${head}`;
-        const found = streams.map((stream) => looksOf(data, stream, name)).filter(Boolean);
-        const tip = found.map((looks) => `${looks.stream}: ${attended(looks, at).slice(0, 3).map(({ place, share }) => `${JSON.stringify(data.tokens[place])} ${percent(share)}`).join(", ")}`).join("\n");
+        const most = (looks) => attended(looks, at).slice(0, 3).map(({ place, share }) => `${JSON.stringify(data.tokens[place])} ${percent(share)}`).join(", ");
+        const tip = streams.map((stream) => `${stream}: ${most(looksOf(data, stream, name))}`).join("\n");
         return h("button", { type: "button", class: "head", "data-head": name, "aria-pressed": String(explorer.head === name), "aria-label": `layer ${layer} head ${head}`, title: tip, onclick: () => chooseHead(name) }, String(head));
       }),
     ),
@@ -250,20 +227,8 @@ const looksOf = (data, stream, name) => data.looks.find((looks) => looks.stream 
 
 function looksLists(data, at, streams) {
   if (!explorer.head) return h("p", { class: "note" }, "No head is chosen.");
-  return h(
-    "div",
-    { class: "streams" },
-    streams.map((stream) => {
-      const looks = looksOf(data, stream, explorer.head);
-      if (!looks) return null;
-      return h(
-        "div",
-        { class: "stream" },
-        h("h5", {}, `head ${explorer.head}, ${stream} stream`),
-        h("ol", { class: "guesses" }, attended(looks, at).map(({ place, share }) => h("li", {}, tokenLabel(data.tokens[place]), bar(share, streamVariable(stream)), h("span", { class: "number", title: `token ${place}` }, percent(share))))),
-      );
-    }),
-  );
+  const rows = (stream) => attended(looksOf(data, stream, explorer.head), at).map(({ place, share }) => ({ token: data.tokens[place], share, tip: `token ${place}` }));
+  return h("div", { class: "streams" }, streams.map((stream) => shareList(`head ${explorer.head}, ${stream} stream`, stream, rows(stream))));
 }
 
 function chooseHead(name) {
@@ -310,7 +275,7 @@ function staysBlock(data, at) {
   if (!data.gates) return part("Units that stay", "This model has no gates: every unit takes part at every token.");
   const groups = new Map();
   for (const one of staysAt(data, at)) {
-    const key = `layer ${one.unit.layer}, ${one.unit.kind === "mlp" ? "neurons" : "attention units"}`;
+    const key = `layer ${one.unit.layer}, ${one.unit.site === "mlp" ? "neurons" : "attention units"}`;
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(one);
   }
@@ -319,9 +284,7 @@ function staysBlock(data, at) {
     const whole = explorer.all.has(key);
     const most = Math.abs(members[0].value) || 1;
     const rest = members.length - FEW;
-    return h(
-      "div",
-      { class: "layer-units" },
+    return h("div", { class: "layer-units" },
       h("h5", {}, `${key}: ${members.length} stay`),
       h("ul", {}, (whole ? members : members.slice(0, FEW)).map((one) => unitRow(one, most))),
       rest > 0
@@ -338,12 +301,10 @@ function staysBlock(data, at) {
 }
 
 function unitRow({ unit, value }, most) {
-  const words = unit.name.replace(/^layer \d+ /, "");
+  const words = unit.name.replace(/^L\d+\./, "");
   const known = unitPlaces[explorer.model].get(unit.name);
   const explanation = known === undefined ? "" : explanationOf(report.models[explorer.model].units[known]);
-  return h(
-    "li",
-    {},
+  return h("li", {},
     unitLink(explorer.model, unit.name, words),
     h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: { width: `${(100 * Math.abs(value)) / most}%`, background: value < 0 ? "var(--negative)" : "var(--positive)" } })),
     h("span", { class: "number" }, figure3(value)),

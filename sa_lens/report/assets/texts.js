@@ -3,26 +3,25 @@
 // Which unit of a model a name belongs to; filled when the report opens.
 const unitPlaces = [];
 
-const unitId = (name) => name.replaceAll(" ", "-");
-const unitAddress = (model, name) => `#unit/${encodeURIComponent(report.models[model].name)}/${encodeURIComponent(unitId(name))}`;
+const unitAddress = (model, name) => `#unit/${encodeURIComponent(report.models[model].name)}/${encodeURIComponent(name)}`;
 
 // A unit's name, as a link to its page where it has one.
 function unitLink(model, name, words = name) {
   return unitPlaces[model].has(name) ? h("a", { class: "unit-link", href: unitAddress(model, name) }, words) : h("span", {}, words);
 }
 
-const UNIT_NAME = /layer \d+ (?:neuron \d+|head \d+ channel \d+)/g;
+const UNIT_NAME = /\bL\d+\.(?:attn|mlp)\.\d+\b/g;
 
 // Text in which every name of a unit is a link to it.
 function linked(model, text) {
-  const found = [];
+  const parts = [];
   let from = 0;
   for (const match of text.matchAll(UNIT_NAME)) {
-    found.push(text.slice(from, match.index), unitLink(model, match[0]));
+    parts.push(text.slice(from, match.index), unitLink(model, match[0]));
     from = match.index + match[0].length;
   }
-  found.push(text.slice(from));
-  return found;
+  parts.push(text.slice(from));
+  return parts;
 }
 
 // ---------------------------------------------------------------------------------------------------------- tokens
@@ -76,13 +75,13 @@ const bar = (share, colour) => h("span", { class: "bar", "aria-hidden": "true" }
 
 // ---------------------------------------------------------------------------------------------------------- tables
 
-function plainTable(columns, rows, numeric, cell = (text) => text) {
+// A table: the first column names the rows, unless it holds numbers.
+function plainTable(columns, rows, { numeric = [], cell = (text) => text, name = null } = {}) {
   const side = (i) => (numeric[i] ? "number" : null);
-  return h(
-    "table",
-    {},
-    h("thead", {}, h("tr", {}, columns.map((name, i) => h("th", { scope: "col", class: side(i) }, name)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((text, i) => (i === 0 && !numeric[0] ? h("th", { scope: "row" }, cell(text)) : h("td", { class: side(i) }, cell(text))))))),
+  const data = (content, i) => (i === 0 && !numeric[0] ? h("th", { scope: "row" }, cell(content)) : h("td", { class: side(i) }, cell(content)));
+  return h("table", { class: name },
+    h("thead", {}, h("tr", {}, columns.map((head, i) => h("th", { scope: "col", class: side(i) }, head)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map(data)))),
   );
 }
 
@@ -91,6 +90,6 @@ function tableBlock(record, how, { model = 0, title = record.title } = {}) {
   return block(
     title,
     [linked(model, sentence(record.note)), how],
-    scroller(title, plainTable(record.columns, record.rows, record.numeric, (text) => linked(model, text))),
+    scroller(title, plainTable(record.columns, record.rows, { numeric: record.numeric, cell: (text) => linked(model, text) })),
   );
 }

@@ -1,13 +1,13 @@
 // Units: a table of thousands, page by page, and the page of one unit.
 
 const PAGE = 50;
-const table = { model: 0, stream: null, query: "", kind: "", layer: "", explained: false, sort: "unit", down: false, page: 0, parts: null, rows: [] };
+const table = { model: 0, stream: null, query: "", site: "", layer: "", explained: false, sort: "unit", down: false, page: 0, parts: null, rows: [] };
 
 // Columns of which there is something to show: not every stream has masks, and not every text labels.
 const shownColumns = () => COLUMNS.filter((column) => column.key === table.sort || !column.by || table.filled.has(column.key));
 
-const kindWords = { mlp: "neuron", attn: "attention unit" };
-const byName = (a, b) => a.unit.layer - b.unit.layer || a.unit.kind.localeCompare(b.unit.kind) || a.unit.index - b.unit.index;
+const siteWords = { mlp: "neuron", attn: "attention unit" };
+const byName = (a, b) => a.unit.layer - b.unit.layer || a.unit.site.localeCompare(b.unit.site) || a.unit.index - b.unit.index;
 
 // A row is a unit and its figures in one stream.
 const COLUMNS = [
@@ -51,27 +51,20 @@ function unitControls() {
   const search = searchBox("Search units", "name, token, label, explanation", set("query"));
   search.querySelector("input").value = table.query;
   table.parts.controls.replaceChildren(
-    several() ? picker("Model", report.models.map((one, i) => [i, one.name]), table.model, (value) => {
-      table.model = Number(value);
-      table.page = 0;
-      unitControls();
-      showUnits();
+    modelPicker("Model", table.model, (model) => {
+      showModel(model);
       table.parts.controls.querySelector("select").focus();
-    }) : "",
+    }) ?? "",
     search,
     picker("Stream", model.streams.map((stream) => [stream, stream]), table.stream, set("stream")),
-    picker("Kind", [["", "all"], ["attn", "attention units"], ["mlp", "neurons"]], table.kind, set("kind")),
+    picker("Kind", [["", "all"], ["attn", "attention units"], ["mlp", "neurons"]], table.site, set("site")),
     picker("Layer", [["", "all"], ...layers.map((layer) => [layer, String(layer)])], table.layer, set("layer")),
     tick("Explained only", table.explained, set("explained")),
   );
 }
 
-const hay = new WeakMap();
-
-function haystack(unit) {
-  if (!hay.has(unit)) hay.set(unit, [unit.name, ...unit.promotes, ...unit.streams.flatMap((one) => [one.label, one.explanation])].join("\n").toLowerCase());
-  return hay.get(unit);
-}
+// The text in which a unit is searched for.
+const haystack = remembered((unit) => [unit.name, ...unit.promotes, ...unit.streams.flatMap((one) => [one.label, one.explanation])].join("\n").toLowerCase());
 
 function matchingUnits() {
   const query = table.query.trim().toLowerCase();
@@ -79,7 +72,7 @@ function matchingUnits() {
   for (const unit of report.models[table.model].units) {
     const stream = unit.streams.find((one) => one.stream === table.stream);
     if (!stream || !stream.live) continue;
-    if (table.kind && unit.kind !== table.kind) continue;
+    if (table.site && unit.site !== table.site) continue;
     if (table.layer !== "" && unit.layer !== Number(table.layer)) continue;
     if (table.explained && !stream.explanation) continue;
     if (query && !haystack(unit).includes(query)) continue;
@@ -129,7 +122,7 @@ function drawRows() {
   const rows = shown.map((row) =>
     h("tr", { "data-unit": row.unit.name }, columns.map((column, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: column.number ? "number" : column.wide ? "wide" : column.tokens ? "tokens-cell" : null }, column.cell(row)))),
   );
-  body.replaceChildren(scroller("Table of units", h("table", { class: "units" }, h("caption", {}, "A row a unit, shares in per cent of tokens. Choose a heading to sort by it, a name to see the unit."), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))));
+  body.replaceChildren(scroller("Table of units", h("table", { class: "units" }, h("caption", {}, "One row per unit, shares in per cent of tokens. Choose a heading to sort by it, a name to see the unit."), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))));
   const turn = (words, page) => h("button", { type: "button", disabled: page < 0 || page >= pages || page === table.page, onclick: () => {
     table.page = page;
     drawRows();
@@ -150,9 +143,7 @@ function spark(row) {
   const counts = (histogram.series.find((one) => one.name.startsWith(table.stream)) || histogram.series[0]).counts;
   const most = Math.log1p(Math.max(...counts)) || 1;
   const width = 72 / counts.length;
-  return s(
-    "svg",
-    { class: "spark", width: 72, height: 18, viewBox: "0 0 72 18", "aria-hidden": "true" },
+  return s("svg", { class: "spark", width: 72, height: 18, viewBox: "0 0 72 18", "aria-hidden": "true" },
     s("path", { d: counts.map((n, i) => `M${(i * width).toFixed(1)},18V${(18 - (17 * Math.log1p(n)) / most).toFixed(1)}h${width.toFixed(2)}V18Z`).join(""), style: { fill: streamVariable(table.stream) } }),
   );
 }
@@ -171,26 +162,22 @@ async function unitDetails(model) {
 
 async function openUnit(model, id) {
   const { list, one } = table.parts;
-  const place = report.models[model]?.units.findIndex((unit) => unitId(unit.name) === id) ?? -1;
+  const place = report.models[model]?.units.findIndex((unit) => unit.name === id) ?? -1;
   list.classList.add("off");
   one.classList.remove("off");
   if (place < 0) {
-    one.replaceChildren(backToAll(), h("p", { class: "message" }, `This report holds no unit ${id.replaceAll("-", " ")}: it is of another model, or was not live on the text that was read.`));
+    one.replaceChildren(backToAll(), h("p", { class: "message" }, `This report holds no unit ${id}: it is of another model, or was not live on the text that was read.`));
     return;
   }
   const unit = report.models[model].units[place];
   const details = (await unitDetails(model))[place];
-  if (model !== table.model) {
-    table.model = model;
-    unitControls();
-    showUnits();
-  }
+  showModel(model);
   const at = table.rows.findIndex((row) => row.unit === unit);
   const step = (words, to) => (at >= 0 && table.rows[to] ? h("a", { href: unitAddress(model, table.rows[to].unit.name), rel: to < at ? "prev" : "next" }, words) : h("span", { class: "faint" }, words));
   one.replaceChildren(
     h("p", { class: "unit-nav controls" }, backToAll(), step("← unit before", at - 1), step("unit after →", at + 1), at >= 0 ? h("span", { class: "faint" }, `${count(at + 1)} of ${count(table.rows.length)} in the table`) : null),
     h("h3", { tabindex: "-1", class: "unit-name" }, unit.name, several() ? h("span", { class: "faint" }, ` of ${report.models[model].name}`) : null),
-    h("p", {}, `${kindWords[unit.kind]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
+    h("p", {}, `${siteWords[unit.site]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
     h("div", { class: "columns unit-streams" }, unit.streams.map((stream, i) => unitStream(stream, details[i]))),
     h("div", { class: "unit-stories" }),
   );
@@ -207,16 +194,14 @@ function unitStream(stream, { histogram, snippets }) {
     ["label", stream.label ? `${stream.label}${stream.label_f1 === null ? "" : ` (F1 ${figure3(stream.label_f1)})`}` : null],
     ["explanation", stream.explanation ? `${stream.explanation}${stream.explanation_f1 === null ? "" : ` (F1 ${figure3(stream.explanation_f1)})`}` : "none"],
   ].filter(([, value]) => value !== null);
-  return h(
-    "section",
-    { class: "unit-stream", style: { "border-color": streamVariable(stream.stream) }, "aria-label": `${stream.stream} stream` },
+  return h("section", { class: "unit-stream", style: { "border-color": streamVariable(stream.stream) }, "aria-label": `${stream.stream} stream` },
     h("h4", {}, `${stream.stream} stream`),
     stream.live ? null : h("p", { class: "note" }, "It fires too rarely in this stream to be described."),
     h("dl", {}, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
     histogram ? chartFigure(histogram, "How often the unit has a value of each size; the axis of counts is logarithmic.", { histogram: true, height: 200, level: "h5", title: "Its values" }).figure : null,
     snippetsBlock("Where its value is largest", "Each line a piece of text with the value at the framed token; orange is positive, blue negative.", snippets.filter((one) => one.kind === "top")),
     snippetsBlock("A sample of all its values", "Pieces of text from each part of its range, so that the largest values do not mislead.", snippets.filter((one) => one.kind !== "top")),
-    snippets.length || histogram ? null : h("p", { class: "note" }, "It was not looked at more closely."),
+    snippets.length || histogram ? null : h("p", { class: "note" }, "This unit has no details: they are made for a sample of units."),
   );
 }
 
@@ -247,14 +232,26 @@ async function storiesOf(model, unit) {
   });
   if (!found.length) return h("span", {});
   found.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const rows = found.slice(0, 12).map((one) => [h("a", { href: storyAddress(model, one.i, one.at) }, h("bdi", {}, one.title)), count(one.n), tokenLabel(one.token), figure3(one.value)]);
   return block(
     "In the stories of this report",
     "Stories in which the gate keeps this unit, at how many tokens, and where its value is largest; the link opens the story there.",
-    scroller("Stories with this unit", h("table", {}, h("thead", {}, h("tr", {}, ["story", "tokens", "largest at", "value"].map((head, i) => h("th", { scope: "col", class: i % 2 ? "number" : null }, head)))), h("tbody", {}, found.slice(0, 12).map((one) => h("tr", {}, h("th", { scope: "row" }, h("a", { href: storyAddress(model, one.i, one.at) }, h("bdi", {}, one.title))), h("td", { class: "number" }, count(one.n)), h("td", {}, tokenLabel(one.token)), h("td", { class: "number" }, figure3(one.value))))))),
+    scroller("Stories with this unit", plainTable(["story", "tokens", "largest at", "value"], rows, { numeric: [false, true, false, true] })),
   );
 }
 
-function showAllUnits() {
+// Shows the table of a model's units.
+function showModel(model) {
+  if (model === table.model) return;
+  table.model = model;
+  table.page = 0;
+  unitControls();
+  showUnits();
+}
+
+function showAllUnits(model) {
+  showModel(model);
+  unitDetails(model);
   table.parts.one.replaceChildren();
   table.parts.one.classList.add("off");
   table.parts.list.classList.remove("off");

@@ -1,0 +1,411 @@
+"""ACDC: removes every edge whose removal raises the metric by less than tau, one after the other.
+
+The decisions are those of the plain sequential algorithm:
+
+    value = metric(all edges)
+    for edge in order:
+        new = metric(without the removed edges and this one)
+        if new - value < tau:  remove it; value = new
+
+The order, unless one is given, is the exact reverse of the order of computation: logits first, then layer by layer from
+the last, the MLP before the heads, heads from the last index, inputs `v`, `k`, `q`, and for each input its sources from
+the last to the embedding. What makes it fast is in `recompute.py`: edges that can change nothing are removed without
+running anything, others are tried in blocks on the part of the model that they can change.
+
+Source: Conmy et al., arXiv 2304.14997, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sa_lens.circuits.graph import Circuit, Edge, Graph
+from sa_lens.circuits.metrics import Metric, last_logits, metric_named
+from sa_lens.circuits.running.circuit_by_hooks import Ablation, CircuitRunner, Gates, check_choices
+from sa_lens.circuits.running.edge_removals import Recomputation
+from sa_lens.circuits.running.recorded_passes import recomputation
+from sa_lens.circuits.running.removal_costs import sign_of
+from sa_lens.circuits.running.removal_state import Row
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import Stream
+from sa_lens.core.host import Host, fingerprint_of, hash_of
+from sa_lens.core.last_position import why_not_by_nodes
+from sa_lens.stopping import Interrupted
+
+log = logging.getLogger(__name__)
+
+AMBIGUOUS = 1e-6
+"""A rise of the metric closer than this to tau may come out otherwise under another rounding of float32."""
+
+SAME = 1e-4
+"""Relative difference up to which the metric of the full graph counts as that of the search that is resumed."""
+
+Place = tuple[int, int]
+"""(input, source) of an edge."""
+
+
+@dataclass(frozen=True)
+class ACDCResult:
+    """What ACDC found, and how."""
+
+    circuit: Circuit
+    """Edges kept or, in the result that `SearchInterrupted` holds, not yet visited. Scores: rise of the metric when the
+    edge was visited; 0 if it could change nothing; NaN if not yet visited."""
+    start: float
+    """Metric of the full graph; larger is worse (metrics that are better when larger come negated)."""
+    value: float
+    """Metric of the circuit."""
+    ambiguous: int
+    """Decisions whose rise was within 1e-6 of tau: another rounding might turn them round."""
+    tried: int
+    """Removals for which the metric was computed."""
+    untouched: int
+    """Edges removed without running anything, since no present way led from them to the logits."""
+    complete: bool
+    """Whether every edge was visited; False only in the result that `SearchInterrupted` holds."""
+    shortcuts: str
+    """`on`, or why every edge had to be tried by passes of the whole model."""
+    seconds: float
+    """Time this call took."""
+
+    def __len__(self) -> int:
+        return len(self.circuit)
+
+
+class SearchInterrupted(Interrupted):
+    """A search was asked to stop; `result` holds what is decided, and `resume=` takes it."""
+
+    def __init__(self, result: ACDCResult) -> None:
+        visited, edges = result.tried + result.untouched, len(result.circuit.graph)
+        super().__init__(
+            f"stopped after {visited:,} of {edges:,} edges; the exception's `result` holds what is decided. Go on with "
+            "acdc(..., resume=result)",
+            result=result,
+        )
+
+
+class _State(NamedTuple):
+    """All that is decided so far; replaced as a whole, so that an interruption finds one state or the next."""
+
+    present: Bool[Tensor, "input source"]
+    rises: Float[Tensor, "input source"]
+    start: float = math.nan
+    value: float = math.nan
+    ambiguous: int = 0
+    tried: int = 0
+    untouched: int = 0
+
+
+def visiting_order(graph: Graph, seed: int | None = None) -> list[Edge]:
+    """The order in which ACDC visits the edges.
+
+    Args:
+        seed: None: the exact reverse of the order of computation. A number: edges into one step (the heads of a layer,
+            an MLP, the logits) in a random order of their own.
+    """
+    if seed is None:
+        return list(reversed(graph.edges))
+    generator = torch.Generator().manual_seed(seed)
+    order: list[Edge] = []
+    for _, step in groupby(reversed(graph.edges), key=lambda edge: graph.sources_before(edge.destination)):
+        edges = list(step)
+        order += [edges[i] for i in torch.randperm(len(edges), generator=generator).tolist()]
+    return order
+
+
+def acdc(
+    model: Host,
+    pairs: PromptPairs,
+    tau: float = 0.01,
+    metric: str | Metric = "kl",
+    *,
+    ablation: Ablation = "resample",
+    stream: Stream = "clean",
+    gates: Gates | None = None,
+    order: Sequence[Edge | str] | None = None,
+    resume: ACDCResult | Circuit | None = None,
+    progress: bool = True,
+    batch_size: int = 64,
+) -> ACDCResult:
+    """The circuit that ACDC leaves, with the rise of the metric at each edge.
+
+    Args:
+        tau: an edge stays if its removal raises the metric by tau or more. Nats for `kl`.
+        metric: `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream. Another
+            metric by name, or a function of logits and pairs that gives a value a pair: the search then limits the
+            fall of its mean (for `answer_rank` the rise).
+        ablation: what a removed edge carries; see `running.Ablation`.
+        gates: in the ablated stream, `frozen` (default) or `live`; see `run_circuit`. Live gates read the whole
+            residual stream, so that every edge must be tried by passes of the whole model.
+        order: all edges, in the order in which to visit them; None: `visiting_order(graph)`. An order that visits a
+            destination before a later step's switches the shortcuts off, and says so.
+        resume: the result of an interrupted search, or its circuit as read from disk: same weights, prompts and
+            arguments.
+        progress: show a bar with the edges left and the time left.
+        batch_size: prompts run at once in passes of the whole model.
+
+    Raises:
+        ValueError: tau below 0, an unknown choice, an order that is not all edges once, a resumed result of another
+            search, pairs that do not fit the model, a metric that is not finite.
+        SearchInterrupted: Ctrl-C; its `result` can be resumed.
+    """
+    began = time.perf_counter()
+    if not (tau >= 0 and math.isfinite(tau)):
+        raise ValueError(f"tau={tau} must be 0 or more, and finite: it is the rise of the metric that keeps an edge")
+    gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
+    metric_name = metric_named(metric, torch.empty(0))[0]
+    graph = Graph.from_model(model)
+    edges = visiting_order(graph) if order is None else list(order)
+    places = [graph.place(edge) for edge in edges]
+    if len(places) != len(graph) or len(set(places)) != len(graph):
+        raise ValueError(
+            f"order names {len(set(places))} different edges in {len(places)} entries: it must hold each of the "
+            f"graph's {len(graph)} edges once"
+        )
+    about: dict[str, Any] = {
+        "method": "acdc",
+        **{"task": pairs.task, "pairs": len(pairs), "tau": tau, "metric": metric_name},
+        **{"ablation": ablation, "stream": stream, "gates": gates_name},
+        "order": "reverse" if order is None else hashlib.sha256(repr(places).encode()).hexdigest()[:16],
+        **{"weights": fingerprint_of(model, stream), "prompts": _hash_of_prompts(pairs)},
+    }
+    state = _resumed(graph, about, resume)
+    why_not = _no_shortcuts(model, graph, places, tau, gates_name)
+    if why_not is not None:
+        log.warning("ACDC without shortcuts: %s", why_not)
+    search = _Search(graph, tau, state, progress)
+    stop: KeyboardInterrupt | None = None
+    with torch.inference_mode(), search.bar():
+        try:
+            if why_not is None:
+                engine = recomputation(model, pairs, metric, ablation, stream, state.present, batch_size)
+                search.start(engine.value)
+                _by_blocks(search, places, engine)
+            else:
+                runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
+                _one_by_one(search, places, _cost_by_passes(runner, model, pairs, metric))
+        except KeyboardInterrupt as asked:
+            stop = asked
+    state = search.state
+    counts: dict[str, Any] = dict(zip(_State._fields[2:], state[2:], strict=True))
+    # copies: tensors made in inference mode could not be written to by others
+    complete = stop is None
+    circuit = Circuit(graph, state.present.clone(), state.rises.clone(), {**about, **counts, "complete": complete})
+    result = ACDCResult(
+        circuit=circuit,
+        **counts,
+        complete=complete,
+        shortcuts=why_not or "on",
+        seconds=time.perf_counter() - began,
+    )
+    if stop is not None:
+        raise SearchInterrupted(result) from stop
+    return result
+
+
+def _no_shortcuts(model: Host, graph: Graph, places: list[Place], tau: float, gates: str) -> str | None:
+    """Why every edge has to be tried by passes of the whole model; None if not."""
+    steps = [graph.n_sources[to] for to, _ in places]
+    if any(later > earlier for earlier, later in pairwise(steps)):
+        return "the order visits a destination before one of a later step"
+    if tau == 0:
+        return "at tau=0 an edge that changes nothing is kept"
+    if gates == "live":
+        return "live gates read the whole residual stream, so every edge can change what they choose"
+    return why_not_by_nodes(model)
+
+
+_HASHED = {"weights": "weights or gates", "prompts": "prompts or answers"}
+"""What stands behind those settings of a search that are hashes."""
+
+
+def _hash_of_prompts(pairs: PromptPairs) -> str:
+    names = ("clean", "corrupt", "answers", "wrong_answers", "lengths")
+    return hash_of((name, getattr(pairs, name).long()) for name in names)
+
+
+def _resumed(graph: Graph, about: dict[str, Any], resume: ACDCResult | Circuit | None) -> _State:
+    if resume is None:
+        rises = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
+        return _State(graph.exists.clone(), rises)
+    circuit = resume.circuit if isinstance(resume, ACDCResult) else resume
+    if circuit.graph != graph:
+        raise ValueError(
+            f"resume= is of another search: its graph is {circuit.graph}, here it is {graph}. Give a model of the same "
+            "shape, or start anew"
+        )
+    for name, value in about.items():
+        before = circuit.about.get(name)
+        if before != value:
+            differs = f"its {name} is {before!r}, here it is {value!r}"
+            if name in _HASHED:
+                differs = f"it was made with other {_HASHED[name]}"
+            raise ValueError(
+                f"resume= is of another search: {differs}. Give the same model, pairs and arguments, or start anew"
+            )
+    counts = [circuit.about[name] for name in _State._fields[2:]]
+    return _State(circuit.mask.clone(), circuit.scores.clone(), *counts)
+
+
+class _Search:
+    """The decisions so far, and the bar that shows them."""
+
+    def __init__(self, graph: Graph, tau: float, state: _State, progress: bool) -> None:
+        self.graph, self.tau, self.state, self.progress = graph, tau, state, progress
+        self._bar: Any = None
+
+    @contextmanager
+    def bar(self) -> Iterator[None]:
+        done = int((~self.state.rises.isnan()).sum())
+        kept = self._kept()
+        with tqdm(
+            total=len(self.graph), initial=done, unit=" edges", desc="ACDC", disable=not self.progress, mininterval=0.5
+        ) as self._bar:
+            self._bar.set_postfix(left=len(self.graph) - done, kept=kept, refresh=False)
+            yield
+
+    def _kept(self) -> int:
+        return int((self.state.present & ~self.state.rises.isnan()).sum())
+
+    def start(self, value: Callable[[], float]) -> None:
+        """Takes the metric of the full graph, or checks that a resumed search has the same.
+
+        Raises:
+            ValueError: a metric that is not finite, or another one than that of the resumed search.
+        """
+        start, before = value(), self.state.start
+        _check_finite(start)
+        if math.isnan(before):
+            self.state = self.state._replace(start=start, value=start)
+        elif abs(start - before) > SAME * max(1.0, abs(before)):
+            raise ValueError(
+                f"resume= is of another search: its metric of the full graph is {before:.6g}, here it is {start:.6g}. "
+                "Give the same metric, or start anew"
+            )
+
+    def undecided(self, places: Sequence[Place]) -> list[Place]:
+        """Those edges that are not visited yet, in order."""
+        rises = self.state.rises
+        return [place for place in places if math.isnan(rises[place])]
+
+    def commit(self, places: Sequence[Place], rises: Sequence[float], removed: Sequence[bool], value: float) -> None:
+        """Records decisions on tried edges."""
+        near = sum(abs(rise - self.tau) <= AMBIGUOUS for rise in rises)
+        self._record(places, rises, removed, value, ambiguous=near, tried=len(places))
+
+    def discard(self, places: Sequence[Place]) -> None:
+        """Removes edges that can change nothing."""
+        n = len(places)
+        self._record(places, [0.0] * n, [True] * n, self.state.value, untouched=n)
+
+    def _record(
+        self,
+        places: Sequence[Place],
+        rises: Sequence[float],
+        removed: Sequence[bool],
+        value: float,
+        **counts: int,
+    ) -> None:
+        if not places:
+            return
+        state = self.state
+        to, source = torch.tensor(places).T
+        present, found = state.present.clone(), state.rises.clone()
+        present[to, source] = ~torch.tensor(removed)
+        found[to, source] = torch.tensor(rises, dtype=torch.float64)
+        added = {name: getattr(state, name) + n for name, n in counts.items()}
+        self.state = state._replace(present=present, rises=found, value=value, **added)
+        self._bar.update(len(places))
+        if self.progress:
+            self._bar.set_postfix(left=self._bar.total - self._bar.n, kept=self._kept(), refresh=False)
+
+
+def _check_finite(value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"the metric is {value}: ACDC needs a finite one at every step")
+
+
+def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], float]) -> None:
+    """The plain algorithm, by a pass of the whole model for each edge."""
+    search.start(lambda: cost(search.graph.exists))
+    for place in search.undecided(places):
+        mask = search.state.present.clone()
+        mask[place] = False
+        new = cost(mask)
+        _check_finite(new)
+        rise = new - search.state.value
+        removed = rise < search.tau
+        search.commit([place], [rise], [removed], new if removed else search.state.value)
+
+
+def _cost_by_passes(
+    runner: CircuitRunner, model: Host, pairs: PromptPairs, metric: str | Metric
+) -> Callable[[Tensor], float]:
+    clean = last_logits(model, pairs, runner.stream) if metric == "kl" else None
+    function, sign = metric_named(metric, clean)[1], sign_of(metric)
+    return lambda mask: sign * float(function(runner.run(mask).logits, pairs).double().mean())
+
+
+def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> None:
+    """The same decisions, step by step and block by block."""
+    graph = search.graph
+    for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
+        step = list(group)
+        nodes = sorted({graph.inputs[to].node for to, _ in step}, key=lambda node: node[1:])
+        live = set(engine.enter(nodes))
+        left = search.undecided(step)
+        dead = [place for place in left if graph.inputs[place[0]].node not in live]
+        engine.drop(dead)
+        search.discard(dead)
+        _decide(search, [place for place in left if graph.inputs[place[0]].node in live], engine)
+
+
+def _decide(search: _Search, queue: list[Place], engine: Recomputation) -> None:
+    """Decides on live edges of one step.
+
+    A block guesses which of its edges go; each row stands on the guesses before it, so its decision is the sequential
+    one as long as these were right. After the first wrong guess the rows behind it only serve as guesses.
+    """
+    stays: set[Place] = set()
+    size, largest = 8, engine.largest_block
+    done = 0
+    while done < len(queue):
+        places = queue[done : done + size]
+        rows = [Row(*place, place not in stays) for place in places]
+        block = engine.try_removals(rows)
+        value = search.state.value
+        rises: list[float] = []
+        removed: list[int] = []
+        for r, (row, cost) in enumerate(zip(rows, block.costs, strict=True)):
+            _check_finite(cost)
+            rises.append(cost - value)
+            goes = rises[-1] < search.tau
+            if goes:
+                removed.append(r)
+                value = cost
+            if goes != row.stays_out:
+                break
+        n = len(rises)
+        if removed:
+            engine.accept(block, removed[-1], removed)
+        search.commit(places[:n], rises, [r in removed for r in range(n)], value)
+        done += n
+        before = block.costs[n - 1] if rows[n - 1].stays_out else value
+        for row, cost in zip(rows[n:], block.costs[n:], strict=True):
+            place = (row.to, row.source)
+            (stays.add if cost - before >= search.tau else stays.discard)(place)
+            before = cost if row.stays_out else before
+        size = min(largest, 2 * size) if n == len(rows) else max(4, min(size, 2 * n))

@@ -1,0 +1,316 @@
+"""The gate as a circuit: the units that a model itself keeps for a prompt, read as a ranking of edges.
+
+For each prompt a gate names the units that stay. A head's score is the mean over prompts of its live channels / d_head
+(of 1 or 0 where whole heads stay or go), an MLP's score that of its live neurons / d_mlp, at the metric position or at
+all positions. The embedding and the logits, which have no gate, count 1. An edge's score is its source's score times
+its destination's, so the three inputs of a head score alike. Soft masks count with their value.
+
+A gate keeps k neurons of every layer for every token, so with hard gates every MLP scores k_mlp / d_mlp, whatever the
+prompt: what differs are its neurons, which `MaskShares.table` lists. Where k_mlp / d_mlp is small, edges of MLPs come
+last for that reason alone; `scale="relative"` takes the sizes of layers out.
+
+Masks are those of the unedited clean prompt. No model pass under edits and no gradient is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.circuits.graph import Circuit, Graph, Node
+from sa_lens.circuits.metrics import check_fits
+from sa_lens.circuits.running.circuit_by_hooks import record_masks
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.core.gate import top_k_mask
+from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, widened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Variant = Literal["metric_position", "all_positions"]
+"""Where masks are read: at the last token of each prompt, or as the mean over all its tokens, the first included."""
+
+Masks = Literal["gate", "shuffled_text", "random", "shuffled_units", "top_activation"]
+"""Whose masks: the gates' own; those of the same prompts with their tokens, all but the first, in random order; k units
+drawn at random for each token and layer; the gates' shares dealt to the units of each layer in random order; the k
+units of each layer with the largest absolute value in the clean stream (heads: the largest norm of `z`)."""
+
+Scale = Literal["share", "relative"]
+"""Score of a head or MLP: the `share` of its units that stay, or that share `relative` to the mean share of all heads,
+or of all MLPs, of its layer, so that 1 is what a node would have if the gate made no choice."""
+
+_DRAWN = ("shuffled_text", "random", "shuffled_units")
+
+
+@dataclass(frozen=True, eq=False)
+class MaskShares:
+    """How often each unit stays."""
+
+    graph: Graph
+    """The model's graph."""
+    attn: Float[Tensor, "layer head d_head"]
+    """Share of prompts (or of tokens) in which a channel stays, float64; the last axis is 1 where units are heads."""
+    mlp: Float[Tensor, "layer d_mlp"]
+    """The same of the neurons; no layer in an attention-only model."""
+    scale: Scale = "share"
+    """What `score` gives; `attn` and `mlp` are shares in either case."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Method, variant, masks, scale, task, number of prompts, seed."""
+
+    @cached_property
+    def heads(self) -> Float[Tensor, "layer head"]:
+        """Scores of the heads."""
+        return self._scaled(self.attn.mean(-1))
+
+    @cached_property
+    def mlps(self) -> Float[Tensor, " layer"]:
+        """Scores of the MLPs."""
+        return self._scaled(self.mlp.mean(-1, keepdim=True))[:, 0]
+
+    def _scaled(self, share: Float[Tensor, "layer node"]) -> Float[Tensor, "layer node"]:
+        return share if self.scale == "share" else share / share.mean(-1, keepdim=True)
+
+    def score(self, node: Node) -> float:
+        """Score of a node; 1 for the embedding and the logits."""
+        match node.kind:
+            case "head":
+                return float(self.heads[node.layer, node.head])
+            case "mlp":
+                return float(self.mlps[node.layer])
+        return 1.0
+
+    def circuit(self) -> Circuit:
+        """A ranking: all edges, each with the product of its nodes' scores."""
+        graph = self.graph
+        sources = torch.tensor([self.score(node) for node in graph.sources], dtype=torch.float64)
+        inputs = torch.tensor([self.score(to.node) for to in graph.inputs], dtype=torch.float64)
+        scores = (inputs[:, None] * sources).masked_fill(~graph.exists, torch.nan)
+        return Circuit(graph, graph.exists.clone(), scores, dict(self.about))
+
+    def table(self) -> pd.DataFrame:
+        """A row a unit: kind (`attn` or `mlp`), layer, head, channel, neuron, stays (how often), and the settings.
+
+        Where units are whole heads, `channel` is missing.
+        """
+        import pandas as pd
+
+        layers, heads, channels = self.attn.shape
+        attn = pd.MultiIndex.from_product([range(layers), range(heads), range(channels)], names=_ATTN).to_frame(False)
+        attn = attn.assign(kind="attn", stays=self.attn.flatten().numpy())
+        if channels == 1:
+            attn["channel"] = None
+        mlp = pd.MultiIndex.from_product([range(s) for s in self.mlp.shape], names=["layer", "neuron"]).to_frame(False)
+        mlp = mlp.assign(kind="mlp", stays=self.mlp.flatten().numpy())
+        columns = ["kind", "layer", "head", "channel", "neuron", "stays"]
+        both = pd.concat([attn.reindex(columns=columns), mlp.reindex(columns=columns)], ignore_index=True)
+        return both.astype(dict.fromkeys(("head", "channel", "neuron"), "Int64")).assign(**self.about)
+
+    def node_table(self) -> pd.DataFrame:
+        """A row a head or MLP: node, kind, layer, head, score, and the settings."""
+        import pandas as pd
+
+        nodes = self.graph.sources[1:]
+        rows = [{**n._asdict(), "node": str(n), "score": self.score(n), **self.about} for n in nodes]
+        return pd.DataFrame(rows, columns=["node", "kind", "layer", "head", "score", *self.about])
+
+
+_ATTN = ["layer", "head", "channel"]
+
+
+def mask_shares(
+    model: Host,
+    pairs: PromptPairs,
+    *,
+    variant: Variant = "metric_position",
+    masks: Masks = "gate",
+    scale: Scale = "share",
+    seed: int = 0,
+    batch_size: int = 256,
+) -> MaskShares:
+    """How often each unit stays on the clean prompts.
+
+    Args:
+        variant: where masks are read; see `Variant`.
+        masks: the gates', or a comparison; see `Masks`.
+        scale: of the nodes' scores; see `Scale`.
+        seed: of what is drawn at random.
+        batch_size: prompts run at once.
+
+    Raises:
+        ValueError: a model without gates, an unknown choice, or pairs that do not fit the model.
+    """
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant={variant!r} must be one of {', '.join(map(repr, get_args(Variant)))}")
+    if masks not in get_args(Masks):
+        raise ValueError(f"masks={masks!r} must be one of {', '.join(map(repr, get_args(Masks)))}")
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale={scale!r} must be one of {', '.join(map(repr, get_args(Scale)))}")
+    with in_stream(model, "ablated", position=-1):
+        pass
+    check_fits(model, pairs, batch_size)
+    graph = Graph.from_model(model)
+    generator = torch.Generator().manual_seed(seed)
+    read: Callable[[Int[Tensor, "pair pos"]], dict[str, Tensor]]
+    match masks:
+        case "random":
+            read = _random_masks(model, generator)
+        case "top_activation":
+            read = _largest_units(model)
+        case _:
+            read = _gate_masks(model)
+    totals: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for tokens in _prompts(pairs, batch_size, generator if masks == "shuffled_text" else None):
+            for name, mask in read(tokens.to(device_of(model))).items():
+                chosen = mask[:, -1] if variant == "metric_position" else mask.double().mean(1)
+                totals[name] = totals.get(name, 0) + chosen.double().sum(0).cpu()
+    attn, mlp = (
+        [total / len(pairs) for name, total in totals.items() if kind in name] for kind in ("attn_gate", "mlp_gate")
+    )
+    about: dict[str, Any] = {"method": "gate", "variant": variant, "masks": masks, "scale": scale}
+    about |= {"task": pairs.task, "n": len(pairs)} | ({"seed": seed} if masks in _DRAWN else {})
+    neurons = torch.stack(mlp) if mlp else torch.empty(0, 1, dtype=torch.float64)
+    found = MaskShares(graph, torch.stack(attn), neurons, scale, about)
+    return _dealt(found, generator) if masks == "shuffled_units" else found
+
+
+def gate_circuit(
+    model: Host,
+    pairs: PromptPairs,
+    *,
+    variant: Variant = "metric_position",
+    masks: Masks = "gate",
+    scale: Scale = "share",
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Circuit:
+    """Every edge with the score that the masks on the clean prompts give it: a ranking, whose `keep(n)` is a circuit.
+
+    Arguments and errors as in `mask_shares`. Many edges score alike; `keep` then takes those first in the graph's
+    order.
+    """
+    shares = mask_shares(model, pairs, variant=variant, masks=masks, scale=scale, seed=seed, batch_size=batch_size)
+    return shares.circuit()
+
+
+def gate_rankings(
+    model: Host,
+    pairs: PromptPairs,
+    *,
+    variant: Variant = "metric_position",
+    scale: Scale = "share",
+    other: PromptPairs | None = None,
+    draws: int = 3,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[str, Circuit]:
+    """The gate's ranking and those it has to beat, by name, for `faithfulness_curves` and `agreement_table`.
+
+    Names: `gate`; `other prompts` (masks of the other pairs, or without any `shuffled text`); `top activation`;
+    `random 0`, `shuffled units 0`, ... for each draw.
+
+    Args:
+        other: pairs of another task.
+        draws: draws of each random ranking, with seeds `seed`, `seed + 1`, ...
+
+    Raises:
+        ValueError: no draw, and what `mask_shares` raises.
+    """
+    if draws < 1:
+        raise ValueError(f"draws={draws} must be at least 1")
+
+    def ranking(of: PromptPairs, masks: Masks, draw: int = 0) -> Circuit:
+        options: dict[str, Any] = {"variant": variant, "scale": scale, "batch_size": batch_size}
+        return gate_circuit(model, of, masks=masks, seed=seed + draw, **options)
+
+    found = {"gate": ranking(pairs, "gate")}
+    if other is not None:
+        found["other prompts"] = ranking(other, "gate")
+    else:
+        found["shuffled text"] = ranking(pairs, "shuffled_text")
+    found["top activation"] = ranking(pairs, "top_activation")
+    for draw in range(draws):
+        found[f"random {draw}"] = ranking(pairs, "random", draw)
+        found[f"shuffled units {draw}"] = ranking(pairs, "shuffled_units", draw)
+    return found
+
+
+def _prompts(
+    pairs: PromptPairs, batch_size: int, shuffle: torch.Generator | None
+) -> Iterator[Int[Tensor, "batch pos"]]:
+    """Clean prompts of one length at a time."""
+    for _, group in pairs.by_length():
+        tokens = group.clean
+        if shuffle is not None:
+            order = torch.rand(tokens[:, 1:].shape, generator=shuffle).argsort(1)
+            tokens = torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, order)], 1)
+        yield from tokens.split(batch_size)
+
+
+def _gate_masks(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The gates' own masks at all positions, by hook name."""
+    names = gate_hook_names(model)
+
+    def read(tokens: Tensor) -> dict[str, Tensor]:
+        with in_stream(model, "ablated", position=-1):
+            return record_masks(model, tokens, names)
+
+    return read
+
+
+def _kept(model: Host, name: str) -> int:
+    """Units that the gate of a hook name keeps."""
+    gates = model.gates  # type: ignore[attr-defined]
+    return int(gates.k_attn if "attn_gate" in name else gates.k_mlp)
+
+
+def _random_masks(model: Host, generator: torch.Generator) -> Callable[[Tensor], dict[str, Tensor]]:
+    """As many units as the gate keeps, at random for each token and layer; the same whatever the batches."""
+    own = _gate_masks(model)
+
+    def read(tokens: Tensor) -> dict[str, Tensor]:
+        shapes = {name: mask.shape[1:] for name, mask in own(tokens[:1]).items()}
+        drawn = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in tokens]
+        stacked = {name: torch.stack([prompt[name] for prompt in drawn]) for name in shapes}
+        return {name: top_k_mask(x.flatten(2), _kept(model, name)).reshape(x.shape) for name, x in stacked.items()}
+
+    return read
+
+
+def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
+    """As many units as the gate keeps, those with the largest absolute values in the clean stream."""
+    by_head = model.gates.attn_unit == "head"  # type: ignore[attr-defined]
+    values_of = {
+        name: name.replace("attn_gate.hook_mask", "attn.hook_z").replace("mlp_gate.hook_mask", "mlp.hook_post")
+        for name in gate_hook_names(model)
+    }
+
+    def read(tokens: Tensor) -> dict[str, Tensor]:
+        with in_stream(model, "clean"):
+            values = record_masks(model, tokens, list(values_of.values()))
+        found = {}
+        for name, point in values_of.items():
+            size = widened(values[point]).abs()
+            if by_head and "attn_gate" in name:
+                size = size.norm(dim=-1, keepdim=True)
+            found[name] = top_k_mask(size.flatten(2), _kept(model, name)).reshape(size.shape)
+        return found
+
+    return read
+
+
+def _dealt(shares: MaskShares, generator: torch.Generator) -> MaskShares:
+    """The shares of each layer, dealt to its units in random order."""
+
+    def dealt(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        order = torch.rand(flat.shape, generator=generator).argsort(1)
+        return flat.gather(1, order).reshape(x.shape)
+
+    return replace(shares, attn=dealt(shares.attn), mlp=dealt(shares.mlp) if len(shares.mlp) else shares.mlp)

@@ -1,0 +1,275 @@
+"""A circuit found by any method and judged on other pairs: what the command line and the comparisons of models run.
+
+Every method gives a ranking of all edges. ACDC decides on a set as well; a ranking alone is cut at the fewest edges
+that are faithful on the pairs it was made with. Skill, faithfulness and the metrics of the circuit are those of pairs
+that played no part in finding it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from sa_lens.circuits.discovery.acdc import ACDCResult, SearchInterrupted, acdc
+from sa_lens.circuits.discovery.eap import eap, eap_ig, relp
+from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.discovery.gate_circuit import gate_circuit
+from sa_lens.circuits.graph import Circuit
+from sa_lens.circuits.judging.circuit_metric import GapTooSmall, SharedRuns
+from sa_lens.circuits.judging.faithfulness import Order, curve_of
+from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve
+from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, skill
+from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates, check_choices
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import Stream
+from sa_lens.core.host import Host
+from sa_lens.data.writing import staged_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Method = Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"]
+"""How to find a circuit; `exact` ranks by the exact effect of each edge alone, `gate` reads the model's own masks."""
+
+LEVEL = 0.9
+"""Faithfulness at which circuits of several models are compared."""
+
+
+@dataclass(frozen=True)
+class FoundCircuit:
+    """A circuit, the ranking behind it, and how it does on pairs that it was not found with."""
+
+    circuit: Circuit
+    """ACDC: the edges kept. Other methods: the edges asked for, or the fewest tried with f >= 0.9 on the pairs of the
+    search."""
+    ranking: Circuit
+    """Every edge with its score."""
+    skill: Mapping[str, Any]
+    """The row of `metrics.skill` for the stream."""
+    corrupt_kl: float
+    """KL(clean prompt || corrupt prompt) of the model itself, nats, mean over pairs: the scale of ACDC's tau."""
+    curve: FaithfulnessCurve | None
+    """Faithfulness of the ranking along its sizes; None where clean and corrupt prompts score too much alike."""
+    own: FaithfulnessCurve | None
+    """Faithfulness of the circuit itself."""
+    seconds: float
+    """Time of ACDC's search, or of ranking all edges."""
+    choices: Mapping[str, Any]
+    """What was chosen: `gates` (`none` in the clean stream), `ablation`, `tau` of ACDC, `steps` of EAP-IG; empty where
+    the method has none."""
+    warnings: tuple[str, ...] = field(default=())
+    """What speaks against trusting this circuit."""
+
+    def row(self) -> dict[str, Any]:
+        """The figures of one line of a table: skill, edges, faithfulness, areas, edges needed, time."""
+        about = self.circuit.about
+        found: dict[str, Any] = {
+            "task": self.skill["task"],
+            "stream": self.skill["stream"],
+            "method": about["method"],
+            **self.choices,
+            **{name: self.skill[name] for name in ("pair_accuracy", "top1_accuracy", "logit_difference", "able")},
+            "corrupt_kl": self.corrupt_kl,
+            "edges": len(self.circuit),
+            "connected": len(self.circuit.prune_dangling()),
+        }
+        missing = (math.nan,) * 3
+        point = self.own.points[0] if self.own is not None else None
+        found |= {"f": point.f.mean if point else math.nan, "kl": point.kl.mean if point else math.nan}
+        found["masks_alone"] = self.own.about["masks_alone"] if self.own is not None else math.nan
+        found["edges_0.9"] = self.curve.edges_for(LEVEL).edges if self.curve is not None else math.nan
+        for name in ("cpr", "cmd"):
+            mean, low, high = getattr(self.curve, name) if self.curve is not None else missing
+            found |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        return found | {"seconds": self.seconds, "warnings": "; ".join(self.warnings)}
+
+    def summary(self) -> str:
+        """Skill, circuit and faithfulness in words, then warnings."""
+        row, about = self.row(), self.circuit.about
+        skilled = self.skill
+
+        def interval(name: str) -> str:
+            return f"{skilled[name]:.3f} [{skilled[f'{name}_low']:.3f}, {skilled[f'{name}_high']:.3f}]"
+
+        lines = [
+            f"{row['task']}, {row['stream']} stream, {skilled['n']} prompts, 95 % intervals",
+            f"  pair accuracy     {interval('pair_accuracy')}",
+            f"  top-1 accuracy    {interval('top1_accuracy')}",
+            f"  logit difference  {interval('logit_difference')}",
+            f"  KL(clean prompt || corrupt prompt)  {row['corrupt_kl']:.3f} nats",
+            "",
+            f"{about['method']}: {row['edges']:,} of {len(self.circuit.graph):,} edges ({row['connected']:,} on a "
+            f"path from embedding to logits), {row['seconds']:.1f} s",
+            "  " + ", ".join(f"{name} {value}" for name, value in self.choices.items() if value not in ("none", "")),
+        ]
+        if self.own is not None:
+            lines.append(f"  faithfulness f    {row['f']:.3f}, KL {row['kl']:.3f} nats")
+            if row["gates"] == "frozen":
+                lines.append(f"  masks alone       {row['masks_alone']:.3f}, f without any edge out of the embedding")
+        if self.curve is not None:
+            lines.append(f"  edges for f >= {LEVEL:g}  {row['edges_0.9']:,} along the ranking")
+            lines.append(f"  CPR {row['cpr']:.3f} (area under f), CMD {row['cmd']:.3f} (area of |1 - f|)")
+        return "\n".join(lines + [f"\nwarning: {warning}" for warning in self.warnings])
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes circuit.json, ranking.json, edges.csv, curve.csv and summary.csv into a folder, all or none."""
+        import pandas as pd
+
+        tables = {"edges": self.circuit.table(), "summary": pd.DataFrame([self.row()])}
+        if self.curve is not None:
+            tables["curve"] = self.curve.table()
+        with staged_folder(folder) as staged:
+            self.circuit.save(staged / "circuit.json")
+            self.ranking.save(staged / "ranking.json")
+            for name, table in tables.items():
+                (staged / f"{name}.csv").write_text(table.to_csv(index=False), encoding="utf-8")
+        return Path(folder)
+
+
+def find_circuit(
+    model: Host,
+    find: PromptPairs,
+    report: PromptPairs,
+    method: Method = "acdc",
+    *,
+    tau: float = 0.01,
+    steps: int = 5,
+    edges: int | None = None,
+    ablation: Ablation = "resample",
+    stream: Stream = "clean",
+    gates: Gates | None = None,
+    batch_size: int = 64,
+    resume: Circuit | None = None,
+    runs: SharedRuns | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> FoundCircuit:
+    """Finds a circuit with some pairs and judges it on others.
+
+    Args:
+        find: pairs to find with; ACDC removes edges by KL, all other methods score by logit difference.
+        report: pairs to judge on, none of which is in `find`.
+        tau: ACDC's threshold, nats; other methods do not use it.
+        steps: of EAP-IG.
+        edges: size of the circuit of a method that only ranks; None: the fewest tried with f >= 0.9 on `find`.
+        resume: what `SearchInterrupted` held of the same search by ACDC.
+        runs: what searches with the same pairs share, each run being done once; None: nothing.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: an unknown method or choice, edges given for ACDC, pairs in both sets, a gate circuit of a model or
+            stream without gates, `resume` for another method or of another search.
+        SearchInterrupted: Ctrl-C while ACDC searches, or while what it found is judged.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is none of {', '.join(get_args(Method))}")
+    if method == "acdc" and edges is not None:
+        raise ValueError(f"edges={edges} has no meaning for ACDC, whose size follows from tau: give tau, or a ranking")
+    if method != "acdc" and resume is not None:
+        raise ValueError(f"method={method!r} cannot be resumed, only ACDC can: leave resume out")
+    choices = {
+        "gates": check_choices(model, find, ablation, stream, gates),
+        "ablation": ablation,
+        "tau": tau if method == "acdc" else "",
+        "steps": steps if method == "eap-ig" else "",
+    }
+    shared = _prompts(find) & _prompts(report)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} clean prompts are in `find` and in `report`: a circuit is judged on other pairs than those "
+            "it was found with. Make both by pairs.split(seed)"
+        )
+    options: dict[str, Any] = {
+        **{"ablation": ablation, "stream": stream, "gates": gates, "batch_size": batch_size, "progress": progress}
+    }
+    runs = SharedRuns() if runs is None else runs
+    metric = partial(runs.metric, model, ablation=ablation, stream=stream, gates=gates, batch_size=batch_size)
+    began = time.perf_counter()
+    result: ACDCResult | None = None
+    if method == "acdc":
+        result = acdc(model, find, tau, resume=resume, **options)
+        ranking = result.circuit
+    else:
+        ranking = _rankings(steps)[method](model, find, options)
+    seconds = time.perf_counter() - began
+    with _kept_if_stopped(result):
+        circuit, warnings = ranking, []
+        order: Order = "mib" if result is None else "signed"
+        judged: dict[str, Any] = {"seed": seed, "order": order, "progress": progress}
+        if result is None:
+            try:
+                if edges is None:
+                    edges = curve_of(metric(find), ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
+            except GapTooSmall as error:
+                edges = 0
+                warnings.append(f"no faithful size was found: {error}")
+            circuit = ranking.keep(edges)
+        ability = {str(k): v for k, v in skill(model, report, stream, seed=seed).to_dict("records")[0].items()}
+        if not ability["able"]:
+            warnings.append(
+                f"the {stream} stream does not do {report.task}: pair accuracy {ability['pair_accuracy']:.0%} is below "
+                f"{SKILL_BAR:.0%}, so a circuit for it explains little"
+            )
+        curve = own = None
+        try:
+            curve = curve_of(metric(report), ranking, **judged)
+            own = curve_of(metric(report), [circuit], **judged)
+            warnings += [warning for warning in own.warnings if "masks" in warning]
+        except GapTooSmall as error:
+            warnings.append(f"no faithfulness: {error}")
+        logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
+        divergence = float(kl(logits[1], logits[0]).double().mean())
+    return FoundCircuit(circuit, ranking, ability, divergence, curve, own, seconds, choices, warnings=tuple(warnings))
+
+
+@contextmanager
+def _kept_if_stopped(result: ACDCResult | None) -> Iterator[None]:
+    """Ctrl-C within the context does not lose a finished search: it can be resumed, and then only has to be judged."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if result is None:
+            raise
+        raise SearchInterrupted(result) from stop
+
+
+def _prompts(pairs: PromptPairs) -> set[tuple[int, ...]]:
+    rows = zip(pairs.clean.tolist(), pairs.lengths.tolist(), strict=True)
+    return {tuple(row[-length:]) for row, length in rows}
+
+
+def _rankings(steps: int) -> dict[str, Callable[[Host, PromptPairs, dict[str, Any]], Circuit]]:
+    def gate(model: Host, pairs: PromptPairs, options: dict[str, Any]) -> Circuit:
+        return gate_circuit(model, pairs, batch_size=options["batch_size"])
+
+    return {
+        "eap": lambda model, pairs, options: eap(model, pairs, **options),
+        "eap-ig": lambda model, pairs, options: eap_ig(model, pairs, steps=steps, **options),
+        "relp": lambda model, pairs, options: relp(model, pairs, **options),
+        "exact": lambda model, pairs, options: exact_effects(model, pairs, **options),
+        "gate": gate,
+    }
+
+
+def table(found: Mapping[Any, FoundCircuit], names: Sequence[str] = ("model",)) -> pd.DataFrame:
+    """A row a circuit.
+
+    Args:
+        names: of the parts of the keys, as first columns.
+
+    Raises:
+        ValueError: another number of names than the keys have parts.
+    """
+    import pandas as pd
+
+    rows = []
+    for key, item in found.items():
+        parts = key if isinstance(key, tuple) else (key,)
+        rows.append({**dict(zip(names, parts, strict=True)), **item.row()})
+    return pd.DataFrame(rows)

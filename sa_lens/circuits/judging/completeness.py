@@ -1,0 +1,244 @@
+"""Whether a circuit holds all that matters and nothing else: completeness and minimality.
+
+Let F be the mean metric over the prompts, C the circuit, M the whole model.
+
+- Completeness: with any part K taken out, circuit and model should still agree, |F(C without K) - F(M without K)|
+  small. A backup that the circuit lacks shows up once K holds what it backs up.
+- Minimality: each edge (or node) of the circuit should matter, F(C) - F(C without it) not small.
+
+Source: Wang et al., arXiv 2211.00593, section 4. Differs: minimality takes each element out of the whole circuit rather
+than out of one chosen by hand, and elements may be edges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sa_lens.circuits.graph import Circuit, Graph, Input, Node
+from sa_lens.circuits.judging.circuit_metric import MINIMUM_GAP, CircuitMetric
+from sa_lens.circuits.metrics import Metric, bootstrap_interval
+from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import Stream
+from sa_lens.core.host import Host
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Elements = Literal["edges", "nodes"]
+"""What is taken out: edges one by one, or heads and MLPs with all their edges."""
+
+
+class _Element(NamedTuple):
+    name: str
+    mask: Bool[Tensor, "input source"]
+    """The edges that go with it, in the whole graph."""
+
+
+def completeness(
+    model: Host,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    *,
+    by: Elements = "edges",
+    subsets: int = 10,
+    share: float = 0.5,
+    greedy: int = 1,
+    steps: int = 5,
+    candidates: int = 10,
+    metric: str | Metric = "logit_difference",
+    ablation: Ablation = "resample",
+    stream: Stream = "clean",
+    gates: Gates | None = None,
+    batch_size: int = 64,
+    minimum_gap: float = MINIMUM_GAP,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How far circuit and model part when the same elements of the circuit are taken out of both.
+
+    Arguments that are not named here are those of `faithfulness_curve`.
+
+    Args:
+        by: elements; see `Elements`.
+        subsets: random sets K, each element of the circuit in it with probability `share`.
+        share: that probability.
+        greedy: searches for a bad K: at each of `steps` steps, of `candidates` random further elements the one that
+            parts them most is taken in. A row holds the worst set on the way. This costs up to
+            2 * greedy * steps * candidates runs.
+        steps: steps of a greedy search.
+        candidates: elements tried at each step.
+        seed: of the random choices; same seed, same sets.
+        progress: a progress bar, where it takes more than a few seconds.
+
+    Returns:
+        A row a set: how (`none` for the empty K, `random`, `greedy`), removed (number of elements), circuit_value
+        F(C without K), model_value F(M without K), incompleteness (absolute difference), normalised (over
+        |m(clean) - m(empty)|), elements (their names), and the settings.
+
+    Raises:
+        ValueError: an empty circuit, an option out of range, and what `faithfulness_curve` raises.
+    """
+    import pandas as pd
+
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must lie between 0 and 1")
+    for name, value in (("subsets", subsets), ("greedy", greedy)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must be at least 0")
+    for name, value in (("steps", steps), ("candidates", candidates)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    elements = _elements(circuit, by, Graph.from_model(model))
+    measure = CircuitMetric(
+        model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
+    )
+    generator = torch.Generator().manual_seed(seed)
+    whole = measure.graph.exists
+
+    def values(chosen: tuple[int, ...]) -> tuple[float, float]:
+        out = _union([elements[i] for i in chosen], whole)
+        return tuple(float(measure(mask & ~out).value.mean()) for mask in (circuit.mask, whole))  # type: ignore
+
+    def apart(chosen: tuple[int, ...]) -> float:
+        in_circuit, in_model = values(chosen)
+        return abs(in_circuit - in_model)
+
+    def search(bar: tqdm[Any]) -> tuple[int, ...]:
+        taken: tuple[int, ...] = ()
+        worst, worst_by = taken, -math.inf
+        for _ in range(min(steps, len(elements))):
+            free = torch.tensor([i for i in range(len(elements)) if i not in taken])
+            tried = free[torch.randperm(len(free), generator=generator)[:candidates]].tolist()
+            sizes = []
+            for i in tried:
+                sizes.append(apart((*taken, i)))
+                bar.update()
+            taken = (*taken, tried[max(range(len(tried)), key=sizes.__getitem__)])
+            if max(sizes) > worst_by:
+                worst, worst_by = taken, max(sizes)
+        return worst
+
+    def sets(bar: tqdm[Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "none", ()
+        for _ in range(subsets):
+            drawn = torch.rand(len(elements), generator=generator) < share
+            bar.update()
+            yield "random", tuple(drawn.nonzero()[:, 0].tolist())
+        for _ in range(greedy):
+            yield "greedy", search(bar)
+
+    rows = []
+    with tqdm(desc="completeness", delay=3, disable=not progress) as bar:
+        for how, chosen in sets(bar):
+            in_circuit, in_model = values(chosen)
+            rows.append(
+                {
+                    **{"how": how, "removed": len(chosen), "circuit_value": in_circuit, "model_value": in_model},
+                    "incompleteness": abs(in_circuit - in_model),
+                    "normalised": abs(in_circuit - in_model) / abs(measure.gap),
+                    "elements": ", ".join(elements[i].name for i in sorted(chosen)),
+                    **{"by": by, "edges": len(circuit), **measure.about},
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def minimality(
+    model: Host,
+    pairs: PromptPairs,
+    circuit: Circuit,
+    *,
+    by: Elements = "edges",
+    metric: str | Metric = "logit_difference",
+    ablation: Ablation = "resample",
+    stream: Stream = "clean",
+    gates: Gates | None = None,
+    batch_size: int = 64,
+    minimum_gap: float = MINIMUM_GAP,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What each element of a circuit adds to it: one run an element.
+
+    Arguments that are not named here are those of `faithfulness_curve`.
+
+    Args:
+        by: elements; see `Elements`.
+        seed: of the bootstrap.
+        progress: a progress bar, where it takes more than a few seconds.
+
+    Returns:
+        A row an element, largest effect first: element, without (F of the circuit without it), change (F of the
+        circuit minus that) with its 95 % interval over prompts `_low` and `_high`, normalised (change over
+        m(clean) - m(empty), so positive ones help), circuit_value, and the settings.
+
+    Raises:
+        ValueError: an empty circuit, an unknown choice, and what `faithfulness_curve` raises.
+    """
+    import pandas as pd
+
+    elements = _elements(circuit, by, Graph.from_model(model))
+    measure = CircuitMetric(
+        model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
+    )
+    before = measure(circuit.mask).value
+    rows = []
+    for element in tqdm(elements, desc="minimality", delay=3, disable=not progress):
+        after = measure(circuit.mask & ~element.mask).value
+        change = bootstrap_interval(before - after, seed=seed)
+        rows.append(
+            {
+                **{"element": element.name, "without": float(after.mean())},
+                **{"change": change.mean, "change_low": change.low, "change_high": change.high},
+                "normalised": change.mean / measure.gap,
+                **{"circuit_value": float(before.mean()), "by": by, "edges": len(circuit), **measure.about},
+            }
+        )
+    table = pd.DataFrame(rows)
+    order = table["change"].abs().sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def _elements(circuit: Circuit, by: str, graph: Graph) -> list[_Element]:
+    """What can be taken out of the circuit, in the order of computation."""
+    if by not in get_args(Elements):
+        raise ValueError(f"by={by!r} must be 'edges' or 'nodes'")
+    if circuit.graph != graph:
+        raise ValueError(f"a circuit of {circuit.graph} does not fit this model, whose graph is {graph}")
+    found = []
+    if by == "edges":
+        for to, source in circuit.mask.nonzero().tolist():
+            mask = torch.zeros_like(graph.exists)
+            mask[to, source] = True
+            found.append(_Element(str(graph.edge(to, source)), mask))
+    else:
+        found = [_Element(str(n), _edges_of(n, graph)) for n in circuit.nodes if n.kind in ("head", "mlp")]
+    if not found:
+        raise ValueError(f"the circuit has no {by} to take out")
+    return found
+
+
+def _edges_of(node: Node, graph: Graph) -> Bool[Tensor, "input source"]:
+    """All edges into and out of a head or MLP."""
+    mask = torch.zeros_like(graph.exists)
+    mask[:, graph.source_index[node]] = True
+    for port in ("q", "k", "v", ""):
+        to = graph.input_index.get(Input(node, port))
+        if to is not None:
+            mask[to] = True
+    return mask & graph.exists
+
+
+def _union(elements: list[_Element], like: Tensor) -> Bool[Tensor, "input source"]:
+    mask = torch.zeros_like(like)
+    for element in elements:
+        mask |= element.mask
+    return mask

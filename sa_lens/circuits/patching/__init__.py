@@ -1,0 +1,1 @@
+"""Activation and mask patching, and attribution of single units."""

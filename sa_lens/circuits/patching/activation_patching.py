@@ -1,0 +1,466 @@
+"""Activation and mask patching on either stream: what one prompt's value does in the other prompt's run.
+
+`denoise` runs the corrupt prompt and puts in values of the clean one; `noise` the other way round. Frozen gates use the
+masks of the unedited prompt that is run (its own corrupt masks when denoising). Live gates read a clean pass under the
+same patch: it gets the other prompt's value of the clean stream, the ablated pass that of the ablated stream. The clean
+pass has no masks, so patches of masks come to the same under both. Many pairs and many patches go through the model in
+one pass.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sa_lens.circuits.metrics import Metric, check_fits, logit_difference, metric_named
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import Stream
+from sa_lens.core.host import (
+    Hook,
+    Host,
+    device_of,
+    gate_hook_names,
+    in_stream,
+    require_hooks,
+    run_to_last,
+    widened,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Direction = Literal["denoise", "noise"]
+Gates = Literal["frozen", "live"]
+
+
+class Kind(NamedTuple):
+    """A kind of thing to patch."""
+
+    hook: str
+    """Hook point within a layer."""
+    unit: tuple[str, ...] = ()
+    """Columns that name the unit patched, for the axes after `batch pos`; empty: the whole activation."""
+    mask: bool = False
+    """Whether it is a gate's mask, which acts at the metric position alone."""
+    many: bool = False
+    """Whether there are so many units that only the most promising are tried."""
+
+
+KINDS: dict[str, Kind] = {
+    "resid_pre": Kind("hook_resid_pre"),
+    "attn_out": Kind("hook_attn_out"),
+    "mlp_out": Kind("hook_mlp_out"),
+    "heads": Kind("attn.hook_z", ("head",)),
+    "neurons": Kind("mlp.hook_post", ("neuron",), many=True),
+    "mask_attn": Kind("attn_gate.hook_mask", mask=True),
+    "mask_mlp": Kind("mlp_gate.hook_mask", mask=True),
+    "mask_heads": Kind("attn_gate.hook_mask", ("head",), mask=True),
+    "mask_attn_units": Kind("attn_gate.hook_mask", ("head", "channel"), mask=True, many=True),
+    "mask_mlp_units": Kind("mlp_gate.hook_mask", ("neuron",), mask=True, many=True),
+}
+"""What can be patched: the residual stream entering a layer, outputs of attention and MLP, heads (`z`), neurons
+(`post`), and masks of the gates: of a whole layer, of a head, or unit by unit."""
+
+TOP_N = 64
+"""Units tried by default where there are many."""
+
+TINY = 1e-9
+"""Difference between clean and corrupt below which there is nothing to normalise by."""
+
+COLUMNS = (
+    *("task", "what", "layer", "head", "channel", "neuron", "position", "token", "value", "normalised"),
+    *("clean", "corrupt", "n", "metric", "direction", "stream", "gates"),
+)
+
+
+class _Place(NamedTuple):
+    """Where in the prompts a patch goes."""
+
+    label: str | int
+    token: str
+    offset: Int[Tensor, " pair"] | None
+    """Position of each pair, counted from the end; None: all positions."""
+
+
+class _Edit(NamedTuple):
+    layer: int
+    hook: str
+    unit: tuple[int, ...]
+    place: int
+
+
+class _Run(NamedTuple):
+    """Pairs of one length with all that their patched runs need."""
+
+    pairs: PromptPairs
+    rows: Int[Tensor, " group"]
+    base: Int[Tensor, "group pos"]
+    source: dict[str, Tensor]
+    """Activations of the other prompt in the chosen stream, by hook name."""
+    clean_source: dict[str, Tensor]
+    """The same in the clean stream, for the clean pass that live gates read; else empty."""
+    masks: dict[str, Tensor] | None
+    """Masks of the base prompt; None in the clean stream and with live gates."""
+    clean: Float[Tensor, "group d_vocab"]
+    corrupt: Float[Tensor, "group d_vocab"]
+
+
+def patch(
+    model: Host,
+    pairs: PromptPairs,
+    what: str = "resid_pre",
+    stream: Stream = "clean",
+    *,
+    direction: Direction = "denoise",
+    metric: str | Metric = "logit_difference",
+    positions: Literal["named", "each", "all"] | Sequence[str | int] | None = None,
+    layers: Sequence[int] | None = None,
+    top_n: int | Literal["all"] | None = None,
+    gates: Gates | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The metric after each single patch.
+
+    In the ablated stream this is the pass of `model.ablated(position=-1)`: the masks act at the metric position, and
+    information flows between positions as in any transformer.
+
+    Args:
+        what: one of `KINDS`.
+        stream: `clean` or `ablated`; masks can be patched in the ablated stream alone.
+        direction: `denoise`: the corrupt prompt runs, with values of the clean one. `noise`: the other way round.
+        metric: a name of `METRICS`, `kl` (from the unedited clean prompt in the same stream), or a function of the last
+            position's logits and the pairs.
+        positions: `named`: each named position of the pairs. `each`: every position in turn (pairs of one length).
+            `all`: all positions at once. Or a list of names and of whole numbers (from the end if negative). Default:
+            for residual stream, attention and MLP outputs `named` where the pairs have names, else `each`; otherwise
+            `all`.
+        layers: layers to patch; None: all.
+        top_n: for kinds of many units, how many to try (default 64, `all` for all): those with the largest first-order
+            effect (gradient times difference, over all positions) on the logit difference.
+        gates: in the ablated stream, `frozen` (default): masks of the unedited base prompt. `live`: those of a clean
+            pass of the base prompt under the same patch, with the other prompt's values of the clean stream.
+        batch_size: prompts in one pass, patched copies counted.
+        progress: a progress bar, where it takes more than a few seconds.
+
+    Returns:
+        A row a patch: `layer`; `head`, `channel`, `neuron` where they apply; `position` (name, index, or `all`) and
+        `token` (its text where all prompts share it); `value`, the mean metric; `normalised`, the share of the way from
+        the base prompt's value (0) to the other prompt's (1), NaN where the
+        two do not differ; `clean` and `corrupt`, the unpatched means; `n`; and the
+        settings.
+
+    Raises:
+        ValueError: an unknown choice, a position or layer that is not there, masks or gates in the clean stream, a
+            model without the hook points.
+
+    Source: the definitions of `transformer_lens.patching`, which this agrees with.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    kind = _checked(model, pairs, what, stream, direction, top_n, gates, batch_size)
+    hooks = kind_hooks(model, kind, _checked_layers(model, layers))
+    places = _places(pairs, kind, what, positions)
+    gates = gates or "frozen"
+    metric_named(metric, torch.empty(0))
+    runs = [
+        _prepare(model, group, rows, kind, list(hooks.values()), stream, direction, gates)
+        for rows, group in pairs.by_length(batch_size)
+    ]
+    edits = _edits(model, runs, kind, hooks, places, top_n, stream)
+    totals = torch.zeros(len(edits), dtype=torch.float64)
+    copies = max(1, batch_size // max(len(run.pairs) for run in runs))
+    before = {"clean": 0.0, "corrupt": 0.0}
+    name = ""
+    with (
+        torch.no_grad(),
+        tqdm(total=len(edits) * len(runs), desc=f"patching {what}", delay=3, disable=not progress) as bar,
+    ):
+        for run in runs:
+            name, score = metric_named(metric, run.clean)
+            before["clean"] += float(score(run.clean, run.pairs).double().sum())
+            before["corrupt"] += float(score(run.corrupt, run.pairs).double().sum())
+            for start in range(0, len(edits), copies):
+                chunk = edits[start : start + copies]
+                logits = _patched_logits(model, run, chunk, places, stream)
+                for i, one in enumerate(logits):
+                    totals[start + i] += float(score(one, run.pairs).double().sum())
+                bar.update(len(chunk))
+    n = len(pairs)
+    clean, corrupt = before["clean"] / n, before["corrupt"] / n
+    start_value, end_value = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+    gap = end_value - start_value
+    rows = []
+    for edit, total in zip(edits, totals.tolist(), strict=True):
+        value = total / n
+        place = places[edit.place]
+        rows.append(
+            {
+                **dict.fromkeys(COLUMNS),
+                **dict(zip(kind.unit, edit.unit, strict=True)),
+                **{"task": pairs.task, "what": what, "layer": edit.layer},
+                **{"position": place.label, "token": place.token},
+                **{"value": value, "normalised": (value - start_value) / gap if abs(gap) > TINY else float("nan")},
+                **{"clean": clean, "corrupt": corrupt, "n": n, "metric": name, "direction": direction},
+                **{"stream": stream, "gates": gates if stream == "ablated" else "none"},
+            }
+        )
+    whole = dict.fromkeys(("head", "channel", "neuron"), "Int64")
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole)
+
+
+def _checked(
+    model: Host,
+    pairs: PromptPairs,
+    what: str,
+    stream: Stream,
+    direction: str,
+    top_n: Any,
+    gates: Any,
+    batch_size: int,
+) -> Kind:
+    if what not in KINDS:
+        raise ValueError(f"what={what!r} is none of {', '.join(KINDS)}")
+    kind = KINDS[what]
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction={direction!r} must be 'denoise' or 'noise'")
+    if gates not in (None, "frozen", "live"):
+        raise ValueError(f"gates={gates!r} must be 'frozen' or 'live'")
+    with in_stream(model, stream, position=-1):
+        pass
+    if stream == "clean" and kind.mask:
+        raise ValueError(f"what={what!r} needs stream='ablated': gates do not act in the clean stream")
+    if stream == "clean" and gates is not None:
+        raise ValueError(f"gates={gates!r} needs stream='ablated': gates do not act in the clean stream")
+    if top_n is not None and not kind.many:
+        raise ValueError(f"top_n={top_n!r} applies to kinds of many units only, not to what={what!r}")
+    if top_n not in (None, "all") and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+        raise ValueError(f"top_n={top_n!r} must be a number of units, at least 1, or 'all'")
+    check_fits(model, pairs, batch_size)
+    return kind
+
+
+def kind_hooks(model: Host, kind: Kind, layers: Iterable[int]) -> dict[int, str]:
+    """Hook points of a kind, by layer.
+
+    Raises:
+        ValueError: the model does not have them, such as those of MLPs in an attention-only model.
+    """
+    if model.cfg.attn_only and "mlp" in kind.hook:
+        raise ValueError(f"{kind.hook!r} belongs to an MLP, but this model has attention layers alone: patch 'heads'")
+    hooks = {layer: f"blocks.{layer}.{kind.hook}" for layer in layers}
+    require_hooks(model, hooks.values())
+    return hooks
+
+
+def _checked_layers(model: Host, layers: Sequence[int] | None) -> list[int]:
+    n_layers = model.cfg.n_layers
+    if layers is None:
+        return list(range(n_layers))
+    for layer in layers:
+        if not _is_whole(layer) or not 0 <= layer < n_layers:
+            raise ValueError(f"layer {layer!r} is not there: the model's are 0 to {n_layers - 1}")
+    if not len(layers):
+        raise ValueError("layers is empty: give at least one, or None for all")
+    return [int(layer) for layer in layers]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number of Python, numpy or torch."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _places(
+    pairs: PromptPairs, kind: Kind, what: str, positions: Literal["named", "each", "all"] | Sequence[str | int] | None
+) -> list[_Place]:
+    if kind.mask:
+        if positions is not None:
+            raise ValueError(f"positions do not apply to what={what!r}: masks act at the last position alone")
+        return [_Place("end", _shared_token(pairs, pairs.positions["end"]), None)]
+    if positions is None:
+        named = "named" if len(pairs.positions) > 1 else "each" if pairs.uniform else "all"
+        positions = "all" if kind.unit else named
+    if positions == "all":
+        return [_Place("all", "", None)]
+    shortest = int(pairs.lengths.min())
+    if positions == "named":
+        positions = list(pairs.positions)
+    elif positions == "each":
+        if not pairs.uniform:
+            found = ", ".join(str(int(length)) for length in pairs.lengths.unique())
+            raise ValueError(
+                f"positions='each' needs prompts of one length, these have {found} tokens: use positions='named', make "
+                "the pairs with length=..., or take a group of pairs.by_length()"
+            )
+        positions = list(range(shortest))
+    elif isinstance(positions, str):
+        raise ValueError(f"positions={positions!r} must be 'named', 'each', 'all' or a list")
+    places = []
+    for position in positions or ():
+        if isinstance(position, str):
+            if position not in pairs.positions:
+                raise ValueError(f"position {position!r} has no name here; names are {', '.join(pairs.positions)}")
+            offset = pairs.positions[position]
+        elif not _is_whole(position):
+            raise ValueError(
+                f"position {position!r} must be a name or a whole number, counted from the end if negative"
+            )
+        elif not -shortest <= position < shortest:
+            raise ValueError(f"position {position} lies outside the shortest prompt of {shortest} tokens")
+        else:
+            offset = torch.full_like(pairs.lengths, position) - (pairs.lengths if position >= 0 else 0)
+        token = _shared_token(pairs, offset) or ("" if isinstance(position, str) else _shared_name(pairs, offset))
+        places.append(_Place(position, token, offset))
+    if not places:
+        raise ValueError("positions: give at least one")
+    return places
+
+
+def _shared_token(pairs: PromptPairs, offset: Int[Tensor, " pair"]) -> str:
+    """The token there if all clean prompts share it, else empty."""
+    tokens = {texts[int(at)] for texts, at in zip(pairs.token_texts, offset, strict=True)}
+    return tokens.pop() if len(tokens) == 1 else ""
+
+
+def _shared_name(pairs: PromptPairs, offset: Int[Tensor, " pair"]) -> str:
+    return next((name for name, at in pairs.positions.items() if torch.equal(at, offset)), "")
+
+
+def _prepare(
+    model: Host,
+    pairs: PromptPairs,
+    rows: Int[Tensor, " group"],
+    kind: Kind,
+    hooks: list[str],
+    stream: Stream,
+    direction: Direction,
+    gates: Gates,
+) -> _Run:
+    """Runs both prompts once: logits, the source's activations in each stream that is patched, the base's masks."""
+    device = device_of(model)
+    clean, corrupt = pairs.clean.to(device), pairs.corrupt.to(device)
+    base, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+    names = set(gate_hook_names(model)) if stream == "ablated" and gates == "frozen" else set()
+    base_logits, base_cache = _cached(model, base, names, stream)
+    source_logits, source_cache = _cached(model, source, set(hooks), stream)
+    clean_source: dict[str, Tensor] = {}
+    if stream == "ablated" and gates == "live" and not kind.mask:
+        _, clean_source = _cached(model, source, set(hooks), "clean")
+    masks = {name: base_cache[name] for name in names} if names else None
+    logits = (source_logits, base_logits) if direction == "denoise" else (base_logits, source_logits)
+    return _Run(pairs, rows, base, source_cache, clean_source, masks, *logits)
+
+
+def _cached(
+    model: Host, tokens: Int[Tensor, "group pos"], names: set[str], stream: Stream
+) -> tuple[Float[Tensor, "group d_vocab"], dict[str, Tensor]]:
+    cache: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        cache[hook.name] = x.detach().clone()
+
+    with torch.no_grad(), in_stream(model, stream, position=-1):
+        logits = run_to_last(model, tokens, [(name, keep) for name in sorted(names)])
+    return logits, cache
+
+
+def _edits(
+    model: Host,
+    runs: list[_Run],
+    kind: Kind,
+    hooks: dict[int, str],
+    places: list[_Place],
+    top_n: int | Literal["all"] | None,
+    stream: Stream,
+) -> list[_Edit]:
+    """Every patch to make, in order of layer, unit, position."""
+    units = [
+        (layer, unit)
+        for layer, hook in hooks.items()
+        for unit in _indices(runs[0].source[hook].shape[2 : 2 + len(kind.unit)])
+    ]
+    keep = len(units) if not kind.many or top_n == "all" else top_n or TOP_N
+    if keep < len(units):
+        effects = torch.cat([effect.flatten() for effect in _first_order_effects(model, runs, hooks, stream)])
+        best = effects.abs().sort(descending=True, stable=True).indices[:keep].sort().values
+        units = [units[int(i)] for i in best]
+    return [_Edit(layer, hooks[layer], unit, place) for layer, unit in units for place in range(len(places))]
+
+
+def _indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if not shape:
+        yield ()
+        return
+    for first in range(shape[0]):
+        for rest in _indices(shape[1:]):
+            yield (first, *rest)
+
+
+def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], stream: Stream) -> list[Tensor]:
+    """For each layer, gradient of the logit difference times (source - base), summed over pairs and positions.
+
+    With frozen gates, whatever the patches will use: it only ranks.
+    """
+    totals: dict[str, Tensor] = {}
+    for run in runs:
+        base: dict[str, Tensor] = {}
+        leaves: dict[str, Tensor] = {}
+
+        def probe(x: Tensor, hook: Any, base: dict[str, Tensor] = base, leaves: dict[str, Tensor] = leaves) -> Tensor:
+            base[hook.name] = x.detach()
+            leaves[hook.name] = torch.zeros_like(x, requires_grad=True)
+            return x + leaves[hook.name]
+
+        with torch.enable_grad(), in_stream(model, stream, position=-1, masks=run.masks):
+            logits = run_to_last(model, run.base, [(hook, probe) for hook in hooks.values()])
+            score = logit_difference(logits, run.pairs).sum()
+        gradients = torch.autograd.grad(score, list(leaves.values()))
+        for name, gradient in zip(leaves, gradients, strict=True):
+            change = widened(run.source[name]) - widened(base[name])
+            effect = (widened(gradient) * change).sum((0, 1)).cpu()
+            totals[name] = totals.get(name, 0) + effect
+    return [totals[hook] for hook in hooks.values()]
+
+
+def _patched_logits(
+    model: Host, run: _Run, edits: list[_Edit], places: list[_Place], stream: Stream
+) -> Float[Tensor, "edit group d_vocab"]:
+    """Logits at the end of the base prompts, under each edit alone: one pass with a copy of the prompts an edit."""
+    copies, (group, length) = len(edits), run.base.shape
+    prompt = torch.arange(group, device=run.base.device)
+
+    def puts(source: dict[str, Tensor]) -> list[Hook]:
+        """Hooks that put in the values of `source`."""
+
+        def put(x: Tensor, hook: Any) -> Tensor:
+            x = x.unflatten(0, (copies, group)).clone()
+            for copy, edit in zip(x, edits, strict=True):
+                if edit.hook != hook.name:
+                    continue
+                offset = places[edit.place].offset
+                where: tuple[Any, ...] = (slice(None), slice(None))
+                if offset is not None:
+                    where = (prompt, (offset[run.rows] + length).to(prompt.device))
+                copy[(*where, *edit.unit)] = source[hook.name][(*where, *edit.unit)]
+            return x.flatten(0, 1)
+
+        return [(name, put) for name in dict.fromkeys(edit.hook for edit in edits) if name in source]
+
+    def repeated(x: Tensor) -> Tensor:
+        return x.repeat(copies, *[1] * (x.ndim - 1))
+
+    masks = {name: repeated(mask) for name, mask in run.masks.items()} if run.masks else None
+    # without given masks a clean pass precedes, in which clean_hooks alone fire: live gates read it
+    with in_stream(model, stream, position=-1, masks=masks, clean_hooks=puts(run.clean_source)):
+        logits = run_to_last(model, repeated(run.base), puts(run.source))
+    return logits.unflatten(0, (copies, group))

@@ -1,0 +1,373 @@
+"""The metric after each of many removals of edges, recomputing only what a removal can change.
+
+Edges are visited from the last layer to the first, and every input is
+
+    base + sum over present edges of (what the source writes - what an absent edge carries)
+
+where *present* means kept or not yet visited. Three facts make this cheap and exact:
+
+- below the layer that is visited every edge is present, so all sources there write what they write on the clean prompt;
+- a node with no present way to the logits changes nothing; a node that only feeds the metric position (no key or value
+  above it) matters at that position alone;
+- a removal at one node reaches only the nodes above it to which present edges lead.
+
+A block of rows, each a removal on top of those before it, goes through these nodes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sa_lens.circuits.graph import PORTS, Graph, Input, Node
+from sa_lens.circuits.running.removal_state import Block, Changed, Live, Recorded, Row, versions_by_row
+from sa_lens.core.nodes import NodeFunctions
+
+_BLOCK = 2**23
+"""Numbers in one activation of a whole block."""
+
+
+class Recomputation:
+    """The part of the model above the edges that are visited, and what removals there do to the metric.
+
+    Args:
+        functions: the nodes of the model.
+        recorded: activations of whole passes.
+        cost: the metric of many rows from the normalised final residual stream `[row, pair, d_model]` at the metric
+            position; larger is worse.
+        present: True for edges that are kept or not yet visited.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        functions: NodeFunctions,
+        recorded: Recorded,
+        cost: Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]],
+        present: Bool[Tensor, "input source"],
+    ) -> None:
+        self.graph, self.functions, self.cost = graph, functions, cost
+        self.present = present.clone()
+        self.carried, self.last = recorded.carried, recorded.last
+        self.attn_bias, self.mask_attn, self.mask_mlp = recorded.attn_bias, recorded.mask_attn, recorded.mask_mlp
+        self.difference = recorded.written - recorded.carried
+        self.uniform = bool((self.last == recorded.written.shape[2] - 1).all())
+        self.at_last = self._last_of(self.difference)
+        self.full_at, self.base_at = self._streams(recorded.written), self._streams(recorded.carried)
+        self.above: list[Live] = []
+        """Live nodes above the present step, in the order of computation."""
+        self.here: dict[Node, Live] = {}
+        """Live nodes of the present step."""
+        self.by_source: dict[int, Live] = {}
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def enter(self, nodes: Sequence[Node]) -> list[Node]:
+        """Goes down to the nodes of the next step; returns those that are live.
+
+        Their edges are all present, but for those that an interrupted search removed before it was resumed. Computes
+        the present values of all live nodes from scratch, the lowest first, so that rounding does not add up.
+        """
+        self.above = [*self.here.values(), *self.above]
+        live = [found for node in nodes if (found := self._live(node)) is not None]
+        self.here = {item.node: item for item in live}
+        self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
+        for item in live:
+            entering = self.full_at[self.graph.sources_before(item.node)]
+            item.x = [self._where(item, i, entering) - self._gone(item, i) for i in range(len(item.inputs))]
+            self._compute(item)
+        for item in self.above:
+            entering = self.base_at[self.graph.sources_before(item.node)]
+            for i, to in enumerate(item.inputs):
+                x = self._where(item, i, entering).clone()
+                for source in self.present[to].nonzero()[:, 0].tolist():
+                    x += self._sends(source, item, i)
+                item.x[i] = x
+            self._compute(item)
+        return [item.node for item in live]
+
+    def drop(self, places: Sequence[tuple[int, int]]) -> None:
+        """Removes edges (input, source) into nodes that are not live."""
+        if places:
+            to, source = torch.tensor(places).T
+            self.present[to, source] = False
+
+    def _live(self, node: Node) -> Live | None:
+        inputs = [self.graph.input_index[Input(node, port)] for port in (PORTS if node.kind == "head" else ("",))]
+        if node.kind == "logits":
+            return Live(node, -1, False, inputs)
+        source = self.graph.source_index[node]
+        reads = [(item, i) for item in self.above for i, to in enumerate(item.inputs) if self.present[to, source]]
+        if not reads:
+            return None
+        everywhere = any(item.everywhere or (item.node.kind == "head" and i > 0) for item, i in reads)
+        return Live(node, source, everywhere, inputs, mask=self._mask(node, everywhere))
+
+    def _streams(self, by_source: Float[Tensor, "source pair pos d_model"]) -> dict[int, Tensor]:
+        """The residual stream after the first n sources, for every n at which a node reads it."""
+        graph = self.graph
+        found: dict[int, Tensor] = {}
+        total = torch.zeros_like(by_source[0])
+        added = biased = 0
+        for node in (*graph.sources[1:], Node("logits")):
+            n = graph.sources_before(node)
+            if n not in found:
+                total = total + by_source[added:n].sum(0)
+                added = n
+                layers = (
+                    graph.n_layers
+                    if node.kind == "logits"
+                    else node.layer + (node.kind == "mlp" and not graph.parallel)
+                )
+                total = total + self.attn_bias[biased:layers].sum(0)
+                biased = max(biased, layers)
+                found[n] = total
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ values
+
+    def _last_of(self, x: Float[Tensor, "... pair pos width"]) -> Float[Tensor, "... pair 1 width"]:
+        if self.uniform:
+            return x[..., -1:, :]
+        index = self.last[:, None, None].expand(*x.shape[:-2], 1, x.shape[-1])
+        return x.gather(-2, index)
+
+    def _wide(self, item: Live, i: int) -> bool:
+        """Whether input i matters at all positions."""
+        return item.everywhere or (item.node.kind == "head" and i > 0)
+
+    def _where(self, item: Live, i: int, x: Tensor) -> Tensor:
+        """`x` at the positions where input i matters."""
+        return x if self._wide(item, i) or x.shape[-2] == 1 else self._last_of(x)
+
+    def _differences(self, item: Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
+        return self.difference if self._wide(item, i) else self.at_last
+
+    def _gone(self, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+        """What removed edges took from an input of a node of the present step; 0 if none is removed."""
+        to = item.inputs[i]
+        gone = self.graph.exists[to] & ~self.present[to]
+        return self._differences(item, i)[gone.to(self.difference.device)].sum(0)
+
+    def _sends(self, source: int, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+        """What a present edge adds to the base of an input."""
+        sender = self.by_source.get(source)
+        if sender is None:
+            return self._differences(item, i)[source]
+        assert sender.out is not None
+        out = self._where(item, i, sender.out)
+        written = self._write(sender, out)
+        return written - self._where(item, i, self.carried[source])
+
+    def _write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
+        """What values (or changes) of `out` add to the residual stream."""
+        if item.node.kind == "head":
+            return torch.matmul(out, self.functions.W_O[item.node.layer][item.node.head])
+        return out
+
+    def _compute(self, item: Live) -> None:
+        """Present values of a node from its inputs."""
+        if item.node.kind == "head":
+            item.qkv = [self._project(item, i, item.x[i]) for i in range(3)]
+            item.out = self._z(item, item.qkv)
+        elif item.node.kind == "mlp":
+            item.out = self._mlp(item, item.x[0])
+
+    def _at(self, item: Live) -> Tensor | None:
+        return None if item.everywhere else self.last
+
+    def _project(self, item: Live, port: int, x: Tensor) -> Tensor:
+        at = None if self._wide(item, port) else self.last
+        return self.functions.project(item.node.layer, port, item.node.head, x, at)
+
+    def _z(self, item: Live, qkv: Sequence[Tensor]) -> Tensor:
+        node = item.node
+        z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._at(item))
+        return z if item.mask is None else z * item.mask
+
+    def _mlp(self, item: Live, x: Tensor) -> Tensor:
+        return self.functions.mlp(item.node.layer, x, item.mask)
+
+    def _mask(self, node: Node, everywhere: bool) -> Float[Tensor, "pair pos width"] | None:
+        if node.kind == "head":
+            mask = None if self.mask_attn is None else self.mask_attn[node.layer, :, node.head]
+        else:
+            mask = None if self.mask_mlp is None else self.mask_mlp[node.layer]
+        if mask is None or not everywhere:
+            return mask if mask is None else mask[:, None]
+        full = mask.new_ones(len(mask), self.difference.shape[2], mask.shape[-1])
+        full[torch.arange(len(mask), device=mask.device), self.last] = mask
+        return full
+
+    # ------------------------------------------------------------------------------------------------------- blocks
+
+    def value(self) -> float:
+        """The metric of the full graph."""
+        return float(self.cost(self.functions.normalise(self.final_clean()[None]))[0])
+
+    def final_clean(self) -> Float[Tensor, "pair d_model"]:
+        """Final residual stream of the unedited clean prompts at the metric position."""
+        return self._last_of(self.full_at[len(self.graph.sources)])[:, 0]
+
+    @property
+    def largest_block(self) -> int:
+        """Rows of a block that fit a fair share of memory."""
+        return max(4, min(16, _BLOCK // self.difference[0].numel()))
+
+    def _logits(self) -> Live:
+        return next(item for item in (*self.here.values(), *self.above) if item.node.kind == "logits")
+
+    def try_removals(self, rows: Sequence[Row]) -> Block:
+        """The metric after each removal of a block, on top of those rows before it that stay out.
+
+        Args:
+            rows: edges into live nodes of the present step.
+        """
+        touched: dict[Node, list[int]] = {}
+        for r, row in enumerate(rows):
+            touched.setdefault(self.graph.inputs[row.to].node, []).append(r)
+        block = Block(rows, {})
+        for node, own in touched.items():
+            block.changed[node] = self._remove(self.here[node], rows, own)
+        for item in self.above:
+            change = self._follow(item, block.changed)
+            if change is not None:
+                block.changed[item.node] = change
+        logits = self._logits()
+        change = block.changed.get(logits.node)
+        if change is None:
+            final = logits.x[0][None].expand(len(rows), -1, -1, -1)
+        elif change.x:
+            final = change.x[0]
+        else:
+            assert change.out is not None
+            final = logits.x[0] + change.out
+        block.costs = self.cost(self.functions.normalise(final[:, :, 0])).tolist()
+        return block
+
+    def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
+        """What removals of a node's own edges change at it."""
+        found = Changed({}, {}, {}, None)
+        for i, to in enumerate(item.inputs):
+            mine = [r for r in own if rows[r].to == to]
+            if not mine:
+                continue
+            found.x[i] = self._versions(item, i, [rows[r] for r in mine])
+            found.version[i] = versions_by_row(rows, mine)
+            if item.node.kind == "head":
+                found.qkv[i] = self._project(item, i, found.x[i])
+        if item.node.kind == "logits":
+            return found
+        assert item.out is not None
+        if item.node.kind == "head":
+            qkv = [self._pick(found, i, item.qkv[i], own) for i in range(3)]
+            change = self._z(item, qkv).sub_(item.out)
+        else:
+            change = self._mlp(item, found.x[0]).sub_(item.out)
+        if len(own) < len(rows):
+            change = torch.cat([torch.zeros_like(change[:1]), change])[versions_by_row(rows, own)]
+        return found._replace(out=change)
+
+    def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
+        """An input after each of its own removals, on top of those before it that stay out."""
+        n = len(rows)
+        x, differences = item.x[i], self._differences(item, i)
+        sources = [row.source for row in rows]
+        taken = torch.zeros(n, n, dtype=x.dtype)
+        for a in range(n):
+            taken[a, a] = 1
+            if rows[a].stays_out:
+                taken[a + 1 :, a] = 1
+        taken = taken.to(x.device)
+        if sources == list(range(sources[0], sources[0] - n, -1)):
+            sent, taken = differences[sources[-1] : sources[0] + 1], taken.flip(1)
+        else:
+            sent = differences[torch.tensor(sources, device=x.device)]
+        return torch.addmm(x.reshape(1, -1), taken, sent.reshape(n, -1), alpha=-1).view(n, *x.shape)
+
+    def _pick(self, change: Changed, i: int, present: Tensor, own: list[int]) -> Tensor:
+        """Query, key or value of each of a node's own rows."""
+        if i not in change.qkv:
+            return present
+        index = [change.version[i][r] for r in own]
+        if index == list(range(1, len(index) + 1)):
+            return change.qkv[i]
+        return torch.cat([present[None], change.qkv[i]])[torch.tensor(index, device=present.device)]
+
+    def _follow(self, item: Live, changed: dict[Node, Changed]) -> Changed | None:
+        """What the changes so far do to a node above; None if none of them reaches it."""
+        found = Changed({}, {}, {}, None)
+        inputs: dict[int, Tensor] = {}
+        for i in range(len(item.inputs)):
+            arriving = self._arriving(item, i, changed, slice(None))
+            if arriving is not None:
+                inputs[i] = arriving
+        if not inputs:
+            return None
+        if item.node.kind == "logits":
+            return found._replace(out=inputs[0])
+        assert item.out is not None
+        if item.node.kind == "mlp":
+            return found._replace(out=self._mlp(item, inputs[0].add_(item.x[0])).sub_(item.out))
+        for i, x in inputs.items():
+            found.qkv[i] = self._project(item, i, x.add_(item.x[i]))
+        qkv = [found.qkv.get(i, item.qkv[i]) for i in range(3)]
+        return found._replace(out=self._z(item, qkv).sub_(item.out))
+
+    def _arriving(
+        self, item: Live, i: int, changed: dict[Node, Changed], rows: slice
+    ) -> Float[Tensor, "row pair pos d_model"] | None:
+        """Change of an input through present edges; None if there is none. The caller may write into it."""
+        present = self.present[item.inputs[i]]
+        z, W, total = [], [], None
+        for node, change in changed.items():
+            source = self.graph.source_index.get(node)
+            if source is None or not present[source] or change.out is None:
+                continue
+            out = self._where(item, i, change.out[rows])
+            if node.kind == "head":
+                z.append(out)
+                W.append(self.functions.W_O[node.layer][node.head])
+            else:
+                total = out.clone() if total is None else total.add_(out)
+        if z:
+            by_heads = torch.matmul(z[0] if len(z) == 1 else torch.cat(z, -1), W[0] if len(W) == 1 else torch.cat(W))
+            total = by_heads if total is None else total.add_(by_heads)
+        return total
+
+    def accept(self, block: Block, last: int, removed: Sequence[int]) -> None:
+        """Makes a row of a block the present state.
+
+        Args:
+            last: the last row whose edge is removed.
+            removed: all rows whose edges are removed, `last` among them; all of them stay out in row `last`.
+        """
+        for r in removed:
+            self.present[block.rows[r].to, block.rows[r].source] = False
+        row = slice(last, last + 1)
+        updates: list[tuple[Live, int, Tensor]] = []
+        for item in (*self.here.values(), *self.above):
+            change = block.changed.get(item.node)
+            if change is None:
+                continue
+            for i in range(len(item.inputs)):
+                if i in change.x:
+                    version = change.version[i][last]
+                    if version:
+                        updates.append((item, i, change.x[i][version - 1]))
+                elif item.node not in self.here:
+                    arriving = self._arriving(item, i, block.changed, row)
+                    if arriving is not None:
+                        updates.append((item, i, item.x[i] + arriving[0]))
+            for i, values in change.qkv.items():
+                version = change.version[i][last] if i in change.version else last + 1
+                if version:
+                    item.qkv[i] = values[version - 1].clone()
+            if change.out is not None and item.node.kind != "logits":
+                assert item.out is not None
+                item.out = item.out + change.out[last]
+        for item, i, x in updates:
+            item.x[i] = x.clone()

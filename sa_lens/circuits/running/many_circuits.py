@@ -1,0 +1,402 @@
+"""Runs of many circuits on the same prompts, in which a node is computed once for each different input that it gets.
+
+A run of a circuit is a pass in which every input is
+
+    base + sum over the circuit's edges of (what the source writes in this run - what an absent edge carries)
+
+with `base` what absent edges carry from all sources, plus biases. So what a node writes depends on the edges below it
+alone. A *version* of a node is what it writes for one choice of those edges: circuits that agree below a node share its
+version, and a version is computed only if a way leads from it to the logits of a circuit that is asked for.
+
+A pass is cut in lanes. `earlier` holds all positions before the metric position, which are the same in both streams,
+except those at which nothing can change because both prompts still agree. `clean` and `ablated` are the metric position
+in each stream. With live gates a pass has all three lanes: the gates of the ablated lane read the clean one.
+
+`CircuitRunner`, which runs whole passes under hooks, is the definition, and runs the models for which the two might not
+agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sa_lens.circuits.graph import PORTS, Graph, Input, Node
+from sa_lens.circuits.running.circuit_by_hooks import Ablation, CircuitRunner, Gates, check_choices
+from sa_lens.circuits.running.recorded_passes import PassesOfPairs, passes_of_pairs, written
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import Stream
+from sa_lens.core.host import Host
+from sa_lens.core.last_position import Lane, Prompts, why_not_by_nodes
+from sa_lens.core.nodes import NodeFunctions, gate_masks
+
+MEMORY = 2**28
+"""Bytes of versions that are held."""
+_BLOCK = 2**21
+"""Numbers in the inputs that are made at once."""
+
+_LANES: dict[str, tuple[Lane, ...]] = {"none": ("clean",), "frozen": ("ablated",), "live": ("clean", "ablated")}
+"""Lanes of the metric position by kind of gates; the last one is that of the logits."""
+
+
+class CircuitLogits:
+    """Logits of circuits on the same pairs, by versions where the model allows it and by whole passes elsewhere.
+
+    Args: as `run_circuit`.
+    """
+
+    def __init__(
+        self,
+        model: Host,
+        pairs: PromptPairs,
+        ablation: Ablation = "resample",
+        stream: Stream = "clean",
+        gates: Gates | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> None:
+        self.gates = check_choices(model, pairs, ablation, stream, gates, batch_size)
+        self.graph = Graph.from_model(model)
+        self._runner: CircuitRunner | None = None
+        self._parts: list[tuple[Tensor, _Versions]] = []
+        if why_not_by_nodes(model) is not None:
+            self._runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
+            return
+        functions = NodeFunctions(model, int(pairs.lengths.max()))
+        batches = passes_of_pairs(
+            *(model, functions, pairs, ablation),
+            ablated=stream == "ablated",
+            clean=self.gates == "frozen",
+            batch_size=batch_size,
+        )
+        with torch.no_grad():
+            for batch in batches:
+                versions = _Versions(model, self.graph, functions, batch, self.gates, silent=ablation == "resample")
+                self._parts.append((batch.rows, versions))
+
+    def __call__(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
+        """Logits at the end of each clean prompt, for each circuit."""
+        if self._runner is not None:
+            return [self._runner.run(mask).logits for mask in masks]
+        order = torch.cat([rows for rows, _ in self._parts]).argsort()
+        with torch.no_grad():
+            by_part = [versions.logits(masks) for _, versions in self._parts]
+        return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*by_part, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ versions
+
+
+class _Port(NamedTuple):
+    """Query, key or value of a head."""
+
+    lane: Lane
+    to: int
+    """Input of the graph."""
+    sent: tuple[int, ...]
+    """Versions of the sources of its present edges, without those that write what absent edges carry."""
+
+
+class _Output(NamedTuple):
+    """What a head or MLP writes minus what absent edges carry from it."""
+
+    lane: Lane
+    source: int
+    """Place among the sources of the graph."""
+    read: tuple[int, ...]
+    """A head: its query, key and value and, at the metric position, its earlier keys and values. An MLP: versions of
+    the sources of its present edges."""
+    masks: int | None
+    """Version of the masks of its layer; `_GIVEN`: those that were given; None: none."""
+
+
+class _Gates(NamedTuple):
+    """Masks of a layer."""
+
+    layer: int
+    sent: tuple[int, ...]
+    """Versions of all sources below the layer, in the clean lane."""
+    end: int | None
+    """Version of the end of the clean lane, for gates that read it."""
+
+
+class _End(NamedTuple):
+    """Logits or, in the clean lane below live gates, the residual stream that they are computed from."""
+
+    lane: Lane
+    sent: tuple[int, ...]
+
+
+_Key = _Port | _Output | _Gates | _End
+_GIVEN = -1
+
+
+class _Versions:
+    """All versions of one batch of pairs.
+
+    Args:
+        silent: whether a node without a present edge writes what absent edges carry from it.
+    """
+
+    def __init__(
+        self, model: Host, graph: Graph, functions: NodeFunctions, batch: PassesOfPairs, gates: str, *, silent: bool
+    ) -> None:
+        self.model, self.graph, self.functions, self.silent = model, graph, functions, silent
+        self.lanes = _LANES[gates]
+        self.live = gates == "live"
+        self.masks = batch.clean.masks if batch.clean is not None else []
+        # where both prompts still agree, edges carry the same whether they are present or not
+        self.prompts = Prompts.of(batch.prompts.embed, batch.prompts.last, batch.first)
+        kept = batch.prompts.pos >= batch.first[batch.prompts.prompt]
+        self.carried = {
+            lane: [x[kept] if lane == "earlier" else x for x in by_source] for lane, by_source in batch.carried.items()
+        }
+        whole = self._streams("earlier", batch.carried["earlier"])
+        self.before = [self._before(layer, whole, batch.prompts) for layer in range(graph.n_layers)]
+        self.base = {lane: self._streams(lane, by_source) for lane, by_source in self.carried.items()}
+        self.embedded = {
+            lane: self.prompts.rows(lane, self.prompts.embed) - by_source[0] for lane, by_source in self.carried.items()
+        }
+        most = sum(x.numel() for x in self.embedded.values()) + 3 * self.before[0][0].numel()
+        self.at_once = max(1, MEMORY // (most * len(graph.sources) * self.prompts.embed.element_size()))
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ids: dict[_Key, int] = {}
+        self.keys: list[_Key] = []
+        self.values: dict[int, Any] = {}
+        self.held = 0
+        self.embed = {lane: self._keep(_Output(lane, 0, (), None), x) for lane, x in self.embedded.items()}
+
+    def _id(self, key: _Key) -> int:
+        if key not in self.ids:
+            self.ids[key] = len(self.keys)
+            self.keys.append(key)
+        return self.ids[key]
+
+    def _keep(self, key: _Key, value: Any) -> int:
+        version = self._id(key)
+        self.values[version] = value
+        self.held += sum(x.nbytes for x in (value if isinstance(value, tuple) else (value,)) if x is not None)
+        return version
+
+    def _streams(self, lane: Lane, carried: Sequence[Tensor]) -> dict[int, Float[Tensor, "row d_model"]]:
+        """The residual stream of what absent edges carry after the first n sources, for every n at which a node reads
+        it; the earlier lane ends below the top layer's outputs."""
+        graph = self.graph
+        found: dict[int, Tensor] = {}
+        total = torch.zeros_like(carried[0])
+        added = biased = 0
+        for node in (*graph.sources[1:], Node("logits")):
+            n = graph.sources_before(node)
+            if n > len(carried):
+                break
+            layers = graph.n_layers if node.kind == "logits" else node.layer
+            layers += node.kind == "mlp" and not graph.parallel
+            for source in range(added, n):
+                total = total + written(graph, self.functions, source, carried[source])
+            for layer in range(biased, layers):
+                total = total + self.functions.b_O[layer]
+            added, biased = max(added, n), max(biased, layers)
+            found[n] = total
+        return found
+
+    def _before(self, layer: int, streams: Mapping[int, Tensor], prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Keys, before any rotation, and values `[head, pair, pos, d_head]` of what absent edges carry."""
+        _, k, v = self.functions.project_all(layer, streams[self.graph.sources_before(Node("head", layer, 0))])
+        padded = k.new_zeros(2, len(k), len(prompts.last), self.functions.length, k.shape[-1])
+        padded[0][:, prompts.prompt, prompts.pos], padded[1][:, prompts.prompt, prompts.pos] = k, v
+        return padded[0], padded[1]
+
+    # ---------------------------------------------------------------------------------------------------- what to run
+
+    def logits(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
+        """Logits of the circuits with these edges."""
+        found = []
+        for first in range(0, len(masks), self.at_once):
+            if self.held > MEMORY:
+                self._forget()
+            ends = [self._trace(mask) for mask in masks[first : first + self.at_once]]
+            self._compute(ends)
+            found += [self.values[end] for end in ends]
+            for end in set(ends):
+                self.held -= self.values.pop(end).nbytes
+        return found
+
+    def _trace(self, mask: Bool[Tensor, "input source"]) -> int:
+        """The version of the logits of a circuit; nothing is computed."""
+        graph = self.graph
+        present = [row.nonzero()[:, 0].tolist() for row in mask]
+        versions: dict[Lane, list[int | None]] = {lane: [version] for lane, version in self.embed.items()}
+        keys_and_values: dict[int, tuple[int, ...]] = {}
+        spoken: set[int] = set()
+        end: int | None = None
+
+        def sent(lane: Lane, to: int) -> tuple[int, ...]:
+            return tuple(v for source in present[to] if (v := versions[lane][source]) is not None)
+
+        lanes: tuple[Lane, ...] = ("earlier", *self.lanes)
+        for lane in lanes:
+            for source, node in enumerate(graph.sources[1:], 1):
+                masks, changed = None, not self.silent
+                if lane == "ablated":
+                    masks, moved = self._masks(node, versions, end)
+                    changed |= moved
+                inputs = [graph.input_index[Input(node, port)] for port in (PORTS if node.kind == "head" else ("",))]
+                arriving = [sent(lane, to) for to in inputs]
+                changed |= any(arriving)
+                read = arriving[0]
+                if node.kind == "head":
+                    read = tuple(self._id(_Port(lane, to, s)) for to, s in zip(inputs, arriving, strict=True))
+                    if lane == "earlier":
+                        keys_and_values[source] = read[1:]
+                        if any(arriving[1:]):
+                            spoken.add(source)
+                    else:
+                        read += keys_and_values[source]
+                        changed |= source in spoken
+                versions[lane].append(self._id(_Output(lane, source, read, masks)) if changed else None)
+            if lane == "clean":
+                end = self._id(_End(lane, sent(lane, -1)))
+        lane = self.lanes[-1]
+        return self._id(_End(lane, sent(lane, -1)))
+
+    def _masks(self, node: Node, versions: Mapping[Lane, Sequence[int | None]], end: int | None) -> tuple[int, bool]:
+        """Version of the masks of a node's layer, and whether they may differ from those of what is carried."""
+        if not self.live:
+            return _GIVEN, True
+        gates = self.model.gates  # type: ignore[attr-defined]
+        below = self.graph.sources_before(Node("head", node.layer, 0))
+        sent = tuple(v for v in versions["clean"][:below] if v is not None) if gates.reads_local else ()
+        read = end if gates.reads_global else None
+        moved = bool(sent) or (read is not None and bool(self.keys[read].sent))  # type: ignore[union-attr]
+        return self._id(_Gates(node.layer, sent, read)), moved
+
+    # ------------------------------------------------------------------------------------------------------ computation
+
+    def _compute(self, ends: Sequence[int]) -> None:
+        """Fills in these versions and all that they need, the lowest first."""
+        missing: set[int] = set()
+        waiting = [end for end in ends if end not in self.values]
+        while waiting:
+            version = waiting.pop()
+            if version not in missing:
+                missing.add(version)
+                waiting += [v for v in self._needs(self.keys[version]) if v not in self.values]
+        ordered = sorted((self._stage(self.keys[v]), v) for v in missing)
+        for (_, layer, step, lane), group in groupby(ordered, key=lambda item: item[0]):
+            compute: Callable[..., None] = (self._ports, self._heads, self._mlps, self._gates, self._ends)[step]
+            compute(lane, layer, [self.keys[v] for _, v in group])
+
+    def _needs(self, key: _Key) -> Iterable[int]:
+        match key:
+            case _Output():
+                return (*key.read, *(() if key.masks in (None, _GIVEN) else (key.masks,)))
+            case _Gates():
+                return (*key.sent, *(() if key.end is None else (key.end,)))
+        return key.sent
+
+    def _stage(self, key: _Key) -> tuple[int, int, int, str]:
+        """When to compute a version: the clean lane before the gates that read it, those before the ablated lane."""
+        match key:
+            case _Port():
+                return 2 * (key.lane == "ablated"), self.graph.inputs[key.to].node.layer, 0, key.lane
+            case _Output():
+                node = self.graph.sources[key.source]
+                return 2 * (key.lane == "ablated"), node.layer, 1 if node.kind == "head" else 2, key.lane
+            case _Gates():
+                return 1, key.layer, 3, ""
+        return 2 * (key.lane == "ablated"), self.graph.n_layers, 4, key.lane
+
+    def _inputs(self, lane: Lane, to: int, sent: Sequence[tuple[int, ...]]) -> Float[Tensor, "version row d_model"]:
+        """Inputs of one step, `to` being one of them, from the versions that are sent to each."""
+        base = self.base[lane][self.graph.n_sources[to]]
+        different = {v: i for i, v in enumerate(dict.fromkeys(v for one in sent for v in one))}
+        if not different:
+            return base.expand(len(sent), -1, -1)
+        places = torch.tensor([(row, different[v]) for row, one in enumerate(sent) for v in one]).T
+        taken = base.new_zeros(len(sent), len(different))
+        taken[places[0], places[1]] = 1
+        changes = torch.stack([self.values[v] for v in different]).flatten(1)
+        return torch.addmm(base.reshape(1, -1), taken, changes).view(len(sent), *base.shape)
+
+    def _split(self, keys: Sequence[Any], numbers: int) -> Iterator[Sequence[Any]]:
+        """The keys in parts of which each needs no more than a block of numbers."""
+        count = max(1, _BLOCK // max(1, numbers))
+        for first in range(0, len(keys), count):
+            yield keys[first : first + count]
+
+    def _ports(self, lane: Lane, layer: int, keys: Sequence[_Port]) -> None:
+        for part in self._split(keys, self.base[lane][1].numel()):
+            inputs = [self.graph.inputs[key.to] for key in part]
+            ports, heads = [PORTS.index(to.port) for to in inputs], [to.node.head for to in inputs]
+            x = self._inputs(lane, part[0].to, [key.sent for key in part])
+            for key, port, head, y in zip(
+                part, ports, heads, self.functions.project_each(layer, ports, heads, x), strict=True
+            ):
+                if lane == "earlier":
+                    padded = self.before[layer][max(0, port - 1)][head].clone()
+                    padded[self.prompts.prompt, self.prompts.pos] = y
+                    # queries of other rows are not used
+                    y = self.functions.rotated(layer, port, padded)
+                else:
+                    y = self.functions.rotated(layer, port, y[:, None], self.prompts.last)
+                self._keep(key, y)
+
+    def _heads(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
+        pairs, length = len(self.prompts.last), self.functions.length
+        width = length if lane == "earlier" else 1
+        for part in self._split(keys, pairs * length * (width + self.functions.W_O[layer].shape[1])):
+            heads = [self.graph.sources[key.source].head for key in part]
+            q, k, v, *earlier = (
+                torch.stack([self.values[key.read[i]] for key in part]) for i in range(len(part[0].read))
+            )
+            if lane == "earlier":
+                z = self.functions.attend(layer, q, k, v)[:, self.prompts.prompt, self.prompts.pos]
+            else:
+                every = torch.arange(pairs, device=q.device)
+                all_k, all_v = earlier
+                all_k[:, every, self.prompts.last], all_v[:, every, self.prompts.last] = k[:, :, 0], v[:, :, 0]
+                z = self.functions.attend(layer, q, all_k, all_v, self.prompts.last)[:, :, 0]
+                masks = [self._mask(key, layer, 0) for key in part]
+                if masks[0] is not None:
+                    z = z * torch.stack([m[:, head] for m, head in zip(masks, heads, strict=True) if m is not None])
+            z = z - torch.stack([self.carried[lane][key.source] for key in part])
+            written = torch.bmm(z, self.functions.W_O[layer][torch.tensor(heads)])
+            for key, change in zip(part, written, strict=True):
+                self._keep(key, change)
+
+    def _mlps(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
+        to = self.graph.input_index[Input(Node("mlp", layer))]
+        for part in self._split(keys, self.base[lane][1].numel() * 4):
+            masks = [self._mask(key, layer, 1) for key in part]
+            mask = None if masks[0] is None else torch.stack(masks)  # type: ignore[arg-type]
+            out = self.functions.mlp(layer, self._inputs(lane, to, [key.read for key in part]), mask)
+            for key, change in zip(part, out - self.carried[lane][part[0].source], strict=True):
+                self._keep(key, change)
+
+    def _mask(self, key: _Output, layer: int, kind: int) -> Tensor | None:
+        """Mask of the attention units (0) or neurons (1) of a layer."""
+        if key.masks is None:
+            return None
+        return (self.masks[layer] if key.masks == _GIVEN else self.values[key.masks])[kind]
+
+    def _gates(self, lane: str, layer: int, keys: Sequence[_Gates]) -> None:
+        to = self.graph.input_index[Input(Node("head", layer, 0), "q")]
+        for key in keys:
+            local = self._inputs("clean", to, [key.sent])[0]
+            final = None if key.end is None else self.values[key.end]
+            self._keep(key, gate_masks(self.model, layer, local, final))
+
+    def _ends(self, lane: Lane, layer: int, keys: Sequence[_End]) -> None:
+        for part in self._split(keys, len(self.prompts.last) * self.functions.W_U.shape[1]):
+            x = self._inputs(lane, len(self.graph.inputs) - 1, [key.sent for key in part])
+            if lane == self.lanes[-1]:
+                x = self.functions.normalise(x) @ self.functions.W_U + self.functions.b_U
+            for key, value in zip(part, x, strict=True):
+                self._keep(key, value)

@@ -1,0 +1,105 @@
+"""The metric of a search from the final residual stream, for many rows at once; larger is worse.
+
+For KL the full vocabulary is needed for one number a prompt alone, the log of the sum of exponentials: with p of the
+clean prompt and logits y = n W_U + b_U of the normalised stream n,
+
+    KL(p || q) = lse(y) - lse(y_clean) - (sum over tokens of p W_U) . (n - n_clean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sa_lens.circuits.metrics import Metric, metric_named
+from sa_lens.circuits.tasks.pairs import PromptPairs
+
+Cost = Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]]
+"""The metric of each row, from the normalised final residual stream at the metric position; larger is worse."""
+
+_WORSE_WHEN_LARGER = ("kl", "answer_rank")
+_CHUNK = 2**19
+"""Logits held at once: few enough to stay in a processor's cache."""
+
+
+def sign_of(metric: str | Metric) -> float:
+    """1 for metrics that are worse when larger (`kl`, `answer_rank`), -1 for all others and for functions."""
+    return 1.0 if metric in _WORSE_WHEN_LARGER else -1.0
+
+
+class KLCost:
+    """Mean KL(unedited clean prompt || row), nats, full vocabulary.
+
+    Args:
+        W_U: unembedding that reads the normalised stream.
+        b_U: its bias.
+        clean: normalised final residual stream of the unedited clean prompts.
+    """
+
+    def __init__(
+        self,
+        W_U: Float[Tensor, "d_model d_vocab"],
+        b_U: Float[Tensor, " d_vocab"],
+        clean: Float[Tensor, "pair d_model"],
+    ) -> None:
+        n = max(1, W_U.shape[1] // 1024)
+        self.parts = [
+            (w.contiguous(), b.contiguous())
+            for w, b in zip(W_U.tensor_split(n, dim=1), b_U.tensor_split(n), strict=True)
+        ]
+        self.clean = clean.double()
+        logits = clean @ W_U + b_U
+        self.lse = logits.double().logsumexp(-1)
+        p = logits.softmax(-1)
+        parts = zip(p.split([len(b) for _, b in self.parts], dim=1), self.parts, strict=True)
+        self.mean = torch.stack([q.double() @ w.double().T for q, (w, _) in parts]).sum(0)
+
+    def __call__(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, " row"]:
+        drift = (self.mean * (final.double() - self.clean)).sum(-1)
+        return (self.lse_minus_clean(final) - drift).mean(-1)
+
+    def lse_minus_clean(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, "row pair"]:
+        """lse(y) - lse(y_clean) of each row and prompt, in float64."""
+        flat = final.flatten(0, 1)
+        shift = self.lse.to(flat.dtype).repeat(len(final))[:, None]
+        rows = max(1, _CHUNK // self.parts[0][0].shape[1])
+        logs = torch.cat([self._log_sum_exp(x, s) for x, s in zip(flat.split(rows), shift.split(rows), strict=True)])
+        rounded = shift[:, 0].double() - self.lse.repeat(len(final))
+        return (logs + rounded).view(final.shape[:2])
+
+    def _log_sum_exp(self, x: Float[Tensor, "row d_model"], shift: Float[Tensor, "row 1"]) -> Float[Tensor, " row"]:
+        """lse(y - shift) of each row, in float64."""
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        for W, b in self.parts:
+            total += torch.addmm(b - shift, x, W).exp_().sum(-1)
+        if bool(torch.isfinite(total).all()) and bool((total > 0).all()):
+            return total.log()
+        # logits so far from the clean ones that the exponentials leave the range of floats
+        logits = torch.cat([torch.addmm(b - shift, x, W) for W, b in self.parts], -1)
+        return logits.double().logsumexp(-1)
+
+
+class LogitsCost:
+    """Any other metric, from all logits.
+
+    Args:
+        metric: its name, or a function of logits and pairs; larger values are better, unless it is `answer_rank`.
+        pairs: the pairs, in the order of the rows' prompts.
+    """
+
+    def __init__(
+        self,
+        metric: str | Metric,
+        W_U: Float[Tensor, "d_model d_vocab"],
+        b_U: Float[Tensor, " d_vocab"],
+        pairs: PromptPairs,
+    ) -> None:
+        self.W_U, self.b_U, self.pairs = W_U.contiguous(), b_U, pairs
+        self.metric, self.sign = metric_named(metric, None)[1], sign_of(metric)
+
+    def __call__(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, " row"]:
+        rows = [self.metric(torch.addmm(self.b_U, x, self.W_U), self.pairs).double().mean() for x in final]
+        return self.sign * torch.stack(rows)

@@ -1,0 +1,379 @@
+"""Tasks as pairs of prompts: indirect objects, pronouns, objects and names to recall, and any JSON of pairs.
+
+The words are those of TinyStories, or of the generated stories that sa_lens trains on by default (`world="stories"`),
+whose prompts are cut from the very sentences that those stories are made of. Each task makes different clean prompts
+until as many pairs as asked are usable with the tokenizer; what was left out is in `pairs.report()`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sa_lens.circuits.tasks import tinystories
+from sa_lens.circuits.tasks.pairs import MINIMUM, Draft, PromptPairs, encode, split
+from sa_lens.config import shown
+from sa_lens.data.reading import DamagedFile, check_object
+from sa_lens.data.reading import read_json as read_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sa_lens.data.stories import PromptTemplate
+
+__all__ = [
+    "TASKS",
+    "PromptPairs",
+    "ioi",
+    "make",
+    "make_unseen",
+    "object_recall",
+    "pronoun_gender",
+    "read_json",
+    "repeated_name",
+    "split",
+]
+
+World = Literal["tinystories", "stories"]
+"""Whose words: TinyStories', or the generated stories'."""
+NamePairs = Literal["any", "held-out", "seen"]
+"""Pairs of names in the generated stories: those that never meet in one, those that may, or any."""
+Patterns = Literal["seen", "held-out"]
+"""Sentence patterns: those of the generated stories, or with at least one sentence that no story has."""
+
+_MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]] = {
+    "ioi": lambda answer, wrong: (("IO", answer, 0), ("S1", wrong, 0), ("S2", wrong, -1)),
+    "pronoun": lambda answer, wrong: (("name", None, -1),),
+    "object": lambda answer, wrong: (("object", answer, 0),),
+    "repeated": lambda answer, wrong: (("A1", wrong, 0), ("B1", answer, 0), ("A2", wrong, -1)),
+}
+_PROMPT = {"clean": str, "corrupt": str, "answers": list, "wrong_answers": list}
+"""What a prompt in a JSON file holds."""
+_TRIES = 30
+"""Drafts made for each pair asked before giving up; ten times as many where the length is prescribed."""
+
+
+def _make(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    seed: int,
+    *,
+    world: World,
+    names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    name_pairs: NamePairs = "any",
+    patterns: Patterns = "seen",
+    length: int | None = None,
+) -> PromptPairs:
+    if n < 1:
+        raise ValueError(f"n={n} pairs of {task}: ask for at least 1")
+    if world not in ("tinystories", "stories"):
+        raise ValueError(f"world={world!r} must be 'tinystories' or 'stories' (the generated ones)")
+    if name_pairs not in ("any", "held-out", "seen"):
+        raise ValueError(f"name_pairs={name_pairs!r} must be 'any', 'held-out' or 'seen'")
+    if names is not None:
+        _check_names(names, tokenizer)
+    if world == "tinystories" and (name_pairs, patterns) != ("any", "seen"):
+        raise ValueError(
+            f"name_pairs={name_pairs!r} and patterns={patterns!r} need world='stories': of TinyStories it is not "
+            "recorded which names meet and which sentences occur"
+        )
+    tries = _TRIES if length is None else 10 * _TRIES
+    if world == "stories":
+        drafts = _from_stories(task, n, seed, names, templates, name_pairs, patterns, tries)
+    else:
+        drafts = _from_tinystories(task, tokenizer, n, seed, names, templates, tries)
+    marked = (draft._replace(marks=_MARKS[task](draft.answer, draft.wrong_answer)) for draft in drafts)
+    return encode(task, marked, tokenizer, minimum=n, wanted=n, length=length)
+
+
+def _check_names(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(set(names)) < 5 or len(set(names)) < len(names):
+        raise ValueError(f"names={list(names)}: give at least five different names, two and three to corrupt with")
+    for name in names:
+        if not _one_token(tokenizer, name):
+            pieces = [tokenizer.decode([i]) for i in tokenizer.encode(f" {name}", add_special_tokens=False)]
+            raise ValueError(f"the name {name!r} is not a single token after a space but {pieces}: leave it out")
+
+
+def _one_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    return len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
+
+
+def _from_tinystories(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    seed: int,
+    names: Sequence[str] | None,
+    templates: Sequence[str] | None,
+    tries: int,
+) -> Iterator[Draft]:
+    genders = {**dict.fromkeys(tinystories.GIRLS, "girl"), **dict.fromkeys(tinystories.BOYS, "boy")}
+    if names is None:
+        names = [name for name in tinystories.NAMES if _one_token(tokenizer, name)]
+        if len(names) < 5:
+            cut = next(name for name in tinystories.NAMES if name not in names)
+            raise ValueError(
+                f"only {len(names)} names are single tokens of this tokenizer (not, for one, {cut!r}), five are needed:"
+                " train one that keeps them whole (data.keep_whole), or give your own names"
+            )
+    genders = {name: gender for name, gender in genders.items() if name in names}
+    templates = tinystories.TEMPLATES[task] if templates is None else templates
+    if not templates:
+        raise ValueError(f"templates of {task}: give at least one")
+    for template in templates:
+        tinystories.check_template(task, template)
+    if task == "pronoun":
+        names = list(genders)
+        if len(set(genders.values())) < 2:
+            raise ValueError("the pronoun task needs single-token names of girls and of boys")
+    return tinystories.drafts(task, seed, names, templates, tries * n, genders)
+
+
+def _from_stories(
+    task: Any,
+    n: int,
+    seed: int,
+    names: Sequence[str] | None,
+    templates: Sequence[str] | None,
+    name_pairs: NamePairs,
+    patterns: Patterns,
+    tries: int,
+) -> Iterator[Draft]:
+    from sa_lens.data.stories import NAMES, draw_prompts, held_out_pairs, prompt_templates
+
+    chosen = list(NAMES) if names is None else list(names)
+    for name in chosen:
+        if name not in NAMES:
+            raise ValueError(f"the name {name!r} is not in the generated stories; theirs are {', '.join(NAMES)}")
+    held_out = held_out_pairs()
+    allowed = [
+        pair
+        for pair in map(frozenset, itertools.combinations(chosen, 2))
+        if name_pairs == "any" or (pair in held_out) == (name_pairs == "held-out")
+    ]
+    if not allowed:
+        raise ValueError(f"no {name_pairs} pair among the names {', '.join(chosen)}: give more names")
+    known: tuple[PromptTemplate, ...] = prompt_templates(task, patterns)
+    if templates is not None:
+        for template in templates:
+            if not any(t.name.startswith(template) for t in known):
+                recipes = sorted({t.name.rsplit("-", 1)[0] for t in known})
+                raise ValueError(f"template {template!r} of {task} is none of the stories': {', '.join(recipes)}")
+        known = tuple(t for t in known if t.name.startswith(tuple(templates)))
+
+    def drafts() -> Iterator[Draft]:
+        for part in range(tries):
+            for p in draw_prompts(task, n, seed=1000 * seed + part, pairs=allowed, templates=known):
+                yield Draft(p.clean, p.corrupt, p.answer, p.wrong)
+
+    return drafts()
+
+
+def ioi(
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 256,
+    seed: int = 0,
+    *,
+    world: World = "tinystories",
+    names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    name_pairs: NamePairs = "any",
+    patterns: Patterns = "seen",
+    length: int | None = None,
+) -> PromptPairs:
+    """Indirect object: "One day, Lily and Tom went to the park. Tom gave a ball to" -> " Lily", not " Tom".
+
+    The giver is the first named (BABA) or the second (ABBA), equally often. The corrupt prompt has three other names
+    (ABC). Named positions: IO and S1 (first mention of the answer and of the giver), S2 (last mention of the giver),
+    end.
+
+    Args:
+        tokenizer: the model's.
+        n: pairs.
+        seed: same seed, same pairs.
+        world: words and sentences of `tinystories`, or of the generated `stories`.
+        names: the two names come from these; default: those of the world that are single tokens.
+        templates: `tinystories`: format strings (see the module of that name). `stories`: beginnings of names of
+            `sa_lens.data.stories.prompt_templates`, such as `go-give`.
+        name_pairs: only with `stories`: two names that never meet in a story (`held-out`), that may (`seen`), or `any`.
+        patterns: only with `stories`: sentences as stories have them (`seen`), or with one at least that no story has
+            (`held-out`).
+        length: only prompts of so many tokens, the begin-of-text token included; None: all.
+
+    Raises:
+        ValueError: a given name that is not a single token, a bad template, or fewer than n usable pairs.
+
+    Source: arXiv 2211.00593, sections 2 and 3.
+    """
+    return _make(
+        "ioi",
+        tokenizer,
+        n,
+        seed,
+        world=world,
+        names=names,
+        templates=templates,
+        name_pairs=name_pairs,
+        patterns=patterns,
+        length=length,
+    )
+
+
+def pronoun_gender(
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 256,
+    seed: int = 0,
+    *,
+    world: World = "tinystories",
+    templates: Sequence[str] | None = None,
+    patterns: Patterns = "seen",
+    length: int | None = None,
+) -> PromptPairs:
+    """Gender of a pronoun: "One day, Lily went to the park. Lily was happy because" -> " she", not " he".
+
+    The corrupt prompt names people of the other gender. Named positions: name (its last mention), end. Arguments and
+    errors as in `ioi`.
+    """
+    return _make("pronoun", tokenizer, n, seed, world=world, templates=templates, patterns=patterns, length=length)
+
+
+def object_recall(
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 256,
+    seed: int = 0,
+    *,
+    world: World = "tinystories",
+    templates: Sequence[str] | None = None,
+    patterns: Patterns = "seen",
+    length: int | None = None,
+) -> PromptPairs:
+    """An object named before: "... Tom gave a ball to Lily. Lily thanked Tom for the" -> " ball", not " kite".
+
+    The corrupt prompt has another object in its place. The wrong answer is that one, or, where the prompt names two
+    objects, the other one. Named positions: object, end. Arguments and errors as in `ioi`.
+    """
+    return _make("object", tokenizer, n, seed, world=world, templates=templates, patterns=patterns, length=length)
+
+
+def repeated_name(
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 256,
+    seed: int = 0,
+    *,
+    world: World = "tinystories",
+    names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    name_pairs: NamePairs = "any",
+    patterns: Patterns = "seen",
+    length: int | None = None,
+) -> PromptPairs:
+    """Induction: "... two friends named Lily and Tom. One day, Lily and" -> " Tom", not " Lily".
+
+    The corrupt prompt has three other names. Named positions: A1, B1, A2, end. Arguments and errors as in `ioi`.
+    """
+    return _make(
+        "repeated",
+        tokenizer,
+        n,
+        seed,
+        world=world,
+        names=names,
+        templates=templates,
+        name_pairs=name_pairs,
+        patterns=patterns,
+        length=length,
+    )
+
+
+def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: int = MINIMUM) -> PromptPairs:
+    """Pairs from a JSON file: `{"prompts": [{"clean", "corrupt", "answers": [one], "wrong_answers": [one]}, ...]}`.
+
+    Answers carry their leading space. Other keys (such as `word_idxs`) are left aside: positions are found in each
+    prompt. Named positions, where every prompt has them: IO (first mention of the answer), S1 and S2 (first and last
+    of the wrong answer), end.
+
+    Args:
+        minimum: fewest usable pairs to be content with.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another form, or too few usable pairs.
+
+    Source: the format of github.com/UFO-101/auto-circuit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of prompt pairs at {path}")
+    form = "make it JSON with `prompts`, a list of objects with `clean`, `corrupt`, `answers` and `wrong_answers`"
+    content = read_file(path, remedy=form, complaint="holds no prompt pairs", keys={"prompts": list}, other_keys=True)
+    try:
+        drafts = [_draft_of(prompt, f"prompts[{index}].") for index, prompt in enumerate(content["prompts"])]
+    except ValueError as error:
+        raise DamagedFile(f"{path} holds no prompt pairs: {error}; {form}") from error
+    return encode(path.stem, drafts, tokenizer, minimum=minimum)
+
+
+def _draft_of(prompt: Any, where: str) -> Draft:
+    check_object(prompt, _PROMPT, other_keys=True, where=where)
+    for key in ("answers", "wrong_answers"):
+        if len(prompt[key]) != 1 or not isinstance(prompt[key][0], str):
+            raise ValueError(f"{where}{key}={shown(prompt[key])} must be a list of exactly one word")
+    answer, wrong = prompt["answers"][0], prompt["wrong_answers"][0]
+    return Draft(prompt["clean"], prompt["corrupt"], answer, wrong, _MARKS["ioi"](answer, wrong))
+
+
+TASKS: dict[str, Callable[..., PromptPairs]] = {
+    "ioi": ioi,
+    "pronoun": pronoun_gender,
+    "object": object_recall,
+    "repeated": repeated_name,
+}
+"""Tasks by name; all take `(tokenizer, n, seed, world=, templates=, length=)`."""
+
+
+def make(
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 256,
+    seed: int = 0,
+    *,
+    world: World = "tinystories",
+    **options: Any,
+) -> PromptPairs:
+    """The pairs of a task by name, or of a JSON file by path (n of them, chosen by seed).
+
+    Args:
+        options: further options of the task.
+
+    Raises:
+        ValueError: an unknown task, or what the task raises.
+    """
+    if task in TASKS:
+        return TASKS[task](tokenizer, n, seed, world=world, **options)
+    if not task.endswith(".json"):
+        raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a .json file of prompt pairs")
+    if options:
+        raise ValueError(f"{next(iter(options))} does not apply to prompt pairs read from {task}")
+    pairs = read_json(task, tokenizer, minimum=min(n, MINIMUM))
+    return pairs.subset(random.Random(seed).sample(range(len(pairs)), min(n, len(pairs))))
+
+
+def make_unseen(
+    task: str, tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, *, world: World = "tinystories"
+) -> PromptPairs:
+    """As `make`, with what training cannot have shown: IOI on generated stories takes names that never meet in one.
+
+    Other tasks and worlds have no record of what training showed, and are those of `make`.
+
+    Raises:
+        ValueError: as `make`.
+    """
+    if (task, world) == ("ioi", "stories"):
+        return ioi(tokenizer, n, seed, world=world, name_pairs="held-out")
+    return make(task, tokenizer, n, seed, world=world)

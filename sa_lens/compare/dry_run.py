@@ -1,0 +1,179 @@
+"""What a comparison still has to do: models, tokens, estimated hours, and what is on disk already.
+
+Times of finished models in the same folder count for models of the same variant. All other times are estimated from a
+few timed steps of a model of the grid's shape on this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sa_lens.compare.grids import Grid, Variant
+from sa_lens.compare.measurement import Measurement
+from sa_lens.compare.model_folder import ModelFolder
+from sa_lens.config import GateConfig, RunConfig
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIMED_STEPS = 3
+"""Steps that are timed, after one that is not."""
+OF_UNKNOWN_TOKENIZER = 50_257
+"""Vocabulary that is assumed where only the tokenizer's name is known."""
+
+
+def plan_table(folders: Sequence[ModelFolder], measurements: Sequence[Measurement], device: str) -> pd.DataFrame:
+    """One row per thing to do: variant, seed, what (`training` or a measurement), status, tokens, seconds left.
+
+    Status: `done`, `to do`, `step N of M`, or why it is not available. Tokens are those of training.
+    """
+    import pandas as pd
+
+    rows, times = [], _Times(folders, measurements, device)
+    for folder in folders:
+        train = folder.grid.run.train
+        tokens = (
+            train.steps * train.batch_size * folder.grid.run.model.n_ctx if folder.variant.training != "none" else 0
+        )
+        model = {"variant": folder.variant.name, "seed": folder.seed}
+        done, steps = folder.trained() is not None, folder.steps_done()
+        status = "done" if done else f"step {steps} of {train.steps}" if steps else "to do"
+        left = 0.0 if done or not tokens else 1 - steps / train.steps
+        seconds = left * times.training(folder) if left else 0.0
+        rows.append({**model, "what": "training", "status": status, "tokens": tokens, "seconds": seconds})
+        for measurement in measurements:
+            done = folder.result(measurement) is not None
+            status = "done" if done else measurement.missing() or "to do"
+            seconds = times.measuring(folder, measurement) if status == "to do" else 0.0
+            rows.append({**model, "what": measurement.label, "status": status, "tokens": 0, "seconds": seconds})
+    return pd.DataFrame(rows)
+
+
+class _Times:
+    """Seconds of trainings and measurements, from finished models or else from timed steps."""
+
+    def __init__(self, folders: Sequence[ModelFolder], measurements: Sequence[Measurement], device: str) -> None:
+        self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        self.trainings: dict[str, list[float]] = {}
+        self.measurements: dict[tuple[str, bool], list[float]] = {}
+        self.steps: dict[GateConfig, StepTimes] = {}
+        for folder in folders:
+            trained = folder.trained()
+            if trained is not None and folder.variant.training != "none":
+                self.trainings.setdefault(folder.variant.name, []).append(trained["seconds"])
+            for measurement in measurements:
+                record = folder.record_of(measurement)
+                if record is not None:
+                    alike = (measurement.label, folder.variant.gates.gated)
+                    self.measurements.setdefault(alike, []).append(record["seconds"])
+
+    def training(self, folder: ModelFolder) -> float:
+        known = self.trainings.get(folder.variant.name)
+        if known:
+            return sum(known) / len(known)
+        times, train = self.of_steps(folder.grid, folder.variant), folder.config.train
+        dense = train.dense_steps if folder.variant.gates.gated else 0
+        return dense * times.dense + (train.steps - dense) * times.full
+
+    def measuring(self, folder: ModelFolder, measurement: Measurement) -> float:
+        gates = folder.variant.gates
+        known = self.measurements.get((measurement.label, gates.gated))
+        if known:
+            return sum(known) / len(known)
+        work = measurement.work(dataclasses.replace(folder.grid.run, gates=gates))
+        streams = 2 if gates.gated else 1
+        return streams / 2 * work * self.of_steps(folder.grid, folder.grid.variants[0]).token
+
+    def of_steps(self, grid: Grid, variant: Variant) -> StepTimes:
+        gates = dataclasses.replace(variant.gates, scores="learned")
+        if gates not in self.steps:
+            self.steps[gates] = timed_steps(dataclasses.replace(grid.run, gates=gates), self.device)
+        return self.steps[gates]
+
+
+class StepTimes(NamedTuple):
+    """Seconds of one training step, data loading left out, and of a forward pass."""
+
+    full: float
+    """A step that trains all streams of the model."""
+    dense: float
+    """A step that trains the clean stream alone."""
+    token: float
+    """One token of a clean forward pass."""
+
+
+def timed_steps(run: RunConfig, device: str) -> StepTimes:
+    """Times a few steps of a model of the run's shape."""
+    d_vocab = run.model.d_vocab or (run.data.vocab_size if run.data.tokenizer == "bpe" else OF_UNKNOWN_TOKENIZER)
+    shape = dataclasses.replace(run.model, d_vocab=d_vocab)
+    model = SelfAblatingTransformer(shape, run.gates, seed=0, device=device)
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else None
+    loss = TwoStreamLoss(model, run.loss, path=run.train.path, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device != "mps")
+    generator = torch.Generator().manual_seed(0)
+    part = max(1, run.train.batch_size // run.train.accumulate)
+    tokens = torch.randint(d_vocab, (part, run.model.n_ctx + 1), generator=generator).to(device)
+
+    def step(clean_alone: bool = False) -> None:
+        loss(tokens[:, :-1], tokens[:, 1:], clean_alone=clean_alone).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(tokens[:, :-1])
+
+    full = _seconds(step, device) * run.train.accumulate
+    has_dense_steps = run.gates.gated and run.train.dense_steps > 0
+    dense = _seconds(partial(step, True), device) * run.train.accumulate if has_dense_steps else full
+    return StepTimes(full, dense, _seconds(forward, device) / (part * run.model.n_ctx))
+
+
+def _seconds(action: Any, device: str) -> float:
+    """Mean seconds of an action; the first call does not count."""
+
+    def repeat(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    repeat(1)
+    return repeat(TIMED_STEPS) / TIMED_STEPS
+
+
+def plan_text(plan: pd.DataFrame) -> str:
+    """The plan as text: one line per variant, then the time of training and of each measurement."""
+    lines = [f"{'variant':<16}{'seeds':>6}{'tokens':>16}{'done':>10}{'left':>12}"]
+    for variant, rows in plan.groupby("variant", sort=False):
+        done = f"{int((rows['status'] == 'done').sum())}/{len(rows)}"
+        tokens = f"{int(rows['tokens'].sum()):,}"
+        lines.append(
+            f"{variant:<16}{rows['seed'].nunique():>6}{tokens:>16}{done:>10}{duration(rows['seconds'].sum()):>12}"
+        )
+    training = plan["what"] == "training"
+    parts = plan[~training].groupby("what", sort=False)["seconds"].sum()
+    lines.append("")
+    lines.append(f"training     {duration(plan[training]['seconds'].sum()):>10}")
+    lines += [f"{name:<13}{duration(seconds):>10}" for name, seconds in parts.items()]
+    for (what, why), rows in plan[~plan["status"].str.match(r"done|to do|step \d")].groupby(["what", "status"]):
+        lines.append(f"not available: {what} ({why}), {len(rows)} models")
+    lines.append(f"\nleft in all, one process on this machine: {duration(plan['seconds'].sum())}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 45 s, 12 min, 3.5 h, 2.1 days."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.1f} {name}" if name == "h" else f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"

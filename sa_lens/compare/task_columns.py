@@ -1,0 +1,208 @@
+"""Measurements of a task: skill, and the circuits that ACDC and EAP-IG find.
+
+A stream below 80 % pair accuracy has no value in the columns of circuits: the model cannot do the task, so that a
+circuit for it explains nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sa_lens.circuits.discovery.acdc import acdc, visiting_order
+from sa_lens.circuits.discovery.eap import eap_ig
+from sa_lens.circuits.graph import Graph
+from sa_lens.circuits.judging.circuit_metric import GapTooSmall
+from sa_lens.circuits.judging.faithfulness import faithfulness_curve
+from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve
+from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy, skill
+from sa_lens.circuits.running.circuit_by_hooks import Gates
+from sa_lens.circuits.tasks import make_unseen
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.compare.measurement import Measurement, Result, TrainedModel
+from sa_lens.config import RunConfig, Stream
+
+PROMPT_TOKENS = 32
+"""Length of a prompt for estimates of cost, in tokens."""
+OWN_SHARE = 0.01
+"""Share of the model's own KL(clean prompt || corrupt prompt) that makes the threshold `own`."""
+SKILL_PROMPTS = 400
+"""Prompts that skill is measured on, and so which models have circuits."""
+
+
+class TaskMeasurement(Measurement):
+    """Columns about a task, measured stream by stream on prompts that are the same for every model of a grid."""
+
+    pairs: int
+    task: str
+
+    def measure(self, trained: TrainedModel) -> Result:
+        values, notes = trained.no_values(self.columns), []
+        try:
+            prompts = [self.prompts(trained, n) for n in self.prompt_counts()]
+        except ValueError as error:
+            return Result(values, (f"no prompts: {error}",))
+        for stream in trained.streams:
+            figures, note = self.measure_stream(trained, stream, prompts)
+            notes += [note] if note else []
+            for name, value in figures.items():
+                values[name][stream] = float(value)
+        return Result(values, tuple(notes))
+
+    def prompts(self, trained: TrainedModel, n: int) -> PromptPairs:
+        """Pairs of the task; IOI on generated stories with names that never occur together in one."""
+        return make_unseen(self.task, trained.data.tokenizer, n, 0, world=trained.words)
+
+    def prompt_counts(self) -> tuple[int, ...]:
+        """Numbers of pairs, one for each of the prompt sets that `measure_stream` gets."""
+        return (self.pairs,)
+
+    @abstractmethod
+    def measure_stream(
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
+    ) -> tuple[dict[str, float], str]:
+        """The columns that have a value in this stream, and a note; empty: none."""
+
+
+@dataclass(frozen=True)
+class Skill(TaskMeasurement):
+    """How well both streams do the task."""
+
+    pairs: int = SKILL_PROMPTS
+    """Prompts."""
+    task: str = "ioi"
+    """The task: `ioi`, or `object` (object recall), which small models learn before IOI."""
+
+    name: ClassVar[str] = "skill"
+    version: ClassVar[int] = 2
+    columns: ClassVar[tuple[str, ...]] = ("pair_accuracy", "top1_accuracy", "logit_difference")
+
+    def work(self, run: RunConfig) -> float:
+        return 3.0 * self.pairs * PROMPT_TOKENS
+
+    def measure_stream(
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
+    ) -> tuple[dict[str, float], str]:
+        row: dict[Any, Any] = skill(trained.model, prompts[0], stream).iloc[0].to_dict()
+        weak = f"the {stream} stream has {row['pair_accuracy']:.0%} pair accuracy: below {SKILL_BAR:.0%}"
+        return {name: row[name] for name in self.columns}, "" if row["able"] else weak
+
+
+def too_weak(trained: TrainedModel, pairs: PromptPairs, stream: Stream, bar: float) -> str:
+    """Why a circuit of this stream would explain nothing; empty if the stream does the task."""
+    accuracy = float(pair_accuracy(last_logits(trained.model, pairs, stream), pairs).double().mean())
+    if accuracy >= bar:
+        return ""
+    return f"the {stream} stream has {accuracy:.1%} pair accuracy, below {bar:.0%}: no circuit"
+
+
+@dataclass(frozen=True)
+class ACDC(TaskMeasurement):
+    """Edges that ACDC keeps, by KL, at fixed thresholds and at 1 % of the model's own KL."""
+
+    pairs: int = 64
+    """Prompts of the search."""
+    taus: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Thresholds, nats."""
+    orders: int = 5
+    """Random orders within layers at tau 0.01, for the spread; 0: none."""
+    bar: float = SKILL_BAR
+    """Pair accuracy below which there is no value."""
+    skill_pairs: int = SKILL_PROMPTS
+    """Prompts that pair accuracy is judged on: those of `Skill`, so that all circuits are of the same models."""
+    task: str = "ioi"
+    """The task: `ioi` or `object`."""
+
+    name: ClassVar[str] = "acdc"
+    version: ClassVar[int] = 2
+    columns: ClassVar[tuple[str, ...]] = (
+        *("corrupt_kl", "acdc_edges_0.003", "acdc_edges_0.01", "acdc_edges_0.03", "acdc_edges_own"),
+        "acdc_order_spread",
+    )
+
+    def work(self, run: RunConfig) -> float:
+        searches = len(self.taus) + 1 + self.orders
+        edges = len(Graph(run.model.n_layers, run.model.n_heads, attn_only=run.model.d_mlp == 0))
+        return 0.13 * searches * edges * self.pairs * PROMPT_TOKENS
+
+    def prompt_counts(self) -> tuple[int, ...]:
+        return self.pairs, self.skill_pairs
+
+    def measure_stream(
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
+    ) -> tuple[dict[str, float], str]:
+        pairs, judged = prompts
+        clean, corrupt = (last_logits(trained.model, pairs, stream, prompt) for prompt in ("clean", "corrupt"))
+        divergence = float(kl(corrupt, clean).double().mean())
+        weak = too_weak(trained, judged, stream, self.bar)
+        if weak:
+            return {"corrupt_kl": divergence}, weak
+
+        def edges(tau: float, order: int | None = None) -> int:
+            visits = None if order is None else visiting_order(Graph.from_model(trained.model), order)
+            return len(acdc(trained.model, pairs, tau, stream=stream, order=visits, progress=False))
+
+        thresholds = {f"{tau:g}": tau for tau in self.taus} | {"own": OWN_SHARE * divergence}
+        figures: dict[str, float] = {f"acdc_edges_{name}": edges(tau) for name, tau in thresholds.items()}
+        if self.orders:
+            counts = [edges(0.01, seed) for seed in range(self.orders)]
+            figures["acdc_order_spread"] = statistics.stdev(counts) if len(counts) > 1 else 0.0
+        return {"corrupt_kl": divergence, **figures}, ""
+
+
+@dataclass(frozen=True)
+class Faithfulness(TaskMeasurement):
+    """Faithfulness of the ranking by EAP-IG on other prompts than those that made it.
+
+    In the ablated stream the masks are live: the gates choose under the same edits, so that everything a circuit knows
+    comes through its edges. Beside it stands what frozen masks, those of the clean prompt, bring without any edge.
+    """
+
+    pairs: int = 128
+    """Prompts to rank with, and as many others to judge on."""
+    steps: int = 5
+    """Steps of the integrated gradient."""
+    bar: float = SKILL_BAR
+    """Pair accuracy below which there is no value."""
+    skill_pairs: int = SKILL_PROMPTS
+    """Prompts that pair accuracy is judged on: those of `Skill`, so that all circuits are of the same models."""
+    task: str = "ioi"
+    """The task: `ioi` or `object`."""
+
+    name: ClassVar[str] = "faithfulness"
+    version: ClassVar[int] = 3
+    columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd", "edges_0.9_frozen", "masks_alone")
+
+    def work(self, run: RunConfig) -> float:
+        return 400.0 * self.pairs * PROMPT_TOKENS
+
+    def prompt_counts(self) -> tuple[int, ...]:
+        return 2 * self.pairs, self.skill_pairs
+
+    def measure_stream(
+        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
+    ) -> tuple[dict[str, float], str]:
+        pairs, judged = prompts
+        weak = too_weak(trained, judged, stream, self.bar)
+        if weak:
+            return {}, weak
+        try:
+            curve = self._curve(trained, pairs, stream, "live" if stream == "ablated" else None)
+            frozen = self._curve(trained, pairs, stream, "frozen") if stream == "ablated" else None
+        except GapTooSmall as error:
+            return {}, f"the {stream} stream: {error}"
+        figures = {"edges_0.9": curve.edges_for(0.9).edges, "cpr": curve.cpr.mean, "cmd": curve.cmd.mean}
+        if frozen is not None:
+            figures |= {"edges_0.9_frozen": frozen.edges_for(0.9).edges, "masks_alone": frozen.about["masks_alone"]}
+        return figures, ""
+
+    def _curve(
+        self, trained: TrainedModel, pairs: PromptPairs, stream: Stream, gates: Gates | None
+    ) -> FaithfulnessCurve:
+        to_rank, to_judge = pairs.split(0)
+        options: dict[str, Any] = {"stream": stream, "gates": gates, "progress": False}
+        ranking = eap_ig(trained.model, to_rank, steps=self.steps, **options)
+        return faithfulness_curve(trained.model, to_judge, ranking, **options)

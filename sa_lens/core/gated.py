@@ -1,0 +1,258 @@
+"""`GatedTransformer`: a HookedTransformer with top-k gates in its layers, and what its weights may undergo.
+
+Construction, tokenizer, tied embeddings, biases that the model does not have, loading and processing of weights. What
+the gates do when the model runs is in `model.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedTokenizerBase
+
+from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.core import architecture, embedding
+from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
+from sa_lens.core.gate import Gate
+from sa_lens.core.hook_points import StreamPoint, StreamState
+from sa_lens.data.tokenizers import prompt_tokenizer
+from sa_lens.data.tokens import vocabulary_of
+
+log = logging.getLogger(__name__)
+
+
+class GatedTransformer(HookedTransformer):
+    """A HookedTransformer with gates in its layers; see `SelfAblatingTransformer`, the class to use."""
+
+    gates: GateConfig
+
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig | ModelConfig,
+        gates: GateConfig | None = None,
+        tokenizer: Any = None,
+        *,
+        seed: int | None = None,
+        device: str | torch.device | None = None,
+        default_padding_side: Literal["left", "right"] | None = None,
+    ) -> None:
+        gates = gates if gates is not None else GateConfig()
+        own = cfg if isinstance(cfg, ModelConfig) else None
+        tl_cfg = (
+            architecture.hooked_config(cfg, tokenizer=tokenizer, device=device)
+            if isinstance(cfg, ModelConfig)
+            else copy.deepcopy(cfg)
+        )
+        if device is not None:
+            tl_cfg.device = str(device)
+        architecture.check_supported(tl_cfg, gates)
+        # TransformerLens would run Python code of a tokenizer on the Hub
+        tl_cfg.trust_remote_code = False
+        seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
+        tl_cfg.seed = None
+        gpus = [torch.device(str(tl_cfg.device))] if "cuda" in str(tl_cfg.device) else []
+        with torch.random.fork_rng(devices=gpus), deprecation_ignored():
+            # torch.manual_seed would also seed GPUs that this model is not on
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
+            super().__init__(tl_cfg, tokenizer=tokenizer, default_padding_side=default_padding_side)
+        self.cfg.seed = seed
+        self.gates = gates
+        self._streams = StreamState()
+        generator = torch.Generator().manual_seed(seed + 1)
+        if own is not None and own.init == "reference":
+            architecture.initialise_as_reference(self, torch.Generator().manual_seed(seed))
+        if gates.gated:
+            self._attach_gates(generator)
+        self.qkv_bias = own.qkv_bias if own is not None else True
+        self.unembed_bias = own.unembed_bias if own is not None else True
+        self.freeze_unused_biases()
+        if self.cfg.tie_word_embeddings:
+            self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed)
+        self.setup()
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None) -> None:
+        """As in TransformerLens, for any Hugging Face tokenizer, also one that was never on disk.
+
+        The model keeps a copy that puts one token before a text: the one before the documents of a training text, see
+        `boundary_tokens`. It never reads the tokenizer from its folder again, so that no code there is run.
+
+        Args:
+            default_padding_side: `left` or `right`; None: the tokenizer's own.
+
+        Raises:
+            ValueError: no Hugging Face tokenizer, or one without begin- and end-of-text token.
+        """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"the tokenizer is a {type(tokenizer).__name__}, but must be a Hugging Face one; wrap one of the "
+                "tokenizers library in PreTrainedTokenizerFast(tokenizer_object=..., eos_token=...)"
+            )
+        if default_padding_side not in ("left", "right", None):
+            raise ValueError(f"default_padding_side={default_padding_side!r} must be 'left', 'right' or None")
+        self.tokenizer = prompt_tokenizer(tokenizer)
+        self.tokenizer.padding_side = default_padding_side or self.tokenizer.padding_side or "right"
+        self.cfg.tokenizer_prepends_bos = True
+        if self.cfg.d_vocab == -1:
+            self.cfg.d_vocab = vocabulary_of(self.tokenizer)
+        if self.cfg.d_vocab_out == -1:
+            self.cfg.d_vocab_out = self.cfg.d_vocab
+
+    def _attach_gates(self, generator: torch.Generator) -> None:
+        cfg = self.cfg
+        attn_shape = (cfg.n_heads, cfg.d_head if self.gates.attn_unit == "channel" else 1)
+        for block in self.blocks:
+            shapes: dict[str, tuple[int, tuple[int, ...]]] = {"attn_gate": (self.gates.k_attn, attn_shape)}
+            if not cfg.attn_only:
+                assert cfg.d_mlp is not None
+                shapes["mlp_gate"] = (self.gates.k_mlp, (cfg.d_mlp,))
+            for name, (k, shape) in shapes.items():
+                gate = Gate(self.gates, k, cfg.d_model, shape, cfg.dtype, block.attn.b_O.device)
+                gate.reset_parameters(generator)
+                block.add_module(name, gate)
+
+    def freeze_unused_biases(self) -> None:
+        for name in self.zero_biases:
+            self.get_parameter(name).requires_grad_(False)
+
+    def _admit_filled_biases(self) -> None:
+        """Makes biases the model's own that it did not have and that weight processing has filled."""
+        unused = self.zero_biases
+        filled = {name.rsplit(".", 1)[-1] for name in unused if bool(self.get_parameter(name).any())}
+        self.qkv_bias = self.qkv_bias or bool(filled - {"b_U"})
+        self.unembed_bias = self.unembed_bias or "b_U" in filled
+        for name in unused:
+            self.get_parameter(name).requires_grad_(name not in self.zero_biases)
+
+    @property
+    def zero_biases(self) -> list[str]:
+        """Names of the biases that TransformerLens creates but this model does not have; they stay zero."""
+        unused = set() if self.qkv_bias else {"b_Q", "b_K", "b_V", "_b_K", "_b_V"}
+        if not self.unembed_bias:
+            unused.add("b_U")
+        return [name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in unused]
+
+    def setup(self) -> None:
+        """As in TransformerLens, after which the hook points know about the streams."""
+        super().setup()
+        if "_streams" not in self.__dict__:
+            return
+        for point in self.hook_dict.values():
+            if type(point) is HookPoint:
+                point.__class__ = StreamPoint
+                cast(StreamPoint, point).streams = self._streams
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and unembedding are one parameter."""
+        return isinstance(self.unembed, embedding.TiedUnembed)
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def load_base(self, state: Mapping[str, Tensor]) -> None:
+        """Loads everything but the gates.
+
+        Raises:
+            ValueError: a missing or unknown weight.
+        """
+        result = self.load_state_dict(dict(state), strict=False)
+        parameters = dict(self.named_parameters())
+        missing = [key for key in result.missing_keys if key in parameters and "_gate." not in key]
+        if missing or result.unexpected_keys:
+            raise ValueError(f"weights do not fit: missing {missing}, unknown {result.unexpected_keys}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; with tied embeddings, refuses a state whose W_U is not the transpose of its W_E.
+
+        Raises:
+            ValueError: W_U and W_E differ although the embeddings are tied. Nothing is loaded then.
+        """
+        if self.tied:
+            embedding.check_tied(state_dict, self.embed.W_E)
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._admit_filled_biases()
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
+        moved = super()._apply(fn, recurse)
+        self.cfg.dtype, self.cfg.device = self.W_E.dtype, str(self.W_E.device)
+        return moved
+
+    def untie(self) -> None:
+        """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
+        if isinstance(self.unembed, embedding.TiedUnembed):
+            self.unembed = embedding.untied(self.unembed)
+            self.cfg.tie_word_embeddings = False
+            self.setup()
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """As in TransformerLens, refusing what would change the ablated stream; see `load_and_process_state_dict`.
+
+        Value biases are left where they are.
+        """
+        self.load_and_process_state_dict(
+            self.state_dict(),
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=not self.gates.gated,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """As in TransformerLens. On a gated model `fold_ln` and `center_unembed` keep both streams as they are.
+
+        Gates that the state does not hold stay this model's own.
+
+        Raises:
+            ValueError: on a gated model, a processing that would change a stream, with the reason.
+        """
+        if self.gates.gated:
+            architecture.check_processing(
+                self.cfg,
+                state_dict,
+                fold_ln=fold_ln,
+                center_writing_weights=center_writing_weights,
+                center_unembed=center_unembed,
+                fold_value_biases=fold_value_biases,
+                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            )
+        gates = {key: value for key, value in self.state_dict().items() if "_gate." in key}
+        state_dict = {key: value.clone() for key, value in {**gates, **state_dict}.items()}
+        if self.tied and (fold_ln or center_writing_weights or center_unembed):
+            log.warning("embedding and unembedding are untied: weight processing changes them apart")
+            self.untie()
+        if fold_ln and self.gates.reads_global:
+            architecture.fold_final_norm_into_gates(state_dict)
+        super().load_and_process_state_dict(
+            state_dict,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
+        self._admit_filled_biases()

@@ -1,0 +1,196 @@
+"""The text of a report: stories that every model reads, and held-out text that every model is measured on.
+
+Texts are taken as documents and encoded with each model's own tokenizer, so that models with different ones read the
+same words.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa_lens.data import HubUnreachable, TokenFile
+from sa_lens.data.disk import cache_folder
+from sa_lens.data.sources import open_source
+from sa_lens.data.tokens import write_tokens
+from sa_lens.report.subjects import Subject
+from sa_lens.training import text_of_run
+from sa_lens.units.activations import TextBlocks
+from sa_lens.views.labels import encode_text
+
+HELD_OUT, CALIBRATION = 110_000, 35_000
+"""Tokens, of the first model's tokenizer, that are taken to measure on and to set firing thresholds with."""
+STORY_TOKENS = 128
+"""Tokens of a story at most, in every model; longer ones are cut."""
+LEAST_BLOCKS = 12
+"""Blocks that each part of the text must have."""
+CHARACTERS = 6
+"""Characters of a token at most, about: how much of a named text is read."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents that a report is made from."""
+
+    name: str
+    """What the measured text is, in words."""
+    stories: tuple[str, ...]
+    """Texts to show."""
+    held_out: tuple[str, ...]
+    """Documents to measure on."""
+    calibration: tuple[str, ...]
+    """Documents that set firing thresholds; none of the above is in them."""
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """The measured text in the tokens of one model."""
+
+    held_out: TokenFile
+    """Documents to measure on."""
+    held_out_blocks: TextBlocks
+    """The same in blocks of the model's n_ctx."""
+    calibration_blocks: TextBlocks
+    """Blocks that set firing thresholds."""
+
+
+def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
+    """Stories and measured text of a report.
+
+    All is measured on the validation text of the first run, with thresholds from its training text. A named text
+    gives the stories; where the first run does not know its own text, all is measured on the named one.
+
+    Args:
+        text: path or dataset id; None: stories of the first run's validation text.
+        column: column of `text` that holds the text.
+        n_stories: stories to show at most, spread evenly over the text.
+
+    Raises:
+        ValueError: a text without documents, or a first run that knows no text where none is named.
+        FileNotFoundError: no such text.
+    """
+    first = subjects[0]
+    named = _named(text, column) if text is not None else ()
+    try:
+        own = text_of_run(first.run, first.model)
+    except (ValueError, FileNotFoundError, HubUnreachable):
+        if text is None:
+            raise
+        calibration, held_out = _shared_out(named)
+        name = Path(text).name
+    else:
+        calibration = _documents(own.train, own.tokenizer, CALIBRATION)
+        held_out = _documents(own.validation, own.tokenizer, HELD_OUT)
+        name = f"validation text of {first.name}"
+    stories = _stories(named or held_out, subjects, n_stories)
+    return Texts(name, stories, held_out, calibration)
+
+
+def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
+    """The measured text in a model's tokens, as files in a folder.
+
+    Raises:
+        ValueError: a text too short for blocks of the model's context.
+    """
+    files = {}
+    for part in ("held_out", "calibration"):
+        documents: tuple[str, ...] = getattr(texts, part)
+        path = folder / f"{subject.name.replace('/', '-')}-{part}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = write_tokens(path, documents, subject.tokenizer, name=part.replace("_", "-"), progress=False)
+        file.check_vocabulary(subject.model.cfg.d_vocab)
+        if file.n_blocks(subject.n_ctx) < LEAST_BLOCKS:
+            raise ValueError(
+                f"the {part.replace('_', '-')} part of {texts.name} has {file.n_tokens:,} tokens, "
+                f"{file.n_blocks(subject.n_ctx)} blocks of n_ctx={subject.n_ctx}: {LEAST_BLOCKS} are needed. Name a "
+                "longer text"
+            )
+        files[part] = file
+    held_out, calibration = (
+        TextBlocks(file, subject.n_ctx, d_vocab=subject.model.cfg.d_vocab) for file in files.values()
+    )
+    return ModelText(files["held_out"], held_out, calibration)
+
+
+def _named(text: str, column: str) -> tuple[str, ...]:
+    """The documents of a named text, as many as are needed at most."""
+    source = open_source(
+        text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None), progress=False
+    )
+    documents, room = [], CHARACTERS * (HELD_OUT + CALIBRATION)
+    for document in source.read():
+        documents.append(document[:room])
+        room -= len(document)
+        if room <= 0:
+            break
+    if not documents:
+        raise ValueError(f"the text {text} is empty")
+    return tuple(documents)
+
+
+def _shared_out(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The first part of a text to calibrate on, the rest to measure on."""
+    if len(documents) == 1:
+        whole = documents[0]
+        at = _seam(whole, len(whole) * CALIBRATION // (HELD_OUT + CALIBRATION))
+        return (whole[:at],), (whole[at:],)
+    total = sum(map(len, documents))
+    seen = count = 0
+    while count < len(documents) - 1 and seen * (HELD_OUT + CALIBRATION) < total * CALIBRATION:
+        seen += len(documents[count])
+        count += 1
+    return documents[:count], documents[count:]
+
+
+def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...]:
+    """The documents at the beginning of a token file, the last one whole."""
+    count = int((file.tokens[: n_tokens - 1] == file.end_token_id).sum()) + 1
+    documents = itertools.islice(file.documents(tokenizer), count)
+    return tuple(document for document in documents if document.strip())
+
+
+# ------------------------------------------------------------------------------------------------------------- stories
+
+
+def _stories(documents: Iterable[str], subjects: Sequence[Subject], n_stories: int) -> tuple[str, ...]:
+    """Documents that every model can read, spread evenly; where too few are short enough, the beginnings of others."""
+    different = [document.strip() for document in dict.fromkeys(documents) if document.strip()]
+    whole = [document for document in different if _fits(document, subjects)]
+    chosen = _spread(whole, n_stories)
+    if len(chosen) < n_stories:
+        rest = [document for document in different if document not in set(whole)]
+        chosen += [_cut(document, subjects) for document in _spread(rest, n_stories - len(chosen))]
+    stories = tuple(dict.fromkeys(story for story in chosen if story))
+    if not stories:
+        raise ValueError("the text has no document that a model can read")
+    return stories
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    step = max(1.0, len(items) / max(1, count))
+    return [items[math.floor(i * step)] for i in range(min(count, len(items)))]
+
+
+def _fits(text: str, subjects: Sequence[Subject]) -> bool:
+    """Whether every model reads the text whole."""
+    return all(
+        len(encode_text(subject.tokenizer, text)) <= min(STORY_TOKENS, subject.model.cfg.n_ctx) for subject in subjects
+    )
+
+
+def _cut(text: str, subjects: Sequence[Subject]) -> str:
+    """The longest beginning found that every model can read, ending with a whole word where there are words."""
+    low, high = 0, len(text)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(text[:middle], subjects) else (low, middle)
+    return text[: _seam(text, low)].rstrip()
+
+
+def _seam(text: str, at: int) -> int:
+    """The end of the last word before a place; the place itself in a text without spaces."""
+    return next((i for i in range(at, max(0, at - 40), -1) if text[i : i + 1].isspace()), at)

@@ -1,0 +1,189 @@
+"""Tables of patches as heat maps, or as bars of single units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sa_lens.views.drawing import Panels, register_panels, register_result
+from sa_lens.views.labels import TASKS
+from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
+from sa_lens.views.theme import colour_bar, colour_scale, label_axis, plain
+
+WHAT = {
+    "resid_pre": "residual stream",
+    "attn_out": "attention outputs",
+    "mlp_out": "MLP outputs",
+    "heads": "heads",
+    "neurons": "neurons",
+    "mask_attn": "attention masks",
+    "mask_mlp": "MLP masks",
+    "mask_heads": "masks of heads",
+    "mask_attn_units": "masks of attention units",
+    "mask_mlp_units": "masks of neurons",
+}
+"""Words for what was patched."""
+
+MOST_NUMBERS = 80
+"""Up to this many cells, each shows its number."""
+_CELL, _NARROW, _ROW = 46, 24, 34
+"""Pixels of a column, of the narrowest one, and of a row."""
+_SEVERAL = 1000
+"""Pixels that heat maps beside one another share, if their columns are then wide enough."""
+
+
+def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None = None) -> HeatMap | Bars:
+    """Returns a table of patches as a heat map of layers by positions or heads, or as bars of single units.
+
+    Args:
+        table: from `sa_lens.circuits.patch`: one kind, stream and direction; or several kinds whose rows are whole
+            layers (masks of attention and MLP), which become columns.
+        value: column to show: `normalised` or `value`.
+        title: heading; None: made of the table's settings.
+
+    Raises:
+        ValueError: an empty table, several settings in one table, or more dimensions than a heat map has.
+    """
+    if value not in ("normalised", "value"):
+        raise ValueError(f"value={value!r} must be 'normalised' or 'value'")
+    if not len(table):
+        raise ValueError("the table of patches is empty: there is nothing to show")
+    for setting in ("task", "stream", "gates", "direction", "metric", "n"):
+        values = table[setting].unique()
+        if len(values) > 1:
+            raise ValueError(
+                f"the table mixes {setting} {', '.join(map(str, values))}: show one at a time, or use side_by_side"
+            )
+    row = table.iloc[0]
+    title = title if title is not None else _title(table)
+    scale = "share of the effect" if value == "normalised" else f"{row['metric']}".replace("_", " ")
+    if table["neuron"].notna().any() or table["channel"].notna().any():
+        table = table.sort_values(value, key=abs, ascending=False, kind="stable")
+        labels = tuple(_unit_label(row) for _, row in table.iterrows())
+        return Bars(title, _note(row), labels, tuple(map(number, table[value])), scale)
+    columns = [name for name in ("what", "position", "head") if table[name].nunique(dropna=True) > 1]
+    if len(columns) > 1:
+        raise ValueError(
+            f"the table has several values of {' and '.join(columns)} for each layer, a heat map shows one of them: "
+            f"choose one {columns[0]}, such as table[table.{columns[0]} == {table[columns[0]].iloc[0]!r}]"
+        )
+    column = columns[0] if columns else "position"
+    across = table[column].unique()
+    layers = sorted(int(layer) for layer in table["layer"].unique())
+    cells = table.pivot(index="layer", columns=column, values=value).reindex(index=layers, columns=list(across))
+    tokens = dict(zip(table[column], table["token"], strict=True)) if column == "position" else {}
+    return HeatMap(
+        title=title,
+        note=_note(row),
+        x=Axis({"what": "patched"}.get(column, column), tuple(_label(x, tokens.get(x, ""), column) for x in across)),
+        y=Axis("layer", tuple(map(str, layers))),
+        values=numbers(cells.to_numpy(dtype=float, na_value=float("nan"))),
+        scale=scale,
+    )
+
+
+register_result(pd.DataFrame, patch_map)
+
+
+def _title(table: pd.DataFrame) -> str:
+    row = table.iloc[0]
+    kinds = " and ".join(WHAT.get(what, what) for what in table["what"].unique())
+    gates = f", {row['gates']} gates" if row["stream"] == "ablated" else ""
+    return f"{TASKS.get(row['task'], row['task'])}: {kinds}, {row['stream']} stream{gates}"
+
+
+def _note(row: pd.Series) -> str:
+    metric = str(row["metric"]).replace("_", " ")
+    how = {
+        "denoise": "values of the clean prompt put into the corrupt run (1: all restored)",
+        "noise": "values of the corrupt prompt put into the clean run (1: all lost)",
+    }
+    ends = f"{metric} {row['clean']:.2f} clean, {row['corrupt']:.2f} corrupt"
+    return f"{how[row['direction']]}; {ends}; {row['n']} {'pair' if row['n'] == 1 else 'pairs'}"
+
+
+def _unit_label(row: pd.Series) -> str:
+    unit = f"L{row['layer']} "
+    unit += f"neuron {row['neuron']}" if pd.notna(row["neuron"]) else f"head {row['head']} channel {row['channel']}"
+    return unit if row["position"] in ("all", "end") else f"{unit} at {row['position']}"
+
+
+def _label(place: object, token: str, column: str) -> str:
+    if column == "what":
+        return WHAT.get(str(place), str(place))
+    if column == "head" or isinstance(place, str) or not token:
+        return str(place)
+    if place == 0:
+        # every prompt begins with the begin-of-text token, whatever a tokenizer calls it
+        return "0 BOS"
+    return f"{place} {token.strip() or repr(token)}"
+
+
+def _limits(records: Sequence[HeatMap]) -> tuple[float, float]:
+    """Ends of a colour scale that serves all the records; symmetric about 0 if diverging."""
+    values = [v for record in records for row in record.values for v in row if v is not None]
+    if not values:
+        return -1, 1
+    if records[0].colours == "diverging":
+        most = max(abs(v) for v in values) or 1.0
+        return -most, most
+    return min(values), max(values)
+
+
+def _trace(record: HeatMap, limits: tuple[float, float], dark: bool, cell: int) -> go.Heatmap:
+    columns, rows = len(record.x.labels), len(record.y.labels)
+    return go.Heatmap(
+        z=[list(row) for row in record.values],
+        x=list(range(columns)),
+        y=list(range(rows)),
+        customdata=[[(plain(y), plain(x)) for x in record.x.labels] for y in record.y.labels],
+        colorscale=colour_scale(record.colours, dark),
+        zmin=limits[0],
+        zmax=limits[1],
+        zmid=0 if record.colours == "diverging" else None,
+        xgap=1.5,
+        ygap=1.5,
+        texttemplate="%{z:.2f}" if columns * rows <= MOST_NUMBERS and cell > 1.3 * _NARROW else None,
+        textfont={"size": 11},
+        hoverongaps=False,
+        hovertemplate=(
+            f"{record.y.title} %{{customdata[0]}}<br>{record.x.title} %{{customdata[1]}}<br>"
+            f"<b>%{{z:.4f}}</b> {record.scale}<extra></extra>"
+        ),
+        colorbar=colour_bar(record.scale, dark, "right", tickformat=".2~f"),
+        showscale=False,
+    )
+
+
+def _upright(record: HeatMap) -> bool:
+    """Whether labels of columns are so long that they would run into one another, and stand upright instead."""
+    return max(map(len, record.x.labels), default=0) > 5 and len(record.x.labels) > 8
+
+
+def _height(record: HeatMap) -> int:
+    """Pixels of the cells and the axis below them."""
+    below = 60 + (7 * max(map(len, record.x.labels)) if _upright(record) else 15)
+    return below + max(3 * _ROW, _ROW * len(record.y.labels))
+
+
+def _heat_maps(records: Sequence[HeatMap], dark: bool) -> Panels:
+    widest = max(len(record.x.labels) for record in records)
+    cell = _CELL if len(records) == 1 else max(_NARROW, min(_CELL, _SEVERAL // (len(records) * widest)))
+    traces: list[list[Any]] = [[_trace(record, _limits(records), dark, cell)] for record in records]
+    traces[-1][0].showscale = True
+    axes = [
+        (
+            label_axis(record.x.labels, record.x.title, tickangle=-90 if _upright(record) else 0),
+            label_axis(record.y.labels, record.y.title),
+        )
+        for record in records
+    ]
+    # at least as wide as the title of a panel
+    width = max(8 * _CELL, widest * cell) + 40
+    return Panels(traces, axes, width, beside=150, gap=80, height=max(map(_height, records)))
+
+
+register_panels(HeatMap, _heat_maps)

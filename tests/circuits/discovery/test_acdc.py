@@ -1,0 +1,389 @@
+"""ACDC decides as the plain sequential algorithm does, whatever the model, stream, order or interruption."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from micro import gated, plain, token_pairs
+from twins import SlowRuns, slow_acdc
+
+from sa_lens.circuits.discovery.acdc import AMBIGUOUS, SearchInterrupted, acdc, visiting_order
+from sa_lens.circuits.graph import Circuit, Edge, Graph
+from sa_lens.circuits.metrics import logit_difference
+from sa_lens.circuits.running.circuit_by_hooks import run_circuit
+from sa_lens.circuits.running.edge_removals import Recomputation
+from sa_lens.circuits.tasks.pairs import PromptPairs
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def slow_cost(model: Any, pairs: PromptPairs, **choices: Any) -> Any:
+    """Mean KL over pairs of several lengths, by whole passes."""
+    groups = [SlowRuns(model, g.clean, g.corrupt, **choices) for _, g in pairs.by_length()]
+    return lambda removed: sum(g.kl(removed) * len(g.clean) for g in groups) / len(pairs)
+
+
+def assert_same(model: Any, pairs: PromptPairs, tau: float, tolerance: float, order: Any = None, **choices: Any) -> Any:
+    found = acdc(model, pairs, tau, order=order, progress=False, **choices)
+    twin = {name: choice for name, choice in choices.items() if choice is not None}
+    edges = visiting_order(found.circuit.graph) if order is None else list(order)
+    kept, rises = slow_acdc(edges, slow_cost(model, pairs, **twin), tau)
+    close = [e for e in edges if abs(rises[e] - tau) <= AMBIGUOUS]
+    assert not close, "choose another seed: the twin's own decision hangs on rounding"
+    assert set(found.circuit) == kept
+    assert 0 < len(kept) < len(edges)
+    assert all(abs(rises[e] - found.circuit.score(e)) < tolerance for e in edges)
+    assert found.complete
+    assert found.tried + found.untouched == len(edges)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalization_type": "LNPre"},
+        {"normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 6},
+        {"normalization_type": None, "initializer_range": 0.3},
+        {"attn_only": True, "n_layers": 3},
+        {"parallel_attn_mlp": True},
+        {"n_key_value_heads": 2},
+        {"gated_mlp": True, "act_fn": "silu"},
+        {"attn_types": ["global", "local"], "window_size": 3, "use_local_attn": True},
+        {"use_attn_scale": False, "act_fn": "relu"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tau", [0.1, 0.01])
+def test_same_decisions_in_float64(changes: dict[str, Any], tau: float) -> None:
+    found = assert_same(plain(**DOUBLE, **changes), token_pairs(n=3), tau, 1e-9)
+    assert found.shortcuts == "on"
+
+
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_same_decisions_in_the_ablated_stream(ablation: str, scope: str) -> None:
+    model = gated(scope, **DOUBLE)
+    found = assert_same(model, token_pairs(n=3), 0.05, 1e-9, ablation=ablation, stream="ablated", gates="frozen")
+    assert found.shortcuts == "on"
+    assert found.circuit.about["gates"] == "frozen"
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_same_decisions_in_float32_on_prompts_of_several_lengths(stream: str) -> None:
+    model = gated(n_layers=2)
+    pairs = token_pairs(n=5, lengths=(6, 8))
+    gates = "frozen" if stream == "ablated" else None
+    for ablation in ("resample", "mean"):
+        found = assert_same(model, pairs, 0.02, 1e-5, stream=stream, ablation=ablation, gates=gates)
+        assert found.ambiguous == 0
+
+
+def test_a_deep_model_in_which_many_edges_are_never_run() -> None:
+    found = assert_same(plain(n_layers=4, n_heads=3, d_head=8, **DOUBLE), token_pairs(n=2), 0.3, 1e-9)
+    assert found.untouched > 100
+
+
+def test_live_gates_are_tried_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    model = gated(n_layers=1, **DOUBLE)
+    with caplog.at_level(logging.WARNING):
+        found = assert_same(model, token_pairs(n=2), 0.05, 1e-9, stream="ablated", gates="live")
+    assert "live gates" in found.shortcuts
+    assert "without shortcuts" in caplog.text
+    assert found.untouched == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_orders_within_steps_keep_the_shortcuts(seed: int) -> None:
+    model = plain(**DOUBLE)
+    order = visiting_order(Graph.from_model(model), seed)
+    assert sorted(map(str, order)) == sorted(map(str, visiting_order(Graph.from_model(model))))
+    assert assert_same(model, token_pairs(n=3), 0.1, 1e-9, order=order).shortcuts == "on"
+
+
+def test_an_order_from_the_first_layer_up_switches_the_shortcuts_off() -> None:
+    model = plain(n_layers=1, **DOUBLE)
+    found = assert_same(model, token_pairs(n=2), 0.1, 1e-9, order=Graph.from_model(model).edges)
+    assert "before one of a later step" in found.shortcuts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"positional_embedding_type": "alibi"}, "alibi"),
+        ({"final_rms": True}, "a final RMSNorm"),
+        ({"final_rms": True, "normalization_type": "LNPre"}, "a final RMSNorm"),
+    ],
+    ids=str,
+)
+def test_models_that_cannot_be_recomputed_are_run_as_a_whole(changes: dict[str, Any], reason: str) -> None:
+    found = assert_same(plain(n_layers=1, **changes, **DOUBLE), token_pairs(n=2), 0.1, 1e-9)
+    assert reason in found.shortcuts
+
+
+def test_default_order_is_the_reverse_of_the_order_of_computation() -> None:
+    order = [str(e) for e in visiting_order(Graph(1, 2))]
+    assert order[:4] == ["m0->logits", "a0.h1->logits", "a0.h0->logits", "embed->logits"]
+    assert order[4:] == [
+        *("a0.h1->m0", "a0.h0->m0", "embed->m0"),
+        *("embed->a0.h1.v", "embed->a0.h1.k", "embed->a0.h1.q"),
+        *("embed->a0.h0.v", "embed->a0.h0.k", "embed->a0.h0.q"),
+    ]
+
+
+@pytest.mark.parametrize("metric", ["logit_difference", "answer_log_probability", "answer_rank", logit_difference])
+def test_other_metrics_limit_their_fall(metric: Any) -> None:
+    model, pairs = plain(**DOUBLE), token_pairs(n=3)
+    found = acdc(model, pairs, 0.1, metric, progress=False)
+    slow = acdc(model, pairs, 0.1, metric, progress=False, order=_up_and_down(found.circuit.graph))
+    assert slow.shortcuts != "on"
+    from sa_lens.circuits.metrics import METRICS
+
+    function = METRICS[metric] if isinstance(metric, str) else metric
+    sign = 1 if metric == "answer_rank" else -1
+
+    def cost(removed: set[Edge]) -> float:
+        logits = runs.logits(removed)
+        return sign * float(function(logits, pairs).mean())
+
+    runs = SlowRuns(model, pairs.clean, pairs.corrupt)
+    kept, _ = slow_acdc(visiting_order(runs.graph), cost, 0.1)
+    assert set(found.circuit) == kept
+    assert abs(cost(set(runs.graph.edges) - kept) - found.value) < 1e-9
+    kept, _ = slow_acdc(_up_and_down(runs.graph), cost, 0.1)
+    assert set(slow.circuit) == kept
+
+
+def _up_and_down(graph: Graph) -> list[Edge]:
+    """The default order with its first edge at the end."""
+    first, *rest = visiting_order(graph)
+    return [*rest, first]
+
+
+def test_the_value_is_that_of_the_circuit_as_run() -> None:
+    model, pairs = gated(**DOUBLE), token_pairs(n=4)
+    found = acdc(model, pairs, 0.05, stream="ablated", progress=False)
+    runs = SlowRuns(model, pairs.clean, pairs.corrupt, stream="ablated")
+    assert abs(runs.kl(set(runs.graph.edges) - set(found.circuit)) - found.value) < 1e-9
+    run = run_circuit(model, pairs, found.circuit, stream="ablated")
+    p, q = runs.reference.log_softmax(-1), run.logits.log_softmax(-1)
+    assert abs(float((p.exp() * (p - q)).sum(-1).mean()) - found.value) < 1e-9
+
+
+def stop_after(n: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Lets Ctrl-C come in place of block n; returns a list of the sizes of the blocks that were asked for."""
+    asked: list[int] = []
+    plainly = Recomputation.try_removals
+
+    def interrupted(self: Recomputation, rows: Any) -> Any:
+        asked.append(len(rows))
+        if len(asked) > n:
+            raise KeyboardInterrupt
+        return plainly(self, rows)
+
+    patch.setattr(Recomputation, "try_removals", interrupted)
+    return asked
+
+
+def within_a_step(graph: Graph, decided: torch.Tensor) -> bool:
+    """Whether some step is decided in part."""
+    steps: dict[int, set[bool]] = {}
+    for to, source in graph.exists.nonzero().tolist():
+        steps.setdefault(graph.n_sources[to], set()).add(bool(decided[to, source]))
+    return any(len(found) == 2 for found in steps.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
+    stream: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = (gated if stream == "ablated" else plain)(**DOUBLE), token_pairs(n=3, lengths=(6, 7))
+
+    def search(resume: Any = None) -> Any:
+        return acdc(model, pairs, 0.05, stream=stream, progress=False, resume=resume)
+
+    with monkeypatch.context() as patch:
+        blocks = stop_after(10**6, patch)
+        whole = search()
+    exists = whole.circuit.graph.exists
+    midway = 0
+    for n in range(len(blocks)):
+        with monkeypatch.context() as patch:
+            stop_after(n, patch)
+            with pytest.raises(SearchInterrupted, match=r"stopped after .* edges") as stop:
+                search()
+        part = stop.value.result
+        decided = ~part.circuit.scores.isnan() & exists
+        assert not part.complete
+        assert torch.equal(part.circuit.mask[decided], whole.circuit.mask[decided])
+        assert int(decided.sum()) == part.tried + part.untouched < len(part.circuit.graph)
+        midway += within_a_step(part.circuit.graph, decided)
+        saved = Circuit.load(part.circuit.save(tmp_path / "part.json"))
+        for resumed in (part, saved) if n % 8 == 0 else (saved,):
+            rest = search(resumed)
+            assert rest.complete
+            assert rest.circuit == whole.circuit
+            assert rest.start == whole.start
+            assert abs(rest.value - whole.value) < 1e-12
+            assert torch.allclose(rest.circuit.scores[exists], whole.circuit.scores[exists], atol=1e-10)
+    assert midway > 10, "too few interruptions within a step"
+
+
+def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = plain(**DOUBLE), token_pairs(n=3)
+    whole = acdc(model, pairs, 0.05, progress=False)
+    part, rounds = None, 0
+    while part is None or not part.complete:
+        with monkeypatch.context() as patch:
+            stop_after(1, patch)
+            try:
+                part = acdc(model, pairs, 0.05, progress=False, resume=part)
+            except SearchInterrupted as stop:
+                part = stop.result
+        rounds += 1
+    assert rounds > 10
+    assert part.circuit == whole.circuit
+    assert part.tried + part.untouched == len(whole.circuit.graph)
+
+
+def test_what_is_of_another_search_is_not_resumed(tmp_path: Any) -> None:
+    choices: dict[str, Any] = {"tau": 0.05, "stream": "ablated", "progress": False}
+    model, pairs = gated(n_layers=1), token_pairs(n=4, lengths=(6, 7))
+    done = acdc(model, pairs, **choices)
+    saved = Circuit.load(done.circuit.save(tmp_path / "done.json"))
+    assert saved.about == done.circuit.about
+    # the same search in other objects
+    same = pairs.subset(range(len(pairs)))
+    assert acdc(gated(n_layers=1), same, **choices, resume=saved).circuit == done.circuit
+
+    def others(**changes: Any) -> PromptPairs:
+        return replace(pairs, **changes)
+
+    clean, corrupt = pairs.clean.clone(), pairs.corrupt.clone()
+    clean[2, 3] += 1
+    corrupt[0, 4] += 1
+    for prompts in (
+        others(clean=clean),
+        others(corrupt=corrupt),
+        others(answers=pairs.answers - 1),
+        others(wrong_answers=pairs.wrong_answers - 1),
+        pairs.subset([1, 0, 2, 3]),
+        token_pairs(n=4, lengths=(6, 7), seed=12),
+    ):
+        with pytest.raises(ValueError, match="with other prompts or answers"):
+            acdc(model, prompts, **choices, resume=saved)
+    nudged = gated(n_layers=1)
+    with torch.no_grad():
+        nudged.blocks[0].mlp.W_out[3, 2] += 1e-3
+    for other in (nudged, gated(n_layers=1, k=6), gated("global", n_layers=1), gated(n_layers=1, **DOUBLE)):
+        with pytest.raises(ValueError, match="with other weights or gates"):
+            acdc(other, pairs, **choices, resume=done)
+    for changes, message in (
+        ({"tau": 0.06}, "its tau is 0.05, here it is 0.06"),
+        ({"stream": "clean"}, "its stream is 'ablated', here it is 'clean'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            acdc(model, pairs, **{**choices, **changes}, resume=done)
+    with pytest.raises(ValueError, match="its graph is"):
+        acdc(gated(n_layers=2), pairs, **choices, resume=done)
+
+
+def test_a_search_with_another_function_of_the_same_name_is_not_resumed() -> None:
+    model, pairs = plain(n_layers=1), token_pairs(n=3)
+
+    def search(share: float, **options: Any) -> Any:
+        return acdc(
+            model, pairs, 0.05, lambda logits, p: share * logit_difference(logits, p), progress=False, **options
+        )
+
+    done = search(1.0)
+    assert search(1.0, resume=done).circuit == done.circuit
+    with pytest.raises(ValueError, match="another search: its metric of the full graph is"):
+        search(1.5, resume=done)
+
+
+def test_a_model_with_another_activation_does_not_go_on() -> None:
+    pairs = token_pairs(n=2)
+    done = acdc(plain(n_layers=1), pairs, 0.05, progress=False)
+    for changes in ({"act_fn": "relu"}, {"eps": 1e-3}, {"use_attn_scale": False}):
+        with pytest.raises(ValueError, match="with other weights or gates"):
+            acdc(plain(n_layers=1, **changes), pairs, 0.05, progress=False, resume=done)
+
+
+def test_a_dense_model_does_not_go_on_from_a_gated_one_of_the_same_shape() -> None:
+    pairs = token_pairs(n=2)
+    found = acdc(gated(n_layers=1), pairs, 0.05, progress=False)
+    with pytest.raises(ValueError, match="weights or gates"):
+        acdc(plain(n_layers=1), pairs, 0.05, progress=False, resume=found)
+
+
+def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
+
+    model, pairs = plain(n_layers=1, **DOUBLE), token_pairs(n=2)
+    order = Graph.from_model(model).edges
+    whole = acdc(model, pairs, 0.05, order=order, progress=False)
+    plainly, calls = CircuitRunner.run, []
+
+    def interrupted(self: CircuitRunner, mask: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return plainly(self, mask)
+
+    monkeypatch.setattr(CircuitRunner, "run", interrupted)
+    with pytest.raises(SearchInterrupted, match=r"stopped after 4 of .*acdc\(..., resume=result\)") as stop:
+        acdc(model, pairs, 0.05, order=order, progress=False)
+    assert isinstance(stop.value, KeyboardInterrupt)
+    monkeypatch.undo()
+    part = stop.value.result
+    assert part.tried == 4
+    rest = acdc(model, pairs, 0.05, order=order, progress=False, resume=part)
+    assert rest.circuit == whole.circuit
+
+
+def test_the_model_is_left_alone_and_the_result_is_the_same_again() -> None:
+    model, pairs = gated(), token_pairs(n=4)
+    before = dict(vars(model.cfg))
+    first, second = (acdc(model, pairs, 0.03, progress=False) for _ in range(2))
+    assert vars(model.cfg) == before
+    assert first.circuit == second.circuit
+    assert torch.equal(first.circuit.scores.nan_to_num(7.0), second.circuit.scores.nan_to_num(7.0))
+
+
+def test_far_off_logits_stay_finite() -> None:
+    model = plain(**DOUBLE)
+    with torch.no_grad():
+        model.unembed.W_U *= 400
+    assert_same(model, token_pairs(n=2), 5.0, 1e-6)
+
+
+def test_bar_shows_edges_left(capsys: pytest.CaptureFixture[str]) -> None:
+    model = plain(n_layers=1)
+    found = acdc(model, token_pairs(n=2), 0.05)
+    shown = capsys.readouterr().err
+    assert f"{len(found.circuit.graph)}/{len(found.circuit.graph)}" in shown
+    assert "left=0" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tau": -0.1}, "must be 0 or more"),
+        ({"tau": float("nan")}, "must be 0 or more"),
+        ({"metric": "klm"}, "is none of"),
+        ({"ablation": "noise"}, "must be one of"),
+        ({"stream": "ablated"}, "needs gates"),
+        ({"gates": "live"}, "needs stream='ablated'"),
+        ({"order": ["embed->logits"]}, "each of the graph's"),
+        ({"order": ["embed->nowhere"]}, "names no node"),
+    ],
+)
+def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        acdc(plain(), token_pairs(), **{"progress": False, **arguments})

@@ -1,0 +1,123 @@
+"""The effect of each edge is what a run of the circuit without that edge gives."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from micro import gated, plain, token_pairs
+
+from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.graph import Circuit
+from sa_lens.circuits.metrics import kl, logit_difference, metric_named
+from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
+from sa_lens.circuits.tasks.pairs import PromptPairs
+
+SMALL: dict[str, Any] = {"n_heads": 2, "d_mlp": 16}
+DOUBLE: dict[str, Any] = {**SMALL, "dtype": torch.float64}
+
+
+def slow(model: Any, pairs: PromptPairs, metric: Any, **choices: Any) -> Circuit:
+    """A run of the circuit without each edge in turn."""
+    runner = CircuitRunner(model, pairs, **choices)
+    full = Circuit.full(runner.graph)
+    whole = runner(full).logits
+    function = metric_named(metric, whole)[1]
+    worse = 1 if metric in ("kl", "answer_rank") else -1
+    scores = torch.full_like(full.scores, torch.nan)
+    for to, source in runner.graph.exists.nonzero().tolist():
+        mask = runner.graph.exists.clone()
+        mask[to, source] = False
+        without = function(runner.run(mask).logits, pairs).double().mean()
+        scores[to, source] = worse * (without - function(whole, pairs).double().mean())
+    return Circuit(runner.graph, full.mask, scores)
+
+
+def assert_same(model: Any, pairs: PromptPairs, metric: Any, tolerance: float, **choices: Any) -> Circuit:
+    found = exact_effects(model, pairs, metric, progress=False, **choices)
+    expected = slow(model, pairs, metric, **choices)
+    exists = found.graph.exists
+    assert bool(found.mask[exists].all())
+    assert (found.scores[exists] - expected.scores[exists]).abs().max() < tolerance
+    assert expected.scores[exists].abs().max() > 1e-3
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 6},
+        {"attn_only": True},
+        {"parallel_attn_mlp": True},
+        {"n_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_equals_runs_without_each_edge(changes: dict[str, Any]) -> None:
+    found = assert_same(plain(**DOUBLE, **changes), token_pairs(n=3), "logit_difference", 1e-9)
+    assert found.about["shortcuts"] == "on"
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
+def test_equals_runs_in_the_ablated_stream(scope: str, ablation: str) -> None:
+    pairs = token_pairs(n=5, lengths=(6, 8))
+    found = assert_same(gated(scope, **DOUBLE), pairs, "kl", 1e-9, ablation=ablation, stream="ablated")
+    assert (found.about["gates"], found.about["shortcuts"]) == ("frozen", "on")
+    assert abs(found.about["value"]) < 1e-12
+
+
+@pytest.mark.parametrize("metric", ["pair_accuracy", "answer_rank", "answer_log_probability", logit_difference])
+def test_takes_any_metric_with_its_own_sign(metric: Any) -> None:
+    assert_same(plain(**DOUBLE), token_pairs(n=5), metric, 1e-9)
+
+
+def test_float32_on_prompts_of_several_lengths() -> None:
+    assert_same(plain(**SMALL), token_pairs(n=7, lengths=(6, 8)), "logit_difference", 2e-5)
+
+
+def test_live_gates_take_a_pass_for_each_edge_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, pairs = gated(**DOUBLE), token_pairs(n=3)
+    with caplog.at_level(logging.WARNING):
+        found = assert_same(model, pairs, "logit_difference", 1e-12, stream="ablated", gates="live")
+    assert "live gates" in caplog.text
+    assert "live gates" in found.about["shortcuts"]
+    frozen = exact_effects(model, pairs, stream="ablated", progress=False)
+    assert (frozen.scores - found.scores).abs().nan_to_num().max() > 1e-3
+
+
+def test_models_without_shortcuts_are_run_whole(caplog: pytest.LogCaptureFixture) -> None:
+    found = assert_same(plain(**DOUBLE, attn_scores_soft_cap=5.0), token_pairs(n=3), "kl", 1e-12)
+    assert "soft cap" in found.about["shortcuts"]
+    assert "soft cap" in caplog.text
+
+
+def test_state_is_left_and_scores_may_be_written_to(tmp_path: Any) -> None:
+    model, pairs = gated(), token_pairs()
+    before = dict(vars(model.cfg))
+    found = exact_effects(model, pairs, progress=False)
+    assert vars(model.cfg) == before
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    again = exact_effects(model, pairs, progress=False)
+    assert torch.equal(found.scores.nan_to_num(), again.scores.nan_to_num())
+    found.scores[0, 0] = 1.0
+    assert Circuit.load(found.save(tmp_path / "effects.json")).about["method"] == "exact_effects"
+    assert len(found.keep(7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metric": "likelihood"}, "metric='likelihood' is none of"),
+        ({"metric": lambda logits, pairs: kl(logits, logits * torch.nan)}, "gave values that are not finite"),
+        ({"ablation": "noise"}, "ablation='noise' must be one of"),
+        ({"gates": "live"}, "needs stream='ablated'"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+    ],
+)
+def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        exact_effects(gated(), token_pairs(), progress=False, **arguments)

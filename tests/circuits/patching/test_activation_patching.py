@@ -1,0 +1,387 @@
+"""Patching agrees with `transformer_lens.patching`, and with loops that patch one thing in one prompt at a time."""
+
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+from micro import plain, token_pairs
+from transformer_lens import patching as tl
+
+from sa_lens.circuits import tasks
+from sa_lens.circuits.metrics import kl, last_logits, logit_difference
+from sa_lens.circuits.patching.activation_patching import COLUMNS, KINDS, patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
+from sa_lens.core.host import in_stream
+
+STREAMS = ["clean", "ablated"]
+
+
+def close(found, expected, tolerance=2e-5):
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize(
+    ("what", "theirs"),
+    [
+        ("resid_pre", tl.get_act_patch_resid_pre),
+        ("attn_out", tl.get_act_patch_attn_out),
+        ("mlp_out", tl.get_act_patch_mlp_out),
+        ("heads", tl.get_act_patch_attn_head_out_all_pos),
+    ],
+)
+def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
+    def metric(logits):
+        return logit_difference(logits[:, -1], even_pairs).mean()
+
+    positions = "all" if what == "heads" else "each"
+    for direction in ("denoise", "noise"):
+        clean, corrupt = even_pairs.clean, even_pairs.corrupt
+        source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+        with torch.no_grad(), in_stream(model, stream, position=-1):
+            _, cache = model.run_with_cache(source)
+            expected = theirs(model, base, cache, metric)
+        table = patch(model, even_pairs, what, stream, direction=direction, positions=positions)
+        close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
+
+
+GATED = {"attn_gate": "attn.hook_z", "mlp_gate": "mlp.hook_post"}
+
+
+def plain_pass(model, tokens, hooks):
+    """Logits and activations, as the hooks leave them, of an ordinary pass."""
+    with model.clean(), model.hooks(fwd_hooks=hooks):
+        return model.run_with_cache(tokens)
+
+
+def chosen_masks(model, cache):
+    """What each gate chooses from the activations of a clean pass: ones for the k largest scores."""
+    final = model.ln_final(cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"])
+    masks = {}
+    for layer, block in enumerate(model.blocks):
+        for name, point in GATED.items():
+            gate, units = getattr(block, name), cache[f"blocks.{layer}.{point}"].shape
+            local = cache[f"blocks.{layer}.hook_resid_pre"]
+            scores = local @ gate.W_local + gate.b_local + final @ gate.W_global + gate.b_global
+            best = scores.argsort(-1, descending=True)[..., : gate.k]
+            masks[f"blocks.{layer}.{name}.hook_mask"] = torch.zeros_like(scores).scatter(-1, best, 1.0).reshape(units)
+    return masks
+
+
+def masking(model, masks):
+    """Hooks that multiply by the masks at the last position."""
+
+    def at(name):
+        def multiply(x, hook):
+            x = x.clone()
+            x[:, -1] *= masks[name][:, -1]
+            return x
+
+        return multiply
+
+    return [
+        (f"blocks.{layer}.{point}", at(f"blocks.{layer}.{gate}.hook_mask"))
+        for layer in range(model.cfg.n_layers)
+        for gate, point in GATED.items()
+    ]
+
+
+class Alone:
+    """A prompt without padding: what ordinary passes of it give, with no masks and with its own, each run once."""
+
+    def __init__(self, model, tokens):
+        self.model, self.tokens = model, tokens
+
+    @cached_property
+    def plain(self):
+        """Logits and activations."""
+        return plain_pass(self.model, self.tokens, [])
+
+    @cached_property
+    def masks(self):
+        return chosen_masks(self.model, self.plain[1])
+
+    @cached_property
+    def masked(self):
+        """Logits and activations under the masks."""
+        return plain_pass(self.model, self.tokens, masking(self.model, self.masks))
+
+
+@pytest.fixture(scope="module")
+def five_pairs(pairs):
+    few = pairs.subset(range(5))
+    assert not few.uniform
+    return few
+
+
+@pytest.fixture(scope="module")
+def alone(model, five_pairs):
+    """The clean and the corrupt prompt of each pair."""
+    lengths = five_pairs.lengths.tolist()
+    return [
+        (Alone(model, five_pairs.clean[i : i + 1, -n:]), Alone(model, five_pairs.corrupt[i : i + 1, -n:]))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def by_loop(model, pair, alone, hook_name, index, stream, direction, gates, metric):
+    """One prompt, one patch, by ordinary passes and hooks. `index` selects within `[batch, pos, ...]`.
+
+    The ablated stream is an ordinary pass whose last position is masked; what the gates choose comes from a pass
+    before it, which live gates see patched with the source's value in such a pass.
+    """
+    clean, corrupt = alone
+    source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+
+    def putting(values):
+        def put(x, hook):
+            x = x.clone()
+            x[index] = values[hook_name][index]
+            return x
+
+        return [(hook_name, put)]
+
+    with torch.no_grad():
+        reference, _ = clean.plain if stream == "clean" else clean.masked
+        if stream == "clean":
+            logits, _ = plain_pass(model, base.tokens, putting(source.plain[1]))
+        elif hook_name in base.masks:
+            masks = {name: mask.clone() for name, mask in base.masks.items()}
+            masks[hook_name][index] = source.masks[hook_name][index]
+            logits, _ = plain_pass(model, base.tokens, masking(model, masks))
+        else:
+            masks = base.masks
+            if gates == "live":
+                _, before = plain_pass(model, base.tokens, putting(source.plain[1]))
+                masks = chosen_masks(model, before)
+            logits, _ = plain_pass(model, base.tokens, masking(model, masks) + putting(source.masked[1]))
+    if metric == "kl":
+        return kl(logits[:, -1], reference[:, -1]).item()
+    return logit_difference(logits[:, -1], pair).item()
+
+
+CASES = [
+    (what, stream, gates)
+    for what, kind in KINDS.items()
+    for stream, gates in (("clean", None), ("ablated", "frozen"), ("ablated", "live"))
+    if stream == "ablated" or not kind.mask
+]
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize(("what", "stream", "gates"), CASES)
+def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates, direction, model, five_pairs, alone):
+    metric = "kl" if direction == "noise" else "logit_difference"
+    options = {"top_n": 5} if KINDS[what].many else {}
+    pairs = five_pairs
+    # passes of 4 prompts hold several patches of a small group
+    table = patch(model, pairs, what, stream, direction=direction, metric=metric, gates=gates, batch_size=4, **options)
+    assert tuple(table.columns) == COLUMNS
+    # the last row is at the end, where the masks act
+    picked = table.iloc[sorted({*range(0, len(table), max(1, len(table) // 2)), len(table) - 1})]
+    for _, row in picked.iterrows():
+        unit = tuple(int(row[name]) for name in KINDS[what].unit)
+        values = []
+        for i in range(len(pairs)):
+            named = row["position"] in pairs.positions and not KINDS[what].mask
+            where = int(pairs.positions[row["position"]][i]) if named else slice(None)
+            hook_name = f"blocks.{row['layer']}.{KINDS[what].hook}"
+            index = (slice(None), where, *unit)
+            pair = pairs.subset([i])
+            values.append(
+                by_loop(model, pair, alone[i], hook_name, index, stream, direction, gates or "frozen", metric)
+            )
+        close(row["value"], sum(values) / len(values))
+
+
+@pytest.mark.parametrize(("what", "stream", "gates"), CASES)
+def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, gates, model, pairs):
+    pairs = replace(pairs, corrupt=pairs.clean)
+    for positions in [None] if KINDS[what].mask else ["named", "all"]:
+        table = patch(model, pairs, what, stream, gates=gates, positions=positions)
+        close(table["value"], table["clean"])
+        assert table["normalised"].isna().all()
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_patching_the_whole_residual_stream_gives_the_other_prompt(stream, model, pairs):
+    for direction, reached in (("denoise", "clean"), ("noise", "corrupt")):
+        # with live gates the masks come over with the residual stream; frozen ones stay
+        gates = None if stream == "clean" else "live"
+        table = patch(model, pairs, "resid_pre", stream, direction=direction, positions="all", gates=gates)
+        close(table["value"], table[reached])
+        close(table["normalised"], [1.0, 1.0])
+        for prompt in ("clean", "corrupt"):
+            unedited = logit_difference(last_logits(model, pairs, stream, prompt), pairs).mean().item()
+            close(table[prompt], [unedited] * 2)
+
+
+def test_patching_what_comes_too_late_changes_nothing(model, pairs):
+    table = patch(model, pairs, "mlp_out", "ablated", layers=[1], positions=["S2"])
+    close(table["value"], table["corrupt"])
+    close(table["normalised"], [0.0])
+
+
+def test_masks_are_patched_alike_under_frozen_and_live_gates(model, pairs):
+    for what in ("mask_attn", "mask_mlp_units"):
+        frozen, live = (patch(model, pairs, what, "ablated", gates=gates) for gates in ("frozen", "live"))
+        close(live["value"], frozen["value"])
+
+
+def test_frozen_and_live_gates_differ(model, pairs):
+    frozen, live = (patch(model, pairs, "resid_pre", "ablated", gates=gates) for gates in ("frozen", "live"))
+    assert (frozen["value"] - live["value"]).abs().max() > 1e-3
+    assert frozen["gates"].unique() == ["frozen"]
+    assert live["gates"].unique() == ["live"]
+
+
+def test_a_mask_that_is_the_same_in_both_prompts_has_no_effect(model, pairs):
+    masks = {"clean": [], "corrupt": []}
+    for _, group in pairs.by_length():
+        masks["clean"].append(model.run_streams(group.clean).mask_attn[:, :, -1])
+        masks["corrupt"].append(model.run_streams(group.corrupt).mask_attn[:, :, -1])
+    same = (torch.cat(masks["clean"], 1) == torch.cat(masks["corrupt"], 1)).all(1)
+    for what, unchanged in (("mask_heads", same.all(-1)), ("mask_attn_units", same)):
+        table = patch(model, pairs, what, "ablated", **({"top_n": "all"} if what == "mask_attn_units" else {}))
+        effect = torch.tensor((table["value"] - table["corrupt"]).to_numpy(copy=True)).reshape(unchanged.shape)
+        assert (effect[unchanged].abs() < 1e-6).all()
+        assert (effect.abs() > 1e-3).any()
+    assert unchanged.any()
+
+
+def test_top_n_are_the_largest_first_order_effects(model, even_pairs):
+    exact = patch(model, even_pairs, "neurons", top_n="all")
+    assert len(exact) == 2 * 24
+    few = patch(model, even_pairs, "neurons", top_n=6)
+    assert len(few) == 6
+    merged = few.merge(exact, on=["layer", "neuron"], suffixes=("", "_exact"))
+    close(merged["value"], merged["value_exact"])
+    # gradient times difference, by finite differences along the patch
+    clean, corrupt = even_pairs.clean, even_pairs.corrupt
+    effects = {}
+    model64 = model.to(torch.float64)
+    try:
+        with torch.no_grad():
+            _, cache = model64.run_with_cache(clean)
+            before = logit_difference(model64(corrupt)[:, -1], even_pairs).sum()
+            for layer in range(2):
+                for neuron in range(24):
+
+                    def nudge(x, hook, neuron=neuron):
+                        x = x.clone()
+                        x[..., neuron] += 1e-6 * (cache[hook.name][..., neuron] - x[..., neuron])
+                        return x
+
+                    hooks = [(f"blocks.{layer}.mlp.hook_post", nudge)]
+                    after = logit_difference(model64.run_with_hooks(corrupt, fwd_hooks=hooks)[:, -1], even_pairs).sum()
+                    effects[layer, neuron] = abs(float(after - before))
+    finally:
+        model.to(torch.float32)
+    best = sorted(effects, key=effects.__getitem__, reverse=True)[:6]
+    assert sorted(best) == [(int(r["layer"]), int(r["neuron"])) for _, r in few.iterrows()]
+
+
+def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
+    named = patch(model, pairs, "resid_pre")
+    assert named["position"].tolist() == ["IO", "S1", "S2", "end"] * 2
+    # a token is named where all prompts have the same one: names differ, and so do these prompts' last words
+    assert named["token"].tolist() == [""] * 8
+    alike = tasks.ioi(tokenizer, 6, seed=1, world="stories", templates=["go-give"])
+    assert patch(model, alike, "resid_pre")["token"].tolist() == ["", "", "", " to"] * 2
+    each = patch(model, even_pairs, "resid_pre", positions="each")
+    assert each["position"].tolist() == list(range(17)) * 2
+    assert each["token"][0] == "<|endoftext|>"
+    picked = patch(model, even_pairs, "resid_pre", positions=[-1, 16, "end"])
+    assert picked["position"].tolist() == [-1, 16, "end"] * 2
+    assert picked["value"].nunique() == 2
+    heads = patch(model, even_pairs, "heads", positions="named")
+    assert len(heads) == 2 * 4 * 4
+    assert patch(model, even_pairs, "heads")["position"].unique() == ["all"]
+
+
+def test_a_function_as_metric_and_progress(model, even_pairs):
+    def answer_logit(logits, pairs):
+        return logits.gather(-1, pairs.answers[:, None])[:, 0]
+
+    table = patch(model, even_pairs, "attn_out", metric=answer_logit, progress=False)
+    assert table["metric"].unique() == ["answer_logit"]
+    expected = answer_logit(last_logits(model, even_pairs), even_pairs).mean().item()
+    close(table["clean"], [expected] * len(table))
+
+
+def test_plain_hooked_transformer(model, pairs):
+    plain = model.to_hooked_transformer()
+    for what in ("resid_pre", "neurons"):
+        assert patch(plain, pairs, what).equals(patch(model, pairs, what))
+
+
+def test_gradients_and_hooks_are_left_as_found(model, pairs):
+    patch(model, pairs, "neurons", "ablated", top_n=3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"what": "residual"}, "what='residual' is none of resid_pre"),
+        ({"what": "mask_attn"}, "needs stream='ablated'"),
+        ({"gates": "live"}, "gates='live' needs stream='ablated'"),
+        ({"gates": "melted", "stream": "ablated"}, "gates='melted'"),
+        ({"stream": "muddy"}, "stream='muddy'"),
+        ({"direction": "up"}, "direction='up'"),
+        ({"metric": "loss"}, "metric='loss'"),
+        ({"positions": "each"}, "prompts of one length"),
+        ({"positions": "some"}, "positions='some'"),
+        ({"positions": ["IO2"]}, "'IO2' has no name here; names are IO, S1, S2, end"),
+        ({"positions": [99]}, "position 99 lies outside"),
+        ({"positions": []}, "at least one"),
+        ({"layers": [2]}, "layer 2 is not there"),
+        ({"top_n": 3}, "top_n=3 applies"),
+        ({"what": "neurons", "top_n": 0}, "top_n=0"),
+        ({"what": "mask_mlp", "stream": "ablated", "positions": "all"}, "positions do not apply"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, model, pairs):
+    with pytest.raises(ValueError, match=message):
+        patch(model, pairs, **arguments)
+
+
+def test_plain_model_has_no_ablated_stream(model, pairs):
+    with pytest.raises(ValueError, match="needs gates, but this HookedTransformer has none"):
+        patch(model.to_hooked_transformer(), pairs, stream="ablated")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": [0.5]}, "position 0.5 must be a name or a whole number"),
+        ({"positions": [True]}, "position True must be"),
+        ({"positions": [torch.tensor(1.0)]}, "must be a name or a whole number"),
+        ({"layers": [0.5]}, "layer 0.5 is not there"),
+        ({"layers": []}, "layers is empty"),
+        ({"batch_size": -1}, "batch_size=-1 must be a whole number"),
+        ({"what": "neurons", "top_n": True}, "top_n=True must be a number of units"),
+    ],
+)
+def test_places_and_numbers_that_are_none_are_refused(model, even_pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        patch(model, even_pairs, progress=False, **options)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_positions(model, even_pairs):
+    expected = patch(model, even_pairs, positions=[2], layers=[1], progress=False)["value"]
+    for number in (np.int64(2), torch.tensor(2)):
+        found = patch(model, even_pairs, positions=[number], layers=[np.int32(1)], progress=False)
+        assert found["value"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("what", ["mlp_out", "neurons"])
+def test_attention_only_models_have_no_mlps_to_patch(what):
+    model = plain(n_layers=1, attn_only=True)
+    with pytest.raises(ValueError, match="belongs to an MLP, but this model has attention layers alone"):
+        patch(model, token_pairs(2), what, progress=False)
+    with pytest.raises(ValueError, match="attention layers alone"):
+        attribute_nodes(model, token_pairs(2), "mlps" if what == "mlp_out" else what, progress=False)

@@ -1,0 +1,62 @@
+"""Circuits by versions of nodes give what whole passes under hooks give, whatever the model, stream and ablation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from micro import gated, plain, token_pairs
+
+from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
+from sa_lens.circuits.running.many_circuits import CircuitLogits
+
+DOUBLE: dict[str, Any] = {"dtype": torch.float64}
+MODELS: dict[str, dict[str, Any]] = {
+    "layernorm": {},
+    "folded": {"normalization_type": "LNPre"},
+    "attention only": {"attn_only": True},
+    "parallel": {"parallel_attn_mlp": True},
+    "rotary": {"positional_embedding_type": "rotary", "rotary_dim": 6, "normalization_type": "RMS"},
+    "grouped": {"n_key_value_heads": 2},
+    "gated mlp": {"gated_mlp": True},
+    "three layers": {"n_layers": 3, "n_heads": 2},
+}
+
+
+def circuits(runner: CircuitRunner) -> list[torch.Tensor]:
+    """The empty and the full one, nested ones, and others at random."""
+    exists = runner.graph.exists
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(exists.shape, generator=generator)
+    nested = [exists & (scores < share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    others = [exists & (torch.rand(exists.shape, generator=generator) < share) for share in (0.2, 0.6)]
+    no_embedding = exists.clone()
+    no_embedding[:, 0] = False
+    return [exists & False, exists, no_embedding, *nested, *others]
+
+
+def assert_same(model: Any, ablation: str, stream: str, gates: str | None, batch_size: int = 64) -> None:
+    pairs = token_pairs(n=7, lengths=(5, 7, 8))
+    runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
+    fast = CircuitLogits(model, pairs, ablation, stream, gates, batch_size=batch_size)
+    assert fast._runner is None
+    asked = circuits(runner)
+    for mask, logits in zip(asked, fast(asked), strict=True):
+        assert (logits - runner.run(mask).logits).abs().max() < 1e-9
+    # again, one by one and from what is held
+    for mask in asked[::-1]:
+        assert (fast([mask])[0] - runner.run(mask).logits).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
+def test_equals_whole_passes_in_the_clean_stream(name: str, ablation: str) -> None:
+    assert_same(plain(**DOUBLE, **MODELS[name]), ablation, "clean", None)
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "both"])
+@pytest.mark.parametrize("gates", ["frozen", "live"])
+@pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
+def test_equals_whole_passes_in_the_ablated_stream(scope: str, gates: str, ablation: str) -> None:
+    assert_same(gated(scope, **DOUBLE), ablation, "ablated", gates, batch_size=3)

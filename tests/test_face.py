@@ -1,0 +1,81 @@
+"""The face of the package: what `import sa_lens` offers, when it is imported, and as what type checkers see it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+
+import sa_lens as sa
+from sa_lens import config
+
+SUBPACKAGES = ("circuits", "compare", "data", "report", "sae", "training", "units", "views")
+
+
+def test_every_public_name_is_there_and_listed():
+    assert set(sa.__all__) <= set(dir(sa))
+    for name in sa.__all__:
+        assert getattr(sa, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'circuit'"):
+        sa.circuit  # noqa: B018
+
+
+def test_subpackages_are_attributes():
+    for name in SUBPACKAGES:
+        package = getattr(sa, name)
+        assert isinstance(package, ModuleType)
+        assert package.__name__ == f"sa_lens.{name}"
+        assert package is sys.modules[f"sa_lens.{name}"]
+
+
+def test_every_public_name_of_the_subpackages_is_there():
+    for name in SUBPACKAGES:
+        package = getattr(sa, name)
+        for public in getattr(package, "__all__", ()):
+            assert getattr(package, public) is not None
+
+
+def test_the_docstring_names_every_public_name():
+    assert sa.__doc__ is not None
+    assert [name for name in sa.__all__ if f"`{name}" not in sa.__doc__] == ["__version__"]
+
+
+def test_training_and_comparing_are_calls(tmp_path):
+    assert sa.train is sa.training.train
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        sa.train(sa.RunConfig(), tmp_path / "file")
+    with pytest.raises(ValueError, match="grid='desk' is none of laptop"):
+        sa.compare("desk", tmp_path / "grid")
+    assert sa.compare.GRIDS.keys() == set(get_args(config.GridName))
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    program = "import sys, sa_lens; dir(sa_lens); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    for heavy in ("torch", "transformers", "transformer_lens", "datasets", "accelerate", "pandas", "plotly", "numpy"):
+        assert heavy not in loaded
+
+
+def test_type_checkers_see_every_public_name():
+    """A checker of types does not run `__getattr__`: it reads the imports, those under TYPE_CHECKING included."""
+    tree = ast.parse(Path(sa.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = {alias.asname or alias.name: node.module for node in imports for alias in node.names}
+    assert set(sa.__all__) - {"__version__"} <= set(imported)
+    for name, module in imported.items():
+        assert name not in SUBPACKAGES or module == ("sa_lens.compare" if name == "compare" else "sa_lens")
+
+
+@pytest.mark.parametrize(
+    ("choices", "defined"),
+    [(config.PresetName, lambda: config.PRESETS), (config.SAEPreset, lambda: sa.sae.PRESETS)],
+    ids=["presets", "presets of SAEs"],
+)
+def test_names_of_choices_are_those_that_are_defined(choices, defined):
+    assert set(get_args(choices)) == set(defined())

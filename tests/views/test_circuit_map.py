@@ -1,0 +1,190 @@
+"""A figure of a circuit shows its nodes and edges, in few traces, with the scores of the table."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from sa_lens.circuits.graph import Circuit, Graph
+from sa_lens.views import circuit_map, draw, side_by_side
+from sa_lens.views.circuit_layout import BINS, ScoreScale, arc, places_of
+from sa_lens.views.records import CircuitEdge, CircuitMap, from_json, to_json
+from sa_lens.views.theme import palette
+
+ABOUT = {
+    **{"method": "acdc", "task": "ioi", "pairs": 128, "tau": 0.01, "metric": "kl", "ablation": "resample"},
+    **{"stream": "ablated", "gates": "frozen"},
+}
+EDGES = {"embed->a0.h1.q": 0.5, "a0.h1->m0": 0.1, "m0->a1.h0.v": 0.02, "embed->logits": 0.01, "a1.h0->logits": 1.0}
+
+
+@pytest.fixture
+def circuit():
+    return Circuit.of(Graph(2, 3), EDGES, ABOUT)
+
+
+def random_circuit(n, *, signed=True, graph=None, seed=0):
+    graph = graph or Graph(8, 16)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(graph.exists.shape, generator=generator, dtype=torch.float64)
+    return Circuit.top(graph, scores if signed else scores.abs(), n, {**ABOUT, "method": "eap"})
+
+
+def traces(figure, name):
+    return [trace for trace in figure.data if trace.name == name]
+
+
+def strokes(figure):
+    """Number of separate lines."""
+    return sum(sum(x is None for x in trace.x) for trace in traces(figure, "edges"))
+
+
+def test_record_has_the_edges_and_scores_of_the_circuit(circuit):
+    record = circuit_map(circuit)
+    found = {f"{e.source}->{e.destination}" + (f".{e.port}" if e.port else ""): e.score for e in record.edges}
+    assert found == EDGES
+    assert (record.n_layers, record.n_heads, record.n_edges) == (2, 3, len(Graph(2, 3)))
+    assert from_json(to_json(record)) == record
+
+
+def test_title_and_note_say_what_it_is(circuit):
+    record = circuit_map(circuit, skill=0.93)
+    assert record.title == "IOI, ablated stream, ACDC, 5 edges"
+    assert record.scale == "rise of KL, nats"
+    for part in ("tau 0.01", "frozen gates", "resample ablation", "128 pairs", "pair accuracy 0.93", "2 of 6 heads"):
+        assert part in record.note
+    assert "cannot" not in record.note
+    assert "below 0.8: the model cannot do this task" in circuit_map(circuit, skill=0.6).note
+    assert circuit_map(circuit, title="Mine").title == "Mine"
+    table = pd.DataFrame(
+        {
+            "stream": ["clean", "ablated"],
+            "pair_accuracy": [0.99, 0.9],
+            "pair_accuracy_low": [0.9, 0.8],
+            "pair_accuracy_high": [1.0, 0.95],
+        }
+    )
+    assert "pair accuracy 0.90 (0.80 to 0.95)" in circuit_map(circuit, skill=table).note
+    with pytest.raises(ValueError, match="no row of the circuit's stream 'ablated'"):
+        circuit_map(circuit, skill=table[:1])
+    with pytest.raises(ValueError, match=r"skill=93\.0 must be a pair accuracy"):
+        circuit_map(circuit, skill=93)
+
+
+def test_figure_has_a_node_for_each_used_node_and_a_line_for_each_edge(circuit):
+    figure = draw(circuit, skill=0.9)
+    (nodes,) = traces(figure, "nodes")
+    assert list(nodes.text) == ["embed", "0.1", "m0", "1.0", "logits"]
+    assert strokes(figure) == len(EDGES)
+    (hover,) = traces(figure, "edge values")
+    assert len(hover.x) == 3 * len(EDGES)
+    for edge, score in EDGES.items():
+        source, destination = edge.split("->")
+        assert any(
+            f"<b>{source} → {destination}</b>" in text and f"{score:.4g} rise of KL" in text for text in hover.text
+        )
+    assert "3 of" not in nodes.customdata[0]
+    assert "0 edges in, 2 out" in nodes.customdata[0]
+    assert "0.51 out" in nodes.customdata[0]
+    assert "pair accuracy 0.90" in figure.layout.title.text
+
+
+def test_layers_go_upward_and_edges_end_at_their_nodes(circuit):
+    record = circuit_map(circuit)
+    places = places_of([record])
+    height = {node: y for node, (_, y) in places.nodes.items()}
+    assert height["embed"] < height["a0.h1"] < height["m0"] < height["a1.h0"] < height["logits"]
+    for edge in record.edges:
+        x, y = arc(places, edge, 12)
+        assert (x[0], y[0]) == pytest.approx(places.nodes[edge.source], abs=1e-3)
+        end = places.nodes[edge.destination]
+        assert y[-1] == pytest.approx(end[1], abs=1e-3)
+        assert abs(x[-1] - end[0]) <= places.node_size * places.pixel / 2
+    q, k, v = (arc(places, CircuitEdge("embed", "a1.h0", port, None), 5)[0][-1] for port in "qkv")
+    assert q < k < v
+
+
+def test_rows_are_ordered_to_cross_less():
+    """Two ladders whose heads alternate by index: sorted by what they are connected to, they do not cross."""
+    edges = ("a0.h0->a1.h3.q", "a0.h3->a1.h0.q", "a1.h3->a2.h0.q", "a1.h0->a2.h3.q")
+    nodes = places_of([circuit_map(Circuit.of(Graph(3, 4), edges))]).nodes
+    side = [
+        nodes[left][0] < nodes[right][0] for left, right in (("a0.h0", "a0.h3"), ("a1.h3", "a1.h0"), ("a2.h0", "a2.h3"))
+    ]
+    assert len(set(side)) == 1
+
+
+@pytest.mark.parametrize(("n", "signed"), [(80, False), (2000, True)])
+def test_few_traces_at_any_size(n, signed):
+    figure = draw(random_circuit(n, signed=signed))
+    assert strokes(figure) == n
+    assert len(traces(figure, "edges")) <= (2 if signed else 1) * BINS
+    assert len(figure.data) <= 2 * BINS + 2
+    assert len(traces(figure, "edge values")[0].x) == (n if n > 300 else 3 * n)
+
+
+def test_lines_have_the_colour_of_the_bar():
+    """A line's group covers the line's score on the axis that the colour bar shows."""
+    scores = [-2.0, -0.1, 0.001, 0.3, 5.0]
+    scale = ScoreScale(scores)
+    assert scale.signed
+    low, high = scale.ends
+    for score in scores:
+        share = (math.asinh(score / scale.unit) - low) / (high - low)
+        assert scale.bin(score) / (2 * BINS) <= share <= (scale.bin(score) + 1) / (2 * BINS)
+    assert scale.bin(-0.1) < BINS <= scale.bin(0.001)
+    places, texts = scale.ticks().values()
+    assert [math.asinh(float(text) / scale.unit) for text in texts] == pytest.approx(places)
+    assert "0" in texts
+    positive = ScoreScale([0.01, 0.5])
+    assert not positive.signed
+    assert [positive.bin(0.01), positive.bin(0.5)] == [0, BINS - 1]
+    assert positive.weight(0) == 0
+    assert positive.weight(BINS - 1) == 1
+
+
+@pytest.mark.parametrize("edges", [(), {"embed->logits": 0.0}, {"embed->logits": 0.3}, {"embed->logits": -0.3}])
+def test_circuits_of_no_or_one_edge_can_be_drawn(edges):
+    figure = draw(Circuit.of(Graph(1, 2), edges))
+    assert strokes(figure) == len(edges)
+
+
+def test_edges_without_scores_are_grey():
+    figure = draw(Circuit.of(Graph(2, 3), list(EDGES)))
+    (lines,) = traces(figure, "edges")
+    assert lines.line.color == palette().faint
+    assert "no score" in traces(figure, "edge values")[0].text[0]
+
+
+def test_large_circuits_show_their_largest_edges():
+    circuit = random_circuit(500)
+    record = circuit_map(circuit, most=100)
+    largest = sorted((abs(circuit.score(edge)) for edge in circuit), reverse=True)[:100]
+    assert [abs(edge.score) for edge in record.edges] == largest
+    assert "shown are the 100 with the largest scores" in record.note
+    with pytest.raises(ValueError, match="show at least 1"):
+        circuit_map(circuit, most=0)
+
+
+def test_side_by_side_keeps_places_and_colours(circuit):
+    other = Circuit.of(Graph(2, 3), {"a0.h2->logits": 3.0, "embed->a0.h1.q": 0.2}, ABOUT)
+    figure = side_by_side([circuit, other], "Two", names=["one", "other"])
+    left, right = (dict(zip(t.text, zip(t.x, t.y, strict=True), strict=True)) for t in traces(figure, "nodes"))
+    assert set(left) & set(right) == {"embed", "0.1", "logits"}
+    assert all(left[node] == right[node] for node in set(left) & set(right))
+    assert {trace.marker.coloraxis for trace in traces(figure, "edge values")} == {"coloraxis"}
+    assert strokes(figure) == len(circuit) + len(other)
+    with pytest.raises(ValueError, match="transformers of one shape"):
+        side_by_side([circuit, Circuit.of(Graph(3, 3), {"embed->logits": 3.0}, ABOUT)])
+    with pytest.raises(ValueError, match="one colour scale"):
+        side_by_side([circuit, Circuit.of(Graph(2, 3), {"embed->logits": 3.0})])
+    with pytest.raises(ValueError, match="two heat maps or circuits, not 1"):
+        side_by_side([circuit])
+
+
+def test_markup_in_a_record_stays_text():
+    record = CircuitMap("<script>x</script>", "<b>", 1, 1, False, 5, (CircuitEdge("embed", "logits", "", 1.0),), "<i>")
+    text = draw(record).to_json()
+    assert "<script>" not in text.replace("\\u003c", "<")
+    assert "&lt;i&gt;" in draw(record).data[-2].text[0]

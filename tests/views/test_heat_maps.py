@@ -1,0 +1,164 @@
+"""A figure shows the numbers and labels of its record, the record those of the table."""
+
+import pandas as pd
+import plotly.io as pio
+import pytest
+
+from sa_lens.circuits.patching.activation_patching import COLUMNS
+from sa_lens.views import draw, patch_map, side_by_side
+from sa_lens.views.records import Axis, Bars, HeatMap
+
+
+def table(what="resid_pre", *, rows, **settings):
+    """A table of patches; each row is (layer, position, head, neuron, value)."""
+    common = {
+        **{"task": "ioi", "what": what, "token": "", "clean": 3.0, "corrupt": -1.0, "n": 64},
+        **{"metric": "logit_difference", "direction": "denoise", "stream": "clean", "gates": "none"},
+    }
+    made = pd.DataFrame(
+        [
+            {**common, "layer": layer, "position": position, "head": head, "neuron": neuron, "value": value}
+            for layer, position, head, neuron, value in rows
+        ],
+        columns=list(COLUMNS),
+    ).assign(**settings)
+    made["normalised"] = (made["value"] + 1) / 4
+    return made.astype({"head": "Int64", "channel": "Int64", "neuron": "Int64"})
+
+
+POSITIONS = [
+    (layer, at, None, None, 4 * layer + i - 1) for layer in range(2) for i, at in enumerate(("IO", "S1", "end"))
+]
+HEADS = [(layer, "all", head, None, 4 * (head - layer) - 1) for layer in range(3) for head in range(2)]
+
+
+def test_record_of_positions():
+    record = patch_map(table(rows=POSITIONS))
+    assert record.x == Axis("position", ("IO", "S1", "end"))
+    assert record.y == Axis("layer", ("0", "1"))
+    assert record.values == ((0.0, 0.25, 0.5), (1.0, 1.25, 1.5))
+    assert record.title == "IOI: residual stream, clean stream"
+    assert "; 64 pairs" in record.note
+    assert "logit difference 3.00 clean, -1.00 corrupt" in record.note
+    assert patch_map(table(rows=POSITIONS), "value").values == ((-1, 0, 1), (3, 4, 5))
+    assert patch_map(table(rows=POSITIONS), title="Mine").title == "Mine"
+
+
+def test_record_keeps_the_order_of_the_table_and_names_tokens():
+    rows = [(0, at, None, None, at) for at in (2, 10, 0)]
+    record = patch_map(table(rows=rows).assign(token=[" went", " to", "<|endoftext|>"]))
+    assert record.x.labels == ("2 went", "10 to", "0 BOS")
+
+
+def test_record_of_heads_and_of_layers():
+    record = patch_map(table("heads", rows=HEADS, stream="ablated", gates="frozen"))
+    assert record.x == Axis("head", ("0", "1"))
+    assert record.values == ((0.0, 1.0), (-1.0, 0.0), (-2.0, -1.0))
+    assert record.title == "IOI: heads, ablated stream, frozen gates"
+    masks = pd.concat([table(what, rows=[(0, "end", None, None, 1)]) for what in ("mask_attn", "mask_mlp")])
+    record = patch_map(masks)
+    assert record.x.labels == ("attention masks", "MLP masks")
+
+
+def test_record_of_units_is_bars_by_size():
+    record = patch_map(table("neurons", rows=[(0, "all", None, 7, 0), (1, "all", None, 3, -9), (1, "IO", None, 4, 2)]))
+    assert record == Bars(
+        "IOI: neurons, clean stream",
+        record.note,
+        ("L1 neuron 3", "L1 neuron 4 at IO", "L0 neuron 7"),
+        (-2.0, 0.75, 0.25),
+        "share of the effect",
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (table(rows=[]), "empty"),
+        (pd.concat([table(rows=POSITIONS), table(rows=POSITIONS, stream="ablated")]), "mixes stream clean, ablated"),
+        (
+            table("heads", rows=[(0, at, h, None, 1) for at in ("IO", "end") for h in (0, 1)]),
+            r"table\.position == 'IO'",
+        ),
+    ],
+)
+def test_tables_that_are_no_heat_map(bad, message):
+    with pytest.raises(ValueError, match=message):
+        patch_map(bad)
+    with pytest.raises(ValueError, match="value='mean'"):
+        patch_map(bad, "mean")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_figure_shows_the_record(dark):
+    record = patch_map(table(rows=POSITIONS))
+    figure = draw(record, dark=dark)
+    (trace,) = figure.data
+    assert [tuple(row) for row in trace.z] == list(record.values)
+    # zero is the middle of the colours, and no value lies beyond their ends
+    assert (trace.zmin, trace.zmid, trace.zmax) == (-1.5, 0, 1.5)
+    assert list(figure.layout.xaxis.ticktext) == list(record.x.labels)
+    assert list(figure.layout.yaxis.ticktext) == list(record.y.labels)
+    assert record.scale == trace.colorbar.title.text
+    assert record.title in figure.layout.title.text
+    assert draw(table(rows=POSITIONS), dark=dark) == figure
+
+
+def test_labels_are_text_not_markup():
+    record = HeatMap("a < b", "", Axis("x", ("<|endoftext|>",)), Axis("y", ("0",)), ((1.0,),), "s")
+    figure = draw(record)
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;|endoftext|&gt;"]
+    assert "a &lt; b" in figure.layout.title.text
+
+
+def test_missing_and_constant_values_draw():
+    record = HeatMap("t", "", Axis("x", ("0", "1")), Axis("y", ("0",)), ((None, None),), "s")
+    assert draw(record).data[0].zmax == 1
+    zeros = HeatMap("t", "", Axis("x", ("0", "1")), Axis("y", ("0",)), ((0.0, 0.0),), "s")
+    assert draw(zeros).data[0].zmax == 1
+    rising = HeatMap("t", "", Axis("x", ("0", "1")), Axis("y", ("0",)), ((2.0, 5.0),), "s", "sequential")
+    assert (draw(rising).data[0].zmin, draw(rising).data[0].zmax) == (2, 5)
+
+
+def test_side_by_side_shares_the_colours():
+    clean, ablated = table(rows=POSITIONS), table("heads", rows=HEADS, stream="ablated", gates="frozen")
+    figure = side_by_side([clean, patch_map(ablated)], "Both streams", names=["clean", "ablated"])
+    one, two = figure.data
+    assert (one.zmin, one.zmax) == (two.zmin, two.zmax) == (-2, 2)
+    assert [one.showscale, two.showscale] == [False, True]
+    texts = [annotation.text for annotation in figure.layout.annotations]
+    assert "clean" in texts[0]
+    assert "ablated" in texts[1]
+    assert "Both streams" in figure.layout.title.text
+    for bad, message in (
+        ([clean], "two heat maps or circuits, not 1"),
+        ([clean, Bars("", "", (), (), "")], "not Bars"),
+        ([clean, patch_map(ablated, "value")], "one colour scale"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            side_by_side(bad)
+    with pytest.raises(ValueError, match="1 names for 2"):
+        side_by_side([clean, ablated], names=["clean"])
+
+
+def test_side_by_side_says_once_what_holds_for_all():
+    streams = [table(rows=POSITIONS), table(rows=POSITIONS, stream="ablated", gates="frozen")]
+    figure = side_by_side(streams)
+    first, second = (note.text for note in figure.layout.annotations[:2])
+    assert "residual stream" in figure.layout.title.text
+    assert "clean stream" not in figure.layout.title.text
+    assert first.startswith("<b>clean stream")
+    assert second.startswith("<b>ablated stream, frozen gates")
+    other = table("heads", rows=HEADS)
+    assert "residual" in side_by_side([streams[0], other]).layout.annotations[0].text
+    assert "residual" in side_by_side([streams[0], streams[0]]).layout.annotations[0].text
+
+
+def test_no_theme_is_set_for_others():
+    draw(table(rows=POSITIONS), dark=True)
+    assert pio.templates.default == "plotly"
+
+
+def test_what_has_no_figure():
+    with pytest.raises(TypeError, match=r"no picture of a int; .* Bars, Circuit, CircuitMap, Curves"):
+        draw(3)
