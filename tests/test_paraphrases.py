@@ -19,27 +19,19 @@ TEMPLATES = [
 ]
 SHORTFALLS: dict[str, tuple[str, ...]] = {
     "stories-dense, clean": (
+        "{A} came to the {P} and sat down there because",
+        "{B} saw a {Q} in the shop but bought a {O}.",
         "{A} found a {O} near the {P} and put it in a bag.",
-        "{A} sat under a tree with a book and read until",
-        "{B} was at home. In the morning, {A} told {B} that",
-        "{A} loved the {O} so much that",
     ),
     "stories-local, clean": (
+        "{A} sat under a tree with a book and read until",
         "{A} found a {O} near the {P} and put it in a bag.",
-        "{B} was at home. In the morning, {A} told {B} that",
-        "{A} did not go to school because",
     ),
     "stories-local, ablated": (
-        "{B} was kind. {B} saw that {A} was sad, so {B} gave a {O} to",
-        "{A} was so happy that {B} came to play! Later that day, {B} gave a big {O} to",
-        "{B} and {A} ran around the {P} until they were tired.",
-        "{B} told {A} a funny story. After the story, {B} showed a {O} to",
-        "The sun was warm. {B} and {A} sat under a tree. A bird sang for {B} and",
-        "{A} found a {O} near the {P} and put it in a bag.",
-        "{A} had a {O} and {B} had a {Q}. {A} lost the {O}.",
+        "{A} did not go to school because",
         "{A} sat under a tree with a book and read until",
-        "{B} was at home. In the morning, {A} told {B} that",
-        "{A} loved the {O} so much that",
+        "{A} found a {O} near the {P} and put it in a bag.",
+        "{A} came to the {P} and sat down there because",
     ),
 }
 """Templates on which a stream stays below the bar, by what they begin with: what the models cannot do yet."""

@@ -26,7 +26,8 @@ from sa_lens.config import from_dict, to_dict
 from sa_lens.report.subjects import open_subjects
 from sa_lens.shipped import make, measuring, recipes
 from sa_lens.training import train
-from sa_lens.training.report import evaluate_run, settings_of, text_of_run
+from sa_lens.training.evaluation import evaluate_run
+from sa_lens.training.trained_run import settings_of, text_of_run
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 8_000_000

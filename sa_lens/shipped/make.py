@@ -29,7 +29,7 @@ from sa_lens.data.writing import atomic_write, staged_folder
 from sa_lens.shipped.measuring import losses_on, skills
 from sa_lens.shipped.recipes import RECIPES, Recipe
 from sa_lens.training import TrainResult, bytes_per_token, evaluate, run_text, train
-from sa_lens.training.report import text_of_run
+from sa_lens.training.trained_run import text_of_run
 
 SAMPLE = 12
 """Validation texts that are shipped with a model, with its losses on them, so that an installation can be checked."""
