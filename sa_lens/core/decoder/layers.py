@@ -201,5 +201,5 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         ValueError: there is none.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"act_fn={name!r} is unknown to sa_lens's decoder: choose from {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"act_fn={name!r} must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
