@@ -260,7 +260,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     version = config.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _damaged(path, f"its version is {version!r}")
+        raise _damage_error(path, f"its version is {version!r}")
     if version > VERSION:
         raise ValueError(f"{path} has version {version}, this sa_lens reads up to {VERSION}: upgrade sa_lens")
     try:
@@ -273,11 +273,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (stored := config.get("stored_dtype", config["dtype"])) not in DTYPES:
             raise ValueError(f"stored_dtype {stored!r} is unknown, it must be one of {', '.join(DTYPES)}")
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     return config
 
 
-def _damaged(path: Path, fault: object) -> DamagedFile:
+def _damage_error(path: Path, fault: object) -> DamagedFile:
     return DamagedFile(f"{path} is damaged: {fault}; {REMEDY}")
 
 
@@ -299,7 +299,7 @@ def build(
     try:
         model = _described_model(cls, config, device)
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ArithmeticError, RuntimeError) as error:
-        raise _damaged(Path(CONFIG) if folder is None else folder / CONFIG, error) from error
+        raise _damage_error(Path(CONFIG) if folder is None else folder / CONFIG, error) from error
     if folder is not None and config["tokenizer"]:
         model.set_tokenizer(_tokenizer_of(folder))
     return model
@@ -385,17 +385,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
 
 
 def _fill(model: GatedTransformer, weights: dict[str, Tensor], path: Path, stored_dtype: str | None = None) -> None:
     """Fills a model with weights of its own type, or of the type in which they are stored to save room."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != given:
+        odd = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))[0]
         raise ValueError(
-            f"{path} does not fit this model: {odd} has shape {found.get(odd)}, expected {expected.get(odd)}"
+            f"{path} does not fit this model: {odd} has shape {given.get(odd)}, expected {expected.get(odd)}"
         )
     dtype = model.W_E.dtype if stored_dtype is None else getattr(torch, stored_dtype)
     architecture.check_weights(weights, dtype, f"{path} cannot be loaded")

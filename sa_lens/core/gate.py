@@ -17,17 +17,13 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from sa_lens.config import GateConfig
+from sa_lens.core.host import at_least_float32
 
 EPS = 1e-12
 """Added to the surrogate's width T * D, as in the reference."""
 
 LARGEST = 1e12
 """Scores beyond it count as it in the surrogate, so that infinite ones (a unit forced in or out) give no NaN."""
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 if its type is narrower, else unchanged."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... unit"]:

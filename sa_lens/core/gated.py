@@ -177,9 +177,9 @@ class GatedTransformer(HookedTransformer):
         """
         if self.tied:
             embedding.check_tied(state_dict, self.embed.W_E)
-        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._admit_filled_biases()
-        return found
+        return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
@@ -190,7 +190,7 @@ class GatedTransformer(HookedTransformer):
     def untie(self) -> None:
         """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
         if isinstance(self.unembed, embedding.TiedUnembed):
-            self.unembed = embedding.untied(self.unembed)
+            self.unembed = embedding.untie(self.unembed)
             self.cfg.tie_word_embeddings = False
             self.setup()
 
@@ -230,16 +230,15 @@ class GatedTransformer(HookedTransformer):
         Raises:
             ValueError: on a gated model, a processing that would change a stream, with the reason.
         """
+        options = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
         if self.gates.gated:
-            architecture.check_processing(
-                self.cfg,
-                state_dict,
-                fold_ln=fold_ln,
-                center_writing_weights=center_writing_weights,
-                center_unembed=center_unembed,
-                fold_value_biases=fold_value_biases,
-                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            )
+            architecture.check_processing(self.cfg, state_dict, **options)
         gates = {key: value for key, value in self.state_dict().items() if "_gate." in key}
         state_dict = {key: value.clone() for key, value in {**gates, **state_dict}.items()}
         if self.tied and (fold_ln or center_writing_weights or center_unembed):
@@ -247,12 +246,5 @@ class GatedTransformer(HookedTransformer):
             self.untie()
         if fold_ln and self.gates.reads_global:
             architecture.fold_final_norm_into_gates(state_dict)
-        super().load_and_process_state_dict(
-            state_dict,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        super().load_and_process_state_dict(state_dict, **options)
         self._admit_filled_biases()

@@ -114,12 +114,12 @@ def weight(model: Host, name: str) -> Tensor:
         ValueError: no such weight.
     """
     try:
-        found = reduce(getattr, name.split("."), model)
+        value = reduce(getattr, name.split("."), model)
     except AttributeError as error:
         raise ValueError(f"this {type(model).__name__} has no weight {name!r}") from error
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name!r} of this {type(model).__name__} is no weight but a {type(found).__name__}")
-    return found
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name!r} of this {type(model).__name__} is no weight but a {type(value).__name__}")
+    return value
 
 
 _SHAPES_WHAT_IT_COMPUTES = (
@@ -157,9 +157,8 @@ def device_of(model: Host) -> torch.device:
     return weight(model, "embed.W_E").device
 
 
-def widened(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is wider: every figure is computed from this, whatever the precision
-    of the model that the numbers come from."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32 if its type is narrower, else unchanged; losses, scores and figures are computed from this."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -176,4 +175,4 @@ def run_to_last(
     def keep_last(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch 1 d_model"]:
         return resid[:, -1:]
 
-    return widened(model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1])
+    return at_least_float32(model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1])

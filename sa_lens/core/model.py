@@ -152,13 +152,13 @@ class SelfAblatingTransformer(GatedTransformer):
             )
         elif masks == "live" and clean_hooks:
             raise ValueError("masks='live' recomputes the masks under your own hooks: do not give clean_hooks too")
-        with self._streams.entered(Ablation(position, masks, tuple(clean_hooks))):
+        with self._streams.enter(Ablation(position, masks, tuple(clean_hooks))):
             yield self
 
     @contextmanager
     def clean(self) -> Iterator[SelfAblatingTransformer]:
         """Inside the context, this model and thread run the clean stream, also within `ablated()`."""
-        with self._streams.entered(None):
+        with self._streams.enter(None):
             yield self
 
     def _require_gates(self, what: str) -> None:
@@ -176,9 +176,9 @@ class SelfAblatingTransformer(GatedTransformer):
                 if name not in masks:
                     continue
                 expected = getattr(block, gate_name).unit_shape
-                found = tuple(masks[name].shape[2:])
-                if found != expected:
-                    raise ValueError(f"masks[{name!r}] has units of shape {found}, this model's are {expected}")
+                given = tuple(masks[name].shape[2:])
+                if given != expected:
+                    raise ValueError(f"masks[{name!r}] has units of shape {given}, this model's are {expected}")
                 chosen[name] = masks[name]
         if not chosen:
             raise ValueError(
@@ -225,7 +225,7 @@ class SelfAblatingTransformer(GatedTransformer):
         kept = Slice.unwrap(pos_slice)
         saved, fwd_hooks, bwd_hooks = super().get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
 
-        def sliced(save: Any) -> Any:
+        def cut(save: Any) -> Any:
             def hook(tensor: Tensor, hook: HookPoint) -> None:
                 by_query = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
                 save(kept.apply(tensor, dim=-2 if by_query else 1), hook=hook)
@@ -233,7 +233,7 @@ class SelfAblatingTransformer(GatedTransformer):
             return hook
 
         if kept.mode != "identity":
-            fwd_hooks, bwd_hooks = ([(name, sliced(save)) for name, save in hooks] for hooks in (fwd_hooks, bwd_hooks))
+            fwd_hooks, bwd_hooks = ([(name, cut(save)) for name, save in hooks] for hooks in (fwd_hooks, bwd_hooks))
         return saved, fwd_hooks, bwd_hooks
 
     @torch.compiler.disable
@@ -258,7 +258,7 @@ class SelfAblatingTransformer(GatedTransformer):
         if self._streams.of_thread.pass_hooks is None:
             return super().forward(input, return_type, **kwargs)
         # called by a hook of an outer pass, whose own hooks are not meant for this one
-        with self._streams.attached():
+        with self._streams.attach():
             return super().forward(input, return_type, **kwargs)
 
     def _ablated_forward(self, input: Any, return_type: Any, kwargs: dict[str, Any], ablation: Ablation) -> Any:
@@ -286,7 +286,7 @@ class SelfAblatingTransformer(GatedTransformer):
                 position_mask(ablation.position, *clean.resid_post.shape[:2])
         if cache is not None:
             kwargs = {**kwargs, "past_kv_cache": cache_before}
-        with self._streams.attached(ablated_hooks(self, clean, ablation, stop)):
+        with self._streams.attach(ablated_hooks(self, clean, ablation, stop)):
             return super().forward(input, return_type, **kwargs)
 
     def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
@@ -348,14 +348,14 @@ class SelfAblatingTransformer(GatedTransformer):
         """A clean and an ablated pass by hooks, with everything that the loss terms need."""
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
         self._streams.threads.add(threading.get_ident())
-        with self.clean(), self._streams.attached():
+        with self.clean(), self._streams.attach():
             if not self.gates.gated:
                 return BothPasses(super().forward(tokens, **kwargs), None, {}, [], [])
             ablation = Ablation()
             clean = self._clean_pass(tokens, kwargs, ablation, want_final=True)
             assert clean.resid_post is not None
             assert clean.final is not None
-            with self._streams.attached(silent=True):
+            with self._streams.attach(silent=True):
                 clean_logits = self.logits_from_final(clean.final)
             masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
             outputs: list[Tensor] = []
@@ -363,7 +363,7 @@ class SelfAblatingTransformer(GatedTransformer):
             for block in self.blocks:
                 for gate_name, _ in gated_points(block):
                     readers.append((getattr(block, gate_name).hook_mask, masks[gate_name].append, False))
-            with self._streams.attached([*ablated_hooks(self, clean, ablation, None), *readers]):
+            with self._streams.attach([*ablated_hooks(self, clean, ablation, None), *readers]):
                 resid = super().forward(tokens, stop_at_layer=self.cfg.n_layers, **kwargs)
                 final = self.ln_final(resid) if self.cfg.normalization_type is not None else resid
                 ablated_logits = self.logits_from_final(final)
@@ -374,6 +374,23 @@ class SelfAblatingTransformer(GatedTransformer):
             [*clean.resid_pre[1:], clean.resid_post, clean.final],
             [*outputs, final],
         )
+
+    def record_masks(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, list[Float[Tensor, "batch pos ..."]]]:
+        """Masks by kind of gate (`attn_gate`, `mlp_gate`), one tensor per layer, at half the cost of both passes.
+
+        Gates read the clean stream alone, so a clean pass gives them. No hook of the user fires.
+
+        Raises:
+            ValueError: a model without gates.
+        """
+        self._require_gates("model.record_masks()")
+        clean = self._clean_pass(tokens, {}, Ablation(), want_keys=False)
+        masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
+        for resid_pre, block in zip(clean.resid_pre, self.blocks, strict=True):
+            for name, _ in gated_points(block):
+                gate = getattr(block, name)
+                masks[name].append(gate.select(gate.project(resid_pre, clean.final)))
+        return masks
 
     def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the final LayerNorm's output."""
@@ -395,7 +412,7 @@ class SelfAblatingTransformer(GatedTransformer):
         def stream() -> Iterator[Any]:
             with self._mode_kept():
                 while True:
-                    with self._streams.entered(chosen):
+                    with self._streams.enter(chosen):
                         part = next(parts, _END)
                     if part is _END:
                         return

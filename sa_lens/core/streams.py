@@ -104,7 +104,7 @@ def run_clean_pass(
             readers.append((block.attn.hook_v, keep(record.values), False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
     edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
-    with model._streams.attached([*edits, *readers], silent=ablation.masks != "live"):
+    with model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
@@ -231,7 +231,7 @@ def _gate_hook(
     correct: Callable[[Tensor], Tensor] | None,
     position: int | Sequence[int] | Tensor | None,
 ) -> Callable[[Tensor], Tensor]:
-    def masked(x: Tensor) -> Tensor:
+    def mask_units(x: Tensor) -> Tensor:
         if correct is not None:
             x = correct(x)
         if mask is not None and mask.shape[:2] != x.shape[:2]:
@@ -242,7 +242,7 @@ def _gate_hook(
         where = None if position is None else position_mask(position, *x.shape[:2]).to(x.device)
         return gate(x, scores, mask, where)
 
-    return masked
+    return mask_units
 
 
 def gated_points(block: Any) -> list[tuple[str, HookPoint]]:

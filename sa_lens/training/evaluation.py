@@ -16,7 +16,6 @@ from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
-from sa_lens.core.masks import masks_of
 from sa_lens.data import TokenFile, validation_blocks
 from sa_lens.data.disk import cache_folder
 from sa_lens.data.preparation import say_form
@@ -142,7 +141,7 @@ def _figures(
     if fused or clean_alone:
         loss = TwoStreamLoss(model, path="fused" if fused else "hooked", dtype=model.cfg.dtype)
         terms = loss(tokens, targets, clean_alone=clean_alone)
-        return terms.clean, terms.ablated, {} if terms.ablated is None else masks_of(model, tokens)
+        return terms.clean, terms.ablated, {} if terms.ablated is None else model.record_masks(tokens)
     both = model.run_both_passes(tokens)
     clean = cross_entropy(both.clean_logits, tokens, targets)
     if both.ablated_logits is None:

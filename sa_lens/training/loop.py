@@ -35,7 +35,7 @@ from sa_lens.training.processes import (
 from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
-from sa_lens.training.sharding import whole, whole_parameters
+from sa_lens.training.sharding import whole_parameters, whole_tensor
 from sa_lens.training.training_setup import TrainingSetup, set_up
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     with stop_requests() as stop, _bar(cfg.steps, step, out, progress) as bar:
         while True:
             last, paused_at = step == cfg.steps, time.perf_counter()
-            stopping = _agreed(stop, step, cfg.log_every, accelerator)
+            stopping = _processes_stop(stop, step, cfg.log_every, accelerator)
 
             # -------------------------------------------------------------------------------------------- evaluate
             if step > state.step and (last or step % cfg.eval_every == 0):
@@ -201,7 +201,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             norm = accelerator.clip_grad_norm_(module.parameters(), cfg.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            window.add(torch.cat([torch.stack(rows).mean(0), whole(norm.detach()).float().reshape(1)]))
+            window.add(torch.cat([torch.stack(rows).mean(0), whole_tensor(norm.detach()).float().reshape(1)]))
             step += 1
             bar.update()
 
@@ -246,7 +246,7 @@ def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> 
         yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def _agreed(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
+def _processes_stop(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
     """Whether to stop. Several processes must agree on the step, so they ask one another every so many steps."""
     if accelerator.num_processes == 1:
         return stop.made
@@ -273,7 +273,7 @@ def _save(out: Path, state: saved_state.RunState, setup: TrainingSetup, accelera
     """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
     from accelerate.utils import gather_object
 
-    weights = {name: whole(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
+    weights = {name: whole_tensor(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
     moments = saved_state.optimizer_tensors(setup.model, setup.optimizer.optimizer)
     for name, tensor in [*weights.items(), *moments.items()]:
         if not bool(torch.isfinite(tensor).all()):

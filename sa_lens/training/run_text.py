@@ -86,7 +86,7 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
     """
     for key, revision in text.get("revisions", {}).items():
         if "@" not in _setting(run, key) and not local_path(_setting(run, key), key).exists():
-            run = _replaced(run, {key: f"{_setting(run, key)}@{revision}"})
+            run = _replace(run, {key: f"{_setting(run, key)}@{revision}"})
     places: dict[str, dict[str, str]] = text.get("paths", {})
     stands: dict[str, Path] = {}
     beside: dict[str, Path] = {}
@@ -104,7 +104,7 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
     moved = {key: str(path) for key, path in beside.items() if path.exists()}
     # a text that lies where it did is likelier to be the run's than one of the same name in the current folder
     if not whole or any(not stands[key].samefile(path) for key, path in moved.items()):
-        yield _replaced(run, moved)
+        yield _replace(run, moved)
     if whole:
         yield run
 
@@ -120,7 +120,7 @@ def _setting(run: RunConfig, key: str) -> Any:
     return getattr(getattr(run, section), name)
 
 
-def _replaced(run: RunConfig, values: dict[str, str]) -> RunConfig:
+def _replace(run: RunConfig, values: dict[str, str]) -> RunConfig:
     for key, value in values.items():
         section, name = key.split(".")
         run = dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **{name: value})})

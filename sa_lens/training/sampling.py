@@ -32,9 +32,9 @@ class Sample:
         """
         width = width if width is not None else min(120, shutil.get_terminal_size((100, 24)).columns)
         if self.ablated is None:
-            return "\n".join(["clean stream", "-" * width, *_wrapped(self.clean, width)])
+            return "\n".join(["clean stream", "-" * width, *_wrap(self.clean, width)])
         column = (width - 3) // 2
-        rows = zip_longest(_wrapped(self.clean, column), _wrapped(self.ablated, column), fillvalue="")
+        rows = zip_longest(_wrap(self.clean, column), _wrap(self.ablated, column), fillvalue="")
         head = [f"{'clean stream':<{column}} | ablated stream", f"{'-' * column}-+-{'-' * column}"]
         return "\n".join(head + [f"{left:<{column}} | {right}".rstrip() for left, right in rows])
 
@@ -97,7 +97,7 @@ def sample(
     return Sample(prompt, texts["clean"], texts.get("ablated"))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     # an untrained model writes control characters, which would move the columns
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return [piece for line in text.split("\n") for piece in (textwrap.wrap(line, width) or [""])] or ["(nothing)"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.fused import fused_units, reads_fused
-from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, streams_of, widened
+from sa_lens.core.host import Host, at_least_float32, device_of, gate_hook_names, in_stream, streams_of
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.tokens import check_blocks
@@ -273,7 +273,7 @@ def read_units(
 
 
 def _wide(found: dict[Sublayer, Tensor]) -> dict[Sublayer, Tensor]:
-    return {sublayer: widened(x) for sublayer, x in found.items()}
+    return {sublayer: at_least_float32(x) for sublayer, x in found.items()}
 
 
 def _without_hooks(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream
-from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
+from sa_lens.core.last_position import Prompts, embed_prompts, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 from sa_lens.core.unit import Unit
 from sa_lens.units.firing import unit_scores
@@ -151,7 +151,7 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
                 start += len(part)
                 last = torch.from_numpy(at[part]).to(device)
                 tokens = torch.from_numpy(rows[part, : int(at[part].max()) + 1]).to(device)
-                prompts = Prompts.of(embedded(model, [tokens])[0], last)
+                prompts = Prompts.of(embed_prompts(model, [tokens])[0], last)
                 ran = run_to_position(
                     model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
                 )

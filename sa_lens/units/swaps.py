@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.core.host import Host, gate_hook_names, in_stream
-from sa_lens.core.masks import masks_of
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a batch."""
@@ -85,7 +84,7 @@ def text_masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tenso
     hard = model.gates.kind == "hard"  # type: ignore[attr-defined]
     for batch in text_batches(model, tokens):
         with torch.no_grad():
-            found = masks_of(model, batch)  # type: ignore[arg-type]
+            found = model.record_masks(batch)  # type: ignore[attr-defined]
         for gate, layers in found.items():
             for layer, mask in enumerate(layers):
                 parts.setdefault(f"blocks.{layer}.{gate}.hook_mask", []).append(mask.bool() if hard else mask)
