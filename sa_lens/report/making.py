@@ -13,7 +13,7 @@ from sa_lens.data.writing import scratch_folder
 from sa_lens.report.contents import ModelPage, Report
 from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather
 from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison
-from sa_lens.report.overview import loss_cells, measured, overview
+from sa_lens.report.overview import loss_cells, measured, overview, training_of
 from sa_lens.report.story_pages import story_page
 from sa_lens.report.subjects import Subject, open_subjects
 from sa_lens.report.task_pages import Prompts, able_streams, check_tasks, prompts_for, task_page
@@ -90,6 +90,7 @@ def make_report(
         title=title if title is not None else " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names),
         version=__version__,
         models=tuple(pages),
+        training=training_of(subjects),
         comparison=comparison(names, cells, texts.name),
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from sa_lens.data import validation_blocks
 from sa_lens.report.contents import Fact, Overview, Sample
@@ -37,7 +39,6 @@ def overview(subject: Subject, texts: Texts, evaluation: Evaluation, seed: int) 
     return Overview(
         facts=(*_shape(subject), *_training(subject), *_use(evaluation, texts)),
         losses=losses(evaluation),
-        training=_curves(subject),
         samples=tuple(_samples(subject, texts.stories, seed)),
     )
 
@@ -150,12 +151,15 @@ def loss_cells(evaluation: Evaluation) -> dict[str, str]:
     }
 
 
-def _curves(subject: Subject) -> Curves | None:
-    """Training curves; None where the run kept none."""
-    try:
-        return training_curves({subject.name: subject.run})
-    except (FileNotFoundError, ValueError):
-        return None
+def training_of(subjects: Sequence[Subject]) -> Curves | None:
+    """Returns the training curves of the runs that kept them, in one chart; None if none did."""
+    curves = []
+    for subject in subjects:
+        with suppress(FileNotFoundError, ValueError):
+            curves.append(training_curves({subject.name: subject.run}))
+    lines = tuple(line for of_run in curves for line in of_run.lines)
+    moments = tuple(dict.fromkeys(moment for of_run in curves for moment in of_run.moments))
+    return replace(curves[0], lines=lines, moments=moments) if curves else None
 
 
 def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +20,8 @@ DIGITS = 4
 """Significant digits of a figure."""
 STEPS = 100
 """Steps from 0 to a snippet's largest value, in which its values are stored."""
+DETAILS = ("histogram", "snippets")
+"""Fields of a unit that the page reads when it opens the unit."""
 
 
 def packed(report: Report) -> dict[str, Any]:
@@ -32,6 +35,7 @@ def packed(report: Report) -> dict[str, Any]:
             "title": report.title,
             "version": report.version,
             "models": [_front(model) for model in report.models],
+            "training": plain(report.training),
             "comparison": plain(report.comparison),
         }
     }
@@ -41,10 +45,14 @@ def packed(report: Report) -> dict[str, Any]:
     return parts
 
 
-def plain(value: Any, digits: int = DIGITS) -> Any:
-    """A record as dictionaries and lists, its floats to a few significant digits; what is not finite is None."""
+def plain(value: Any, digits: int = DIGITS, without: Collection[str] = ()) -> Any:
+    """Returns a record as dictionaries and lists, its floats to a few significant digits; not finite ones are None.
+
+    Args:
+        without: fields of the record to leave out.
+    """
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name), digits) for field in dataclasses.fields(value)}
+        return {name: plain(part, digits) for name, part in vars(value).items() if name not in without}
     if isinstance(value, tuple | list):
         return [plain(part, digits) for part in value]
     if isinstance(value, float):
@@ -61,36 +69,18 @@ def _brief(value: float, digits: int) -> float | int | None:
 
 def _front(model: ModelPage) -> dict[str, Any]:
     return {
-        "name": model.name,
-        "streams": list(model.streams),
-        "overview": plain(model.overview),
-        "tasks": plain(model.tasks),
+        **plain(model, without=("stories", "units")),
         "titles": [story.title for story in model.stories],
-        "units": [_unit(unit) for unit in model.units],
-        "units_note": model.units_note,
+        "units": [
+            {**plain(unit, without=("streams",)), "streams": [plain(stream, 3, DETAILS) for stream in unit.streams]}
+            for unit in model.units
+        ],
     }
-
-
-def _unit(unit: UnitPage) -> dict[str, Any]:
-    """A unit as the table shows it."""
-    row = {name: plain(getattr(unit, name)) for name in ("name", "layer", "site", "index", "promotes")}
-    row["streams"] = [
-        {
-            field.name: plain(getattr(stream, field.name), 3)
-            for field in dataclasses.fields(stream)
-            if field.name not in ("histogram", "snippets")
-        }
-        for stream in unit.streams
-    ]
-    return row
 
 
 def _unit_details(unit: UnitPage) -> list[dict[str, Any]]:
     return [
-        {
-            "histogram": plain(stream.histogram, 3),
-            "snippets": [_snippet(snippet) for snippet in stream.snippets],
-        }
+        {"histogram": plain(stream.histogram, 3), "snippets": [_snippet(snippet) for snippet in stream.snippets]}
         for stream in unit.streams
     ]
 
@@ -99,14 +89,8 @@ def _snippet(snippet: Snippet) -> dict[str, Any]:
     """A snippet with its values in whole steps of its largest."""
     most = max((abs(value) for value in snippet.values if math.isfinite(value)), default=0.0)
     steps = [round(STEPS * value / most) if most and math.isfinite(value) else 0 for value in snippet.values]
-    return {
-        "tokens": list(snippet.tokens),
-        "most": _brief(most, DIGITS),
-        "steps": steps,
-        "value": plain(snippet.values[snippet.focus]) if snippet.values else None,
-        "focus": snippet.focus,
-        "kind": snippet.kind,
-    }
+    value = plain(snippet.values[snippet.focus]) if snippet.values else None
+    return {**plain(snippet, without=("values",)), "most": _brief(most, DIGITS), "steps": steps, "value": value}
 
 
 def _stories(model: ModelPage) -> dict[str, Any]:
@@ -164,9 +148,7 @@ def _looks(looks: Looks) -> dict[str, Any]:
     back = [[at - position for position in row] for at, row in enumerate(looks.positions)]
     percent = [[round(100 * share) for share in row] for row in looks.shares]
     return {
-        "stream": looks.stream,
-        "layer": looks.layer,
-        "head": looks.head,
+        **plain(looks, without=("positions", "shares")),
         "back": [list(column) for column in zip_longest(*back)],
         "percent": [list(column) for column in zip_longest(*percent)],
     }

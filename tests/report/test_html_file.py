@@ -127,10 +127,8 @@ def test_one_model_without_comparison(visit, tmp_path):
 
 def test_an_empty_model_still_opens(visit, tmp_path):
     model = report().models[1]
-    bare = replace(
-        model, overview=replace(model.overview, training=None, samples=()), stories=(), tasks=(), units=(), name="é/%"
-    )
-    path = save(replace(report(), models=(bare,), comparison=()), tmp_path / "bare.html")
+    bare = replace(model, overview=replace(model.overview, samples=()), stories=(), tasks=(), units=(), name="é/%")
+    path = save(replace(report(), models=(bare,), training=None, comparison=()), tmp_path / "bare.html")
     page = visit(whole=True, file=path)
     assert texts(page, "nav a") == ["Overview"]
 

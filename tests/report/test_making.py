@@ -121,7 +121,7 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     assert words(page) == list(STRANGE)
     assert found.title == "</title>"
     assert read(save(found, tmp_path / "report.json")) == found
-    assert page.overview.training is None
+    assert found.training is None
     assert {unit.site for unit in page.units} == {"attn"}
     assert "no MLP" in page.overview.facts[0].value
     assert page.tasks[0].rankings == ()

@@ -96,16 +96,18 @@ function showStory() {
   explorer.legend = h("div", { class: "legends" });
   text.replaceChildren(
     h("h3", {}, h("bdi", {}, data.title)),
-    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), explorer.track, (value) => {
-      explorer.track = value;
-      colourStory();
-    }) : null,
+    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), explorer.track, colourBy) : null,
     explorer.legend,
     h("p", { class: "how" }, `Each token in the colour of ${data.tracks.length ? "the chosen number" : "nothing: this story has no numbers"}; none where there is no number. ${sentence(data.note)}`),
     tokens,
   );
   colourStory();
   chooseToken(explorer.token, false);
+}
+
+function colourBy(track) {
+  explorer.track = track;
+  colourStory();
 }
 
 function colourStory() {

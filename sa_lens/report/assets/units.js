@@ -68,16 +68,10 @@ const haystack = remembered((unit) => [unit.name, ...unit.promotes, ...unit.stre
 
 function matchingUnits() {
   const query = table.query.trim().toLowerCase();
-  const rows = [];
-  for (const unit of report.models[table.model].units) {
-    const stream = unit.streams.find((one) => one.stream === table.stream);
-    if (!stream || !stream.live) continue;
-    if (table.site && unit.site !== table.site) continue;
-    if (table.layer !== "" && unit.layer !== Number(table.layer)) continue;
-    if (table.explained && !stream.explanation) continue;
-    if (query && !haystack(unit).includes(query)) continue;
-    rows.push({ unit, stream });
-  }
+  const matches = ({ unit, stream }) =>
+    stream?.live && (!table.site || unit.site === table.site) && (table.layer === "" || unit.layer === Number(table.layer)) &&
+    (!table.explained || stream.explanation) && (!query || haystack(unit).includes(query));
+  const rows = report.models[table.model].units.map((unit) => ({ unit, stream: unit.streams.find((one) => one.stream === table.stream) })).filter(matches);
   const { by } = COLUMNS.find((column) => column.key === table.sort);
   const way = table.down ? -1 : 1;
   const compare = (a, b) => {
