@@ -249,6 +249,9 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         Returns:
             The residual stream, the tokens, the positions of a shortformer model, and the attention mask with that of
             the cache before it; the last two may be None.
+
+        Raises:
+            ValueError: more positions than `n_ctx`, or an attention mask of another shape.
         """
         if isinstance(input, Tensor):
             tokens = input if input.ndim == 2 else input[None]
@@ -270,6 +273,9 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
             attention_mask = past_kv_cache.append_attention_mask(new_mask)
         if attention_mask is not None:
             attention_mask = attention_mask.to(tokens.device)
+        length = offset + tokens.shape[1]
+        if length > self.cfg.n_ctx and self.cfg.positional_embedding_type != "alibi":
+            raise ValueError(f"tokens have {length} positions, more than the model's n_ctx={self.cfg.n_ctx}")
         if self.cfg.use_hook_tokens:
             tokens = self.hook_tokens(tokens)
         residual = self.hook_embed(self.embed(tokens))

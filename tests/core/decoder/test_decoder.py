@@ -75,6 +75,7 @@ def test_calls_that_make_no_sense_are_refused(tokenizer):
         "needs a residual stream": lambda: model("w1", start_at_layer=0),
         "needs tokens": lambda: model(resid, start_at_layer=0, return_type="loss"),
         r"attention_mask has shape \(2, 3\)": lambda: model(TOKENS, attention_mask=torch.ones(2, 3)),
+        "tokens have 21 positions.*n_ctx=16": lambda: model(TOKENS.repeat(1, 3)),
         "no tokenizer": lambda: model("w1 w2"),
         "end-of-text token": lambda: model.generate(TOKENS, verbose=False),
         "return_type='embeds'": lambda: model.generate(TOKENS, return_type="embeds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 import warnings
@@ -122,6 +123,24 @@ def test_edits_at_every_hook_point_have_the_same_effect(name):
         assert_near(ours, theirs, point)
         edits += not torch.allclose(ours, unedited)
     assert edits >= 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "llama", "shortformer", "no-norm"])
+def test_edits_in_place_have_the_same_effect_and_leave_the_weights_alone(name):
+    models = twins(name)
+    before = copy.deepcopy(models[1].state_dict())
+
+    def edit(x, hook):
+        x[:, 1] *= 0.5
+
+    for point in models[0].hook_dict:
+        if point.endswith(("_input", "_in", "hook_result")) and "unembed" not in point:
+            continue
+        theirs, ours = (model.run_with_hooks(TOKENS, fwd_hooks=[(point, edit)]) for model in models)
+        assert_near(ours, theirs, point)
+    for key, value in models[1].state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 @torch.no_grad()
