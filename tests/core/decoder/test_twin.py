@@ -11,9 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformer_lens.HookedTransformer", reason="TransformerLens 4 has no HookedTransformer")
-from small_models import BASE, random_tokens
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from twins import (
+from both_decoders import (
     ARCHITECTURES,
     TOKENS,
     TransformerLensConfig,
@@ -23,6 +21,8 @@ from twins import (
     set_flags,
     twins,
 )
+from small_models import BASE, random_tokens
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from sa_lens.core.decoder import HookedTransformer, HookedTransformerConfig
 
