@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from small_models import BASE, random_tokens
+from small_models import BASE, SHAPES, random_tokens
 from transformer_lens import ActivationCache, SVDInterpreter, patching
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.head_detector import detect_head
@@ -124,6 +124,16 @@ def test_the_configuration_follows_precision_and_place():
     assert wide.to("meta").cfg.device == "meta"
     assert wide.ln_final.w.device.type == "meta"
     assert model.cpu().cfg.device == "cpu"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_everything_is_made_on_the_device_of_the_model(shape):
+    """On `meta`, which refuses to mix devices and stands for a GPU here."""
+    model = decoder(**SHAPES[shape]).to("meta")
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, "meta", 2)
+    for options in ({}, {"attention_mask": torch.ones(2, 7)}, {"past_kv_cache": cache}, {"past_kv_cache": cache}):
+        assert model(TOKENS, **options).device.type == "meta"
+    assert model.accumulated_bias(1).device.type == "meta"
 
 
 @pytest.mark.parametrize("changes", [{}, LLAMA, {"positional_embedding_type": "alibi"}], ids=["gpt2", "llama", "alibi"])
