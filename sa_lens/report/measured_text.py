@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.data import HubUnreachable, TokenFile
+from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.disk import cache_folder
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject
 from sa_lens.training import text_of_run
-from sa_lens.units.activations import TextBlocks
 from sa_lens.views.labels import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000

@@ -7,9 +7,9 @@ from typing import Any
 
 from sa_lens.config import Stream
 from sa_lens.core.unit import Unit
+from sa_lens.data.blocks import TextBlocks
 from sa_lens.report.contents import Snippet
 from sa_lens.report.subjects import Subject
-from sa_lens.units.activations import TextBlocks
 from sa_lens.units.explanations import explain
 from sa_lens.units.firing import Thresholds
 from sa_lens.units.windows import snippets

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Hook, Host, at_least_float32, device_of, in_stream
-from sa_lens.sae.activations import TokenBlocks, Tokens, hook_width, import_sae_lens
+from sa_lens.data.blocks import Text
+from sa_lens.sae.activations import hook_width, import_sae_lens, text_of
 from sa_lens.sae.train import FINISHED, load_sae, newest_checkpoint
 
 
@@ -60,7 +61,7 @@ class SAEEvaluation:
 def evaluate_sae(
     model: Host,
     sae: Any,
-    tokens: Tokens,
+    tokens: Text,
     *,
     hook: str | None = None,
     stream: Stream | None = None,
@@ -118,8 +119,8 @@ def evaluate_sae(
     width = hook_width(model, hook, chosen)
     if sae.cfg.metadata.hook_head_index is None and sae.cfg.d_in != width:
         raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions, but {hook!r} holds {width}")
-    blocks = TokenBlocks.of(tokens, model)
-    text = blocks.take(range(min(len(blocks), max(1, n_tokens // blocks.length))))
+    blocks = text_of(tokens, model)
+    text = blocks.rows(0, max(1, n_tokens // blocks.length))
     if ignore and bool(np.isin(text.cpu().numpy(), list(ignore)).all()):
         raise ValueError("every token of the text is ignored")
     passes = math.ceil(len(text) / batch)

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sa_lens.data.disk import write_atomically
-from sa_lens.units.explanations import Explanation, Snippet
-from sa_lens.units.judging import correlation
+from sa_lens.units.explanations import Explanation, Snippet, correlation
 
 if TYPE_CHECKING:
     import pandas as pd
