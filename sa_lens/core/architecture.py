@@ -126,7 +126,23 @@ def check_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, refusal: st
             raise ValueError(f"{refusal}: {name} holds values that are NaN or infinite")
 
 
-def soft_capped(logits: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+def check_queries_and_keys(state: Mapping[str, Tensor]) -> None:
+    """Checks that the weights of queries and keys are finite.
+
+    The attention pattern of scores that are NaN is 0 in TransformerLens, so that the logits would not show it.
+
+    Raises:
+        ValueError: the first weight with a value that is not finite.
+    """
+    for name, tensor in state.items():
+        if name.endswith(("W_Q", "W_K", "b_Q", "b_K")) and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} holds values that are NaN or infinite, which the logits would not show, since TransformerLens "
+                "sets attention patterns that are NaN to 0: load weights that are finite"
+            )
+
+
+def soft_cap(logits: Tensor, cfg: HookedTransformerConfig) -> Tensor:
     """Logits after the model's soft cap, if it has one."""
     return apply_softcap(logits, cfg.output_logits_soft_cap)
 

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
 
 from sa_lens.config import GateConfig, Masks
 from sa_lens.core import architecture, checkpoints, embedding, reference
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.hook_points import Ablation, Hooks, user_hooks
+from sa_lens.core.hook_points import Ablation, Hooks
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.streams import (
@@ -187,55 +185,6 @@ class SelfAblatingTransformer(GatedTransformer):
             )
         return chosen
 
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[Any] = (),
-        bwd_hooks: Sequence[Any] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[SelfAblatingTransformer]:
-        """As in TransformerLens, but while the context lasts the hooks fire in passes of this thread alone."""
-        given: list[Any] = [(name, function, "fwd") for name, function in fwd_hooks]
-        given += [(name, function, "bwd") for name, function in bwd_hooks]
-        with self._streams.lock:
-            self.context_level += 1
-        try:
-            with user_hooks(self, self._streams, given, remove=reset_hooks_end):
-                yield self
-        finally:
-            with self._streams.lock:
-                self.context_level -= 1
-            if reset_hooks_end and clear_contexts:
-                self.clear_contexts()
-
-    def get_caching_hooks(
-        self,
-        names_filter: Any = None,
-        incl_bwd: bool = False,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
-    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """As in TransformerLens, with `pos_slice` on the axis of positions at every hook point, those of gates too.
-
-        TransformerLens knows the axis by the names of a few hooks; at others it would cut the axis of heads.
-        """
-        kept = Slice.unwrap(pos_slice)
-        saved, fwd_hooks, bwd_hooks = super().get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
-
-        def cut(save: Any) -> Any:
-            def hook(tensor: Tensor, hook: HookPoint) -> None:
-                by_query = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
-                save(kept.apply(tensor, dim=-2 if by_query else 1), hook=hook)
-
-            return hook
-
-        if kept.mode != "identity":
-            fwd_hooks, bwd_hooks = ([(name, cut(save)) for name, save in hooks] for hooks in (fwd_hooks, bwd_hooks))
-        return saved, fwd_hooks, bwd_hooks
-
     @torch.compiler.disable
     def forward(self, input: Any, return_type: Any = "logits", *args: Any, **kwargs: Any) -> Any:
         """As `HookedTransformer.forward`, on the stream that this thread has chosen.
@@ -394,7 +343,7 @@ class SelfAblatingTransformer(GatedTransformer):
 
     def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the final LayerNorm's output."""
-        return architecture.soft_capped(self.unembed(final), self.cfg)
+        return architecture.soft_cap(self.unembed(final), self.cfg)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `HookedTransformer.generate`, from the stream that this thread has chosen; train or eval mode is kept."""
