@@ -1,11 +1,11 @@
 """Models on disk: `config.json`, `model.safetensors` and the tokenizer in one folder. No pickle is ever read.
 
-A file says everything: a key that `config.json` lacks is never filled with a default, so that a model means the same
-in every version of sa_lens. The key `version` names the format. This sa_lens reads version 1, the format of 0.1; files
-written during the development of 0.1 are read if they are complete, and otherwise refused with the key that they lack.
+A key that `config.json` lacks is never filled with a default, so that a folder holds the same model in every version of
+sa_lens. The key `version` names the format. This sa_lens reads version 1, the format of 0.1; files written during the
+development of 0.1 are read if they are complete, and otherwise refused with the key that they lack.
 
-A run folder also holds `state/step-N/`, checkpoints of training that count only once their marker file exists; what is
-in them beside the weights is the trainer's affair (`sa_lens.training`).
+A run folder also holds `state/step-N/`, checkpoints of training that count only once their marker file exists.
+`sa_lens.training` writes what they hold beside the weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 REMEDY = "save the model again, or fetch its files again"
 
 _NOT_SAVED = ("device", "dtype", "seed", "tokenizer_name", "init_weights", "n_devices", "model_name", "n_params")
-"""Fields of HookedTransformerConfig that belong to a process, or are written in another way."""
+"""Fields of HookedTransformerConfig that belong to a process or are stored elsewhere."""
 
 _NAMES = """
 NTK_by_parts_factor NTK_by_parts_high_freq_factor NTK_by_parts_low_freq_factor NTK_original_ctx_len act_fn
@@ -235,7 +235,7 @@ def load(
     weights = _read_weights(path)
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     if isinstance(n_layers := config["model"].get("n_layers"), int) and n_layers > layers:
-        # found out before memory is taken for that many
+        # checked before memory is taken for that many layers
         raise ValueError(f"{path} does not fit this model: it has {layers} layers, expected {n_layers}")
     model = build(cls, config, folder, device=device)
     _fill(model, weights, path, config.get("stored_dtype"))
@@ -294,7 +294,7 @@ def build(
         ValueError: a description that makes no model, or a damaged tokenizer.
     """
     if device is not None:
-        # a device that is not there is no fault of the file
+        # a missing device is not the file's fault
         torch.empty(0, device=device)
     try:
         model = _described_model(cls, config, device)

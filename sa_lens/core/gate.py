@@ -1,6 +1,6 @@
 """The gate: scores, the top-k mask, and the surrogate weights that give the mask its gradient.
 
-Everything here is the readable definition (paper, section 3; DESIGN of the mask and gradient in docs/method.md).
+This is the readable definition (paper, section 3; docs/method.md explains the mask and its gradient).
 Which residual stream a gate reads, and where its mask acts, is decided in `streams.py`.
 
 Axes: `unit` is one attention unit or one neuron of a layer, flattened to a single axis.
@@ -23,7 +23,7 @@ EPS = 1e-12
 """Added to the surrogate's width T * D, as in the reference."""
 
 LARGEST = 1e12
-"""Scores beyond it count as it in the surrogate, so that infinite ones (a unit forced in or out) give no NaN."""
+"""The surrogate clips scores to this size, so that infinite ones (a unit forced in or out) give no NaN."""
 
 
 def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... unit"]:
@@ -135,7 +135,7 @@ class Gate(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws every weight and bias uniformly from +-1/sqrt(d_model), as the reference does.
 
-        Never zero, save the weights of `random-static` scores, which are the biases alone.
+        None is zero, except the weights of `random-static` scores, which consist of biases alone.
         """
         for name, parameter in sorted(self.named_parameters()):
             bound = 1 / math.sqrt(self.d_model)
@@ -192,7 +192,7 @@ class Gate(nn.Module):
             x: values of the units.
             scores: scores of the units; unused, and `hook_scores` silent, if a mask is given.
             mask: a given mask.
-            where: positions at which the mask acts; None: at all.
+            where: positions at which the mask acts; None: all.
         """
         x = self.hook_in(x)
         if mask is None:

@@ -50,7 +50,7 @@ class Streams(NamedTuple):
     """
 
     tokens: Int[Tensor, "batch pos"]
-    """What was run."""
+    """The tokens that were run."""
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     """Logits of the clean stream."""
     ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
@@ -83,7 +83,7 @@ class BothPasses(NamedTuple):
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
     masks: dict[str, list[Tensor]]
-    """Masks by kind of gate, a tensor a layer."""
+    """Masks by kind of gate, one tensor per layer."""
     clean_outputs: list[Float[Tensor, "batch pos d_model"]]
     """Each layer's output, then the final LayerNorm's, of the clean stream."""
     ablated_outputs: list[Float[Tensor, "batch pos d_model"]]
@@ -93,8 +93,8 @@ class BothPasses(NamedTuple):
 class SelfAblatingTransformer(GatedTransformer):
     """A HookedTransformer whose gates decide, token by token, which units stay in its ablated stream.
 
-    By default everything runs on the clean stream, bit for bit as `HookedTransformer` does; inside
-    `with model.ablated():` the same calls run on the ablated one.
+    By default everything runs on the clean stream, bit for bit as `HookedTransformer` does. Inside
+    `with model.ablated():` the same calls run on the ablated stream.
 
     Args:
         cfg: shape of the transformer, TransformerLens's or sa_lens's own.
@@ -125,7 +125,7 @@ class SelfAblatingTransformer(GatedTransformer):
         which the masks act at that position only; its logits there are the ablated stream's, and information flows
         between positions as in any transformer. Use this form for patching and circuits.
 
-        Contexts nest; the innermost one counts. Gradients follow the caller's grad mode and flow through the clean
+        Contexts nest, and the innermost one applies. Gradients follow the caller's grad mode and flow through the clean
         pass too.
 
         Args:
@@ -137,7 +137,7 @@ class SelfAblatingTransformer(GatedTransformer):
             clean_hooks: hooks of the clean pass, in TransformerLens's form.
 
         Raises:
-            ValueError: a model without gates, an unknown choice, masks of another model.
+            ValueError: the model has no gates, a choice is unknown, or masks are those of another model.
         """
         self._require_gates("model.ablated()")
         if not isinstance(masks, str):
@@ -467,11 +467,11 @@ class SelfAblatingTransformer(GatedTransformer):
 
 
 def _say_that_the_stream_is_fixed(ablation: Ablation | None) -> None:
-    """Warns where a pass is being recorded, since the record cannot ask for the stream again."""
+    """Warns while torch records a program, which cannot choose the stream when it runs."""
     if is_recorded():
         stream = "clean" if ablation is None else "ablated"
         warnings.warn(
-            f"what is recorded here (torch.export, torch.jit.trace, a CUDA graph) is the {stream} stream, whatever "
+            f"the recorded program (torch.export, torch.jit.trace, a CUDA graph) runs the {stream} stream, whatever "
             "stream is chosen when it runs: record each stream that you need",
             stacklevel=3,
         )

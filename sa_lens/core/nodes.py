@@ -28,8 +28,8 @@ _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_at
 def split_inputs(model: Host) -> Iterator[None]:
     """Within the context queries, keys and values of every head and every MLP have an input of their own to edit.
 
-    Grouped keys and values are repeated for each head that shares them. The model's switches are put back afterwards,
-    whatever happens.
+    Grouped keys and values are repeated for each head that shares them. The model's switches are restored afterwards,
+    also after an exception.
     """
     cfg = model.cfg
     before = {name: getattr(cfg, name) for name in _SWITCHES}
@@ -267,7 +267,7 @@ class NodeFunctions:
         def rotate(y: Float[Tensor, "... pos d_head"], position: Tensor | None) -> Float[Tensor, "... pos d_head"]:
             if position is None:
                 return attn.apply_rotary(y.flatten(0, -3)[:, :, None])[:, :, 0].reshape(y.shape)
-            # one row a prompt, each at its own position: put it there among rows that are not used
+            # one row per prompt, put at its own position among rows that are not used
             padded = y.new_zeros(*y.shape[:-2], self.length, y.shape[-1])
             index = position[:, None, None].expand(*y.shape[:-2], 1, y.shape[-1])
             padded = padded.scatter(-2, index, y)

@@ -32,7 +32,7 @@ from sa_lens.core.hook_points import Ablation, AttachedHook, Hooks
 
 @dataclass
 class CleanPass:
-    """What the ablated pass needs of the clean one; lists have an entry a layer."""
+    """What the ablated pass needs of the clean one; lists have one entry per layer."""
 
     keys: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
     values: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
@@ -145,7 +145,7 @@ class _KeyValueMix:
         q = self.seen["q"]
         difference = self._per_head(self.clean_keys - self.seen["k"], q.shape[1])
         correction = torch.einsum("bqhd,bkhd->bhqk", q / self.attn.attn_scale, difference)
-        # the matrix is ours, so it can be written to in place: no second one of its size is made
+        # written to in place, so that there is only one matrix of this size
         correction.diagonal(dim1=-2, dim2=-1).zero_()
         cached = scores.shape[-1] - correction.shape[-1]
         if cached:
@@ -180,13 +180,15 @@ def position_mask(position: int | Sequence[int] | Tensor, batch: int, length: in
     """True at the position of each prompt.
 
     Raises:
-        ValueError: a position outside the prompt, or not one a prompt.
+        ValueError: a position outside the prompt, or another number of positions than prompts.
     """
     chosen = torch.as_tensor(position).reshape(-1).cpu()
     if chosen.dtype.is_floating_point or chosen.dtype == torch.bool:
-        raise ValueError(f"position={position!r} must be a whole number, or one for each prompt")
+        raise ValueError(f"position={position!r} must be a whole number, or one whole number per prompt")
     if len(chosen) not in (1, batch):
-        raise ValueError(f"position has {len(chosen)} entries, but there are {batch} prompts: give one, or one each")
+        raise ValueError(
+            f"position has {len(chosen)} entries, but there are {batch} prompts: give one position, or one per prompt"
+        )
     outside = (chosen < -length) | (chosen >= length)
     if outside.any():
         raise ValueError(
@@ -237,7 +239,7 @@ def _gate_hook(
         if mask is not None and mask.shape[:2] != x.shape[:2]:
             raise ValueError(
                 f"the given mask is for {mask.shape[0]} prompts of {mask.shape[1]} tokens, but the input is "
-                f"{x.shape[0]} prompts of {x.shape[1]}: give masks of these very tokens"
+                f"{x.shape[0]} prompts of {x.shape[1]}: give the masks of the same tokens"
             )
         where = None if position is None else position_mask(position, *x.shape[:2]).to(x.device)
         return gate(x, scores, mask, where)

@@ -33,7 +33,7 @@ LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation; those of the ablated stream are None without gates, or if it was left out."""
+    """Results of one evaluation; those of the ablated stream are None without gates, or if it was left out."""
 
     tokens: int
     """Predicted tokens."""
@@ -73,7 +73,7 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Evaluation:
-    """Evaluates both streams in float32, by the fused path where the model has one and no hook of the caller waits.
+    """Evaluates both streams in float32, by the fused path where it covers the model and no hooks are attached.
 
     A mask entry counts as kept above one half, which is exact for hard gates.
 
@@ -81,7 +81,7 @@ def evaluate(
         blocks: validation text; position t of a block predicts position t + 1.
         bytes_per_token: bytes of text per token, for bits per byte.
         clean_alone: leave the ablated stream out, as while it is not trained yet.
-        share: (rank, processes): this process takes every so many-th block from its rank on.
+        share: (rank, processes): this process evaluates the blocks rank, rank + processes, rank + 2 processes, ...
         total: sums a tensor over all processes.
     """
     rank, processes = share
@@ -164,7 +164,7 @@ class _Sum:
 
 
 def _unit_counts(model: SelfAblatingTransformer, gate_name: str) -> list[Int64[Tensor, " unit"]]:
-    """A counter of kept tokens for every unit, a tensor a layer."""
+    """A counter of kept tokens for every unit, one tensor per layer."""
     gates = [(n, m) for n, m in model.named_modules() if isinstance(m, Gate) and n.endswith(gate_name)]
     return [torch.zeros(gate.n_units, dtype=torch.int64, device=model.W_E.device) for _, gate in gates]
 

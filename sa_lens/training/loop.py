@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """The result of a training run."""
 
     folder: Path
     """The run folder; `SelfAblatingTransformer.from_pretrained(folder)` loads its best model."""
@@ -75,8 +75,8 @@ def train(
         run: the configuration.
         out: the run folder; new, unless the run in it is to be resumed.
         device: auto, cpu, cuda or mps.
-        resume: go on from the last complete checkpoint in `out`, bit for bit as if the run had not been interrupted (on
-            the same machine, versions, threads and processes); from the beginning if there is none yet.
+        resume: continue from the last complete checkpoint in `out`, or from the beginning if there is none yet. The
+            result is bit for bit that of an uninterrupted run on the same machine, versions, threads and processes.
         progress: show progress on standard error.
 
     Raises:
@@ -247,7 +247,7 @@ def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> 
 
 
 def _processes_stop(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
-    """Whether to stop. Several processes must agree on the step, so they ask one another every so many steps."""
+    """Whether to stop now; several processes decide together, every `every` steps."""
     if accelerator.num_processes == 1:
         return stop.made
     if step % every != 0:
@@ -291,7 +291,7 @@ def _save(out: Path, state: saved_state.RunState, setup: TrainingSetup, accelera
 
 
 def _final_sample(run: RunConfig, model: SelfAblatingTransformer, metrics: MetricsFile, record: Any) -> Sample | None:
-    """Text from both streams, recorded once however often a finished run is resumed."""
+    """Text from both streams, recorded once even if a finished run is resumed several times."""
     if run.train.sample_tokens == 0 or model.tokenizer is None:
         return None
     drawn = sample(model, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
@@ -310,7 +310,7 @@ def _bar(steps: int, step: int, out: Path, progress: bool) -> Any:
         unit="step",
         disable=not progress,
         dynamic_ncols=True,
-        # a log file gets a line now and then
+        # a log file gets a line every 15 s
         mininterval=0.2 if sys.stderr.isatty() else 15,
     )
 

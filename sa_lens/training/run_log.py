@@ -1,4 +1,4 @@
-"""What a run reports: loss terms kept on the device until they are needed, and `metrics.jsonl`."""
+"""What a run logs: loss terms, kept on the device until they are needed, and the file `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Window:
     a window have the same terms: `means` empties it before the first step whose terms differ.
 
     Args:
-        names: of the terms, in the order in which a row holds them; set anew where the terms change.
+        names: of the terms, in the order in which a row holds them; set again when the terms change.
         mean_over_processes: averages a tensor over all processes.
     """
 
@@ -89,12 +89,12 @@ def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
 
 
 def term_row(terms: LossTerms) -> Float[Tensor, " term"]:
-    """The terms that are there, in one float32 tensor without gradient."""
+    """The terms that are not None, in one float32 tensor without gradient."""
     return torch.stack([value.detach().float() for value in terms if value is not None])
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a JSON object a line, appended as the run goes.
+    """`metrics.jsonl`: one JSON object per line, appended during the run.
 
     Every record has `kind` (train | eval | sample) and `step` (optimizer steps taken before it).
     """
@@ -134,7 +134,7 @@ class MetricsFile:
         return records
 
     def drop_after(self, step: int) -> None:
-        """Forgets records of later steps, which a resumed run will write again."""
+        """Removes records of later steps, which a resumed run will write again."""
         if self.path.is_file():
             kept = [record for record in self.read() if record["step"] <= step]
             atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())

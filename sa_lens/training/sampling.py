@@ -18,7 +18,7 @@ class Sample:
     """One continuation of a prompt by each stream, drawn with the same seed."""
 
     prompt: str
-    """What both begin with; may be empty."""
+    """The text that both continue; may be empty."""
     clean: str
     """Text of the clean stream, prompt included."""
     ablated: str | None
@@ -54,9 +54,9 @@ def sample(
 
     Args:
         prompt: text to continue; empty: a text from its beginning.
-        max_new_tokens: tokens to draw at most.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw from so many likeliest tokens; None: from all.
+        max_new_tokens: the largest number of tokens to draw.
+        temperature: 0: always the most likely token.
+        top_k: draw from this many most likely tokens; None: from all.
         seed: seed of the draws, the same for both streams.
 
     Raises:

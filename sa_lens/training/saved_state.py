@@ -39,7 +39,7 @@ KEPT = 2
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """Where a run stands, tensors left out."""
+    """The state of a run, without its tensors."""
 
     step: int
     """Optimizer steps taken."""

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def check_sharding(module: nn.Module) -> None:
-    """Returns if the loss is not sharded, or sharded as one unit, which the fused path needs.
+    """Checks that the loss is not sharded, or sharded as one unit, which the fused path needs.
 
     Raises:
         ValueError: another kind of sharding, with the setting of Accelerate that helps.

@@ -1,4 +1,4 @@
-"""What a run starts from: its data, its model and its optimizer, fresh or from a checkpoint."""
+"""Sets a run up: its data, model and optimizer, new or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything that the loop works on."""
+    """What the training loop works on."""
 
     state: saved_state.RunState
-    """Where the run stands."""
+    """Steps, best loss and settings so far."""
     data: PreparedData
     """Tokens on disk."""
     model: SelfAblatingTransformer
@@ -99,7 +99,7 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
         if different := saved_state.differences(before.environment, dataclasses.asdict(environment)):
             log.warning("resuming under other conditions, so not bit for bit: %s", "; ".join(different))
         state = dataclasses.replace(before, run=to_dict(run), environment=dataclasses.asdict(environment))
-    # nobody writes before everybody has read
+    # every process has read the folder before one of them writes into it
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with run_folder.explain_write_errors(out):

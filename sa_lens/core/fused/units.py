@@ -1,7 +1,7 @@
 """Values of all units in both streams, and the masks, without hooks and without gradients.
 
-The same layers as in training, but every layer's `z` and `post` are kept after the mask. For analyses that read all
-units of many tokens; whoever wants to edit or to read anything else uses hooks.
+The same layers as in training, but every layer's `z` and `post` are kept after the mask. This is for analyses that read
+all units of many tokens; use hooks to edit values or to read anything else.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Reader(Passes):
             def keep(units: Float[Tensor, "stream batch pos unit"]) -> Tensor:
                 mask = mask_of(self.scores(gate, local, final), gate.k, gate.cfg).to(units.dtype)
                 mask = mask.unflatten(0, units.shape[1:3])
-                # `units` is nobody else's, so the last stream can be masked in place
+                # nothing else uses `units`, so the last stream can be masked in place
                 units[-1].unflatten(-1, (mask.shape[-1], -1)).mul_(mask[..., None])
                 if len(units) == 2:
                     self.values.clean[layer, kind] = units[0]
