@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer
 
 import sa_lens as sa
 from sa_lens.data import BlockOrder, TokenFile
-from sa_lens.data.disk import key_of, write_atomically
+from sa_lens.data.cache import key_of
 from sa_lens.data.tokens import FORMAT
 from sa_lens.sae import PRESETS, SAESettings, evaluate_sae, train_sae
 from sa_lens.sae.activations import ActivationBatches, activations, hook_width, text_of
@@ -67,7 +67,7 @@ def write_file(path, row: np.ndarray, d_vocab: int = VOCAB) -> TokenFile:
     path.write_bytes(raw := row.astype(np.uint8).tobytes())
     header = {"n_tokens": len(row), "d_vocab": d_vocab, "dtype": "uint8", "n_documents": 1, "n_bytes": len(row)}
     header |= {"begin_token_id": 0, "end_token_id": 0, "fingerprint": hashlib.sha256(raw).hexdigest(), "form": None}
-    write_atomically(path.with_suffix(".json"), json.dumps({"format": FORMAT, **header, "checksum": key_of(header)}))
+    path.with_suffix(".json").write_text(json.dumps({"format": FORMAT, **header, "checksum": key_of(header)}))
     return TokenFile.open(path)
 
 

@@ -162,7 +162,7 @@ def units(
     import pandas as pd
 
     from sa_lens.core.host import streams_of
-    from sa_lens.data.writing import atomic_write
+    from sa_lens.data.whole_files import atomic_write
     from sa_lens.training import load_run, text_of_run
     from sa_lens.units.comparison import summary
     from sa_lens.units.firing import calibrate

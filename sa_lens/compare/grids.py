@@ -19,7 +19,7 @@ from sa_lens.compare.model_columns import SAE, Losses, Weights
 from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
 from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.sae import PRESETS as SAE_PRESETS
 from sa_lens.sae import SAESettings
 

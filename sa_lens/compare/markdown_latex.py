@@ -23,7 +23,7 @@ from sa_lens.compare.columns import (
 )
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.verdicts import Comparison
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd

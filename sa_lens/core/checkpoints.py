@@ -32,8 +32,7 @@ from sa_lens.core import architecture
 from sa_lens.core.base import HookedTransformerConfig, official_name
 from sa_lens.core.gate import Gate
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.data.reading import DamagedFile, check_object, read_json
-from sa_lens.data.writing import atomic_write, staged_folder
+from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, read_json, staged_folder
 
 Model = TypeVar("Model", bound=GatedTransformer)
 

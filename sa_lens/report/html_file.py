@@ -21,7 +21,7 @@ from string import Template
 from typing import Any
 
 from sa_lens import views
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.report.contents import Report
 from sa_lens.report.packing import packed

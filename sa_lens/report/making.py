@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from sa_lens import __version__
-from sa_lens.data.disk import cache_folder
-from sa_lens.data.writing import scratch_folder
+from sa_lens.data.cache import cache_folder
+from sa_lens.data.whole_files import scratch_folder
 from sa_lens.report.contents import ModelPage, Report
 from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather
 from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison

@@ -17,11 +17,11 @@ from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
 from sa_lens.data import TokenFile, validation_blocks
-from sa_lens.data.disk import cache_folder
+from sa_lens.data.cache import cache_folder
 from sa_lens.data.preparation import say_form
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
-from sa_lens.data.writing import scratch_folder
+from sa_lens.data.whole_files import scratch_folder
 from sa_lens.training.trained_run import load_run, settings_of, text_of_run
 
 TOKENS_AT_ONCE = 4096

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sa_lens.config import RunConfig
 from sa_lens.core import LossTerms
-from sa_lens.data.reading import DamagedFile, check_object, parse_json
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, parse_json
 
 
 class TrainingDiverged(RuntimeError):

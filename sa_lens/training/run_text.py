@@ -16,9 +16,10 @@ from typing import Any
 from sa_lens.config import RunConfig
 from sa_lens.core.checkpoints import CONFIG, read_config
 from sa_lens.data import PreparedData
-from sa_lens.data.disk import cache_folder, local_path
+from sa_lens.data.cache import cache_folder
 from sa_lens.data.hub import last_revision
-from sa_lens.data.reading import check_object
+from sa_lens.data.whole_files import check_object
+from sa_lens.places import local_path
 
 PATHS = ("data.source", "data.validation", "data.keep_whole", "data.tokenizer", "train.init")
 """Settings that may name a file or folder."""

@@ -16,7 +16,7 @@ from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_ya
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
-from sa_lens.data.writing import atomic_write, remove_leftovers
+from sa_lens.data.whole_files import atomic_write, remove_leftovers
 from sa_lens.training import run_folder, run_text, saved_state
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment

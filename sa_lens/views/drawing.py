@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.views.html_page import Picture, component
 from sa_lens.views.records import Titled, to_json

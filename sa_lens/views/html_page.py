@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.views.records import Titled
 from sa_lens.views.theme import FONT, palette
