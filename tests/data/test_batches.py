@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa_lens.data import BlockDataset, BlockOrder, ProcessPositions, TokenFile, load_tokenizer, training_loader
+from sa_lens.data import BlockOrder, TokenFile, load_tokenizer, training_loader
+from sa_lens.data.batches import BlockDataset, ProcessPositions
 from sa_lens.data.tokens import write_tokens
 
 
