@@ -14,7 +14,8 @@
 """
 
 from sa_lens.data import stories
-from sa_lens.data.batches import BlockOrder, TextBlocks, training_loader
+from sa_lens.data.batches import BlockOrder, training_loader
+from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.hub import HubUnreachable
 from sa_lens.data.preparation import PreparedData, prepare
 from sa_lens.data.sources import Source, open_source

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -66,90 +63,6 @@ class BlockDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, position: int) -> tuple[Int64[Tensor, " pos"], Int64[Tensor, " pos"]]:
         block = torch.from_numpy(self.file.block(int(self.order.indices(position, 1)[0]), self.n_ctx))
         return block[:-1], block[1:]
-
-
-class TextBlocks:
-    """A text as blocks of equal length, without the token after each: a token file, or a tensor of tokens.
-
-    Args:
-        text: a token file, its path, or blocks `[block, pos]`.
-        n_ctx: tokens per block of a token file; blocks given as a tensor must not be longer.
-        n_tokens: tokens to read at most, from the beginning; None: all. At least one block is read.
-        d_vocab: vocabulary of the model that reads it.
-
-    Raises:
-        FileNotFoundError: no such token file.
-        ValueError: no whole block, blocks longer than the context, or tokens beyond the vocabulary.
-    """
-
-    def __init__(
-        self,
-        text: TokenFile | str | Path | Int[Tensor, "block pos"],
-        n_ctx: int,
-        *,
-        n_tokens: int | None = None,
-        d_vocab: int | None = None,
-    ) -> None:
-        if n_tokens is not None and n_tokens < 1:
-            raise ValueError(f"n_tokens={n_tokens} must be at least 1, or None for the whole text")
-        self.text = TokenFile.open(text) if isinstance(text, str | Path) else text
-        if isinstance(self.text, TokenFile):
-            if self.text.n_tokens < n_ctx:
-                raise ValueError(
-                    f"token file {self.text.path} has {self.text.n_tokens:,} tokens, fewer than one block of "
-                    f"n_ctx={n_ctx}; give a longer text"
-                )
-            self.length, count = n_ctx, self.text.n_tokens // n_ctx
-            if d_vocab is not None:
-                self.text.check_vocabulary(d_vocab)
-        else:
-            _check_tensor(self.text, n_ctx, d_vocab)
-            count, self.length = self.text.shape
-        self.count = count if n_tokens is None else min(count, max(1, n_tokens // self.length))
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return self.count * self.length
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal tokens and length, equal fingerprint."""
-        if isinstance(self.text, TokenFile):
-            return f"{self.text.fingerprint}/{self.length}"
-        values = self.text.cpu().long().contiguous().numpy()
-        return f"{hashlib.sha256(values.tobytes()).hexdigest()}/{self.length}"
-
-    def rows(self, start: int, stop: int) -> Int[Tensor, "batch pos"]:
-        """Blocks `start` to `stop - 1`, on the CPU (a tensor's own device if the text is one)."""
-        stop = min(stop, self.count)
-        if isinstance(self.text, TokenFile):
-            flat = self.text.tokens[start * self.length : stop * self.length].astype("int64")
-            return torch.from_numpy(flat).view(-1, self.length)
-        return self.text[start:stop].long()
-
-    def pick(self, blocks: Int[Tensor, " block"] | Int64[np.ndarray, " block"]) -> Int[Tensor, "block pos"]:
-        """The blocks of these indices."""
-        if isinstance(self.text, TokenFile):
-            return torch.cat([self.rows(int(i), int(i) + 1) for i in blocks])
-        return self.text[torch.as_tensor(blocks, device=self.text.device)].long()
-
-
-def _check_tensor(tokens: Any, n_ctx: int, d_vocab: int | None) -> None:
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
-        given = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"a text is a TokenFile or a whole-number tensor [block, pos], not {given}")
-    if not tokens.numel():
-        raise ValueError(f"the given text is empty: its shape is {tuple(tokens.shape)}")
-    if tokens.shape[1] > n_ctx:
-        raise ValueError(f"blocks of {tokens.shape[1]} tokens are longer than n_ctx={n_ctx}: cut the text shorter")
-    if int(tokens.min()) < 0 or (d_vocab is not None and int(tokens.max()) >= d_vocab):
-        raise ValueError(
-            f"tokens from {int(tokens.min())} to {int(tokens.max())} are not within the model's vocabulary of {d_vocab}"
-        )
 
 
 class ProcessPositions(Sampler[list[int]]):

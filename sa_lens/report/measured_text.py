@@ -15,7 +15,7 @@ from typing import Any
 
 from sa_lens.data import HubUnreachable, TokenFile
 from sa_lens.data.blocks import TextBlocks
-from sa_lens.data.disk import cache_folder
+from sa_lens.data.cache import cache_folder
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject

@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.data.blocks import Text, TextBlocks
-from sa_lens.data.reading import DamagedFile, read_json
-from sa_lens.data.writing import atomic_write, remove_leftovers, staged_folder
+from sa_lens.data.whole_files import DamagedFile, atomic_write, read_json, remove_leftovers, staged_folder
 from sa_lens.places import output_folder
 from sa_lens.sae.activations import ActivationBatches, hook_width, import_sae_lens, text_of
 from sa_lens.sae.settings import SAESettings, resolve
