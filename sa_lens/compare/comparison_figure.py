@@ -15,7 +15,7 @@ from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.verdicts import Comparison
 from sa_lens.views import Figure, draw
 from sa_lens.views.records import Titled
-from sa_lens.views.theme import label_axis, lay_out, palette, wrapped
+from sa_lens.views.theme import label_axis, lay_out, palette, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,9 +62,7 @@ def figure(comparison: Comparison, columns: Sequence[str] | None = None, *, dark
         shared_yaxes=True,
         horizontal_spacing=0.03,
         vertical_spacing=min(0.9 / rows, 60 / (height * rows)),
-        subplot_titles=[
-            wrapped(with_task(column_named(name).label, task), 0.9 * WIDTH / ACROSS) for task, name in chosen
-        ],
+        subplot_titles=[wrap(with_task(column_named(name).label, task), 0.9 * WIDTH / ACROSS) for task, name in chosen],
     )
     named: set[str] = set()
     for i, (task, name) in enumerate(chosen):

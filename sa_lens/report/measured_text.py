@@ -58,7 +58,7 @@ class ModelText:
     """Blocks that set firing thresholds."""
 
 
-def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
+def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
     """Stories and measured text of a report.
 
     All is measured on the validation text of the first run, with thresholds from its training text. A named text
@@ -74,13 +74,13 @@ def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories
         FileNotFoundError: no such text.
     """
     first = subjects[0]
-    named = _named(text, column) if text is not None else ()
+    named = _read_documents(text, column) if text is not None else ()
     try:
         own = text_of_run(first.run, first.model)
     except (ValueError, FileNotFoundError, HubUnreachable):
         if text is None:
             raise
-        calibration, held_out = _shared_out(named)
+        calibration, held_out = _split(named)
         name = Path(text).name
     else:
         calibration = _documents(own.train, own.tokenizer, CALIBRATION)
@@ -116,7 +116,7 @@ def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
     return ModelText(files["held_out"], held_out, calibration)
 
 
-def _named(text: str, column: str) -> tuple[str, ...]:
+def _read_documents(text: str, column: str) -> tuple[str, ...]:
     """The documents of a named text, as many as are needed at most."""
     source = open_source(
         text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None), progress=False
@@ -132,7 +132,7 @@ def _named(text: str, column: str) -> tuple[str, ...]:
     return tuple(documents)
 
 
-def _shared_out(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The first part of a text to calibrate on, the rest to measure on."""
     if len(documents) == 1:
         whole = documents[0]
@@ -160,17 +160,17 @@ def _stories(documents: Iterable[str], subjects: Sequence[Subject], n_stories: i
     """Documents that every model can read, spread evenly; where too few are short enough, the beginnings of others."""
     different = [document.strip() for document in dict.fromkeys(documents) if document.strip()]
     whole = [document for document in different if _fits(document, subjects)]
-    chosen = _spread(whole, n_stories)
+    chosen = _pick_evenly(whole, n_stories)
     if len(chosen) < n_stories:
         rest = [document for document in different if document not in set(whole)]
-        chosen += [_cut(document, subjects) for document in _spread(rest, n_stories - len(chosen))]
+        chosen += [_cut(document, subjects) for document in _pick_evenly(rest, n_stories - len(chosen))]
     stories = tuple(dict.fromkeys(story for story in chosen if story))
     if not stories:
         raise ValueError("the text has no document that a model can read")
     return stories
 
 
-def _spread(items: Sequence[str], count: int) -> list[str]:
+def _pick_evenly(items: Sequence[str], count: int) -> list[str]:
     step = max(1.0, len(items) / max(1, count))
     return [items[math.floor(i * step)] for i in range(min(count, len(items)))]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from sa_lens.data import validation_blocks
 from sa_lens.report.contents import Fact, Overview, Sample
 from sa_lens.report.measured_text import ModelText, Texts
-from sa_lens.report.model_tables import STREAMS, cell
+from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.training import Evaluation, bytes_per_token, evaluate, sample
 from sa_lens.views import training_curves
@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 60
 """Tokens of a sample."""
 
 
-def measured(subject: Subject, text: ModelText) -> Evaluation:
+def measure_losses(subject: Subject, text: ModelText) -> Evaluation:
     """Measures the losses of both streams, and how the gates use their units."""
     blocks = validation_blocks(text.held_out, subject.n_ctx, EVALUATED)
     return evaluate(subject.model, blocks, bytes_per_token=bytes_per_token(text.held_out))
@@ -33,7 +33,7 @@ def overview(subject: Subject, texts: Texts, evaluation: Evaluation, seed: int) 
     """Returns the first page of a model.
 
     Args:
-        evaluation: from `measured`.
+        evaluation: from `measure_losses`.
         seed: of the samples.
     """
     return Overview(
@@ -138,16 +138,16 @@ def loss_cells(evaluation: Evaluation) -> dict[str, str]:
     """Returns the model's cells in the table that compares losses."""
     cost = None if evaluation.ablated_loss is None else evaluation.ablated_loss - evaluation.clean_loss
     return {
-        "clean loss, nats per token": cell(evaluation.clean_loss, ".4f"),
-        "ablated loss, nats per token": cell(evaluation.ablated_loss, ".4f"),
-        "cost of the gates, nats": cell(cost, "+.4f"),
-        "clean perplexity": cell(evaluation.clean_perplexity, ",.2f"),
-        "ablated perplexity": cell(evaluation.ablated_perplexity, ",.2f"),
-        "clean bits per byte": cell(evaluation.clean_bits_per_byte, ".4f"),
-        "ablated bits per byte": cell(evaluation.ablated_bits_per_byte, ".4f"),
-        "attention units used": cell(evaluation.attn_units_used, ".1%"),
-        "neurons used": cell(evaluation.mlp_units_used, ".1%"),
-        "kept units that the next token keeps too": cell(evaluation.mask_overlap, ".1%"),
+        "clean loss, nats per token": format_cell(evaluation.clean_loss, ".4f"),
+        "ablated loss, nats per token": format_cell(evaluation.ablated_loss, ".4f"),
+        "cost of the gates, nats": format_cell(cost, "+.4f"),
+        "clean perplexity": format_cell(evaluation.clean_perplexity, ",.2f"),
+        "ablated perplexity": format_cell(evaluation.ablated_perplexity, ",.2f"),
+        "clean bits per byte": format_cell(evaluation.clean_bits_per_byte, ".4f"),
+        "ablated bits per byte": format_cell(evaluation.ablated_bits_per_byte, ".4f"),
+        "attention units used": format_cell(evaluation.attn_units_used, ".1%"),
+        "neurons used": format_cell(evaluation.mlp_units_used, ".1%"),
+        "kept units that the next token keeps too": format_cell(evaluation.mask_overlap, ".1%"),
     }
 
 

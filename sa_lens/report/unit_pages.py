@@ -10,7 +10,7 @@ from sa_lens.config import Stream
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.report.contents import UnitPage, UnitStream
 from sa_lens.report.measured_text import ModelText
-from sa_lens.report.model_tables import STREAMS, cell
+from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.report.unit_details import details_of
 from sa_lens.units.activations import held
@@ -54,7 +54,7 @@ def unit_pages(
     blocks = held(model, text.held_out_blocks, streams, n_tokens=DESCRIBED, progress=False)
     sizes: dict[str, Any] = {"n_tokens": DESCRIBED, "coactivation_tokens": 0, "sample_tokens": 1}
     table = specialization(model, blocks, rules, streams, **sizes, progress=False).table
-    chosen = most_telling(table, n_units)
+    chosen = choose_units(table, n_units)
     begin("closer look")
     details = details_of(subject, blocks, rules, chosen, DESCRIBED, seed)
     del blocks
@@ -73,7 +73,7 @@ def unit_pages(
     return pages, note + ".", _cells(table, labels, details)
 
 
-def most_telling(table: pd.DataFrame, n_units: int) -> list[Unit]:
+def choose_units(table: pd.DataFrame, n_units: int) -> list[Unit]:
     """Returns the units to describe in detail, spread evenly over the sublayers, in the order of the table.
 
     Of each sublayer come first those whose firing says most about the token: firing rate times the bits between the
@@ -171,7 +171,7 @@ def _cells(
             "units that stand for a label": ([f1 >= COVERED for f1 in of_live], ".1%"),
             "F1 of explanations": (scores, ".3f"),
         }
-        by_stream[stream] = {name: cell(_mean(values), form) for name, (values, form) in figures.items()}
+        by_stream[stream] = {name: format_cell(_mean(values), form) for name, (values, form) in figures.items()}
     return {f"{name}, {stream}": by_stream[stream][name] for name in by_stream["clean"] for stream in STREAMS}
 
 

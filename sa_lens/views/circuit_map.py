@@ -17,7 +17,7 @@ from sa_lens.views.circuit_layout import Places, ScoreScale, arc, places_of
 from sa_lens.views.drawing import Panels, register_panels, register_result
 from sa_lens.views.labels import TASKS, metric_words
 from sa_lens.views.records import CircuitEdge, CircuitMap, number
-from sa_lens.views.theme import Palette, colour_bar, label_axis, palette, plain
+from sa_lens.views.theme import Palette, colour_bar, escape, label_axis, palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,9 +180,9 @@ def _traces(record: CircuitMap, places: Places, scores: ScoreScale, colours: Pal
 
 def _edge_text(edge: CircuitEdge, scale: str) -> str:
     port = {"q": "query", "k": "key", "v": "value"}.get(edge.port, "input")
-    value = "no score" if edge.score is None else f"{edge.score:.4g} {plain(scale)}"
+    value = "no score" if edge.score is None else f"{edge.score:.4g} {escape(scale)}"
     name = f"{edge.source} → {edge.destination}{'.' * bool(edge.port)}{edge.port}"
-    return f"<b>{plain(name)}</b><br>{value}<br>into the {port} of {plain(edge.destination)}"
+    return f"<b>{escape(name)}</b><br>{value}<br>into the {port} of {escape(edge.destination)}"
 
 
 def _node_trace(record: CircuitMap, places: Places, colours: Palette) -> go.Scatter:

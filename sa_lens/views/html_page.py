@@ -56,7 +56,7 @@ MISSING = (
 )
 
 
-def inert(value: object) -> str:
+def json_for_script(value: object) -> str:
     """Returns JSON that may stand inside a script element, whatever texts it holds."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -75,7 +75,7 @@ def component(library: Library, name: str, props: Mapping[str, Any], *, instead:
     shown = instead or f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
     return (
         f"<div class='sa-lens-view' data-library='{library}' data-component='{html.escape(name)}'>"
-        f"<script type='application/json'>{inert(props)}</script>"
+        f"<script type='application/json'>{json_for_script(props)}</script>"
         f"<div class='sa-lens-box' style='{html.escape(style)}'>{shown}</div></div>{_LOADER}"
     )
 
@@ -134,7 +134,7 @@ def library_script(library: Library) -> str:
 
 
 @cache
-def packed_script(library: Library) -> str:
+def compressed_script(library: Library) -> str:
     """Returns the same at less than half the size, for files: the browser unpacks it."""
     return (
         f"<script data-sa-lens-library='{library}'>(async function () {{\n"
@@ -255,7 +255,7 @@ class Picture:
             "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<title>{html.escape(title)}</title></head><body style='margin:0;background:{background}'>"
-            f"{self.fragment()}{''.join(map(packed_script, self.libraries))}</body></html>\n"
+            f"{self.fragment()}{''.join(map(compressed_script, self.libraries))}</body></html>\n"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         # half a pair of surrogates, which UTF-8 cannot say, becomes a question mark

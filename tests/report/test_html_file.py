@@ -489,10 +489,10 @@ def test_a_damaged_file_says_so(browser, path, tmp_path):
 
 
 def test_packing_keeps_every_record():
-    from sa_lens.report.packing import packed
+    from sa_lens.report.packing import pack
 
     whole = report()
-    parts = packed(whole)
+    parts = pack(whole)
     unit = whole.models[0].units[0]
     row, details = parts["front"]["models"][0]["units"][0], parts["units-0"][0]
     kept = {field.name for field in dataclasses.fields(type(unit.streams[0]))}

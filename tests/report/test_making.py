@@ -156,10 +156,10 @@ class TestBadInput:
     def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is measured before all is checked."""
 
-        def measured(*_: object) -> None:
+        def measure_losses(*_: object) -> None:
             raise AssertionError("began to measure")
 
-        monkeypatch.setattr(making, "measured", measured)
+        monkeypatch.setattr(making, "measure_losses", measure_losses)
 
     @pytest.mark.parametrize(
         ("options", "message"),

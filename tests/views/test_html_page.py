@@ -23,7 +23,7 @@ from sa_lens.views import (
     story,
     unit_activations,
 )
-from sa_lens.views.html_page import component, escape_markup, inert, library_script
+from sa_lens.views.html_page import component, escape_markup, json_for_script, library_script
 
 CARRIED = "data-sa-lens-library='{}'"
 
@@ -182,7 +182,7 @@ def test_markup_in_data_stays_data(reader):
     assert escape_markup("<script>&lt;") == "<\u2060script>&\u2060lt;"
     text = component("plotly", "", {"a": "</script><script>alert(1)</script>"})
     assert Elements(text).tags.count("script") == 2
-    assert "<script>" not in inert(["<script>"])
+    assert "<script>" not in json_for_script(["<script>"])
 
 
 def test_library_scripts_are_whole():
