@@ -1,6 +1,6 @@
-"""What a report holds, as data: everything that its page shows, and nothing of how it looks.
+"""What a report holds, as data: everything that its page shows, but not how it looks.
 
-Where a view of `sa_lens.views` shows the same thing, the report holds that view's record.
+If a view of `sa_lens.views` shows the same thing, the report holds that view's record.
 """
 
 from __future__ import annotations

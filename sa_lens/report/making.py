@@ -45,7 +45,7 @@ def make_report(
     """Makes a report on one trained model or several.
 
     All models read the same stories and do the same tasks. Everything is measured on the validation text of the first
-    run, with firing thresholds from its training text; each model reads it with its own tokenizer. Where the first
+    run, with firing thresholds from its training text; each model reads it with its own tokenizer. If the first
     model does not know its text, all of that comes from `text`.
 
     Args:

@@ -23,13 +23,13 @@ from sa_lens.training import text_of_run
 from sa_lens.views.labels import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000
-"""Tokens, of the first model's tokenizer, that are taken to measure on and to set firing thresholds with."""
+"""Tokens (of the first model's tokenizer) to measure on, and to set firing thresholds with."""
 STORY_TOKENS = 128
 """Tokens of a story at most, in every model; longer ones are cut."""
 LEAST_BLOCKS = 12
 """Blocks that each part of the text must have."""
 CHARACTERS = 6
-"""Characters of a token at most, about: how much of a named text is read."""
+"""Characters per token, a high estimate, which limits how much of a named text is read."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class ModelText:
 
 
 def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
-    """Stories and measured text of a report.
+    """Returns the stories and the measured text of a report.
 
     All is measured on the validation text of the first run, with thresholds from its training text. A named text
-    gives the stories; where the first run does not know its own text, all is measured on the named one.
+    gives the stories; if the first run does not know its own text, everything is measured on the named one.
 
     Args:
         text: path or dataset id; None: stories of the first run's validation text.
@@ -91,7 +91,7 @@ def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_s
 
 
 def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
-    """The measured text in a model's tokens, as files in a folder.
+    """Encodes the measured text for a model, as files in a folder.
 
     Raises:
         ValueError: a text too short for blocks of the model's context.
@@ -157,7 +157,7 @@ def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...
 
 
 def _stories(documents: Iterable[str], subjects: Sequence[Subject], n_stories: int) -> tuple[str, ...]:
-    """Documents that every model can read, spread evenly; where too few are short enough, the beginnings of others."""
+    """Documents that every model can read, spread evenly; if too few are short enough, the beginnings of others."""
     different = [document.strip() for document in dict.fromkeys(documents) if document.strip()]
     whole = [document for document in different if _fits(document, subjects)]
     chosen = _pick_evenly(whole, n_stories)
@@ -183,7 +183,7 @@ def _fits(text: str, subjects: Sequence[Subject]) -> bool:
 
 
 def _cut(text: str, subjects: Sequence[Subject]) -> str:
-    """The longest beginning found that every model can read, ending with a whole word where there are words."""
+    """The longest beginning that every model can read, ending with a whole word if there are words."""
     low, high = 0, len(text)
     while high - low > 1:
         middle = (low + high) // 2

@@ -51,7 +51,7 @@ def _shape(subject: Subject) -> list[Fact]:
         Fact("Transformer", f"{_count(cfg.n_layers, 'layer')} of {_count(cfg.n_heads, 'head')} and {neurons}", ""),
         Fact("Width", f"{cfg.d_model:,}, {cfg.d_head:,} per head", "Size of the residual stream, channels of a head."),
         Fact("Parameters", f"{parameters:,}", "Gates included."),
-        Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at once."),
+        Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at a time."),
         Fact("Vocabulary", f"{cfg.d_vocab:,} tokens", ""),
         _gates(subject),
     ]
@@ -60,7 +60,7 @@ def _shape(subject: Subject) -> list[Fact]:
 def _gates(subject: Subject) -> Fact:
     gates, cfg = subject.model.gates, subject.model.cfg
     if not gates.gated:
-        return Fact("Gates", "none", "A plain transformer: it has the clean stream alone.")
+        return Fact("Gates", "none", "A plain transformer: it has only the clean stream.")
     units = f"{gates.k_attn} of {cfg.n_heads} heads"
     if gates.attn_unit == "channel":
         units = f"{gates.k_attn} of {cfg.n_heads * cfg.d_head:,} attention units"
@@ -72,11 +72,11 @@ def _gates(subject: Subject) -> Fact:
         "both": "each layer's own clean input and the end of a clean pass",
     }[gates.scope]
     how = "" if gates.scores == "learned" else f" Control: scores are {gates.scores}, not learned."
-    stay = "stay" if gates.kind == "hard" else "stay in part, as soft weights say,"
+    stay = "stay" if gates.kind == "hard" else "stay in part, by soft weights,"
     return Fact(
         "Gates",
         f"{gates.scope}, {gates.kind}: {units}",
-        f"So many {stay} at each token and layer of the ablated stream; the gates read {read}.{how}",
+        f"This many units {stay} at each token and layer of the ablated stream; the gates read {read}.{how}",
     )
 
 
@@ -113,9 +113,13 @@ def _training(subject: Subject) -> list[Fact]:
 def _use(evaluation: Evaluation, texts: Texts) -> list[Fact]:
     facts = [Fact("Measured on", f"{evaluation.tokens:,} tokens", f"Losses and use of units: {texts.name}.")]
     for name, share, meaning in (
-        ("Attention units used", evaluation.attn_units_used, "Kept at one token of that text or more."),
-        ("Neurons used", evaluation.mlp_units_used, "Kept at one token of that text or more."),
-        ("Mask overlap", evaluation.mask_overlap, "Share of a token's kept units that the next token keeps too."),
+        ("Attention units used", evaluation.attn_units_used, "Kept at one or more tokens of that text."),
+        ("Neurons used", evaluation.mlp_units_used, "Kept at one or more tokens of that text."),
+        (
+            "Mask overlap",
+            evaluation.mask_overlap,
+            "Share of the units kept at a token that are kept at the next one too.",
+        ),
     ):
         if share is not None:
             facts.append(Fact(name, f"{share:.1%}", meaning))

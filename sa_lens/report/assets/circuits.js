@@ -87,7 +87,7 @@ function rankingPanel(model, ranking, element) {
   const edges = h("div", {});
   const shown = { n: 0 };
   const graph = new Graph(ranking.circuit, () => listEdges());
-  const curve = ranking.curve ? chartFigure(ranking.curve, "How much of what the whole model does the circuit does alone, by its size; the upright line is the size on the slider.", { height: 250, level: "h4" }) : null;
+  const curve = ranking.curve ? chartFigure(ranking.curve, "How much of the model's effect the circuit keeps, by its number of edges; the vertical line is the size on the slider.", { height: 250, level: "h4" }) : null;
 
   function show(n) {
     shown.n = Math.max(0, Math.min(total, n));
@@ -132,7 +132,7 @@ function rankingPanel(model, ranking, element) {
   element.append(
     block(
       `${ranking.method} circuit, ${ranking.stream} stream`,
-      [linked(model, sentence(ranking.circuit.note)), "Layers upward; circles are heads, squares MLPs. Wider is a larger score; orange is positive, blue negative. Click a node to see its edges alone."],
+      [linked(model, sentence(ranking.circuit.note)), "Layers go upward; circles are heads, squares are MLPs. A wider line is a larger score; orange is positive, blue is negative. Click a node to see only its edges."],
       h("div", { class: "slider-row controls" }, h("label", { for: id }, "Edges"), slider, exact, back),
       h("p", { class: "size-words" }, output),
       scroller("The circuit as a graph", graph.element),
