@@ -19,6 +19,7 @@ from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
+from sa_lens.views.labels import METHODS
 from sa_lens.views.labels import TASKS as TITLES
 from sa_lens.views.records import CircuitEdge, CircuitMap, Curves, Table
 from sa_lens.views.result_tables import MISSING
@@ -37,8 +38,8 @@ ABOUT = {
     "repeated": "Two names stand together, and later the first comes again: which name follows?",
 }
 """What each task asks."""
-METHODS: dict[Method, str] = {"acdc": "ACDC", "eap-ig": "EAP-IG", "gate": "gate circuit"}
-"""Names of the methods."""
+CHOSEN: tuple[Method, ...] = ("acdc", "eap-ig", "gate")
+"""Methods by which circuits are found; the gate's own is one of the ablated stream alone."""
 SCALES: dict[Method, str] = {
     "acdc": "rise of KL when the edge goes, nats",
     "eap-ig": "share in the logit difference",
@@ -116,7 +117,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
     table = Table("Skill", "", ("stream",), (), (False,))
     cells = {
         SKILL: {f"{title}, {stream}": MISSING for stream in STREAMS},
-        NEEDED: {f"{title}, {stream}, {method}": MISSING for stream in STREAMS for method in METHODS.values()},
+        NEEDED: {f"{title}, {stream}, {METHODS[method]}": MISSING for stream in STREAMS for method in CHOSEN},
         KEPT: {f"{title}, {stream}": MISSING for stream in STREAMS},
     }
     try:
@@ -170,7 +171,7 @@ def _find(
 
 
 def _methods(stream: Stream) -> tuple[Method, ...]:
-    return ("acdc", "eap-ig", "gate") if stream == "ablated" else ("acdc", "eap-ig")
+    return CHOSEN if stream == "ablated" else CHOSEN[:2]
 
 
 def _about(prompts: Prompts) -> str:

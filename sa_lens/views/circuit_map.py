@@ -15,7 +15,7 @@ from sa_lens.circuits.graph import Circuit
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.views.circuit_layout import Places, ScoreScale, arc, places_of
 from sa_lens.views.drawing import Panels, register_panels, register_result
-from sa_lens.views.labels import TASKS, metric_words
+from sa_lens.views.labels import METHODS, TASKS, metric_words
 from sa_lens.views.records import CircuitEdge, CircuitMap, number
 from sa_lens.views.theme import Palette, colour_bar, escape, label_axis, palette
 
@@ -76,16 +76,10 @@ def circuit_map(
 register_result(Circuit, circuit_map)
 
 
-def _method(about: Mapping[str, Any]) -> str:
-    name = str(about.get("method", ""))
-    return {"acdc": "ACDC", "eap": "EAP", "eap-ig": "EAP-IG", "eap_ig": "EAP-IG", "relp": "RelP"}.get(
-        name.lower(), name.replace("_", " ")
-    )
-
-
 def _title(about: Mapping[str, Any], n: int) -> str:
-    task = str(about.get("task", ""))
-    parts = [TASKS.get(task, task), f"{about['stream']} stream" if "stream" in about else "", _method(about)]
+    task, method = str(about.get("task", "")), str(about.get("method", ""))
+    method = METHODS.get(method.lower().replace("_", "-"), method.replace("_", " "))
+    parts = [TASKS.get(task, task), f"{about['stream']} stream" if "stream" in about else "", method]
     return ", ".join([*(part for part in parts if part), f"{n:,} edges"])
 
 

@@ -62,21 +62,20 @@ def json_for_script(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def component(library: Library, name: str, props: Mapping[str, Any], *, instead: str = "", style: str = "") -> str:
+def component(library: Library, name: str, props: Mapping[str, Any], *, style: str = "") -> str:
     """Returns the HTML of something that a library draws.
 
     Args:
         library: which; its script must be on the page, before or after this.
         name: what to draw; unused for plotly.
         props: what it is drawn from.
-        instead: HTML to show while the library is missing; empty: what to do about it.
         style: CSS of the box that is drawn into.
     """
-    shown = instead or f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
+    missing = f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
     return (
         f"<div class='sa-lens-view' data-library='{library}' data-component='{html.escape(name)}'>"
         f"<script type='application/json'>{json_for_script(props)}</script>"
-        f"<div class='sa-lens-box' style='{html.escape(style)}'>{shown}</div></div>{_LOADER}"
+        f"<div class='sa-lens-box' style='{html.escape(style)}'>{missing}</div></div>{_LOADER}"
     )
 
 
