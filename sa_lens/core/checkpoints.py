@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sa_lens.catalogue import near_name, shipped_folder
-from sa_lens.config import GateConfig, from_dict, to_dict
+from sa_lens.config import GateConfig, Which, from_dict, to_dict
 from sa_lens.core import architecture
 from sa_lens.core.base import HookedTransformerConfig, official_name
 from sa_lens.core.gate import Gate
@@ -217,11 +217,11 @@ def load(
     cls: type[Model],
     name: str | Path,
     *,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
     device: str | torch.device | None = None,
 ) -> Model:
     """Loads a model from a run folder or the Hub; see `SelfAblatingTransformer.from_pretrained`."""
-    if which not in ("best", "last"):
+    if which not in get_args(Which):
         raise ValueError(f"which={which!r} must be 'best' or 'last'")
     folder = _folder(name)
     config = read_config(folder)

@@ -9,14 +9,13 @@ Axes: `unit` is one attention unit or one neuron of a layer, flattened to a sing
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from sa_lens.config import GateConfig
+from sa_lens.config import GateConfig, Surrogate
 from sa_lens.core.host import at_least_float32
 
 EPS = 1e-12
@@ -46,7 +45,7 @@ def with_nan_rows(mask: Float[Tensor, "... unit"], scores: Float[Tensor, "... un
 def surrogate_weights(
     scores: Float[Tensor, "... unit"],
     k: int,
-    surrogate: Literal["sigmoid", "softmax"] = "sigmoid",
+    surrogate: Surrogate = "sigmoid",
     temperature: float = 1.0,
 ) -> Float[Tensor, "... unit"]:
     """Soft weights around the threshold between the k-th and the next score.

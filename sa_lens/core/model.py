@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.config import GateConfig, Masks
+from sa_lens.config import GateConfig, Masks, Which
 from sa_lens.core import architecture, checkpoints, embedding, reference
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
@@ -439,7 +439,7 @@ class SelfAblatingTransformer(GatedTransformer):
         cls,
         name: str | Path,
         *,
-        which: Literal["best", "last"] = "best",
+        which: Which = "best",
         device: str | torch.device | None = None,
         **unknown: Any,
     ) -> SelfAblatingTransformer:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from sa_lens.config import Which
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
@@ -189,7 +189,7 @@ def evaluate_run(
     text: str | None = None,
     column: str = "text",
     tokens: int = 100_000,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
     device: str = "auto",
 ) -> Evaluation:
     """Evaluates a trained model on its run's validation text, or on another one.

@@ -26,11 +26,11 @@ from sa_lens.training import run_folder, saved_state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import (
     LostProcess,
-    accelerator_for,
     check_device,
     check_tracker,
     is_lost_connection,
     micro_batches,
+    open_accelerator,
 )
 from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.sampling import Sample, sample
@@ -92,7 +92,7 @@ def train(
     check_device(device)
     check_tracker(run.train.tracker)
     with ExitStack() as stack:
-        accelerator = stack.enter_context(accelerator_for(run, out, device))
+        accelerator = stack.enter_context(open_accelerator(run, out, device))
         check_processes(accelerator.num_processes)
         micro_batches(run, accelerator.num_processes)
         if accelerator.is_main_process:

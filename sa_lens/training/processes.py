@@ -9,16 +9,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from sa_lens.config import RunConfig, to_dict
+from sa_lens.config import Device, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def check_device(device: str) -> None:
@@ -27,8 +25,8 @@ def check_device(device: str) -> None:
     Raises:
         ValueError: an unknown device, or one that is not there.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}")
+    if device not in get_args(Device):
+        raise ValueError(f"device={device!r} is not one of {', '.join(get_args(Device))}")
     missing = (device == "cuda" and not torch.cuda.is_available()) or (
         device == "mps" and not torch.backends.mps.is_available()
     )
@@ -51,7 +49,7 @@ def check_tracker(tracker: str) -> None:
 
 
 @contextmanager
-def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelerator]:
+def open_accelerator(run: RunConfig, out: Path, device: str) -> Iterator[Accelerator]:
     """An Accelerator for this run.
 
     Accelerate keeps its state in the process. It is restored afterwards, so that the next run can use another device
