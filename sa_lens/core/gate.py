@@ -117,6 +117,7 @@ class Gate(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.k = k
+        self.d_model = d_model
         self.unit_shape = unit_shape
         self.n_units = math.prod(unit_shape)
         for source, present in (("local", cfg.reads_local), ("global", cfg.reads_global)):
@@ -136,17 +137,12 @@ class Gate(nn.Module):
 
         None is zero, except the weights of `random-static` scores, which consist of biases alone.
         """
+        bound = 1 / math.sqrt(self.d_model)
         for name, parameter in sorted(self.named_parameters()):
-            bound = 1 / math.sqrt(self.d_model)
             fresh = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_((2 * fresh - 1) * bound)
             if self.cfg.scores == "random-static" and name.startswith("W"):
                 parameter.zero_()
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream that the gate reads."""
-        return next(p for name, p in self.named_parameters() if name.startswith("W")).shape[0]
 
     def project(
         self, local: Float[Tensor, "batch pos d_model"] | None, final: Float[Tensor, "batch pos d_model"] | None
@@ -158,7 +154,7 @@ class Gate(nn.Module):
             final: final LayerNorm's output of the clean pass; needed if the scope is global or both.
         """
         read = []
-        with torch.autocast(self.hook_device_type, enabled=False):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
             if self.cfg.reads_local:
                 assert local is not None
                 read.append(_affine(local, self.W_local, self.b_local))
@@ -167,11 +163,6 @@ class Gate(nn.Module):
                 read.append(_affine(final, self.W_global, self.b_global))
         scores = read[0] if len(read) == 1 else read[0] + read[1]
         return scores.unflatten(-1, self.unit_shape)
-
-    @property
-    def hook_device_type(self) -> str:
-        """Type of the device that holds the gate's parameters."""
-        return next(self.parameters()).device.type
 
     def select(self, scores: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         """The mask for scores that are shaped as units."""

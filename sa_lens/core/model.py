@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sa_lens.config import GateConfig, Masks, Which
 from sa_lens.core import architecture, checkpoints, embedding, reference
@@ -343,7 +344,7 @@ class SelfAblatingTransformer(GatedTransformer):
 
     def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the final LayerNorm's output."""
-        return architecture.soft_cap(self.unembed(final), self.cfg)
+        return apply_softcap(self.unembed(final), self.cfg.output_logits_soft_cap)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `HookedTransformer.generate`, from the stream that this thread has chosen; train or eval mode is kept."""

@@ -102,22 +102,20 @@ class NodeFunctions:
         cfg = model.cfg
         self.cfg = cfg
         self.length = length
+        layers = range(cfg.n_layers)
         heads: list[tuple[Tensor, Tensor]] = []
-        for layer in range(cfg.n_layers):
+        for layer in layers:
             ln = f"blocks.{layer}.ln1"
             folded = [self._fold(model, ln, *self._qkv(model, layer, port)) for port in "QKV"]
             heads.append((torch.stack([w for w, _ in folded]), torch.stack([b for _, b in folded])))
         self.W_qkv: list[Float[Tensor, "port head d_model d_head"]] = [w for w, _ in heads]
         self.b_qkv: list[Float[Tensor, "port head d_head"]] = [b for _, b in heads]
-        self.W_O: list[Float[Tensor, "head d_head d_model"]] = [
-            weight(model, f"blocks.{layer}.attn.W_O").detach() for layer in range(cfg.n_layers)
-        ]
-        self.b_O: list[Float[Tensor, " d_model"]] = [
-            weight(model, f"blocks.{layer}.attn.b_O").detach() for layer in range(cfg.n_layers)
-        ]
-        self._masks = [self._causal(model, layer) for layer in range(cfg.n_layers)]
-        self._rotate = [self._rotation(model, layer) for layer in range(cfg.n_layers)]
-        self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in range(cfg.n_layers)]
+        outputs = [(weight(model, f"blocks.{i}.attn.W_O"), weight(model, f"blocks.{i}.attn.b_O")) for i in layers]
+        self.W_O: list[Float[Tensor, "head d_head d_model"]] = [w.detach() for w, _ in outputs]
+        self.b_O: list[Float[Tensor, " d_model"]] = [b.detach() for _, b in outputs]
+        self._masks = [self._causal(model, layer) for layer in layers]
+        self._rotate = [self._rotation(model, layer) for layer in layers]
+        self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in layers]
         W_U, b_U = weight(model, "unembed.W_U").detach(), weight(model, "unembed.b_U").detach()
         self.W_U, self.b_U = self._fold(model, "ln_final", W_U, b_U)
         """Unembedding with the final LayerNorm's weight and bias folded in."""

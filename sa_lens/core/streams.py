@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,9 +53,6 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
     """
     resolved: list[AttachedHook] = []
 
-    def bound(function: Callable[..., Any], point: HookPoint) -> Callable[[Tensor], Tensor | None]:
-        return lambda x: function(x, hook=point)
-
     for name, function in hooks:
         matches = [n for n in points if (n == name if isinstance(name, str) else name(n))]
         if not matches:
@@ -64,7 +62,7 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
                 raise ValueError(
                     f"clean_hooks: {match!r} never fires in the clean pass; edit it with model.run_with_hooks instead"
                 )
-            resolved.append((points[match], bound(function, points[match]), False))
+            resolved.append((points[match], partial(function, hook=points[match]), False))
     return resolved
 
 
@@ -92,16 +90,13 @@ def run_clean_pass(
     to_the_end = want_final or model.gates.reads_global or stop_at_layer is None
     stop = n_layers if to_the_end else stop_at_layer
 
-    def keep(into: list[Tensor]) -> Callable[[Tensor], None]:
-        return lambda x: into.append(x)
-
     readers: list[AttachedHook] = []
     for block in model.blocks:
-        readers.append((block.hook_resid_pre, keep(record.resid_pre), False))
+        readers.append((block.hook_resid_pre, record.resid_pre.append, False))
         if want_keys:
             key_point, _ = rotated_key_and_query(block.attn)
-            readers.append((key_point, keep(record.keys), False))
-            readers.append((block.attn.hook_v, keep(record.values), False))
+            readers.append((key_point, record.keys.append, False))
+            readers.append((block.attn.hook_v, record.values.append, False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
     edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
     with model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
@@ -130,7 +125,7 @@ class _KeyValueMix:
         key_point, query_point = rotated_key_and_query(self.attn)
 
         def keep(name: str) -> Callable[[Tensor], None]:
-            return lambda x: self.seen.__setitem__(name, x)
+            return partial(self.seen.__setitem__, name)
 
         return [
             (query_point, keep("q"), False),

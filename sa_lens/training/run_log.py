@@ -55,7 +55,9 @@ class Window:
             rows = self.mean_over_processes(torch.stack(self._pending)).tolist()
             first = step - len(rows) + 1
             for offset, row in enumerate(rows):
-                bad = [f"{name} = {value}" for name, value in zip(self.names, row, strict=True) if not _finite(value)]
+                bad = [
+                    f"{name} = {value}" for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)
+                ]
                 if bad:
                     raise TrainingDiverged(f"at step {first + offset} {' and '.join(bad)}")
             self.fetched += rows
@@ -69,10 +71,6 @@ class Window:
         }
         self.fetched = []
         return means
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
 
 
 def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
@@ -103,7 +101,7 @@ class MetricsFile:
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record; values that are not finite numbers or are None are left out."""
-        kept = {k: v for k, v in record.items() if v is not None and not (isinstance(v, float) and not _finite(v))}
+        kept = {k: v for k, v in record.items() if v is not None and (not isinstance(v, float) or math.isfinite(v))}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(kept) + "\n")
 

@@ -55,7 +55,8 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
         ValueError, FileNotFoundError: settings that do not fit each other, the text, or the run to be resumed.
     """
     earlier = _earlier(out, run) if resume else None
-    recorded = _recorded_text(out, earlier) if resume else {}
+    # empty if the run was killed before it recorded its text
+    recorded = {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})} if resume else {}
     located, data, model = _with_its_text(run, out, recorded, progress)
     fingerprints = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
     text = run_text.record(located, data, out, given=run)
@@ -117,11 +118,6 @@ def _earlier(out: Path, run: RunConfig) -> tuple[saved_state.RunState, saved_sta
     state, tensors = saved_state.read(steps[-1])
     run_folder.check_unchanged(out, state.run, run)
     return state, tensors
-
-
-def _recorded_text(out: Path, earlier: tuple[saved_state.RunState, saved_state.Tensors] | None) -> dict[str, Any]:
-    """What a run to be resumed says of its text; empty if it was killed before it said anything."""
-    return {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})}
 
 
 def _with_its_text(
