@@ -20,7 +20,7 @@ from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject
 from sa_lens.training import text_of_run
-from sa_lens.views.labels import encode_text
+from sa_lens.views.wording import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000
 """Tokens (of the first model's tokenizer) to measure on, and to set firing thresholds with."""

@@ -10,7 +10,7 @@ from sa_lens.core.host import in_stream
 from sa_lens.report.contents import Looks, StoryPage
 from sa_lens.report.subjects import Subject
 from sa_lens.views import gate_raster, predictions, story
-from sa_lens.views.labels import read_text
+from sa_lens.views.wording import read_text
 
 TITLE = 56
 """Characters of a title."""

@@ -19,10 +19,10 @@ from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
-from sa_lens.views.labels import METHODS
-from sa_lens.views.labels import TASKS as TITLES
 from sa_lens.views.records import CircuitEdge, CircuitMap, Curves, Table
 from sa_lens.views.result_tables import MISSING
+from sa_lens.views.wording import METHODS
+from sa_lens.views.wording import TASKS as TITLES
 
 PAIRS = 64
 """Prompts to find circuits with, and as many others to judge them on."""

@@ -19,9 +19,9 @@ from sa_lens.core.host import Host, streams_of
 from sa_lens.core.unit import Unit, checked_unit
 from sa_lens.units.activations import stream_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.labels import TASKS, metric_words
 from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
 from sa_lens.views.theme import escape, fade, label_axis, lay_out, palette
+from sa_lens.views.wording import TASKS, metric_words
 
 WIDTH = 860
 """Pixels of a chart."""

@@ -15,9 +15,9 @@ from sa_lens.circuits.graph import Circuit
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.views.circuit_layout import Places, ScoreScale, arc, places_of
 from sa_lens.views.drawing import Panels, register_panels, register_result
-from sa_lens.views.labels import METHODS, TASKS, metric_words
 from sa_lens.views.records import CircuitEdge, CircuitMap, number
 from sa_lens.views.theme import Palette, colour_bar, escape, label_axis, palette
+from sa_lens.views.wording import METHODS, TASKS, metric_words
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,9 +14,9 @@ from sa_lens.core.host import Host, has_ablated_stream, weight
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.labels import read_text, short_label, token_text
 from sa_lens.views.records import GateRaster, LiveUnit, short
 from sa_lens.views.theme import colour_bar, escape, label_axis, lay_out, palette, strong_scale
+from sa_lens.views.wording import read_text, short_label, token_text
 
 WIDEST = 1500
 """Pixels of the widest raster."""

@@ -9,9 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sa_lens.views.drawing import Panels, register_panels, register_result
-from sa_lens.views.labels import TASKS
 from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
 from sa_lens.views.theme import colour_bar, colour_scale, escape, label_axis
+from sa_lens.views.wording import TASKS
 
 WHAT = {
     "resid_pre": "residual stream",

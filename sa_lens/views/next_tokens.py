@@ -16,9 +16,9 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, in_stream, streams_of
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.html_page import Page
-from sa_lens.views.labels import read_text, short_label, token_text, visible
 from sa_lens.views.records import Guess, LensStream, LogitLens, Predictions, StreamPredictions, short
 from sa_lens.views.theme import colour_at, colour_bar, colour_scale, escape, ink_on, label_axis, lay_out, palette
+from sa_lens.views.wording import read_text, short_label, token_text, visible
 
 MOST_TEXTS = 700
 """Up to this many cells of a logit lens, each shows its token."""
