@@ -33,6 +33,12 @@ Site = Literal["attn", "mlp"]
 """Which units of a layer: `attn`, attention units; `mlp`, neurons."""
 Activation = Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "silu", "solu", "solu_ln"]
 """Activation function of the MLP, by TransformerLens's name."""
+Surrogate = Literal["sigmoid", "softmax"]
+"""Soft weights that give the mask its gradient. `sigmoid`: the reference's code; `softmax`: the paper's text."""
+LossPath = Literal["auto", "fused", "hooked"]
+"""Path of the training loss: fused kernels, or the readable hooked one; `auto`: fused where it can."""
+Freeze = Literal["none", "base"]
+"""What is not trained: `none`: everything is; `base`: all but the gates stays as it is."""
 Which = Literal["best", "last"]
 """Weights of a run: the best by validation loss, or those of the last checkpoint."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -282,7 +288,7 @@ class GateConfig:
     kind: Literal["hard", "soft"] = "hard"
     """`hard`: the forward value is the 0/1 mask, its gradient the surrogate's. `soft`: the surrogate weights act in the
     forward pass too."""
-    surrogate: Literal["sigmoid", "softmax"] = "sigmoid"
+    surrogate: Surrogate = "sigmoid"
     """Soft weights that give the gradient. `sigmoid`: the reference's code. `softmax`: the paper's text."""
     temperature: float = 1.0
     """Temperature T of the surrogate: its width is T times the gap between the k-th and the next score."""
@@ -423,13 +429,13 @@ class TrainConfig:
     """Largest gradient norm; 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of matrix products in training; parameters, optimizer and losses stay float32."""
-    path: Literal["auto", "fused", "hooked"] = "auto"
+    path: LossPath = "auto"
     """Path of the training loss: fused kernels, or the readable hooked one; `auto`: fused where it can."""
     compile: bool = False
     """Compile the training loss with torch.compile."""
     checkpoint_activations: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
-    freeze: Literal["none", "base"] = "none"
+    freeze: Freeze = "none"
     """`base`: train only the gates of a frozen model; `none`: train everything."""
     init: str | None = None
     """Start from this model instead of random weights: a run folder, a shipped model, a Hub id, or a TransformerLens

@@ -52,6 +52,26 @@ def named_place(name: str | Path) -> Path:
     return Path(name)
 
 
+def local_path(name: str | Path, what: str) -> Path:
+    """The path that a user wrote, with `~` for the home folder unless there is a file of that very name.
+
+    Args:
+        what: the setting that holds the path, for the message.
+
+    Raises:
+        ValueError: an empty name, which an unset variable leaves; it never stands for the current folder.
+    """
+    if not str(name).strip():
+        raise ValueError(f"{what} is empty: give a name, or leave the setting out")
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # `~name` where there is no such user
+        return path
+
+
 def _check_parents(folder: Path) -> None:
     """Checks the nearest folder that is there already, in which the others would be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -17,7 +17,7 @@ from tiny_shelf import fill, tiny
 from sa_lens import catalogue, cli, demo
 from sa_lens.core.checkpoints import complete_steps
 from sa_lens.demo import pair, tour
-from sa_lens.demo.clock import Clock
+from sa_lens.demo.printing import Clock
 from sa_lens.shipped import measuring, recipes
 from sa_lens.shipped.measuring import stories_bars
 from sa_lens.stopping import Interrupted
@@ -184,8 +184,8 @@ def test_each_bar_is_the_figure_of_the_right_stream() -> None:
 def test_the_clock_adds_up_parts_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 2.0, 10.0, 13.0])
     processor = iter([0.0, 1.0, 1.0, 5.0])
-    monkeypatch.setattr("sa_lens.demo.clock.time.perf_counter", lambda: next(times))
-    monkeypatch.setattr("sa_lens.demo.clock._processor_seconds", lambda: next(processor))
+    monkeypatch.setattr("sa_lens.demo.printing.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("sa_lens.demo.printing._processor_seconds", lambda: next(processor))
     clock = Clock()
     for _ in range(2):
         with clock.part("reading"):

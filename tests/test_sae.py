@@ -19,10 +19,10 @@ from transformer_lens import HookedTransformer
 
 import sa_lens as sa
 from sa_lens.data import BlockOrder, TokenFile
-from sa_lens.data.disk import key_of, write_atomically
+from sa_lens.data.cache import key_of
 from sa_lens.data.tokens import FORMAT
 from sa_lens.sae import PRESETS, SAESettings, evaluate_sae, train_sae
-from sa_lens.sae.activations import ActivationBatches, TokenBlocks, activations, hook_width
+from sa_lens.sae.activations import ActivationBatches, activations, hook_width, text_of
 from sa_lens.stopping import Interrupted
 
 sae_lens = pytest.importorskip("sae_lens")
@@ -67,7 +67,7 @@ def write_file(path, row: np.ndarray, d_vocab: int = VOCAB) -> TokenFile:
     path.write_bytes(raw := row.astype(np.uint8).tobytes())
     header = {"n_tokens": len(row), "d_vocab": d_vocab, "dtype": "uint8", "n_documents": 1, "n_bytes": len(row)}
     header |= {"begin_token_id": 0, "end_token_id": 0, "fingerprint": hashlib.sha256(raw).hexdigest(), "form": None}
-    write_atomically(path.with_suffix(".json"), json.dumps({"format": FORMAT, **header, "checksum": key_of(header)}))
+    path.with_suffix(".json").write_text(json.dumps({"format": FORMAT, **header, "checksum": key_of(header)}))
     return TokenFile.open(path)
 
 
@@ -151,14 +151,14 @@ def test_hooks_without_a_vector_a_token_are_refused(model, hook, message):
 
 
 def test_blocks_of_a_file_follow_each_other(model, token_file, tokens):
-    blocks = TokenBlocks.of(token_file, model)
+    blocks = text_of(token_file, model)
     assert len(blocks) == 24
-    assert torch.equal(blocks.take([3, 0]), tokens[[3, 0]])
-    assert torch.equal(TokenBlocks.of(token_file.path, model).take([23]), tokens[23:])
+    assert torch.equal(blocks.pick([3, 0]), tokens[[3, 0]])
+    assert torch.equal(text_of(token_file.path, model).pick([23]), tokens[23:])
 
 
 def batches(model, tokens, start=0, seed=0, batch_tokens=48, buffer_tokens=100):
-    blocks = TokenBlocks.of(tokens, model)
+    blocks = text_of(tokens, model)
     return ActivationBatches(
         model,
         blocks,
@@ -660,10 +660,10 @@ def test_bad_texts_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="vocabulary"):
         train_sae(model, "hook_embed", write_file(tmp_path / "wide.bin", np.zeros(500), d_vocab=99), **SMALL)
     for wrong, message in (
-        (torch.zeros(0, 8).long(), "integers"),
+        (torch.zeros(0, 8).long(), "text is empty"),
         (torch.zeros(4, 8), "integers"),
         (torch.zeros(4, 99).long(), "n_ctx=16"),
-        (torch.full((4, 8), 40), "from 0 to 39"),
+        (torch.full((4, 8), 40), "vocabulary of 40"),
     ):
         with pytest.raises(ValueError, match=message):
             train_sae(model, "hook_embed", wrong, **SMALL)

@@ -29,7 +29,7 @@ from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates, check_cho
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.core.host import Host
-from sa_lens.data.writing import staged_folder
+from sa_lens.data.whole_files import staged_folder
 
 if TYPE_CHECKING:
     import pandas as pd

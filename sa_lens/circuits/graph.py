@@ -22,8 +22,7 @@ from torch import Tensor
 from sa_lens.config import convert, from_dict
 from sa_lens.core.host import Host
 from sa_lens.core.nodes import why_not_additive
-from sa_lens.data.reading import DamagedFile, check_object, read_json
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, read_json
 
 FORMAT, VERSION = "sa_lens circuit", 1
 """What files of circuits say of themselves."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, in_stream, run_to_last, streams_of, widened
-from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
+from sa_lens.core.host import Host, at_least_float32, device_of, in_stream, run_to_last, streams_of
+from sa_lens.core.last_position import Prompts, embed_prompts, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 
 if TYPE_CHECKING:
@@ -51,18 +51,18 @@ def top1_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> 
 def answer_rank(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """Number of other tokens whose logit is not below the answer's; 0 is best."""
     answer = _pick(logits, pairs.answers)
-    return (widened(logits) >= answer[:, None]).sum(-1).to(answer.dtype) - 1
+    return (at_least_float32(logits) >= answer[:, None]).sum(-1).to(answer.dtype) - 1
 
 
 def answer_log_probability(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
     """Log-probability of the answer, in nats."""
-    return _pick(widened(logits).log_softmax(-1), pairs.answers)
+    return _pick(at_least_float32(logits).log_softmax(-1), pairs.answers)
 
 
 def kl(logits: Float[Tensor, "pair d_vocab"], reference: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
     """KL(p || q) over the full vocabulary, in nats: p of the reference logits (of the unedited clean prompt, in the
     same stream), q of `logits`."""
-    p, q = widened(reference).log_softmax(-1), widened(logits).log_softmax(-1)
+    p, q = at_least_float32(reference).log_softmax(-1), at_least_float32(logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
 
 
 def _pick(x: Float[Tensor, "pair d_vocab"], tokens: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    return widened(x.gather(-1, tokens.to(x.device)[:, None])[:, 0])
+    return at_least_float32(x.gather(-1, tokens.to(x.device)[:, None])[:, 0])
 
 
 def metric_named(metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab"] | None) -> tuple[str, Metric]:
@@ -112,7 +112,7 @@ def metric_named(metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab
         elif not bool(values.isfinite().all()):
             given = "values that are not finite"
         else:
-            return widened(values)
+            return at_least_float32(values)
         raise ValueError(f"metric {name!r} gave {given} for {len(pairs)} pairs: it must give one finite value for each")
 
     return name, checked
@@ -175,7 +175,7 @@ def _by_nodes(
     parts, rows = [], []
     for chosen, prompts in prompts_in_batches(model, pairs, prompt, batch_size):
         found = run_to_position(model, functions, prompts, ablated=stream == "ablated")
-        parts.append(functions.normalise(found.final[stream]) @ functions.W_U + functions.b_U)
+        parts.append(functions.logits(found.final[stream]))
         rows.append(chosen)
     return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
 
@@ -187,7 +187,7 @@ def prompts_in_batches(
     for rows in pairs.lengths.argsort(stable=True).split(batch_size):
         groups = [group for _, group in pairs.subset(rows).by_length()]
         tokens = [group.clean if prompt == "clean" else group.corrupt for group in groups]
-        yield rows, Prompts.of(*embedded(model, [x.to(device_of(model)) for x in tokens]))
+        yield rows, Prompts.of(*embed_prompts(model, [x.to(device_of(model)) for x in tokens]))
 
 
 class Interval(NamedTuple):

@@ -162,7 +162,7 @@ def units(
     import pandas as pd
 
     from sa_lens.core.host import streams_of
-    from sa_lens.data.writing import atomic_write
+    from sa_lens.data.whole_files import atomic_write
     from sa_lens.training import load_run, text_of_run
     from sa_lens.units.comparison import summary
     from sa_lens.units.firing import calibrate
@@ -300,22 +300,23 @@ def compare(
         dry_run: Say what is to do and how long it takes, and do nothing.
     """
     folder = output_folder(out or Path("runs") / f"compare-{grid}")
-    groups = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
-    check_measurements(groups or [])
+    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    check_measurements(names or [])
 
     from sa_lens.compare import compare as run_comparison
-    from sa_lens.compare import verdict_text
+    from sa_lens.compare import plan, verdict_text
+    from sa_lens.compare.dry_run import plan_text
 
-    found = run_comparison(
-        grid, folder, seeds=seeds, columns=groups, text=text, validation=validation, device=device, dry_run=dry_run
-    )
+    options: Any = {"seeds": seeds, "columns": names, "text": text, "validation": validation, "device": device}
     if dry_run:
+        print(plan_text(plan(grid, folder, **options)))
         return None
-    verdicts = verdict_text(found)
+    comparison = run_comparison(grid, folder, **options)
+    verdicts = verdict_text(comparison)
     if verdicts:
-        print(f"\nClaims against the dense baseline, over {len(found.seeds)} seeds\n\n{verdicts}")
-    if found.unfinished:
-        print(f"\n{found.unfinished} measurements of models are not made yet.")
+        print(f"\nClaims against the dense baseline, over {len(comparison.seeds)} seeds\n\n{verdicts}")
+    if comparison.unfinished:
+        print(f"\n{comparison.unfinished} measurements of models are not made yet.")
     print(f"\nIn {folder}: table.md, table.tex, values.csv, summary.csv, figure.html, and the models")
     return None
 

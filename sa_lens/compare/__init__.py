@@ -9,15 +9,15 @@
 | `Measurement`, `TrainedModel`, `Result` | a measurement of your own: what it is, what it gets, what it returns | |
 | `COLUMNS`, `Column` | columns of the table: labels, and the claims about them | |
 | `Comparison` | the results: `.values`, `.summary()`, `.notes` | |
-| `tables`, `difference_tables`, `verdict_table`, `verdict_text` | the tables in print | |
-| `figure`, `write` | the figure; all files of tables and figure | seconds |
+| `tables`, `difference_tables`, `verdict_table`, `verdict_text` | the tables in print; `sa_lens.views.show` draws the figure | |
+| `write` | all files of tables and figure | seconds |
 """  # noqa: E501
 
 import sys
 from types import ModuleType
 
+import sa_lens.compare.comparison_figure  # noqa: F401 - `draw` learns to draw a comparison
 from sa_lens.compare.columns import COLUMNS, Column
-from sa_lens.compare.comparison_figure import figure
 from sa_lens.compare.grids import GRIDS, Grid, Variant
 from sa_lens.compare.markdown_latex import difference_tables, tables, verdict_table, verdict_text, write
 from sa_lens.compare.measurement import Measurement, Result, TrainedModel
@@ -49,7 +49,6 @@ __all__ = [
     "Weights",
     "compare",
     "difference_tables",
-    "figure",
     "plan",
     "tables",
     "verdict_table",

@@ -7,9 +7,10 @@ few timed steps of a model of the grid's shape on this machine.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from sa_lens.compare.grids import Grid, Variant
 from sa_lens.compare.measurement import Measurement
 from sa_lens.compare.model_folder import ModelFolder
-from sa_lens.config import GateConfig, RunConfig
+from sa_lens.config import RunConfig
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 
 if TYPE_CHECKING:
@@ -36,66 +37,51 @@ def plan_table(folders: Sequence[ModelFolder], measurements: Sequence[Measuremen
     """
     import pandas as pd
 
-    rows, times = [], _Times(folders, measurements, device)
+    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    rows, left, took, estimates = [], [], [], []
     for folder in folders:
-        train = folder.grid.run.train
-        tokens = (
-            train.steps * train.batch_size * folder.grid.run.model.n_ctx if folder.variant.training != "none" else 0
-        )
+        run, gates = folder.grid.run, folder.variant.gates
+        tokens = run.train.steps * run.train.batch_size * run.model.n_ctx if folder.variant.training != "none" else 0
+        record, steps = folder.trained(), folder.steps_done()
+        status = "done" if record else f"step {steps} of {run.train.steps}" if steps else "to do"
         model = {"variant": folder.variant.name, "seed": folder.seed}
-        done, steps = folder.trained() is not None, folder.steps_done()
-        status = "done" if done else f"step {steps} of {train.steps}" if steps else "to do"
-        left = 0.0 if done or not tokens else 1 - steps / train.steps
-        seconds = left * times.training(folder) if left else 0.0
-        rows.append({**model, "what": "training", "status": status, "tokens": tokens, "seconds": seconds})
+        rows.append({**model, "what": "training", "status": status, "tokens": tokens, "like": folder.variant.name})
+        left.append(1 - steps / run.train.steps if tokens and record is None else 0.0)
+        took.append(record["seconds"] if tokens and record else math.nan)
+        estimates.append(partial(_training_seconds, folder, device))
         for measurement in measurements:
-            done = folder.result(measurement) is not None
-            status = "done" if done else measurement.missing() or "to do"
-            seconds = times.measuring(folder, measurement) if status == "to do" else 0.0
-            rows.append({**model, "what": measurement.label, "status": status, "tokens": 0, "seconds": seconds})
-    return pd.DataFrame(rows)
+            record = folder.record_of(measurement)
+            status = "done" if record else measurement.missing() or "to do"
+            rows.append({**model, "what": measurement.label, "status": status, "tokens": 0, "like": gates.gated})
+            left.append(float(status == "to do"))
+            took.append(record["seconds"] if record else math.nan)
+            estimates.append(partial(_measuring_seconds, folder, measurement, device))
+    table = pd.DataFrame(rows)
+    known = pd.Series(took).groupby([table["what"], table["like"].astype(str)]).transform("mean")
+    table["seconds"] = [
+        share and share * (estimate() if math.isnan(seconds) else seconds)
+        for share, seconds, estimate in zip(left, known, estimates, strict=True)
+    ]
+    return table.drop(columns="like")
 
 
-class _Times:
-    """Seconds of trainings and measurements, from finished models or else from timed steps."""
+def _training_seconds(folder: ModelFolder, device: str) -> float:
+    times, train = _of_steps(folder.grid, folder.variant, device), folder.config.train
+    dense = train.dense_steps if folder.variant.gates.gated else 0
+    return dense * times.dense + (train.steps - dense) * times.full
 
-    def __init__(self, folders: Sequence[ModelFolder], measurements: Sequence[Measurement], device: str) -> None:
-        self.device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-        self.trainings: dict[str, list[float]] = {}
-        self.measurements: dict[tuple[str, bool], list[float]] = {}
-        self.steps: dict[GateConfig, StepTimes] = {}
-        for folder in folders:
-            trained = folder.trained()
-            if trained is not None and folder.variant.training != "none":
-                self.trainings.setdefault(folder.variant.name, []).append(trained["seconds"])
-            for measurement in measurements:
-                record = folder.record_of(measurement)
-                if record is not None:
-                    alike = (measurement.label, folder.variant.gates.gated)
-                    self.measurements.setdefault(alike, []).append(record["seconds"])
 
-    def training(self, folder: ModelFolder) -> float:
-        known = self.trainings.get(folder.variant.name)
-        if known:
-            return sum(known) / len(known)
-        times, train = self.of_steps(folder.grid, folder.variant), folder.config.train
-        dense = train.dense_steps if folder.variant.gates.gated else 0
-        return dense * times.dense + (train.steps - dense) * times.full
+def _measuring_seconds(folder: ModelFolder, measurement: Measurement, device: str) -> float:
+    work = measurement.work(dataclasses.replace(folder.grid.run, gates=folder.variant.gates))
+    streams = 2 if folder.variant.gates.gated else 1
+    return streams / 2 * work * _of_steps(folder.grid, folder.grid.variants[0], device).token
 
-    def measuring(self, folder: ModelFolder, measurement: Measurement) -> float:
-        gates = folder.variant.gates
-        known = self.measurements.get((measurement.label, gates.gated))
-        if known:
-            return sum(known) / len(known)
-        work = measurement.work(dataclasses.replace(folder.grid.run, gates=gates))
-        streams = 2 if gates.gated else 1
-        return streams / 2 * work * self.of_steps(folder.grid, folder.grid.variants[0]).token
 
-    def of_steps(self, grid: Grid, variant: Variant) -> StepTimes:
-        gates = dataclasses.replace(variant.gates, scores="learned")
-        if gates not in self.steps:
-            self.steps[gates] = timed_steps(dataclasses.replace(grid.run, gates=gates), self.device)
-        return self.steps[gates]
+def _of_steps(grid: Grid, variant: Variant, device: str) -> StepTimes:
+    """Times of steps, which do not depend on whether the gates' scores are learned."""
+    return timed_steps(
+        dataclasses.replace(grid.run, gates=dataclasses.replace(variant.gates, scores="learned")), device
+    )
 
 
 class StepTimes(NamedTuple):
@@ -109,6 +95,7 @@ class StepTimes(NamedTuple):
     """One token of a clean forward pass."""
 
 
+@cache
 def timed_steps(run: RunConfig, device: str) -> StepTimes:
     """Times a few steps of a model of the run's shape."""
     d_vocab = run.model.d_vocab or (run.data.vocab_size if run.data.tokenizer == "bpe" else OF_UNKNOWN_TOKENIZER)
@@ -155,16 +142,10 @@ def plan_text(plan: pd.DataFrame) -> str:
     """The plan as text: one line per variant, then the time of training and of each measurement."""
     lines = [f"{'variant':<16}{'seeds':>6}{'tokens':>16}{'done':>10}{'left':>12}"]
     for variant, rows in plan.groupby("variant", sort=False):
-        done = f"{int((rows['status'] == 'done').sum())}/{len(rows)}"
-        tokens = f"{int(rows['tokens'].sum()):,}"
-        lines.append(
-            f"{variant:<16}{rows['seed'].nunique():>6}{tokens:>16}{done:>10}{duration(rows['seconds'].sum()):>12}"
-        )
-    training = plan["what"] == "training"
-    parts = plan[~training].groupby("what", sort=False)["seconds"].sum()
-    lines.append("")
-    lines.append(f"training     {duration(plan[training]['seconds'].sum()):>10}")
-    lines += [f"{name:<13}{duration(seconds):>10}" for name, seconds in parts.items()]
+        done, left = f"{(rows['status'] == 'done').sum()}/{len(rows)}", duration(rows["seconds"].sum())
+        lines.append(f"{variant:<16}{rows['seed'].nunique():>6}{rows['tokens'].sum():>16,}{done:>10}{left:>12}")
+    parts = plan.groupby("what", sort=False)["seconds"].sum()
+    lines += ["", *(f"{what:<20}{duration(seconds):>10}" for what, seconds in parts.items())]
     for (what, why), rows in plan[~plan["status"].str.match(r"done|to do|step \d")].groupby(["what", "status"]):
         lines.append(f"not available: {what} ({why}), {len(rows)} models")
     lines.append(f"\nleft in all, one process on this machine: {duration(plan['seconds'].sum())}")

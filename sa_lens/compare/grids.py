@@ -19,7 +19,7 @@ from sa_lens.compare.model_columns import SAE, Losses, Weights
 from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
 from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.sae import PRESETS as SAE_PRESETS
 from sa_lens.sae import SAESettings
 
@@ -110,6 +110,12 @@ def baseline() -> Variant:
     return Variant(BASELINE, GateConfig(scope="none"))
 
 
+def of_both_tasks(skill: Skill, acdc: ACDC, faithfulness: Faithfulness) -> tuple[Measurement, ...]:
+    """The measurements for IOI and for object recall, the latter without the spread of ACDC over orders."""
+    other = (skill, dataclasses.replace(acdc, orders=0), faithfulness)
+    return skill, acdc, faithfulness, *(dataclasses.replace(measurement, task="object") for measurement in other)
+
+
 def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -> Grid:
     gates = GateConfig(temperature=0.1)
     run = RunConfig(
@@ -139,12 +145,7 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         measurements=(
             Losses(tokens=60_000),
             Weights(),
-            Skill(),
-            ACDC(),
-            Faithfulness(pairs=64),
-            Skill(task="object"),
-            ACDC(task="object", orders=0),
-            Faithfulness(task="object", pairs=64),
+            *of_both_tasks(Skill(), ACDC(), Faithfulness(pairs=64)),
             Units(),
             Labels(),
             Explanations(units=24, tokens=30_000),
@@ -179,12 +180,7 @@ def paper() -> Grid:
     measurements = (
         Losses(tokens=500_000),
         Weights(),
-        Skill(),
-        ACDC(),
-        Faithfulness(),
-        Skill(task="object"),
-        ACDC(task="object", orders=0),
-        Faithfulness(task="object"),
+        *of_both_tasks(Skill(), ACDC(), Faithfulness()),
         Units(tokens=500_000, calibration=250_000),
         Labels(),
         Explanations(units=256, tokens=200_000, calibration=250_000),
@@ -214,12 +210,11 @@ def smoke() -> Grid:
         measurements=(
             Losses(tokens=256),
             Weights(),
-            Skill(pairs=16),
-            ACDC(pairs=8, orders=2, bar=0.0, skill_pairs=16),
-            Faithfulness(pairs=16, steps=1, bar=0.0, skill_pairs=16),
-            Skill(task="object", pairs=16),
-            ACDC(task="object", pairs=8, orders=0, bar=0.0, skill_pairs=16),
-            Faithfulness(task="object", pairs=16, steps=1, bar=0.0, skill_pairs=16),
+            *of_both_tasks(
+                Skill(pairs=16),
+                ACDC(pairs=8, orders=2, bar=0.0, skill_pairs=16),
+                Faithfulness(pairs=16, steps=1, bar=0.0, skill_pairs=16),
+            ),
             Units(tokens=512, calibration=512),
             Labels(stories=60, calibration=512),
             Explanations(units=2, tokens=512, calibration=512),

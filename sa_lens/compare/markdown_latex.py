@@ -23,7 +23,7 @@ from sa_lens.compare.columns import (
 )
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.verdicts import Comparison
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -268,7 +268,6 @@ def _latex_table(table: pd.DataFrame, caption: str, wide: list[float] | None = N
 
 def write(comparison: Comparison, out: str | Path) -> list[Path]:
     """Writes values.csv, summary.csv, table.md, table.tex and figure.html into a folder."""
-    from sa_lens.compare.comparison_figure import figure
     from sa_lens.views import save
 
     out = Path(out)
@@ -283,5 +282,5 @@ def write(comparison: Comparison, out: str | Path) -> list[Path]:
         atomic_write(out / name, text.encode())
     written = [out / name for name in texts]
     if bool(comparison.values["value"].notna().any()):
-        written.append(save(figure(comparison), out / "figure.html"))
+        written.append(save(comparison, out / "figure.html"))
     return written

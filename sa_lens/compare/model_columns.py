@@ -10,7 +10,7 @@ from sa_lens.compare.columns import WEIGHTS
 from sa_lens.compare.measurement import Measurement, Result, TrainedModel, Values
 from sa_lens.config import RunConfig
 from sa_lens.data import validation_blocks
-from sa_lens.data.disk import key_of
+from sa_lens.data.cache import key_of
 from sa_lens.sae import SAESettings, evaluate_sae, train_sae
 from sa_lens.training import bytes_per_token, evaluate
 from sa_lens.units.sparsity_tables import sparsity

@@ -25,9 +25,8 @@ from sa_lens.compare.grids import BASELINE, Grid, Variant
 from sa_lens.compare.measurement import Measurement, Result
 from sa_lens.config import RunConfig, convert, to_dict
 from sa_lens.core.checkpoints import WEIGHTS, complete_steps
-from sa_lens.data.disk import fingerprint, key_of
-from sa_lens.data.reading import DamagedFile, read_json
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.cache import fingerprint, key_of
+from sa_lens.data.whole_files import DamagedFile, atomic_write, read_json
 
 AGAIN = "delete it, it will be made again"
 FORMAT = 1

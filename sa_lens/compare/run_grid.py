@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_lens.compare.dry_run import plan_table, plan_text
+from sa_lens.compare.dry_run import plan_table
 from sa_lens.compare.grids import Grid, grid_named, with_names_whole, with_text, write_names
 from sa_lens.compare.markdown_latex import write
 from sa_lens.compare.measurement import Measurement, TrainedModel, check_validation
@@ -44,7 +44,6 @@ def compare(
     columns: Sequence[str] | None = None,
     text: str | None = None,
     validation: str | None = None,
-    dry_run: bool = False,
     progress: bool = True,
     device: str = "auto",
 ) -> Comparison:
@@ -61,12 +60,11 @@ def compare(
         columns: labels of the measurements whose columns are wanted, such as `losses` or `object-acdc`; None: all.
         text: train on this text instead: a file or folder, or a dataset id on the Hub.
         validation: its validation text; None: a part of it.
-        dry_run: train and measure nothing; print models, tokens, estimated time and what is on disk.
         progress: say what is being done.
         device: auto, cpu, cuda or mps.
 
     Returns:
-        The comparison; after a dry run, of what is on disk already.
+        The comparison.
 
     Raises:
         ValueError: an unknown grid or measurement, bad seeds, validation without text, gates that do not fit the model,
@@ -77,9 +75,6 @@ def compare(
     grid, seeds, measurements = _resolve(grid, out, seeds, columns, text, validation)
     check_device(device)
     folders = model_folders(grid, seeds, out)
-    if dry_run:
-        print(plan_text(plan_table(folders, measurements, device)))
-        return collect(grid.name, folders, measurements)
     if grid.run.data.keep_whole == str(out / NAMES_FILE):
         write_names(out / NAMES_FILE)
     check_gates(grid)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core.base import HookedTransformer, HookedTransformerConfig
@@ -126,9 +125,20 @@ def check_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, refusal: st
             raise ValueError(f"{refusal}: {name} holds values that are NaN or infinite")
 
 
-def soft_capped(logits: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    """Logits after the model's soft cap, if it has one."""
-    return apply_softcap(logits, cfg.output_logits_soft_cap)
+def check_queries_and_keys(state: Mapping[str, Tensor]) -> None:
+    """Checks that the weights of queries and keys are finite.
+
+    The attention pattern of scores that are NaN is 0 in TransformerLens, so that the logits would not show it.
+
+    Raises:
+        ValueError: the first weight with a value that is not finite.
+    """
+    for name, tensor in state.items():
+        if name.endswith(("W_Q", "W_K", "b_Q", "b_K")) and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} holds values that are NaN or infinite, which the logits would not show, since TransformerLens "
+                "sets attention patterns that are NaN to 0: load weights that are finite"
+            )
 
 
 @torch.no_grad()
@@ -138,25 +148,17 @@ def initialise_as_reference(model: nn.Module, generator: torch.Generator) -> Non
     Matrices and the biases that go with them uniform in +-1/sqrt(fan_in), the embedding with fan_in d_model,
     positions N(0, 1), LayerNorm 1 and 0; biases of query, key, value and logits zero.
     """
+    cfg: Any = model.cfg
+    units = cfg.n_heads * cfg.d_head
+    inputs = {"W_O": units, "b_O": units, "W_out": cfg.d_mlp, "b_out": cfg.d_mlp}
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         draw = torch.rand(parameter.shape, generator=generator) * 2 - 1
+        fan_in = inputs.get(leaf, cfg.d_model)
         if leaf == "W_pos":
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        elif leaf in ("w", "b") or leaf in ("b_Q", "b_K", "b_V", "b_U"):
-            continue
-        else:
-            parameter.copy_(draw / math.sqrt(_fan_in(model, name, parameter)))
-
-
-def _fan_in(model: nn.Module, name: str, parameter: Tensor) -> int:
-    leaf = name.rsplit(".", 1)[-1]
-    cfg: Any = model.cfg
-    if leaf in ("W_O", "b_O"):
-        return cfg.n_heads * cfg.d_head
-    if leaf in ("W_out", "b_out"):
-        return cfg.d_mlp
-    return cfg.d_model
+        elif leaf not in ("w", "b", "b_Q", "b_K", "b_V", "b_U"):
+            parameter.copy_(draw / math.sqrt(fan_in))
 
 
 def check_processing(

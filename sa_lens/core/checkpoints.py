@@ -1,11 +1,11 @@
 """Models on disk: `config.json`, `model.safetensors` and the tokenizer in one folder. No pickle is ever read.
 
-A file says everything: a key that `config.json` lacks is never filled with a default, so that a model means the same
-in every version of sa_lens. The key `version` names the format. This sa_lens reads version 1, the format of 0.1; files
-written during the development of 0.1 are read if they are complete, and otherwise refused with the key that they lack.
+A key that `config.json` lacks is never filled with a default, so that a folder holds the same model in every version of
+sa_lens. The key `version` names the format. This sa_lens reads version 1, the format of 0.1; files written during the
+development of 0.1 are read if they are complete, and otherwise refused with the key that they lack.
 
-A run folder also holds `state/step-N/`, checkpoints of training that count only once their marker file exists; what is
-in them beside the weights is the trainer's affair (`sa_lens.training`).
+A run folder also holds `state/step-N/`, checkpoints of training that count only once their marker file exists.
+`sa_lens.training` writes what they hold beside the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +27,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sa_lens.catalogue import near_name, shipped_folder
-from sa_lens.config import GateConfig, from_dict, to_dict
+from sa_lens.config import GateConfig, Which, from_dict, to_dict
 from sa_lens.core import architecture
 from sa_lens.core.base import HookedTransformerConfig, official_name
 from sa_lens.core.gate import Gate
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.data.reading import DamagedFile, check_object, read_json
-from sa_lens.data.writing import atomic_write, staged_folder
+from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, read_json, staged_folder
 
 Model = TypeVar("Model", bound=GatedTransformer)
 
@@ -45,7 +44,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 REMEDY = "save the model again, or fetch its files again"
 
 _NOT_SAVED = ("device", "dtype", "seed", "tokenizer_name", "init_weights", "n_devices", "model_name", "n_params")
-"""Fields of HookedTransformerConfig that belong to a process, or are written in another way."""
+"""Fields of HookedTransformerConfig that belong to a process or are stored elsewhere."""
 
 _NAMES = """
 NTK_by_parts_factor NTK_by_parts_high_freq_factor NTK_by_parts_low_freq_factor NTK_original_ctx_len act_fn
@@ -218,11 +217,11 @@ def load(
     cls: type[Model],
     name: str | Path,
     *,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
     device: str | torch.device | None = None,
 ) -> Model:
     """Loads a model from a run folder or the Hub; see `SelfAblatingTransformer.from_pretrained`."""
-    if which not in ("best", "last"):
+    if which not in get_args(Which):
         raise ValueError(f"which={which!r} must be 'best' or 'last'")
     folder = _folder(name)
     config = read_config(folder)
@@ -235,7 +234,7 @@ def load(
     weights = _read_weights(path)
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     if isinstance(n_layers := config["model"].get("n_layers"), int) and n_layers > layers:
-        # found out before memory is taken for that many
+        # checked before memory is taken for that many layers
         raise ValueError(f"{path} does not fit this model: it has {layers} layers, expected {n_layers}")
     model = build(cls, config, folder, device=device)
     _fill(model, weights, path, config.get("stored_dtype"))
@@ -260,7 +259,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     version = config.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _damaged(path, f"its version is {version!r}")
+        raise _damage_error(path, f"its version is {version!r}")
     if version > VERSION:
         raise ValueError(f"{path} has version {version}, this sa_lens reads up to {VERSION}: upgrade sa_lens")
     try:
@@ -273,11 +272,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (stored := config.get("stored_dtype", config["dtype"])) not in DTYPES:
             raise ValueError(f"stored_dtype {stored!r} is unknown, it must be one of {', '.join(DTYPES)}")
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     return config
 
 
-def _damaged(path: Path, fault: object) -> DamagedFile:
+def _damage_error(path: Path, fault: object) -> DamagedFile:
     return DamagedFile(f"{path} is damaged: {fault}; {REMEDY}")
 
 
@@ -294,12 +293,12 @@ def build(
         ValueError: a description that makes no model, or a damaged tokenizer.
     """
     if device is not None:
-        # a device that is not there is no fault of the file
+        # a missing device is not the file's fault
         torch.empty(0, device=device)
     try:
         model = _described_model(cls, config, device)
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, ArithmeticError, RuntimeError) as error:
-        raise _damaged(Path(CONFIG) if folder is None else folder / CONFIG, error) from error
+        raise _damage_error(Path(CONFIG) if folder is None else folder / CONFIG, error) from error
     if folder is not None and config["tokenizer"]:
         model.set_tokenizer(_tokenizer_of(folder))
     return model
@@ -385,17 +384,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
 
 
 def _fill(model: GatedTransformer, weights: dict[str, Tensor], path: Path, stored_dtype: str | None = None) -> None:
     """Fills a model with weights of its own type, or of the type in which they are stored to save room."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if expected != given:
+        odd = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))[0]
         raise ValueError(
-            f"{path} does not fit this model: {odd} has shape {found.get(odd)}, expected {expected.get(odd)}"
+            f"{path} does not fit this model: {odd} has shape {given.get(odd)}, expected {expected.get(odd)}"
         )
     dtype = model.W_E.dtype if stored_dtype is None else getattr(torch, stored_dtype)
     architecture.check_weights(weights, dtype, f"{path} cannot be loaded")

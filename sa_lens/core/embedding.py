@@ -49,12 +49,12 @@ class TiedUnembed(Unembed):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
-        unexpected_keys += [key for key in found if key != f"{prefix}W_U"]
+        unexpected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        unexpected_keys += [key for key in unexpected if key != f"{prefix}W_U"]
 
 
-def untied(unembed: TiedUnembed) -> Unembed:
+def untie(unembed: TiedUnembed) -> Unembed:
     """A plain unembedding with a copy of the tied one's weights."""
     plain = Unembed(unembed.cfg)
     plain.W_U = nn.Parameter(unembed.W_U.detach().clone().contiguous())

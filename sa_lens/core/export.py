@@ -24,7 +24,7 @@ from sa_lens.core.checkpoints import (
 from sa_lens.core.coverage import Coverage
 from sa_lens.core.model import SelfAblatingTransformer
 from sa_lens.data.tokenizers import boundary_tokens
-from sa_lens.data.writing import atomic_write, staged_folder
+from sa_lens.data.whole_files import atomic_write, staged_folder
 from sa_lens.places import output_file, output_folder
 
 _GPT2 = Coverage(normalizations={"LN", "LNPre"}, activations={"gelu_new", "gelu", "relu", "silu"})

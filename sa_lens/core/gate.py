@@ -1,6 +1,6 @@
 """The gate: scores, the top-k mask, and the surrogate weights that give the mask its gradient.
 
-Everything here is the readable definition (paper, section 3; DESIGN of the mask and gradient in docs/method.md).
+This is the readable definition (paper, section 3; docs/method.md explains the mask and its gradient).
 Which residual stream a gate reads, and where its mask acts, is decided in `streams.py`.
 
 Axes: `unit` is one attention unit or one neuron of a layer, flattened to a single axis.
@@ -9,25 +9,20 @@ Axes: `unit` is one attention unit or one neuron of a layer, flattened to a sing
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from sa_lens.config import GateConfig
+from sa_lens.config import GateConfig, Surrogate
+from sa_lens.core.host import at_least_float32
 
 EPS = 1e-12
 """Added to the surrogate's width T * D, as in the reference."""
 
 LARGEST = 1e12
-"""Scores beyond it count as it in the surrogate, so that infinite ones (a unit forced in or out) give no NaN."""
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 if its type is narrower, else unchanged."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+"""The surrogate clips scores to this size, so that infinite ones (a unit forced in or out) give no NaN."""
 
 
 def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... unit"]:
@@ -50,7 +45,7 @@ def with_nan_rows(mask: Float[Tensor, "... unit"], scores: Float[Tensor, "... un
 def surrogate_weights(
     scores: Float[Tensor, "... unit"],
     k: int,
-    surrogate: Literal["sigmoid", "softmax"] = "sigmoid",
+    surrogate: Surrogate = "sigmoid",
     temperature: float = 1.0,
 ) -> Float[Tensor, "... unit"]:
     """Soft weights around the threshold between the k-th and the next score.
@@ -122,6 +117,7 @@ class Gate(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.k = k
+        self.d_model = d_model
         self.unit_shape = unit_shape
         self.n_units = math.prod(unit_shape)
         for source, present in (("local", cfg.reads_local), ("global", cfg.reads_global)):
@@ -139,19 +135,14 @@ class Gate(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws every weight and bias uniformly from +-1/sqrt(d_model), as the reference does.
 
-        Never zero, save the weights of `random-static` scores, which are the biases alone.
+        None is zero, except the weights of `random-static` scores, which consist of biases alone.
         """
+        bound = 1 / math.sqrt(self.d_model)
         for name, parameter in sorted(self.named_parameters()):
-            bound = 1 / math.sqrt(self.d_model)
             fresh = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_((2 * fresh - 1) * bound)
             if self.cfg.scores == "random-static" and name.startswith("W"):
                 parameter.zero_()
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream that the gate reads."""
-        return next(p for name, p in self.named_parameters() if name.startswith("W")).shape[0]
 
     def project(
         self, local: Float[Tensor, "batch pos d_model"] | None, final: Float[Tensor, "batch pos d_model"] | None
@@ -163,7 +154,7 @@ class Gate(nn.Module):
             final: final LayerNorm's output of the clean pass; needed if the scope is global or both.
         """
         read = []
-        with torch.autocast(self.hook_device_type, enabled=False):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
             if self.cfg.reads_local:
                 assert local is not None
                 read.append(_affine(local, self.W_local, self.b_local))
@@ -172,11 +163,6 @@ class Gate(nn.Module):
                 read.append(_affine(final, self.W_global, self.b_global))
         scores = read[0] if len(read) == 1 else read[0] + read[1]
         return scores.unflatten(-1, self.unit_shape)
-
-    @property
-    def hook_device_type(self) -> str:
-        """Type of the device that holds the gate's parameters."""
-        return next(self.parameters()).device.type
 
     def select(self, scores: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
         """The mask for scores that are shaped as units."""
@@ -196,7 +182,7 @@ class Gate(nn.Module):
             x: values of the units.
             scores: scores of the units; unused, and `hook_scores` silent, if a mask is given.
             mask: a given mask.
-            where: positions at which the mask acts; None: at all.
+            where: positions at which the mask acts; None: all.
         """
         x = self.hook_in(x)
         if mask is None:

@@ -1,26 +1,28 @@
 """`GatedTransformer`: a HookedTransformer with top-k gates in its layers, and what its weights may undergo.
 
-Construction, tokenizer, tied embeddings, biases that the model does not have, loading and processing of weights. What
-the gates do when the model runs is in `model.py`.
+Construction, tokenizer, hook points, tied embeddings, biases that the model does not have, loading and processing of
+weights. What the gates do when the model runs is in `model.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
 from transformers import PreTrainedTokenizerBase
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
 from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
 from sa_lens.core.gate import Gate
-from sa_lens.core.hook_points import StreamPoint, StreamState
+from sa_lens.core.hook_points import StreamPoint, StreamState, user_hooks
 from sa_lens.data.tokenizers import prompt_tokenizer
 from sa_lens.data.tokens import vocabulary_of
 
@@ -155,6 +157,57 @@ class GatedTransformer(HookedTransformer):
         """Whether embedding and unembedding are one parameter."""
         return isinstance(self.unembed, embedding.TiedUnembed)
 
+    # -------------------------------------------------------------------------------------------------------- hooks
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[Any] = (),
+        bwd_hooks: Sequence[Any] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[GatedTransformer]:
+        """As in TransformerLens, but while the context lasts the hooks fire in passes of this thread alone."""
+        given: list[Any] = [(name, function, "fwd") for name, function in fwd_hooks]
+        given += [(name, function, "bwd") for name, function in bwd_hooks]
+        with self._streams.lock:
+            self.context_level += 1
+        try:
+            with user_hooks(self, self._streams, given, remove=reset_hooks_end):
+                yield self
+        finally:
+            with self._streams.lock:
+                self.context_level -= 1
+            if reset_hooks_end and clear_contexts:
+                self.clear_contexts()
+
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """As in TransformerLens, with `pos_slice` on the axis of positions at every hook point, those of gates too.
+
+        TransformerLens knows the axis by the names of a few hooks; at others it would cut the axis of heads.
+        """
+        kept = Slice.unwrap(pos_slice)
+        saved, fwd_hooks, bwd_hooks = super().get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+
+        def cut(save: Any) -> Any:
+            def hook(tensor: Tensor, hook: HookPoint) -> None:
+                by_query = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
+                save(kept.apply(tensor, dim=-2 if by_query else 1), hook=hook)
+
+            return hook
+
+        if kept.mode != "identity":
+            fwd_hooks, bwd_hooks = ([(name, cut(save)) for name, save in hooks] for hooks in (fwd_hooks, bwd_hooks))
+        return saved, fwd_hooks, bwd_hooks
+
     # ------------------------------------------------------------------------------------------------------ weights
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
@@ -170,16 +223,18 @@ class GatedTransformer(HookedTransformer):
             raise ValueError(f"weights do not fit: missing {missing}, unknown {result.unexpected_keys}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; with tied embeddings, refuses a state whose W_U is not the transpose of its W_E.
+        """Loads weights as torch does, after two checks.
 
         Raises:
-            ValueError: W_U and W_E differ although the embeddings are tied. Nothing is loaded then.
+            ValueError: weights of queries or keys that are not finite; or W_U that is not the transpose of W_E
+                although the embeddings are tied. Nothing is loaded then.
         """
+        architecture.check_queries_and_keys(state_dict)
         if self.tied:
             embedding.check_tied(state_dict, self.embed.W_E)
-        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._admit_filled_biases()
-        return found
+        return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
@@ -190,7 +245,7 @@ class GatedTransformer(HookedTransformer):
     def untie(self) -> None:
         """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
         if isinstance(self.unembed, embedding.TiedUnembed):
-            self.unembed = embedding.untied(self.unembed)
+            self.unembed = embedding.untie(self.unembed)
             self.cfg.tie_word_embeddings = False
             self.setup()
 
@@ -230,16 +285,15 @@ class GatedTransformer(HookedTransformer):
         Raises:
             ValueError: on a gated model, a processing that would change a stream, with the reason.
         """
+        options = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
         if self.gates.gated:
-            architecture.check_processing(
-                self.cfg,
-                state_dict,
-                fold_ln=fold_ln,
-                center_writing_weights=center_writing_weights,
-                center_unembed=center_unembed,
-                fold_value_biases=fold_value_biases,
-                refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            )
+            architecture.check_processing(self.cfg, state_dict, **options)
         gates = {key: value for key, value in self.state_dict().items() if "_gate." in key}
         state_dict = {key: value.clone() for key, value in {**gates, **state_dict}.items()}
         if self.tied and (fold_ln or center_writing_weights or center_unembed):
@@ -247,12 +301,5 @@ class GatedTransformer(HookedTransformer):
             self.untie()
         if fold_ln and self.gates.reads_global:
             architecture.fold_final_norm_into_gates(state_dict)
-        super().load_and_process_state_dict(
-            state_dict,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        super().load_and_process_state_dict(state_dict, **options)
         self._admit_filled_biases()

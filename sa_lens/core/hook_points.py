@@ -83,7 +83,7 @@ class StreamState:
         return stack[-1] if stack else None
 
     @contextmanager
-    def entered(self, ablation: Ablation | None) -> Iterator[None]:
+    def enter(self, ablation: Ablation | None) -> Iterator[None]:
         """Makes `ablation` the innermost context of this thread."""
         stack = self.of_thread.stack
         stack.append(ablation)
@@ -93,7 +93,7 @@ class StreamState:
             stack.pop()
 
     @contextmanager
-    def attached(self, hooks: Sequence[AttachedHook] = (), *, silent: bool = False) -> Iterator[None]:
+    def attach(self, hooks: Sequence[AttachedHook] = (), *, silent: bool = False) -> Iterator[None]:
         """Within the context, passes of this thread run these hooks, and no others of an outer pass.
 
         Args:
@@ -114,7 +114,7 @@ class StreamState:
 
 
 class StreamPoint(HookPoint):
-    """A hook point that also runs what a pass of the current thread attaches to it; see `StreamState.attached`."""
+    """A hook point that also runs what a pass of the current thread attaches to it; see `StreamState.attach`."""
 
     streams: StreamState
 

@@ -1,7 +1,7 @@
-"""The little that analyses ask of a model, and the choice of its stream.
+"""What analyses ask of a model, and the choice of its stream.
 
-Circuits, units and views speak to a model through `Host` and the functions here alone, so that another kind of host
-can stand in for `HookedTransformer` without a change to them.
+Circuits, units and views use a model through `Host` and the functions here alone, so that a model of another class can
+take the place of `HookedTransformer` without a change to them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def require_hooks(model: Host, names: Iterable[str]) -> None:
     """Checks that the model has these hook points.
 
     Raises:
-        ValueError: the first one that it lacks.
+        ValueError: a hook point is missing; the message names the first.
     """
     for name in names:
         if name not in model.hook_dict:
@@ -114,15 +114,15 @@ def weight(model: Host, name: str) -> Tensor:
         ValueError: no such weight.
     """
     try:
-        found = reduce(getattr, name.split("."), model)
+        value = reduce(getattr, name.split("."), model)
     except AttributeError as error:
         raise ValueError(f"this {type(model).__name__} has no weight {name!r}") from error
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{name!r} of this {type(model).__name__} is no weight but a {type(found).__name__}")
-    return found
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name!r} of this {type(model).__name__} is not a weight but a {type(value).__name__}")
+    return value
 
 
-_SHAPES_WHAT_IT_COMPUTES = (
+_SETTINGS_OF_THE_COMPUTATION = (
     *("n_heads", "n_key_value_heads", "d_head", "act_fn", "normalization_type", "eps", "final_rms"),
     *("use_attn_scale", "attn_scale", "scale_attn_by_inverse_layer_idx", "attention_dir", "parallel_attn_mlp"),
     *("use_local_attn", "attn_types", "window_size", "attn_scores_soft_cap", "output_logits_soft_cap"),
@@ -134,10 +134,10 @@ _SHAPES_WHAT_IT_COMPUTES = (
 def fingerprint_of(model: Host, stream: Stream = "ablated") -> str:
     """Hash of all that decides what the model computes in a stream: weights, their precision, settings and gates.
 
-    Whatever is kept to be resumed or used again carries this, and is refused for a model with another one.
+    Results that are kept to be resumed or reused carry this hash, and are refused for a model with another hash.
     """
-    settings = {name: getattr(model.cfg, name, None) for name in _SHAPES_WHAT_IT_COMPUTES}
-    # how many units the gates keep is in no weight
+    settings = {name: getattr(model.cfg, name, None) for name in _SETTINGS_OF_THE_COMPUTATION}
+    # the number of units that the gates keep is in no weight
     gates = repr(model.gates) if stream == "ablated" and has_ablated_stream(model) else ""  # type: ignore[attr-defined]
     return hash_of(model.named_parameters(), f"{settings} {gates}")  # type: ignore[attr-defined]
 
@@ -153,13 +153,12 @@ def hash_of(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
 
 
 def device_of(model: Host) -> torch.device:
-    """Where tokens must be to enter the model."""
+    """The device on which the model takes its tokens."""
     return weight(model, "embed.W_E").device
 
 
-def widened(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is wider: every figure is computed from this, whatever the precision
-    of the model that the numbers come from."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32 if its type is narrower, else unchanged; losses, scores and figures are computed from this."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -168,7 +167,7 @@ def run_to_last(
 ) -> Float[Tensor, "batch d_vocab"]:
     """Logits at the last position in float32 or wider, without unembedding the others.
 
-    With a large vocabulary most of the time and memory of a short prompt go into logits that nobody reads. Not for
+    With a large vocabulary, unembedding takes most of the time and memory of a short prompt. Do not use it with
     `masks="live"`, whose clean pass runs these hooks too and would lose the other positions.
     """
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
@@ -176,4 +175,4 @@ def run_to_last(
     def keep_last(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Float[Tensor, "batch 1 d_model"]:
         return resid[:, -1:]
 
-    return widened(model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1])
+    return at_least_float32(model.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks, (last, keep_last)])[:, -1])

@@ -14,13 +14,13 @@ from sa_lens.core.base import HookedTransformer
 
 
 def is_recorded() -> bool:
-    """Whether a program is being recorded by torch, which cannot decide by the values of tensors."""
+    """Whether torch is recording a program, in which nothing can depend on the values of tensors."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return capturing or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def check_tokens(tokens: Int[Tensor, "*shape"], d_vocab: int) -> None:
-    """Returns if every token is one of the vocabulary; torch would count negative ones from its end.
+    """Checks that every token is in the vocabulary; torch would count negative ones from its end.
 
     Raises:
         ValueError: a token below 0 or beyond the vocabulary. A program that torch records is not checked.
@@ -48,7 +48,7 @@ def tokens_and_padding(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tokens on the model's device, their attention mask, and the mask that a pass needs; see `run_streams`.
 
-    The last is None where padding is on the right: what comes after a token never reaches it.
+    The last is None where padding is on the right, since no token attends to later positions.
     """
     given = {"prepend_bos": prepend_bos, "padding_side": padding_side}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

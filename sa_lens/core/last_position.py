@@ -68,7 +68,7 @@ class Prompts(NamedTuple):
         return x[..., torch.arange(len(self.last), device=x.device), self.last, :]
 
 
-def embedded(model: Host, tokens: Sequence[Int[Tensor, "prompt pos"]]) -> tuple[Tensor, Tensor]:
+def embed_prompts(model: Host, tokens: Sequence[Int[Tensor, "prompt pos"]]) -> tuple[Tensor, Tensor]:
     """Embedding plus position of groups of prompts, each of one length, padded on the right; and last positions."""
     longest = max(group.shape[1] for group in tokens)
     parts, last = [], []
@@ -110,10 +110,10 @@ def run_to_position(
         layers: number of layers to run; None: all. Gates that read the end of the clean stream need all.
     """
     run = _Run(model, functions, prompts, functions.cfg.n_layers if layers is None else layers)
-    run.clean()
+    run.run_clean()
     if ablated:
-        run.ablated()
-    return run.found
+        run.run_ablated()
+    return run.result
 
 
 def run_with_gradients(
@@ -134,10 +134,10 @@ def run_with_gradients(
         masks: of the ablated lane; None: those that the gates give, with their surrogates' gradients.
     """
     run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before)
-    run.clean()
+    run.run_clean()
     if ablated:
-        run.ablated(masks)
-    return run.found
+        run.run_ablated(masks)
+    return run.result
 
 
 class _Run:
@@ -153,11 +153,11 @@ class _Run:
         self.model, self.functions, self.prompts, self.layers = model, functions, prompts, layers
         self.reads = reads if reads is not None else lambda lane, layer, kind, x: x
         self.before = before
-        self.found = LastPass({}, {}, {}, {}, [], [])
+        self.result = LastPass({}, {}, {}, {}, [], [])
         self.resid_pre: list[Tensor] = []
         """Clean residual stream that enters each layer, at the last position."""
 
-    def clean(self) -> None:
+    def run_clean(self) -> None:
         earlier = self._begin("earlier")
         last = self._begin("clean")
         for layer in range(self.layers):
@@ -165,36 +165,36 @@ class _Run:
             top = layer == self.layers - 1
             # no query of the top layer looks back from an earlier position
             own = self.functions.project_all(layer, self.reads("earlier", layer, "heads", earlier), 1 if top else 0)
-            k, v = (self._padded(x) for x in own[-2:])
-            k = self.functions.rotated(layer, 1, k)
+            k, v = (self._pad(x) for x in own[-2:])
+            k = self.functions.rotate(layer, 1, k)
             if self.before is not None:
                 known = torch.ones_like(k[0, ..., :1], dtype=torch.bool)
                 known[self.prompts.prompt, self.prompts.pos] = False
                 k, v = (torch.where(known, old, x) for old, x in zip(self.before[layer], (k, v), strict=True))
-            self.found.keys_and_values.append((k, v))
+            self.result.keys_and_values.append((k, v))
             if not top:
-                q = self.functions.rotated(layer, 0, self._padded(own[0]))
+                q = self.functions.rotate(layer, 0, self._pad(own[0]))
                 z = self.functions.attend(layer, q, k, v)[:, self.prompts.prompt, self.prompts.pos]
                 earlier = self._rest("earlier", layer, earlier, z.transpose(0, 1), (None, None))
             last = self._at_last("clean", layer, last, (None, None))
-        self.found.final["clean"] = self.reads("clean", self.layers, "logits", last)
+        self.result.final["clean"] = self.reads("clean", self.layers, "logits", last)
 
-    def ablated(self, given: Sequence[LayerMasks] | None = None) -> None:
+    def run_ablated(self, given: Sequence[LayerMasks] | None = None) -> None:
         x = self._begin("ablated")
         reads_end = self.model.gates.reads_global  # type: ignore[attr-defined]
         for layer in range(self.layers):
-            end = self.found.final["clean"] if reads_end else None
+            end = self.result.final["clean"] if reads_end else None
             masks = gate_masks(self.model, layer, self.resid_pre[layer], end) if given is None else given[layer]
-            self.found.masks.append(masks)
+            self.result.masks.append(masks)
             x = self._at_last("ablated", layer, x, masks)
-        self.found.final["ablated"] = self.reads("ablated", self.layers, "logits", x)
+        self.result.final["ablated"] = self.reads("ablated", self.layers, "logits", x)
 
     def _begin(self, lane: Lane) -> Tensor:
-        for parts in (self.found.z, self.found.post, self.found.mlp_out):
+        for parts in (self.result.z, self.result.post, self.result.mlp_out):
             parts[lane] = []
         return self.prompts.rows(lane, self.prompts.embed)
 
-    def _padded(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "head prompt pos d_head"]:
+    def _pad(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "head prompt pos d_head"]:
         padded = x.new_zeros(len(x), len(self.prompts.last), self.functions.length, x.shape[-1])
         padded[:, self.prompts.prompt, self.prompts.pos] = x
         return padded
@@ -203,8 +203,8 @@ class _Run:
         """A layer at the last position: its query looks at the earlier lane and at itself."""
         last = self.prompts.last
         own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
-        q, own_k = (self.functions.rotated(layer, port, own[port][:, :, None], last) for port in (0, 1))
-        k, v = (known.clone() for known in self.found.keys_and_values[layer])
+        q, own_k = (self.functions.rotate(layer, port, own[port][:, :, None], last) for port in (0, 1))
+        k, v = (known.clone() for known in self.result.keys_and_values[layer])
         every = torch.arange(len(last), device=last.device)
         k[:, every, last], v[:, every, last] = own_k[:, :, 0], own[2]
         z = self.functions.attend(layer, q, k, v, last)[:, :, 0].transpose(0, 1)
@@ -216,7 +216,7 @@ class _Run:
         """A layer from its attention units on."""
         cfg = self.functions.cfg
         z = z if masks[0] is None else z * masks[0]
-        self.found.z[lane].append(z)
+        self.result.z[lane].append(z)
         after = x + z.flatten(1) @ self.functions.W_O[layer].flatten(0, 1) + self.functions.b_O[layer]
         if cfg.attn_only:
             return after
@@ -224,6 +224,6 @@ class _Run:
         post = self.functions.neurons(layer, read)
         post = post if masks[1] is None else post * masks[1]
         if lane != "earlier":
-            self.found.post[lane].append(post)
-        self.found.mlp_out[lane].append(self.functions.mlp_output(layer, post))
-        return after + self.found.mlp_out[lane][-1]
+            self.result.post[lane].append(post)
+        self.result.mlp_out[lane].append(self.functions.mlp_output(layer, post))
+        return after + self.result.mlp_out[lane][-1]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.core.gate import at_least_float32
+from sa_lens.core.host import at_least_float32
 
 
 def cross_entropy(

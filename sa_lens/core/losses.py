@@ -6,13 +6,13 @@ The hooked path is the readable definition; `TwoStreamLoss` takes the fused one 
 from __future__ import annotations
 
 import logging
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sa_lens.config import LossConfig
+from sa_lens.config import LossConfig, LossPath
 from sa_lens.core.fused import fused_loss, why_not_fused
 from sa_lens.core.fused.support import has_user_hooks
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
@@ -60,12 +60,12 @@ class TwoStreamLoss(nn.Module):
         model: SelfAblatingTransformer,
         cfg: LossConfig | None = None,
         *,
-        path: Literal["auto", "fused", "hooked"] = "auto",
+        path: LossPath = "auto",
         dtype: torch.dtype | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        if path not in ("auto", "fused", "hooked"):
+        if path not in get_args(LossPath):
             raise ValueError(f"path={path!r} must be 'auto', 'fused' or 'hooked'")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating type, such as torch.bfloat16")

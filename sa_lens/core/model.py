@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.activation_functions import apply_softcap
 
-from sa_lens.config import GateConfig, Masks
+from sa_lens.config import GateConfig, Masks, Which
 from sa_lens.core import architecture, checkpoints, embedding, reference
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.hook_points import Ablation, Hooks, user_hooks
+from sa_lens.core.hook_points import Ablation, Hooks
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.streams import (
@@ -52,7 +51,7 @@ class Streams(NamedTuple):
     """
 
     tokens: Int[Tensor, "batch pos"]
-    """What was run."""
+    """The tokens that were run."""
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     """Logits of the clean stream."""
     ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
@@ -85,7 +84,7 @@ class BothPasses(NamedTuple):
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
     masks: dict[str, list[Tensor]]
-    """Masks by kind of gate, a tensor a layer."""
+    """Masks by kind of gate, one tensor per layer."""
     clean_outputs: list[Float[Tensor, "batch pos d_model"]]
     """Each layer's output, then the final LayerNorm's, of the clean stream."""
     ablated_outputs: list[Float[Tensor, "batch pos d_model"]]
@@ -95,8 +94,8 @@ class BothPasses(NamedTuple):
 class SelfAblatingTransformer(GatedTransformer):
     """A HookedTransformer whose gates decide, token by token, which units stay in its ablated stream.
 
-    By default everything runs on the clean stream, bit for bit as `HookedTransformer` does; inside
-    `with model.ablated():` the same calls run on the ablated one.
+    By default everything runs on the clean stream, bit for bit as `HookedTransformer` does. Inside
+    `with model.ablated():` the same calls run on the ablated stream.
 
     Args:
         cfg: shape of the transformer, TransformerLens's or sa_lens's own.
@@ -127,7 +126,7 @@ class SelfAblatingTransformer(GatedTransformer):
         which the masks act at that position only; its logits there are the ablated stream's, and information flows
         between positions as in any transformer. Use this form for patching and circuits.
 
-        Contexts nest; the innermost one counts. Gradients follow the caller's grad mode and flow through the clean
+        Contexts nest, and the innermost one applies. Gradients follow the caller's grad mode and flow through the clean
         pass too.
 
         Args:
@@ -139,7 +138,7 @@ class SelfAblatingTransformer(GatedTransformer):
             clean_hooks: hooks of the clean pass, in TransformerLens's form.
 
         Raises:
-            ValueError: a model without gates, an unknown choice, masks of another model.
+            ValueError: the model has no gates, a choice is unknown, or masks are those of another model.
         """
         self._require_gates("model.ablated()")
         if not isinstance(masks, str):
@@ -152,13 +151,13 @@ class SelfAblatingTransformer(GatedTransformer):
             )
         elif masks == "live" and clean_hooks:
             raise ValueError("masks='live' recomputes the masks under your own hooks: do not give clean_hooks too")
-        with self._streams.entered(Ablation(position, masks, tuple(clean_hooks))):
+        with self._streams.enter(Ablation(position, masks, tuple(clean_hooks))):
             yield self
 
     @contextmanager
     def clean(self) -> Iterator[SelfAblatingTransformer]:
         """Inside the context, this model and thread run the clean stream, also within `ablated()`."""
-        with self._streams.entered(None):
+        with self._streams.enter(None):
             yield self
 
     def _require_gates(self, what: str) -> None:
@@ -176,9 +175,9 @@ class SelfAblatingTransformer(GatedTransformer):
                 if name not in masks:
                     continue
                 expected = getattr(block, gate_name).unit_shape
-                found = tuple(masks[name].shape[2:])
-                if found != expected:
-                    raise ValueError(f"masks[{name!r}] has units of shape {found}, this model's are {expected}")
+                given = tuple(masks[name].shape[2:])
+                if given != expected:
+                    raise ValueError(f"masks[{name!r}] has units of shape {given}, this model's are {expected}")
                 chosen[name] = masks[name]
         if not chosen:
             raise ValueError(
@@ -186,55 +185,6 @@ class SelfAblatingTransformer(GatedTransformer):
                 "take them from model.run_streams(tokens).masks"
             )
         return chosen
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[Any] = (),
-        bwd_hooks: Sequence[Any] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[SelfAblatingTransformer]:
-        """As in TransformerLens, but while the context lasts the hooks fire in passes of this thread alone."""
-        given: list[Any] = [(name, function, "fwd") for name, function in fwd_hooks]
-        given += [(name, function, "bwd") for name, function in bwd_hooks]
-        with self._streams.lock:
-            self.context_level += 1
-        try:
-            with user_hooks(self, self._streams, given, remove=reset_hooks_end):
-                yield self
-        finally:
-            with self._streams.lock:
-                self.context_level -= 1
-            if reset_hooks_end and clear_contexts:
-                self.clear_contexts()
-
-    def get_caching_hooks(
-        self,
-        names_filter: Any = None,
-        incl_bwd: bool = False,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
-    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """As in TransformerLens, with `pos_slice` on the axis of positions at every hook point, those of gates too.
-
-        TransformerLens knows the axis by the names of a few hooks; at others it would cut the axis of heads.
-        """
-        kept = Slice.unwrap(pos_slice)
-        saved, fwd_hooks, bwd_hooks = super().get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
-
-        def sliced(save: Any) -> Any:
-            def hook(tensor: Tensor, hook: HookPoint) -> None:
-                by_query = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
-                save(kept.apply(tensor, dim=-2 if by_query else 1), hook=hook)
-
-            return hook
-
-        if kept.mode != "identity":
-            fwd_hooks, bwd_hooks = ([(name, sliced(save)) for name, save in hooks] for hooks in (fwd_hooks, bwd_hooks))
-        return saved, fwd_hooks, bwd_hooks
 
     @torch.compiler.disable
     def forward(self, input: Any, return_type: Any = "logits", *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +208,7 @@ class SelfAblatingTransformer(GatedTransformer):
         if self._streams.of_thread.pass_hooks is None:
             return super().forward(input, return_type, **kwargs)
         # called by a hook of an outer pass, whose own hooks are not meant for this one
-        with self._streams.attached():
+        with self._streams.attach():
             return super().forward(input, return_type, **kwargs)
 
     def _ablated_forward(self, input: Any, return_type: Any, kwargs: dict[str, Any], ablation: Ablation) -> Any:
@@ -286,7 +236,7 @@ class SelfAblatingTransformer(GatedTransformer):
                 position_mask(ablation.position, *clean.resid_post.shape[:2])
         if cache is not None:
             kwargs = {**kwargs, "past_kv_cache": cache_before}
-        with self._streams.attached(ablated_hooks(self, clean, ablation, stop)):
+        with self._streams.attach(ablated_hooks(self, clean, ablation, stop)):
             return super().forward(input, return_type, **kwargs)
 
     def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
@@ -348,14 +298,14 @@ class SelfAblatingTransformer(GatedTransformer):
         """A clean and an ablated pass by hooks, with everything that the loss terms need."""
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
         self._streams.threads.add(threading.get_ident())
-        with self.clean(), self._streams.attached():
+        with self.clean(), self._streams.attach():
             if not self.gates.gated:
                 return BothPasses(super().forward(tokens, **kwargs), None, {}, [], [])
             ablation = Ablation()
             clean = self._clean_pass(tokens, kwargs, ablation, want_final=True)
             assert clean.resid_post is not None
             assert clean.final is not None
-            with self._streams.attached(silent=True):
+            with self._streams.attach(silent=True):
                 clean_logits = self.logits_from_final(clean.final)
             masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
             outputs: list[Tensor] = []
@@ -363,7 +313,7 @@ class SelfAblatingTransformer(GatedTransformer):
             for block in self.blocks:
                 for gate_name, _ in gated_points(block):
                     readers.append((getattr(block, gate_name).hook_mask, masks[gate_name].append, False))
-            with self._streams.attached([*ablated_hooks(self, clean, ablation, None), *readers]):
+            with self._streams.attach([*ablated_hooks(self, clean, ablation, None), *readers]):
                 resid = super().forward(tokens, stop_at_layer=self.cfg.n_layers, **kwargs)
                 final = self.ln_final(resid) if self.cfg.normalization_type is not None else resid
                 ablated_logits = self.logits_from_final(final)
@@ -375,9 +325,26 @@ class SelfAblatingTransformer(GatedTransformer):
             [*outputs, final],
         )
 
+    def record_masks(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, list[Float[Tensor, "batch pos ..."]]]:
+        """Masks by kind of gate (`attn_gate`, `mlp_gate`), one tensor per layer, at half the cost of both passes.
+
+        Gates read the clean stream alone, so a clean pass gives them. No hook of the user fires.
+
+        Raises:
+            ValueError: a model without gates.
+        """
+        self._require_gates("model.record_masks()")
+        clean = self._clean_pass(tokens, {}, Ablation(), want_keys=False)
+        masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
+        for resid_pre, block in zip(clean.resid_pre, self.blocks, strict=True):
+            for name, _ in gated_points(block):
+                gate = getattr(block, name)
+                masks[name].append(gate.select(gate.project(resid_pre, clean.final)))
+        return masks
+
     def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits from the final LayerNorm's output."""
-        return architecture.soft_capped(self.unembed(final), self.cfg)
+        return apply_softcap(self.unembed(final), self.cfg.output_logits_soft_cap)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `HookedTransformer.generate`, from the stream that this thread has chosen; train or eval mode is kept."""
@@ -395,7 +362,7 @@ class SelfAblatingTransformer(GatedTransformer):
         def stream() -> Iterator[Any]:
             with self._mode_kept():
                 while True:
-                    with self._streams.entered(chosen):
+                    with self._streams.enter(chosen):
                         part = next(parts, _END)
                     if part is _END:
                         return
@@ -473,7 +440,7 @@ class SelfAblatingTransformer(GatedTransformer):
         cls,
         name: str | Path,
         *,
-        which: Literal["best", "last"] = "best",
+        which: Which = "best",
         device: str | torch.device | None = None,
         **unknown: Any,
     ) -> SelfAblatingTransformer:
@@ -501,11 +468,11 @@ class SelfAblatingTransformer(GatedTransformer):
 
 
 def _say_that_the_stream_is_fixed(ablation: Ablation | None) -> None:
-    """Warns where a pass is being recorded, since the record cannot ask for the stream again."""
+    """Warns while torch records a program, which cannot choose the stream when it runs."""
     if is_recorded():
         stream = "clean" if ablation is None else "ablated"
         warnings.warn(
-            f"what is recorded here (torch.export, torch.jit.trace, a CUDA graph) is the {stream} stream, whatever "
+            f"the recorded program (torch.export, torch.jit.trace, a CUDA graph) runs the {stream} stream, whatever "
             "stream is chosen when it runs: record each stream that you need",
             stacklevel=3,
         )

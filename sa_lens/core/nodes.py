@@ -28,8 +28,8 @@ _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_at
 def split_inputs(model: Host) -> Iterator[None]:
     """Within the context queries, keys and values of every head and every MLP have an input of their own to edit.
 
-    Grouped keys and values are repeated for each head that shares them. The model's switches are put back afterwards,
-    whatever happens.
+    Grouped keys and values are repeated for each head that shares them. The model's switches are restored afterwards,
+    also after an exception.
     """
     cfg = model.cfg
     before = {name: getattr(cfg, name) for name in _SWITCHES}
@@ -102,24 +102,22 @@ class NodeFunctions:
         cfg = model.cfg
         self.cfg = cfg
         self.length = length
+        layers = range(cfg.n_layers)
         heads: list[tuple[Tensor, Tensor]] = []
-        for layer in range(cfg.n_layers):
+        for layer in layers:
             ln = f"blocks.{layer}.ln1"
-            folded = [self._folded(model, ln, *self._qkv(model, layer, port)) for port in "QKV"]
+            folded = [self._fold(model, ln, *self._qkv(model, layer, port)) for port in "QKV"]
             heads.append((torch.stack([w for w, _ in folded]), torch.stack([b for _, b in folded])))
         self.W_qkv: list[Float[Tensor, "port head d_model d_head"]] = [w for w, _ in heads]
         self.b_qkv: list[Float[Tensor, "port head d_head"]] = [b for _, b in heads]
-        self.W_O: list[Float[Tensor, "head d_head d_model"]] = [
-            weight(model, f"blocks.{layer}.attn.W_O").detach() for layer in range(cfg.n_layers)
-        ]
-        self.b_O: list[Float[Tensor, " d_model"]] = [
-            weight(model, f"blocks.{layer}.attn.b_O").detach() for layer in range(cfg.n_layers)
-        ]
-        self._masks = [self._causal(model, layer) for layer in range(cfg.n_layers)]
-        self._rotate = [self._rotation(model, layer) for layer in range(cfg.n_layers)]
-        self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in range(cfg.n_layers)]
+        outputs = [(weight(model, f"blocks.{i}.attn.W_O"), weight(model, f"blocks.{i}.attn.b_O")) for i in layers]
+        self.W_O: list[Float[Tensor, "head d_head d_model"]] = [w.detach() for w, _ in outputs]
+        self.b_O: list[Float[Tensor, " d_model"]] = [b.detach() for _, b in outputs]
+        self._masks = [self._causal(model, layer) for layer in layers]
+        self._rotate = [self._rotation(model, layer) for layer in layers]
+        self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in layers]
         W_U, b_U = weight(model, "unembed.W_U").detach(), weight(model, "unembed.b_U").detach()
-        self.W_U, self.b_U = self._folded(model, "ln_final", W_U, b_U)
+        self.W_U, self.b_U = self._fold(model, "ln_final", W_U, b_U)
         """Unembedding with the final LayerNorm's weight and bias folded in."""
 
     def normalise(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -130,16 +128,20 @@ class NodeFunctions:
         norm = F.layer_norm if kind.startswith("LN") else F.rms_norm
         return norm(x, x.shape[-1:], eps=self.cfg.eps)
 
+    def logits(self, final: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of the residual stream above the top layer."""
+        return self.normalise(final) @ self.W_U + self.b_U
+
     def project(
-        self, layer: int, port: int, head: int, x: Float[Tensor, "... pos d_model"], at: Tensor | None = None
+        self, layer: int, port: int, head: int, x: Float[Tensor, "... pos d_model"], position: Tensor | None = None
     ) -> Float[Tensor, "... pos d_head"]:
         """Query (port 0), key (1) or value (2) of a head from its input in the residual stream.
 
         Args:
-            at: for rotary models, the position of each prompt's only row; None: positions 0, 1, ...
+            position: for rotary models, that of each prompt's only row; None: positions 0, 1, ...
         """
         y = torch.matmul(self.normalise(x), self.W_qkv[layer][port, head]) + self.b_qkv[layer][port, head]
-        return self.rotated(layer, port, y, at)
+        return self.rotate(layer, port, y, position)
 
     def project_each(
         self, layer: int, ports: Sequence[int], heads: Sequence[int], x: Float[Tensor, "any row d_model"]
@@ -163,16 +165,16 @@ class NodeFunctions:
         y = torch.addmm(b.flatten(), self.normalise(x), W.permute(2, 0, 1, 3).flatten(1))
         return y.view(len(x), *b.shape).permute(1, 2, 0, 3)
 
-    def rotated(
-        self, layer: int, port: int, y: Float[Tensor, "... pos d_head"], at: Tensor | None = None
+    def rotate(
+        self, layer: int, port: int, y: Float[Tensor, "... pos d_head"], position: Tensor | None = None
     ) -> Float[Tensor, "... pos d_head"]:
         """Queries (port 0) or keys (1) turned by their positions in a rotary model; anything else as it is.
 
         Args:
-            at: position of each prompt's only row; None: positions 0, 1, ...
+            position: that of each prompt's only row; None: positions 0, 1, ...
         """
         rotate = self._rotate[layer]
-        return y if rotate is None or port == 2 else rotate(y, at)
+        return y if rotate is None or port == 2 else rotate(y, position)
 
     def attend(
         self,
@@ -180,16 +182,16 @@ class NodeFunctions:
         q: Float[Tensor, "... query d_head"],
         k: Float[Tensor, "... pos d_head"],
         v: Float[Tensor, "... pos d_head"],
-        at: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Float[Tensor, "... query d_head"]:
         """A head's `z`, before any mask.
 
         Args:
-            at: position of each prompt's only query; None: queries at all positions.
+            position: that of each prompt's only query; None: queries at all positions.
         """
         mask = self._masks[layer]
-        if at is not None:
-            mask = mask[at][:, None]
+        if position is not None:
+            mask = mask[position][:, None]
         scores = torch.matmul(q, k.transpose(-1, -2))
         return torch.matmul(torch.softmax(scores.masked_fill_(mask, -torch.inf), dim=-1), v)
 
@@ -212,7 +214,7 @@ class NodeFunctions:
         """What an MLP writes, given its neurons."""
         return F.linear(post, *self._mlps[layer].out)
 
-    def _folded(self, model: Host, ln: str, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def _fold(self, model: Host, ln: str, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Matrix `... d_model out` and bias that read the bare normalised stream."""
         kind = self.cfg.normalization_type
         if kind not in ("LN", "RMS"):
@@ -232,7 +234,7 @@ class NodeFunctions:
 
         def read(name: str, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
             W = weight(model, f"{mlp}.{name}").detach()
-            W, b = self._folded(model, ln, W, W.new_zeros(W.shape[-1]) if bias is None else bias)
+            W, b = self._fold(model, ln, W, W.new_zeros(W.shape[-1]) if bias is None else bias)
             return W.T.contiguous(), b
 
         b_in = weight(model, f"{mlp}.b_in").detach()
@@ -260,12 +262,12 @@ class NodeFunctions:
             return None
         attn = _block(model, layer).attn
 
-        def rotate(y: Float[Tensor, "... pos d_head"], at: Tensor | None) -> Float[Tensor, "... pos d_head"]:
-            if at is None:
+        def rotate(y: Float[Tensor, "... pos d_head"], position: Tensor | None) -> Float[Tensor, "... pos d_head"]:
+            if position is None:
                 return attn.apply_rotary(y.flatten(0, -3)[:, :, None])[:, :, 0].reshape(y.shape)
-            # one row a prompt, each at its own position: put it there among rows that are not used
+            # one row per prompt, put at its own position among rows that are not used
             padded = y.new_zeros(*y.shape[:-2], self.length, y.shape[-1])
-            index = at[:, None, None].expand(*y.shape[:-2], 1, y.shape[-1])
+            index = position[:, None, None].expand(*y.shape[:-2], 1, y.shape[-1])
             padded = padded.scatter(-2, index, y)
             turned = attn.apply_rotary(padded.flatten(0, -3)[:, :, None])[:, :, 0].reshape(padded.shape)
             return turned.gather(-2, index)

@@ -12,7 +12,7 @@ from sa_lens.core.model import SelfAblatingTransformer
 
 
 def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> SelfAblatingTransformer:
-    """A model on the CPU with the weights of another one and the gates that are asked for.
+    """A model on the CPU with the weights of another model and the given gates.
 
     Gate weights are kept if the other model has gates of the same scope, units and scores (k, surrogate and temperature
     may differ); otherwise the gates are fresh.

@@ -23,17 +23,40 @@ Model = TypeVar("Model", bound=GatedTransformer)
 _REFERENCE = Coverage(normalizations={"LN"}, activations={"gelu_new"})
 """Architectures that the reference can express."""
 
-_LAYER = re.compile(r"transformer\.h\.(\d+)\.")
-_ATTENTION_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)")
+_SAME, _TRANSPOSED = "... -> ...", "read write -> write read"
+_READ_BY_HEADS, _WRITTEN_BY_HEADS = (
+    "head d_model d_head -> (head d_head) d_model",
+    "head d_head d_model -> d_model (head d_head)",
+)
+_GATES = {"attention": "attn_gate", "neuron": "mlp_gate"}
+_PARTS = {"weight": ("W", _TRANSPOSED), "bias": ("b", _SAME)}
+_NO_WEIGHT = re.compile(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)")
 
-_OUTSIDE_LAYERS = {
-    "transformer.wte.weight",
-    "transformer.wpe.weight",
-    "transformer.ln_f.weight",
-    "transformer.ln_f.bias",
-    "lm_head.weight",
-    *(f"{head}_ablations_head.{part}" for head in ("attention", "neuron") for part in ("weight", "bias")),
-}
+
+def _names(n_layers: int) -> dict[str, tuple[str, str]]:
+    """For each of the reference's names, ours and the rearrangement from ours to theirs; global gates left out."""
+    names = {
+        "transformer.wte.weight": ("embed.W_E", _SAME),
+        "transformer.wpe.weight": ("pos_embed.W_pos", _SAME),
+        "transformer.ln_f.weight": ("ln_final.w", _SAME),
+        "transformer.ln_f.bias": ("ln_final.b", _SAME),
+        "lm_head.weight": ("unembed.W_U", _TRANSPOSED),
+    }
+    for layer in range(n_layers):
+        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
+        attention = f"{theirs}.attn.attention"
+        for i in (1, 2):
+            names |= {f"{theirs}.ln_{i}.{part}": (f"{ours}.ln{i}.{part[0]}", _SAME) for part in _PARTS}
+        for letter in "qkv":
+            names[f"{attention}.{letter}_proj.weight"] = f"{ours}.attn.W_{letter.upper()}", _READ_BY_HEADS
+        names[f"{attention}.out_proj.weight"] = f"{ours}.attn.W_O", _WRITTEN_BY_HEADS
+        names[f"{attention}.out_proj.bias"] = f"{ours}.attn.b_O", _SAME
+        for part, (letter, pattern) in _PARTS.items():
+            names[f"{theirs}.mlp.c_fc.{part}"] = f"{ours}.mlp.{letter}_in", pattern
+            names[f"{theirs}.mlp.c_proj.{part}"] = f"{ours}.mlp.{letter}_out", pattern
+            for kind, gate in _GATES.items():
+                names[f"{theirs}.{kind}_ablation_head.{part}"] = f"{ours}.{gate}.{letter}_local", pattern
+    return names
 
 
 def load(cls: type[Model], source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> Model:
@@ -50,7 +73,7 @@ def load(cls: type[Model], source: str | Path | Mapping[str, Tensor], gates: Gat
         ValueError: weights missing, unknown or of the wrong shape, another scope, heads that do not divide d_model,
             a file that holds more than weights or is damaged.
     """
-    state = _opened(source)
+    state = _open(source)
     scope = _scope(state)
     if gates.scope != scope:
         raise ValueError(f"gates.scope={gates.scope!r}, but these weights are of scope {scope!r}: pass scope={scope!r}")
@@ -97,40 +120,19 @@ def save(model: GatedTransformer) -> dict[str, Tensor]:
             if bool(state[name].any()):
                 raise ValueError(f"the reference has no bias {leaf}, but {name} is not zero")
     out = {
-        "transformer.wte.weight": state["embed.W_E"],
-        "lm_head.weight": state["embed.W_E"],
-        "transformer.wpe.weight": state["pos_embed.W_pos"],
-        "transformer.ln_f.weight": state["ln_final.w"],
-        "transformer.ln_f.bias": state["ln_final.b"],
+        theirs: einops.rearrange(state[ours], pattern)
+        for theirs, (ours, pattern) in _names(cfg.n_layers).items()
+        if ours in state
     }
-    for layer in range(cfg.n_layers):
-        ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
-        for i in (1, 2):
-            out[f"{theirs}.ln_{i}.weight"] = state[f"{ours}.ln{i}.w"]
-            out[f"{theirs}.ln_{i}.bias"] = state[f"{ours}.ln{i}.b"]
-        for letter in "qkv":
-            weight = state[f"{ours}.attn.W_{letter.upper()}"]
-            out[f"{theirs}.attn.attention.{letter}_proj.weight"] = einops.rearrange(weight, "h m d -> (h d) m")
-        out[f"{theirs}.attn.attention.out_proj.weight"] = einops.rearrange(
-            state[f"{ours}.attn.W_O"], "h d m -> m (h d)"
-        )
-        out[f"{theirs}.attn.attention.out_proj.bias"] = state[f"{ours}.attn.b_O"]
-        for matrix, name in (("in", "c_fc"), ("out", "c_proj")):
-            out[f"{theirs}.mlp.{name}.weight"] = state[f"{ours}.mlp.W_{matrix}"].T
-            out[f"{theirs}.mlp.{name}.bias"] = state[f"{ours}.mlp.b_{matrix}"]
-        if model.gates.scope == "local":
-            for gate, name in (("attn_gate", "attention"), ("mlp_gate", "neuron")):
-                out[f"{theirs}.{name}_ablation_head.weight"] = state[f"{ours}.{gate}.W_local"].T
-                out[f"{theirs}.{name}_ablation_head.bias"] = state[f"{ours}.{gate}.b_local"]
     if model.gates.scope == "global":
-        for gate, name in (("attn_gate", "attention"), ("mlp_gate", "neuron")):
-            keys = [f"blocks.{layer}.{gate}" for layer in range(cfg.n_layers)]
-            out[f"{name}_ablations_head.weight"] = torch.cat([state[f"{k}.W_global"].T for k in keys])
-            out[f"{name}_ablations_head.bias"] = torch.cat([state[f"{k}.b_global"] for k in keys])
+        for kind, gate in _GATES.items():
+            for part, (letter, pattern) in _PARTS.items():
+                layers = [state[f"blocks.{layer}.{gate}.{letter}_global"] for layer in range(cfg.n_layers)]
+                out[f"{kind}_ablations_head.{part}"] = torch.cat([einops.rearrange(x, pattern) for x in layers])
     return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
 
 
-def _opened(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _open(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         loaded: object = dict(source)
     else:
@@ -158,7 +160,7 @@ def _scope(state: Mapping[str, Tensor]) -> Scope:
 def _config(state: Mapping[str, Tensor], n_heads: int) -> HookedTransformerConfig:
     embedding = state["transformer.wte.weight"]
     d_vocab, d_model = embedding.shape
-    layers = {int(m.group(1)) for name in state if (m := _LAYER.match(name))}
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
     if n_heads < 1 or d_model % n_heads:
         raise ValueError(f"n_heads={n_heads} does not divide d_model={d_model}")
     for name in ("transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight"):
@@ -184,55 +186,26 @@ def _config(state: Mapping[str, Tensor], n_heads: int) -> HookedTransformerConfi
 
 
 def _to_hooked(state: Mapping[str, Tensor], cfg: HookedTransformerConfig) -> dict[str, Tensor]:
-    heads = {"h": cfg.n_heads}
-    out = {
-        "embed.W_E": state["transformer.wte.weight"],
-        "pos_embed.W_pos": state["transformer.wpe.weight"],
-        "unembed.W_U": state.get("lm_head.weight", state["transformer.wte.weight"]).T,
-    }
-    names = {"ln_1.weight": "ln1.w", "ln_1.bias": "ln1.b", "ln_2.weight": "ln2.w", "ln_2.bias": "ln2.b"}
-    unknown = []
-    for name, tensor in state.items():
-        match = _LAYER.match(name)
-        if match is None:
-            if name not in _OUTSIDE_LAYERS:
-                unknown.append(name)
-            continue
-        rest, ours = name[match.end() :], f"blocks.{match.group(1)}"
-        if rest in names:
-            out[f"{ours}.{names[rest]}"] = tensor
-        elif found := re.fullmatch(r"attn\.attention\.([qkv])_proj\.weight", rest):
-            out[f"{ours}.attn.W_{found[1].upper()}"] = einops.rearrange(tensor, "(h d) m -> h m d", **heads)
-        elif rest == "attn.attention.out_proj.weight":
-            out[f"{ours}.attn.W_O"] = einops.rearrange(tensor, "m (h d) -> h d m", **heads)
-        elif rest == "attn.attention.out_proj.bias":
-            out[f"{ours}.attn.b_O"] = tensor
-        elif found := re.fullmatch(r"mlp\.(c_fc|c_proj)\.(weight|bias)", rest):
-            side = "in" if found[1] == "c_fc" else "out"
-            out[f"{ours}.mlp.{'W' if found[2] == 'weight' else 'b'}_{side}"] = (
-                tensor.T if found[2] == "weight" else tensor
-            )
-        elif found := re.fullmatch(r"(attention|neuron)_ablation_head\.(weight|bias)", rest):
-            gate = "attn_gate" if found[1] == "attention" else "mlp_gate"
-            key = f"{ours}.{gate}.{'W' if found[2] == 'weight' else 'b'}_local"
-            out[key] = tensor.T if found[2] == "weight" else tensor
-        else:
-            unknown.append(name)
-    unknown = [name for name in unknown if not _ATTENTION_BUFFER.fullmatch(name)]
-    if unknown:
-        raise ValueError(f"the reference has no weight {unknown[0]!r}: it would be lost")
-    for letter in ("weight", "bias"):
-        if f"transformer.ln_f.{letter}" in state:
-            out[f"ln_final.{letter[0]}"] = state[f"transformer.ln_f.{letter}"]
-        for head, gate in (("attention", "attn_gate"), ("neuron", "mlp_gate")):
-            name = f"{head}_ablations_head.{letter}"
+    def to_ours(tensor: Tensor, pattern: str) -> Tensor:
+        ours, theirs = pattern.split(" -> ")
+        return einops.rearrange(tensor, f"{theirs} -> {ours}", **({"head": cfg.n_heads} if "head" in pattern else {}))
+
+    names = _names(cfg.n_layers)
+    state = {"lm_head.weight": state["transformer.wte.weight"], **state}
+    out = {ours: to_ours(state[theirs], pattern) for theirs, (ours, pattern) in names.items() if theirs in state}
+    unknown = [name for name in state if name not in names and not _NO_WEIGHT.fullmatch(name)]
+    for kind, gate in _GATES.items():
+        for part, (letter, pattern) in _PARTS.items():
+            name = f"{kind}_ablations_head.{part}"
             if name not in state:
                 continue
+            unknown.remove(name)
             if len(state[name]) % cfg.n_layers:
                 raise ValueError(
                     f"{name} has {len(state[name])} rows, which {cfg.n_layers} layers cannot share equally"
                 )
-            for layer, part in enumerate(state[name].chunk(cfg.n_layers)):
-                key = f"blocks.{layer}.{gate}.{'W' if letter == 'weight' else 'b'}_global"
-                out[key] = part.T if letter == "weight" else part
+            for layer, rows in enumerate(state[name].chunk(cfg.n_layers)):
+                out[f"blocks.{layer}.{gate}.{letter}_global"] = to_ours(rows, pattern)
+    if unknown:
+        raise ValueError(f"the reference has no weight {unknown[0]!r}: it would be lost")
     return out

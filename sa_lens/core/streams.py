@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from sa_lens.core.hook_points import Ablation, AttachedHook, Hooks
 
 @dataclass
 class CleanPass:
-    """What the ablated pass needs of the clean one; lists have an entry a layer."""
+    """What the ablated pass needs of the clean one; lists have one entry per layer."""
 
     keys: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
     values: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
@@ -52,9 +53,6 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
     """
     resolved: list[AttachedHook] = []
 
-    def bound(function: Callable[..., Any], point: HookPoint) -> Callable[[Tensor], Tensor | None]:
-        return lambda x: function(x, hook=point)
-
     for name, function in hooks:
         matches = [n for n in points if (n == name if isinstance(name, str) else name(n))]
         if not matches:
@@ -64,7 +62,7 @@ def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[Attache
                 raise ValueError(
                     f"clean_hooks: {match!r} never fires in the clean pass; edit it with model.run_with_hooks instead"
                 )
-            resolved.append((points[match], bound(function, points[match]), False))
+            resolved.append((points[match], partial(function, hook=points[match]), False))
     return resolved
 
 
@@ -92,19 +90,16 @@ def run_clean_pass(
     to_the_end = want_final or model.gates.reads_global or stop_at_layer is None
     stop = n_layers if to_the_end else stop_at_layer
 
-    def keep(into: list[Tensor]) -> Callable[[Tensor], None]:
-        return lambda x: into.append(x)
-
     readers: list[AttachedHook] = []
     for block in model.blocks:
-        readers.append((block.hook_resid_pre, keep(record.resid_pre), False))
+        readers.append((block.hook_resid_pre, record.resid_pre.append, False))
         if want_keys:
             key_point, _ = rotated_key_and_query(block.attn)
-            readers.append((key_point, keep(record.keys), False))
-            readers.append((block.attn.hook_v, keep(record.values), False))
+            readers.append((key_point, record.keys.append, False))
+            readers.append((block.attn.hook_v, record.values.append, False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
     edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
-    with model._streams.attached([*edits, *readers], silent=ablation.masks != "live"):
+    with model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
@@ -130,7 +125,7 @@ class _KeyValueMix:
         key_point, query_point = rotated_key_and_query(self.attn)
 
         def keep(name: str) -> Callable[[Tensor], None]:
-            return lambda x: self.seen.__setitem__(name, x)
+            return partial(self.seen.__setitem__, name)
 
         return [
             (query_point, keep("q"), False),
@@ -145,7 +140,7 @@ class _KeyValueMix:
         q = self.seen["q"]
         difference = self._per_head(self.clean_keys - self.seen["k"], q.shape[1])
         correction = torch.einsum("bqhd,bkhd->bhqk", q / self.attn.attn_scale, difference)
-        # the matrix is ours, so it can be written to in place: no second one of its size is made
+        # written to in place, so that there is only one matrix of this size
         correction.diagonal(dim1=-2, dim2=-1).zero_()
         cached = scores.shape[-1] - correction.shape[-1]
         if cached:
@@ -180,13 +175,15 @@ def position_mask(position: int | Sequence[int] | Tensor, batch: int, length: in
     """True at the position of each prompt.
 
     Raises:
-        ValueError: a position outside the prompt, or not one a prompt.
+        ValueError: a position outside the prompt, or another number of positions than prompts.
     """
     chosen = torch.as_tensor(position).reshape(-1).cpu()
     if chosen.dtype.is_floating_point or chosen.dtype == torch.bool:
-        raise ValueError(f"position={position!r} must be a whole number, or one for each prompt")
+        raise ValueError(f"position={position!r} must be a whole number, or one whole number per prompt")
     if len(chosen) not in (1, batch):
-        raise ValueError(f"position has {len(chosen)} entries, but there are {batch} prompts: give one, or one each")
+        raise ValueError(
+            f"position has {len(chosen)} entries, but there are {batch} prompts: give one position, or one per prompt"
+        )
     outside = (chosen < -length) | (chosen >= length)
     if outside.any():
         raise ValueError(
@@ -231,18 +228,18 @@ def _gate_hook(
     correct: Callable[[Tensor], Tensor] | None,
     position: int | Sequence[int] | Tensor | None,
 ) -> Callable[[Tensor], Tensor]:
-    def masked(x: Tensor) -> Tensor:
+    def mask_units(x: Tensor) -> Tensor:
         if correct is not None:
             x = correct(x)
         if mask is not None and mask.shape[:2] != x.shape[:2]:
             raise ValueError(
                 f"the given mask is for {mask.shape[0]} prompts of {mask.shape[1]} tokens, but the input is "
-                f"{x.shape[0]} prompts of {x.shape[1]}: give masks of these very tokens"
+                f"{x.shape[0]} prompts of {x.shape[1]}: give the masks of the same tokens"
             )
         where = None if position is None else position_mask(position, *x.shape[:2]).to(x.device)
         return gate(x, scores, mask, where)
 
-    return masked
+    return mask_units
 
 
 def gated_points(block: Any) -> list[tuple[str, HookPoint]]:

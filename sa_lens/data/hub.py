@@ -10,8 +10,8 @@ import json
 import threading
 from pathlib import Path
 
-from sa_lens.data.disk import write_atomically
-from sa_lens.data.reading import read_json
+from sa_lens.data.cache import new_file
+from sa_lens.data.whole_files import read_json
 
 PROBE_SECONDS = 3.0
 """Longest wait for an answer of the Hub, in seconds, name lookup included."""
@@ -87,7 +87,8 @@ def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
         ) from error
     if revision is None:
         raise ValueError(f"the Hub names no revision of dataset {dataset_id!r}")
-    write_atomically(_record(dataset_id, cache), json.dumps({"revision": revision}))
+    with new_file(_record(dataset_id, cache)) as temporary:
+        temporary.write_text(json.dumps({"revision": revision}), encoding="utf-8")
     return revision
 
 

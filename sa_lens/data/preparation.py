@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import DataConfig
-from sa_lens.data.disk import cache_folder, is_sealed, key_of, local_path, locked, seal
+from sa_lens.data.cache import cache_folder, hold_lock, key_of, make_once
 from sa_lens.data.sources import Source, open_source, stories_source, story_words
 from sa_lens.data.tokenizers import fetch_tokenizer, load_tokenizer, read_words, tokenizer_fingerprint, train_bpe
 from sa_lens.data.tokens import FORMAT, TokenFile, check_blocks, vocabulary_of, write_tokens
-from sa_lens.data.writing import remove_leftovers
+from sa_lens.data.whole_files import remove_leftovers
+from sa_lens.places import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,11 +199,10 @@ def _trained_tokenizer(data: DataConfig, text: _Text, words: list[str], cache: P
 
     key = key_of([FORMAT, text.key, data.vocab_size, words, tokenizers.__version__])
     folder = cache / "tokenizers" / f"bpe-{key[:32]}"
-    if not is_sealed(folder):
-        with locked(folder):
-            if not is_sealed(folder):
-                train_bpe(text.read(), folder, vocab_size=data.vocab_size, keep_whole=words, progress=progress)
-                seal(folder)
+    make_once(
+        folder,
+        lambda: train_bpe(text.read(), folder, vocab_size=data.vocab_size, keep_whole=words, progress=progress),
+    )
     return folder
 
 
@@ -214,7 +214,7 @@ def _token_file(text: _Text, tokenizer: PreTrainedTokenizerBase, name: str, cach
         return path.is_file() and path.with_suffix(".json").is_file()
 
     if not exists():
-        with locked(path):
+        with hold_lock(path):
             if not exists():
                 # Reading costs a tenth of encoding: a price worth a bar that knows how long it has to go.
                 total = sum(1 for _ in text.read()) if progress else None

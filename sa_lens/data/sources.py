@@ -1,7 +1,7 @@
 """Where text comes from: local files and folders, datasets on the Hub, generated stories.
 
 A source knows what its text is (a key by content) before it reads any, so that tokens already on disk are found at
-once. Blank documents are left out everywhere. How each kind of file is read: `files`.
+once. Blank documents are left out everywhere. How each kind of file is read: `text_files`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa_lens.data import files
-from sa_lens.data.disk import fingerprint, is_sealed, key_of, local_path, locked, new_file, seal, visible_files
+from sa_lens.data import text_files
+from sa_lens.data.cache import fingerprint, key_of, make_once, new_file, visible_files
 from sa_lens.data.hub import dataset_revision, require_hub
+from sa_lens.places import local_path
 
 LOCAL_TEXT = "name a local parquet, jsonl, txt or arrow file or folder in data.source, or `stories`"
 
@@ -76,23 +77,23 @@ def open_source(
     limits = {"column": column, "max_documents": max_documents}
     if path.exists():
         parts = _files(path.resolve(), split)
-        kinds = {files.kind_of(file) for file in parts}
+        kinds = {text_files.kind_of(file) for file in parts}
         if len(kinds) > 1:
             raise ValueError(f"folder {path} mixes kinds of files ({', '.join(sorted(kinds))}); name one file")
         kind = kinds.pop() if kinds else "arrow"
-        if kind == files.TEXT and column != "text":
+        if kind == text_files.TEXT and column != "text":
             raise ValueError(f"{path} is plain text and has no column {column!r}; its columns: 'text'")
         part = split if path.is_dir() else None
         # the ending says how a file is read, so the same bytes under another one are another text
-        key = key_of({"content": fingerprint(path), "split": part, "kind": files.RULES[kind], **limits})
+        key = key_of({"content": fingerprint(path), "split": part, "kind": text_files.RULES[kind], **limits})
 
         def read() -> Iterator[str]:
-            return _cleaned(files.texts(parts, column), max_documents)
+            return _cleaned(text_files.texts(parts, column), max_documents)
 
         return Source(
-            str(path), key, read, functools.partial(files.form, parts) if kind == files.TEXT else lambda: None
+            str(path), key, read, functools.partial(text_files.form, parts) if kind == text_files.TEXT else lambda: None
         )
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in files.KINDS:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in text_files.KINDS:
         raise FileNotFoundError(f"no file or folder {source!r}")
     dataset_id, _, revision = source.partition("@")
     revision = revision or dataset_revision(dataset_id, cache, LOCAL_TEXT)
@@ -146,13 +147,13 @@ def _files(path: Path, split: str | None) -> list[Path]:
     if path.is_file():
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty")
-        files.kind_of(path)
+        text_files.kind_of(path)
         return [path]
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return files.saved_dataset(path, lambda splits: _chosen_split(split, splits, str(path)))
-    inside = [file for file in visible_files(path) if file.suffix.lower() in files.KINDS]
+        return text_files.saved_dataset(path, lambda splits: _chosen_split(split, splits, str(path)))
+    inside = [file for file in visible_files(path) if file.suffix.lower() in text_files.KINDS]
     if not inside:
-        raise FileNotFoundError(f"folder {path} holds no file of a known kind ({', '.join(files.KINDS)})")
+        raise FileNotFoundError(f"folder {path} holds no file of a known kind ({', '.join(text_files.KINDS)})")
     by_split: dict[str, list[Path]] = {}
     for file in inside:
         by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
@@ -190,7 +191,7 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
         str(name): [str(place) for place in places] for name, places in (builder.config.data_files or {}).items()
     }
     if not by_split or not all(
-        Path(place).suffix.lower() in files.KINDS for place in itertools.chain(*by_split.values())
+        Path(place).suffix.lower() in text_files.KINDS for place in itertools.chain(*by_split.values())
     ):
         split = split or _chosen_split(
             None, datasets.get_dataset_split_names(dataset_id, revision=revision), dataset_id
@@ -200,34 +201,33 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
         )
         columns = rows.column_names or []
         if column not in columns:
-            raise files.no_column(dataset_id, column, columns)
-        for batch in rows.select_columns([column]).iter(files.BATCH):
-            yield from (files.as_text(text, column, dataset_id) for text in batch[column])
+            raise text_files.no_column(dataset_id, column, columns)
+        for batch in rows.select_columns([column]).iter(text_files.BATCH):
+            yield from (text_files.as_text(text, column, dataset_id) for text in batch[column])
         return
     hub = huggingface_hub.HfFileSystem()
     for place in by_split[_chosen_split(split, list(by_split), dataset_id)]:
         if streaming:
             opened = functools.partial(hub.open, place, "rb")
-            yield from files.file_texts(opened, files.kind_of(Path(place)), column, place)
+            yield from text_files.file_texts(opened, text_files.kind_of(Path(place)), column, place)
         else:
             resolved: Any = hub.resolve_path(place)
             local = huggingface_hub.hf_hub_download(
                 dataset_id, resolved.path_in_repo, repo_type="dataset", revision=revision
             )
-            yield from files.texts([Path(local)], column)
+            yield from text_files.texts([Path(local)], column)
 
 
 def _spooled(texts: Iterable[str], path: Path, total: int | None, progress: bool) -> Iterator[str]:
     """The texts, written to `path` (one JSON string a line) on the first pass, read from there on later ones."""
     from tqdm.auto import tqdm
 
-    if not is_sealed(path):
-        with locked(path):
-            if not is_sealed(path):
-                with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
-                    for text in tqdm(texts, total=total, desc="documents", unit="", disable=not progress):
-                        out.write(json.dumps(text) + "\n")
-                seal(path)
+    def download() -> None:
+        with new_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+            for text in tqdm(texts, total=total, desc="documents", unit="", disable=not progress):
+                out.write(json.dumps(text) + "\n")
+
+    make_once(path, download)
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

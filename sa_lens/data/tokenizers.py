@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sa_lens.data.disk import is_sealed, key_of, local_path, locked, new_folder, seal
+from sa_lens.data.cache import key_of, make_once, new_folder
 from sa_lens.data.hub import require_hub
 from sa_lens.data.pieces import pieces
+from sa_lens.places import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,13 +143,13 @@ def fetch_tokenizer(name: str, cache: Path) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise FileNotFoundError(f"data.tokenizer={name!r}: no such folder; {LOCAL_TOKENIZER}")
     folder = cache / "tokenizers" / name.replace("/", "--")
-    if not is_sealed(folder):
-        with locked(folder):
-            if not is_sealed(folder):
-                tokenizer = _from_hub(name)
-                with new_folder(folder) as temporary:
-                    tokenizer.save_pretrained(str(temporary))
-                seal(folder)
+
+    def download() -> None:
+        tokenizer = _from_hub(name)
+        with new_folder(folder) as temporary:
+            tokenizer.save_pretrained(str(temporary))
+
+    make_once(folder, download)
     return folder
 
 

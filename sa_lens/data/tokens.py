@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from sa_lens.data.disk import key_of, new_file, write_atomically
+from sa_lens.data.cache import key_of, new_file
 from sa_lens.data.pieces import pieces
-from sa_lens.data.reading import read_json
 from sa_lens.data.tokenizers import boundary_tokens
+from sa_lens.data.whole_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,7 +238,8 @@ def write_tokens(
         "form": form,
     }
     header = {"format": FORMAT, **header, "checksum": key_of(header)}
-    write_atomically(path.with_suffix(".json"), json.dumps(header, indent=1))
+    with new_file(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
     return TokenFile.open(path)
 
 

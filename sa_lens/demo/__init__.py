@@ -1,7 +1,7 @@
 """The demo: what the two shipped models of the generated stories do, and a training before the user's eyes.
 
-`tour.py` shows the models and trains a third one for a minute; `pair.py` trains both from scratch; `tables.py` and
-`clock.py` print what was found and where the time went. Everything is seeded and offline.
+`tour.py` shows the models and trains a third one for a minute, `pair.py` trains both from scratch, and `printing.py`
+has the tables that they print. Everything is seeded and offline.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sa_lens.config import RunConfig
-from sa_lens.demo.clock import Clock
-from sa_lens.places import output_file, output_folder
-
-FIGURES = ("patching-resid_pre", "patching-heads", "circuits", "training")
-"""Figures that the demo draws, each an HTML file."""
+from sa_lens.demo.printing import Clock
+from sa_lens.places import output_folder
 
 
 def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
@@ -31,7 +28,7 @@ def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", progress: bool = True) -> Path:
-    """Shows the shipped pair of the generated stories and trains a small model for a minute.
+    """Shows what the two shipped models of the generated stories do, and trains a small model for a minute.
 
     Args:
         out: folder of figures, report and the run.
@@ -44,8 +41,6 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
     """
     folder, clock = output_folder(out), Clock()
     output_folder(folder / "short")
-    for name in (*FIGURES, "report"):
-        output_file(folder / f"{name}.html")
     with clock.part("start of PyTorch and TransformerLens"):
         from sa_lens.demo.tour import tour
     with _one_thread():
@@ -54,7 +49,7 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Small models take less of the processor on one thread, and sums are taken in one order on any number of cores."""
+    """One thread: small models take less processor time, and sums are taken in one order on any number of cores."""
     import torch
 
     before = torch.get_num_threads()
@@ -66,7 +61,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def train_demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", progress: bool = True) -> bool:
-    """Trains the pair of the generated stories from scratch, both models at once, and measures what they reach.
+    """Trains the two shipped models of the generated stories from scratch, both at once, and measures them.
 
     Args:
         out: folder of the runs; runs that are there go on.

@@ -13,8 +13,7 @@ import torch
 
 from sa_lens.config import RunConfig
 from sa_lens.data import prepare
-from sa_lens.demo.clock import Clock
-from sa_lens.demo.tables import loss_table, show, skill_table
+from sa_lens.demo.printing import Clock, loss_table, print_table, skill_table
 from sa_lens.shipped.make import figures_of, train_model
 from sa_lens.shipped.measuring import stories_bars
 from sa_lens.stopping import Interrupted
@@ -27,7 +26,7 @@ POLL_SECONDS = 1.0
 
 
 def train_pair(runs: Mapping[str, RunConfig], out: Path, clock: Clock, *, device: str, progress: bool) -> bool:
-    """Trains the models `dense` and `local`, prints what they reach beside the bars, and says whether it is enough."""
+    """Trains the models `dense` and `local`, prints their figures beside the bars, and returns whether they pass."""
     with clock.part("stories and tokenizer"):
         for run in runs.values():
             prepare(run.data, run.model.n_ctx, progress=progress)
@@ -38,8 +37,8 @@ def train_pair(runs: Mapping[str, RunConfig], out: Path, clock: Clock, *, device
         for name, run in runs.items():
             model = load_run(str(out / name), device=device)
             figures[name] = figures_of(model, run, "stories", text_of_run(out / name, model))
-    show("Validation loss, nats per token", loss_table(figures))
-    show("Pair accuracy, names that never meet in training", skill_table(figures))
+    print_table("Validation loss, nats per token", loss_table(figures))
+    print_table("Pair accuracy, names that never meet in training", skill_table(figures))
     bars = stories_bars(figures["local"], figures["dense"])
     print("\nWhat was reached", *bars, sep="\n")
     print(f"\nWhere the time went\n{clock.table()}")
@@ -51,7 +50,7 @@ def train_pair(runs: Mapping[str, RunConfig], out: Path, clock: Clock, *, device
 
 
 def train_both(runs: Mapping[str, RunConfig], out: Path, *, device: str, progress: bool) -> None:
-    """Trains models at once, a process of one thread for each; runs that are there go on.
+    """Trains models at once, each in a process of one thread; runs that are there go on.
 
     Raises:
         RuntimeError: a training failed; its own message is on standard error.

@@ -17,8 +17,7 @@ from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData
 from sa_lens.demo import demo_run
-from sa_lens.demo.clock import Clock
-from sa_lens.demo.tables import loss_table, show, skill_table
+from sa_lens.demo.printing import Clock, loss_table, print_table, skill_table
 from sa_lens.report import make_report
 from sa_lens.report import save as save_report
 from sa_lens.shipped.make import figures_of
@@ -50,7 +49,7 @@ TAU = 0.01
 
 
 def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> Path:
-    """Runs the parts one after the other, printing what each has found; see `sa_lens.demo.demo`."""
+    """Runs the parts one after the other and prints the results of each; see `sa_lens.demo.demo`."""
     out.mkdir(parents=True, exist_ok=True)
     with clock.part("loading the two models"):
         models = {name: load_run(name, device=device).requires_grad_(False) for name in (DENSE, LOCAL)}
@@ -59,13 +58,13 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         print(f"{name}: {about(name)['description']}")
 
     with clock.part("skill"):
-        found = {
+        accuracies = {
             name.removeprefix("stories-"): {"skills": skills(model, "stories", n=SKILL_PROMPTS, seed=seed)}
             for name, model in models.items()
         }
-    show(
+    print_table(
         f"Pair accuracy on {SKILL_PROMPTS} prompts of each task, IOI with names that never meet in training",
-        skill_table(found),
+        skill_table(accuracies),
     )
 
     with clock.part("stories"):
@@ -77,10 +76,10 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, world="stories")
     pairs = max((group for _, group in pairs.by_length(PROMPTS)), key=len)
     with clock.part("patching"):
-        figures = patching_figures(local, pairs, out, progress)
+        written = patching_figures(local, pairs, out, progress)
     with clock.part("circuits"):
         circuits = {stream: acdc(local, pairs, TAU, stream=stream, progress=progress).circuit for stream in STREAMS}
-        figures.append(circuit_figure(circuits, out))
+        written.append(circuit_figure(circuits, out))
         judged = faithfulness_curve(local, pairs, [circuits["ablated"]], stream="ablated", progress=progress)
         masks_alone = judged.about["masks_alone"]
     tell_circuits(circuits, masks_alone)
@@ -103,11 +102,11 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     with clock.part("training"):
         trained = short_training(out / "short", seed, device, progress)
         short = figures_of(trained, demo_run(seed=seed), "stories", data)
-        figures.append(save(training_curves([out / "short"]), out / "training.html"))
+        written.append(save(training_curves([out / "short"]), out / "training.html"))
     stored = {name: about(name)["figures"] for name in (DENSE, LOCAL)}
-    show("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
+    print_table("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
 
-    ioi = {row["stream"]: row["pair_accuracy"] for row in found["local"]["skills"] if row["task"] == "ioi"}
+    ioi = {row["stream"]: row["pair_accuracy"] for row in accuracies["local"]["skills"] if row["task"] == "ioi"}
     sizes = {stream: len(circuit.prune_dangling()) for stream, circuit in circuits.items()}
     total = len(circuits["clean"].graph)
     print(
@@ -118,7 +117,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         f"ablated one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
     )
     print(f"\nWhere the time went\n{clock.table()}")
-    print("\nFigures:", *(f"  {path}" for path in figures), sep="\n")
+    print("\nFigures:", *(f"  {path}" for path in written), sep="\n")
     print(f"\nReport, to open in a browser:\n  {page}")
     print(
         "\nNext:\n"
@@ -162,9 +161,9 @@ def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, pr
     """Prints what the units of each stream fire on, as means over units."""
     thresholds = calibrate(model, data.train, streams_of(model), n_tokens=UNIT_TOKENS, progress=progress)
     table = specialization(model, data.validation, thresholds, n_tokens=UNIT_TOKENS, progress=progress).table
-    means = summary(table, list(UNIT_FIGURES), seed=seed).query("kind == 'all'")
+    means = summary(table, list(UNIT_FIGURES), seed=seed).query("site == 'all'")
     shown = means.pivot(index="column", columns="stream", values="mean").reindex(list(UNIT_FIGURES))
-    show("Units, means over those that are live", shown.rename(index=UNIT_FIGURES))
+    print_table("Units, means over those that are live", shown.rename(index=UNIT_FIGURES))
 
 
 def short_training(folder: Path, seed: int, device: str, progress: bool) -> SelfAblatingTransformer:

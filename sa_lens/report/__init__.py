@@ -1,4 +1,11 @@
-"""Reports: what a page shows of models, as frozen records, and the page, one HTML file that needs no network."""
+"""Reports on trained models: one HTML page that needs no network, and everything that it shows as a record.
+
+| name | what it does | cost |
+|---|---|---|
+| `make_report(runs)` | measures models and returns a `Report` | about half a minute of processor time per small model |
+| `save(report, path)` | writes it as a page (`.html`) or as a record (`.json`) | a second |
+| `read(path)` | returns the `Report` of a `.json` | none |
+"""
 
 from sa_lens.report.contents import Report
 from sa_lens.report.html_file import read, save

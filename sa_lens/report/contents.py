@@ -1,6 +1,6 @@
-"""What a report holds, as data: everything that its page shows, and nothing of how it looks.
+"""What a report holds, as data: everything that its page shows, but not how it looks.
 
-Where a view of `sa_lens.views` shows the same thing, the report holds that view's record.
+If a view of `sa_lens.views` shows the same thing, the report holds that view's record.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ class Overview:
     """Shape, gates, text, training."""
     losses: Table
     """One row per stream: loss, perplexity, bits per byte, and what the gates cost."""
-    training: Curves | None
-    """Training curves; None if the run kept none."""
     samples: tuple[Sample, ...]
     """The same prompts continued by each stream."""
 
@@ -203,5 +201,7 @@ class Report:
     """Version of sa_lens that made it."""
     models: tuple[ModelPage, ...]
     """At least one."""
+    training: Curves | None
+    """Losses over training of the runs that kept them; None if none did."""
     comparison: tuple[Table, ...]
     """Tables with a column for each model; empty for one model."""

@@ -21,10 +21,10 @@ from string import Template
 from typing import Any
 
 from sa_lens import views
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.report.contents import Report
-from sa_lens.report.packing import packed
+from sa_lens.report.packing import pack
 from sa_lens.views import records
 from sa_lens.views.html_page import compress, wrap_library
 from sa_lens.views.theme import DARK, FONT, LIGHT, Palette
@@ -74,7 +74,7 @@ def save(report: Report, path: str | Path) -> Path:
 
 def _page(report: Report) -> bytes:
     script = _script()
-    packs = {name: json.dumps(part, separators=(",", ":"), allow_nan=False) for name, part in packed(report).items()}
+    packs = {name: json.dumps(part, separators=(",", ":"), allow_nan=False) for name, part in pack(report).items()}
     packs["palettes"] = json.dumps({"light": asdict(LIGHT), "dark": asdict(DARK), "font": FONT})
     # plotly's bundle of lines, bars and pies: a quarter of the whole
     plotly = gzip.decompress((_assets() / "plotly-basic.min.js.gz").read_bytes()).decode()

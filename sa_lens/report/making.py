@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from sa_lens import __version__
-from sa_lens.data.disk import cache_folder
-from sa_lens.data.writing import scratch_folder
+from sa_lens.data.cache import cache_folder
+from sa_lens.data.whole_files import scratch_folder
 from sa_lens.report.contents import ModelPage, Report
-from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather
-from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison
-from sa_lens.report.overview import loss_cells, measured, overview
+from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather_texts
+from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison_tables
+from sa_lens.report.overview import loss_cells, measure_losses, overview, training_of
 from sa_lens.report.story_pages import story_page
 from sa_lens.report.subjects import Subject, open_subjects
 from sa_lens.report.task_pages import Prompts, able_streams, check_tasks, prompts_for, task_page
@@ -45,7 +45,7 @@ def make_report(
     """Makes a report on one trained model or several.
 
     All models read the same stories and do the same tasks. Everything is measured on the validation text of the first
-    run, with firing thresholds from its training text; each model reads it with its own tokenizer. Where the first
+    run, with firing thresholds from its training text; each model reads it with its own tokenizer. If the first
     model does not know its text, all of that comes from `text`.
 
     Args:
@@ -74,7 +74,7 @@ def make_report(
     if tasks is not None:
         check_tasks(tasks)
     subjects = open_subjects(runs, device)
-    texts = gather(subjects, text, column, n_stories)
+    texts = gather_texts(subjects, text, column, n_stories)
     with scratch_folder(cache_folder(None) / "tokens") as folder:
         encoded = [encode_for(subject, texts, folder) for subject in subjects]
         prompts = _prompts(subjects, tasks, seed)
@@ -90,7 +90,8 @@ def make_report(
         title=title if title is not None else " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names),
         version=__version__,
         models=tuple(pages),
-        comparison=comparison(names, cells, texts.name),
+        training=training_of(subjects),
+        comparison=comparison_tables(names, cells, texts.name),
     )
 
 
@@ -118,7 +119,7 @@ def _model(
     begin: Callable[[str], None],
 ) -> tuple[ModelPage, Cells]:
     begin("losses")
-    losses = measured(subject, text)
+    losses = measure_losses(subject, text)
     first = overview(subject, texts, losses, seed)
     begin("stories")
     stories = tuple(story_page(subject, story) for story in texts.stories)

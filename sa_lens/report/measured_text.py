@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.data import HubUnreachable, TokenFile
-from sa_lens.data.disk import cache_folder
+from sa_lens.data.blocks import TextBlocks
+from sa_lens.data.cache import cache_folder
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject
 from sa_lens.training import text_of_run
-from sa_lens.units.activations import TextBlocks
-from sa_lens.views.labels import encode_text
+from sa_lens.views.wording import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000
-"""Tokens, of the first model's tokenizer, that are taken to measure on and to set firing thresholds with."""
+"""Tokens (of the first model's tokenizer) to measure on, and to set firing thresholds with."""
 STORY_TOKENS = 128
 """Tokens of a story at most, in every model; longer ones are cut."""
 LEAST_BLOCKS = 12
 """Blocks that each part of the text must have."""
 CHARACTERS = 6
-"""Characters of a token at most, about: how much of a named text is read."""
+"""Characters per token, a high estimate, which limits how much of a named text is read."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class ModelText:
     """Blocks that set firing thresholds."""
 
 
-def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
-    """Stories and measured text of a report.
+def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
+    """Returns the stories and the measured text of a report.
 
     All is measured on the validation text of the first run, with thresholds from its training text. A named text
-    gives the stories; where the first run does not know its own text, all is measured on the named one.
+    gives the stories; if the first run does not know its own text, everything is measured on the named one.
 
     Args:
         text: path or dataset id; None: stories of the first run's validation text.
@@ -74,13 +74,13 @@ def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories
         FileNotFoundError: no such text.
     """
     first = subjects[0]
-    named = _named(text, column) if text is not None else ()
+    named = _read_documents(text, column) if text is not None else ()
     try:
         own = text_of_run(first.run, first.model)
     except (ValueError, FileNotFoundError, HubUnreachable):
         if text is None:
             raise
-        calibration, held_out = _shared_out(named)
+        calibration, held_out = _split(named)
         name = Path(text).name
     else:
         calibration = _documents(own.train, own.tokenizer, CALIBRATION)
@@ -91,7 +91,7 @@ def gather(subjects: Sequence[Subject], text: str | None, column: str, n_stories
 
 
 def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
-    """The measured text in a model's tokens, as files in a folder.
+    """Encodes the measured text for a model, as files in a folder.
 
     Raises:
         ValueError: a text too short for blocks of the model's context.
@@ -116,7 +116,7 @@ def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
     return ModelText(files["held_out"], held_out, calibration)
 
 
-def _named(text: str, column: str) -> tuple[str, ...]:
+def _read_documents(text: str, column: str) -> tuple[str, ...]:
     """The documents of a named text, as many as are needed at most."""
     source = open_source(
         text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None), progress=False
@@ -132,7 +132,7 @@ def _named(text: str, column: str) -> tuple[str, ...]:
     return tuple(documents)
 
 
-def _shared_out(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The first part of a text to calibrate on, the rest to measure on."""
     if len(documents) == 1:
         whole = documents[0]
@@ -157,20 +157,20 @@ def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...
 
 
 def _stories(documents: Iterable[str], subjects: Sequence[Subject], n_stories: int) -> tuple[str, ...]:
-    """Documents that every model can read, spread evenly; where too few are short enough, the beginnings of others."""
+    """Documents that every model can read, spread evenly; if too few are short enough, the beginnings of others."""
     different = [document.strip() for document in dict.fromkeys(documents) if document.strip()]
     whole = [document for document in different if _fits(document, subjects)]
-    chosen = _spread(whole, n_stories)
+    chosen = _pick_evenly(whole, n_stories)
     if len(chosen) < n_stories:
         rest = [document for document in different if document not in set(whole)]
-        chosen += [_cut(document, subjects) for document in _spread(rest, n_stories - len(chosen))]
+        chosen += [_cut(document, subjects) for document in _pick_evenly(rest, n_stories - len(chosen))]
     stories = tuple(dict.fromkeys(story for story in chosen if story))
     if not stories:
         raise ValueError("the text has no document that a model can read")
     return stories
 
 
-def _spread(items: Sequence[str], count: int) -> list[str]:
+def _pick_evenly(items: Sequence[str], count: int) -> list[str]:
     step = max(1.0, len(items) / max(1, count))
     return [items[math.floor(i * step)] for i in range(min(count, len(items)))]
 
@@ -183,7 +183,7 @@ def _fits(text: str, subjects: Sequence[Subject]) -> bool:
 
 
 def _cut(text: str, subjects: Sequence[Subject]) -> str:
-    """The longest beginning found that every model can read, ending with a whole word where there are words."""
+    """The longest beginning that every model can read, ending with a whole word if there are words."""
     low, high = 0, len(text)
     while high - low > 1:
         middle = (low + high) // 2

@@ -18,7 +18,7 @@ Cells = Mapping[str, Mapping[str, str]]
 """The cells of one model, by title of the table and by row; every model has the same rows."""
 
 
-def comparison(names: Sequence[str], models: Sequence[Cells], text: str) -> tuple[Table, ...]:
+def comparison_tables(names: Sequence[str], models: Sequence[Cells], text: str) -> tuple[Table, ...]:
     """Returns tables of losses, skill, circuits and units; none for a single model.
 
     Rows in which no model has a value are left out.
@@ -44,6 +44,6 @@ def comparison(names: Sequence[str], models: Sequence[Cells], text: str) -> tupl
     return tuple(tables)
 
 
-def cell(value: float | None, form: str) -> str:
+def format_cell(value: float | None, form: str) -> str:
     """Returns a number in a format, or what stands for a missing one."""
     return MISSING if value is None else format(value, form)

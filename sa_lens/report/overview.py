@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from sa_lens.data import validation_blocks
 from sa_lens.report.contents import Fact, Overview, Sample
 from sa_lens.report.measured_text import ModelText, Texts
-from sa_lens.report.model_tables import STREAMS, cell
+from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.training import Evaluation, bytes_per_token, evaluate, sample
 from sa_lens.views import training_curves
@@ -21,7 +23,7 @@ SAMPLE_TOKENS = 60
 """Tokens of a sample."""
 
 
-def measured(subject: Subject, text: ModelText) -> Evaluation:
+def measure_losses(subject: Subject, text: ModelText) -> Evaluation:
     """Measures the losses of both streams, and how the gates use their units."""
     blocks = validation_blocks(text.held_out, subject.n_ctx, EVALUATED)
     return evaluate(subject.model, blocks, bytes_per_token=bytes_per_token(text.held_out))
@@ -31,13 +33,12 @@ def overview(subject: Subject, texts: Texts, evaluation: Evaluation, seed: int) 
     """Returns the first page of a model.
 
     Args:
-        evaluation: from `measured`.
+        evaluation: from `measure_losses`.
         seed: of the samples.
     """
     return Overview(
         facts=(*_shape(subject), *_training(subject), *_use(evaluation, texts)),
         losses=losses(evaluation),
-        training=_curves(subject),
         samples=tuple(_samples(subject, texts.stories, seed)),
     )
 
@@ -50,7 +51,7 @@ def _shape(subject: Subject) -> list[Fact]:
         Fact("Transformer", f"{_count(cfg.n_layers, 'layer')} of {_count(cfg.n_heads, 'head')} and {neurons}", ""),
         Fact("Width", f"{cfg.d_model:,}, {cfg.d_head:,} per head", "Size of the residual stream, channels of a head."),
         Fact("Parameters", f"{parameters:,}", "Gates included."),
-        Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at once."),
+        Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at a time."),
         Fact("Vocabulary", f"{cfg.d_vocab:,} tokens", ""),
         _gates(subject),
     ]
@@ -59,7 +60,7 @@ def _shape(subject: Subject) -> list[Fact]:
 def _gates(subject: Subject) -> Fact:
     gates, cfg = subject.model.gates, subject.model.cfg
     if not gates.gated:
-        return Fact("Gates", "none", "A plain transformer: it has the clean stream alone.")
+        return Fact("Gates", "none", "A plain transformer: it has only the clean stream.")
     units = f"{gates.k_attn} of {cfg.n_heads} heads"
     if gates.attn_unit == "channel":
         units = f"{gates.k_attn} of {cfg.n_heads * cfg.d_head:,} attention units"
@@ -71,11 +72,11 @@ def _gates(subject: Subject) -> Fact:
         "both": "each layer's own clean input and the end of a clean pass",
     }[gates.scope]
     how = "" if gates.scores == "learned" else f" Control: scores are {gates.scores}, not learned."
-    stay = "stay" if gates.kind == "hard" else "stay in part, as soft weights say,"
+    stay = "stay" if gates.kind == "hard" else "stay in part, by soft weights,"
     return Fact(
         "Gates",
         f"{gates.scope}, {gates.kind}: {units}",
-        f"So many {stay} at each token and layer of the ablated stream; the gates read {read}.{how}",
+        f"This many units {stay} at each token and layer of the ablated stream; the gates read {read}.{how}",
     )
 
 
@@ -112,9 +113,13 @@ def _training(subject: Subject) -> list[Fact]:
 def _use(evaluation: Evaluation, texts: Texts) -> list[Fact]:
     facts = [Fact("Measured on", f"{evaluation.tokens:,} tokens", f"Losses and use of units: {texts.name}.")]
     for name, share, meaning in (
-        ("Attention units used", evaluation.attn_units_used, "Kept at one token of that text or more."),
-        ("Neurons used", evaluation.mlp_units_used, "Kept at one token of that text or more."),
-        ("Mask overlap", evaluation.mask_overlap, "Share of a token's kept units that the next token keeps too."),
+        ("Attention units used", evaluation.attn_units_used, "Kept at one or more tokens of that text."),
+        ("Neurons used", evaluation.mlp_units_used, "Kept at one or more tokens of that text."),
+        (
+            "Mask overlap",
+            evaluation.mask_overlap,
+            "Share of the units kept at a token that are kept at the next one too.",
+        ),
     ):
         if share is not None:
             facts.append(Fact(name, f"{share:.1%}", meaning))
@@ -137,25 +142,28 @@ def loss_cells(evaluation: Evaluation) -> dict[str, str]:
     """Returns the model's cells in the table that compares losses."""
     cost = None if evaluation.ablated_loss is None else evaluation.ablated_loss - evaluation.clean_loss
     return {
-        "clean loss, nats per token": cell(evaluation.clean_loss, ".4f"),
-        "ablated loss, nats per token": cell(evaluation.ablated_loss, ".4f"),
-        "cost of the gates, nats": cell(cost, "+.4f"),
-        "clean perplexity": cell(evaluation.clean_perplexity, ",.2f"),
-        "ablated perplexity": cell(evaluation.ablated_perplexity, ",.2f"),
-        "clean bits per byte": cell(evaluation.clean_bits_per_byte, ".4f"),
-        "ablated bits per byte": cell(evaluation.ablated_bits_per_byte, ".4f"),
-        "attention units used": cell(evaluation.attn_units_used, ".1%"),
-        "neurons used": cell(evaluation.mlp_units_used, ".1%"),
-        "kept units that the next token keeps too": cell(evaluation.mask_overlap, ".1%"),
+        "clean loss, nats per token": format_cell(evaluation.clean_loss, ".4f"),
+        "ablated loss, nats per token": format_cell(evaluation.ablated_loss, ".4f"),
+        "cost of the gates, nats": format_cell(cost, "+.4f"),
+        "clean perplexity": format_cell(evaluation.clean_perplexity, ",.2f"),
+        "ablated perplexity": format_cell(evaluation.ablated_perplexity, ",.2f"),
+        "clean bits per byte": format_cell(evaluation.clean_bits_per_byte, ".4f"),
+        "ablated bits per byte": format_cell(evaluation.ablated_bits_per_byte, ".4f"),
+        "attention units used": format_cell(evaluation.attn_units_used, ".1%"),
+        "neurons used": format_cell(evaluation.mlp_units_used, ".1%"),
+        "kept units that the next token keeps too": format_cell(evaluation.mask_overlap, ".1%"),
     }
 
 
-def _curves(subject: Subject) -> Curves | None:
-    """Training curves; None where the run kept none."""
-    try:
-        return training_curves({subject.name: subject.run})
-    except (FileNotFoundError, ValueError):
-        return None
+def training_of(subjects: Sequence[Subject]) -> Curves | None:
+    """Returns the training curves of the runs that kept them, in one chart; None if none did."""
+    curves = []
+    for subject in subjects:
+        with suppress(FileNotFoundError, ValueError):
+            curves.append(training_curves({subject.name: subject.run}))
+    lines = tuple(line for of_run in curves for line in of_run.lines)
+    moments = tuple(dict.fromkeys(moment for of_run in curves for moment in of_run.moments))
+    return replace(curves[0], lines=lines, moments=moments) if curves else None
 
 
 def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample]:

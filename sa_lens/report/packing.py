@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from itertools import zip_longest
 from typing import Any
 
 from sa_lens.report.contents import Looks, ModelPage, Report, Snippet, StoryPage, UnitPage
 from sa_lens.views.records import GateRaster
 
-__all__ = ["packed"]
+__all__ = ["pack"]
 
 DIGITS = 4
 """Significant digits of a figure."""
 STEPS = 100
 """Steps from 0 to a snippet's largest value, in which its values are stored."""
+DETAILS = ("histogram", "snippets")
+"""Fields of a unit that the page reads when it opens the unit."""
 
 
-def packed(report: Report) -> dict[str, Any]:
+def pack(report: Report) -> dict[str, Any]:
     """The parts of a report by name, as values for JSON.
 
     `front` holds what the page shows first, and every unit without its snippets and histogram; `stories-0` and
@@ -32,7 +35,8 @@ def packed(report: Report) -> dict[str, Any]:
             "title": report.title,
             "version": report.version,
             "models": [_front(model) for model in report.models],
-            "comparison": plain(report.comparison),
+            "training": to_plain(report.training),
+            "comparison": to_plain(report.comparison),
         }
     }
     for i, model in enumerate(report.models):
@@ -41,12 +45,16 @@ def packed(report: Report) -> dict[str, Any]:
     return parts
 
 
-def plain(value: Any, digits: int = DIGITS) -> Any:
-    """A record as dictionaries and lists, its floats to a few significant digits; what is not finite is None."""
+def to_plain(value: Any, digits: int = DIGITS, without: Collection[str] = ()) -> Any:
+    """Returns a record as dictionaries and lists, its floats to a few significant digits; not finite ones are None.
+
+    Args:
+        without: fields of the record to leave out.
+    """
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name), digits) for field in dataclasses.fields(value)}
+        return {name: to_plain(part, digits) for name, part in vars(value).items() if name not in without}
     if isinstance(value, tuple | list):
-        return [plain(part, digits) for part in value]
+        return [to_plain(part, digits) for part in value]
     if isinstance(value, float):
         return _brief(value, digits)
     return value
@@ -61,36 +69,21 @@ def _brief(value: float, digits: int) -> float | int | None:
 
 def _front(model: ModelPage) -> dict[str, Any]:
     return {
-        "name": model.name,
-        "streams": list(model.streams),
-        "overview": plain(model.overview),
-        "tasks": plain(model.tasks),
+        **to_plain(model, without=("stories", "units")),
         "titles": [story.title for story in model.stories],
-        "units": [_unit(unit) for unit in model.units],
-        "units_note": model.units_note,
+        "units": [
+            {
+                **to_plain(unit, without=("streams",)),
+                "streams": [to_plain(stream, 3, DETAILS) for stream in unit.streams],
+            }
+            for unit in model.units
+        ],
     }
-
-
-def _unit(unit: UnitPage) -> dict[str, Any]:
-    """A unit as the table shows it."""
-    row = {name: plain(getattr(unit, name)) for name in ("name", "layer", "site", "index", "promotes")}
-    row["streams"] = [
-        {
-            field.name: plain(getattr(stream, field.name), 3)
-            for field in dataclasses.fields(stream)
-            if field.name not in ("histogram", "snippets")
-        }
-        for stream in unit.streams
-    ]
-    return row
 
 
 def _unit_details(unit: UnitPage) -> list[dict[str, Any]]:
     return [
-        {
-            "histogram": plain(stream.histogram, 3),
-            "snippets": [_snippet(snippet) for snippet in stream.snippets],
-        }
+        {"histogram": to_plain(stream.histogram, 3), "snippets": [_snippet(snippet) for snippet in stream.snippets]}
         for stream in unit.streams
     ]
 
@@ -99,14 +92,8 @@ def _snippet(snippet: Snippet) -> dict[str, Any]:
     """A snippet with its values in whole steps of its largest."""
     most = max((abs(value) for value in snippet.values if math.isfinite(value)), default=0.0)
     steps = [round(STEPS * value / most) if most and math.isfinite(value) else 0 for value in snippet.values]
-    return {
-        "tokens": list(snippet.tokens),
-        "most": _brief(most, DIGITS),
-        "steps": steps,
-        "value": plain(snippet.values[snippet.focus]) if snippet.values else None,
-        "focus": snippet.focus,
-        "kind": snippet.kind,
-    }
+    value = to_plain(snippet.values[snippet.focus]) if snippet.values else None
+    return {**to_plain(snippet, without=("values",)), "most": _brief(most, DIGITS), "steps": steps, "value": value}
 
 
 def _stories(model: ModelPage) -> dict[str, Any]:
@@ -117,7 +104,7 @@ def _stories(model: ModelPage) -> dict[str, Any]:
     names = ("name", "layer", "site", "promotes")
     columns = zip(*units, strict=True) if units else ((), (), (), ())
     return {
-        "units": {name: plain(tuple(column)) for name, column in zip(names, columns, strict=True)},
+        "units": {name: to_plain(tuple(column)) for name, column in zip(names, columns, strict=True)},
         "stories": [_story(story, place) for story in model.stories],
     }
 
@@ -132,8 +119,8 @@ def _story(story: StoryPage, place: dict[tuple[Any, ...], int]) -> dict[str, Any
         "title": story.title,
         "tokens": list(story.tokens),
         "note": story.tracks.note,
-        "tracks": plain(story.tracks.tracks, 3),
-        "predictions": plain(story.predictions.streams, 3),
+        "tracks": to_plain(story.tracks.tracks, 3),
+        "predictions": to_plain(story.predictions.streams, 3),
         "predictions_note": story.predictions.note,
         "gates": None if story.gates is None else _gates(story.gates, place),
         "looks": [_looks(looks) for looks in story.looks],
@@ -164,9 +151,7 @@ def _looks(looks: Looks) -> dict[str, Any]:
     back = [[at - position for position in row] for at, row in enumerate(looks.positions)]
     percent = [[round(100 * share) for share in row] for row in looks.shares]
     return {
-        "stream": looks.stream,
-        "layer": looks.layer,
-        "head": looks.head,
+        **to_plain(looks, without=("positions", "shares")),
         "back": [list(column) for column in zip_longest(*back)],
         "percent": [list(column) for column in zip_longest(*percent)],
     }

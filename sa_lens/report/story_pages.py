@@ -10,7 +10,7 @@ from sa_lens.core.host import in_stream
 from sa_lens.report.contents import Looks, StoryPage
 from sa_lens.report.subjects import Subject
 from sa_lens.views import gate_raster, predictions, story
-from sa_lens.views.labels import read_text
+from sa_lens.views.wording import read_text
 
 TITLE = 56
 """Characters of a title."""
@@ -23,7 +23,7 @@ LEAST_SHARE = 0.03
 
 
 def story_page(subject: Subject, text: str) -> StoryPage:
-    """All that is shown of one story.
+    """Returns all that is shown of one story.
 
     Args:
         text: a text that the model can read whole.
@@ -39,7 +39,7 @@ def story_page(subject: Subject, text: str) -> StoryPage:
 
 
 def title_of(text: str) -> str:
-    """The first words of a text."""
+    """Returns the first words of a text."""
     words = " ".join(text[: 4 * TITLE].split())
     if len(words) <= TITLE:
         return words
@@ -48,11 +48,11 @@ def title_of(text: str) -> str:
 
 
 def looks(subject: Subject, text: str) -> tuple[Looks, ...]:
-    """Where each head looks, in each stream: the positions that get the largest shares, of three per cent at least."""
+    """Returns where each head looks in each stream: the positions with the largest shares, from three per cent on."""
     model = subject.model
     tokens, _ = read_text(model, text)
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    found = []
+    records = []
     for stream in subject.streams:
         with torch.no_grad(), in_stream(model, stream):
             _, cache = model.run_with_cache(tokens, names_filter=lambda name: name in names)
@@ -60,18 +60,11 @@ def looks(subject: Subject, text: str) -> tuple[Looks, ...]:
             # equal shares: the earlier position first, whatever the machine
             best = cache[name][0].float().cpu().sort(dim=-1, descending=True, stable=True)
             for head in range(best.values.shape[0]):
-                rows = list(
-                    zip(best.indices[head, :, :LOOKS].tolist(), best.values[head, :, :LOOKS].tolist(), strict=True)
-                )
-                found.append(
-                    Looks(
-                        stream,
-                        layer,
-                        head,
-                        tuple(
-                            tuple(at for at, share in zip(*row, strict=True) if share >= LEAST_SHARE) for row in rows
-                        ),
-                        tuple(tuple(share for share in row[1] if share >= LEAST_SHARE) for row in rows),
-                    )
-                )
-    return tuple(found)
+                columns = (best.indices[head, :, :LOOKS].tolist(), best.values[head, :, :LOOKS].tolist())
+                kept = [
+                    [pair for pair in zip(*row, strict=True) if pair[1] >= LEAST_SHARE]
+                    for row in zip(*columns, strict=True)
+                ]
+                positions, shares = (tuple(tuple(pair[i] for pair in row) for row in kept) for i in (0, 1))
+                records.append(Looks(stream, layer, head, positions, shares))
+    return tuple(records)

@@ -57,7 +57,7 @@ def open_subjects(runs: Sequence[str | Path], device: str) -> tuple[Subject, ...
         FileNotFoundError: a folder without a model.
     """
     names = distinct_names([str(run) for run in runs])
-    found = []
+    subjects = []
     # a path that lost its `./` on the way would be taken for the name of a shipped model
     for name, run in zip(names, (run if isinstance(run, str) else str(run.absolute()) for run in runs), strict=True):
         model = load_run(run, device=device)
@@ -66,8 +66,8 @@ def open_subjects(runs: Sequence[str | Path], device: str) -> tuple[Subject, ...
                 f"{run} has no tokenizer, so it can read no text: a report shows what a model does with text. Save the "
                 "model with its tokenizer (model.set_tokenizer, then save_pretrained)"
             )
-        found.append(Subject(name, run, model.requires_grad_(False), settings_of(run)))
-    return tuple(found)
+        subjects.append(Subject(name, run, model.requires_grad_(False), settings_of(run)))
+    return tuple(subjects)
 
 
 def distinct_names(runs: Sequence[str]) -> tuple[str, ...]:

@@ -16,12 +16,13 @@ from sa_lens.circuits.tasks import TASKS, make_unseen
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.report.contents import Ranking, TaskPage
-from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, cell
+from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.views import comparison_table, faithfulness_chart
-from sa_lens.views.labels import TASKS as TITLES
 from sa_lens.views.records import CircuitEdge, CircuitMap, Curves, Table
 from sa_lens.views.result_tables import MISSING
+from sa_lens.views.wording import METHODS
+from sa_lens.views.wording import TASKS as TITLES
 
 PAIRS = 64
 """Prompts to find circuits with, and as many others to judge them on."""
@@ -37,8 +38,8 @@ ABOUT = {
     "repeated": "Two names stand together, and later the first comes again: which name follows?",
 }
 """What each task asks."""
-METHODS: dict[Method, str] = {"acdc": "ACDC", "eap-ig": "EAP-IG", "gate": "gate circuit"}
-"""Names of the methods."""
+CHOSEN: tuple[Method, ...] = ("acdc", "eap-ig", "gate")
+"""Methods by which circuits are found; the gate's own is one of the ablated stream alone."""
 SCALES: dict[Method, str] = {
     "acdc": "rise of KL when the edge goes, nats",
     "eap-ig": "share in the logit difference",
@@ -116,7 +117,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
     table = Table("Skill", "", ("stream",), (), (False,))
     cells = {
         SKILL: {f"{title}, {stream}": MISSING for stream in STREAMS},
-        NEEDED: {f"{title}, {stream}, {method}": MISSING for stream in STREAMS for method in METHODS.values()},
+        NEEDED: {f"{title}, {stream}, {METHODS[method]}": MISSING for stream in STREAMS for method in CHOSEN},
         KEPT: {f"{title}, {stream}": MISSING for stream in STREAMS},
     }
     try:
@@ -144,7 +145,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
                 result = _find(subject, prompts.find, prompts.report, method, stream, runs, seed)
                 rankings.append(ranking(result, method, stream, title, len(prompts.find), len(prompts.report)))
                 needed = result.curve.edges_for(LEVEL).edges if result.curve is not None else None
-                cells[NEEDED][f"{title}, {stream}, {METHODS[method]}"] = cell(needed, ",")
+                cells[NEEDED][f"{title}, {stream}, {METHODS[method]}"] = format_cell(needed, ",")
                 if method == "acdc":
                     cells[KEPT][f"{title}, {stream}"] = f"{len(result.circuit):,}"
     return TaskPage(title, _about(prompts), table, tuple(rankings), " ".join(notes)), cells
@@ -170,7 +171,7 @@ def _find(
 
 
 def _methods(stream: Stream) -> tuple[Method, ...]:
-    return ("acdc", "eap-ig", "gate") if stream == "ablated" else ("acdc", "eap-ig")
+    return CHOSEN if stream == "ablated" else CHOSEN[:2]
 
 
 def _about(prompts: Prompts) -> str:
@@ -187,7 +188,7 @@ def _skill_table(rows: Any) -> Table:
 def ranking(result: FoundCircuit, method: Method, stream: Stream, task: str, n_find: int, n_report: int) -> Ranking:
     """Returns a circuit that was found as a ranking, its edges in the order in which they join it."""
     graph = result.ranking.graph
-    edges = in_order(result.ranking, absolute=method != "acdc")[: max(MOST_EDGES, len(result.circuit))]
+    edges = order_edges(result.ranking, absolute=method != "acdc")[: max(MOST_EDGES, len(result.circuit))]
     circuit = CircuitMap(
         title=f"{task}, {METHODS[method]}, {stream} stream",
         note=_note(result, method, n_find, n_report, len(edges)),
@@ -201,7 +202,7 @@ def ranking(result: FoundCircuit, method: Method, stream: Stream, task: str, n_f
     return Ranking(METHODS[method], stream, circuit, chosen=len(result.circuit), curve=_curve(result, method))
 
 
-def in_order(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
+def order_edges(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
     """Returns every edge, the largest score first, equals in the order of the graph, as `Circuit.keep` takes them."""
     graph = circuit.graph
     values = circuit.scores[graph.exists]

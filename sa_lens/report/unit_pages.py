@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sa_lens.config import Stream
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
-from sa_lens.report.contents import UnitPage, UnitStream
+from sa_lens.data.blocks import TextBlocks
+from sa_lens.report.contents import Snippet, UnitPage, UnitStream
 from sa_lens.report.measured_text import ModelText
-from sa_lens.report.model_tables import STREAMS, cell
+from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
-from sa_lens.report.unit_details import details_of
 from sa_lens.units.activations import held
+from sa_lens.units.explanations import explain
 from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
 from sa_lens.units.unit_tables import specialization
+from sa_lens.units.windows import snippets
+from sa_lens.views import histogram
+from sa_lens.views.charts import unit_values
 from sa_lens.views.gate_raster import promoted_tokens
 from sa_lens.views.records import number
+from sa_lens.views.wording import token_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +34,16 @@ LABELLED = 600
 """Generated stories on which labels are compared with the units' firing."""
 PROMOTED = 5
 """Tokens named that a unit promotes."""
+TOP, SAMPLE = 5, 3
+"""Snippets of a unit: the most active ones, and a sample over the quantiles of the others."""
+WINDOW = 24
+"""Tokens of a snippet."""
+BINS, COUNTED = 40, 20_000
+"""Bins of a histogram, and tokens at which values are counted at most."""
+EXPLAINED = 30_000
+"""Tokens that explanations are made from and judged on, half each."""
+FITTED, SUBSTITUTES = 10, 2
+"""Snippets that an explanation is fitted on, and likely tokens that are tried in each of their places."""
 
 
 def unit_pages(
@@ -54,7 +69,7 @@ def unit_pages(
     blocks = held(model, text.held_out_blocks, streams, n_tokens=DESCRIBED, progress=False)
     sizes: dict[str, Any] = {"n_tokens": DESCRIBED, "coactivation_tokens": 0, "sample_tokens": 1}
     table = specialization(model, blocks, rules, streams, **sizes, progress=False).table
-    chosen = most_telling(table, n_units)
+    chosen = choose_units(table, n_units)
     begin("closer look")
     details = details_of(subject, blocks, rules, chosen, DESCRIBED, seed)
     del blocks
@@ -73,7 +88,7 @@ def unit_pages(
     return pages, note + ".", _cells(table, labels, details)
 
 
-def most_telling(table: pd.DataFrame, n_units: int) -> list[Unit]:
+def choose_units(table: pd.DataFrame, n_units: int) -> list[Unit]:
     """Returns the units to describe in detail, spread evenly over the sublayers, in the order of the table.
 
     Of each sublayer come first those whose firing says most about the token: firing rate times the bits between the
@@ -171,10 +186,82 @@ def _cells(
             "units that stand for a label": ([f1 >= COVERED for f1 in of_live], ".1%"),
             "F1 of explanations": (scores, ".3f"),
         }
-        by_stream[stream] = {name: cell(_mean(values), form) for name, (values, form) in figures.items()}
+        by_stream[stream] = {name: format_cell(_mean(values), form) for name, (values, form) in figures.items()}
     return {f"{name}, {stream}": by_stream[stream][name] for name in by_stream["clean"] for stream in STREAMS}
 
 
 def _mean(values: Any) -> float | None:
     known = [float(value) for value in values if number(value) is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+# ------------------------------------------------------------------------------------------------------------- details
+
+
+def details_of(
+    subject: Subject,
+    blocks: TextBlocks,
+    rules: Mapping[Stream, Thresholds],
+    units: Sequence[Unit],
+    n_tokens: int,
+    seed: int,
+) -> dict[tuple[Unit, Stream], dict[str, Any]]:
+    """Returns explanation, histogram and snippets of units in each stream in which they are live, as `UnitStream` has
+    them.
+
+    Args:
+        blocks: text that the thresholds were not set on.
+        units: which.
+        n_tokens: tokens to read at most.
+        seed: of the explanations.
+    """
+    details: dict[tuple[Unit, Stream], dict[str, Any]] = {}
+    values, n = unit_values(subject.model, blocks, units, min(n_tokens, COUNTED)) if units else ({}, 0)
+    for stream in subject.streams:
+        chosen = [unit for unit in units if rules[stream].live(unit.sublayer)[unit.index]]
+        if not chosen:
+            continue
+        texts = _snippets(subject, blocks, stream, chosen, n_tokens)
+        rows = explain(
+            *(subject.model, blocks, rules[stream], chosen),
+            n_tokens=EXPLAINED,
+            snippets=FITTED,
+            substitutes=SUBSTITUTES,
+            seed=seed,
+            progress=False,
+        ).table.to_dict("records")
+        for unit, row in zip(chosen, rows, strict=True):
+            of_unit = values[unit][stream]
+            clean = stream == "clean"
+            note = f"{n:,} tokens" if clean else f"stays at {len(of_unit):,} of {n:,} tokens ({len(of_unit) / n:.2%})"
+            counted = {"clean" if clean else "ablated, where it stays": of_unit}
+            sizes = histogram(counted, str(unit), "value of the unit", note=note, bins=BINS) if len(of_unit) else None
+            details[unit, stream] = {
+                "explanation": str(row["pattern"]) if row["explained"] else "",
+                "explanation_f1": number(row["text_f1"]),
+                "histogram": sizes,
+                "snippets": texts[unit],
+            }
+    return details
+
+
+def _snippets(
+    subject: Subject, blocks: TextBlocks, stream: Stream, units: Sequence[Unit], n_tokens: int
+) -> dict[Unit, tuple[Snippet, ...]]:
+    length = min(WINDOW, blocks.length)
+    sizes: dict[str, Any] = {"n_top": TOP, "n_sample": SAMPLE, "length": length, "n_tokens": n_tokens}
+    by_sublayer = snippets(subject.model, blocks, stream, units=units, **sizes, progress=False)
+    texts = {}
+    for sublayer, record in by_sublayer.items():
+        for row, index in enumerate(record.units.tolist()):
+            columns = (record.tokens[row].tolist(), record.values[row].tolist(), record.peaks[row].tolist())
+            texts[Unit(*sublayer, index)] = tuple(
+                Snippet(
+                    tokens=token_texts(subject.model, tokens),
+                    values=tuple(values),
+                    focus=peak,
+                    kind="top" if i < record.n_top else "sample",
+                )
+                for i, (tokens, values, peak) in enumerate(zip(*columns, strict=True))
+            )
+    return texts

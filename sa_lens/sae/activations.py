@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +13,12 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream, require_hooks
-from sa_lens.data import BlockOrder, TokenFile
+from sa_lens.data import BlockOrder
+from sa_lens.data.blocks import Text, TextBlocks
 from sa_lens.stopping import StopRequest
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
 """Hooks `[batch pos head d_head]` whose heads SAELens takes as one row."""
-
-Tokens = TokenFile | str | Path | Int[Tensor, "batch pos"]
-"""A token file, its path, or token blocks."""
 
 
 def import_sae_lens() -> ModuleType:
@@ -41,70 +36,22 @@ def import_sae_lens() -> ModuleType:
     return sae_lens
 
 
-@dataclass(frozen=True)
-class TokenBlocks:
-    """Blocks of equal length of a token file or tensor."""
+def text_of(tokens: Text, model: Host, batch_tokens: int = 1) -> TextBlocks:
+    """Returns the blocks that a model reads.
 
-    source: TokenFile | Tensor
-    length: int
-    """Tokens a block."""
-
-    @classmethod
-    def of(cls, tokens: Tokens, model: Host) -> TokenBlocks:
-        """Blocks of the model's context length, or those given.
-
-        Raises:
-            FileNotFoundError: no such token file.
-            ValueError: no whole block, blocks longer than the context, tokens beyond the model's vocabulary.
-        """
-        n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
-        if isinstance(tokens, Tensor):
-            if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.is_floating_point:
-                raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, but must be integers [batch, pos]")
-            if not 2 <= tokens.shape[1] <= n_ctx:
-                raise ValueError(f"tokens of {tokens.shape[1]} positions: there must be from 2 to n_ctx={n_ctx}")
-            if int(tokens.min()) < 0 or int(tokens.max()) >= d_vocab:
-                raise ValueError(f"tokens must be from 0 to {d_vocab - 1}, the last of the model's vocabulary")
-            return cls(tokens, tokens.shape[1])
-        file = tokens if isinstance(tokens, TokenFile) else TokenFile.open(tokens)
-        file.check_vocabulary(d_vocab)
-        if file.n_tokens < n_ctx:
-            raise ValueError(
-                f"token file {file.path} has {file.n_tokens:,} tokens, fewer than one block of n_ctx={n_ctx}; "
-                "give a longer text"
-            )
-        return cls(file, n_ctx)
-
-    def __len__(self) -> int:
-        if isinstance(self.source, Tensor):
-            return len(self.source)
-        return self.source.n_tokens // self.length
-
-    def take(self, indices: Any) -> Int[Tensor, "batch pos"]:
-        """The blocks at these indices."""
-        if isinstance(self.source, Tensor):
-            return self.source[torch.as_tensor(indices)].long()
-        row = self.source.tokens
-        chosen = [row[int(i) * self.length : (int(i) + 1) * self.length] for i in indices]
-        return torch.from_numpy(np.stack(chosen).astype(np.int64))
-
-    def require(self, batch_tokens: int) -> None:
-        """Raises ValueError if all blocks together hold less than one batch."""
-        if len(self) * self.length < batch_tokens:
-            raise ValueError(
-                f"the text has {len(self) * self.length:,} tokens in whole blocks of {self.length}, fewer than one "
-                f"batch of batch_tokens={batch_tokens:,}; give a longer text or set batch_tokens lower"
-            )
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal tokens and length, equal fingerprint."""
-        if isinstance(self.source, Tensor):
-            import hashlib
-
-            values = self.source.cpu().long().contiguous().numpy()
-            return f"{hashlib.sha256(values.tobytes()).hexdigest()}/{self.length}"
-        return f"{self.source.fingerprint}/{self.length}"
+    Raises:
+        FileNotFoundError: no such token file.
+        ValueError: a text that the model cannot read, or one of fewer than `batch_tokens` tokens.
+    """
+    blocks = TextBlocks(tokens, model.cfg.n_ctx, d_vocab=model.cfg.d_vocab)
+    if blocks.length < 2:
+        raise ValueError("blocks of 1 token have no next token to predict: give blocks of at least 2")
+    if blocks.n_tokens < batch_tokens:
+        raise ValueError(
+            f"the text has {blocks.n_tokens:,} tokens in whole blocks of {blocks.length}, fewer than one batch of "
+            f"batch_tokens={batch_tokens:,}; give a longer text or set batch_tokens lower"
+        )
+    return blocks
 
 
 def hook_width(model: Host, hook: str, stream: Stream) -> int:
@@ -174,7 +121,7 @@ class ActivationBatches(Iterator[Tensor]):
     def __init__(
         self,
         model: Host,
-        blocks: TokenBlocks,
+        blocks: TextBlocks,
         hook: str,
         stream: Stream,
         *,
@@ -184,7 +131,6 @@ class ActivationBatches(Iterator[Tensor]):
         start: int = 0,
         request: StopRequest | None = None,
     ) -> None:
-        blocks.require(batch_tokens)
         self.model, self.blocks, self.hook, self.stream = model, blocks, hook, stream
         self.batch_tokens, self.seed, self.step = batch_tokens, seed, start
         self.request = request or StopRequest()
@@ -206,7 +152,7 @@ class ActivationBatches(Iterator[Tensor]):
         parts = []
         for first in range(0, len(chosen), self.BLOCKS_A_PASS):
             self.request.raise_if_made()
-            tokens = self.blocks.take(chosen[first : first + self.BLOCKS_A_PASS])
+            tokens = self.blocks.pick(chosen[first : first + self.BLOCKS_A_PASS])
             parts.append(activations(self.model, tokens, self.hook, self.stream))
         self._buffer = torch.cat(parts)
         shuffled = np.random.default_rng([self.seed, 1, number]).permutation(len(self._buffer))

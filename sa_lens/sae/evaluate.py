@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, device_of, in_stream, widened
-from sa_lens.sae.activations import TokenBlocks, Tokens, hook_width, import_sae_lens
+from sa_lens.core.host import Hook, Host, at_least_float32, device_of, in_stream
+from sa_lens.data.blocks import Text
+from sa_lens.sae.activations import hook_width, import_sae_lens, text_of
 from sa_lens.sae.train import FINISHED, load_sae, newest_checkpoint
 
 
@@ -60,7 +61,7 @@ class SAEEvaluation:
 def evaluate_sae(
     model: Host,
     sae: Any,
-    tokens: Tokens,
+    tokens: Text,
     *,
     hook: str | None = None,
     stream: Stream | None = None,
@@ -118,8 +119,8 @@ def evaluate_sae(
     width = hook_width(model, hook, chosen)
     if sae.cfg.metadata.hook_head_index is None and sae.cfg.d_in != width:
         raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions, but {hook!r} holds {width}")
-    blocks = TokenBlocks.of(tokens, model)
-    text = blocks.take(range(min(len(blocks), max(1, n_tokens // blocks.length))))
+    blocks = text_of(tokens, model)
+    text = blocks.rows(0, max(1, n_tokens // blocks.length))
     if ignore and bool(np.isin(text.cpu().numpy(), list(ignore)).all()):
         raise ValueError("every token of the text is ignored")
     passes = math.ceil(len(text) / batch)
@@ -218,18 +219,18 @@ class _Wide:
         self, tokens: Int[Tensor, "batch pos"], *, fwd_hooks: Sequence[Hook], return_type: str, loss_per_token: bool
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], Float[Tensor, "batch pred"]]:
         hooks = [(name, self._widely(function)) for name, function in fwd_hooks]
-        logits = widened(self.model.run_with_hooks(tokens, fwd_hooks=hooks) if hooks else self.model(tokens))
+        logits = at_least_float32(self.model.run_with_hooks(tokens, fwd_hooks=hooks) if hooks else self.model(tokens))
         log_p = logits.log_softmax(-1)[:, :-1]
         return logits, -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
 
     def run_with_cache(self, tokens: Int[Tensor, "batch pos"], **options: Any) -> tuple[Any, dict[str, Tensor]]:
         out, cache = self.model.run_with_cache(tokens, **options)
-        return out, {name: widened(x) for name, x in cache.items()}
+        return out, {name: at_least_float32(x) for name, x in cache.items()}
 
     @staticmethod
     def _widely(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def hooked(x: Tensor, hook: Any) -> Tensor | None:
-            found = function(widened(x), hook)
+            found = function(at_least_float32(x), hook)
             return None if found is None else found.to(x.dtype)
 
         return hooked

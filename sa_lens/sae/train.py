@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, fingerprint_of
-from sa_lens.data.reading import DamagedFile, read_json
-from sa_lens.data.writing import atomic_write, remove_leftovers, staged_folder
+from sa_lens.data.blocks import Text, TextBlocks
+from sa_lens.data.whole_files import DamagedFile, atomic_write, read_json, remove_leftovers, staged_folder
 from sa_lens.places import output_folder
-from sa_lens.sae.activations import ActivationBatches, TokenBlocks, Tokens, hook_width, import_sae_lens
+from sa_lens.sae.activations import ActivationBatches, hook_width, import_sae_lens, text_of
 from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 
@@ -33,7 +33,7 @@ NORM_BATCHES = 100
 def train_sae(
     model: Host,
     hook: str,
-    tokens: Tokens,
+    tokens: Text,
     *,
     stream: Stream = "clean",
     preset: str | SAESettings = "laptop",
@@ -88,7 +88,7 @@ def train_sae(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
     folder = None if output is None else output_folder(output)
-    blocks = TokenBlocks.of(tokens, model)
+    blocks = text_of(tokens, model, settings.batch_tokens)
     d_in = hook_width(model, hook, stream)
     cfg = _sae_config(sae_lens, architecture, settings, d_in)
     cfg.reshape_activations = "hook_z" if "hook_z" in hook else "none"
@@ -103,7 +103,6 @@ def train_sae(
     }
     for name, value in _metadata(model, blocks, record).items():
         setattr(cfg.metadata, name, value)
-    blocks.require(settings.batch_tokens)
     if folder is not None:
         remove_leftovers(folder)
         _claim(folder, resume, record)
@@ -247,7 +246,7 @@ def _trainer_config(settings: SAESettings, device: str) -> Any:
     )
 
 
-def _metadata(model: Host, blocks: TokenBlocks, record: dict[str, Any]) -> dict[str, Any]:
+def _metadata(model: Host, blocks: TextBlocks, record: dict[str, Any]) -> dict[str, Any]:
     """What SAELens's own tools read from an SAE, and how this one was made."""
     return {
         "hook_name": record["hook"],

@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from sa_lens.config import Which
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
-from sa_lens.core.masks import masks_of
 from sa_lens.data import TokenFile, validation_blocks
-from sa_lens.data.disk import cache_folder
+from sa_lens.data.cache import cache_folder
 from sa_lens.data.preparation import say_form
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
-from sa_lens.data.writing import scratch_folder
+from sa_lens.data.whole_files import scratch_folder
 from sa_lens.training.trained_run import load_run, settings_of, text_of_run
 
 TOKENS_AT_ONCE = 4096
@@ -34,7 +33,7 @@ LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation; those of the ablated stream are None without gates, or if it was left out."""
+    """Results of one evaluation; those of the ablated stream are None without gates, or if it was left out."""
 
     tokens: int
     """Predicted tokens."""
@@ -74,7 +73,7 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Evaluation:
-    """Evaluates both streams in float32, by the fused path where the model has one and no hook of the caller waits.
+    """Evaluates both streams in float32, by the fused path where it covers the model and no hooks are attached.
 
     A mask entry counts as kept above one half, which is exact for hard gates.
 
@@ -82,7 +81,7 @@ def evaluate(
         blocks: validation text; position t of a block predicts position t + 1.
         bytes_per_token: bytes of text per token, for bits per byte.
         clean_alone: leave the ablated stream out, as while it is not trained yet.
-        share: (rank, processes): this process takes every so many-th block from its rank on.
+        share: (rank, processes): this process evaluates the blocks rank, rank + processes, rank + 2 processes, ...
         total: sums a tensor over all processes.
     """
     rank, processes = share
@@ -142,7 +141,7 @@ def _figures(
     if fused or clean_alone:
         loss = TwoStreamLoss(model, path="fused" if fused else "hooked", dtype=model.cfg.dtype)
         terms = loss(tokens, targets, clean_alone=clean_alone)
-        return terms.clean, terms.ablated, {} if terms.ablated is None else masks_of(model, tokens)
+        return terms.clean, terms.ablated, {} if terms.ablated is None else model.record_masks(tokens)
     both = model.run_both_passes(tokens)
     clean = cross_entropy(both.clean_logits, tokens, targets)
     if both.ablated_logits is None:
@@ -165,7 +164,7 @@ class _Sum:
 
 
 def _unit_counts(model: SelfAblatingTransformer, gate_name: str) -> list[Int64[Tensor, " unit"]]:
-    """A counter of kept tokens for every unit, a tensor a layer."""
+    """A counter of kept tokens for every unit, one tensor per layer."""
     gates = [(n, m) for n, m in model.named_modules() if isinstance(m, Gate) and n.endswith(gate_name)]
     return [torch.zeros(gate.n_units, dtype=torch.int64, device=model.W_E.device) for _, gate in gates]
 
@@ -190,7 +189,7 @@ def evaluate_run(
     text: str | None = None,
     column: str = "text",
     tokens: int = 100_000,
-    which: Literal["best", "last"] = "best",
+    which: Which = "best",
     device: str = "auto",
 ) -> Evaluation:
     """Evaluates a trained model on its run's validation text, or on another one.

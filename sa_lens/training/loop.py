@@ -26,16 +26,16 @@ from sa_lens.training import run_folder, saved_state
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import (
     LostProcess,
-    accelerator_for,
     check_device,
     check_tracker,
     is_lost_connection,
     micro_batches,
+    open_accelerator,
 )
 from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
-from sa_lens.training.sharding import whole, whole_parameters
+from sa_lens.training.sharding import whole_parameters, whole_tensor
 from sa_lens.training.training_setup import TrainingSetup, set_up
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """The result of a training run."""
 
     folder: Path
     """The run folder; `SelfAblatingTransformer.from_pretrained(folder)` loads its best model."""
@@ -75,8 +75,8 @@ def train(
         run: the configuration.
         out: the run folder; new, unless the run in it is to be resumed.
         device: auto, cpu, cuda or mps.
-        resume: go on from the last complete checkpoint in `out`, bit for bit as if the run had not been interrupted (on
-            the same machine, versions, threads and processes); from the beginning if there is none yet.
+        resume: continue from the last complete checkpoint in `out`, or from the beginning if there is none yet. The
+            result is bit for bit that of an uninterrupted run on the same machine, versions, threads and processes.
         progress: show progress on standard error.
 
     Raises:
@@ -92,7 +92,7 @@ def train(
     check_device(device)
     check_tracker(run.train.tracker)
     with ExitStack() as stack:
-        accelerator = stack.enter_context(accelerator_for(run, out, device))
+        accelerator = stack.enter_context(open_accelerator(run, out, device))
         check_processes(accelerator.num_processes)
         micro_batches(run, accelerator.num_processes)
         if accelerator.is_main_process:
@@ -135,7 +135,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     with stop_requests() as stop, _bar(cfg.steps, step, out, progress) as bar:
         while True:
             last, paused_at = step == cfg.steps, time.perf_counter()
-            stopping = _agreed(stop, step, cfg.log_every, accelerator)
+            stopping = _processes_stop(stop, step, cfg.log_every, accelerator)
 
             # -------------------------------------------------------------------------------------------- evaluate
             if step > state.step and (last or step % cfg.eval_every == 0):
@@ -201,7 +201,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             norm = accelerator.clip_grad_norm_(module.parameters(), cfg.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            window.add(torch.cat([torch.stack(rows).mean(0), whole(norm.detach()).float().reshape(1)]))
+            window.add(torch.cat([torch.stack(rows).mean(0), whole_tensor(norm.detach()).float().reshape(1)]))
             step += 1
             bar.update()
 
@@ -246,8 +246,8 @@ def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> 
         yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def _agreed(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
-    """Whether to stop. Several processes must agree on the step, so they ask one another every so many steps."""
+def _processes_stop(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
+    """Whether to stop now; several processes decide together, every `every` steps."""
     if accelerator.num_processes == 1:
         return stop.made
     if step % every != 0:
@@ -273,7 +273,7 @@ def _save(out: Path, state: saved_state.RunState, setup: TrainingSetup, accelera
     """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
     from accelerate.utils import gather_object
 
-    weights = {name: whole(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
+    weights = {name: whole_tensor(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
     moments = saved_state.optimizer_tensors(setup.model, setup.optimizer.optimizer)
     for name, tensor in [*weights.items(), *moments.items()]:
         if not bool(torch.isfinite(tensor).all()):
@@ -291,7 +291,7 @@ def _save(out: Path, state: saved_state.RunState, setup: TrainingSetup, accelera
 
 
 def _final_sample(run: RunConfig, model: SelfAblatingTransformer, metrics: MetricsFile, record: Any) -> Sample | None:
-    """Text from both streams, recorded once however often a finished run is resumed."""
+    """Text from both streams, recorded once even if a finished run is resumed several times."""
     if run.train.sample_tokens == 0 or model.tokenizer is None:
         return None
     drawn = sample(model, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
@@ -310,7 +310,7 @@ def _bar(steps: int, step: int, out: Path, progress: bool) -> Any:
         unit="step",
         disable=not progress,
         dynamic_ncols=True,
-        # a log file gets a line now and then
+        # a log file gets a line every 15 s
         mininterval=0.2 if sys.stderr.isatty() else 15,
     )
 

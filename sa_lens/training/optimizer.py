@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 
-from sa_lens.config import TrainConfig
+from sa_lens.config import Freeze, TrainConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.gate import Gate
 
 
-def choose_trained(model: SelfAblatingTransformer, freeze: Literal["none", "base"]) -> list[str]:
+def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
     """Marks what is trained (`requires_grad`) and returns its names.
 
     Left out are the biases that the model does not have, gates that keep every unit (their mask is constant) or whose

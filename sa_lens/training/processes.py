@@ -9,26 +9,24 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from sa_lens.config import RunConfig, to_dict
+from sa_lens.config import Device, RunConfig, to_dict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
 
 def check_device(device: str) -> None:
-    """Returns if this machine has the device.
+    """Checks that this machine has the device.
 
     Raises:
         ValueError: an unknown device, or one that is not there.
     """
-    if device not in DEVICES:
-        raise ValueError(f"device={device!r} is not one of {', '.join(DEVICES)}")
+    if device not in get_args(Device):
+        raise ValueError(f"device={device!r} is not one of {', '.join(get_args(Device))}")
     missing = (device == "cuda" and not torch.cuda.is_available()) or (
         device == "mps" and not torch.backends.mps.is_available()
     )
@@ -37,7 +35,7 @@ def check_device(device: str) -> None:
 
 
 def check_tracker(tracker: str) -> None:
-    """Returns if the tracker is `none` or installed.
+    """Checks that the tracker is `none` or installed.
 
     Raises:
         ValueError: not installed, with the command that installs it.
@@ -51,11 +49,11 @@ def check_tracker(tracker: str) -> None:
 
 
 @contextmanager
-def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelerator]:
+def open_accelerator(run: RunConfig, out: Path, device: str) -> Iterator[Accelerator]:
     """An Accelerator for this run.
 
-    Accelerate keeps its state in the process. It is left as found, so that runs on different devices can follow one
-    another, and an Accelerator of the caller's stays usable.
+    Accelerate keeps its state in the process. It is restored afterwards, so that the next run can use another device
+    and the caller's own Accelerator stays usable.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -108,12 +106,12 @@ def accelerator_for(run: RunConfig, out: Path, device: str) -> Iterator[Accelera
 
 
 class LostProcess(RuntimeError):
-    """One of the processes that train together is gone."""
+    """Another process of the training has died."""
 
     def __init__(self, folder: Path, survivor: int) -> None:
         super().__init__(
-            f"process {survivor} cannot go on, since another process of this training has died: see its message, if it "
-            f"left one. Go on from the last checkpoint with: sa-lens train --out {folder} --resume"
+            f"process {survivor} cannot continue, since another process of this training has died and may have left a "
+            f"message. Continue from the last checkpoint with: sa-lens train --out {folder} --resume"
         )
 
 

@@ -53,9 +53,7 @@ def check_free(out: Path, resume: bool) -> None:
         FileExistsError: it holds one.
     """
     if is_run(out) and not resume:
-        raise FileExistsError(
-            f"{out} already holds a run: add --resume (resume=True) to go on with it, or name another"
-        )
+        raise FileExistsError(f"{out} already holds a run: add --resume (resume=True) to continue it, or name another")
 
 
 def check_unchanged(out: Path, before: dict[str, Any], now: RunConfig) -> None:
@@ -134,5 +132,5 @@ def explain_write_errors(out: Path) -> Iterator[None]:
             errno.EPERM: "you may not write there",
         }.get(error.errno or 0, error.strerror or str(error))
         steps = complete_steps(out) if out.is_dir() else []
-        kept = f" The last complete checkpoint is {steps[-1]}; make room and go on with --resume." if steps else ""
+        kept = f" The last complete checkpoint is {steps[-1]}; make room and continue with --resume." if steps else ""
         raise type(error)(error.errno, f"cannot write the run folder {out}: {what}.{kept}") from error

@@ -1,4 +1,4 @@
-"""What a run reports: loss terms kept on the device until they are needed, and `metrics.jsonl`."""
+"""What a run logs: loss terms, kept on the device until they are needed, and the file `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sa_lens.config import RunConfig
 from sa_lens.core import LossTerms
-from sa_lens.data.reading import DamagedFile, check_object, parse_json
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, parse_json
 
 
 class TrainingDiverged(RuntimeError):
@@ -29,7 +28,7 @@ class Window:
     a window have the same terms: `means` empties it before the first step whose terms differ.
 
     Args:
-        names: of the terms, in the order in which a row holds them; set anew where the terms change.
+        names: of the terms, in the order in which a row holds them; set again when the terms change.
         mean_over_processes: averages a tensor over all processes.
     """
 
@@ -56,7 +55,9 @@ class Window:
             rows = self.mean_over_processes(torch.stack(self._pending)).tolist()
             first = step - len(rows) + 1
             for offset, row in enumerate(rows):
-                bad = [f"{name} = {value}" for name, value in zip(self.names, row, strict=True) if not _finite(value)]
+                bad = [
+                    f"{name} = {value}" for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)
+                ]
                 if bad:
                     raise TrainingDiverged(f"at step {first + offset} {' and '.join(bad)}")
             self.fetched += rows
@@ -72,10 +73,6 @@ class Window:
         return means
 
 
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
-
-
 def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
     """Names of the values of a step: those of the terms that `term_row` returns, and the gradient's norm.
 
@@ -89,12 +86,12 @@ def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
 
 
 def term_row(terms: LossTerms) -> Float[Tensor, " term"]:
-    """The terms that are there, in one float32 tensor without gradient."""
+    """The terms that are not None, in one float32 tensor without gradient."""
     return torch.stack([value.detach().float() for value in terms if value is not None])
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a JSON object a line, appended as the run goes.
+    """`metrics.jsonl`: one JSON object per line, appended during the run.
 
     Every record has `kind` (train | eval | sample) and `step` (optimizer steps taken before it).
     """
@@ -104,7 +101,7 @@ class MetricsFile:
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record; values that are not finite numbers or are None are left out."""
-        kept = {k: v for k, v in record.items() if v is not None and not (isinstance(v, float) and not _finite(v))}
+        kept = {k: v for k, v in record.items() if v is not None and (not isinstance(v, float) or math.isfinite(v))}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(kept) + "\n")
 
@@ -134,7 +131,7 @@ class MetricsFile:
         return records
 
     def drop_after(self, step: int) -> None:
-        """Forgets records of later steps, which a resumed run will write again."""
+        """Removes records of later steps, which a resumed run will write again."""
         if self.path.is_file():
             kept = [record for record in self.read() if record["step"] <= step]
             atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())

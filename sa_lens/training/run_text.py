@@ -16,9 +16,10 @@ from typing import Any
 from sa_lens.config import RunConfig
 from sa_lens.core.checkpoints import CONFIG, read_config
 from sa_lens.data import PreparedData
-from sa_lens.data.disk import cache_folder, local_path
+from sa_lens.data.cache import cache_folder
 from sa_lens.data.hub import last_revision
-from sa_lens.data.reading import check_object
+from sa_lens.data.whole_files import check_object
+from sa_lens.places import local_path
 
 PATHS = ("data.source", "data.validation", "data.keep_whole", "data.tokenizer", "train.init")
 """Settings that may name a file or folder."""
@@ -86,7 +87,7 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
     """
     for key, revision in text.get("revisions", {}).items():
         if "@" not in _setting(run, key) and not local_path(_setting(run, key), key).exists():
-            run = _replaced(run, {key: f"{_setting(run, key)}@{revision}"})
+            run = _replace(run, {key: f"{_setting(run, key)}@{revision}"})
     places: dict[str, dict[str, str]] = text.get("paths", {})
     stands: dict[str, Path] = {}
     beside: dict[str, Path] = {}
@@ -104,7 +105,7 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
     moved = {key: str(path) for key, path in beside.items() if path.exists()}
     # a text that lies where it did is likelier to be the run's than one of the same name in the current folder
     if not whole or any(not stands[key].samefile(path) for key, path in moved.items()):
-        yield _replaced(run, moved)
+        yield _replace(run, moved)
     if whole:
         yield run
 
@@ -120,7 +121,7 @@ def _setting(run: RunConfig, key: str) -> Any:
     return getattr(getattr(run, section), name)
 
 
-def _replaced(run: RunConfig, values: dict[str, str]) -> RunConfig:
+def _replace(run: RunConfig, values: dict[str, str]) -> RunConfig:
     for key, value in values.items():
         section, name = key.split(".")
         run = dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **{name: value})})

@@ -18,7 +18,7 @@ class Sample:
     """One continuation of a prompt by each stream, drawn with the same seed."""
 
     prompt: str
-    """What both begin with; may be empty."""
+    """The text that both continue; may be empty."""
     clean: str
     """Text of the clean stream, prompt included."""
     ablated: str | None
@@ -32,9 +32,9 @@ class Sample:
         """
         width = width if width is not None else min(120, shutil.get_terminal_size((100, 24)).columns)
         if self.ablated is None:
-            return "\n".join(["clean stream", "-" * width, *_wrapped(self.clean, width)])
+            return "\n".join(["clean stream", "-" * width, *_wrap(self.clean, width)])
         column = (width - 3) // 2
-        rows = zip_longest(_wrapped(self.clean, column), _wrapped(self.ablated, column), fillvalue="")
+        rows = zip_longest(_wrap(self.clean, column), _wrap(self.ablated, column), fillvalue="")
         head = [f"{'clean stream':<{column}} | ablated stream", f"{'-' * column}-+-{'-' * column}"]
         return "\n".join(head + [f"{left:<{column}} | {right}".rstrip() for left, right in rows])
 
@@ -54,9 +54,9 @@ def sample(
 
     Args:
         prompt: text to continue; empty: a text from its beginning.
-        max_new_tokens: tokens to draw at most.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw from so many likeliest tokens; None: from all.
+        max_new_tokens: the largest number of tokens to draw.
+        temperature: 0: always the most likely token.
+        top_k: draw from this many most likely tokens; None: from all.
         seed: seed of the draws, the same for both streams.
 
     Raises:
@@ -97,7 +97,7 @@ def sample(
     return Sample(prompt, texts["clean"], texts.get("ablated"))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     # an untrained model writes control characters, which would move the columns
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return [piece for line in text.split("\n") for piece in (textwrap.wrap(line, width) or [""])] or ["(nothing)"]

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from sa_lens.config import from_dict
 from sa_lens.core.checkpoints import MARKER, WEIGHTS, complete_steps, write_weights
-from sa_lens.data.reading import check_object, parse_json
-from sa_lens.data.writing import remove_folder, staged_folder
+from sa_lens.data.whole_files import check_object, parse_json, remove_folder, staged_folder
 from sa_lens.training.evaluation import Evaluation
 from sa_lens.training.processes import Environment, flat_settings
-from sa_lens.training.sharding import shared_like, whole
+from sa_lens.training.sharding import shard_like, whole_tensor
 
 VERSION = 1
 FILES = (WEIGHTS, "optimizer.safetensors", "random.safetensors")
@@ -39,7 +38,7 @@ KEPT = 2
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """Where a run stands, tensors left out."""
+    """The state of a run, without its tensors."""
 
     step: int
     """Optimizer steps taken."""
@@ -131,7 +130,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """AdamW's tensors as `<parameter>.<quantity>`, whole and on the CPU."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(p)]}.{quantity}": whole(value.detach()).cpu().contiguous().clone()
+        f"{names[id(p)]}.{quantity}": whole_tensor(value.detach()).cpu().contiguous().clone()
         for p, quantities in optimizer.state.items()
         for quantity, value in quantities.items()
     }
@@ -165,7 +164,7 @@ def restore_optimizer(
         for quantity, value in quantities.get(names[id(p)], {}).items():
             # step counts stay on the CPU unless the optimizer is fused
             on_device = quantity != "step" or optimizer.defaults["fused"]
-            optimizer.state[p][quantity] = shared_like(value, p) if on_device else value.clone()
+            optimizer.state[p][quantity] = shard_like(value, p) if on_device else value.clone()
 
 
 def generators_of(process: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def check_sharding(module: nn.Module) -> None:
-    """Returns if the loss is not sharded, or sharded as one unit, which the fused path needs.
+    """Checks that the loss is not sharded, or sharded as one unit, which the fused path needs.
 
     Raises:
         ValueError: another kind of sharding, with the setting of Accelerate that helps.
@@ -39,12 +39,12 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, or the tensor itself. All processes must call it in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor on the device of `like`, and sharded as it is. All processes hold the whole of it."""
     with torch.no_grad():
         if isinstance(like, DTensor) and tensor.ndim == like.ndim:

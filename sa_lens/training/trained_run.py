@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from sa_lens.catalogue import about, run_folder, shipped_folder
-from sa_lens.config import DataConfig, RunConfig, from_dict
+from sa_lens.config import DataConfig, RunConfig, Which, from_dict
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.checkpoints import CONFIG, read_config
 from sa_lens.data import PreparedData, prepare
@@ -20,7 +19,7 @@ from sa_lens.training.processes import check_device
 log = logging.getLogger(__name__)
 
 
-def load_run(run: str, *, which: Literal["best", "last"] = "best", device: str = "auto") -> SelfAblatingTransformer:
+def load_run(run: str, *, which: Which = "best", device: str = "auto") -> SelfAblatingTransformer:
     """The model of a run folder, shipped name or Hub id, on a device.
 
     Args:

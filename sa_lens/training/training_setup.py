@@ -1,4 +1,4 @@
-"""What a run starts from: its data, its model and its optimizer, fresh or from a checkpoint."""
+"""Sets a run up: its data, model and optimizer, new or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_ya
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
-from sa_lens.data.writing import atomic_write, remove_leftovers
+from sa_lens.data.whole_files import atomic_write, remove_leftovers
 from sa_lens.training import run_folder, run_text, saved_state
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Everything that the loop works on."""
+    """What the training loop works on."""
 
     state: saved_state.RunState
-    """Where the run stands."""
+    """Steps, best loss and settings so far."""
     data: PreparedData
     """Tokens on disk."""
     model: SelfAblatingTransformer
@@ -55,7 +55,8 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
         ValueError, FileNotFoundError: settings that do not fit each other, the text, or the run to be resumed.
     """
     earlier = _earlier(out, run) if resume else None
-    recorded = _recorded_text(out, earlier) if resume else {}
+    # empty if the run was killed before it recorded its text
+    recorded = {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})} if resume else {}
     located, data, model = _with_its_text(run, out, recorded, progress)
     fingerprints = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
     text = run_text.record(located, data, out, given=run)
@@ -99,7 +100,7 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
         if different := saved_state.differences(before.environment, dataclasses.asdict(environment)):
             log.warning("resuming under other conditions, so not bit for bit: %s", "; ".join(different))
         state = dataclasses.replace(before, run=to_dict(run), environment=dataclasses.asdict(environment))
-    # nobody writes before everybody has read
+    # every process has read the folder before one of them writes into it
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with run_folder.explain_write_errors(out):
@@ -117,11 +118,6 @@ def _earlier(out: Path, run: RunConfig) -> tuple[saved_state.RunState, saved_sta
     state, tensors = saved_state.read(steps[-1])
     run_folder.check_unchanged(out, state.run, run)
     return state, tensors
-
-
-def _recorded_text(out: Path, earlier: tuple[saved_state.RunState, saved_state.Tensors] | None) -> dict[str, Any]:
-    """What a run to be resumed says of its text; empty if it was killed before it said anything."""
-    return {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})}
 
 
 def _with_its_text(

@@ -9,8 +9,7 @@ from sa_lens.units.labels import LabelledText, Selectivity, label_stories, selec
 from sa_lens.units.language_model import ChatModel, explain_by_chat
 from sa_lens.units.mask_leakage import Leakage, leakage
 from sa_lens.units.sparsity_tables import activation_sparsity, effective_connections, sparsity
-from sa_lens.units.token_classes import TokenClasses, word_classes
-from sa_lens.units.unit_tables import Specialization, specialization
+from sa_lens.units.unit_tables import Specialization, TokenClasses, specialization, word_classes
 from sa_lens.units.windows import Snippets, snippets
 
 __all__ = [

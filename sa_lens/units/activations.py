@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.fused import fused_units, reads_fused
-from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, streams_of, widened
+from sa_lens.core.host import Host, at_least_float32, device_of, gate_hook_names, in_stream, streams_of
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.data.tokens import check_blocks
+from sa_lens.data.blocks import TextBlocks
 
 MEMORY = 2**30
 """Bytes of units that `held` holds at most."""
@@ -45,64 +45,6 @@ class UnitBatch(NamedTuple):
     """Masks by sublayer, those of whole heads repeated for each unit; empty unless the ablated stream is read."""
 
 
-class TextBlocks:
-    """A text as blocks of equal length, read a slice at a time.
-
-    Args:
-        text: a token file, or blocks of tokens.
-        n_ctx: tokens a block, for a token file; blocks given as a tensor must not be longer.
-        n_tokens: tokens to read at most, from the beginning; None: all. At least one block is read.
-        d_vocab: vocabulary of the model that reads it.
-
-    Raises:
-        ValueError: no whole block, blocks longer than the context, or tokens beyond the vocabulary.
-    """
-
-    def __init__(
-        self,
-        text: TokenFile | Int[Tensor, "block pos"],
-        n_ctx: int,
-        *,
-        n_tokens: int | None = None,
-        d_vocab: int | None = None,
-    ) -> None:
-        self.text = text
-        if n_tokens is not None and n_tokens < 1:
-            raise ValueError(f"n_tokens={n_tokens} must be at least 1, or None for the whole text")
-        if isinstance(text, TokenFile):
-            check_blocks(text, n_ctx, "given")
-            self.length, count = n_ctx, text.n_blocks(n_ctx)
-            if d_vocab is not None:
-                text.check_vocabulary(d_vocab)
-        else:
-            _check_tensor(text, n_ctx, d_vocab)
-            count, self.length = text.shape
-        self.count = count if n_tokens is None else min(count, max(1, n_tokens // self.length))
-
-    def __len__(self) -> int:
-        """Blocks."""
-        return self.count
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return self.count * self.length
-
-    def rows(self, start: int, stop: int) -> Int[Tensor, "batch pos"]:
-        """Blocks `start` to `stop - 1`, on the CPU (a tensor's own device if the text is one)."""
-        stop = min(stop, self.count)
-        if isinstance(self.text, TokenFile):
-            flat = self.text.tokens[start * self.length : stop * self.length].astype("int64")
-            return torch.from_numpy(flat).view(-1, self.length)
-        return self.text[start:stop].long()
-
-    def pick(self, blocks: Int[Tensor, " block"]) -> Int[Tensor, "block pos"]:
-        """The blocks of these indices."""
-        if isinstance(self.text, TokenFile):
-            return torch.cat([self.rows(i, i + 1) for i in blocks.tolist()])
-        return self.text[blocks.to(self.text.device)].long()
-
-
 class ReadBlocks(TextBlocks):
     """Blocks whose units have been read once and are held: `stream_units` gives them again without running the model.
 
@@ -125,20 +67,6 @@ class ReadBlocks(TextBlocks):
                     {stream: {s: batch.values[stream][s][:n] for s in sublayers} for stream in streams},
                     {s: batch.masks[s][:n] for s in sublayers if s in batch.masks and "ablated" in streams},
                 )
-
-
-def _check_tensor(tokens: Any, n_ctx: int, d_vocab: int | None) -> None:
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
-        given = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"a text is a TokenFile or a whole-number tensor [block pos], not {given}")
-    if not tokens.numel():
-        raise ValueError(f"the given text is empty: its shape is {tuple(tokens.shape)}")
-    if tokens.shape[1] > n_ctx:
-        raise ValueError(f"blocks of {tokens.shape[1]} tokens are longer than n_ctx={n_ctx}: cut the text shorter")
-    if int(tokens.min()) < 0 or (d_vocab is not None and int(tokens.max()) >= d_vocab):
-        raise ValueError(
-            f"tokens from {int(tokens.min())} to {int(tokens.max())} are not within the model's vocabulary of {d_vocab}"
-        )
 
 
 model_streams = streams_of
@@ -273,7 +201,7 @@ def read_units(
 
 
 def _wide(found: dict[Sublayer, Tensor]) -> dict[Sublayer, Tensor]:
-    return {sublayer: widened(x) for sublayer, x in found.items()}
+    return {sublayer: at_least_float32(x) for sublayer, x in found.items()}
 
 
 def _without_hooks(

@@ -19,7 +19,8 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, fingerprint_of
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import TextBlocks, stream_units, text_blocks
+from sa_lens.data.blocks import TextBlocks
+from sa_lens.units.activations import stream_units, text_blocks
 
 QUANTILE = 0.999
 """The percentile of a unit's scores that stands for its largest ones."""

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sa_lens.data.disk import write_atomically
-from sa_lens.units.explanations import Explanation, Snippet
-from sa_lens.units.judging import correlation
+from sa_lens.data.whole_files import atomic_write
+from sa_lens.units.explanations import Explanation, Snippet, correlation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +104,7 @@ class ChatModel:
         answer = self._call(raw)
         if stored is not None:
             stored.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(stored, json.dumps({"question": body, "answer": answer}, indent=1))
+            atomic_write(stored, json.dumps({"question": body, "answer": answer}, indent=1))
         return answer
 
     def _call(self, raw: bytes) -> str:

@@ -6,7 +6,8 @@ separates what the masks say from what the kept values say. How to read its tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,19 +18,13 @@ from torch import Tensor
 
 from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, weight
 from sa_lens.data import TokenFile
+from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import Interval, bootstrap_interval
-from sa_lens.units.activations import TextBlocks, text_blocks
-from sa_lens.units.probes import fit_probe, smoothed_counts
-from sa_lens.units.swaps import (
-    mean_values,
-    other_occurrences,
-    permuted_units,
-    text_batches,
-    text_masks,
-)
+from sa_lens.units.activations import text_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 CONDITIONS = {
     "clean": "the clean stream",
@@ -392,3 +387,164 @@ def _labels(halves: list[Tensor], places: list[Tensor], classes: int) -> list[In
     values, counts = following[0].unique(return_counts=True)
     frequent = values[counts.argsort(descending=True, stable=True)[:classes]]
     return [(one[:, None] == frequent).int().argmax(-1) + (one[:, None] == frequent).any(-1) for one in following]
+
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of a batch."""
+
+LOGITS_AT_ONCE = 2**25
+"""Largest number of logits held at a time (float32: 128 MiB)."""
+
+
+def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, " ..."]]:
+    """Mean value of each unit in the ablated stream where it is kept (weighted by a soft mask), by the name of the
+    gate's `hook_in`; a unit that is never kept has its mean over all tokens."""
+    sums: dict[str, list[Tensor]] = {}
+    names = {*gate_hook_names(model), *gate_hook_names(model, "in")}
+    for batch in text_batches(model, tokens):
+        with torch.no_grad(), in_stream(model, "ablated"):
+            _, cache = model.run_with_cache(batch, names_filter=lambda name: name in names)
+        for name in gate_hook_names(model, "in"):
+            value = cache[name].double()
+            mask = cache[name.replace("hook_in", "hook_mask")].double().expand_as(value)
+            parts = [
+                (mask * value).sum((0, 1)),
+                mask.sum((0, 1)),
+                value.sum((0, 1)),
+                torch.ones_like(value).sum((0, 1)),
+            ]
+            sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+    return {
+        name: torch.where(kept > 0, weighted / kept.clamp(min=1e-12), value / n).to(model.cfg.dtype)
+        for name, (weighted, kept, value, n) in sums.items()
+    }
+
+
+def other_occurrences(
+    tokens: Int[Tensor, "batch pos"], among: Int[Tensor, "batch2 pos2"], generator: torch.Generator
+) -> Int[Tensor, "batch pos"]:
+    """For each token, the flattened index in `among` of an occurrence of the same token; -1 where there is none.
+
+    Where both are the same text (the same object), the answer is a random permutation within each token that leaves no
+    occurrence in its place; otherwise each occurrence draws its donor at random.
+    """
+    wanted, pool = tokens.flatten().cpu(), among.flatten().cpu()
+    order = torch.randperm(len(pool), generator=generator)
+    order = order[pool[order].sort(stable=True).indices]  # by token, at random within it
+    values, counts = pool[order].unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    chosen = torch.full_like(wanted, -1)
+    if among is tokens:
+        group = torch.repeat_interleave(torch.arange(len(values)), counts)
+        place = torch.arange(len(pool)) - starts[group]
+        following = order[starts[group] + (place + 1) % counts[group]]
+        chosen[order] = torch.where(counts[group] > 1, following, -1)
+    else:
+        at = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
+        drawn = (torch.rand(len(wanted), generator=generator, dtype=torch.float64) * counts[at]).long()
+        chosen = torch.where(values[at] == wanted, order[starts[at] + drawn], chosen)
+    return chosen.reshape(tokens.shape).to(tokens.device)
+
+
+def permuted_units(masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Each token's mask with its entries permuted at random among the units, layer by layer."""
+    permuted = {}
+    for name, mask in masks.items():
+        flat = mask.flatten(2)
+        # a batch row at a time: the random numbers need four bytes a unit
+        order = (torch.rand(row.shape, generator=generator).argsort(-1).to(flat.device) for row in flat)
+        permuted[name] = torch.stack([row.gather(-1, at) for row, at in zip(flat, order, strict=True)]).view_as(mask)
+    return permuted
+
+
+def text_masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
+    """Masks of a text by hook name; those of hard gates as booleans."""
+    parts: dict[str, list[Tensor]] = {}
+    hard = model.gates.kind == "hard"  # type: ignore[attr-defined]
+    for batch in text_batches(model, tokens):
+        with torch.no_grad():
+            found = model.record_masks(batch)  # type: ignore[attr-defined]
+        for gate, layers in found.items():
+            for layer, mask in enumerate(layers):
+                parts.setdefault(f"blocks.{layer}.{gate}.hook_mask", []).append(mask.bool() if hard else mask)
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def text_batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tensor]:
+    """Parts of the sequences that fit one pass each, by tokens and by logits."""
+    at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
+    return tokens.split(max(1, at_once // tokens.shape[1]))
+
+
+def smoothed_counts(
+    read: list[Int[Tensor, " token"]], labels: list[Int[Tensor, " token"]]
+) -> Float[Tensor, "test classes"]:
+    """Log-probabilities of the test labels given the token read: `(n(x, y) + a p(y)) / (n(x) + a)`, with the strength a
+    that predicts the training tokens best when each is left out in turn."""
+    n_classes, n_values = int(max(part.max() for part in labels)) + 1, int(max(part.max() for part in read)) + 1
+    pairs = torch.zeros(n_values, n_classes, dtype=torch.float64, device=labels[0].device)
+    pairs.index_put_((read[0], labels[0]), torch.ones_like(labels[0], dtype=torch.float64), accumulate=True)
+    # one more of each class, so that no probability is zero
+    share = (pairs.sum(0) + 1) / (len(labels[0]) + n_classes)
+
+    def left_out(strength: float) -> float:
+        others = pairs[read[0], labels[0]] - 1 + strength * share[labels[0]]
+        return float((others / (pairs[read[0]].sum(-1) - 1 + strength)).log().mean())
+
+    best = max((1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0), key=left_out)
+    chosen = pairs[read[1]]
+    return ((chosen + best * share) / (chosen.sum(-1, keepdim=True) + best)).log()
+
+
+def fit_probe(
+    train: Float[Tensor, "token feature"],
+    labels: Int[Tensor, " token"],
+    test: Float[Tensor, "test feature"],
+    *,
+    groups: Int[Tensor, " token"],
+    seed: int = 0,
+    steps: int = 3000,
+    patience: int = 3,
+) -> Float[Tensor, "test classes"]:
+    """Log-probabilities of a multinomial logistic regression on the test features.
+
+    Adam with a small weight decay from zero weights; it stops when the loss on the last fifth of the groups no longer
+    falls and keeps the weights of the best judgement. Features are centred and scaled by their deviation on the
+    training tokens (by at least a tenth of the typical one, so that a nearly constant unit is not blown up).
+
+    Args:
+        groups: sequence of each training token; a sequence is wholly in the fit or wholly in the stopping part.
+        steps: batches of 256 tokens at most.
+        patience: judgements without improvement before it stops; one every 50 batches, or every pass over the tokens if
+            that is more.
+    """
+    centre, deviation = train.mean(0), train.std(0, correction=0)
+    scale = deviation.clamp(min=0.1 * float(deviation.square().mean().sqrt()) + 1e-12)
+    train, test = (train - centre) / scale, (test - centre) / scale
+    stopping = groups > groups.min() + (groups.max() - groups.min()) * 0.8
+    fitting = (~stopping).nonzero()[:, 0] if bool(stopping.any() & ~stopping.all()) else torch.arange(len(labels))
+    n_classes = int(labels.max()) + 1
+    share = (torch.bincount(labels, minlength=n_classes) + 1.0) / (len(labels) + n_classes)
+    weights = torch.zeros(train.shape[1], n_classes, device=train.device, requires_grad=True)
+    bias = share.log().to(train).requires_grad_()
+    adam = torch.optim.AdamW([weights, bias], lr=2e-3, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    best, best_loss, waited = [weights.detach().clone(), bias.detach().clone()], float("inf"), 0
+    judged = stopping if bool(stopping.any()) else torch.ones_like(stopping)
+    batches = max(1, math.ceil(len(fitting) / 256))
+    passes = max(1, math.ceil(50 / batches))
+    with torch.enable_grad():
+        for _ in range(max(1, steps // (passes * batches))):
+            with torch.no_grad():
+                loss = float(torch.nn.functional.cross_entropy(train[judged] @ weights + bias, labels[judged]))
+            waited = 0 if loss < best_loss else waited + 1
+            if waited == 0:
+                best_loss, best = loss, [weights.detach().clone(), bias.detach().clone()]
+            if waited > patience:
+                break
+            for _ in range(passes):
+                for batch in fitting[torch.randperm(len(fitting), generator=generator).to(fitting.device)].split(256):
+                    adam.zero_grad()
+                    torch.nn.functional.cross_entropy(train[batch] @ weights + bias, labels[batch]).backward()
+                    adam.step()
+    return (test @ best[0] + best[1]).log_softmax(-1)

@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, fingerprint_of, streams_of, weight, widened
+from sa_lens.core.host import Host, at_least_float32, fingerprint_of, streams_of, weight
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
+from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import gini, hoyer, hoyer_from_sums
-from sa_lens.units.activations import TextBlocks, stream_units, text_blocks
+from sa_lens.units.activations import stream_units, text_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,7 +190,7 @@ def _check_eps(eps: float) -> None:
 
 def _found(model: Host, name: str) -> Tensor | None:
     try:
-        return widened(weight(model, name).detach())
+        return at_least_float32(weight(model, name).detach())
     except ValueError:
         return None
 

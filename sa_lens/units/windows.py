@@ -13,7 +13,8 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of
 from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
-from sa_lens.units.activations import ReadBlocks, TextBlocks, stream_units, text_blocks
+from sa_lens.data.blocks import TextBlocks
+from sa_lens.units.activations import ReadBlocks, stream_units, text_blocks
 from sa_lens.units.firing import unit_scores
 
 BEFORE = 0.75

@@ -30,7 +30,7 @@ image, or JSON. In the order in which one meets them:
 from sa_lens.views.drawing import Figure, draw, save, show, side_by_side
 from sa_lens.views.html_page import load_scripts
 from sa_lens.views.records import read
-from sa_lens.views.story import story
+from sa_lens.views.coloured_text import story
 from sa_lens.views.next_tokens import logit_lens, predictions
 from sa_lens.views.gate_raster import gate_raster
 from sa_lens.views.heads_and_units import attention, unit_activations

@@ -19,9 +19,9 @@ from sa_lens.core.host import Host, streams_of
 from sa_lens.core.unit import Unit, checked_unit
 from sa_lens.units.activations import stream_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.labels import TASKS, metric_words
 from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
-from sa_lens.views.theme import faded, label_axis, lay_out, palette, plain
+from sa_lens.views.theme import escape, fade, label_axis, lay_out, palette
+from sa_lens.views.wording import TASKS, metric_words
 
 WIDTH = 860
 """Pixels of a chart."""
@@ -35,7 +35,7 @@ MOST_BARS = 40
 @draw.register
 def _(record: Bars, *, dark: bool = False) -> Figure:
     colours = palette(dark)
-    labels, values = [plain(label) for label in record.labels[:MOST_BARS]], record.values[:MOST_BARS]
+    labels, values = [escape(label) for label in record.labels[:MOST_BARS]], record.values[:MOST_BARS]
     figure = Figure(
         go.Bar(
             x=list(values),
@@ -187,7 +187,7 @@ def _curve_note(tables: Iterable[pd.DataFrame]) -> str:
 
 
 def _label(line: Line) -> str:
-    return plain(f"{line.name}, {line.stream}" if line.stream else line.name)
+    return escape(f"{line.name}, {line.stream}" if line.stream else line.name)
 
 
 @draw.register
@@ -203,7 +203,7 @@ def _(record: Curves, *, dark: bool = False) -> Figure:
             add(
                 **{place: level.value},
                 line={"color": colours.faint, "width": 1, "dash": "dot"},
-                annotation={"text": plain(level.label), "font": {"size": 11, "color": colours.faint}},
+                annotation={"text": escape(level.label), "font": {"size": 11, "color": colours.faint}},
                 annotation_position=corner,
             )
     for line in record.lines:
@@ -245,7 +245,7 @@ def _band(line: Line, colour: str) -> go.Scatter:
         y=[high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
         mode="lines",
         fill="toself",
-        fillcolor=faded(colour, 0.15),
+        fillcolor=fade(colour, 0.15),
         line={"width": 0},
         hoverinfo="skip",
         showlegend=False,
@@ -353,13 +353,13 @@ def _(record: Histogram, *, dark: bool = False) -> Figure:
                 y=list(series.counts),
                 width=[high - low for low, high in bins],
                 customdata=[f"{low:.4g} to {high:.4g}" for low, high in bins],
-                name=plain(series.name),
-                marker={"color": faded(colour, 0.4), "line": {"color": colour, "width": 1.2}},
-                hovertemplate=f"{plain(series.name)}<br>%{{customdata}}<br><b>%{{y:,}}</b><extra></extra>",
+                name=escape(series.name),
+                marker={"color": fade(colour, 0.4), "line": {"color": colour, "width": 1.2}},
+                hovertemplate=f"{escape(series.name)}<br>%{{customdata}}<br><b>%{{y:,}}</b><extra></extra>",
             )
         )
     x, y = (
-        {"title": {"text": plain(record.x_title)}},
+        {"title": {"text": escape(record.x_title)}},
         {"title": {"text": "count (log scale)"}, "type": "log", "dtick": 1},
     )
     layout: dict[str, Any] = {"barmode": "overlay", "bargap": 0, "showlegend": len(record.series) > 1}

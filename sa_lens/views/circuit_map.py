@@ -15,9 +15,9 @@ from sa_lens.circuits.graph import Circuit
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.views.circuit_layout import Places, ScoreScale, arc, places_of
 from sa_lens.views.drawing import Panels, register_panels, register_result
-from sa_lens.views.labels import TASKS, metric_words
 from sa_lens.views.records import CircuitEdge, CircuitMap, number
-from sa_lens.views.theme import Palette, colour_bar, label_axis, palette, plain
+from sa_lens.views.theme import Palette, colour_bar, escape, label_axis, palette
+from sa_lens.views.wording import METHODS, TASKS, metric_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,16 +76,10 @@ def circuit_map(
 register_result(Circuit, circuit_map)
 
 
-def _method(about: Mapping[str, Any]) -> str:
-    name = str(about.get("method", ""))
-    return {"acdc": "ACDC", "eap": "EAP", "eap-ig": "EAP-IG", "eap_ig": "EAP-IG", "relp": "RelP"}.get(
-        name.lower(), name.replace("_", " ")
-    )
-
-
 def _title(about: Mapping[str, Any], n: int) -> str:
-    task = str(about.get("task", ""))
-    parts = [TASKS.get(task, task), f"{about['stream']} stream" if "stream" in about else "", _method(about)]
+    task, method = str(about.get("task", "")), str(about.get("method", ""))
+    method = METHODS.get(method.lower().replace("_", "-"), method.replace("_", " "))
+    parts = [TASKS.get(task, task), f"{about['stream']} stream" if "stream" in about else "", method]
     return ", ".join([*(part for part in parts if part), f"{n:,} edges"])
 
 
@@ -180,9 +174,9 @@ def _traces(record: CircuitMap, places: Places, scores: ScoreScale, colours: Pal
 
 def _edge_text(edge: CircuitEdge, scale: str) -> str:
     port = {"q": "query", "k": "key", "v": "value"}.get(edge.port, "input")
-    value = "no score" if edge.score is None else f"{edge.score:.4g} {plain(scale)}"
+    value = "no score" if edge.score is None else f"{edge.score:.4g} {escape(scale)}"
     name = f"{edge.source} → {edge.destination}{'.' * bool(edge.port)}{edge.port}"
-    return f"<b>{plain(name)}</b><br>{value}<br>into the {port} of {plain(edge.destination)}"
+    return f"<b>{escape(name)}</b><br>{value}<br>into the {port} of {escape(edge.destination)}"
 
 
 def _node_trace(record: CircuitMap, places: Places, colours: Palette) -> go.Scatter:

@@ -16,11 +16,11 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots
 
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.views.html_page import Picture, component
 from sa_lens.views.records import Titled, to_json
-from sa_lens.views.theme import lay_out, palette, wrapped
+from sa_lens.views.theme import lay_out, palette, wrap
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 _USUAL = {"plotly_mimetype", "notebook", "jupyterlab", "vscode", "colab", "kaggle", "notebook_connected"}
@@ -211,8 +211,8 @@ def _draw_panels(*records: Any, names: Sequence[str], dark: bool = False, title:
     notes = list(dict.fromkeys(record.note for record in records))
     small = f"<br><span style='font-size:11px;color:{palette(dark).faint}'>"
     captions = [
-        f"<b>{wrapped(name, panels.width - 20)}</b>"
-        + (f"{small}{wrapped(record.note, panels.width - 20, 6)}</span>" if len(notes) > 1 else "")
+        f"<b>{wrap(name, panels.width - 20)}</b>"
+        + (f"{small}{wrap(record.note, panels.width - 20, 6)}</span>" if len(notes) > 1 else "")
         for name, record in zip(names, records, strict=True)
         if n > 1
     ]
@@ -257,7 +257,7 @@ def side_by_side(
     for record in records:
         if type(record) not in _panels or type(record) is not type(records[0]):
             raise ValueError(f"side_by_side shows heat maps or circuits of one kind, not {type(record).__name__}")
-        scales = [(one.scale, getattr(one, "colours", None)) for one in (records[0], record)]  # type: ignore[attr-defined]
+        scales = [(shown.scale, getattr(shown, "colours", None)) for shown in (records[0], record)]  # type: ignore[attr-defined]
         if scales[0] != scales[1]:
             raise ValueError(f"side_by_side has one colour scale, but {scales[1][0]!r} is not {scales[0][0]!r}")
     alike, rest = _shared([record.title for record in records])

@@ -14,9 +14,9 @@ from sa_lens.core.host import Host, has_ablated_stream, weight
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import Figure, draw
-from sa_lens.views.labels import read_text, short_label, token_text
 from sa_lens.views.records import GateRaster, LiveUnit, short
-from sa_lens.views.theme import colour_bar, label_axis, lay_out, palette, plain, strong_scale
+from sa_lens.views.theme import colour_bar, escape, label_axis, lay_out, palette, strong_scale
+from sa_lens.views.wording import read_text, short_label, token_text
 
 WIDEST = 1500
 """Pixels of the widest raster."""
@@ -113,13 +113,13 @@ def _(record: GateRaster, *, dark: bool = False) -> Figure:
         rms = (sum(squares) / max(1, len(squares))) ** 0.5 or 1.0
         for row in members:
             unit = record.units[row]
-            promoted = ", ".join(plain(repr(token)) for token in unit.promotes)
+            promoted = ", ".join(escape(repr(token)) for token in unit.promotes)
             after = f"<br>promotes {promoted}" if promoted else ""
             for place, value in zip(unit.positions, unit.values, strict=True):
                 z[row][place] = round(value / rms, 3)
-                token = plain(repr(record.tokens[place]))
+                token = escape(repr(record.tokens[place]))
                 hover[row][place] = (
-                    f"<b>{plain(unit.name)}</b><br>position {place}, {token}<br>value {value:.4g}{after}"
+                    f"<b>{escape(unit.name)}</b><br>position {place}, {token}<br>value {value:.4g}{after}"
                 )
     height = 11.0 if rows <= 100 else max(2.5, 1100 / rows)
     length = min(1.0, 260 / (height * max(1, rows) + 1))

@@ -14,8 +14,8 @@ from sa_lens.core.unit import Unit, unit_counts
 from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import draw
 from sa_lens.views.html_page import Page, component, escape_markup
-from sa_lens.views.labels import read_text
 from sa_lens.views.records import Attention, OfText, UnitActivations, numbers, short
+from sa_lens.views.wording import read_text
 
 
 def attention(

@@ -9,9 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sa_lens.views.drawing import Panels, register_panels, register_result
-from sa_lens.views.labels import TASKS
 from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
-from sa_lens.views.theme import colour_bar, colour_scale, label_axis, plain
+from sa_lens.views.theme import colour_bar, colour_scale, escape, label_axis
+from sa_lens.views.wording import TASKS
 
 WHAT = {
     "resid_pre": "residual stream",
@@ -139,7 +139,7 @@ def _trace(record: HeatMap, limits: tuple[float, float], dark: bool, cell: int) 
         z=[list(row) for row in record.values],
         x=list(range(columns)),
         y=list(range(rows)),
-        customdata=[[(plain(y), plain(x)) for x in record.x.labels] for y in record.y.labels],
+        customdata=[[(escape(y), escape(x)) for x in record.x.labels] for y in record.y.labels],
         colorscale=colour_scale(record.colours, dark),
         zmin=limits[0],
         zmax=limits[1],

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from sa_lens.data.writing import atomic_write
+from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.views.records import Titled
 from sa_lens.views.theme import FONT, palette
@@ -56,27 +56,26 @@ MISSING = (
 )
 
 
-def inert(value: object) -> str:
+def json_for_script(value: object) -> str:
     """Returns JSON that may stand inside a script element, whatever texts it holds."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def component(library: Library, name: str, props: Mapping[str, Any], *, instead: str = "", style: str = "") -> str:
+def component(library: Library, name: str, props: Mapping[str, Any], *, style: str = "") -> str:
     """Returns the HTML of something that a library draws.
 
     Args:
         library: which; its script must be on the page, before or after this.
         name: what to draw; unused for plotly.
         props: what it is drawn from.
-        instead: HTML to show while the library is missing; empty: what to do about it.
         style: CSS of the box that is drawn into.
     """
-    shown = instead or f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
+    missing = f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
     return (
         f"<div class='sa-lens-view' data-library='{library}' data-component='{html.escape(name)}'>"
-        f"<script type='application/json'>{inert(props)}</script>"
-        f"<div class='sa-lens-box' style='{html.escape(style)}'>{shown}</div></div>{_LOADER}"
+        f"<script type='application/json'>{json_for_script(props)}</script>"
+        f"<div class='sa-lens-box' style='{html.escape(style)}'>{missing}</div></div>{_LOADER}"
     )
 
 
@@ -134,7 +133,7 @@ def library_script(library: Library) -> str:
 
 
 @cache
-def packed_script(library: Library) -> str:
+def compressed_script(library: Library) -> str:
     """Returns the same at less than half the size, for files: the browser unpacks it."""
     return (
         f"<script data-sa-lens-library='{library}'>(async function () {{\n"
@@ -255,7 +254,7 @@ class Picture:
             "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<title>{html.escape(title)}</title></head><body style='margin:0;background:{background}'>"
-            f"{self.fragment()}{''.join(map(packed_script, self.libraries))}</body></html>\n"
+            f"{self.fragment()}{''.join(map(compressed_script, self.libraries))}</body></html>\n"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         # half a pair of surrogates, which UTF-8 cannot say, becomes a question mark

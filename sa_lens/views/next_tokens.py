@@ -16,9 +16,9 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, in_stream, streams_of
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.html_page import Page
-from sa_lens.views.labels import read_text, short_label, token_text, visible
 from sa_lens.views.records import Guess, LensStream, LogitLens, Predictions, StreamPredictions, short
-from sa_lens.views.theme import colour_at, colour_bar, colour_scale, ink_on, label_axis, lay_out, palette, plain
+from sa_lens.views.theme import colour_at, colour_bar, colour_scale, escape, ink_on, label_axis, lay_out, palette
+from sa_lens.views.wording import read_text, short_label, token_text, visible
 
 MOST_TEXTS = 700
 """Up to this many cells of a logit lens, each shows its token."""
@@ -75,16 +75,16 @@ def _(record: Predictions, *, dark: bool = False) -> Page:
 
 def _html(record: Predictions, dark: bool) -> str:
     heads = "".join(
-        f"<th class='right'>{html.escape(one.stream)}: next</th><th>{html.escape(one.stream)}: expected</th>"
-        for one in record.streams
+        f"<th class='right'>{name}: next</th><th>{name}: expected</th>"
+        for name in (html.escape(of_stream.stream) for of_stream in record.streams)
     )
     rows = []
     for i, token in enumerate(record.tokens):
         following = record.tokens[i + 1] if i + 1 < len(record.tokens) else None
         cells = "".join(
-            f"<td class='right'>{'' if one.actual[i] is None else f'{one.actual[i]:.2f}'}</td>"
-            f"<td>{''.join(_guess(guess, following, dark) for guess in one.top[i])}</td>"
-            for one in record.streams
+            f"<td class='right'>{'' if of_stream.actual[i] is None else f'{of_stream.actual[i]:.2f}'}</td>"
+            f"<td>{''.join(_guess(guess, following, dark) for guess in of_stream.top[i])}</td>"
+            for of_stream in record.streams
         )
         rows.append(
             f"<tr><td class='right'>{i}</td><td><bdi>{html.escape(visible(token))}</bdi></td>"
@@ -174,25 +174,25 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
         cols=1,
         shared_xaxes=True,
         vertical_spacing=50 / (panels * each) if panels > 1 else 0,
-        subplot_titles=[f"<b>{plain(one.stream)} stream</b>" for one in record.streams],
+        subplot_titles=[f"<b>{escape(of_stream.stream)} stream</b>" for of_stream in record.streams],
         figure=Figure(),
     )
     figure.update_annotations(font_size=13, font_color=palette(dark).text, x=0, xanchor="left")
-    for i, one in enumerate(record.streams, 1):
+    for i, of_stream in enumerate(record.streams, 1):
         figure.add_trace(
             go.Heatmap(
-                z=[list(row) for row in one.log_probability],
+                z=[list(row) for row in of_stream.log_probability],
                 x=list(range(n)),
                 y=list(range(rows)),
-                text=[[plain(short_label(token, 9 if cell > 50 else 6)) for token in row] for row in one.top],
+                text=[[escape(short_label(token, 9 if cell > 50 else 6)) for token in row] for row in of_stream.top],
                 texttemplate="%{text}" if n * rows <= MOST_TEXTS else None,
                 textfont={"size": 11},
-                customdata=[[_hover(record, one, row, place) for place in range(n)] for row in range(rows)],
+                customdata=[[_hover(record, of_stream, row, place) for place in range(n)] for row in range(rows)],
                 hovertemplate="%{customdata}<extra></extra>",
                 coloraxis="coloraxis",
                 xgap=1.5,
                 ygap=1.5,
-                name=one.stream,
+                name=of_stream.stream,
             ),
             row=i,
             col=1,
@@ -201,7 +201,7 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
     tokens = [short_label(token, 9) for token in record.tokens]
     figure.update_xaxes(label_axis(tokens, tickangle=-60, showticklabels=False))
     figure.update_xaxes(title={"text": "token read"}, showticklabels=True, row=panels, col=1)
-    lowest = min(value for one in record.streams for row in one.log_probability for value in row)
+    lowest = min(value for of_stream in record.streams for row in of_stream.log_probability for value in row)
     bar = colour_bar("log-probability, nats", dark, len=0.6)
     colours = {"colorscale": colour_scale("sequential", dark), "cmin": lowest, "cmax": 0, "colorbar": bar}
     width = int(min(1800, max(620, 190 + cell * n)))
@@ -210,9 +210,9 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
 
 def _hover(record: LogitLens, of_stream: LensStream, row: int, place: int) -> str:
     actual = of_stream.actual[row][place]
-    following = "" if actual is None else f"<br>next: {plain(repr(record.tokens[place + 1]))} {actual:.3f} nats"
+    following = "" if actual is None else f"<br>next: {escape(repr(record.tokens[place + 1]))} {actual:.3f} nats"
     return (
-        f"position {place}, after {plain(repr(record.tokens[place]))}<br>{plain(record.layers[row])}, "
-        f"{plain(of_stream.stream)} stream<br><b>{plain(repr(of_stream.top[row][place]))}</b> "
+        f"position {place}, after {escape(repr(record.tokens[place]))}<br>{escape(record.layers[row])}, "
+        f"{escape(of_stream.stream)} stream<br><b>{escape(repr(of_stream.top[row][place]))}</b> "
         f"{of_stream.log_probability[row][place]:.3f} nats{following}"
     )

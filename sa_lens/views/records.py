@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from sa_lens.config import Site, from_dict, shown, suggestion
-from sa_lens.data.reading import DamagedFile, check_object, parse_json
+from sa_lens.data.whole_files import DamagedFile, check_object, parse_json
 
 Colours = Literal["diverging", "sequential"]
 """`diverging`: centred at 0. `sequential`: from the smallest to the largest value."""

@@ -104,7 +104,7 @@ def _channels(colour: str) -> list[int]:
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def faded(colour: str, opacity: float) -> str:
+def fade(colour: str, opacity: float) -> str:
     """Returns a colour that lets what is below shine through."""
     return f"rgba({','.join(map(str, _channels(colour)))},{opacity})"
 
@@ -151,19 +151,19 @@ def template(dark: bool = False) -> go.layout.Template:
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-def plain(text: str) -> str:
+def escape(text: str) -> str:
     """Returns text that plotly shows as it is, where it would read markup."""
     return html.escape(text, quote=False)
 
 
-def wrapped(text: str, width: float, letter: float = 6.6) -> str:
+def wrap(text: str, width: float, letter: float = 6.6) -> str:
     """Breaks text into lines of so many pixels, safe from markup.
 
     Args:
         letter: mean width of a letter, in pixels; the default is that of small print.
     """
     lines = textwrap.wrap(text, max(12, int(width / letter)), break_long_words=False)
-    return "<br>".join(map(plain, lines))
+    return "<br>".join(map(escape, lines))
 
 
 def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[dict[str, str], int]:
@@ -172,11 +172,11 @@ def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[di
     Args:
         width: of the figure, in pixels.
     """
-    large = wrapped(title, width - 40, letter=10.4)
+    large = wrap(title, width - 40, letter=10.4)
     room = 40 + 22 * (1 + large.count("<br>"))
     if not note:
         return {"text": f"<b>{large}</b>"}, room
-    small = wrapped(note, width - 40)
+    small = wrap(note, width - 40)
     style = f"font-size:12px;color:{palette(dark).faint}"
     # plotly spaces the lines of the note by the size of the heading
     return {"text": f"<b>{large}</b><br><span style='{style}'>{small}</span>"}, room + 22 * (1 + small.count("<br>"))
@@ -206,9 +206,9 @@ def label_axis(labels: Sequence[str], title: str = "", places: Sequence[float] |
         places: where the labels stand; None: 0, 1, 2, ...
     """
     return {
-        "title": {"text": plain(title)},
+        "title": {"text": escape(title)},
         "tickvals": list(range(len(labels)) if places is None else places),
-        "ticktext": [plain(label) for label in labels],
+        "ticktext": [escape(label) for label in labels],
         "showgrid": False,
         "zeroline": False,
         **more,
@@ -218,6 +218,6 @@ def label_axis(labels: Sequence[str], title: str = "", places: Sequence[float] |
 def colour_bar(title: str, dark: bool, side: Literal["top", "right"] = "top", **more: Any) -> Any:
     """Returns plotly's settings of a colour bar, with its title wrapped above it, or beside it."""
     # the empty line keeps the title off the bar
-    text = wrapped(title, 110) + "<br>\u00a0" if side == "top" else plain(title)
+    text = wrap(title, 110) + "<br>\u00a0" if side == "top" else escape(title)
     about = {"text": text, "side": side, "font": {"size": 12, "color": palette(dark).faint}}
     return {"title": about, "thickness": 12, "outlinewidth": 0, "tickfont": {"size": 11}, **more}

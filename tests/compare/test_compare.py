@@ -31,6 +31,7 @@ from sa_lens.compare import (
     plan,
     run_grid,
 )
+from sa_lens.compare.dry_run import plan_text
 from sa_lens.compare.model_folder import ModelFolder, model_folders
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.stopping import Interrupted
@@ -344,17 +345,15 @@ def test_a_model_that_another_process_holds_is_waited_for(tmp_path, cache, monke
     assert jobs[-1] == "weights local-4-seed0"
 
 
-def test_a_dry_run_does_nothing_and_says_what_is_to_do(tmp_path, cache, capsys, jobs):
+def test_a_dry_run_does_nothing_and_says_what_is_to_do(tmp_path, cache, jobs):
     grid = tiny(cache, "local-4", "random-init")
-    found = compare(grid, tmp_path / "out", seeds=2, dry_run=True, device="cpu")
+    table = plan(grid, tmp_path / "out", seeds=2, device="cpu")
     assert not (tmp_path / "out").exists()
     assert jobs == []
-    assert found.unfinished == 12
-    assert len(found.values) == 0
-    text = capsys.readouterr().out
+    assert table["status"].tolist() == ["to do"] * 18
+    text = plan_text(table)
     assert "local-4" in text
     assert "left in all" in text
-    table = plan(grid, tmp_path / "out", seeds=2, device="cpu")
     tokens = table.groupby("variant")["tokens"].sum().to_dict()
     assert tokens == {"baseline": 2 * 6 * 2 * 48, "local-4": 2 * 6 * 2 * 48, "random-init": 0}
     assert (table[table["what"] == "training"].set_index("variant")["seconds"].drop("random-init") > 0).all()
@@ -475,4 +474,4 @@ def test_own_measurements_are_cached_and_shown(tmp_path, cache):
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
-        compare("smoke", tmp_path / "out", dry_run=True)
+        compare("smoke", tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from sa_lens.compare.columns import COLUMNS, PAPER, TASKS
 from sa_lens.compare.grids import GRIDS, Grid, Variant, baseline, grid_named, with_names_whole, with_text
 from sa_lens.compare.model_columns import sae_hook
+from sa_lens.compare.model_folder import ModelFolder
+from sa_lens.compare.task_columns import Skill
 from sa_lens.config import GateConfig, ModelConfig, RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer
 
@@ -112,3 +115,21 @@ def test_a_tokenizer_trained_on_real_text_keeps_the_names_whole(tmp_path):
     assert with_names_whole(GRIDS["laptop"](), path).run.data.keep_whole is None
     assert with_names_whole(GRIDS["laptop-tinystories"](), path).run.data.keep_whole == str(path)
     assert with_names_whole(GRIDS["paper"](), path).run.data.keep_whole is None
+
+
+def test_a_measurement_of_another_task_has_its_own_files_and_reads_columns_with_the_task_in_front(tmp_path):
+    grid = GRIDS["smoke"]()
+    folder = ModelFolder(grid, grid.variants[0], 0, tmp_path)
+    ioi, other = Skill(pairs=16), Skill(pairs=16, task="object")
+    assert (ioi.label, other.label) == ("skill", "object-skill")
+    assert other.inputs == {"group": "object-skill", "version": Skill.version, "settings": {"pairs": 16}}
+    trained = {"weights": "abc", "text": {"train": "t", "validation": "v"}, "seconds": 1.5}
+    assert folder.result_file(ioi, trained) != folder.result_file(other, trained)
+    folder.path.mkdir(parents=True)
+    (folder.path / "done.json").write_text(json.dumps(trained))
+    values = {"object_pair_accuracy": {"clean": 0.9}, "logit_difference": {"clean": 1.0}}
+    folder.result_file(other, trained).write_text(json.dumps({"values": values, "notes": [], "seconds": 1.0}))
+    result = folder.result(other)
+    assert result is not None
+    assert set(result.values) == {"pair_accuracy", "logit_difference"}
+    assert folder.result(ioi) is None

@@ -17,7 +17,6 @@ from sa_lens.compare import (
     Column,
     Comparison,
     difference_tables,
-    figure,
     tables,
     verdict_table,
     verdict_text,
@@ -25,6 +24,7 @@ from sa_lens.compare import (
 )
 from sa_lens.compare.columns import OTHER, PAPER, WEIGHTS, claims_of, column_named, published_value
 from sa_lens.compare.markdown_latex import PAPER_TABLE, latex, markdown
+from sa_lens.views import draw
 
 BASE = [80.0, 82.0, 78.0, 81.0]
 LOCAL = [40.0, 43.0, 38.0, 40.0]
@@ -258,11 +258,11 @@ def test_an_unfinished_comparison_says_so():
 
 
 def titles(made: Comparison) -> list[str]:
-    return [note.text.replace("<br>", " ") for note in figure(made).layout.annotations]
+    return [note.text.replace("<br>", " ") for note in draw(made).layout.annotations]
 
 
 def test_the_figure_has_one_panel_per_column_and_one_dot_per_variant():
-    made = figure(comparison())
+    made = draw(comparison())
     assert titles(comparison()) == [COLUMNS["mean_abs_weight"].label, f"{COLUMNS['acdc_edges_0.01'].label}: IOI"]
     weights, clean, ablated = made.data
     assert weights.name == "weights"
@@ -273,7 +273,7 @@ def test_the_figure_has_one_panel_per_column_and_one_dot_per_variant():
     assert clean.error_x.arrayminus[1] == pytest.approx(np.mean(LOCAL) - low)
     assert [shape.x0 for shape in made.layout.shapes] == [0.1, np.mean(BASE)]
     with pytest.raises(ValueError, match="no values of cpr"):
-        figure(comparison(), ("cpr",))
+        draw(comparison(), columns=("cpr",))
 
 
 def test_every_claim_has_a_direction_and_words():
@@ -297,7 +297,7 @@ def test_the_papers_figures_are_those_of_the_published_table():
 def test_a_mean_far_off_is_an_arrow_at_the_edge_and_all_others_are_where_they_are():
     near = {f"global-{k}": {("loss", "clean"): [1.0 + k / 100] * 4} for k in (1, 2, 4, 8)}
     made = comparison(**near, **{"random-init": {("loss", "clean"): [7.2] * 4}})
-    drawn = figure(made, ("loss",))
+    drawn = draw(made, columns=("loss",))
     dots, arrow = drawn.data
     low, high = drawn.layout.xaxis.range
     assert dots.x[made.variants.index("global-4")] == 1.04

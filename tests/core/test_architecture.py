@@ -332,3 +332,27 @@ def test_gates_go_on_an_already_processed_base(shape):
     assert torch.equal(model(tokens), plain(tokens))
     with model.ablated():
         torch.testing.assert_close(model(tokens), oracle.ablated_logits(plain, model, tokens), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- NaN weights
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_weights_whose_nan_the_logits_would_hide_are_refused(shape):
+    """TransformerLens sets attention patterns that are NaN to 0, so that the logits of such a model are finite."""
+    plain = plain_model(shape)
+    names = [
+        n for n, _ in plain.named_parameters() if n.startswith("blocks.1.attn.") and n[-3:] in ("W_Q", "W_K", "b_Q")
+    ]
+    assert len(names) == 3
+    for name in names:
+        weight = plain.get_parameter(name)
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.view(-1)[0] = float("nan")
+        assert plain(random_tokens()).isfinite().all(), name
+        with pytest.raises(ValueError, match=rf"{name} holds values that are NaN"):
+            SelfAblatingTransformer.from_hooked(plain, gates_for(shape))
+        with torch.no_grad():
+            weight.copy_(before)
+    SelfAblatingTransformer.from_hooked(plain, gates_for(shape))

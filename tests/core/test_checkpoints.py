@@ -534,7 +534,7 @@ def test_a_field_of_another_transformer_lens(saved, monkeypatch):
         ("model", "d_vocab", None, "model.d_vocab must be of type int"),
         ("model", "n_ctx", -3, "model.n_ctx=-3 must be"),
         ("model", "d_mlp", 0, "model.d_mlp=0 must be"),
-        ("model", "act_fn", "evil", "act_fn=evil must be one of"),
+        ("model", "act_fn", "evil", "act_fn='?evil'? must be one of"),
         ("model", "use_attn_scale", None, "use_attn_scale must be of type bool"),
         ("model", "attn_types", 3, "attn_types must be of type"),
         ("model", "load_in_4bit", True, "no gates on this model, which has 4-bit weights"),

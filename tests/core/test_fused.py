@@ -14,7 +14,6 @@ from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, LossConfig, ModelConfig
 from sa_lens.core import LossTerms, SelfAblatingTransformer, TwoStreamLoss
-from sa_lens.core.masks import masks_of
 
 SHAPE = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_ctx=12, d_vocab=31)
 GATES = GateConfig(scope="local", k_attn=3, k_mlp=4, temperature=0.7)
@@ -416,7 +415,7 @@ def test_a_gate_that_is_not_a_number_gives_no_finite_loss(scope, kind, k_mlp):
         _, layer, gate, _ = name.split(".")
         first = parameter.flatten()[0].clone()
         parameter.view(-1)[0] = float("nan")
-        assert masks_of(model, tokens)[gate][int(layer)].isnan().all(), name
+        assert model.record_masks(tokens)[gate][int(layer)].isnan().all(), name
         for loss in losses:
             terms = loss(tokens)
             assert terms.ablated.isnan(), (name, loss.path)

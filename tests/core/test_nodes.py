@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformerConfig
 from sa_lens.config import GateConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import in_stream
-from sa_lens.core.last_position import Prompts, embedded, run_to_position
+from sa_lens.core.last_position import Prompts, embed_prompts, run_to_position
 from sa_lens.core.nodes import NodeFunctions, why_not_single_nodes
 
 NORMS = [(norm, final) for norm in ("LN", "LNPre", "RMS", "RMSPre", None) for final in (False, True)]
@@ -31,7 +31,7 @@ def test_the_end_of_a_pass_is_exact_or_refused(norm: str | None, final_rms: bool
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
         functions = NodeFunctions(model, tokens.shape[1])
-        found = functions.normalise(cache["blocks.1.hook_resid_post"]) @ functions.W_U + functions.b_U
+        found = functions.logits(cache["blocks.1.hook_resid_post"])
     assert torch.allclose(found, logits, rtol=0, atol=1e-12)
 
 
@@ -65,7 +65,7 @@ def test_prompts_of_several_lengths_to_their_last_positions(shape: str, scope: s
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     groups = [torch.randint(1, D_VOCAB, (n, length), generator=generator) for n, length in ((2, 5), (3, 8))]
-    prompts = Prompts.of(*embedded(model, groups))
+    prompts = Prompts.of(*embed_prompts(model, groups))
     found = run_to_position(model, NodeFunctions(model, 9), prompts, ablated=True)
     first = 0
     for tokens in groups:

@@ -100,6 +100,6 @@ def test_a_recorded_program_says_which_stream_it_is(model, record, stream):
 
     with warnings.catch_warnings(), model.ablated() if stream == "ablated" else model.clean():
         warnings.simplefilter("ignore")
-        with pytest.warns(UserWarning, match=f"recorded here .* is the {stream} stream, whatever stream"):
+        with pytest.warns(UserWarning, match=f"the recorded program .* runs the {stream} stream, whatever stream"):
             program = recorded()
     assert_right([(stream, program(TOKENS))], model)

@@ -178,7 +178,7 @@ def test_a_full_disk(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> Non
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sa_lens.data.disk.os.fsync", full)
+    monkeypatch.setattr("sa_lens.data.cache.os.fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: cannot write the cache file .* data.cache_dir"):
         prepare(config, 16, progress=False)
     assert list(Path(str(config.cache_dir), "tokens").glob("*.bin")) == []

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from sa_lens.data import fingerprint
+from sa_lens.data.cache import fingerprint
 from sa_lens.data.sources import Source, open_source, stories_source
 
 TEXTS = ["One day, Tim\nsaw a cat.", "Zoë said “hi” 🐈.", "The end."]

@@ -311,7 +311,7 @@ def test_one_token_stands_before_every_text(name: str, template: str, pre: str, 
     import sa_lens as sa
     from sa_lens.circuits.tasks.pairs import Draft, encode
     from sa_lens.units.labels import label_stories
-    from sa_lens.views.labels import encode_text
+    from sa_lens.views.wording import encode_text
 
     begin_token, end_token, begin, end = BOUNDARIES[name]
     tokenizer = in_memory(begin_token, end_token, template, pre)

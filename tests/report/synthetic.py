@@ -188,14 +188,6 @@ def ranking(rng: random.Random, method: str, stream: str) -> Ranking:
 
 def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
     rng = random.Random(seed)
-    steps = tuple(float(100 * i) for i in range(1, 21))
-    training = Curves(
-        "Loss while training",
-        "on the validation text",
-        "optimizer steps",
-        "loss, nats per token",
-        tuple(Line(name, stream, steps, tuple(2 + 3 / (1 + step / 300) for step in steps)) for stream in streams),
-    )
     skill = Table(
         "Skill",
         "64 pairs",
@@ -216,7 +208,6 @@ def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
                 tuple((stream, "2.31", "10.1", "0.91") for stream in streams),
                 (False, True, True, True),
             ),
-            training=training,
             samples=tuple(
                 Sample(prompt, stream, " there was a cat <script>alert(3)</script> and it sat.")
                 for prompt in ("Once upon a time", "Tom and Anna")
@@ -238,11 +229,19 @@ def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
     )  # fmt: skip
 
 
+def training(models: dict[str, tuple[str, ...]]) -> Curves:
+    steps = tuple(float(100 * i) for i in range(1, 21))
+    losses = tuple(2 + 3 / (1 + step / 300) for step in steps)
+    lines = tuple(Line(name, stream, steps, losses) for name, streams in models.items() for stream in streams)
+    return Curves("Loss while training", "on the validation text", "optimizer steps", "loss, nats per token", lines)
+
+
 def report() -> Report:
     return Report(
         title="Two models <b>&amp;</b> a script",
         version="0.0.test",
         models=(model_page("gated/one", ("clean", "ablated"), 1), model_page("plain", ("clean",), 2)),
+        training=training({"gated/one": ("clean", "ablated"), "plain": ("clean",)}),
         comparison=(
             Table("Side by side", "on the same text", ("figure", "gated/one", "plain"),
                   (("loss, nats", "2.31", "2.25"), ("a unit", "L1.mlp.3", "none")), (False, True, True)),
@@ -252,4 +251,4 @@ def report() -> Report:
 
 def single_report() -> Report:
     whole = report()
-    return Report("One model", whole.version, whole.models[:1], ())
+    return Report("One model", whole.version, whole.models[:1], training({"gated/one": ("clean",)}), ())

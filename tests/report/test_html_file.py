@@ -127,10 +127,8 @@ def test_one_model_without_comparison(visit, tmp_path):
 
 def test_an_empty_model_still_opens(visit, tmp_path):
     model = report().models[1]
-    bare = replace(
-        model, overview=replace(model.overview, training=None, samples=()), stories=(), tasks=(), units=(), name="é/%"
-    )
-    path = save(replace(report(), models=(bare,), comparison=()), tmp_path / "bare.html")
+    bare = replace(model, overview=replace(model.overview, samples=()), stories=(), tasks=(), units=(), name="é/%")
+    path = save(replace(report(), models=(bare,), training=None, comparison=()), tmp_path / "bare.html")
     page = visit(whole=True, file=path)
     assert texts(page, "nav a") == ["Overview"]
 
@@ -491,10 +489,10 @@ def test_a_damaged_file_says_so(browser, path, tmp_path):
 
 
 def test_packing_keeps_every_record():
-    from sa_lens.report.packing import packed
+    from sa_lens.report.packing import pack
 
     whole = report()
-    parts = packed(whole)
+    parts = pack(whole)
     unit = whole.models[0].units[0]
     row, details = parts["front"]["models"][0]["units"][0], parts["units-0"][0]
     kept = {field.name for field in dataclasses.fields(type(unit.streams[0]))}

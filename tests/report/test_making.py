@@ -121,7 +121,7 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     assert words(page) == list(STRANGE)
     assert found.title == "</title>"
     assert read(save(found, tmp_path / "report.json")) == found
-    assert page.overview.training is None
+    assert found.training is None
     assert {unit.site for unit in page.units} == {"attn"}
     assert "no MLP" in page.overview.facts[0].value
     assert page.tasks[0].rankings == ()
@@ -156,10 +156,10 @@ class TestBadInput:
     def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is measured before all is checked."""
 
-        def measured(*_: object) -> None:
+        def measure_losses(*_: object) -> None:
             raise AssertionError("began to measure")
 
-        monkeypatch.setattr(making, "measured", measured)
+        monkeypatch.setattr(making, "measure_losses", measure_losses)
 
     @pytest.mark.parametrize(
         ("options", "message"),

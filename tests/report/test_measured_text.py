@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sa_lens.report.measured_text import STORY_TOKENS, encode_for, gather
+from sa_lens.report.measured_text import STORY_TOKENS, encode_for, gather_texts
 from sa_lens.report.subjects import Subject, distinct_names
 from sa_lens.training import text_of_run
 
 
 def test_measured_text_is_the_runs_own(gated: Subject, tmp_path: Path) -> None:
-    texts = gather([gated], None, "text", 4)
+    texts = gather_texts([gated], None, "text", 4)
     own = text_of_run(gated.run, gated.model)
     found = encode_for(gated, texts, tmp_path)
     n = min(found.held_out.n_tokens, own.validation.n_tokens)
@@ -31,7 +31,7 @@ def test_named_stories_are_spread_over_the_text(gated: Subject, tmp_path: Path) 
     lines = [f"Anna saw {'a ball. ' * i}" for i in range(1, 9)]
     path = tmp_path / "named.txt"
     path.write_text("\n".join(lines))
-    found = gather([gated], str(path), "text", 4).stories
+    found = gather_texts([gated], str(path), "text", 4).stories
     assert found == tuple(lines[i].strip() for i in (0, 2, 4, 6))
 
 
@@ -39,7 +39,7 @@ def test_long_stories_are_cut_after_a_word(gated: Subject, tmp_path: Path) -> No
     words = " ".join(["Anna", "and", "Ben", "ran."] * 200)
     path = tmp_path / "long.txt"
     path.write_text(words + "\n" + "x" * 5_000)
-    cut, plain = gather([gated], str(path), "text", 2).stories
+    cut, plain = gather_texts([gated], str(path), "text", 2).stories
     assert words.startswith(cut + " ")
     assert plain == "x" * len(plain)
     for text in (cut, plain):
@@ -52,13 +52,13 @@ def test_a_model_without_text_of_its_own_is_measured_on_the_named_one(gated: Sub
     whole = [f"Story {i}: Anna and Ben ran to the lake, and there were {i} birds." for i in range(300)]
     many, one = tmp_path / "many.txt", tmp_path / "one.txt"
     many.write_text("\n".join(whole))
-    found = gather([bare], str(many), "text", 3)
+    found = gather_texts([bare], str(many), "text", 3)
     assert (*found.calibration, *found.held_out) == tuple(whole)
     assert 50 < len(found.calibration) < 150
     assert found.name == "many.txt"
     encode_for(bare, found, tmp_path)
     one.write_text(" ".join(whole))
-    found = gather([bare], str(one), "text", 3)
+    found = gather_texts([bare], str(one), "text", 3)
     assert found.calibration[0] + found.held_out[0] == " ".join(whole)
     encode_for(bare, found, tmp_path)
 

@@ -45,5 +45,5 @@ def test_samples_continue_the_same_prompts_in_each_stream(report: Report, gated)
     assert other.clean != drawn.clean
 
 
-def test_training_curves_are_those_of_the_run(report: Report, dense_run: Path) -> None:
-    assert report.models[1].overview.training == training_curves({"dense": dense_run})
+def test_training_curves_are_those_of_the_runs(report: Report, gated_run: Path, dense_run: Path) -> None:
+    assert report.training == training_curves({"gated": gated_run, "dense": dense_run})

@@ -13,7 +13,7 @@ from sa_lens.circuits.metrics import skill
 from sa_lens.report import Report, task_pages
 from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.subjects import Subject
-from sa_lens.report.task_pages import in_order, prompts_for, task_page
+from sa_lens.report.task_pages import order_edges, prompts_for, task_page
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_order_is_that_of_keep() -> None:
     scores = (torch.randn(graph.exists.shape, generator=generator, dtype=torch.float64) * 2).round() / 2
     circuit = Circuit(graph, graph.exists.clone(), scores)
     for absolute in (True, False):
-        order = named(in_order(circuit, absolute=absolute))
+        order = named(order_edges(circuit, absolute=absolute))
         for n in range(len(graph) + 1):
             assert set(order[:n]) == {str(edge) for edge in circuit.keep(n, absolute=absolute)}
 

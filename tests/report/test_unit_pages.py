@@ -8,9 +8,9 @@ import torch
 
 from sa_lens.report import Report
 from sa_lens.report.contents import UnitPage
-from sa_lens.report.measured_text import encode_for, gather
+from sa_lens.report.measured_text import encode_for, gather_texts
 from sa_lens.report.subjects import Subject
-from sa_lens.report.unit_pages import most_telling
+from sa_lens.report.unit_pages import choose_units
 from sa_lens.units import Sublayer, Unit, calibrate, explain, label_stories, selectivity, specialization
 from sa_lens.views.gate_raster import promoted_tokens
 
@@ -19,7 +19,7 @@ STREAMS = ("clean", "ablated")
 
 @pytest.fixture(scope="module")
 def text(gated: Subject, tmp_path_factory: pytest.TempPathFactory):
-    return encode_for(gated, gather([gated], None, "text", 1), tmp_path_factory.mktemp("tokens"))
+    return encode_for(gated, gather_texts([gated], None, "text", 1), tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_the_most_telling_units_come_first() -> None:
         99: ["L0.attn.0", "L0.attn.1", "L0.attn.2", "L0.mlp.5", "L0.mlp.7"],
     }
     for n_units, names in expected.items():
-        assert [str(unit) for unit in most_telling(table, n_units)] == names
+        assert [str(unit) for unit in choose_units(table, n_units)] == names
 
 
 def test_units_that_stories_mention_are_listed_dead_or_not(report: Report) -> None:

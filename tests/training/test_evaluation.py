@@ -12,7 +12,6 @@ import torch
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.fused import why_not_fused
-from sa_lens.core.masks import masks_of
 from sa_lens.training import evaluation
 from sa_lens.training.evaluation import evaluate
 
@@ -109,12 +108,12 @@ def test_masks_are_those_of_the_ablated_pass(scope: str) -> None:
     expected = gated.run_both_passes(tokens).masks
     for with_gradient in (True, False):
         with torch.set_grad_enabled(with_gradient):
-            found = masks_of(gated, tokens)
+            found = gated.record_masks(tokens)
         assert found.keys() == expected.keys()
         for name in found:
             assert all(torch.equal(a, b) for a, b in zip(found[name], expected[name], strict=True))
     with pytest.raises(ValueError, match="needs gates"):
-        masks_of(model(scope="none"), tokens)
+        model(scope="none").record_masks(tokens)
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def test_the_survivor_of_a_death_says_so_and_how_to_go_on(make_run: MakeRun, tmp
     codes = child_processes.train_and_lose_one(make_run(steps=12, accumulate=2, save_every=4), out, 6, report)
     assert codes == [2, -signal.SIGKILL]
     said = report.read_text()
-    assert said.startswith("LostProcess: process 0 cannot go on, since another process of this training has died")
+    assert said.startswith("LostProcess: process 0 cannot continue, since another process of this training has died")
     assert said.endswith(f"sa-lens train --out {out} --resume")
     assert [folder.name for folder in complete_steps(out)] == ["step-4"]
 

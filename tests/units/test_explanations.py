@@ -8,11 +8,9 @@ from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
 from sa_lens.core.unit import Unit
-from sa_lens.units.explanations import explain
+from sa_lens.units.contexts import ANY, Fill, Texts, UnitReader, answer, likely_tokens
+from sa_lens.units.explanations import correlation, explain, firing_places, judge, silent_places, token_list, window_of
 from sa_lens.units.firing import calibrate
-from sa_lens.units.judging import correlation, firing_places, judge, silent_places, token_list, window_of
-from sa_lens.units.pruning import Fill, Texts, UnitReader, answer, likely_tokens
-from sa_lens.units.trie import ANY
 
 V, N_CTX = 12, 32
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sa_lens.core.unit import Unit
+from sa_lens.units.contexts import ContextTrie
 from sa_lens.units.explanations import Explanation, Snippet
 from sa_lens.units.language_model import DETECT, EXPLAIN, BudgetError, ChatModel, explain_by_chat, marked, numbers
-from sa_lens.units.trie import ContextTrie
 
 
 @pytest.fixture

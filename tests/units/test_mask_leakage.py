@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
-from sa_lens.units.mask_leakage import CONDITIONS, leakage
-from sa_lens.units.swaps import other_occurrences, permuted_units
+from sa_lens.units.mask_leakage import (
+    CONDITIONS,
+    fit_probe,
+    leakage,
+    other_occurrences,
+    permuted_units,
+    smoothed_counts,
+)
 
 V, N_CTX = 6, 8
 
@@ -265,8 +273,8 @@ def test_masks_of_another_seed_have_their_probe():
     [
         (text(n=3), "3 blocks of 7 tokens: at least 4"),
         (text(length=1), "6 blocks of 1 tokens"),
-        (text().float(), "whole-number tensor"),
-        (text()[0], "whole-number tensor"),
+        (text().float(), "integers"),
+        (text()[0], "integers"),
         (text(length=11), "longer than n_ctx=10"),
         (text(d_vocab=12), "vocabulary of 9"),
         (torch.arange(8).reshape(4, 2), "no token occurs twice"),
@@ -290,3 +298,71 @@ def test_models_that_do_not_fit_are_refused():
         leakage(model, text(), other_seed=noisy(kind="soft"), progress=False)
     with pytest.raises(ValueError, match="classes=0"):
         leakage(model, text(), classes=0, progress=False)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=6), st.integers(0, 9))
+def test_another_occurrence_of_the_same_token(rows, seed):
+    tokens = torch.tensor(rows)
+    flat = tokens.flatten().tolist()
+    permutation = other_occurrences(tokens, tokens, torch.Generator().manual_seed(seed)).flatten().tolist()
+    for i, donor in enumerate(permutation):
+        if flat.count(flat[i]) == 1:
+            assert donor == -1
+        else:
+            assert donor != i
+            assert flat[donor] == flat[i]
+    used = [donor for donor in permutation if donor >= 0]
+    assert sorted(used) == [i for i, token in enumerate(flat) if flat.count(token) > 1]
+    among = tokens[:1].clone()
+    drawn = other_occurrences(tokens, among, torch.Generator().manual_seed(seed)).flatten().tolist()
+    for token, donor in zip(flat, drawn, strict=True):
+        assert (donor == -1) == (token not in rows[0])
+        assert donor == -1 or rows[0][donor] == token
+
+
+def test_donors_are_drawn_evenly():
+    tokens, among = torch.zeros(1, 4000, dtype=torch.long), torch.tensor([[0, 1, 0, 0, 1]])
+    drawn = other_occurrences(tokens, among, torch.Generator().manual_seed(0)).flatten()
+    counts = torch.bincount(drawn, minlength=5)
+    assert counts[1] == counts[4] == 0
+    assert counts[[0, 2, 3]].min() > 1200
+
+
+def test_permuted_masks_are_as_large_and_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    masks = {"a": torch.rand(3, 4, 2, 5), "b": (torch.rand(3, 4, 7) > 0.5)}
+    permuted = permuted_units(masks, generator)
+    for name, mask in masks.items():
+        assert permuted[name].shape == mask.shape
+        assert torch.equal(permuted[name].flatten(2).sort(-1).values, mask.flatten(2).sort(-1).values)
+        assert not torch.equal(permuted[name], mask)
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (900,), generator=generator)
+    groups = torch.arange(900) // 30
+    signal = torch.nn.functional.one_hot(labels, 3).float() + 0.1 * torch.randn(900, 3, generator=generator)
+    noise = torch.randn(900, 3, generator=generator)
+    found = {}
+    for name, features in (("signal", signal), ("noise", noise)):
+        log_p = fit_probe(features[:600], labels[:600], features[600:], groups=groups[:600])
+        torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(300))
+        found[name] = float(-log_p.gather(-1, labels[600:, None]).mean())
+    assert found["signal"] < 0.3
+    assert found["noise"] == pytest.approx(np.log(3), abs=0.03)
+
+
+def test_smoothed_counts_are_those_of_the_formula():
+    read = [torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 3])]
+    labels = [torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([0, 1, 1])]
+    found = smoothed_counts(read, labels).exp()
+    share = np.array([4, 4]) / 8
+
+    def table(strength):
+        counts = np.array([[2, 1], [0, 2], [1, 0], [0, 0]])
+        return (counts + strength * share) / (counts.sum(-1, keepdims=True) + strength)
+
+    candidates = [table(strength)[read[1]] for strength in (1, 3, 10, 30, 100, 300, 1000)]
+    assert any(np.allclose(found, candidate) for candidate in candidates)
+    np.testing.assert_allclose(found[2], share)  # a token that training has not seen

@@ -23,7 +23,7 @@ from sa_lens.views import (
     story,
     unit_activations,
 )
-from sa_lens.views.html_page import component, escape_markup, inert, library_script
+from sa_lens.views.html_page import component, escape_markup, json_for_script, library_script
 
 CARRIED = "data-sa-lens-library='{}'"
 
@@ -182,7 +182,7 @@ def test_markup_in_data_stays_data(reader):
     assert escape_markup("<script>&lt;") == "<\u2060script>&\u2060lt;"
     text = component("plotly", "", {"a": "</script><script>alert(1)</script>"})
     assert Elements(text).tags.count("script") == 2
-    assert "<script>" not in inert(["<script>"])
+    assert "<script>" not in json_for_script(["<script>"])
 
 
 def test_library_scripts_are_whole():
@@ -202,7 +202,7 @@ def test_a_browser_draws_what_comes_before_and_after_the_script(reader, shell, t
     shown, figure = draw(attention(reader, EVIL, 0)), draw(gate_raster(reader, EVIL))
     outputs = shell.run("one", shown, figure)
     later = shell.run("two", shown, figure, draw(story(reader, EVIL)), draw(predictions(reader, EVIL)))
-    cleared = component("circuitsvis", "AttentionHeads", {}, instead="<p>read me</p>").replace("circuitsvis", "gone")
+    cleared = component("circuitsvis", "AttentionHeads", {}).replace("circuitsvis", "gone")
     page_text = "<!doctype html><meta charset='utf-8'><body>" + "".join([*later, *outputs, cleared])
     (tmp_path / "page.html").write_text(page_text, encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
@@ -219,6 +219,6 @@ def test_a_browser_draws_what_comes_before_and_after_the_script(reader, shell, t
     assert dom.count("data-drawn") == 4
     assert dom.count('class="main-svg"') >= 2, "plotly drew twice"
     assert dom.count("Head Selector") == 2, "circuitsvis drew twice"
-    assert dom.count("read me") == 1
+    assert dom.count("This picture needs a script") == 1
     assert "could not be drawn" not in dom
     assert "alert" not in dom

@@ -46,7 +46,7 @@ from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates, check_cho
 from sa_lens.circuits.running.removal_costs import sign_of
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, widened
+from sa_lens.core.host import Hook, Host, at_least_float32
 from sa_lens.core.last_position import why_not_by_nodes
 from sa_lens.core.nodes import split_inputs
 
@@ -262,7 +262,7 @@ def scores_by_hooks(
                     inputs = [x for one in seen for x in one.inputs.values()]
                     value_of_all = torch.stack([function(part, batch.pairs).sum() for part in now.split(n)]).sum()
                     found = torch.autograd.grad(value_of_all, inputs, materialize_grads=True)
-                    found = tuple(map(widened, found))
+                    found = tuple(map(at_least_float32, found))
                 # their sum, so that the products, which cost as much as a pass, are taken once
                 sums = [x.unflatten(0, (len(together), n)).sum(0) for x in found]
                 gradients = [a + b for a, b in zip(gradients, sums, strict=True)] if gradients else sums

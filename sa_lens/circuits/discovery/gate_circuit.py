@@ -28,7 +28,7 @@ from sa_lens.circuits.metrics import check_fits
 from sa_lens.circuits.running.circuit_by_hooks import record_masks
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.gate import top_k_mask
-from sa_lens.core.host import Host, device_of, gate_hook_names, in_stream, widened
+from sa_lens.core.host import Host, at_least_float32, device_of, gate_hook_names, in_stream
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,7 +296,7 @@ def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
             values = record_masks(model, tokens, list(values_of.values()))
         found = {}
         for name, point in values_of.items():
-            size = widened(values[point]).abs()
+            size = at_least_float32(values[point]).abs()
             if by_head and "attn_gate" in name:
                 size = size.norm(dim=-1, keepdim=True)
             found[name] = top_k_mask(size.flatten(2), _kept(model, name)).reshape(size.shape)

@@ -14,7 +14,7 @@ from sa_lens.circuits.metrics import Metric, metric_named
 from sa_lens.circuits.running.circuit_by_hooks import Ablation, Written, instead, record_masks
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, in_stream, run_to_last, weight, widened
+from sa_lens.core.host import Hook, Host, at_least_float32, device_of, gate_hook_names, in_stream, run_to_last, weight
 
 
 class Batch(NamedTuple):
@@ -158,11 +158,11 @@ class EdgePasses:
 
 
 def _sent(model: Host, carried: Written, written: Written) -> Float[Tensor, "source pair pos d_model"]:
-    carried, written = carried.map(widened), written.map(widened)
+    carried, written = carried.map(at_least_float32), written.map(at_least_float32)
     parts = [(carried.embed - written.embed)[None]]
     for layer, z in enumerate(written.z):
         by_head = (carried.z[layer] - z).permute(2, 0, 1, 3)
-        parts.append(by_head @ widened(weight(model, f"blocks.{layer}.attn.W_O").detach())[:, None])
+        parts.append(by_head @ at_least_float32(weight(model, f"blocks.{layer}.attn.W_O").detach())[:, None])
         if written.mlp_out:
             parts.append((carried.mlp_out[layer] - written.mlp_out[layer])[None])
     return torch.cat(parts)
@@ -175,7 +175,7 @@ def products(
     scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
     flat = sent.flatten(1)
     for name, inputs in _ends(graph):
-        g = widened(gradients[name])
+        g = at_least_float32(gradients[name])
         by_input = g.permute(2, 0, 1, 3).flatten(1) if g.ndim == 4 else g.flatten()[None]
         n = graph.n_sources[inputs[0]]
         scores[inputs, :n] = (by_input @ flat[:n].T).double().cpu()

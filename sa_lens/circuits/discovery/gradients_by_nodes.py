@@ -53,7 +53,7 @@ def scores_by_nodes(
     for batch in batches:
         part, clean = pairs.subset(batch.rows), batch.clean
         assert clean is not None
-        logits = functions.normalise(clean.final[stream]) @ functions.W_U + functions.b_U
+        logits = functions.logits(clean.final[stream])
         function = metric_named(metric, logits)[1]
         value += float(function(logits, part).double().sum())
         prompts = Prompts.of(batch.prompts.embed, batch.prompts.last, batch.first)
@@ -72,7 +72,7 @@ def scores_by_nodes(
                     before=clean.keys_and_values,
                     masks=clean.masks if gates == "frozen" else None,
                 ).final[stream]
-                total = function(functions.normalise(final) @ functions.W_U + functions.b_U, part).sum()
+                total = function(functions.logits(final), part).sum()
                 found = torch.autograd.grad(total, list(inputs.of.values()), materialize_grads=True)
             for reader, gradient in zip(inputs.of, found, strict=True):
                 gradients[reader] = gradients[reader] + gradient if reader in gradients else gradient

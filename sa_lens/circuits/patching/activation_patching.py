@@ -23,12 +23,12 @@ from sa_lens.config import Stream
 from sa_lens.core.host import (
     Hook,
     Host,
+    at_least_float32,
     device_of,
     gate_hook_names,
     in_stream,
     require_hooks,
     run_to_last,
-    widened,
 )
 
 if TYPE_CHECKING:
@@ -426,8 +426,8 @@ def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], s
             score = logit_difference(logits, run.pairs).sum()
         gradients = torch.autograd.grad(score, list(leaves.values()))
         for name, gradient in zip(leaves, gradients, strict=True):
-            change = widened(run.source[name]) - widened(base[name])
-            effect = (widened(gradient) * change).sum((0, 1)).cpu()
+            change = at_least_float32(run.source[name]) - at_least_float32(base[name])
+            effect = (at_least_float32(gradient) * change).sum((0, 1)).cpu()
             totals[name] = totals.get(name, 0) + effect
     return [totals[hook] for hook in hooks.values()]
 

@@ -24,7 +24,7 @@ from sa_lens.circuits.patching.activation_patching import KINDS, Kind, kind_hook
 from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates, check_choices
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
-from sa_lens.core.host import Hook, Host, in_stream, run_to_last, widened
+from sa_lens.core.host import Hook, Host, at_least_float32, in_stream, run_to_last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,8 +208,8 @@ class _Run:
                 gradients = torch.autograd.grad(score, [values[name] for name in self.hooks])
             value += float(score.detach().double())
             for layer, (name, gradient) in enumerate(zip(self.hooks, gradients, strict=True)):
-                change = widened(carried[name]) - widened(values[name].detach())
-                product = (widened(gradient) * change).sum(0).double()
+                change = at_least_float32(carried[name]) - at_least_float32(values[name].detach())
+                product = (at_least_float32(gradient) * change).sum(0).double()
                 product = product if self.by_position else product.sum(0, keepdim=True)
                 inside = tuple(range(1 + len(self.kind.unit), product.ndim))
                 totals[layer] = totals[layer] + (product.sum(inside) if inside else product).cpu()

@@ -343,9 +343,9 @@ class _Versions:
                     padded = self.before[layer][max(0, port - 1)][head].clone()
                     padded[self.prompts.prompt, self.prompts.pos] = y
                     # queries of other rows are not used
-                    y = self.functions.rotated(layer, port, padded)
+                    y = self.functions.rotate(layer, port, padded)
                 else:
-                    y = self.functions.rotated(layer, port, y[:, None], self.prompts.last)
+                    y = self.functions.rotate(layer, port, y[:, None], self.prompts.last)
                 self._keep(key, y)
 
     def _heads(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:

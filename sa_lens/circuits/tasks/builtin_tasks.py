@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from sa_lens.circuits.tasks import tinystories
 from sa_lens.circuits.tasks.pairs import MINIMUM, Draft, PromptPairs, encode, split
 from sa_lens.config import shown
-from sa_lens.data.reading import DamagedFile, check_object
-from sa_lens.data.reading import read_json as read_file
+from sa_lens.data.whole_files import DamagedFile, check_object
+from sa_lens.data.whole_files import read_json as read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

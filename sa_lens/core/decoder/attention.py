@@ -13,23 +13,19 @@ slope `m_h = 2^(-8 (h + 1) / n_heads)` (arXiv 2108.12409).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.hook_points import HookPoint
 
 from sa_lens.core.decoder.config import HookedTransformerConfig
 from sa_lens.core.decoder.layers import parameter, position_ids
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
-    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 AttentionType = Literal["global", "local"]
 

@@ -123,7 +123,8 @@ class PosEmbed(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """Embeddings of positions `offset` to `offset + length - 1`, not counting padding, which has none."""
         if attention_mask is None:
-            return self.W_pos[offset : offset + length].expand(batch, -1, -1)
+            # a copy, so that a hook that writes in place leaves the weights alone
+            return self.W_pos[offset : offset + length].repeat(batch, 1, 1)
         new = slice(offset, offset + length)
         embedded = F.embedding(position_ids(attention_mask)[:, new], self.W_pos)
         return embedded.masked_fill(attention_mask[:, new, None] == 0, 0)
@@ -201,5 +202,5 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         ValueError: there is none.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"act_fn={name!r} is unknown to sa_lens's decoder: choose from {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"act_fn={name!r} must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

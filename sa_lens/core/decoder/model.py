@@ -113,8 +113,7 @@ class Block(nn.Module):
         attn_in = self.hook_attn_in(repeated(cfg.n_heads)) if cfg.use_attn_in else resid_pre
         if not cfg.use_split_qkv_input:
             return attn_in, attn_in, attn_in
-        grouped = cfg.n_key_value_heads is not None and not cfg.ungroup_grouped_query_attention
-        kv_heads = cfg.n_key_value_heads if grouped and cfg.n_key_value_heads is not None else cfg.n_heads
+        kv_heads = cfg.n_heads if cfg.ungroup_grouped_query_attention else cfg.n_key_value_heads or cfg.n_heads
         return (
             self.hook_q_input(repeated(cfg.n_heads)),
             self.hook_k_input(repeated(kv_heads)),
@@ -166,17 +165,15 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         if self.cfg.use_hook_tokens:
             self.hook_tokens = HookPoint()  # [batch, pos]
         self.blocks = nn.ModuleList(Block(self.cfg, layer) for layer in range(self.cfg.n_layers))
-        if self.cfg.normalization_type is not None:
-            self.ln_final = self._final_norm(self.cfg.normalization_type)
+        kind = self.cfg.normalization_type
+        if kind is not None:
+            self.ln_final = norm(self.cfg, kind.replace("LN", "RMS") if self.cfg.final_rms else kind)
         self.unembed = Unembed(self.cfg)
         if self.cfg.init_weights:
             self.init_weights()
         if move_to_device:
             nn.Module.to(self, self.cfg.device)
         self.setup()
-
-    def _final_norm(self, kind: str) -> nn.Module:
-        return norm(self.cfg, kind.replace("LN", "RMS") if self.cfg.final_rms else kind)
 
     def forward(
         self,
@@ -252,6 +249,9 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         Returns:
             The residual stream, the tokens, the positions of a shortformer model, and the attention mask with that of
             the cache before it; the last two may be None.
+
+        Raises:
+            ValueError: more positions than `n_ctx`, or an attention mask of another shape.
         """
         if isinstance(input, Tensor):
             tokens = input if input.ndim == 2 else input[None]
@@ -273,6 +273,9 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
             attention_mask = past_kv_cache.append_attention_mask(new_mask)
         if attention_mask is not None:
             attention_mask = attention_mask.to(tokens.device)
+        length = offset + tokens.shape[1]
+        if length > self.cfg.n_ctx and self.cfg.positional_embedding_type != "alibi":
+            raise ValueError(f"tokens have {length} positions, more than the model's n_ctx={self.cfg.n_ctx}")
         if self.cfg.use_hook_tokens:
             tokens = self.hook_tokens(tokens)
         residual = self.hook_embed(self.embed(tokens))

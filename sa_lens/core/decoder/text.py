@@ -106,7 +106,11 @@ class Text:
         if isinstance(input, list):
             return [self.to_str_tokens(entry, prepend_bos, padding_side) for entry in input]  # type: ignore[return-value]
         tokens = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else torch.as_tensor(input)
-        single = [[token] for token in _of_one_text(tokens).tolist()]
+        if tokens.ndim > 1 and tokens.numel() != tokens.shape[-1]:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}, but must be those of one text: give a list of them"
+            )
+        single = [[token] for token in tokens.flatten().tolist()]
         return self._required_tokenizer().batch_decode(single, clean_up_tokenization_spaces=False)
 
     def to_single_token(self, string: str) -> int:
@@ -123,28 +127,6 @@ class Text:
     def to_single_str_token(self, int_token: int) -> str:
         """The text of a token."""
         return str(self.to_str_tokens(torch.tensor([int_token]))[0])
-
-    def get_token_position(
-        self,
-        single_token: str | int | Tensor,
-        input: str | Tensor,
-        mode: Literal["first", "last"] = "first",
-        prepend_bos: bool | None = None,
-        padding_side: Literal["left", "right"] | None = None,
-    ) -> int:
-        """Where a token stands in a text or in tokens `[pos]` or `[1, pos]`.
-
-        Raises:
-            ValueError: an unknown mode, or a token that does not occur.
-        """
-        if mode not in ("first", "last"):
-            raise ValueError(f"mode={mode!r} must be 'first' or 'last'")
-        tokens = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else input
-        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
-        places = (_of_one_text(tokens) == token).nonzero().flatten()
-        if not len(places):
-            raise ValueError(f"token {token} does not occur in the prompt")
-        return int(places[0 if mode == "first" else -1])
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
@@ -163,14 +145,3 @@ class Text:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass tokens, or call model.set_tokenizer(...)")
         return self.tokenizer
-
-
-def _of_one_text(tokens: Tensor) -> Int[Tensor, " pos"]:
-    """Tokens without their axis of batches.
-
-    Raises:
-        ValueError: tokens of several texts.
-    """
-    if tokens.ndim > 1 and tokens.numel() != tokens.shape[-1]:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}, but must be those of one text")
-    return tokens.reshape(-1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities import (
-    composition_scores,
     init_kaiming_normal_,
     init_kaiming_uniform_,
     init_xavier_normal_,
@@ -33,6 +32,11 @@ _INITIALISERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _stacked(part: str, name: str) -> property:
+    """A weight of every layer as one tensor, with an axis of layers in front; grouped keys and values are repeated."""
+    return property(lambda self: torch.stack([getattr(getattr(block, part), name) for block in self.blocks]))
+
+
 class Weights:
     """The part of `HookedTransformer` that is about its weights as a whole."""
 
@@ -44,85 +48,32 @@ class Weights:
     ln_final: Any
     setup: Callable[[], None]
 
-    # ---------------------------------------------------------------------------------------------------- stacked
-
-    def _stacked(self, name: str) -> Tensor:
-        part, leaf = name.split(".")
-        return torch.stack([getattr(getattr(block, part), leaf) for block in self.blocks])
+    W_E = property(lambda self: self.embed.W_E, doc="Embedding of tokens `[d_vocab, d_model]`.")
+    W_pos = property(lambda self: self.pos_embed.W_pos, doc="Embedding of positions `[n_ctx, d_model]`.")
+    W_U = property(lambda self: self.unembed.W_U, doc="Unembedding `[d_model, d_vocab]`.")
+    b_U = property(lambda self: self.unembed.b_U, doc="Bias of the logits `[d_vocab]`.")
+    W_Q = _stacked("attn", "W_Q")  # [layer, head, d_model, d_head]
+    W_K = _stacked("attn", "W_K")
+    W_V = _stacked("attn", "W_V")
+    W_O = _stacked("attn", "W_O")  # [layer, head, d_head, d_model]
+    b_Q = _stacked("attn", "b_Q")  # [layer, head, d_head]
+    b_K = _stacked("attn", "b_K")
+    b_V = _stacked("attn", "b_V")
+    b_O = _stacked("attn", "b_O")  # [layer, d_model]
+    W_in = _stacked("mlp", "W_in")  # [layer, d_model, d_mlp]
+    b_in = _stacked("mlp", "b_in")  # [layer, d_mlp]
+    W_out = _stacked("mlp", "W_out")  # [layer, d_mlp, d_model]
+    b_out = _stacked("mlp", "b_out")  # [layer, d_model]
 
     @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.embed.W_E
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        return self.pos_embed.W_pos
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
+        """None in a model whose MLPs are not gated."""
+        return torch.stack([block.mlp.W_gate for block in self.blocks]) if self.cfg.gated_mlp else None
 
     @property
     def W_E_pos(self) -> Float[Tensor, "d_vocab_and_n_ctx d_model"]:
         """Embeddings of all tokens, then of all positions."""
         return torch.cat([self.W_E, self.W_pos])
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.unembed.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.unembed.b_U
-
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self._stacked("attn.W_Q")
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self._stacked("attn.W_K")
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer head d_model d_head"]:
-        return self._stacked("attn.W_V")
-
-    @property
-    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
-        return self._stacked("attn.W_O")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
-        return self._stacked("attn.b_Q")
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer head d_head"]:
-        return self._stacked("attn.b_K")
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer head d_head"]:
-        return self._stacked("attn.b_V")
-
-    @property
-    def b_O(self) -> Float[Tensor, "layer d_model"]:
-        return self._stacked("attn.b_O")
-
-    @property
-    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
-        return self._stacked("mlp.W_in")
-
-    @property
-    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
-        """None in a model whose MLPs are not gated."""
-        return self._stacked("mlp.W_gate") if self.cfg.gated_mlp else None
-
-    @property
-    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
-        return self._stacked("mlp.b_in")
-
-    @property
-    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
-        return self._stacked("mlp.W_out")
-
-    @property
-    def b_out(self) -> Float[Tensor, "layer d_model"]:
-        return self._stacked("mlp.b_out")
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -133,12 +84,6 @@ class Weights:
     def OV(self) -> FactoredMatrix:
         """`W_V W_O [layer, head, d_model, d_model]`."""
         return FactoredMatrix(self.W_V, self.W_O)
-
-    @property
-    def n_params_total(self) -> int:
-        """Number of parameters, embeddings, biases and norms included."""
-        assert isinstance(self, nn.Module)
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def all_head_labels(self) -> list[str]:
         """`L0H0`, `L0H1`, ... for every head."""
@@ -160,20 +105,6 @@ class Weights:
             for block in self.blocks[:layer]:
                 total = total + block.mlp.b_out
         return total
-
-    def all_composition_scores(self, mode: Literal["Q", "K", "V"]) -> Float[Tensor, "layer head layer head"]:
-        """How much each head reads, by its queries, keys or values, of what an earlier head writes; 0 for later ones.
-
-        Source: Elhage et al., A Mathematical Framework for Transformer Circuits (2021).
-        """
-        if mode not in ("Q", "K", "V"):
-            raise ValueError(f"mode={mode!r} must be 'Q', 'K' or 'V'")
-        reader = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode]
-        scores = composition_scores(self.OV, reader, broadcast_dims=True)
-        layers = torch.arange(self.cfg.n_layers, device=scores.device)
-        return scores.masked_fill(layers[:, None, None, None] >= layers[:, None], 0)
-
-    # ------------------------------------------------------------------------------------------- initial, processed
 
     def init_weights(self) -> None:
         """Draws the matrices as `cfg.init_mode` says; biases are zero and norms one from the start.

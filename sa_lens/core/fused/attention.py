@@ -3,8 +3,8 @@
 Query t of the clean stream sees the clean keys 0..t. Query t of the ablated stream sees the clean keys 0..t-1 and its
 own, so its scores have the shape of the clean stream's with the own score on the diagonal: one causal softmax serves
 both. The streams' queries are interleaved, so that one matrix product serves both too, and go through in blocks of
-queries: a block needs the keys up to its last position only, and its scores stay in the cache. The way back computes
-the scores again.
+queries: a block needs the keys up to its last position only, and its scores stay in the cache. The backward
+pass computes the scores again.
 
 Products whose result is as narrow as a head are written transposed, `[head, d_head, row or key]`: matrix libraries are
 several times faster at wide results.

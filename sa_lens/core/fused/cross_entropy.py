@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.core.gate import at_least_float32
+from sa_lens.core.host import at_least_float32
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits that a chunk may hold."""

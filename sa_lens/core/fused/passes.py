@@ -101,7 +101,7 @@ class Passes:
         for block in self.model.blocks:
             resid = self._run(self._joint_layer, block, resid)
             outputs.append(resid)
-        outputs.append(self.normalised(getattr(self.model, "ln_final", None), resid))
+        outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
         clean, ablated = zip(*(x.unbind(0) for x in outputs), strict=True)
         return list(clean), list(ablated)
 
@@ -113,7 +113,7 @@ class Passes:
         for block, record in zip(self.model.blocks, records, strict=True):
             resid = self._run(self._ablated_layer, block, resid, *record, clean[-1])
             ablated.append(resid)
-        ablated.append(self.normalised(getattr(self.model, "ln_final", None), resid))
+        ablated.append(self.normalise(getattr(self.model, "ln_final", None), resid))
         return [x[0] for x in clean], [x[0] for x in ablated]
 
     def _clean_layers(self, resid: Tensor) -> tuple[list[Tensor], list[_Clean]]:
@@ -123,7 +123,7 @@ class Passes:
             resid, k, v = self._run(self._clean_layer, block, resid)
             records.append(_Clean(before, k, v))
             outputs.append(resid)
-        outputs.append(self.normalised(getattr(self.model, "ln_final", None), resid))
+        outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
         return outputs, records
 
     def _run(self, layer: Callable[..., Any], *args: Any) -> Any:
@@ -157,12 +157,12 @@ class Passes:
         """Functions that mask `z` and `post` of the last stream."""
 
         def masking(gate: Any) -> Callable[[Tensor], Tensor]:
-            def masked(units: Tensor) -> Tensor:
+            def mask_units(units: Tensor) -> Tensor:
                 return masked_units(units.flatten(1, 2), self.scores(gate, local, final), gate.k, gate.cfg).view_as(
                     units
                 )
 
-            return masked
+            return mask_units
 
         return masking(block.attn_gate), masking(block.mlp_gate) if hasattr(block, "mlp_gate") else lambda x: x
 
@@ -170,7 +170,7 @@ class Passes:
         attn = block.attn
         weight = torch.stack([attn.W_Q, attn.W_K, attn.W_V]).permute(2, 0, 1, 3).flatten(1)
         bias = torch.stack([attn.b_Q, attn.b_K, attn.b_V]).flatten() if self.qkv_bias else None
-        qkv = self.linear(self.normalised(block.ln1, resid), weight, bias)
+        qkv = self.linear(self.normalise(block.ln1, resid), weight, bias)
         return qkv.unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(3)
 
     def _rest(
@@ -187,7 +187,7 @@ class Passes:
         if self.cfg.attn_only:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
-        pre = self.linear(self.normalised(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
+        pre = self.linear(self.normalise(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
         post = mask_post(ACTIVATIONS[str(self.cfg.act_fn)](pre))
         return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
 
@@ -207,7 +207,7 @@ class Passes:
             reads.append(scores_of(final.flatten(0, 1), gate.W_global, gate.b_global, self.dtype))
         return reads[0] if len(reads) == 1 else reads[0] + reads[1]
 
-    def normalised(self, norm: Any, x: Tensor) -> Tensor:
+    def normalise(self, norm: Any, x: Tensor) -> Tensor:
         """What the model's normalisation module computes."""
         kind, eps = self.cfg.normalization_type, self.cfg.eps
         if kind is None:

@@ -114,7 +114,7 @@ def _last_masked(values: Tensor, mask: Tensor) -> Tensor:
 
 def _mask(scores: Tensor, edge: Tensor, k: int, cfg: GateConfig) -> Tensor:
     if cfg.kind == "soft":
-        shifted, _ = _shifted(scores, edge, cfg)
+        shifted, _ = _shift(scores, edge, cfg)
         if cfg.surrogate == "softmax":
             return torch.softmax(shifted, dim=-1)
         v = shifted.sigmoid_()
@@ -159,7 +159,7 @@ def hard_mask(scores: Float[Tensor, "row score"], edge: Float[Tensor, "row 2"], 
     return top_k_mask(scores, k)
 
 
-def _shifted(scores: Tensor, edge: Tensor, cfg: GateConfig) -> tuple[Tensor, Tensor]:
+def _shift(scores: Tensor, edge: Tensor, cfg: GateConfig) -> tuple[Tensor, Tensor]:
     """(s - g) / (T D + eps), and T D + eps."""
     upper, lower = edge[:, :1], edge[:, 1:]
     width = cfg.temperature * (upper - lower) + EPS
@@ -179,7 +179,7 @@ def surrogate_backward(
     With u = (s - g) / (T D + eps) and du its gradient: ds = du / (T D + eps), the threshold g gets the negative sum of
     it, the width D gets -T sum(ds u), and both pass to the k-th and the next score.
     """
-    shifted, width = _shifted(scores, edge, cfg)
+    shifted, width = _shift(scores, edge, cfg)
     # equal k-th and next scores: the surrogate has no width there and passes nothing
     factor = (edge[:, :1] != edge[:, 1:]) / width
     if cfg.surrogate == "sigmoid":

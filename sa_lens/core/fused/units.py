@@ -1,7 +1,7 @@
 """Values of all units in both streams, and the masks, without hooks and without gradients.
 
-The same layers as in training, but every layer's `z` and `post` are kept after the mask. For analyses that read all
-units of many tokens; whoever wants to edit or to read anything else uses hooks.
+The same layers as in training, but every layer's `z` and `post` are kept after the mask. This is for analyses that read
+all units of many tokens; use hooks to edit values or to read anything else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fused_units(model: GatedTransformer, tokens: Int[Tensor, "batch pos"], strea
         reader.one_after_the_other(embedded)
     else:
         reader.together(embedded)
-    return reader.found
+    return reader.values
 
 
 class _Reader(Passes):
@@ -65,14 +65,14 @@ class _Reader(Passes):
         # a model that trains without biases may have been given some
         self.qkv_bias = True
         self.layer_of = {id(block): layer for layer, block in enumerate(model.blocks)}
-        self.found = UnitValues({}, {}, {})
+        self.values = UnitValues({}, {}, {})
 
     def _no_gates(self, block: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
         layer = self.layer_of[id(block)]
 
         def keeping(kind: str) -> Callable[[Tensor], Tensor]:
             def keep(units: Tensor) -> Tensor:
-                self.found.clean[layer, kind] = units[0]
+                self.values.clean[layer, kind] = units[0]
                 return units
 
             return keep
@@ -86,11 +86,11 @@ class _Reader(Passes):
             def keep(units: Float[Tensor, "stream batch pos unit"]) -> Tensor:
                 mask = mask_of(self.scores(gate, local, final), gate.k, gate.cfg).to(units.dtype)
                 mask = mask.unflatten(0, units.shape[1:3])
-                # `units` is nobody else's, so the last stream can be masked in place
+                # nothing else uses `units`, so the last stream can be masked in place
                 units[-1].unflatten(-1, (mask.shape[-1], -1)).mul_(mask[..., None])
                 if len(units) == 2:
-                    self.found.clean[layer, kind] = units[0]
-                self.found.ablated[layer, kind], self.found.masks[layer, kind] = units[-1], mask
+                    self.values.clean[layer, kind] = units[0]
+                self.values.ablated[layer, kind], self.values.masks[layer, kind] = units[-1], mask
                 return units
 
             return keep

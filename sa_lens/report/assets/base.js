@@ -83,13 +83,17 @@ function percent(share) {
 
 let labels = 0;
 
-// A choice among few or many, with its label.
+// A control with its label.
+function field(label, control, kind = "") {
+  control.id = "control-" + labels++;
+  return h("div", { class: `field controls ${kind}` }, h("label", { for: control.id }, label), control);
+}
+
+// A choice among few or many.
 function picker(label, options, chosen, change) {
-  const id = "choice-" + labels++;
-  const select = h("select", { id, onchange: () => change(select.value) },
-    options.map(([value, words]) => h("option", { value, selected: String(value) === String(chosen) }, words)),
-  );
-  return h("div", { class: "field controls" }, h("label", { for: id }, label), select);
+  const choices = options.map(([value, words]) => h("option", { value, selected: String(value) === String(chosen) }, words));
+  const select = h("select", { onchange: () => change(select.value) }, choices);
+  return field(label, select);
 }
 
 function tick(label, checked, change) {
@@ -98,10 +102,8 @@ function tick(label, checked, change) {
 }
 
 function searchBox(label, placeholder, change) {
-  const id = "search-" + labels++;
-  const box = h("input", { id, type: "search", placeholder, autocomplete: "off", spellcheck: "false" });
-  box.addEventListener("input", () => change(box.value));
-  return h("div", { class: "field search controls" }, h("label", { for: id }, label), box);
+  const box = h("input", { type: "search", placeholder, autocomplete: "off", spellcheck: "false", oninput: () => change(box.value) });
+  return field(label, box, "search");
 }
 
 // A part of a section: heading, what it holds and how to read it, content.

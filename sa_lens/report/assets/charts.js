@@ -138,17 +138,9 @@ function curveData(record) {
     ...{ xref: "paper", x: 1, xanchor: "right", y: value, yanchor: "bottom" },
     ...{ text: inert(label), showarrow: false, font: { size: 11, color: c.faint } },
   }));
-  const log = record.x_scale === "log";
-  return {
-    data,
-    layout: {
-      shapes,
-      annotations,
-      showlegend: record.lines.length > 1,
-      xaxis: { title: record.x_title, ...(log ? { type: "log", dtick: decades(record) < 3 ? "D2" : 1 } : { rangemode: "tozero" }) },
-      yaxis: { title: record.y_title },
-    },
-  };
+  const log = { type: "log", dtick: decades(record) < 3 ? "D2" : 1 };
+  const xaxis = { title: record.x_title, ...(record.x_scale === "log" ? log : { rangemode: "tozero" }) };
+  return { data, layout: { shapes, annotations, showlegend: record.lines.length > 1, xaxis, yaxis: { title: record.y_title } } };
 }
 
 // Powers of ten that the x axis spans.
@@ -191,16 +183,8 @@ function histogramData(record) {
       hoverinfo: "text",
     };
   });
-  return {
-    data,
-    layout: {
-      barmode: "overlay",
-      bargap: 0,
-      showlegend: record.series.length > 1,
-      xaxis: { title: record.x_title },
-      yaxis: { title: "tokens (log scale)", type: "log", dtick: 1 },
-    },
-  };
+  const axes = { xaxis: { title: record.x_title }, yaxis: { title: "tokens (log scale)", type: "log", dtick: 1 } };
+  return { data, layout: { barmode: "overlay", bargap: 0, showlegend: record.series.length > 1, ...axes } };
 }
 
 const histogramNumbers = (record) => ({

@@ -13,7 +13,7 @@ function drawCircuits(into) {
   const about = h("div", {});
   const panels = h("div", { class: "columns panels" });
   circuits.parts = { controls, about, panels };
-  into.append(h("p", { class: "how" }, "A circuit is a set of edges between the parts of a transformer. Move the slider: the most important edges are drawn first."), controls, about, panels);
+  into.append(h("p", { class: "how" }, "A circuit is a set of edges between the parts of a transformer. Move the slider to change its size: the most important edges come first."), controls, about, panels);
   showCircuits();
 }
 
@@ -64,23 +64,15 @@ function stops(n, chosen) {
 
 function circuitPanel(model) {
   const task = taskOf(model);
-  const name = report.models[model].name;
-  const element = h("div", { class: "panel" });
-  element.append(several() ? h("h3", { class: "panel-name" }, name) : h("div", {}));
-  if (!task) {
-    element.append(h("p", { class: "note" }, `No task ${circuits.task} for this model.`));
-    return { element };
-  }
-  element.append(
-    tableBlock(task.skill, "How often, and by how much, each stream prefers the right answer; a circuit means something only where the model can do the task.", { model }),
-  );
-  element.append(task.note ? h("p", { class: "note boxed" }, task.note) : h("div", {}));
+  const heading = several() ? h("h3", { class: "panel-name" }, report.models[model].name) : h("div", {});
+  const panel = (...content) => ({ element: h("div", { class: "panel" }, heading, ...content) });
+  if (!task) return panel(h("p", { class: "note" }, `No task ${circuits.task} for this model.`));
+  const how = "How often, and by how much, each stream prefers the right answer; a circuit means something only if the model can do the task.";
+  const skill = [tableBlock(task.skill, how, { model }), task.note ? h("p", { class: "note boxed" }, task.note) : h("div", {})];
   const ranking = task.rankings.find((one) => one.method === circuits.method && one.stream === circuits.stream);
-  if (!ranking) {
-    if (circuits.method || !task.note) element.append(h("p", { class: "note boxed" }, circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for."));
-    return { element };
-  }
-  return rankingPanel(model, ranking, element);
+  if (ranking) return rankingPanel(model, ranking, panel(skill).element);
+  const missing = circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for.";
+  return panel(skill, circuits.method || !task.note ? h("p", { class: "note boxed" }, missing) : null);
 }
 
 function rankingPanel(model, ranking, element) {
@@ -95,7 +87,7 @@ function rankingPanel(model, ranking, element) {
   const edges = h("div", {});
   const shown = { n: 0 };
   const graph = new Graph(ranking.circuit, () => listEdges());
-  const curve = ranking.curve ? chartFigure(ranking.curve, "How much of what the whole model does the circuit does alone, by its size; the upright line is the size on the slider.", { height: 250, level: "h4" }) : null;
+  const curve = ranking.curve ? chartFigure(ranking.curve, "How much of the model's effect the circuit keeps, by its number of edges; the vertical line is the size on the slider.", { height: 250, level: "h4" }) : null;
 
   function show(n) {
     shown.n = Math.max(0, Math.min(total, n));
@@ -140,7 +132,7 @@ function rankingPanel(model, ranking, element) {
   element.append(
     block(
       `${ranking.method} circuit, ${ranking.stream} stream`,
-      [linked(model, sentence(ranking.circuit.note)), "Layers upward; circles are heads, squares MLPs. Wider is a larger score; orange is positive, blue negative. Click a node to see its edges alone."],
+      [linked(model, sentence(ranking.circuit.note)), "Layers go upward; circles are heads, squares are MLPs. A wider line is a larger score; orange is positive, blue is negative. Click a node to see only its edges."],
       h("div", { class: "slider-row controls" }, h("label", { for: id }, "Edges"), slider, exact, back),
       h("p", { class: "size-words" }, output),
       scroller("The circuit as a graph", graph.element),

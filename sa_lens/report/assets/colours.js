@@ -29,15 +29,13 @@ function kept(value) {
 }
 
 function themeButton() {
-  const button = h("button", { type: "button", class: "plain" });
-  const say = () => {
-    button.textContent = dark() ? "Light look" : "Dark look";
-  };
-  button.addEventListener("click", () => {
+  const change = () => {
     const name = dark() ? "light" : "dark";
     kept(name);
     setTheme(name);
-  });
+  };
+  const button = h("button", { type: "button", class: "plain", onclick: change });
+  const say = () => button.replaceChildren(dark() ? "Light look" : "Dark look");
   themed.add(say);
   preferred.addEventListener("change", () => setTheme(document.documentElement.dataset.theme || ""));
   say();
@@ -76,14 +74,9 @@ function scaleOf(values, kind) {
 
 // Gives an element the colour of a number; none where there is no number.
 function paint(element, scale, value) {
-  if (value === null || value === undefined) {
-    element.style.removeProperty("background-color");
-    element.style.removeProperty("color");
-    return;
-  }
-  const colour = colourAt(colours()[scale.kind], scale.share(value));
-  element.style.setProperty("background-color", colour);
-  element.style.setProperty("color", inkOn(colour));
+  const colour = value === null || value === undefined ? "" : colourAt(colours()[scale.kind], scale.share(value));
+  element.style.backgroundColor = colour;
+  element.style.color = colour && inkOn(colour);
 }
 
 function legend(scale, words) {

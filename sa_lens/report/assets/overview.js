@@ -2,19 +2,10 @@
 
 function drawOverview(into) {
   const models = report.models;
-  into.append(factsBlock(models));
-  into.append(
-    h("div", { class: "columns" },
-      models.map((model, i) =>
-        tableBlock(model.overview.losses, "One row per stream. Lower loss, perplexity and bits are better; the clean stream runs without gates, the ablated one drops what they do not keep.", {
-          model: i,
-          title: several() ? `${model.overview.losses.title}, ${model.name}` : model.overview.losses.title,
-        }),
-      ),
-    ),
-  );
-  const curves = joinedCurves(models);
-  if (curves.length) into.append(h("div", { class: "columns" }, curves.map((record) => chartFigure(record, "Lower is better; solid is the clean stream, dashed the ablated one. Drag to look closer, double click to see all.").figure)));
+  const how = "One row per stream. Lower loss, perplexity and bits are better; the clean stream runs without gates, the ablated one drops what they do not keep.";
+  const title = (model) => (several() ? `${model.overview.losses.title}, ${model.name}` : model.overview.losses.title);
+  into.append(factsBlock(models), h("div", { class: "columns" }, models.map((model, i) => tableBlock(model.overview.losses, how, { model: i, title: title(model) }))));
+  if (report.training) into.append(chartFigure(report.training, "Lower is better; solid is the clean stream, dashed the ablated one. Drag to look closer, double click to see all.").figure);
   into.append(samplesBlock(models));
 }
 
@@ -34,43 +25,18 @@ function factsBlock(models) {
   );
 }
 
-// Training curves of all models in one chart where their axes are the same.
-function joinedCurves(models) {
-  const joined = [];
-  for (const model of models) {
-    const record = model.overview.training;
-    if (!record) continue;
-    const distinct = new Set(record.lines.map((line) => line.name)).size > 1;
-    const lines = record.lines.map((line) => ({ ...line, name: !several() ? (distinct ? line.name : "") : distinct ? `${model.name}: ${line.name}` : model.name }));
-    const same = joined.find((one) => one.title === record.title && one.x_title === record.x_title && one.y_title === record.y_title && one.x_scale === record.x_scale);
-    if (same) {
-      same.lines.push(...lines);
-      if (record.note && !same.note.includes(record.note)) same.note = [same.note, record.note].filter(Boolean).join("; ");
-    } else joined.push({ ...record, lines });
-  }
-  return joined;
-}
-
 function samplesBlock(models) {
-  const prompts = [...new Set(models.flatMap((model) => model.overview.samples.map((sample) => sample.prompt)))];
+  const samples = models.flatMap((model) => model.overview.samples.map((sample) => ({ ...sample, model: model.name })));
+  const box = ({ model, stream, prompt, text }) =>
+    h("article", { class: "sample", style: { "border-color": streamVariable(stream) } },
+      h("h4", {}, several() ? `${model}, ${stream}` : stream),
+      h("p", { dir: "auto" }, h("b", {}, prompt), text),
+    );
   return block(
     "What the streams write",
     "The same beginning, in bold, continued by each stream.",
-    prompts.length ? null : h("p", { class: "note" }, "This report holds no samples."),
-    prompts.map((prompt) =>
-      h("div", { class: "samples" },
-        models.flatMap((model) =>
-          model.overview.samples
-            .filter((sample) => sample.prompt === prompt)
-            .map((sample) =>
-              h("article", { class: "sample", style: { "border-color": streamVariable(sample.stream) } },
-                h("h4", {}, several() ? `${model.name}, ${sample.stream}` : sample.stream),
-                h("p", { dir: "auto" }, h("b", {}, sample.prompt), sample.text),
-              ),
-            ),
-        ),
-      ),
-    ),
+    samples.length ? null : h("p", { class: "note" }, "This report holds no samples."),
+    [...new Set(samples.map((sample) => sample.prompt))].map((prompt) => h("div", { class: "samples" }, samples.filter((sample) => sample.prompt === prompt).map(box))),
   );
 }
 

@@ -16,15 +16,17 @@ function drawn(name) {
   return section.drawn;
 }
 
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
 // What an address after # asks for.
 function wanted() {
-  const [name, ...rest] = location.hash.slice(1).split("/").map((part) => {
-    try {
-      return decodeURIComponent(part);
-    } catch {
-      return part;
-    }
-  });
+  const [name, ...rest] = location.hash.slice(1).split("/").map(decoded);
   const model = Math.max(0, report.models.findIndex((one) => one.name === rest[0]));
   if (name === "unit" && sections.has("units")) return { name: "units", open: () => openUnit(model, rest.slice(1).join("/")), focus: ".unit-name" };
   if (name === "units" && sections.has("units")) return { name, open: () => showAllUnits(rest[0] === undefined ? table.model : model) };
@@ -46,7 +48,6 @@ async function go(first) {
   const { name, open, focus } = wanted();
   for (const [other, section] of sections) {
     section.element.classList.toggle("off", other !== name);
-    section.link.toggleAttribute("data-here", other === name);
     if (other === name) section.link.setAttribute("aria-current", "page");
     else section.link.removeAttribute("aria-current");
   }

@@ -11,7 +11,7 @@ async function drawStories(into) {
   chooser?.setAttribute("data-role", "story-model");
   explorer.parts = { list, state, text, details, chooser: chooser?.querySelector("select") };
   into.append(
-    h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. What happens at that token stands beside the story, or below it where there is no room."),
+    h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. What happens at that token is shown beside the story, or below it on a narrow screen."),
     h("div", { class: "bar-of-controls controls" },
       chooser,
       searchBox("Search stories", "a word of the story", (value) => {
@@ -96,16 +96,18 @@ function showStory() {
   explorer.legend = h("div", { class: "legends" });
   text.replaceChildren(
     h("h3", {}, h("bdi", {}, data.title)),
-    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), explorer.track, (value) => {
-      explorer.track = value;
-      colourStory();
-    }) : null,
+    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), explorer.track, colourBy) : null,
     explorer.legend,
-    h("p", { class: "how" }, `Each token in the colour of ${data.tracks.length ? "the chosen number" : "nothing: this story has no numbers"}; none where there is no number. ${sentence(data.note)}`),
+    h("p", { class: "how" }, `Each token in the colour of ${data.tracks.length ? "the chosen number" : "nothing: this story has no numbers"}; tokens without a number have no colour. ${sentence(data.note)}`),
     tokens,
   );
   colourStory();
   chooseToken(explorer.token, false);
+}
+
+function colourBy(track) {
+  explorer.track = track;
+  colourStory();
 }
 
 function colourStory() {
@@ -188,7 +190,7 @@ function predictionsBlock(data, at) {
     if (next !== undefined && actual[at] !== null && !guesses.some((guess) => guess.token === next)) guesses.push({ token: next, log_probability: actual[at] });
     return shareList(`${stream} stream`, stream, guesses.map(({ token, log_probability: log }) => ({ token, share: Math.exp(log), tip: `log-probability ${figure3(log)} nats`, right: token === next })));
   });
-  return part("What comes next", "Probability of the likeliest next tokens in each stream, per cent; the frame marks the token that does come next.", h("div", { class: "streams predictions" }, streams));
+  return part("What comes next", "Probability of the likeliest next tokens in each stream, per cent; the frame marks the token that actually comes next.", h("div", { class: "streams predictions" }, streams));
 }
 
 const part = (title, how, ...content) => h("section", { class: "part" }, h("h4", {}, title), h("p", { class: "how" }, how), ...content);
@@ -213,7 +215,7 @@ function looksBlock(data, at) {
   );
   return part(
     "Where a head looks",
-    "Choose a head: the tokens it attends to from here are marked in the story, the clean stream below them and the ablated stream above; the bars are shares of its attention.",
+    "Choose a head: the tokens that it attends to from this token are marked in the story, for the clean stream below them and for the ablated stream above; the bars are shares of its attention.",
     h("div", { class: "controls head-grid", role: "group", "aria-label": "Heads" }, rows),
     h("div", { class: "looks" }, looksLists(data, at, streams)),
   );

@@ -15,7 +15,7 @@ const COLUMNS = [
   { key: "mask_on", head: "kept at", title: "share of tokens at which the gate keeps it", by: (row) => row.stream.mask_on, cell: (row) => percent(row.stream.mask_on), number: true },
   { key: "firing_rate", head: "fires at", title: "share of tokens at which it fires", by: (row) => row.stream.firing_rate, cell: (row) => percent(row.stream.firing_rate), number: true },
   { key: "effective_tokens", head: "effective tokens", title: "effective number of different tokens that it fires on: few is selective", by: (row) => row.stream.effective_tokens, cell: (row) => figure3(row.stream.effective_tokens), number: true },
-  { key: "label", head: "label", title: "label that its firing tells best", by: (row) => row.stream.label || null, cell: (row) => row.stream.label },
+  { key: "label", head: "label", title: "label that its firing predicts best", by: (row) => row.stream.label || null, cell: (row) => row.stream.label },
   { key: "label_f1", head: "label F1", title: "F1 of the label on stories that it was not chosen on", by: (row) => row.stream.label_f1, cell: (row) => (row.stream.label_f1 === null ? "" : figure3(row.stream.label_f1)), number: true },
   { key: "explanation", head: "explanation", title: "what it fires on", by: (row) => row.stream.explanation || null, cell: (row) => row.stream.explanation, wide: true },
   { key: "explanation_f1", head: "explanation F1", title: "F1 of the explanation on text that it was not made from", by: (row) => row.stream.explanation_f1, cell: (row) => (row.stream.explanation_f1 === null ? "" : figure3(row.stream.explanation_f1)), number: true },
@@ -68,16 +68,10 @@ const haystack = remembered((unit) => [unit.name, ...unit.promotes, ...unit.stre
 
 function matchingUnits() {
   const query = table.query.trim().toLowerCase();
-  const rows = [];
-  for (const unit of report.models[table.model].units) {
-    const stream = unit.streams.find((one) => one.stream === table.stream);
-    if (!stream || !stream.live) continue;
-    if (table.site && unit.site !== table.site) continue;
-    if (table.layer !== "" && unit.layer !== Number(table.layer)) continue;
-    if (table.explained && !stream.explanation) continue;
-    if (query && !haystack(unit).includes(query)) continue;
-    rows.push({ unit, stream });
-  }
+  const matches = ({ unit, stream }) =>
+    stream?.live && (!table.site || unit.site === table.site) && (table.layer === "" || unit.layer === Number(table.layer)) &&
+    (!table.explained || stream.explanation) && (!query || haystack(unit).includes(query));
+  const rows = report.models[table.model].units.map((unit) => ({ unit, stream: unit.streams.find((one) => one.stream === table.stream) })).filter(matches);
   const { by } = COLUMNS.find((column) => column.key === table.sort);
   const way = table.down ? -1 : 1;
   const compare = (a, b) => {
@@ -235,7 +229,7 @@ async function storiesOf(model, unit) {
   const rows = found.slice(0, 12).map((one) => [h("a", { href: storyAddress(model, one.i, one.at) }, h("bdi", {}, one.title)), count(one.n), tokenLabel(one.token), figure3(one.value)]);
   return block(
     "In the stories of this report",
-    "Stories in which the gate keeps this unit, at how many tokens, and where its value is largest; the link opens the story there.",
+    "Stories in which the gate keeps this unit, at how many tokens, and where its value is largest; the link opens the story at that token.",
     scroller("Stories with this unit", plainTable(["story", "tokens", "largest at", "value"], rows, { numeric: [false, true, false, true] })),
   );
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sa_lens.data import files
+from sa_lens.data import text_files
 
 LISTED = "\n".join(f"Story {i}." for i in range(50)) + "\n"
 SPACED = "\n\n".join(f"Story {i}\ngoes on." for i in range(50)) + "\n"
@@ -30,7 +30,7 @@ EDGES: dict[str, Callable[[str], str]] = {
 
 
 def read(path: Path) -> list[str]:
-    return [text for text in files.texts([path], "text") if text is not None and text.strip()]
+    return [text for text in text_files.texts([path], "text") if text is not None and text.strip()]
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -38,7 +38,7 @@ def read(path: Path) -> list[str]:
 def test_edges_do_not_change_the_form(form: str, edge: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(EDGES[edge](TEXTS[form]).encode())
-    assert files.form([path]) == form
+    assert text_files.form([path]) == form
     documents = read(path)
     assert len(documents) == 50
     assert [document.split("\n")[0].rstrip(".") for document in documents] == [f"Story {i}" for i in range(50)]
@@ -54,7 +54,7 @@ def test_spaces_at_the_end_of_a_line_belong_to_the_text(tmp_path: Path) -> None:
 def test_one_gap_for_every_twenty_lines(lines: int, form: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n".join(["a line"] * (lines - 5) + ["", ""] + ["a line"] * 5))
-    assert files.form([path]) == form
+    assert text_files.form([path]) == form
     assert len(read(path)) == (2 if form == "between blank lines" else lines)
 
 
@@ -63,8 +63,8 @@ def test_forms_of_several_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(SPACED)
     (tmp_path / "c.txt").touch()
     both = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
-    assert files.form(both) == "one on each line, or between blank lines"
-    assert len(list(files.texts(both, "text"))) == 100
+    assert text_files.form(both) == "one on each line, or between blank lines"
+    assert len(list(text_files.texts(both, "text"))) == 100
 
 
 @pytest.mark.parametrize("content", [b"One.\n\0\0\0", "One.\n".encode("utf-16-le"), b"One.\nTw\0o."])

@@ -18,6 +18,9 @@ UNFINISHED = "\ufffd"
 TASKS = {"ioi": "IOI", "pronoun": "Pronoun gender", "object": "Object recall", "repeated": "Repeated name"}
 """Names of tasks in figures."""
 
+METHODS = {"acdc": "ACDC", "eap": "EAP", "eap-ig": "EAP-IG", "relp": "RelP", "gate": "gate circuit"}
+"""Names of methods in figures."""
+
 _METRICS = {
     "kl": "KL, nats",
     "logit_difference": "logit difference",

@@ -1,31 +1,38 @@
-"""From snippets in which a unit fires to the patterns that make it fire: prune, measure tokens, substitute.
+"""Contexts in which a unit fires: found by running changed snippets, stored in a trie that predicts activations.
 
-All three steps ask the model itself: a changed snippet is run, and the unit read at the activating token. Each change
-is judged by the mean over several runs, each with other text before the snippet and other tokens in place of those left
-out, so that a pattern holds whatever stands around it.
+`pruned` shortens each snippet in which the unit fires, `substituted` exchanges its tokens, and `ContextTrie` holds the
+patterns that result. Both ask the model itself: a changed snippet is run, and the unit is read at the activating token.
+Each change is judged by the mean over several runs, with other text before the snippet and other tokens in place of
+those left out, so that a pattern holds in any text.
+
+A pattern is a sequence of tokens that begins with the activating token and goes back in the text; `ANY` stands for any
+token. Of all patterns that match at a position, the trie uses the most specific one: most exact tokens, then longest,
+then the one added first.
 
 Source: Neuron2Graph (Foote et al., arXiv 2305.19911). Differs: contexts are preceded by other text instead of by
 nothing (a text that begins in the middle of a sentence moves all positions); tokens are judged by substitution instead
-of by a padding token; substitutes come from the model's own next-token predictions instead of a second language model.
+of by a padding token; substitutes come from the model's own next-token predictions instead of a second language model;
+the activating token may be `ANY`; `ContextTrie.calibrate` corrects activations by those on a text, where the beginnings
+of patterns count too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, in_stream
-from sa_lens.core.last_position import Prompts, embedded, run_to_position, why_not_by_nodes
+from sa_lens.core.last_position import Prompts, embed_prompts, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 from sa_lens.core.unit import Unit
 from sa_lens.units.firing import unit_scores
-from sa_lens.units.trie import ANY
 
 TOKENS_AT_ONCE = 2048
 """Tokens of a batch."""
@@ -151,7 +158,7 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
                 start += len(part)
                 last = torch.from_numpy(at[part]).to(device)
                 tokens = torch.from_numpy(rows[part, : int(at[part].max()) + 1]).to(device)
-                prompts = Prompts.of(embedded(model, [tokens])[0], last)
+                prompts = Prompts.of(embed_prompts(model, [tokens])[0], last)
                 ran = run_to_position(
                     model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
                 )
@@ -299,3 +306,138 @@ def likely_tokens(model: Host, rows: Int64[np.ndarray, "row pos"], count: int) -
     with torch.no_grad(), in_stream(model, "clean"):
         top = torch.cat([model(part)[:, :-1].topk(count, -1).indices for part in tokens.split(step)]).cpu().numpy()
     return np.concatenate([np.repeat(rows[:, :1, None], count, -1), top], 1)
+
+
+ANY = -1
+"""Any token."""
+
+
+class Pattern(NamedTuple):
+    """A context in which a unit is active."""
+
+    tokens: tuple[int, ...]
+    """The activating token, then the tokens before it, backwards; `ANY` for any token."""
+    activation: float
+    """Mean activation."""
+    weight: float
+    """Number of observations in that mean."""
+
+
+@dataclass
+class _Node:
+    exact: int
+    """Exact tokens from the root to here."""
+    depth: int
+    ends_exact: bool = False
+    """Whether its own token is exact: a pattern that ends in `ANY` says no more than the one before."""
+    children: dict[int, int] = field(default_factory=dict)
+    """Number of the child by token, `ANY` included."""
+    total: float = 0.0
+    weight: float = 0.0
+
+
+class ContextTrie:
+    """Patterns with their activations; empty at first."""
+
+    def __init__(self) -> None:
+        self._nodes = [_Node(0, 0)]
+
+    def add(self, tokens: Sequence[int], activation: float) -> None:
+        """Adds one observation of a pattern.
+
+        Args:
+            tokens: activating token first, then backwards; token ids or `ANY`.
+            activation: activation that was seen there.
+
+        Raises:
+            ValueError: no token, a token that is neither an id nor `ANY`, or an activation that is not finite.
+        """
+        if not len(tokens) or min(tokens) < ANY:
+            raise ValueError(f"pattern {tuple(tokens)} must hold at least one token; ids are from 0, ANY is {ANY}")
+        if not np.isfinite(activation):
+            raise ValueError(f"activation {activation} of pattern {tuple(tokens)} is not finite")
+        node = self._nodes[self._path(tokens)]
+        node.total += float(activation)
+        node.weight += 1
+
+    def add_token(self, token: int) -> None:
+        """Makes a token known without an observation: it speaks once `calibrate` has seen it."""
+        self._path((token,))
+
+    def _path(self, tokens: Sequence[int]) -> int:
+        """The node of a pattern, made if need be."""
+        at = 0
+        for token in map(int, tokens):
+            node = self._nodes[at]
+            if token not in node.children:
+                node.children[token] = len(self._nodes)
+                self._nodes.append(_Node(node.exact + (token != ANY), node.depth + 1, token != ANY))
+            at = node.children[token]
+        return at
+
+    def __len__(self) -> int:
+        """Number of different patterns."""
+        return sum(node.weight > 0 for node in self._nodes)
+
+    def patterns(self) -> list[Pattern]:
+        """All patterns, those with most observations first."""
+        return sorted(self._walk(0, ()), key=lambda pattern: -pattern.weight)
+
+    def _walk(self, at: int, tokens: tuple[int, ...]) -> Iterator[Pattern]:
+        node = self._nodes[at]
+        if node.weight:
+            yield Pattern(tokens, node.total / node.weight, node.weight)
+        for token, child in node.children.items():
+            yield from self._walk(child, (*tokens, token))
+
+    def match(
+        self, tokens: Int64[np.ndarray, "block pos"], *, beginnings: bool = False
+    ) -> Int64[np.ndarray, "block pos"]:
+        """Node of the pattern that speaks at each position, -1 where none matches; blocks are separate texts.
+
+        Args:
+            beginnings: beginnings of patterns (the activating token with fewer tokens before it) may speak too, even
+                those without an activation of their own.
+        """
+        blocks, length = tokens.shape
+        text = tokens.reshape(-1)
+        place = np.tile(np.arange(length), blocks)
+        chosen = np.full(len(text), -1, dtype=np.int64)
+        exact, depth = np.zeros(len(text), dtype=np.int64), np.zeros(len(text), dtype=np.int64)
+        pending = [(0, np.arange(len(text)))]
+        while pending:
+            at, positions = pending.pop()
+            node = self._nodes[at]
+            if node.weight or (beginnings and node.ends_exact):
+                better = (node.exact > exact[positions]) | (
+                    (node.exact == exact[positions])
+                    & ((node.depth > depth[positions]) | ((node.depth == depth[positions]) & (chosen[positions] > at)))
+                )
+                where = positions[better | (chosen[positions] < 0)]
+                chosen[where], exact[where], depth[where] = at, node.exact, node.depth
+            positions = positions[place[positions] >= node.depth]
+            here = text[positions - node.depth]
+            for token, child in node.children.items():
+                reached = positions if token == ANY else positions[here == token]
+                if len(reached):
+                    pending.append((child, reached))
+        return chosen.reshape(blocks, length)
+
+    def calibrate(self, tokens: Int64[np.ndarray, "block pos"], activations: Float64[np.ndarray, "block pos"]) -> None:
+        """Adds the activations of a text to the patterns, and beginnings of patterns, that speak there.
+
+        A context seen before is thus told from its last tokens alone, which may leave the unit silent.
+        """
+        nodes = self.match(tokens, beginnings=True).reshape(-1)
+        seen = nodes >= 0
+        totals = np.bincount(nodes[seen], weights=activations.reshape(-1)[seen], minlength=len(self._nodes))
+        counts = np.bincount(nodes[seen], minlength=len(self._nodes))
+        for node, total, count in zip(self._nodes, totals, counts, strict=True):
+            node.total += float(total)
+            node.weight += int(count)
+
+    def predict(self, tokens: Int64[np.ndarray, "block pos"]) -> Float64[np.ndarray, "block pos"]:
+        """Activation predicted at each position: that of the pattern that speaks, 0 where none matches."""
+        means = np.array([node.total / node.weight if node.weight else 0.0 for node in self._nodes])
+        nodes = self.match(tokens)
+        return np.where(nodes >= 0, means[nodes], 0.0)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from sa_lens.data.reading import read_json
+from sa_lens.data.whole_files import read_json
 
 TEXT = "text"
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": TEXT, ".arrow": "arrow"}

@@ -8,8 +8,8 @@ import torch
 from characters import EVIL, TOKENS, caches
 
 from sa_lens.views import draw, save, story
-from sa_lens.views.labels import token_texts
 from sa_lens.views.records import Story, Track, from_json, to_json
+from sa_lens.views.wording import token_texts
 
 
 def test_tracks_agree_with_caches(model):

@@ -1,4 +1,4 @@
-"""Files in the cache: where it is, fingerprints by content, and writing so that a file is either whole or not there."""
+"""The cache: where it is, what its files are named by, and making each of them once, whole, by one process."""
 
 from __future__ import annotations
 
@@ -7,31 +7,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sa_lens.data.writing import replacement, staged_folder
-
-
-def local_path(name: str | Path, what: str) -> Path:
-    """The path that a user wrote, with `~` for the home folder unless there is a file of that very name.
-
-    Args:
-        what: the setting that holds the path, for the message.
-
-    Raises:
-        ValueError: an empty name, which an unset variable leaves; it never stands for the current folder.
-    """
-    if not str(name).strip():
-        raise ValueError(f"{what} is empty: give a name, or leave the setting out")
-    path = Path(name)
-    if path.exists():
-        return path
-    try:
-        return path.expanduser()
-    except RuntimeError:  # `~name` where there is no such user
-        return path
+from sa_lens.data.whole_files import replacement, staged_folder
+from sa_lens.places import local_path
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -66,37 +47,32 @@ def key_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def seal(path: Path) -> None:
-    """Records the fingerprint of a file or folder of the cache beside it; what has no record counts as not there."""
-    write_atomically(_record(path), fingerprint(path))
+def make_once(path: Path, make: Callable[[], object]) -> None:
+    """Makes a file or folder of the cache, unless it is there; of several processes one makes it, the others wait.
 
+    Its fingerprint is recorded beside it when it is complete; without a record it counts as missing.
 
-def is_sealed(path: Path) -> bool:
-    """Whether a file or folder of the cache is there, complete and unchanged since it was sealed.
-
-    Raises:
-        ValueError: its content is not what was written.
-    """
-    record = _record(path)
-    if not path.exists() or not record.is_file():
-        return False
-    if record.read_text(encoding="utf-8").strip() != fingerprint(path):
-        raise ValueError(f"{path} in the cache is damaged; delete it and {record.name}, they will be made again")
-    return True
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all.
+    Args:
+        make: writes `path`.
 
     Raises:
-        OSError: the folder cannot be written; the message says which setting names another.
+        ValueError: the content of the file or folder is not what was written.
     """
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    record = path.with_name(f"{path.name}.sha256")
+
+    def exists() -> bool:
+        if not path.exists() or not record.is_file():
+            return False
+        if record.read_text(encoding="utf-8").strip() != fingerprint(path):
+            raise ValueError(f"{path} in the cache is damaged; delete it and {record.name}, they will be made again")
+        return True
+
+    if not exists():
+        with hold_lock(path):
+            if not exists():
+                make()
+                with new_file(record) as temporary:
+                    temporary.write_text(fingerprint(path), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -106,29 +82,23 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written; the message says which setting names another.
     """
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacement(path) as temporary:
-            yield temporary
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that becomes `path` at the end.
-
-    Raises:
-        OSError: the folder cannot be written; the message says which setting names another.
-    """
-    with explained(path), staged_folder(path) as temporary:
+    with _explain_errors(path), replacement(path) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `path` at the end; raises as `new_file` does."""
+    with _explain_errors(path), staged_folder(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
     """Holds the inter-process lock that belongs to `path`, waiting for it as long as it takes."""
     from filelock import FileLock
 
-    with explained(path):
+    with _explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.parent / f".{path.name}.lock")
         lock.acquire()
@@ -139,7 +109,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     """Names the cache file and the way out in an operating-system error that concerns it; others pass as they are."""
     try:
         yield

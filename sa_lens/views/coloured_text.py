@@ -16,9 +16,9 @@ from sa_lens.core.unit import Unit, checked_unit, unit_counts
 from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import draw
 from sa_lens.views.html_page import Page
-from sa_lens.views.labels import read_text
 from sa_lens.views.records import Story, Track, number
 from sa_lens.views.theme import colour_at, colour_scale, ink_on
+from sa_lens.views.wording import read_text
 
 _pictures = count()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa_lens.units.trie import ANY, ContextTrie, Pattern
+from sa_lens.units.contexts import ANY, ContextTrie, Pattern
 
 patterns = st.lists(st.tuples(st.lists(st.integers(-1, 3), min_size=1, max_size=4), st.floats(-5, 5)), max_size=12)
 texts = st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4)
