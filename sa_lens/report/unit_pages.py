@@ -119,7 +119,7 @@ def choose_units(table: pd.DataFrame, n_units: int) -> list[Unit]:
 def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int) -> pd.DataFrame | None:
     """Label of each unit and stream; None for a model that was not trained on generated stories."""
     run = subject.settings
-    if run is None or subject.world != "stories":
+    if run is None or subject.words != "stories":
         return None
     stories = label_stories(subject.tokenizer, LABELLED, subject.n_ctx, seed=run.data.stories_seed + 1 + seed)
     # one token: the area under the ROC curve is not shown
