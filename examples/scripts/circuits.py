@@ -20,8 +20,8 @@ from sa_lens.circuits import (  # noqa: E402
     circuit_table,
     find_circuit,
     gate_rankings,
+    tasks,
 )
-from sa_lens.circuits.tasks import make  # noqa: E402
 from sa_lens.config import Method  # noqa: E402
 from sa_lens.views import faithfulness_chart, save, side_by_side  # noqa: E402
 
@@ -50,7 +50,7 @@ def main(
     """
     dense, gated = (sa.SelfAblatingTransformer.from_pretrained(folder) for folder in (baseline, run))
     streams = {("dense", "clean"): dense, ("self-ablating", "clean"): gated, ("self-ablating", "ablated"): gated}
-    find, report = make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
+    find, report = tasks.make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
     out.mkdir(parents=True, exist_ok=True)
 
     # live masks depend on what the edges bring; frozen masks of the clean prompt bring more than that. ACDC and exact

@@ -14,8 +14,7 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits import patch, skill  # noqa: E402
-from sa_lens.circuits.tasks import make  # noqa: E402
+from sa_lens.circuits import patch, skill, tasks  # noqa: E402
 from sa_lens.views import attention, save, side_by_side  # noqa: E402
 
 
@@ -37,7 +36,7 @@ def main(
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
 
-    prompts = make(task, model.tokenizer, pairs, seed=0, words=words)
+    prompts = tasks.make(task, model.tokenizer, pairs, seed=0, words=words)
     print(prompts.report(), "-", prompts.clean_texts[0])
     print(skill(model, prompts)[["stream", "n", "pair_accuracy", "logit_difference", "able"]].to_string(index=False))
 

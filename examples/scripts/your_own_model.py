@@ -15,8 +15,7 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits import find_circuit, patch, skill  # noqa: E402
-from sa_lens.circuits.tasks import make  # noqa: E402
+from sa_lens.circuits import find_circuit, patch, skill, tasks  # noqa: E402
 from sa_lens.training import train  # noqa: E402
 from sa_lens.views import patch_map, save, side_by_side  # noqa: E402
 
@@ -56,7 +55,7 @@ def main(
         ),
     )
     model = train(settings, out).model
-    find, report = make(task, model.tokenizer, 2 * pairs, seed=0).split(seed=0)
+    find, report = tasks.make(task, model.tokenizer, 2 * pairs, seed=0).split(seed=0)
     print(skill(model, report)[["stream", "n", "pair_accuracy", "logit_difference", "able"]].to_string(index=False))
 
     maps = [patch_map(patch(model, find, "resid_pre", stream=stream)) for stream in ("clean", "ablated")]

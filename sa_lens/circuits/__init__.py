@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from sa_lens.circuits.find_and_judge import circuit_table, find_circuit
     from sa_lens.circuits.graph import Circuit, Graph
     from sa_lens.circuits.judging.agreement import agreement, agreement_table
+    from sa_lens.circuits.judging.circuit_metric import GapTooSmall
     from sa_lens.circuits.judging.completeness import completeness, minimality
-    from sa_lens.circuits.judging.faithfulness import faithfulness
+    from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
     from sa_lens.circuits.judging.faithfulness_curve import curves_table, kl_at_sizes, summary_table
     from sa_lens.circuits.metrics import METRICS, Metric
     from sa_lens.circuits.patching.activation_patching import patch
@@ -64,7 +65,8 @@ _HOMES = {
     "discovery.acdc": ("acdc", "visiting_order"),
     "discovery.gate_circuit": ("gate_circuit", "mask_shares", "gate_rankings"),
     "find_and_judge": ("find_circuit", "circuit_table"),
-    "judging.faithfulness": ("faithfulness",),
+    "judging.circuit_metric": ("GapTooSmall",),
+    "judging.faithfulness": ("faithfulness", "MIB_SIZES"),
     "judging.faithfulness_curve": ("curves_table", "summary_table", "kl_at_sizes"),
     "judging.completeness": ("completeness", "minimality"),
     "judging.agreement": ("agreement", "agreement_table"),
@@ -75,8 +77,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "METRICS",
+    "MIB_SIZES",
     "Circuit",
     "Experiment",
+    "GapTooSmall",
     "Graph",
     "Metric",
     "PromptPairs",
