@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, streams_of
+from sa_lens.core.host import Host, device_of
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.stories import LABELS, Story, generate
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.statistics import auroc, effective_number
-from sa_lens.units.activations import stream_units, text_blocks
+from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.unit_tables import rules_for
 
@@ -137,9 +137,7 @@ def selectivity(
     check_share(share)
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
-    if streams is None:
-        streams = streams_of(model)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     if len(text.tokens) < 2:
         raise ValueError("the labelled text has one block; the label is chosen on one half and scored on the other")
     half = len(text.tokens) // 2

@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, at_least_float32, fingerprint_of, streams_of, weight
+from sa_lens.core.host import Host, at_least_float32, fingerprint_of, weight
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import gini, hoyer, hoyer_from_sums
-from sa_lens.units.activations import stream_units, text_blocks
+from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,9 +101,7 @@ def activation_sparsity(
     import pandas as pd
 
     _check_eps(eps)
-    if streams is None:
-        streams = streams_of(model)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     blocks = text_blocks(model, text, n_tokens)
     keys = [(stream, sublayer) for stream in chosen for sublayer in unit_counts(model)]
     sums = {key: torch.zeros(2, 4, dtype=torch.float64) for key in keys}

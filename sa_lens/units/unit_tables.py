@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, fingerprint_of, streams_of
+from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.stories.words import KIND_OF, NAMES, PART_OF_SPEECH
 from sa_lens.statistics import effective_number, gini, hoyer_from_sums
-from sa_lens.units.activations import UnitBatch, stream_units, text_blocks
+from sa_lens.units.activations import UnitBatch, chosen_streams, stream_units, text_blocks
 from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def specialization(
     for name, value in {**settings, "coactivation_units": coactivation_units - 1}.items():
         if value < 1:
             raise ValueError(f"{name}={value} is too small: it must be at least 1 (coactivation_units: 2)")
-    if streams is None:
-        streams = streams_of(model)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)
     batches = stream_units(model, blocks, chosen, progress=progress, name="units")
