@@ -116,17 +116,17 @@ def snippets(
         for sublayer, values in batch.values[stream].items():
             scores = unit_scores(sublayer, values[..., indices[sublayer]])
             largest[sublayer][batch.first : batch.first + len(values)] = scores.amax(1).float()
-    found = {s: _without_text(s, stream, chosen[s], largest.pop(s), n_top, n_sample, length) for s in chosen}
+    records = {s: _without_text(s, stream, chosen[s], largest.pop(s), n_top, n_sample, length) for s in chosen}
     # the second pass reads the chosen blocks alone, unless all units are held
     numbers = torch.arange(len(blocks))
     if not isinstance(blocks, HeldUnits):
-        numbers = torch.cat([record.blocks.flatten() for record in found.values()]).unique()
+        numbers = torch.cat([record.blocks.flatten() for record in records.values()]).unique()
         blocks = TextBlocks(blocks.pick(numbers), model.cfg.n_ctx)
     for batch in stream_units(model, blocks, stream, **options, name="snippets"):  # type: ignore[arg-type]
         read = numbers[batch.first : batch.first + len(batch.tokens)]
         for sublayer, values in batch.values[stream].items():
-            _fill(found[sublayer], read, batch.tokens.cpu(), values[..., indices[sublayer]].cpu())
-    return found
+            _fill(records[sublayer], read, batch.tokens.cpu(), values[..., indices[sublayer]].cpu())
+    return records
 
 
 def _by_sublayer(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
