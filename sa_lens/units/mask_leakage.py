@@ -55,8 +55,8 @@ class Leakage:
     probes: pd.DataFrame
     """One row per probe and layer: `nats` and `accuracy` of predicting the next token (frequent tokens, and one class
     for all others), held out, with the 95 % interval of `nats` over sequences. Probes: `frequency` (nothing is read),
-    `token` (the token itself, the one before the predicted), `residual` (clean stream entering the layer; `all`: its end),
-    `mask`, `mask_shuffled` (masks permuted within the token, in fit and test alike), `mask_other_seed`."""
+    `token` (the token before the predicted one), `residual` (clean stream entering the layer; `all`: its end), `mask`,
+    `mask_shuffled` (masks permuted within the token, in fit and test alike), `mask_other_seed`."""
     summary: pd.Series
     """The few numbers to look at first; see docs/leakage.md."""
 
