@@ -54,7 +54,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
 
     # live masks depend on what the edges bring; frozen masks of the clean prompt bring more than that. ACDC and exact
-    # effects have no shortcut under live masks, so theirs are frozen
+    # effects try many edges at once with frozen masks, so theirs are frozen
     found = {}
     for (name, stream), model in streams.items():
         exp = Experiment(model, find, stream=stream)

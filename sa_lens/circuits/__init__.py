@@ -25,7 +25,7 @@ and records; figures are in `sa_lens.views`. Costs are in passes over the prompt
 | `Circuit`, `Graph` | edges with scores: tables, files, set operations | none |
 | `run_circuit` | logits when only a circuit's edges carry the prompt | 2 passes |
 
-With live masks in the ablated stream `acdc` and `exact_effects` need a pass of the whole model for each edge.
+With live masks in the ablated stream `acdc` and `exact_effects` try edges one by one, not many at once.
 """
 
 from importlib import import_module

@@ -197,7 +197,7 @@ class Experiment:
 
     @property
     def why_not_in_part(self) -> str | None:
-        """Why a removed edge needs a pass of the whole model; None if only what it changes can be recomputed."""
+        """Why a removed edge needs a pass of its own; None if many can be tried at once."""
         if self.masks == "live":
             return "live masks depend on the whole residual stream, so every edge can change which units stay"
         return self.why_not_by_nodes

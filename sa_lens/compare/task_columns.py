@@ -130,7 +130,7 @@ class ACDC(TaskMeasurement):
         self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
     ) -> tuple[dict[str, float], str]:
         pairs, judged = prompts
-        # with live masks each edge would take a pass of the whole model
+        # many edges can be tried at once with frozen masks
         exp = Experiment(trained.model, pairs, stream=stream, masks="frozen" if stream == "ablated" else None)
         divergence = float(kl(exp.logits("corrupt"), exp.logits()).double().mean())
         weak = too_weak(trained, judged, stream, self.bar)

@@ -77,7 +77,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     with clock.part("circuits"):
         experiments = {
             "clean": Experiment(local, pairs),
-            # with live masks each edge would take a pass of the whole model
+            # what frozen masks bring without any edge is told below
             "ablated": Experiment(local, pairs, stream="ablated", masks="frozen"),
         }
         circuits = {stream: acdc(experiments[stream], TAU, progress=progress).circuit for stream in STREAMS}

@@ -151,7 +151,7 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
 
 
 def _find(find: Experiment, judge: Experiment, method: Method, seed: int) -> FoundCircuit:
-    # with live masks each edge that ACDC tries would take a pass of the whole model
+    # with frozen masks ACDC tries many edges at once
     masks: Masks | None = "frozen" if method == "acdc" else None
     try:
         return find_circuit(

@@ -34,8 +34,8 @@ from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Edge, Graph
-from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
 from sa_lens.circuits.running.edge_removals import Recomputation, recomputation
+from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.removal_state import Row
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.host import fingerprint_of, hash_of
@@ -73,7 +73,7 @@ class ACDCResult:
     complete: bool
     """Whether every edge was visited; False only in the result of an interrupted search."""
     shortcuts: str
-    """`on`, or why every edge had to be tried by passes of the whole model."""
+    """`on`, or why every edge had to be tried by a run of its own."""
     seconds: float
     """Time this call took."""
 
@@ -127,8 +127,7 @@ def acdc(
     """The circuit that ACDC leaves, with the rise of the metric at each edge.
 
     The usual metric is `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream.
-    With another metric the search limits how much worse its mean gets. Live masks need a pass of the whole model for
-    every edge.
+    With another metric the search limits how much worse its mean gets. Live masks need a pass for every edge.
 
     Args:
         tau: an edge stays if its removal makes the metric worse by tau or more; nats for `kl`.
@@ -173,8 +172,8 @@ def acdc(
                 search.start(engine.value)
                 _by_blocks(search, places, engine)
             else:
-                runner = CircuitRunner(exp)
-                _one_by_one(search, places, lambda mask: exp.metric.sign * runner.value(mask))
+                circuits = CircuitLogits(exp)
+                _one_by_one(search, places, lambda mask: exp.metric.sign * circuits.value(mask))
         except KeyboardInterrupt as asked:
             stop = asked
     state = search.state
@@ -199,7 +198,7 @@ def acdc(
 
 
 def _no_shortcuts(exp: Experiment, places: list[Place], tau: float) -> str | None:
-    """Why every edge has to be tried by passes of the whole model; None if not."""
+    """Why every edge has to be tried by a run of its own; None if not."""
     steps = [exp.graph.n_sources[to] for to, _ in places]
     if any(later > earlier for earlier, later in pairwise(steps)):
         return "the order visits a destination before one of a later step"
@@ -319,7 +318,7 @@ def _check_finite(value: float) -> None:
 
 
 def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], float]) -> None:
-    """The plain algorithm, by a pass of the whole model for each edge."""
+    """The plain algorithm, by a run of the circuit for each edge."""
     search.start(lambda: cost(search.graph.exists))
     for place in search.undecided(places):
         mask = search.state.present.clone()

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
 from sa_lens.circuits.running.edge_removals import recomputation
+from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.removal_state import Row
 
 log = logging.getLogger(__name__)
@@ -31,21 +31,21 @@ Effect = tuple[int, int, float]
 def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
     """Ranks every edge by how much worse the metric's mean gets when that edge alone is ablated; positive: it helps.
 
-    The metric needs no gradient. Live masks need a pass of the whole model for every edge.
+    The metric needs no gradient. Live masks need a pass for every edge.
 
     Args:
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
         Every edge with its score; in `about`, `value` is the metric of the full graph and `shortcuts` is `on`, or says
-        why each edge took a pass of the whole model.
+        why each edge took a pass of its own.
 
     Raises:
         ValueError: a metric that is not finite.
     """
     graph, why_not = exp.graph, exp.why_not_in_part
     if why_not is not None:
-        log.warning("exact effects by a pass of the whole model for each of %d edges: %s", len(graph), why_not)
+        log.warning("exact effects by a pass for each of %d edges: %s", len(graph), why_not)
     scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
     with torch.inference_mode():
         value, effects = _by_blocks(exp) if why_not is None else _by_passes(exp)
@@ -62,15 +62,15 @@ def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
 
 def _by_passes(exp: Experiment) -> tuple[float, Iterator[Effect]]:
     """By the definition."""
-    graph, runner = exp.graph, CircuitRunner(exp)
+    graph, circuits = exp.graph, CircuitLogits(exp)
 
     def effects() -> Iterator[Effect]:
         for to, source in graph.exists.nonzero().tolist():
             mask = graph.exists.clone()
             mask[to, source] = False
-            yield to, source, runner.value(mask)
+            yield to, source, circuits.value(mask)
 
-    return runner.value(graph.exists), effects()
+    return circuits.value(graph.exists), effects()
 
 
 def _by_blocks(exp: Experiment) -> tuple[float, Iterator[Effect]]:

@@ -154,10 +154,6 @@ class CircuitRunner:
                 rows.append(batch.rows)
         return torch.cat(logits)[torch.cat(rows).argsort().to(logits[0].device)]
 
-    def value(self, mask: Bool[Tensor, "input source"]) -> float:
-        """Mean metric of the circuit with these edges."""
-        return float(self.exp.values(self(mask)).mean())
-
     def _stream(self, batch: Batch, outside: Tensor) -> AbstractContextManager[Any]:
         in_clean_pass = [
             hook

@@ -64,6 +64,10 @@ class CircuitLogits:
             by_part = [versions.logits(masks) for _, versions in self._parts]
         return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*by_part, strict=True)]
 
+    def value(self, mask: Bool[Tensor, "input source"]) -> float:
+        """Mean metric of the circuit with these edges."""
+        return float(self.exp.values(self([mask])[0]).mean())
+
 
 # ------------------------------------------------------------------------------------------------------------ versions
 

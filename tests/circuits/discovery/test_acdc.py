@@ -328,20 +328,20 @@ def test_a_dense_model_does_not_go_on_from_a_gated_one_of_the_same_shape() -> No
 
 
 def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
+    from sa_lens.circuits.running.many_circuits import CircuitLogits
 
     model, pairs = plain(n_layers=1, **DOUBLE), token_pairs(n=2)
     order = Graph.from_model(model).edges
     whole = acdc(model, pairs, 0.05, order=order, progress=False)
-    plainly, calls = CircuitRunner.__call__, []
+    plainly, calls = CircuitLogits.__call__, []
 
-    def interrupted(self: CircuitRunner, mask: Any) -> Any:
+    def interrupted(self: CircuitLogits, masks: Any) -> Any:
         calls.append(1)
         if len(calls) > 5:
             raise KeyboardInterrupt
-        return plainly(self, mask)
+        return plainly(self, masks)
 
-    monkeypatch.setattr(CircuitRunner, "__call__", interrupted)
+    monkeypatch.setattr(CircuitLogits, "__call__", interrupted)
     with pytest.raises(Interrupted, match=r"stopped after 4 of .*acdc\(..., resume=result\)") as stop:
         acdc(model, pairs, 0.05, order=order, progress=False)
     assert isinstance(stop.value, KeyboardInterrupt)
