@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sa_lens.circuits.metrics import skill
+from sa_lens.circuits import skill
 from sa_lens.circuits.tasks import ioi
 from sa_lens.config import RunConfig
 from sa_lens.data import prepare
@@ -59,7 +59,7 @@ def measure(training: str, seed: int, threads: int, precision: str) -> dict[str,
         began, busy = time.perf_counter(), time.process_time()
         result = train(run, Path(folder) / "run", device="cpu", progress=sys.stderr.isatty())
         seconds, processor_seconds = time.perf_counter() - began, time.process_time() - busy
-    skills = skill(result.model.eval(), ioi(data.tokenizer, n=PAIRS, seed=seed, world="stories", name_pairs="held-out"))
+    skills = skill(result.model.eval(), ioi(data.tokenizer, n=PAIRS, seed=seed, words="stories", name_pairs="held-out"))
     row: dict[str, Any] = dict(zip(KEY, (training, seed, threads, precision), strict=True))
     row |= {"clean loss": result.evaluation.clean_loss, "ablated loss": result.evaluation.ablated_loss}
     for stream in skills.to_dict("records"):

@@ -439,7 +439,7 @@ class TestCircuit:
             (["--task", "no.json"], "no file of prompt pairs at no.json"),
             (["--edges", "3"], "edges=3 has no meaning for ACDC"),
             (["--method", "eap", "--edges", "100000"], "choose from 0"),
-            (["--gates", "live"], "gates"),
+            (["--masks", "live"], "masks"),
             (["--pairs", "8"], "64"),
         ],
     )
@@ -459,7 +459,7 @@ class TestCircuit:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from sa_lens.circuits import find_and_judge as search
+        from sa_lens.circuits import Experiment
         from sa_lens.circuits.running.edge_removals import Recomputation
 
         def command(folder: str, *flags: str) -> list[str]:
@@ -487,7 +487,7 @@ class TestCircuit:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(search, "skill", stopped)
+            patch.setattr(Experiment, "skill", stopped)
             edges = len(Circuit.load(unfinished).graph)
             line = fails(command("part", "--resume"), capsys, code=130)
         assert f"stopped after {edges} of {edges} edges" in line, "a search that is done waits to be judged"

@@ -83,7 +83,7 @@ def arguments(tmp_path) -> dict[str, list[str]]:
 
     out = str(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(run_folder("stories-dense"))
-    pairs = ioi(tokenizer, 64, world="stories")
+    pairs = ioi(tokenizer, 64, words="stories")
     prompts = [
         {"clean": clean, "corrupt": corrupt, "answers": [answer], "wrong_answers": [wrong]}
         for clean, corrupt, answer, wrong in zip(

@@ -14,10 +14,15 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits.discovery.gate_circuit import gate_rankings  # noqa: E402
-from sa_lens.circuits.find_and_judge import Method, find_circuit, table  # noqa: E402
-from sa_lens.circuits.judging.agreement import agreement_table  # noqa: E402
-from sa_lens.circuits.tasks import make  # noqa: E402
+from sa_lens.circuits import (  # noqa: E402
+    Experiment,
+    agreement_table,
+    circuit_table,
+    find_circuit,
+    gate_rankings,
+    tasks,
+)
+from sa_lens.config import Method  # noqa: E402
 from sa_lens.views import faithfulness_chart, save, side_by_side  # noqa: E402
 
 METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "exact")
@@ -45,24 +50,21 @@ def main(
     """
     dense, gated = (sa.SelfAblatingTransformer.from_pretrained(folder) for folder in (baseline, run))
     streams = {("dense", "clean"): dense, ("self-ablating", "clean"): gated, ("self-ablating", "ablated"): gated}
-    find, report = make(task, gated.tokenizer, 2 * pairs, seed=0, world=words).split(seed=0)
+    find, report = tasks.make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
     out.mkdir(parents=True, exist_ok=True)
 
-    # live gates choose from what the edges bring; frozen masks of the clean prompt would bring more than that. ACDC and
-    # exact effects have no shortcut under live gates, so theirs are frozen
-    live = ("eap", "eap-ig", "gate")
-    found = {
-        (name, stream, method): find_circuit(
-            *(model, find, report, method),
-            stream=stream,
-            gates="live" if stream == "ablated" and method in live else None,
-        )
-        for (name, stream), model in streams.items()
-        for method in methods
-    }
-    results = table(found, ("model", "stream", "method"))
+    # live masks depend on what the edges bring; frozen masks of the clean prompt bring more than that. ACDC and exact
+    # effects try many edges at once with frozen masks, so theirs are frozen
+    found = {}
+    for (name, stream), model in streams.items():
+        exp = Experiment(model, find, stream=stream)
+        judge = exp.on(report)
+        for method in methods:
+            masks = "frozen" if method in ("acdc", "exact") else None
+            found[name, stream, method] = find_circuit(exp.usual(masks=masks), judge.usual(masks=masks), method)
+    results = circuit_table(found, ("model", "stream", "method"))
     results.to_csv(out / "circuits.csv", index=False)
-    shown = ["model", "stream", "gates", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "masks_alone"]
+    shown = ["model", "stream", "masks", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "masks_alone"]
     shown += ["edges_0.9", "cmd"]
     print(results[shown].round(3).to_string(index=False))
 

@@ -15,10 +15,7 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits.find_and_judge import find_circuit  # noqa: E402
-from sa_lens.circuits.metrics import skill  # noqa: E402
-from sa_lens.circuits.patching.activation_patching import patch  # noqa: E402
-from sa_lens.circuits.tasks import make  # noqa: E402
+from sa_lens.circuits import find_circuit, patch, skill, tasks  # noqa: E402
 from sa_lens.training import train  # noqa: E402
 from sa_lens.views import patch_map, save, side_by_side  # noqa: E402
 
@@ -58,10 +55,10 @@ def main(
         ),
     )
     model = train(settings, out).model
-    find, report = make(task, model.tokenizer, 2 * pairs, seed=0).split(seed=0)
+    find, report = tasks.make(task, model.tokenizer, 2 * pairs, seed=0).split(seed=0)
     print(skill(model, report)[["stream", "n", "pair_accuracy", "logit_difference", "able"]].to_string(index=False))
 
-    maps = [patch_map(patch(model, find, "resid_pre", stream)) for stream in ("clean", "ablated")]
+    maps = [patch_map(patch(model, find, "resid_pre", stream=stream)) for stream in ("clean", "ablated")]
     print("wrote", save(side_by_side(maps, names=["clean", "ablated"]), out / "patching.html"))
     for stream in ("clean", "ablated"):
         found = find_circuit(model, find, report, "acdc", stream=stream)

@@ -1,1 +1,122 @@
-"""Tasks as pairs of prompts, patching, and circuits: tables and records, no figures."""
+"""Circuits: which edges, heads and units of a model carry a behaviour, in either stream.
+
+All functions take an `Experiment`, or a model and pairs with the experiment's settings as keywords. They return tables
+and records; figures are in `sa_lens.views`. Costs are in passes over the prompts; E is the number of edges.
+
+| name | answers | cost |
+|---|---|---|
+| `tasks` | prompts of built-in tasks, of a JSON file | none |
+| `PromptPairs` | your own prompts as texts or tokens | none |
+| `Experiment` | model, pairs and settings, said once | none until used |
+| `Metric`, `METRICS` | what is measured at the end of a prompt | none |
+| `skill` | can the model do the task at all? | 1 pass |
+| `patch` | which activation or mask, put into another prompt, restores the answer? | 1 pass per patch |
+| `attribute_nodes` | which heads, MLPs and units matter? | 2 passes and 1 gradient |
+| `eap` | which edges matter, roughly? | 2 passes and 1 gradient |
+| `eap_ig` | the same, closer | 2 passes and `steps` gradients |
+| `relp` | the same, by propagation rules | 2 passes and 1 gradient |
+| `exact_effects` | what does each edge do alone? | E parts of a pass |
+| `acdc` | which edges can go, one after the other? | E parts of a pass, many together |
+| `gate_circuit`, `mask_shares`, `gate_rankings` | which units do the gates keep? | 1 pass |
+| `find_circuit` | a circuit by any of these, judged on other prompts | the method's, and about 40 passes |
+| `faithfulness` | how much of the behaviour do a ranking's edges carry, and how many does it need? | about 40 passes |
+| `completeness`, `minimality` | is anything missing, is anything idle? | 1 or 2 passes per set |
+| `agreement`, `agreement_table` | do two circuits agree? | none |
+| `Circuit`, `Graph` | edges with scores: tables, files, set operations | none |
+| `run_circuit` | logits when only a circuit's edges carry the prompt | 2 passes |
+
+With live masks in the ablated stream `acdc` and `exact_effects` try edges one by one, not many at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sa_lens.circuits import tasks
+    from sa_lens.circuits.discovery.acdc import acdc, visiting_order
+    from sa_lens.circuits.discovery.eap import eap, eap_ig
+    from sa_lens.circuits.discovery.exact_effects import exact_effects
+    from sa_lens.circuits.discovery.gate_circuit import gate_circuit, gate_rankings, mask_shares
+    from sa_lens.circuits.discovery.relp import relp
+    from sa_lens.circuits.experiment import Experiment, skill
+    from sa_lens.circuits.find_and_judge import circuit_table, find_circuit
+    from sa_lens.circuits.graph import Circuit, Graph
+    from sa_lens.circuits.judging.agreement import agreement, agreement_table
+    from sa_lens.circuits.judging.circuit_metric import GapTooSmall
+    from sa_lens.circuits.judging.completeness import completeness, minimality
+    from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
+    from sa_lens.circuits.judging.faithfulness_curve import curves_table, kl_at_sizes, summary_table
+    from sa_lens.circuits.metrics import METRICS, Metric
+    from sa_lens.circuits.patching.activation_patching import patch
+    from sa_lens.circuits.patching.node_attribution import attribute_nodes
+    from sa_lens.circuits.running.circuit_by_hooks import run_circuit
+    from sa_lens.circuits.tasks.pairs import PromptPairs
+
+_HOMES = {
+    "tasks": ("tasks",),
+    "tasks.pairs": ("PromptPairs",),
+    "experiment": ("Experiment", "skill"),
+    "metrics": ("Metric", "METRICS"),
+    "patching.activation_patching": ("patch",),
+    "patching.node_attribution": ("attribute_nodes",),
+    "discovery.eap": ("eap", "eap_ig"),
+    "discovery.relp": ("relp",),
+    "discovery.exact_effects": ("exact_effects",),
+    "discovery.acdc": ("acdc", "visiting_order"),
+    "discovery.gate_circuit": ("gate_circuit", "mask_shares", "gate_rankings"),
+    "find_and_judge": ("find_circuit", "circuit_table"),
+    "judging.circuit_metric": ("GapTooSmall",),
+    "judging.faithfulness": ("faithfulness", "MIB_SIZES"),
+    "judging.faithfulness_curve": ("curves_table", "summary_table", "kl_at_sizes"),
+    "judging.completeness": ("completeness", "minimality"),
+    "judging.agreement": ("agreement", "agreement_table"),
+    "graph": ("Circuit", "Graph"),
+    "running.circuit_by_hooks": ("run_circuit",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "METRICS",
+    "MIB_SIZES",
+    "Circuit",
+    "Experiment",
+    "GapTooSmall",
+    "Graph",
+    "Metric",
+    "PromptPairs",
+    "acdc",
+    "agreement",
+    "agreement_table",
+    "attribute_nodes",
+    "circuit_table",
+    "completeness",
+    "curves_table",
+    "eap",
+    "eap_ig",
+    "exact_effects",
+    "faithfulness",
+    "find_circuit",
+    "gate_circuit",
+    "gate_rankings",
+    "kl_at_sizes",
+    "mask_shares",
+    "minimality",
+    "patch",
+    "relp",
+    "run_circuit",
+    "skill",
+    "summary_table",
+    "tasks",
+    "visiting_order",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sa_lens.circuits' has no attribute {name!r}")
+    module = import_module(f"sa_lens.circuits.{_HOME[name]}")
+    return module if name == "tasks" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

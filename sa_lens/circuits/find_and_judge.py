@@ -9,33 +9,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from sa_lens.circuits.discovery.acdc import ACDCResult, SearchInterrupted, acdc
-from sa_lens.circuits.discovery.eap import eap, eap_ig, relp
+from sa_lens.circuits.discovery.acdc import ACDCResult, acdc
+from sa_lens.circuits.discovery.eap import eap, eap_ig
 from sa_lens.circuits.discovery.exact_effects import exact_effects
 from sa_lens.circuits.discovery.gate_circuit import gate_circuit
+from sa_lens.circuits.discovery.relp import relp
+from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.judging.circuit_metric import GapTooSmall, SharedRuns
-from sa_lens.circuits.judging.faithfulness import Order, curve_of
+from sa_lens.circuits.judging.circuit_metric import GapTooSmall
+from sa_lens.circuits.judging.faithfulness import Order, faithfulness
 from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve
-from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, skill
-from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates, check_choices
+from sa_lens.circuits.metrics import SKILL_BAR, kl
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.config import Method
 from sa_lens.data.whole_files import staged_folder
+from sa_lens.stopping import Interrupted
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Method = Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"]
-"""How to find a circuit; `exact` ranks by the exact effect of each edge alone, `gate` reads the model's own masks."""
 
 LEVEL = 0.9
 """Faithfulness at which circuits of several models are compared."""
@@ -51,7 +48,7 @@ class FoundCircuit:
     ranking: Circuit
     """Every edge with its score."""
     skill: Mapping[str, Any]
-    """The row of `metrics.skill` for the stream."""
+    """The row of `Experiment.skill`."""
     corrupt_kl: float
     """KL(clean prompt || corrupt prompt) of the model itself, nats, mean over pairs: the scale of ACDC's tau."""
     curve: FaithfulnessCurve | None
@@ -61,7 +58,7 @@ class FoundCircuit:
     seconds: float
     """Time of ACDC's search, or of ranking all edges."""
     choices: Mapping[str, Any]
-    """What was chosen: `gates` (`none` in the clean stream), `ablation`, `tau` of ACDC, `steps` of EAP-IG; empty where
+    """What was chosen: `masks` (`none` in the clean stream), `ablation`, `tau` of ACDC, `steps` of EAP-IG; empty where
     the method has none."""
     warnings: tuple[str, ...] = field(default=())
     """What speaks against trusting this circuit."""
@@ -69,7 +66,7 @@ class FoundCircuit:
     def row(self) -> dict[str, Any]:
         """The figures of one line of a table: skill, edges, faithfulness, areas, edges needed, time."""
         about = self.circuit.about
-        found: dict[str, Any] = {
+        row: dict[str, Any] = {
             "task": self.skill["task"],
             "stream": self.skill["stream"],
             "method": about["method"],
@@ -81,13 +78,13 @@ class FoundCircuit:
         }
         missing = (math.nan,) * 3
         point = self.own.points[0] if self.own is not None else None
-        found |= {"f": point.f.mean if point else math.nan, "kl": point.kl.mean if point else math.nan}
-        found["masks_alone"] = self.own.about["masks_alone"] if self.own is not None else math.nan
-        found["edges_0.9"] = self.curve.edges_for(LEVEL).edges if self.curve is not None else math.nan
+        row |= {"f": point.f.mean if point else math.nan, "kl": point.kl.mean if point else math.nan}
+        row["masks_alone"] = self.own.about["masks_alone"] if self.own is not None else math.nan
+        row["edges_0.9"] = self.curve.edges_for(LEVEL).edges if self.curve is not None else math.nan
         for name in ("cpr", "cmd"):
             mean, low, high = getattr(self.curve, name) if self.curve is not None else missing
-            found |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-        return found | {"seconds": self.seconds, "warnings": "; ".join(self.warnings)}
+            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        return row | {"seconds": self.seconds, "warnings": "; ".join(self.warnings)}
 
     def summary(self) -> str:
         """Skill, circuit and faithfulness in words, then warnings."""
@@ -110,7 +107,7 @@ class FoundCircuit:
         ]
         if self.own is not None:
             lines.append(f"  faithfulness f    {row['f']:.3f}, KL {row['kl']:.3f} nats")
-            if row["gates"] == "frozen":
+            if row["masks"] == "frozen":
                 lines.append(f"  masks alone       {row['masks_alone']:.3f}, f without any edge out of the embedding")
         if self.curve is not None:
             lines.append(f"  edges for f >= {LEVEL:g}  {row['edges_0.9']:,} along the ranking")
@@ -132,40 +129,35 @@ class FoundCircuit:
         return Path(folder)
 
 
+@analysis
 def find_circuit(
-    model: Host,
-    find: PromptPairs,
-    report: PromptPairs,
+    exp: Experiment,
+    report: PromptPairs | Experiment,
     method: Method = "acdc",
     *,
     tau: float = 0.01,
-    steps: int = 5,
     edges: int | None = None,
-    ablation: Ablation = "resample",
-    stream: Stream = "clean",
-    gates: Gates | None = None,
-    batch_size: int = 64,
     resume: Circuit | None = None,
-    runs: SharedRuns | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> FoundCircuit:
-    """Finds a circuit with some pairs and judges it on others.
+    """Finds a circuit with the pairs of the experiment and judges it on others.
 
     Args:
-        find: pairs to find with; ACDC removes edges by KL, all other methods score by logit difference.
-        report: pairs to judge on, none of which is in `find`.
-        tau: ACDC's threshold, nats; other methods do not use it.
-        steps: of EAP-IG.
-        edges: size of the circuit of a method that only ranks; None: the fewest tried with f >= 0.9 on `find`.
-        resume: what `SearchInterrupted` held of the same search by ACDC.
-        runs: what searches with the same pairs share, each run being done once; None: nothing.
+        report: pairs to judge on, none of which is in the experiment; or an experiment on them (`exp.on(pairs)`), which
+            keeps its runs for the next method.
+        method: how to find it. ACDC decides edge by edge; the others rank all edges.
+        tau: ACDC's threshold; other methods do not use it.
+        edges: size of the circuit of a method that only ranks; None: the fewest tried with f >= 0.9 on the pairs of the
+            experiment.
+        resume: the circuit of an interrupted search by ACDC, to go on with.
+        progress: show progress bars for what takes more than a few seconds.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: an unknown method or choice, edges given for ACDC, pairs in both sets, a gate circuit of a model or
-            stream without gates, `resume` for another method or of another search.
-        SearchInterrupted: Ctrl-C while ACDC searches, or while what it found is judged.
+        ValueError: an unknown method, edges given for ACDC, pairs in both sets, a gate circuit of a model without
+            gates, `resume` for another method or of another search.
+        Interrupted: Ctrl-C while ACDC searches, or while what it found is judged; its `result` can be resumed.
     """
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is none of {', '.join(get_args(Method))}")
@@ -173,30 +165,20 @@ def find_circuit(
         raise ValueError(f"edges={edges} has no meaning for ACDC, whose size follows from tau: give tau, or a ranking")
     if method != "acdc" and resume is not None:
         raise ValueError(f"method={method!r} cannot be resumed, only ACDC can: leave resume out")
-    choices = {
-        "gates": check_choices(model, find, ablation, stream, gates),
-        "ablation": ablation,
-        "tau": tau if method == "acdc" else "",
-        "steps": steps if method == "eap-ig" else "",
-    }
-    shared = _prompts(find) & _prompts(report)
+    judge = report if isinstance(report, Experiment) else exp.on(report)
+    shared = _prompts(exp.pairs) & _prompts(judge.pairs)
     if shared:
         raise ValueError(
             f"{len(shared)} clean prompts are in `find` and in `report`: a circuit is judged on other pairs than those "
             "it was found with. Make both by pairs.split(seed)"
         )
-    options: dict[str, Any] = {
-        **{"ablation": ablation, "stream": stream, "gates": gates, "batch_size": batch_size, "progress": progress}
-    }
-    runs = SharedRuns() if runs is None else runs
-    metric = partial(runs.metric, model, ablation=ablation, stream=stream, gates=gates, batch_size=batch_size)
+    if method == "relp":
+        exp, judge = exp.usual(masks="frozen"), judge.usual(masks="frozen")
     began = time.perf_counter()
     result: ACDCResult | None = None
     if method == "acdc":
-        result = acdc(model, find, tau, resume=resume, **options)
-        ranking = result.circuit
-    else:
-        ranking = _rankings(steps)[method](model, find, options)
+        result = acdc(exp, tau, resume=resume, progress=progress)
+    ranking = result.circuit if result is not None else _rank(exp, method, progress)
     seconds = time.perf_counter() - began
     with _kept_if_stopped(result):
         circuit, warnings = ranking, []
@@ -205,27 +187,35 @@ def find_circuit(
         if result is None:
             try:
                 if edges is None:
-                    edges = curve_of(metric(find), ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
+                    edges = faithfulness(exp, ranking, sizes=[1.0], **judged).edges_for(LEVEL).edges
             except GapTooSmall as error:
                 edges = 0
                 warnings.append(f"no faithful size was found: {error}")
             circuit = ranking.keep(edges)
-        ability = {str(k): v for k, v in skill(model, report, stream, seed=seed).to_dict("records")[0].items()}
+        ability = {str(k): v for k, v in judge.skill(seed).to_dict("records")[0].items()}
         if not ability["able"]:
             warnings.append(
-                f"the {stream} stream does not do {report.task}: pair accuracy {ability['pair_accuracy']:.0%} is below "
-                f"{SKILL_BAR:.0%}, so a circuit for it explains little"
+                f"the {exp.stream} stream does not do {judge.pairs.task}: pair accuracy "
+                f"{ability['pair_accuracy']:.0%} is below {SKILL_BAR:.0%}, so a circuit for it explains little"
             )
         curve = own = None
         try:
-            curve = curve_of(metric(report), ranking, **judged)
-            own = curve_of(metric(report), [circuit], **judged)
+            curve = faithfulness(judge, ranking, **judged)
+            own = faithfulness(judge, [circuit], **judged)
             warnings += [warning for warning in own.warnings if "masks" in warning]
         except GapTooSmall as error:
             warnings.append(f"no faithfulness: {error}")
-        logits = [last_logits(model, report, stream, prompt) for prompt in ("clean", "corrupt")]
-        divergence = float(kl(logits[1], logits[0]).double().mean())
+        divergence = float(kl(judge.logits("corrupt"), judge.logits()).double().mean())
+    settings = {name: ranking.about.get(name, "") for name in ("tau", "steps")}
+    choices = {"masks": exp.masks, "ablation": exp.ablation, **settings}
     return FoundCircuit(circuit, ranking, ability, divergence, curve, own, seconds, choices, warnings=tuple(warnings))
+
+
+def _rank(exp: Experiment, method: Method, progress: bool) -> Circuit:
+    if method == "gate":
+        return gate_circuit(exp)
+    rank = {"eap": eap, "eap-ig": eap_ig, "relp": relp, "exact": exact_effects}[method]
+    return rank(exp, progress=progress)
 
 
 @contextmanager
@@ -236,7 +226,11 @@ def _kept_if_stopped(result: ACDCResult | None) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if result is None:
             raise
-        raise SearchInterrupted(result) from stop
+        raise Interrupted(
+            "stopped after the search, before the circuit was judged; the exception's `result` holds it. Go on with "
+            "find_circuit(..., resume=result.circuit)",
+            result=result,
+        ) from stop
 
 
 def _prompts(pairs: PromptPairs) -> set[tuple[int, ...]]:
@@ -244,21 +238,8 @@ def _prompts(pairs: PromptPairs) -> set[tuple[int, ...]]:
     return {tuple(row[-length:]) for row, length in rows}
 
 
-def _rankings(steps: int) -> dict[str, Callable[[Host, PromptPairs, dict[str, Any]], Circuit]]:
-    def gate(model: Host, pairs: PromptPairs, options: dict[str, Any]) -> Circuit:
-        return gate_circuit(model, pairs, batch_size=options["batch_size"])
-
-    return {
-        "eap": lambda model, pairs, options: eap(model, pairs, **options),
-        "eap-ig": lambda model, pairs, options: eap_ig(model, pairs, steps=steps, **options),
-        "relp": lambda model, pairs, options: relp(model, pairs, **options),
-        "exact": lambda model, pairs, options: exact_effects(model, pairs, **options),
-        "gate": gate,
-    }
-
-
-def table(found: Mapping[Any, FoundCircuit], names: Sequence[str] = ("model",)) -> pd.DataFrame:
-    """A row a circuit.
+def circuit_table(circuits: Mapping[Any, FoundCircuit], names: Sequence[str] = ("model",)) -> pd.DataFrame:
+    """A table with one row per circuit.
 
     Args:
         names: of the parts of the keys, as first columns.
@@ -269,7 +250,7 @@ def table(found: Mapping[Any, FoundCircuit], names: Sequence[str] = ("model",)) 
     import pandas as pd
 
     rows = []
-    for key, item in found.items():
+    for key, item in circuits.items():
         parts = key if isinstance(key, tuple) else (key,)
         rows.append({**dict(zip(names, parts, strict=True)), **item.row()})
     return pd.DataFrame(rows)

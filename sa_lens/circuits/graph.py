@@ -185,6 +185,35 @@ class Graph:
         return {name: getattr(self, name) for name in ("n_layers", "n_heads", "attn_only", "parallel")}
 
 
+def source_hooks(graph: Graph) -> list[str]:
+    """Hook points at which sources write: the embedding, then attention units (`z`) and MLP of each layer."""
+    names = ["blocks.0.hook_resid_pre"]
+    for layer in range(graph.n_layers):
+        names.append(f"blocks.{layer}.attn.hook_z")
+        if not graph.attn_only:
+            names.append(f"blocks.{layer}.hook_mlp_out")
+    return names
+
+
+def input_hooks(graph: Graph) -> dict[str, list[int]]:
+    """Hook points in which edges end, each with the inputs of the graph that it holds."""
+    hooks: dict[str, list[int]] = {}
+    for layer in range(graph.n_layers):
+        for port in PORTS:
+            heads = [graph.input_index[Input(Node("head", layer, h), port)] for h in range(graph.n_heads)]
+            hooks[f"blocks.{layer}.hook_{port}_input"] = heads
+        if not graph.attn_only:
+            hooks[f"blocks.{layer}.hook_mlp_in"] = [graph.input_index[Input(Node("mlp", layer))]]
+    hooks[f"blocks.{graph.n_layers - 1}.hook_resid_post"] = [graph.input_index[Input(Node("logits"))]]
+    return hooks
+
+
+def edge_hook_names(model: Host) -> list[str]:
+    """Hook points that runs of circuits read or edit."""
+    graph = Graph(model.cfg.n_layers, model.cfg.n_heads, bool(model.cfg.attn_only))
+    return [*source_hooks(graph), *input_hooks(graph)]
+
+
 def parse_node(text: str) -> Node:
     """The node of a name such as `a2.h5`.
 
@@ -219,6 +248,9 @@ def parse_edge(text: str) -> Edge:
     return Edge(parse_node(source), parse_node(to))
 
 
+_EDGE_COLUMNS = ("edge", "source", "destination", "port", "source_layer", "destination_layer", "score", "in_circuit")
+
+
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """A set of edges of a graph, and a score for any edge that has one, inside the set or not."""
@@ -230,7 +262,7 @@ class Circuit:
     scores: Float[Tensor, "input source"]
     """Score of each edge in float64; NaN where there is none."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """How it was found: method, stream, gates, ablation, metric and the like; plain values that JSON can hold."""
+    """How it was found: method, stream, masks, ablation, metric and the like; plain values that JSON can hold."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.graph.exists.shape)
@@ -259,10 +291,10 @@ class Circuit:
         mask = torch.zeros_like(graph.exists)
         scores = torch.full(mask.shape, torch.nan, dtype=torch.float64)
         for edge in edges:
-            at = graph.place(edge)
-            mask[at] = True
+            place = graph.place(edge)
+            mask[place] = True
             if isinstance(edges, Mapping):
-                scores[at] = edges[edge]
+                scores[place] = edges[edge]
         return cls(graph, mask, scores, dict(about or {}))
 
     @classmethod
@@ -330,8 +362,8 @@ class Circuit:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """Nodes at either end of an edge of the circuit, in the order of computation."""
-        found = {node for edge in self for node in edge[:2]}
-        return tuple(node for node in (*self.graph.sources, Node("logits")) if node in found)
+        ends = {node for edge in self for node in edge[:2]}
+        return tuple(node for node in (*self.graph.sources, Node("logits")) if node in ends)
 
     def prune_dangling(self) -> Circuit:
         """Without the edges that are on no path from the embedding to the logits."""
@@ -362,33 +394,26 @@ class Circuit:
         return int((self.mask & other.mask).sum()) / either if either else 1.0
 
     def table(self, every: bool = False) -> pd.DataFrame:
-        """A row an edge: edge, source, destination, port, source_layer, destination_layer, score, in_circuit.
+        """One row per edge: edge, source, destination, port, source_layer, destination_layer, score, in_circuit.
 
         Args:
             every: also the edges outside the circuit.
         """
         import pandas as pd
 
-        rows = [
-            {
-                "edge": str(edge),
-                "source": str(edge.source),
-                "destination": str(edge.destination),
-                "port": edge.port,
-                "source_layer": edge.source.layer,
-                "destination_layer": edge.destination.layer if edge.destination.kind != "logits" else graph.n_layers,
-                "score": float(self.scores[to, source]),
-                "in_circuit": bool(self.mask[to, source]),
-            }
-            for graph in [self.graph]
-            for to, source in (self.graph.exists if every else self.mask).nonzero().tolist()
-            for edge in [graph.edge(to, source)]
-        ]
-        names = ("edge", "source", "destination", "port", "source_layer", "destination_layer", "score", "in_circuit")
-        return pd.DataFrame(rows, columns=list(names))
+        columns: dict[str, list[Any]] = {name: [] for name in _EDGE_COLUMNS}
+        for to, source in (self.graph.exists if every else self.mask).nonzero().tolist():
+            edge = self.graph.edge(to, source)
+            layer = edge.destination.layer if edge.destination.kind != "logits" else self.graph.n_layers
+            row = (str(edge), str(edge.source), str(edge.destination), edge.port, edge.source.layer, layer)
+            for name, value in zip(
+                columns, (*row, float(self.scores[to, source]), bool(self.mask[to, source])), strict=True
+            ):
+                columns[name].append(value)
+        return pd.DataFrame(columns)
 
     def node_table(self) -> pd.DataFrame:
-        """A row a node: node, kind, layer, head, edges in and out, and the sums of their absolute scores.
+        """One row per node: node, kind, layer, head, edges in and out, and the sums of their absolute scores.
 
         Edges without a score add nothing to `score_in` and `score_out`.
         """

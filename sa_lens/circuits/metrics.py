@@ -1,34 +1,25 @@
-"""What is measured at the end of a prompt: metrics, their intervals, and how well a model does a task at all.
+"""Metrics: one number per prompt from the logits at its last position.
 
-A metric is a plain function of the logits at the last position and the pairs, and gives one value per pair; means are
-the caller's. It is computed in float32 or wider, whatever the model's precision. All but accuracies and rank are
-differentiable.
+Values are computed in float32 or wider, whatever the precision of the model; means over prompts are the caller's. All
+metrics except accuracies and rank are differentiable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sa_lens.circuits.running.recorded_passes import last_logits as last_logits
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host, at_least_float32, device_of, in_stream, run_to_last, streams_of
-from sa_lens.core.last_position import Prompts, embed_prompts, run_to_position, why_not_by_nodes
-from sa_lens.core.nodes import NodeFunctions
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Metric = Callable[[Float[Tensor, "pair d_vocab"], PromptPairs], Float[Tensor, " pair"]]
-"""A metric: logits at the last position and the pairs they belong to; one finite value per pair."""
+from sa_lens.core.host import at_least_float32
 
 SKILL_BAR = 0.8
-"""Pair accuracy below which a circuit for the task explains little: the model cannot do it."""
+"""Pair accuracy below which a circuit for the task explains little, because the model does not do the task."""
 
 
 def logit_difference(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
@@ -62,49 +53,70 @@ def answer_log_probability(logits: Float[Tensor, "pair d_vocab"], pairs: PromptP
 def kl(logits: Float[Tensor, "pair d_vocab"], reference: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
     """KL(p || q) over the full vocabulary, in nats: p of the reference logits (of the unedited clean prompt, in the
     same stream), q of `logits`."""
-    p, q = at_least_float32(reference).log_softmax(-1), at_least_float32(logits).log_softmax(-1)
+    p, q = at_least_float32(reference.to(logits.device)).log_softmax(-1), at_least_float32(logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
-
-
-METRICS: dict[str, Metric] = {
-    "logit_difference": logit_difference,
-    "pair_accuracy": pair_accuracy,
-    "top1_accuracy": top1_accuracy,
-    "answer_rank": answer_rank,
-    "answer_log_probability": answer_log_probability,
-}
-"""Metrics by name; `kl` comes beside them, since it needs the clean prompt's logits."""
 
 
 def _pick(x: Float[Tensor, "pair d_vocab"], tokens: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
     return at_least_float32(x.gather(-1, tokens.to(x.device)[:, None])[:, 0])
 
 
-def metric_named(metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab"] | None) -> tuple[str, Metric]:
-    """Name and function of a metric; every call checks that the function gives one finite value per pair.
+@dataclass(frozen=True)
+class Metric:
+    """A quantity at the end of each prompt, and which direction is better."""
 
-    Args:
-        clean_logits: of the unedited clean prompts, for `kl`.
+    name: str
+    """Name in tables and files."""
+    function: Callable[..., Float[Tensor, " pair"]]
+    """Takes the logits at the last position `[pair, d_vocab]` and the pairs that they belong to, and with
+    `needs_clean_logits` also the logits of the unedited clean prompts. Returns one finite value per pair."""
+    larger_is_better: bool = True
+    """Whether a larger value means that the model does the task better."""
+    needs_clean_logits: bool = False
+    """Whether the function compares with the unedited clean prompts. Such a metric is best at the clean prompt, so it
+    has no gradient there."""
+    minimum_gap: float = 0.1
+    """Smallest difference between the clean prompts and the empty circuit that faithfulness is computed from."""
 
-    Raises:
-        ValueError: an unknown name; and by the function: values of another shape, or not finite.
-    """
-    if callable(metric):
-        name, function = getattr(metric, "__name__", type(metric).__name__), metric
-    elif metric == "kl":
-        if clean_logits is None:
-            raise ValueError("metric='kl' needs the logits of the unedited clean prompts")
-        name, function = "kl", lambda logits, pairs: kl(logits, clean_logits.to(logits.device))
-    elif metric in METRICS:
-        name, function = metric, METRICS[metric]
-    else:
-        raise ValueError(f"metric={metric!r} is none of {', '.join([*METRICS, 'kl'])}, nor a function")
+    @classmethod
+    def named(cls, metric: str | Metric | Callable[..., Any]) -> Metric:
+        """The metric of a name in `METRICS`, or of a function of logits and pairs whose larger values are better.
 
-    def checked(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-        if callable(metric) and len(pairs) == 1:
+        Raises:
+            ValueError: an unknown name.
+        """
+        if isinstance(metric, Metric):
+            return metric
+        if callable(metric):
+            return cls(getattr(metric, "__name__", type(metric).__name__), metric)
+        if metric not in METRICS:
+            raise ValueError(f"metric={metric!r} is none of {', '.join(METRICS)}, nor a function")
+        return METRICS[metric]
+
+    @property
+    def sign(self) -> float:
+        """1 if larger values are worse, -1 if they are better."""
+        return -1.0 if self.larger_is_better else 1.0
+
+    def __call__(
+        self, logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs, clean_logits: Tensor | None = None
+    ) -> Float[Tensor, " pair"]:
+        """The value of each pair, in float32 or wider.
+
+        Args:
+            clean_logits: of the unedited clean prompts; only needed with `needs_clean_logits`.
+
+        Raises:
+            ValueError: no clean logits where they are needed, or a function that does not give one finite value per
+                pair.
+        """
+        if self.needs_clean_logits and clean_logits is None:
+            raise ValueError(f"metric={self.name!r} needs the logits of the unedited clean prompts")
+        if len(pairs) == 1:
             # one pair alone cannot show whether there is a value for each
-            return checked(logits.expand(2, -1), pairs.subset([0, 0]))[:1]
-        values = function(logits, pairs)
+            twice = None if clean_logits is None else clean_logits.expand(2, -1)
+            return self(logits.expand(2, -1), pairs.subset([0, 0]), twice)[:1]
+        values = self.function(logits, pairs, *([clean_logits] if self.needs_clean_logits else []))
         if not isinstance(values, Tensor):
             given = f"a {type(values).__name__}"
         elif tuple(values.shape) != (len(pairs),):
@@ -113,143 +125,46 @@ def metric_named(metric: str | Metric, clean_logits: Float[Tensor, "pair d_vocab
             given = "values that are not finite"
         else:
             return at_least_float32(values)
-        raise ValueError(f"metric {name!r} gave {given} for {len(pairs)} pairs: it must give one finite value for each")
-
-    return name, checked
-
-
-def check_fits(model: Host, pairs: PromptPairs, batch_size: int = 1) -> None:
-    """Checks that the model can read these pairs.
-
-    Raises:
-        ValueError: a token beyond the vocabulary, a prompt longer than the context, or a batch_size below 1.
-    """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1: the prompts in one pass")
-    highest = max(int(t.max()) for t in (pairs.clean, pairs.corrupt, pairs.answers, pairs.wrong_answers))
-    if highest >= model.cfg.d_vocab:
         raise ValueError(
-            f"{pairs.task}: token {highest} is beyond the model's vocabulary of {model.cfg.d_vocab}: make the pairs "
-            "with the model's own tokenizer"
+            f"metric {self.name!r} gave {given} for {len(pairs)} pairs: it must give one finite value for each"
         )
-    longest = int(pairs.lengths.max())
-    if longest > model.cfg.n_ctx:
-        raise ValueError(f"{pairs.task}: a prompt of {longest} tokens is longer than n_ctx={model.cfg.n_ctx}")
+
+    def require_gradient(self, pairs: PromptPairs, d_vocab: int, at_clean_prompt_for: str | None = None) -> None:
+        """Checks that the metric has a gradient.
+
+        Args:
+            at_clean_prompt_for: the method that needs the gradient at the clean prompt; None: it is taken elsewhere.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if at_clean_prompt_for and self.needs_clean_logits:
+            raise ValueError(
+                f"metric={self.name!r} has no gradient at the clean prompt, where it is best, so {at_clean_prompt_for} "
+                "would give 0 everywhere: use 'logit_difference', eap_ig, whose gradients are taken elsewhere, or "
+                "exact_effects"
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = torch.linspace(-1, 1, d_vocab)[None].requires_grad_()
+            values = self(logits, pairs.subset([0]), torch.zeros(1, d_vocab))
+        if not values.requires_grad:
+            raise ValueError(
+                f"metric={self.name!r} has no gradient, because it is constant except for jumps: use "
+                "'logit_difference' or 'answer_log_probability', or exact_effects, which takes any metric"
+            )
 
 
-def last_logits(
-    model: Host,
-    pairs: PromptPairs,
-    stream: Stream = "clean",
-    prompt: Literal["clean", "corrupt"] = "clean",
-    *,
-    batch_size: int = 256,
-) -> Float[Tensor, "pair d_vocab"]:
-    """Logits at the end of each prompt, without gradients.
-
-    In the ablated stream the masks act at the last position, which is that stream there.
-
-    Args:
-        prompt: the `clean` or the `corrupt` prompts.
-        batch_size: prompts run at once.
-    """
-    check_fits(model, pairs, batch_size)
-    parts, rows = [], []
-    with in_stream(model, stream, position=-1):
-        pass
-    if not pairs.uniform and why_not_by_nodes(model) is None:
-        return _by_nodes(model, pairs, stream, prompt, batch_size)
-    with torch.no_grad(), in_stream(model, stream, position=-1):
-        for at, group in pairs.by_length(batch_size):
-            tokens = group.clean if prompt == "clean" else group.corrupt
-            parts.append(run_to_last(model, tokens.to(device_of(model))))
-            rows.append(at)
-    return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
-
-
-def _by_nodes(
-    model: Host, pairs: PromptPairs, stream: Stream, prompt: Literal["clean", "corrupt"], batch_size: int
-) -> Float[Tensor, "pair d_vocab"]:
-    """The same, prompts of several lengths together."""
-    functions = NodeFunctions(model, int(pairs.lengths.max()))
-    parts, rows = [], []
-    for chosen, prompts in prompts_in_batches(model, pairs, prompt, batch_size):
-        found = run_to_position(model, functions, prompts, ablated=stream == "ablated")
-        parts.append(functions.logits(found.final[stream]))
-        rows.append(chosen)
-    return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
-
-
-def prompts_in_batches(
-    model: Host, pairs: PromptPairs, prompt: Literal["clean", "corrupt"], batch_size: int
-) -> Iterator[tuple[Int[Tensor, " pair"], Prompts]]:
-    """Places of pairs, ordered by length, and their clean or corrupt prompts."""
-    for rows in pairs.lengths.argsort(stable=True).split(batch_size):
-        groups = [group for _, group in pairs.subset(rows).by_length()]
-        tokens = [group.clean if prompt == "clean" else group.corrupt for group in groups]
-        yield rows, Prompts.of(*embed_prompts(model, [x.to(device_of(model)) for x in tokens]))
-
-
-class Interval(NamedTuple):
-    """A mean and its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(
-    values: Float[Tensor, " pair"], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Mean over pairs with a percentile interval, pairs drawn with replacement.
-
-    Args:
-        level: coverage of the interval, between 0 and 1.
-
-    Raises:
-        ValueError: no values, or a level outside (0, 1).
-    """
-    if not 0 < level < 1 or not len(values):
-        raise ValueError(f"an interval of level={level} of {len(values)} values: level in (0, 1), at least one value")
-    x = values.detach().double().cpu().numpy()
-    rng = np.random.default_rng(seed)
-    # as many at once as fit a few megabytes
-    at_once = max(1, 2**20 // len(x))
-    sizes = [min(at_once, resamples - first) for first in range(0, resamples, at_once)]
-    means = np.concatenate([x[rng.integers(len(x), size=(size, len(x)))].mean(1) for size in sizes])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(x.mean()), float(low), float(high))
-
-
-def skill(
-    model: Host,
-    pairs: PromptPairs,
-    stream: Stream | None = None,
-    *,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """How well the model does the task: pair and top-1 accuracy and logit difference with 95 % intervals.
-
-    Args:
-        stream: one stream; None: every one that the model has.
-        batch_size: prompts run at once.
-        seed: of the bootstrap.
-
-    Returns:
-        One row per stream: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least
-        0.8.
-    """
-    import pandas as pd
-
-    streams = streams_of(model, stream)
-    rows = []
-    for chosen in streams:
-        logits = last_logits(model, pairs, chosen, batch_size=batch_size)
-        row: dict[str, Any] = {"task": pairs.task, "stream": chosen, "n": len(pairs)}
-        for name in ("pair_accuracy", "top1_accuracy", "logit_difference"):
-            interval = bootstrap_interval(METRICS[name](logits, pairs), seed=seed)
-            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        row["able"] = row["pair_accuracy"] >= SKILL_BAR
-        rows.append(row)
-    return pd.DataFrame(rows)
+METRICS: dict[str, Metric] = {
+    "logit_difference": Metric("logit_difference", logit_difference),
+    "pair_accuracy": Metric("pair_accuracy", pair_accuracy),
+    "top1_accuracy": Metric("top1_accuracy", top1_accuracy),
+    "answer_rank": Metric("answer_rank", answer_rank, larger_is_better=False),
+    "answer_log_probability": Metric("answer_log_probability", answer_log_probability),
+    "kl": Metric(
+        "kl",
+        lambda logits, pairs, clean_logits: kl(logits, clean_logits),
+        larger_is_better=False,
+        needs_clean_logits=True,
+    ),
+}
+"""Metrics by name. `kl` is KL(unedited clean prompt || edited prompt) in the same stream."""

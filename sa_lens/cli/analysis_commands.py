@@ -24,7 +24,7 @@ def circuit(
     tau: float = 0.01,
     edges: int | None = None,
     ablation: Ablation = "resample",
-    gates: Masks | None = None,
+    masks: Masks | None = None,
     pairs: int = 128,
     words: Words | Literal["auto"] = "auto",
     seed: int = 0,
@@ -50,7 +50,7 @@ def circuit(
         tau: ACDC's threshold, nats of KL.
         edges: Size of a ranking's circuit; None: the fewest with f >= 0.9.
         ablation: What other edges carry.
-        gates: Masks of the ablated stream alone; None: frozen.
+        masks: Masks of the ablated stream. frozen: kept from the clean prompt. None: live, and frozen for relp.
         pairs: Prompts to find with, and to report on.
         words: Words of the prompts; auto: as the run's text.
         seed: Seed of prompts and bootstrap.
@@ -65,8 +65,8 @@ def circuit(
             f"--pairs {pairs}: figures of fewer than {FEWEST_PROMPTS} prompts in all mean little; give at least "
             f"{FEWEST_PROMPTS // 2}"
         )
-    choices = {"gates": gates or "frozen", "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
-    usual = {"gates": "frozen", "ablation": "resample", "tau": 0.01}
+    choices = {"masks": masks, "ablation": ablation, "tau": tau if method == "acdc" else 0.01}
+    usual = {"masks": None, "ablation": "resample", "tau": 0.01}
     unusual = [f"{name}-{value}" for name, value in choices.items() if value != usual[name]]
     folder = out or results_folder(run) / "circuits" / "-".join([Path(task).stem, method, stream, *unusual])
     folder = output_folder(folder)
@@ -74,9 +74,7 @@ def circuit(
     if resume and not unfinished.is_file():
         raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
 
-    from sa_lens.circuits.discovery.acdc import SearchInterrupted
-    from sa_lens.circuits.find_and_judge import find_circuit
-    from sa_lens.circuits.graph import Circuit
+    from sa_lens.circuits import Circuit, Experiment, find_circuit
     from sa_lens.circuits.tasks import make_unseen
     from sa_lens.training.trained_run import load_run, trained_on_stories
     from sa_lens.views import faithfulness_chart, save
@@ -86,29 +84,25 @@ def circuit(
     model = load_run(run, device=device)
     if model.tokenizer is None:
         raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
-    both = make_unseen(task, model.tokenizer, 2 * pairs, seed, world=words)
+    both = make_unseen(task, model.tokenizer, 2 * pairs, seed, words=words)
     find, report = both.split(seed)
+    exp = Experiment(model, find, stream=stream, ablation=ablation, masks=masks)
     try:
         found = find_circuit(
-            model,
-            find,
+            exp,
             report,
             method,
             tau=tau,
             edges=edges,
-            ablation=ablation,
-            stream=stream,
-            gates=gates,
             resume=Circuit.load(unfinished) if resume else None,
             progress=not json,
             seed=seed,
         )
-    except SearchInterrupted as stop:
+    except Interrupted as stop:
         folder.mkdir(parents=True, exist_ok=True)
         stop.result.circuit.save(unfinished)
-        visited = stop.result.tried + stop.result.untouched
         raise Interrupted(
-            f"stopped after {visited:,} of {len(stop.result.circuit.graph):,} edges; {unfinished} has what is decided. "
+            f"stopped after {stop.result.visited:,} of {len(exp.graph):,} edges; {unfinished} has what is decided. "
             "Go on with the same command and --resume",
             folder=folder,
         ) from stop

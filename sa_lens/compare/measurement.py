@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sa_lens.circuits.tasks import World
-from sa_lens.config import RunConfig, Stream
+from sa_lens.config import RunConfig, Stream, Words
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData, validation_blocks
@@ -62,7 +61,7 @@ class TrainedModel:
         return streams_of(self.model)
 
     @property
-    def words(self) -> World:
+    def words(self) -> Words:
         """Vocabulary of the prompts: that of the text the model was trained on."""
         return "stories" if self.run.data.source == "stories" else "tinystories"
 

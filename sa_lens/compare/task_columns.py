@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sa_lens.circuits.discovery.acdc import acdc, visiting_order
-from sa_lens.circuits.discovery.eap import eap_ig
-from sa_lens.circuits.graph import Graph
+from sa_lens.circuits import Experiment, Graph, PromptPairs, acdc, eap_ig, faithfulness, skill, visiting_order
 from sa_lens.circuits.judging.circuit_metric import GapTooSmall
-from sa_lens.circuits.judging.faithfulness import faithfulness_curve
 from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve
-from sa_lens.circuits.metrics import SKILL_BAR, kl, last_logits, pair_accuracy, skill
-from sa_lens.circuits.running.circuit_by_hooks import Gates
+from sa_lens.circuits.metrics import SKILL_BAR, kl
 from sa_lens.circuits.tasks import make_unseen
-from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.compare.measurement import Measurement, Result, TrainedModel
-from sa_lens.config import RunConfig, Stream
+from sa_lens.config import Masks, RunConfig, Stream
 
 PROMPT_TOKENS = 32
 """Length of a prompt for estimates of cost, in tokens."""
@@ -54,7 +49,7 @@ class TaskMeasurement(Measurement):
 
     def prompts(self, trained: TrainedModel, n: int) -> PromptPairs:
         """Pairs of the task; IOI on generated stories with names that never occur together in one."""
-        return make_unseen(self.task, trained.data.tokenizer, n, 0, world=trained.words)
+        return make_unseen(self.task, trained.data.tokenizer, n, 0, words=trained.words)
 
     def prompt_counts(self) -> tuple[int, ...]:
         """Numbers of pairs, one for each of the prompt sets that `measure_stream` gets."""
@@ -93,7 +88,7 @@ class Skill(TaskMeasurement):
 
 def too_weak(trained: TrainedModel, pairs: PromptPairs, stream: Stream, bar: float) -> str:
     """Why a circuit of this stream would explain nothing; empty if the stream does the task."""
-    accuracy = float(pair_accuracy(last_logits(trained.model, pairs, stream), pairs).double().mean())
+    accuracy = skill(trained.model, pairs, stream)["pair_accuracy"].item()
     if accuracy >= bar:
         return ""
     return f"the {stream} stream has {accuracy:.1%} pair accuracy, below {bar:.0%}: no circuit"
@@ -135,15 +130,16 @@ class ACDC(TaskMeasurement):
         self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
     ) -> tuple[dict[str, float], str]:
         pairs, judged = prompts
-        clean, corrupt = (last_logits(trained.model, pairs, stream, prompt) for prompt in ("clean", "corrupt"))
-        divergence = float(kl(corrupt, clean).double().mean())
+        # many edges can be tried at once with frozen masks
+        exp = Experiment(trained.model, pairs, stream=stream, masks="frozen" if stream == "ablated" else None)
+        divergence = float(kl(exp.logits("corrupt"), exp.logits()).double().mean())
         weak = too_weak(trained, judged, stream, self.bar)
         if weak:
             return {"corrupt_kl": divergence}, weak
 
         def edges(tau: float, order: int | None = None) -> int:
-            visits = None if order is None else visiting_order(Graph.from_model(trained.model), order)
-            return len(acdc(trained.model, pairs, tau, stream=stream, order=visits, progress=False))
+            visits = None if order is None else visiting_order(exp.graph, order)
+            return len(acdc(exp, tau, order=visits, progress=False))
 
         thresholds = {f"{tau:g}": tau for tau in self.taus} | {"own": OWN_SHARE * divergence}
         figures: dict[str, float] = {f"acdc_edges_{name}": edges(tau) for name, tau in thresholds.items()}
@@ -200,9 +196,8 @@ class Faithfulness(TaskMeasurement):
         return figures, ""
 
     def _curve(
-        self, trained: TrainedModel, pairs: PromptPairs, stream: Stream, gates: Gates | None
+        self, trained: TrainedModel, pairs: PromptPairs, stream: Stream, masks: Masks | None
     ) -> FaithfulnessCurve:
         to_rank, to_judge = pairs.split(0)
-        options: dict[str, Any] = {"stream": stream, "gates": gates, "progress": False}
-        ranking = eap_ig(trained.model, to_rank, steps=self.steps, **options)
-        return faithfulness_curve(trained.model, to_judge, ranking, **options)
+        exp = Experiment(trained.model, to_rank, stream=stream, masks=masks)
+        return faithfulness(exp.on(to_judge), eap_ig(exp, steps=self.steps, progress=False), progress=False)

@@ -123,15 +123,17 @@ class StreamPoint(HookPoint):
         own = self.streams.of_thread.pass_hooks
         if own is None:
             return HookPoint.__call__(self, x)
-        for function in own.before.get(id(self), ()):
-            written = function(x)
-            x = x if written is None else written
+        x = _apply(own.before.get(id(self), ()), x)
         if not own.silent:
             x = HookPoint.__call__(self, x)
-        for function in own.after.get(id(self), ()):
-            written = function(x)
-            x = x if written is None else written
-        return x
+        return _apply(own.after.get(id(self), ()), x)
+
+
+def _apply(functions: Sequence[Callable[[Tensor], Tensor | None]], x: Tensor) -> Tensor:
+    for function in functions:
+        written = function(x)
+        x = x if written is None else written
+    return x
 
 
 @contextmanager

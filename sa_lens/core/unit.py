@@ -54,6 +54,10 @@ class Unit(NamedTuple):
         """The attention or MLP that holds it."""
         return Sublayer(self.layer, self.site)
 
+    def row(self) -> dict[str, int | str]:
+        """Returns the columns that name it in a table: layer, site, unit."""
+        return {"layer": self.layer, "site": self.site, "unit": self.index}
+
     @classmethod
     def parse(cls, text: str) -> Unit:
         """The unit that a text such as `L1.mlp.17` names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,6 @@ class TextBlocks:
     """
 
     def __init__(self, text: Text, n_ctx: int, *, n_tokens: int | None = None, d_vocab: int | None = None) -> None:
-        if n_tokens is not None and n_tokens < 1:
-            raise ValueError(f"n_tokens={n_tokens} must be at least 1, or None for the whole text")
         if isinstance(text, str | Path):
             text = TokenFile.open(text)
         if isinstance(text, TokenFile):
@@ -48,7 +47,7 @@ class TextBlocks:
             _check_tensor(text, n_ctx, d_vocab)
             count, self.length = text.shape
         self.text = text
-        self.count = count if n_tokens is None else min(count, max(1, n_tokens // self.length))
+        self.count = _limited(count, self.length, n_tokens)
 
     def __len__(self) -> int:
         return self.count
@@ -57,6 +56,12 @@ class TextBlocks:
     def n_tokens(self) -> int:
         """Tokens in all blocks."""
         return self.count * self.length
+
+    def first(self, n_tokens: int | None) -> TextBlocks:
+        """Returns the first blocks, of at most `n_tokens` tokens but at least one block; None: all."""
+        blocks = copy.copy(self)
+        blocks.count = _limited(self.count, self.length, n_tokens)
+        return blocks
 
     def rows(self, start: int, stop: int) -> Int[Tensor, "block pos"]:
         """Returns blocks `start` to `stop - 1`, on the CPU (on its own device if the text is a tensor)."""
@@ -79,6 +84,14 @@ class TextBlocks:
             return f"{self.text.fingerprint}/{self.length}"
         values = self.text.cpu().long().contiguous().numpy()
         return f"{hashlib.sha256(values.tobytes()).hexdigest()}/{self.length}"
+
+
+def _limited(count: int, length: int, n_tokens: int | None) -> int:
+    if n_tokens is None:
+        return count
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens={n_tokens} must be at least 1, or None for the whole text")
+    return min(count, max(1, n_tokens // length))
 
 
 def _check_tensor(tokens: Any, n_ctx: int, d_vocab: int | None) -> None:

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.catalogue import about, run_folder
-from sa_lens.circuits.discovery.acdc import acdc
-from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.judging.faithfulness import faithfulness_curve
-from sa_lens.circuits.patching.activation_patching import patch
-from sa_lens.circuits.tasks import PromptPairs, make_unseen
+from sa_lens.circuits import Circuit, Experiment, PromptPairs, acdc, faithfulness, patch
+from sa_lens.circuits.tasks import make_unseen
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
@@ -73,14 +70,19 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
             print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side() + "\n")
 
     assert local.tokenizer is not None
-    pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, world="stories")
+    pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, words="stories")
     pairs = max((group for _, group in pairs.by_length(PROMPTS)), key=len)
     with clock.part("patching"):
         written = patching_figures(local, pairs, out, progress)
     with clock.part("circuits"):
-        circuits = {stream: acdc(local, pairs, TAU, stream=stream, progress=progress).circuit for stream in STREAMS}
+        experiments = {
+            "clean": Experiment(local, pairs),
+            # what frozen masks bring without any edge is told below
+            "ablated": Experiment(local, pairs, stream="ablated", masks="frozen"),
+        }
+        circuits = {stream: acdc(experiments[stream], TAU, progress=progress).circuit for stream in STREAMS}
         written.append(circuit_figure(circuits, out))
-        judged = faithfulness_curve(local, pairs, [circuits["ablated"]], stream="ablated", progress=progress)
+        judged = faithfulness(experiments["ablated"], [circuits["ablated"]], progress=progress)
         masks_alone = judged.about["masks_alone"]
     tell_circuits(circuits, masks_alone)
 
@@ -134,7 +136,7 @@ def patching_figures(model: SelfAblatingTransformer, pairs: PromptPairs, out: Pa
     """Patches residual streams and heads in both streams and draws the results, a figure for each."""
     written = []
     for what, title in (("resid_pre", "residual streams"), ("heads", "heads")):
-        tables = [patch(model, pairs, what, stream, progress=progress) for stream in STREAMS]
+        tables = [patch(model, pairs, what, stream=stream, progress=progress) for stream in STREAMS]
         records = [patch_map(table, "value") for table in tables]
         figure = side_by_side(records, f"Which {title} carry the indirect object?", names=STREAMS)
         written.append(save(figure, out / f"patching-{what}.html"))

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa_lens.circuits.tasks import World
-from sa_lens.config import RunConfig, Stream
+from sa_lens.config import RunConfig, Stream, Words
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.training.trained_run import load_run, settings_of
@@ -44,7 +43,7 @@ class Subject:
         return n_ctx if self.settings is None else min(self.settings.model.n_ctx, n_ctx)
 
     @property
-    def world(self) -> World:
+    def words(self) -> Words:
         """Words of the tasks' prompts: those of the text it was trained on."""
         return "stories" if self.settings is not None and self.settings.data.source == "stories" else "tinystories"
 

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa_lens.circuits.discovery.acdc import SearchInterrupted
-from sa_lens.circuits.find_and_judge import LEVEL, FoundCircuit, Method, find_circuit
-from sa_lens.circuits.graph import Circuit, Graph
-from sa_lens.circuits.judging.circuit_metric import SharedRuns
-from sa_lens.circuits.metrics import SKILL_BAR, skill
+from sa_lens.circuits import Circuit, Experiment, Graph, PromptPairs, find_circuit, skill
+from sa_lens.circuits.find_and_judge import LEVEL, FoundCircuit
+from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.circuits.tasks import TASKS, make_unseen
-from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
+from sa_lens.config import Masks, Method, Stream
 from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
+from sa_lens.stopping import Interrupted
 from sa_lens.views import comparison_table, faithfulness_chart
 from sa_lens.views.records import CircuitEdge, CircuitMap, Curves, Table
 from sa_lens.views.result_tables import MISSING
@@ -85,7 +83,7 @@ def prompts_for(subject: Subject, task: str, seed: int) -> Prompts:
         ValueError: a JSON file that is none of prompts, or holds too few for this model.
     """
     try:
-        pairs = make_unseen(task, subject.tokenizer, 2 * PAIRS, seed, world=subject.world)
+        pairs = make_unseen(task, subject.tokenizer, 2 * PAIRS, seed, words=subject.words)
         find, report = pairs.split(seed)
         longest = int(pairs.lengths.max())
         if longest > subject.model.cfg.n_ctx:
@@ -128,7 +126,6 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
     if prompts.find is None or prompts.report is None:
         notes.append(f"No prompts of this task can be made for this model: {prompts.missing}.")
     else:
-        runs = SharedRuns()
         skills = skill(subject.model, prompts.report, seed=seed)
         table = _skill_table(skills)
         for row, stream, able, share in zip(
@@ -141,8 +138,10 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
                     "it cannot do the task, and a circuit for it would explain nothing."
                 )
                 continue
+            find = Experiment(subject.model, prompts.find, stream=stream)
+            judge = find.on(prompts.report)
             for method in _methods(stream) if n_edges else ():
-                result = _find(subject, prompts.find, prompts.report, method, stream, runs, seed)
+                result = _find(find, judge, method, seed)
                 rankings.append(ranking(result, method, stream, title, len(prompts.find), len(prompts.report)))
                 needed = result.curve.edges_for(LEVEL).edges if result.curve is not None else None
                 cells[NEEDED][f"{title}, {stream}, {METHODS[method]}"] = format_cell(needed, ",")
@@ -151,21 +150,14 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
     return TaskPage(title, _about(prompts), table, tuple(rankings), " ".join(notes)), cells
 
 
-def _find(
-    subject: Subject,
-    find: PromptPairs,
-    report: PromptPairs,
-    method: Method,
-    stream: Stream,
-    runs: SharedRuns,
-    seed: int,
-) -> FoundCircuit:
-    # frozen masks of the clean prompt would bring a ranking's circuit what no edge of it carries
-    masks = "live" if stream == "ablated" and method != "acdc" else None
-    options: dict[str, Any] = {"tau": TAU, "stream": stream, "gates": masks, "runs": runs, "seed": seed}
+def _find(find: Experiment, judge: Experiment, method: Method, seed: int) -> FoundCircuit:
+    # with frozen masks ACDC tries many edges at once
+    masks: Masks | None = "frozen" if method == "acdc" else None
     try:
-        return find_circuit(subject.model, find, report, method, **options, progress=False)
-    except SearchInterrupted as stop:
+        return find_circuit(
+            find.usual(masks=masks), judge.usual(masks=masks), method, tau=TAU, seed=seed, progress=False
+        )
+    except Interrupted as stop:
         # a report keeps nothing that could be resumed
         raise KeyboardInterrupt from stop
 
@@ -221,8 +213,8 @@ def _note(result: FoundCircuit, method: Method, n_find: int, n_report: int, show
     }[method]
     parts = [f"{how}. Found with {n_find} prompts, judged on {n_report} others"]
     parts[0] += f"; other edges carry what they carry in the corrupt prompt ({result.choices['ablation']})"
-    if result.choices["gates"] != "none":
-        parts[0] += f"; {result.choices['gates']} gates"
+    if result.choices["masks"] != "none":
+        parts[0] += f"; {result.choices['masks']} masks"
     if result.own is not None:
         point = result.own.points[0]
         parts.append(

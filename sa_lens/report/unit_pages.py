@@ -13,7 +13,7 @@ from sa_lens.report.contents import Snippet, UnitPage, UnitStream
 from sa_lens.report.measured_text import ModelText
 from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
-from sa_lens.units.activations import held
+from sa_lens.units.activations import hold_units
 from sa_lens.units.explanations import explain
 from sa_lens.units.firing import Thresholds, calibrate
 from sa_lens.units.labels import COVERED, label_stories, selectivity
@@ -66,7 +66,7 @@ def unit_pages(
     model, streams = subject.model, subject.streams
     rules = calibrate(model, text.calibration_blocks, streams, n_tokens=CALIBRATION, progress=False)
     begin("units")
-    blocks = held(model, text.held_out_blocks, streams, n_tokens=DESCRIBED, progress=False)
+    blocks = hold_units(model, text.held_out_blocks, streams, n_tokens=DESCRIBED, progress=False)
     sizes: dict[str, Any] = {"n_tokens": DESCRIBED, "coactivation_tokens": 0, "sample_tokens": 1}
     table = specialization(model, blocks, rules, streams, **sizes, progress=False).table
     chosen = choose_units(table, n_units)
@@ -119,7 +119,7 @@ def choose_units(table: pd.DataFrame, n_units: int) -> list[Unit]:
 def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int) -> pd.DataFrame | None:
     """Label of each unit and stream; None for a model that was not trained on generated stories."""
     run = subject.settings
-    if run is None or subject.world != "stories":
+    if run is None or subject.words != "stories":
         return None
     stories = label_stories(subject.tokenizer, LABELLED, subject.n_ctx, seed=run.data.stories_seed + 1 + seed)
     # one token: the area under the ROC curve is not shown

@@ -230,8 +230,8 @@ class _Wide:
     @staticmethod
     def _widely(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def hooked(x: Tensor, hook: Any) -> Tensor | None:
-            found = function(at_least_float32(x), hook)
-            return None if found is None else found.to(x.dtype)
+            replaced = function(at_least_float32(x), hook)
+            return None if replaced is None else replaced.to(x.dtype)
 
         return hooked
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sa_lens.config import Which
+from sa_lens.config import Stream, Which
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.core.fused import reads_fused
 from sa_lens.core.gate import Gate
@@ -97,7 +98,7 @@ def evaluate(
         for batch in mine.split(max(1, at_once // n_ctx)):
             if len(batch) == 0:
                 continue
-            clean_loss, ablated_loss, masks = _figures(model, batch[:, :-1], batch[:, 1:], fused, clean_alone)
+            clean_loss, ablated_loss, masks = _losses_and_masks(model, batch[:, :-1], batch[:, 1:], fused, clean_alone)
             losses.add(clean_loss, len(batch))
             if ablated_loss is None:
                 continue
@@ -109,28 +110,25 @@ def evaluate(
                     if n_ctx > 1:
                         both_keep = torch.minimum(flat[:, :-1], flat[:, 1:]).sum(-1) / flat[:, :-1].sum(-1)
                         overlaps.add(both_keep.mean(), len(batch))
-    clean = losses.mean(total)
     bits = 1 / math.log(2) / bytes_per_token
-    if clean_alone or not model.gates.gated:
-        return Evaluation(blocks.shape[0] * n_ctx, clean, _exp(clean), clean * bits)
-    ablated = ablated_losses.mean(total)
-    used = {kind: torch.cat([total(c) for c in counts]) > 0 for kind, counts in kept.items() if counts}
-    return Evaluation(
-        tokens=blocks.shape[0] * n_ctx,
-        clean_loss=clean,
-        clean_perplexity=_exp(clean),
-        clean_bits_per_byte=clean * bits,
-        ablated_loss=ablated,
-        ablated_perplexity=_exp(ablated),
-        ablated_bits_per_byte=ablated * bits,
-        units_used=_share(torch.cat(list(used.values()))),
-        attn_units_used=_share(used["attn"]),
-        mlp_units_used=_share(used["mlp"]) if "mlp" in used else None,
-        mask_overlap=overlaps.mean(total) if n_ctx > 1 else None,
-    )
+    figures: dict[str, Any] = _loss_figures("clean", losses.mean(total), bits)
+    if model.gates.gated and not clean_alone:
+        used = {kind: torch.cat([total(c) for c in counts]) > 0 for kind, counts in kept.items() if counts}
+        figures |= _loss_figures("ablated", ablated_losses.mean(total), bits)
+        figures |= {f"{kind}_units_used": _share(units) for kind, units in used.items()}
+        figures["units_used"] = _share(torch.cat(list(used.values())))
+        figures["mask_overlap"] = overlaps.mean(total) if n_ctx > 1 else None
+    return Evaluation(tokens=blocks.shape[0] * n_ctx, **figures)
 
 
-def _figures(
+def _loss_figures(stream: Stream, loss: float, bits: float) -> dict[str, float]:
+    """The three forms in which a loss is given; `bits` is the bits per byte of one nat per token."""
+    # 1e304 where exp(loss) would overflow: files hold finite numbers alone
+    perplexity = math.exp(min(loss, 700.0))
+    return {f"{stream}_loss": loss, f"{stream}_perplexity": perplexity, f"{stream}_bits_per_byte": loss * bits}
+
+
+def _losses_and_masks(
     model: SelfAblatingTransformer,
     tokens: Int64[Tensor, "batch pos"],
     targets: Int64[Tensor, "batch pos"],
@@ -171,11 +169,6 @@ def _unit_counts(model: SelfAblatingTransformer, gate_name: str) -> list[Int64[T
 
 def _share(used: Bool[Tensor, " unit"]) -> float:
     return float(used.double().mean())
-
-
-def _exp(loss: float) -> float:
-    """exp(loss), or 1e304 where that would overflow: files hold finite numbers alone."""
-    return math.exp(min(loss, 700.0))
 
 
 def bytes_per_token(file: TokenFile) -> float:

@@ -23,9 +23,9 @@ from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 
 MEMORY = 2**30
-"""Bytes of units that `held` holds at most."""
+"""Default limit of the bytes that `hold_units` holds."""
 TOKENS_AT_ONCE = {"cpu": 1024, "other": 32_768}
-"""Tokens of a batch by type of device: on a CPU, what its caches hold is fastest."""
+"""Tokens per batch by type of device: on a CPU, batches that fit its caches are fastest."""
 
 
 UnitValues = dict[Sublayer, Float[Tensor, "batch pos unit"]]
@@ -36,7 +36,7 @@ class UnitBatch(NamedTuple):
     """The units of a batch of blocks."""
 
     tokens: Int[Tensor, "batch pos"]
-    """What was run, on the model's device."""
+    """The tokens, on the model's device."""
     first: int
     """Index of the first block in the text."""
     values: dict[Stream, UnitValues]
@@ -45,21 +45,16 @@ class UnitBatch(NamedTuple):
     """Masks by sublayer, those of whole heads repeated for each unit; empty unless the ablated stream is read."""
 
 
-class ReadBlocks(TextBlocks):
-    """Blocks whose units have been read once and are held: `stream_units` gives them again without running the model.
-
-    Args:
-        batches: what `stream_units` gave of the blocks, from the first on, with all sublayers.
-    """
+class HeldUnits(TextBlocks):
+    """Blocks whose units have been read once: `stream_units` gives them again without running the model."""
 
     def __init__(self, blocks: TextBlocks, batches: Sequence[UnitBatch]) -> None:
-        self.text, self.length, self.batches = blocks.text, blocks.length, batches
-        self.count = sum(len(batch.tokens) for batch in batches)
+        self.text, self.length, self.count, self.batches = blocks.text, blocks.length, blocks.count, batches
 
-    def again(self, count: int, streams: Sequence[Stream], sublayers: Sequence[Sublayer]) -> Iterator[UnitBatch]:
-        """The batches of the first `count` blocks with these streams and sublayers."""
+    def again(self, streams: Sequence[Stream], sublayers: Sequence[Sublayer]) -> Iterator[UnitBatch]:
+        """Yields the batches with these streams and sublayers."""
         for batch in self.batches:
-            n = count - batch.first
+            n = self.count - batch.first
             if n > 0:
                 yield UnitBatch(
                     batch.tokens[:n],
@@ -73,26 +68,26 @@ model_streams = streams_of
 """The name by which `sa_lens.shipped` imports it."""
 
 
+def chosen_streams(model: Host, streams: Stream | Sequence[Stream] | None) -> tuple[Stream, ...]:
+    """Returns the streams to read, each once; None means every stream that the model has."""
+    if streams is None:
+        return streams_of(model)
+    return (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+
+
 def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: int | None = None) -> TextBlocks:
-    """The text as blocks that the model can read, at most `n_tokens` of it.
+    """Returns the text as blocks that the model can read, at most `n_tokens` of it.
 
     Raises:
         ValueError: see `TextBlocks`.
     """
-    if isinstance(text, ReadBlocks):
-        read = ReadBlocks(text, text.batches)
-        read.count = text.count if n_tokens is None else min(text.count, max(1, n_tokens // text.length))
-        return read
-    if isinstance(text, TextBlocks):
-        count = text.count
-        text = TextBlocks(text.text, text.length, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
-        text.count = min(count, text.count)
-        if text.length > model.cfg.n_ctx:
-            raise ValueError(
-                f"blocks of {text.length} tokens are longer than n_ctx={model.cfg.n_ctx}: cut them shorter"
-            )
-        return text
-    return TextBlocks(text, model.cfg.n_ctx, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
+    if not isinstance(text, TextBlocks):
+        return TextBlocks(text, model.cfg.n_ctx, n_tokens=n_tokens, d_vocab=model.cfg.d_vocab)
+    if text.length > model.cfg.n_ctx:
+        raise ValueError(f"blocks of {text.length} tokens are longer than n_ctx={model.cfg.n_ctx}: cut them shorter")
+    if not isinstance(text, HeldUnits):
+        TextBlocks(text.text, text.length, d_vocab=model.cfg.d_vocab)  # checks the vocabulary
+    return text.first(n_tokens)
 
 
 def stream_units(
@@ -116,14 +111,14 @@ def stream_units(
         streams: one stream or several. The ablated stream is at all positions at once.
         sublayers: which units; None: all.
         n_tokens: tokens to read at most; None: all.
-        tokens_at_once: tokens a batch; at least one block is run. None: 1,024 on a CPU, 32,768 elsewhere.
+        tokens_at_once: tokens per batch; at least one block is run. None: 1,024 on a CPU, 32,768 elsewhere.
         progress: show a progress bar.
-        name: its title.
+        name: title of the progress bar.
 
     Raises:
         ValueError: an unknown stream or sublayer, the ablated stream without gates, or a text that does not fit.
     """
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     if not chosen:
         raise ValueError("streams is empty: name 'clean', 'ablated' or both")
     for stream in chosen:
@@ -134,17 +129,16 @@ def stream_units(
     for sublayer in sublayers:
         if sublayer not in known:
             raise ValueError(
-                f"this {type(model).__name__} has no units at {sublayer}: layers 0 to {model.cfg.n_layers - 1}"
+                f"this {type(model).__name__} has no units at {sublayer}; it has {', '.join(map(str, known))}"
             )
     blocks = text_blocks(model, text, n_tokens)
-    if isinstance(blocks, ReadBlocks):
-        return blocks.again(blocks.count, chosen, sublayers)
-    if tokens_at_once is None:
-        tokens_at_once = TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
+    if isinstance(blocks, HeldUnits):
+        return blocks.again(chosen, sublayers)
+    tokens_at_once = tokens_at_once or TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
     return _batches(model, blocks, chosen, sublayers, max(1, tokens_at_once // blocks.length), progress, name)
 
 
-def held(
+def hold_units(
     model: Host,
     blocks: TextBlocks,
     streams: Sequence[Stream],
@@ -153,23 +147,23 @@ def held(
     memory: int = MEMORY,
     progress: bool = True,
 ) -> TextBlocks:
-    """The text with its units read once and held, for several looks at them; as it is where they are too many.
+    """Reads the units of a text once and holds them, so that several analyses of it run the model once.
 
     Args:
-        memory: bytes that may be held.
+        memory: bytes that may be held; a text whose units take more is returned as it is.
     """
     blocks = text_blocks(model, blocks, n_tokens)
-    # masks are a stream's worth of numbers
+    # the masks are as many numbers as the values of one stream
     numbers = blocks.n_tokens * sum(unit_counts(model).values()) * (len(streams) + ("ablated" in streams))
     if 4 * numbers > memory:
         return blocks
-    return ReadBlocks(blocks, list(stream_units(model, blocks, streams, progress=progress, name="reading")))
+    return HeldUnits(blocks, list(stream_units(model, blocks, streams, progress=progress, name="reading")))
 
 
 def _batches(
     model: Host,
     blocks: TextBlocks,
-    streams: tuple[Stream, ...],
+    streams: Sequence[Stream],
     sublayers: Sequence[Sublayer],
     batch: int,
     progress: bool,
@@ -177,81 +171,63 @@ def _batches(
 ) -> Iterator[UnitBatch]:
     from tqdm.auto import tqdm
 
-    device = device_of(model)
     with tqdm(total=blocks.n_tokens, desc=name, unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for first in range(0, len(blocks), batch):
-            tokens = blocks.rows(first, first + batch).to(device)
+            tokens = blocks.rows(first, first + batch).to(device_of(model))
             yield UnitBatch(tokens, first, *read_units(model, tokens, streams, sublayers))
             bar.update(tokens.numel())
 
 
 def read_units(
     model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sublayers: Sequence[Sublayer]
-) -> tuple[
-    dict[Stream, dict[Sublayer, Float[Tensor, "batch pos unit"]]], dict[Sublayer, Float[Tensor, "batch pos unit"]]
-]:
-    """Values by stream and sublayer, and masks by sublayer, of one batch, in float32 or wider; see `UnitBatch`.
+) -> tuple[dict[Stream, UnitValues], UnitValues]:
+    """Returns values by stream and sublayer, and masks by sublayer, of one batch, in float32 or wider.
 
     Without hooks where the model and its state allow it, several times faster; the same values up to rounding.
     """
-    read = _without_hooks if reads_fused(model) else read_by_hooks
+    read = _read_without_hooks if reads_fused(model) else read_by_hooks
     values, masks = read(model, tokens, streams, sublayers)
-    wide: dict[Stream, dict[Sublayer, Tensor]] = {stream: _wide(found) for stream, found in values.items()}
-    return wide, _wide(masks)
-
-
-def _wide(found: dict[Sublayer, Tensor]) -> dict[Sublayer, Tensor]:
-    return {sublayer: at_least_float32(x) for sublayer, x in found.items()}
-
-
-def _without_hooks(
-    model: Any, tokens: Tensor, streams: Sequence[Stream], sublayers: Sequence[Sublayer]
-) -> tuple[dict[Stream, dict[Sublayer, Tensor]], dict[Sublayer, Tensor]]:
-    found = fused_units(model, tokens, "ablated" if "ablated" in streams else "clean")
-    read = {"clean": found.clean, "ablated": found.ablated}
-    values: dict[Stream, dict[Sublayer, Tensor]] = {
-        stream: {sublayer: read[stream][sublayer] for sublayer in sublayers} for stream in streams
+    wide: dict[Stream, UnitValues] = {
+        stream: {s: at_least_float32(x) for s, x in of_stream.items()} for stream, of_stream in values.items()
     }
-    masks = {sublayer: found.masks[sublayer] for sublayer in sublayers if sublayer in found.masks}
-    return values, {sublayer: _widened(mask, values["ablated"][sublayer]) for sublayer, mask in masks.items()}
+    return wide, {s: at_least_float32(mask) for s, mask in masks.items()}
+
+
+def _read_without_hooks(
+    model: Any, tokens: Tensor, streams: Sequence[Stream], sublayers: Sequence[Sublayer]
+) -> tuple[dict[Stream, UnitValues], UnitValues]:
+    read = fused_units(model, tokens, "ablated" if "ablated" in streams else "clean")
+    values = {"clean": read.clean, "ablated": read.ablated}
+    of_streams: dict[Stream, UnitValues] = {stream: {s: values[stream][s] for s in sublayers} for stream in streams}
+    return of_streams, _for_each_unit(model, {s: read.masks[s] for s in sublayers if s in read.masks})
 
 
 def read_by_hooks(
     model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sublayers: Sequence[Sublayer]
-) -> tuple[
-    dict[Stream, dict[Sublayer, Float[Tensor, "batch pos unit"]]], dict[Sublayer, Float[Tensor, "batch pos unit"]]
-]:
-    """What `read_units` gives, of any model with hook points."""
-    values: dict[Stream, dict[Sublayer, Tensor]] = {stream: {} for stream in streams}
-    masks: dict[Sublayer, Tensor] = {}
+) -> tuple[dict[Stream, UnitValues], UnitValues]:
+    """Does what `read_units` does, for any model with hook points."""
+    values: dict[Stream, UnitValues] = {stream: {} for stream in streams}
+    masks: UnitValues = {}
     stop = model.cfg.n_layers
-    clean_readers = [
-        (sublayer.value_hook, _keep_at(sublayer, values["clean"])) for sublayer in sublayers if "clean" in streams
-    ]
+
+    def keep(sublayer: Sublayer, into: UnitValues) -> Callable[..., None]:
+        return lambda x, hook: into.__setitem__(sublayer, x.flatten(2))
+
+    clean_readers = [(s.value_hook, keep(s, values["clean"])) for s in sublayers if "clean" in streams]
     with torch.no_grad():
         if "ablated" in streams:
             gated = set(gate_hook_names(model))
-            masked = [sublayer for sublayer in sublayers if sublayer.mask_hook in gated]
-            hooks = [
-                *((sublayer.value_hook, _keep_at(sublayer, values["ablated"])) for sublayer in sublayers),
-                *((sublayer.mask_hook, _keep_at(sublayer, masks)) for sublayer in masked),
-            ]
+            hooks = [(s.value_hook, keep(s, values["ablated"])) for s in sublayers]
+            hooks += [(s.mask_hook, keep(s, masks)) for s in sublayers if s.mask_hook in gated]
             with in_stream(model, "ablated", clean_hooks=clean_readers):
                 model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=stop)
-            masks = {sublayer: _widened(mask, values["ablated"][sublayer]) for sublayer, mask in masks.items()}
         else:
             with in_stream(model, "clean"):
                 model.run_with_hooks(tokens, fwd_hooks=clean_readers, stop_at_layer=stop)
-    return values, masks
+    return values, _for_each_unit(model, masks)
 
 
-def _keep_at(sublayer: Sublayer, into: dict[Sublayer, Tensor]) -> Callable[..., None]:
-    def keep(x: Tensor, hook: Any) -> None:
-        into[sublayer] = x.flatten(2)
-
-    return keep
-
-
-def _widened(mask: Float[Tensor, "batch pos some"], values: Float[Tensor, "batch pos unit"]) -> Tensor:
-    times = values.shape[-1] // mask.shape[-1]
-    return mask if times == 1 else mask.repeat_interleave(times, dim=-1)
+def _for_each_unit(model: Host, masks: UnitValues) -> UnitValues:
+    """Masks of whole heads, repeated for each unit of a head."""
+    times = {s: n // masks[s].shape[-1] for s, n in unit_counts(model).items() if s in masks}
+    return {s: mask if times[s] == 1 else mask.repeat_interleave(times[s], -1) for s, mask in masks.items()}

@@ -60,15 +60,15 @@ def summary(
     for stream in table["stream"].unique():
         of_stream = table[table["stream"] == stream]
         for site in ("all", *of_stream["site"].unique()):
-            some = of_stream if site == "all" else of_stream[of_stream["site"] == site]
-            values = some[columns].to_numpy(dtype=float, na_value=np.nan)
-            if "live" in some:
-                values[np.ix_(~some["live"].to_numpy(dtype=bool), [name != "live" for name in columns])] = np.nan
-            found = bootstrap_means(values, level=level, resamples=resamples, seed=seed)
+            of_site = of_stream if site == "all" else of_stream[of_stream["site"] == site]
+            values = of_site[columns].to_numpy(dtype=float, na_value=np.nan)
+            if "live" in of_site:
+                values[np.ix_(~of_site["live"].to_numpy(dtype=bool), [name != "live" for name in columns])] = np.nan
+            intervals = bootstrap_means(values, level=level, resamples=resamples, seed=seed)
             known = np.isfinite(values).sum(0)
             rows += [
                 {"stream": stream, "site": site, "column": column, "n": int(n), "mean": mean, "low": low, "high": high}
-                for column, n, (mean, low, high) in zip(columns, known, found.T, strict=True)
+                for column, n, (mean, low, high) in zip(columns, known, intervals.T, strict=True)
             ]
     return pd.DataFrame(rows)
 
@@ -99,7 +99,7 @@ def compare(
         seed: of the draws.
 
     Returns:
-        A row a column: means of all live units of each (`first`, `second`), means after matching (`first_matched`,
+        One row per column: means of all live units of each (`first`, `second`), means after matching (`first_matched`,
         `second_matched`), `difference` with `low` and `high`, `share_matched` of the live units that are in cells of
         both models, and `n_cells`.
 
@@ -159,10 +159,10 @@ def _checked_columns(table: pd.DataFrame, columns: Sequence[str] | None) -> list
 
 
 def _side(table: pd.DataFrame, stream: Stream) -> pd.DataFrame:
-    found = table[(table["stream"] == stream) & table["live"] & (table["firing_rate"] > 0)]
-    if not len(found):
+    live = table[(table["stream"] == stream) & table["live"] & (table["firing_rate"] > 0)]
+    if not len(live):
         raise ValueError(f"the table has no live unit in the {stream!r} stream; its streams: {set(table['stream'])}")
-    return found
+    return live
 
 
 def _cells(side: pd.DataFrame) -> dict[tuple[int, str, int], list[int]]:

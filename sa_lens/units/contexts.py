@@ -44,37 +44,40 @@ DRAWS = 3
 """Runs by which a change is judged."""
 
 
-class UnitReader:
-    """Reads one unit's score (a neuron's value, an attention unit's absolute value) at chosen places of short texts."""
+def read_scores(
+    model: Host,
+    stream: Stream,
+    unit: Unit,
+    rows: Int64[np.ndarray, "row pos"],
+    positions: Int64[np.ndarray, " row"],
+) -> Float32[np.ndarray, " row"]:
+    """Returns the score of a unit at one position of each short text; the tokens after it have no effect.
 
-    def __init__(self, model: Host, stream: Stream, unit: Unit) -> None:
-        self.model, self.stream, self.unit = model, stream, unit
+    The score is a neuron's value, an attention unit's absolute value.
+    """
+    device = device_of(model)
+    parts = []
+    step = max(1, TOKENS_AT_ONCE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        tokens = torch.from_numpy(rows[start : start + step]).to(device)
+        places = torch.from_numpy(positions[start : start + step]).to(device)
 
-    def scores(self, rows: Int64[np.ndarray, "row pos"], at: Int64[np.ndarray, " row"]) -> Float32[np.ndarray, " row"]:
-        """Score of the unit at position `at` of each row; what stands to the right of it is without effect."""
-        device = device_of(self.model)
-        found = []
-        step = max(1, TOKENS_AT_ONCE // rows.shape[1])
-        for start in range(0, len(rows), step):
-            tokens = torch.from_numpy(rows[start : start + step]).to(device)
-            places = torch.from_numpy(at[start : start + step]).to(device)
+        def keep(x: Tensor, hook: Any, places: Tensor = places) -> None:
+            parts.append(x.flatten(2)[torch.arange(len(places), device=x.device), places, unit.index])
 
-            def keep(x: Tensor, hook: Any, places: Tensor = places) -> None:
-                found.append(x.flatten(2)[torch.arange(len(places), device=x.device), places, self.unit.index])
-
-            with torch.no_grad(), in_stream(self.model, self.stream, position=places):
-                hooks = [(self.unit.sublayer.value_hook, keep)]
-                self.model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=self.unit.layer + 1)
-        return unit_scores(self.unit, torch.cat(found)).float().cpu().numpy() if found else np.zeros(0, np.float32)
+        with torch.no_grad(), in_stream(model, stream, position=places):
+            hooks = [(unit.sublayer.value_hook, keep)]
+            model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=unit.layer + 1)
+    return unit_scores(unit, torch.cat(parts)).float().cpu().numpy() if parts else np.zeros(0, np.float32)
 
 
 class Texts(NamedTuple):
-    """Short texts at whose places a unit is to be read."""
+    """Short texts, and the position of each at which a unit is read."""
 
     rows: Int64[np.ndarray, "row pos"]
-    """Tokens; what stands to the right of the place is without effect."""
-    at: Int64[np.ndarray, " row"]
-    """The place in each row."""
+    """Tokens; those after the position have no effect."""
+    positions: Int64[np.ndarray, " row"]
+    """The position in each row."""
 
 
 class Guess(NamedTuple):
@@ -101,27 +104,27 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Unit, Asking[Result
     results: dict[int, Result] = {}
     asked: dict[int, Texts | Guess] = {}
 
-    def go_on(i: int, answered: np.ndarray | None) -> None:
+    def advance(i: int, reply: np.ndarray | None) -> None:
         try:
-            asked[i] = jobs[i][1].send(answered)  # type: ignore[arg-type]
+            asked[i] = jobs[i][1].send(reply)  # type: ignore[arg-type]
         except StopIteration as end:
             results[i] = end.value
 
     for i in range(len(jobs)):
-        go_on(i, None)
+        advance(i, None)
     while asked:
-        texts = {i: one for i, one in asked.items() if isinstance(one, Texts)}
-        guesses = {i: one for i, one in asked.items() if isinstance(one, Guess)}
+        texts = {i: question for i, question in asked.items() if isinstance(question, Texts)}
+        guesses = {i: question for i, question in asked.items() if isinstance(question, Guess)}
         asked.clear()
-        places = [(jobs[i][0], *one) for i, one in texts.items()]
+        places = [(jobs[i][0], *question) for i, question in texts.items()]
         answers = dict(zip(texts, read(model, stream, places), strict=True))
-        for count in {one.n_likely for one in guesses.values()}:
-            alike = {i: one.rows for i, one in guesses.items() if one.n_likely == count}
+        for count in {question.n_likely for question in guesses.values()}:
+            alike = {i: question.rows for i, question in guesses.items() if question.n_likely == count}
             likely = likely_tokens(model, np.concatenate(list(alike.values())), count)
             cuts = np.cumsum([len(rows) for rows in alike.values()])[:-1]
             answers |= dict(zip(alike, np.split(likely, cuts), strict=True))
-        for i, found in answers.items():
-            go_on(i, found)
+        for i, reply in answers.items():
+            advance(i, reply)
     return [results[i] for i in range(len(jobs))]
 
 
@@ -130,7 +133,7 @@ Places = Sequence[tuple[Unit, np.ndarray, np.ndarray]]
 
 
 def _read_by_hooks(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
-    return [UnitReader(model, stream, unit).scores(rows, at) for unit, rows, at in places]
+    return [read_scores(model, stream, unit, rows, positions) for unit, rows, positions in places]
 
 
 def _read_by_nodes(model: Host, longest: int) -> Any:
@@ -139,7 +142,7 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
     device = device_of(model)
 
     def read(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
-        found: list[Any] = [np.zeros(0, np.float32)] * len(places)
+        scores: list[Any] = [np.zeros(0, np.float32)] * len(places)
         whole = stream == "ablated" and model.gates.reads_global  # type: ignore[attr-defined]
         for layer in sorted({unit.layer for unit, *_ in places}):
             own = [i for i, (unit, rows, _) in enumerate(places) if unit.layer == layer and len(rows)]
@@ -147,17 +150,17 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
                 continue
             width = max(places[i][1].shape[1] for i in own)
             rows = np.concatenate([np.pad(places[i][1], ((0, 0), (0, width - places[i][1].shape[1]))) for i in own])
-            at = np.concatenate([places[i][2] for i in own])
+            positions = np.concatenate([places[i][2] for i in own])
             # rows of like length together, so that there is little padding
-            order = np.argsort(at, kind="stable")
+            order = np.argsort(positions, kind="stable")
             values = {site: np.zeros((len(rows),), np.float32) for site in ("attn", "mlp")}
             index_of = np.concatenate([np.full(len(places[i][1]), places[i][0].index) for i in own])
             start = 0
             while start < len(order):
-                part = order[start : start + max(1, TOKENS_AT_ONCE // int(at[order[start]] + 1))]
+                part = order[start : start + max(1, TOKENS_AT_ONCE // int(positions[order[start]] + 1))]
                 start += len(part)
-                last = torch.from_numpy(at[part]).to(device)
-                tokens = torch.from_numpy(rows[part, : int(at[part].max()) + 1]).to(device)
+                last = torch.from_numpy(positions[part]).to(device)
+                tokens = torch.from_numpy(rows[part, : int(positions[part].max()) + 1]).to(device)
                 prompts = Prompts.of(embed_prompts(model, [tokens])[0], last)
                 ran = run_to_position(
                     model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
@@ -171,8 +174,8 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
             split = {site: np.split(x, cuts) for site, x in values.items()}
             for place, i in enumerate(own):
                 unit = places[i][0]
-                found[i] = unit_scores(unit, torch.from_numpy(split[unit.site][place])).numpy()
-        return found
+                scores[i] = unit_scores(unit, torch.from_numpy(split[unit.site][place])).numpy()
+        return scores
 
     return read
 
@@ -204,12 +207,12 @@ class Fill:
             block = self.rng.integers(len(self.text), size=n)
             start = self.rng.integers(self.text.shape[1] - self.before + 1, size=n)
             rows[:, : self.before] = self.text[block[:, None], start[:, None] + np.arange(self.before)]
-        at = np.repeat([self.before + len(context) - 1 for context in contexts], draws)
+        positions = np.repeat([self.before + len(context) - 1 for context in contexts], draws)
         for i, context in enumerate(contexts):
             for back, token in enumerate(context):
                 if token != ANY:
                     rows[i * draws : (i + 1) * draws, self.before + len(context) - 1 - back] = token
-        return rows, at
+        return rows, positions
 
     def judge(self, contexts: list[tuple[int, ...]], width: int) -> Asking[Float32[np.ndarray, " context"]]:
         """Mean score of the unit in each context."""
@@ -219,7 +222,7 @@ class Fill:
         return scores.reshape(len(contexts), -1).mean(1)
 
 
-def pruned(
+def prune(
     snippets: list[tuple[int, ...]], scores: list[float], level: float, fill: Fill
 ) -> Asking[list[Context | None]]:
     """Each snippet's shortest context that keeps the activation, tokens that do not matter replaced by `ANY`.
@@ -274,7 +277,7 @@ def _others(context: list[int], back: int) -> bool:
     return any(token != ANY for j, token in enumerate(context) if j != back)
 
 
-def substituted(
+def substitute(
     contexts: dict[tuple[int, ...], list[list[int]]], level: float, fill: Fill
 ) -> Asking[list[tuple[tuple[int, ...], float]]]:
     """Contexts with one token exchanged in which the unit fires too, and its mean score there.
@@ -361,19 +364,19 @@ class ContextTrie:
         node.weight += 1
 
     def add_token(self, token: int) -> None:
-        """Makes a token known without an observation: it speaks once `calibrate` has seen it."""
+        """Adds a token without an observation; it predicts once `calibrate` has seen it."""
         self._path((token,))
 
     def _path(self, tokens: Sequence[int]) -> int:
         """The node of a pattern, made if need be."""
-        at = 0
+        index = 0
         for token in map(int, tokens):
-            node = self._nodes[at]
+            node = self._nodes[index]
             if token not in node.children:
                 node.children[token] = len(self._nodes)
                 self._nodes.append(_Node(node.exact + (token != ANY), node.depth + 1, token != ANY))
-            at = node.children[token]
-        return at
+            index = node.children[token]
+        return index
 
     def __len__(self) -> int:
         """Number of different patterns."""
@@ -383,8 +386,8 @@ class ContextTrie:
         """All patterns, those with most observations first."""
         return sorted(self._walk(0, ()), key=lambda pattern: -pattern.weight)
 
-    def _walk(self, at: int, tokens: tuple[int, ...]) -> Iterator[Pattern]:
-        node = self._nodes[at]
+    def _walk(self, index: int, tokens: tuple[int, ...]) -> Iterator[Pattern]:
+        node = self._nodes[index]
         if node.weight:
             yield Pattern(tokens, node.total / node.weight, node.weight)
         for token, child in node.children.items():
@@ -406,15 +409,18 @@ class ContextTrie:
         exact, depth = np.zeros(len(text), dtype=np.int64), np.zeros(len(text), dtype=np.int64)
         pending = [(0, np.arange(len(text)))]
         while pending:
-            at, positions = pending.pop()
-            node = self._nodes[at]
+            index, positions = pending.pop()
+            node = self._nodes[index]
             if node.weight or (beginnings and node.ends_exact):
                 better = (node.exact > exact[positions]) | (
                     (node.exact == exact[positions])
-                    & ((node.depth > depth[positions]) | ((node.depth == depth[positions]) & (chosen[positions] > at)))
+                    & (
+                        (node.depth > depth[positions])
+                        | ((node.depth == depth[positions]) & (chosen[positions] > index))
+                    )
                 )
                 where = positions[better | (chosen[positions] < 0)]
-                chosen[where], exact[where], depth[where] = at, node.exact, node.depth
+                chosen[where], exact[where], depth[where] = index, node.exact, node.depth
             positions = positions[place[positions] >= node.depth]
             here = text[positions - node.depth]
             for token, child in node.children.items():

@@ -23,7 +23,7 @@ from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import bootstrap_interval, pearson
 from sa_lens.units.activations import stream_units, text_blocks
-from sa_lens.units.contexts import ANY, Asking, Context, ContextTrie, Fill, Guess, answer, pruned, substituted
+from sa_lens.units.contexts import ANY, Asking, Context, ContextTrie, Fill, Guess, answer, prune, substitute
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Explanations:
-    """What `explain` found."""
+    """Explanations of several units, from `explain`."""
 
     table: pd.DataFrame
-    """A row a unit; see `explain`."""
+    """One row per unit; see `explain`."""
     summary: pd.Series
     """Coverage, and means over units with the trie's advantage over the token list; see `explain`."""
     units: tuple[Explanation, ...]
@@ -96,7 +96,7 @@ def explain(
     seed: int = 0,
     progress: bool = True,
 ) -> Explanations:
-    """A trie of contexts for each unit, fitted on the first half of the text and scored on the second.
+    """Explains units by the contexts in which they fire, fitted on the first half of the text, scored on the second.
 
     Half of a unit's snippets are those where it fires most strongly, half are drawn from the rest of its firing. Each
     is pruned to the shortest context that keeps half the activation (and the firing), tokens that do not matter become
@@ -106,12 +106,12 @@ def explain(
     level: one threshold for all units, models and streams.
 
     Args:
-        text: text that the thresholds were not calibrated on.
+        text: text on which the thresholds were not calibrated.
         thresholds: the firing rule, from `calibrate`; it names the stream.
         units: number of live units, drawn evenly over the sublayers; or units; or `all`.
         tokenizer: to spell the patterns; None: the model's; without one, token ids are shown.
         n_tokens: tokens of the text to use, both halves together; None: all.
-        snippets: snippets a unit in each half, at most.
+        snippets: snippets per unit in each half, at most.
         context: longest context in tokens, the activating one included.
         substitutes: likely tokens tried in each place; 0: none.
         share: firing level as a share of the 99.9th percentile.
@@ -143,7 +143,7 @@ def explain(
     chosen = _chosen(model, thresholds, units, rng)
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     tokens = blocks.rows(0, len(blocks)).cpu().numpy()
-    rows, found = [], []
+    rows, explanations = [], []
     before = min((context + 1) // 2, model.cfg.n_ctx - context)
     with tqdm(total=len(chosen), desc="explanations", unit=" units", disable=not progress) as bar:
         for start in range(0, len(chosen), UNITS_AT_ONCE):
@@ -159,10 +159,10 @@ def explain(
                 together = jobs[first : first + JOBS_AT_ONCE]
                 for row, explanation in answer(model, thresholds.stream, together, before + context):
                     rows.append(row)
-                    found.append(explanation)
+                    explanations.append(explanation)
                 bar.update(len(together))
     table = pd.DataFrame(rows)
-    return Explanations(table, _summary(table, seed), tuple(found))
+    return Explanations(table, _summary(table, seed), tuple(explanations))
 
 
 def _check(
@@ -224,7 +224,7 @@ def _scores(
             yield unit, scores[..., i]
 
 
-# --------------------------------------------------------------------------------------------------------- one unit
+# ------------------------------------------------------------------------------------------------- a single unit
 
 
 class _Job(NamedTuple):
@@ -251,19 +251,17 @@ class _Job(NamedTuple):
         silent = silent_places(scores > self.level, len(tested), self.context, rng)
         words = token_list(self.tokens[:half], self.scores[:half], self.level)
         row: dict[str, Any] = {
-            "layer": self.unit.layer,
-            "site": self.unit.site,
-            "unit": self.unit.index,
+            **self.unit.row(),
             "stream": self.stream,
             "live": bool(np.isfinite(self.level)),
             "fires_fit": int(fires[:half].sum()),
             "fires_test": int(fires[half:].sum()),
             "patterns": len(trie),
-            "kept": sum(one is not None for one in contexts) / len(contexts) if contexts else float("nan"),
+            "kept": sum(context is not None for context in contexts) / len(contexts) if contexts else math.nan,
             "explained": any(pattern.activation > self.level for pattern in trie.patterns()),
             "pattern": readable(trie, self.level, tokenizer),
         }
-        for prefix, predicted in (("", trie.predict(tokens)), ("list_", listed(words, tokens))):
+        for prefix, predicted in (("", trie.predict(tokens)), ("list_", predict_from_list(words, tokens))):
             judged = judge(predicted, scores, self.level, tested, silent, self.context)
             row |= {prefix + name: value for name, value in judged.items()}
         explanation = Explanation(
@@ -271,7 +269,7 @@ class _Job(NamedTuple):
             stream=self.stream,
             level=self.level,
             trie=trie,
-            contexts=tuple(one for one in contexts if one is not None),
+            contexts=tuple(context for context in contexts if context is not None),
             pattern=row["pattern"],
             fitted=self._cut(self.tokens[:half], self.scores[:half], places, 0),
             firing=self._cut(tokens, scores, tested, self.context // 4),
@@ -285,17 +283,17 @@ class _Job(NamedTuple):
         half = len(self.tokens) // 2
         text = self.tokens[:half]
         fill = Fill(text, before, rng)
-        windows = [text[block, max(0, at - self.context + 1) : at + 1][::-1] for block, at in places]
+        windows = [text[block, max(0, position - self.context + 1) : position + 1][::-1] for block, position in places]
         backwards = [tuple(int(token) for token in window) for window in windows]
         scores = [float(self.scores[place]) for place in places]
-        contexts = yield from pruned(backwards, scores, self.level, fill)
+        contexts = yield from prune(backwards, scores, self.level, fill)
         trie = ContextTrie()
-        for one in contexts:
-            if one is not None:
-                trie.add(one.tokens, one.activation)
+        for context in contexts:
+            if context is not None:
+                trie.add(context.tokens, context.activation)
         if self.substitutes:
             likely = yield from self._likely(places, contexts)
-            for tokens, activation in (yield from substituted(likely, self.level, fill)):
+            for tokens, activation in (yield from substitute(likely, self.level, fill)):
                 trie.add(tokens, activation)
         # what no context tells is left to the token alone, as in the token list
         for token in np.unique(text[self.scores[:half] > self.level]):
@@ -308,27 +306,27 @@ class _Job(NamedTuple):
     ) -> Asking[dict[tuple[int, ...], list[list[int]]]]:
         """What may stand in each place of each context, by the model's own prediction in the snippet it came from."""
         first: dict[tuple[int, ...], tuple[int, int]] = {}
-        for place, one in zip(places, contexts, strict=True):
-            if one is not None:
-                first.setdefault(one.tokens, place)
+        for place, context in zip(places, contexts, strict=True):
+            if context is not None:
+                first.setdefault(context.tokens, place)
         if not first:
             return {}
         # as much text before the context as the context itself may have
         width = 2 * self.context
-        starts = [max(0, at + 1 - width) for _, at in first.values()]
+        starts = [max(0, position + 1 - width) for _, position in first.values()]
         rows = np.zeros((len(first), min(width, self.tokens.shape[1])), dtype=np.int64)
-        for i, ((block, at), start) in enumerate(zip(first.values(), starts, strict=True)):
-            rows[i, : at + 1 - start] = self.tokens[block, start : at + 1]
+        for i, ((block, position), start) in enumerate(zip(first.values(), starts, strict=True)):
+            rows[i, : position + 1 - start] = self.tokens[block, start : position + 1]
         likely = yield Guess(rows, min(self.substitutes, self.model.cfg.d_vocab))
         return {
-            context: [likely[i, at - start - back].tolist() for back in range(len(context))]
-            for i, ((context, (_, at)), start) in enumerate(zip(first.items(), starts, strict=True))
+            context: [likely[i, position - start - back].tolist() for back in range(len(context))]
+            for i, ((context, (_, position)), start) in enumerate(zip(first.items(), starts, strict=True))
         }
 
     def _cut(
         self, tokens: np.ndarray, scores: np.ndarray, places: list[tuple[int, int]], after: int
     ) -> tuple[Snippet, ...]:
-        cuts = [(block, window_of(at, self.context, after, tokens.shape[1])) for block, at in places]
+        cuts = [(block, window_of(position, self.context, after, tokens.shape[1])) for block, position in places]
         return tuple(Snippet(tuple(tokens[b, w].tolist()), tuple(scores[b, w].tolist())) for b, w in cuts)
 
 
@@ -341,7 +339,7 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
         "units": len(table),
         "live": len(live),
         "judged": len(judged),
-        "coverage": float(live["explained"].mean()) if len(live) else float("nan"),
+        "coverage": float(live["explained"].mean()) if len(live) else math.nan,
     }
     for name in ("f1", "text_f1", "detection", "simulation"):
         for prefix in ("", "list_"):
@@ -373,9 +371,9 @@ def readable(trie: ContextTrie, level: float, tokenizer: Any = None, *, most: in
     return "; ".join(parts[:most])
 
 
-def window_of(at: int, context: int, after: int, length: int) -> slice:
+def window_of(position: int, context: int, after: int, length: int) -> slice:
     """Positions of a snippet: `context` tokens up to the activating one, and a few after it."""
-    return slice(max(0, at - context + 1), min(length, at + after + 1))
+    return slice(max(0, position - context + 1), min(length, position + after + 1))
 
 
 def firing_places(
@@ -391,9 +389,9 @@ def firing_places(
         for index in order:
             if len(taken) >= limit:
                 break
-            block, at = divmod(int(index), scores.shape[1])
-            if all(block != other or abs(at - place) >= gap for other, place in taken):
-                taken.append((block, at))
+            block, position = divmod(int(index), scores.shape[1])
+            if all(block != other or abs(position - place) >= gap for other, place in taken):
+                taken.append((block, position))
     return taken
 
 
@@ -403,9 +401,9 @@ def silent_places(
     """(block, position) of `count` random snippets without firing, fewer if there are not so many."""
     after = context // 4
     ran = np.pad(fires.cumsum(1), ((0, 0), (1, 0)))
-    at = np.arange(fires.shape[1])
-    first, last = np.maximum(0, at - context + 1), np.minimum(fires.shape[1], at + after + 1)
-    quiet = (ran[:, last] == ran[:, first]) & (at >= min(context, fires.shape[1]) - 1)
+    positions = np.arange(fires.shape[1])
+    first, last = np.maximum(0, positions - context + 1), np.minimum(fires.shape[1], positions + after + 1)
+    quiet = (ran[:, last] == ran[:, first]) & (positions >= min(context, fires.shape[1]) - 1)
     places = np.argwhere(quiet)
     drawn = rng.permutation(len(places))[:count]
     return [(int(block), int(pos)) for block, pos in places[drawn]]
@@ -414,7 +412,7 @@ def silent_places(
 def token_list(
     tokens: Int64[np.ndarray, "block pos"], scores: Float64[np.ndarray, "block pos"], level: float
 ) -> dict[int, float]:
-    """The tokens that a unit fires on, most frequent first, each with its mean score over all its occurrences."""
+    """Returns the tokens on which a unit fires, most frequent first, each with its mean score over the text."""
     values, which = np.unique(tokens, return_inverse=True)
     which = which.reshape(-1)
     fired = np.bincount(which, weights=(scores > level).reshape(-1), minlength=len(values))
@@ -423,8 +421,10 @@ def token_list(
     return {int(values[i]): float(means[i]) for i in order if fired[i] > 0}
 
 
-def listed(words: dict[int, float], tokens: Int64[np.ndarray, "block pos"]) -> Float64[np.ndarray, "block pos"]:
-    """What a token list predicts: a token's mean score wherever it stands, 0 for tokens that it lacks."""
+def predict_from_list(
+    words: dict[int, float], tokens: Int64[np.ndarray, "block pos"]
+) -> Float64[np.ndarray, "block pos"]:
+    """Returns the scores that a token list predicts: each token's mean score, 0 for tokens that the list lacks."""
     values, which = np.unique(tokens, return_inverse=True)
     return np.array([words.get(int(value), 0.0) for value in values])[which].reshape(tokens.shape)
 
@@ -441,8 +441,8 @@ def judge(
     `explain`."""
     says, is_so = predicted > level, scores > level
     cuts = {
-        True: [(block, window_of(at, context, context // 4, scores.shape[1])) for block, at in firing],
-        False: [(block, window_of(at, context, context // 4, scores.shape[1])) for block, at in silent],
+        True: [(block, window_of(position, context, context // 4, scores.shape[1])) for block, position in firing],
+        False: [(block, window_of(position, context, context // 4, scores.shape[1])) for block, position in silent],
     }
     inside = np.zeros_like(is_so)
     for block, window in cuts[True]:
@@ -450,8 +450,8 @@ def judge(
     everywhere = inside.copy()
     for block, window in cuts[False]:
         everywhere[block, window] = True
-    found = {kind: [bool(says[block, window].any()) for block, window in cuts[kind]] for kind in cuts}
-    detection = (np.mean(found[True]) + 1 - np.mean(found[False])) / 2 if firing and silent else float("nan")
+    detected = {kind: [bool(says[block, window].any()) for block, window in cuts[kind]] for kind in cuts}
+    detection = (np.mean(detected[True]) + 1 - np.mean(detected[False])) / 2 if firing and silent else math.nan
     return {
         **_agreement(says[inside], is_so[inside]),
         **{f"text_{name}": value for name, value in _agreement(says, is_so).items()},
@@ -463,9 +463,9 @@ def judge(
 def _agreement(says: Bool[np.ndarray, " *any"], is_so: Bool[np.ndarray, " *any"]) -> dict[str, float]:
     both, said, so = int((says & is_so).sum()), int(says.sum()), int(is_so.sum())
     return {
-        "precision": both / said if said else float("nan"),
-        "recall": both / so if so else float("nan"),
-        "f1": 2 * both / (said + so) if said + so else float("nan"),
+        "precision": both / said if said else math.nan,
+        "recall": both / so if so else math.nan,
+        "f1": 2 * both / (said + so) if said + so else math.nan,
     }
 
 

@@ -20,7 +20,7 @@ from sa_lens.core.host import Host, fingerprint_of
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
-from sa_lens.units.activations import stream_units, text_blocks
+from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 
 QUANTILE = 0.999
 """The percentile of a unit's scores that stands for its largest ones."""
@@ -108,7 +108,7 @@ def calibrate(
         ValueError: an unknown stream, or a text that does not fit (`stream_units`).
     """
     blocks = text_blocks(model, text, n_tokens)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     batches = stream_units(model, blocks, chosen, progress=progress, name="calibration")
     at = (blocks.n_tokens - 1) * QUANTILE
     kept = blocks.n_tokens - math.floor(at)

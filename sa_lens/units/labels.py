@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, streams_of
+from sa_lens.core.host import Host, device_of
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.stories import LABELS, Story, generate
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.statistics import auroc, effective_number
-from sa_lens.units.activations import stream_units, text_blocks
+from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
 from sa_lens.units.unit_tables import rules_for
 
@@ -53,7 +53,7 @@ def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) 
     Args:
         tokenizer: the model's tokenizer, a fast Hugging Face one.
         n_stories: stories; each stands between its boundary tokens, as in training.
-        n_ctx: tokens a block; what is left over at the end is dropped.
+        n_ctx: tokens per block; what is left over at the end is dropped.
         seed: of the stories; another one than the training text's.
 
     Raises:
@@ -83,16 +83,16 @@ def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) 
 
 def _labels_of(story: Story, spans: Sequence[tuple[int, int]], index: Mapping[str, int]) -> list[tuple[int, ...]]:
     """The labels of each token: those of the last word that its characters reach into."""
-    found, words, at = [], story.words, 0
+    labels, words, index_of_word = [], story.words, 0
     for start, end in spans:
-        while at + 1 < len(words) and words[at + 1].start < end:
-            at += 1
-        word = words[at]
+        while index_of_word + 1 < len(words) and words[index_of_word + 1].start < end:
+            index_of_word += 1
+        word = words[index_of_word]
         inside = word.start < end and start < word.end
-        found.append(
+        labels.append(
             tuple(index.get(f"{kind}={getattr(word, kind)}", NO_LABEL) if inside else NO_LABEL for kind in LABELS)
         )
-    return found
+    return labels
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Selectivity:
     """Units against labels, from `selectivity`."""
 
     table: pd.DataFrame
-    """A row a unit and stream: for each measure the chosen label and its score on the held-out half."""
+    """One row per unit and stream: for each measure the chosen label and its score on the held-out half."""
     coverage: pd.DataFrame
-    """A row a label and stream: the unit chosen for it, its held-out F1, and whether that is at least 0.8."""
+    """One row per label and stream: the unit chosen for it, its held-out F1, and whether that is at least 0.8."""
 
 
 def selectivity(
@@ -128,7 +128,7 @@ def selectivity(
         streams: None: all that the model has.
         share: firing level as a share of the 99.9th percentile.
         min_tokens: tokens that a label must have in each half.
-        sample_tokens: tokens of each half whose values are kept for AUROC (4 bytes a unit and stream each).
+        sample_tokens: tokens of each half whose values are kept for AUROC (4 bytes each per unit and stream).
         progress: show progress bars.
 
     Raises:
@@ -137,9 +137,7 @@ def selectivity(
     check_share(share)
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
-    if streams is None:
-        streams = streams_of(model)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     if len(text.tokens) < 2:
         raise ValueError("the labelled text has one block; the label is chosen on one half and scored on the other")
     half = len(text.tokens) // 2
@@ -287,7 +285,7 @@ def _scored(
                 choice.together[key][of_pos] + held.together[key][of_pos]
             )
             part = pd.DataFrame(
-                {"stream": stream, "layer": sublayer.layer, "site": sublayer.site, "unit": range(n_units)}
+                {"stream": stream, **sublayer._asdict(), "unit": range(n_units)}
                 | {name: column.cpu().numpy() for name, column in columns.items()}
             )
             for name in pairs:
@@ -319,8 +317,7 @@ def _coverage(
                 "stream": stream,
                 "label": label,
                 "n_tokens": int(held.of_label[i]),
-                "layer": sublayer.layer,
-                "site": sublayer.site,
+                **sublayer._asdict(),
                 "unit": unit,
                 "f1": f1,
                 "covered": f1 >= COVERED,

@@ -124,8 +124,8 @@ class ChatModel:
             self.calls += 1
             try:
                 request = urllib.request.Request(address, data=raw, headers=headers, method="POST")
-                with urllib.request.urlopen(request, timeout=self.timeout) as answered:
-                    return self._read(answered.read())
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return self._read(response.read())
             except urllib.error.HTTPError as error:
                 with error:
                     failure = f"status {error.code}, {error.read(500).decode(errors='replace')!r}"
@@ -174,7 +174,7 @@ def explain_by_chat(
 ) -> pd.DataFrame:
     """Explanations in words, and their scores on held-out snippets.
 
-    Costs one call to explain a unit, one for detection and one a snippet for simulation. Units without snippets are
+    Costs one call to explain a unit, one for detection and one per snippet for simulation. Units without snippets are
     left out.
 
     Args:
@@ -186,7 +186,7 @@ def explain_by_chat(
         seed: of the order in which snippets are judged.
 
     Returns:
-        A row a unit: `layer`, `site`, `unit`, `stream`; `explanation`; `detection`, balanced accuracy in telling
+        One row per unit: `layer`, `site`, `unit`, `stream`; `explanation`; `detection`, balanced accuracy in telling
         snippets with firing; `simulation`, correlation of predicted with true activations over all tokens; NaN where
         there are no snippets or no answer could be read; `unread`, answers that could not be.
 
@@ -199,32 +199,34 @@ def explain_by_chat(
     if shown < 1 or judged < 2:
         raise ValueError(f"shown={shown} must be at least 1 and judged={judged} at least 2")
     rows = []
-    for one in tqdm(explanations, desc="chat", unit=" units", disable=not progress):
-        if not one.fitted:
+    for explanation in tqdm(explanations, desc="chat", unit=" units", disable=not progress):
+        if not explanation.fitted:
             continue
-        peak = max(max(snippet.scores) for snippet in one.fitted)
-        excerpts = "\n".join(f"{i}. {marked(s, spell, peak)}" for i, s in enumerate(one.fitted[:shown], 1))
+        peak = max(max(snippet.scores) for snippet in explanation.fitted)
+        excerpts = "\n".join(
+            f"{i}. {mark_active_tokens(s, spell, peak)}" for i, s in enumerate(explanation.fitted[:shown], 1)
+        )
         words = chat.ask(EXPLAIN, excerpts).strip()
-        few = [*one.firing[: judged // 2], *one.silent[: judged // 2]]
-        fires = [True] * len(one.firing[: judged // 2]) + [False] * len(one.silent[: judged // 2])
+        few = [*explanation.firing[: judged // 2], *explanation.silent[: judged // 2]]
+        fires = [True] * len(explanation.firing[: judged // 2]) + [False] * len(explanation.silent[: judged // 2])
         order = np.random.default_rng(seed).permutation(len(few))
         few, fires = [few[i] for i in order], [fires[i] for i in order]
-        detection, simulation, unread = _judged(chat, words, few, fires, spell, peak)
+        detection, simulation, unread = _judge(chat, words, few, fires, spell, peak)
         rows.append(
-            {"layer": one.unit.layer, "site": one.unit.site, "unit": one.unit.index, "stream": one.stream}
-            | {"explanation": words, "detection": detection, "simulation": simulation, "unread": unread}
+            {**explanation.unit.row(), "stream": explanation.stream, "explanation": words}
+            | {"detection": detection, "simulation": simulation, "unread": unread}
         )
     return pd.DataFrame(rows)
 
 
-def _judged(
+def _judge(
     chat: ChatModel, words: str, few: list[Snippet], fires: list[bool], spell: Callable[[int], str], peak: float
 ) -> tuple[float, float, int]:
     """Detection, simulation, and the number of answers that could not be read."""
     if not few:
         return float("nan"), float("nan"), 0
     texts = "\n".join(f"{i}. {''.join(map(spell, s.tokens))}" for i, s in enumerate(few, 1))
-    said = numbers(chat.ask(DETECT, f"The unit: {words}\n\n{texts}", answer_tokens=20 + 4 * len(few)), len(few))
+    said = read_numbers(chat.ask(DETECT, f"The unit: {words}\n\n{texts}", answer_tokens=20 + 4 * len(few)), len(few))
     detection, unread = float("nan"), int(said is None)
     if said is not None and 0 < sum(fires) < len(fires):
         right = (np.array(said) > 0) == np.array(fires)
@@ -233,7 +235,7 @@ def _judged(
     for snippet in few:
         tokens = "\n".join(f"{i}. {spell(token)!r}" for i, token in enumerate(snippet.tokens, 1))
         count = len(snippet.tokens)
-        guess = numbers(chat.ask(SIMULATE, f"The unit: {words}\n\n{tokens}", answer_tokens=20 + 6 * count), count)
+        guess = read_numbers(chat.ask(SIMULATE, f"The unit: {words}\n\n{tokens}", answer_tokens=20 + 6 * count), count)
         if guess is None:
             unread += 1
             continue
@@ -242,7 +244,7 @@ def _judged(
     return detection, correlation(np.array(predicted), np.array(true)) if true else float("nan"), unread
 
 
-def marked(snippet: Snippet, spell: Callable[[int], str], peak: float) -> str:
+def mark_active_tokens(snippet: Snippet, spell: Callable[[int], str], peak: float) -> str:
     """The text of a snippet, active tokens as `<<token>>(activation)`, from 1 to `LEVELS` at the peak."""
     parts = []
     for token, score in zip(snippet.tokens, snippet.scores, strict=True):
@@ -251,15 +253,15 @@ def marked(snippet: Snippet, spell: Callable[[int], str], peak: float) -> str:
     return "".join(parts)
 
 
-def numbers(answer: str, count: int) -> list[float] | None:
+def read_numbers(answer: str, count: int) -> list[float] | None:
     """The JSON list of `count` numbers in an answer, whatever stands around it; None if there is none."""
     start, stop = answer.find("["), answer.rfind("]")
     try:
-        found: Any = json.loads(answer[start : stop + 1])
+        values: Any = json.loads(answer[start : stop + 1])
     except ValueError:
         return None
-    if not isinstance(found, list) or len(found) != count:
+    if not isinstance(values, list) or len(values) != count:
         return None
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) and np.isfinite(x) for x in found):
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and np.isfinite(x) for x in values):
         return None
-    return [float(x) for x in found]
+    return [float(x) for x in values]

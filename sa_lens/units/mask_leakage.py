@@ -1,7 +1,7 @@
-"""Does the mask smuggle the answer? What the ablated stream loses when its masks or its values say less.
+"""Leakage through the masks: what the ablated stream loses when its masks or its values carry less information.
 
-A mask of 8 among 128 units can carry 40 bits a token and layer, chosen by a gate that sees the clean stream. `leakage`
-separates what the masks say from what the kept values say. How to read its tables: docs/leakage.md.
+A mask of 8 among 128 units can carry 40 bits per token and layer, and the gate that chooses it sees the clean stream.
+`leakage` separates what the masks carry from what the kept values carry. How to read its tables: docs/leakage.md.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ PER_LAYER = ("mean_values", "other_occurrence", "shuffled", "random", "self_read
 
 @dataclass(frozen=True)
 class Leakage:
-    """What `leakage` found. All losses are on the second half of the sequences; means, donors and probes come from
-    the first half."""
+    """What the masks carry, from `leakage`. All losses are on the second half of the sequences; means, donors and
+    probes come from the first half."""
 
     losses: pd.DataFrame
-    """A row a condition (`CONDITIONS`) and layer (`all`, or one alone): `n`, predicted tokens at which the condition
-    could act (a token that occurs once has no other occurrence); `loss`, mean nats there; `ablated`, the unchanged
-    ablated stream's loss at the same tokens; `difference` of the two with its 95 % interval over sequences."""
+    """One row per condition (`CONDITIONS`) and layer (`all`, or a single one): `n`, predicted tokens at which the
+    condition could act (a token that occurs once has no other occurrence); `loss`, mean nats there; `ablated`, the loss
+    of the unchanged ablated stream at the same tokens; `difference` of the two, with a 95 % interval over sequences."""
     probes: pd.DataFrame
-    """A row a probe and layer: `nats` and `accuracy` of predicting the next token (frequent ones, and one class for the
-    rest), held out, with the 95 % interval of `nats` over sequences. Probes: `frequency` (nothing is read), `token`
-    (the token itself, the one before the predicted), `residual` (clean stream entering the layer; `all`: its end),
-    `mask`, `mask_shuffled` (masks permuted within the token, in fit and test alike), `mask_other_seed`."""
+    """One row per probe and layer: `nats` and `accuracy` of predicting the next token (frequent tokens, and one class
+    for all others), held out, with the 95 % interval of `nats` over sequences. Probes: `frequency` (nothing is read),
+    `token` (the token before the predicted one), `residual` (clean stream entering the layer; `all`: its end), `mask`,
+    `mask_shuffled` (masks permuted within the token, in fit and test alike), `mask_other_seed`."""
     summary: pd.Series
     """The few numbers to look at first; see docs/leakage.md."""
 
@@ -130,11 +130,11 @@ def leakage(
     for name, layer in tqdm(jobs, desc="leakage", unit=" passes", disable=not progress):
         nats[name, layer] = _nats(model, held_out, changes[name], layer)
     rows = []
-    for (name, layer), found in nats.items():
+    for (name, layer), of_condition in nats.items():
         acts = changes[name].acts(held_out)
         rows.append(
             {"condition": name, "layer": "all" if layer is None else layer}
-            | _row(found, nats["ablated", None], acts, seed)
+            | _row(of_condition, nats["ablated", None], acts, seed)
         )
     losses = pd.DataFrame(rows)
     probes = pd.DataFrame()
@@ -187,15 +187,15 @@ def _nats(
     model: Host, tokens: Int[Tensor, "batch pos"], change: _Change, layer: int | None
 ) -> Float[Tensor, "batch pred"]:
     """Nats of each predicted token under a change, of one layer or (None) of all."""
-    found, done = [], 0
+    parts, done = [], 0
     for batch in text_batches(model, tokens):
         rows = slice(done, done + len(batch))
         hooks = [*_value_hooks(change, layer), *(_self_reading(model, layer) if change.self_read else ())]
         with torch.no_grad(), _stream(model, batch, change, rows, layer):
             logits = model.run_with_hooks(batch, fwd_hooks=hooks)[:, :-1].float()
-        found.append(logits.logsumexp(-1) - logits.gather(-1, batch[:, 1:, None])[..., 0])
+        parts.append(logits.logsumexp(-1) - logits.gather(-1, batch[:, 1:, None])[..., 0])
         done += len(batch)
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def _stream(model: Host, batch: Tensor, change: _Change, rows: slice, layer: int | None) -> AbstractContextManager[Any]:
@@ -209,9 +209,9 @@ def _stream(model: Host, batch: Tensor, change: _Change, rows: slice, layer: int
         if change.rows is None:
             taken = mask[rows]
         else:
-            at = change.rows[rows].to(mask.device)
-            taken = mask.flatten(0, 1)[at.clamp(min=0)]
-            keeps = (at < 0).reshape(*at.shape, *[1] * (taken.ndim - 2))
+            donors = change.rows[rows].to(mask.device)
+            taken = mask.flatten(0, 1)[donors.clamp(min=0)]
+            keeps = (donors < 0).reshape(*donors.shape, *[1] * (taken.ndim - 2))
             taken = torch.where(keeps, own[name].to(mask.device), taken)
         chosen[name] = taken.to(device=device, dtype=model.cfg.dtype)
     return in_stream(model, "ablated", masks=chosen)
@@ -231,9 +231,9 @@ def _self_reading(model: Host, layer: int | None) -> Iterator[Hook]:
     """Hooks that compute local scores from the residual stream of the ablated pass itself."""
     seen: dict[int, Tensor] = {}
     names = gate_hook_names(model, "scores")
-    for at in range(model.cfg.n_layers):
-        if layer in (None, at):
-            yield f"blocks.{at}.hook_resid_pre", lambda resid, hook, at=at: seen.__setitem__(at, resid)
+    for index in range(model.cfg.n_layers):
+        if layer in (None, index):
+            yield f"blocks.{index}.hook_resid_pre", lambda resid, hook, index=index: seen.__setitem__(index, resid)
     for name in _of_layer(dict.fromkeys(names), layer):
         gate = name.rsplit(".", 1)[0]
 
@@ -271,15 +271,19 @@ def _summary(nats: Mapping[tuple[str, int | None], Tensor], where: Tensor, probe
     """`mask_share` and its parts, all at the tokens that occur twice, and what the masks tell a linear probe."""
     import pandas as pd
 
-    at = {name: float(found[where].double().mean()) for (name, layer), found in nats.items() if layer is None}
-    context = at["mean_values_shuffled"] - at["ablated"]
-    summary = {name: at[name] for name in ("clean", "ablated", "mean_values", "mean_values_shuffled")}
+    loss = {
+        name: float(of_condition[where].double().mean())
+        for (name, layer), of_condition in nats.items()
+        if layer is None
+    }
+    context = loss["mean_values_shuffled"] - loss["ablated"]
+    summary = {name: loss[name] for name in ("clean", "ablated", "mean_values", "mean_values_shuffled")}
     summary["context_nats"] = context
     summary["mask_share"] = (
-        (at["mean_values_shuffled"] - at["mean_values"]) / context if context > 0.01 else float("nan")
+        (loss["mean_values_shuffled"] - loss["mean_values"]) / context if context > 0.01 else float("nan")
     )
-    if "self_read" in at:
-        summary["self_read_cost"] = at["self_read"] - at["ablated"]
+    if "self_read" in loss:
+        summary["self_read_cost"] = loss["self_read"] - loss["ablated"]
     if len(probes):
         whole = probes[probes["layer"] == "all"].set_index("probe")["nats"]
         summary["probe_mask_nats"] = whole["mask_shuffled"] - whole["mask"]
@@ -319,7 +323,7 @@ def _probes(
     residuals = [_residuals(model, half) for half in halves]
     sequences = [torch.arange(len(place), device=place.device)[:, None].expand_as(place)[place] for place in places]
     read = [half[:, :-1][place] for half, place in zip(halves, places, strict=True)]
-    found: list[tuple[str, int | str, Tensor]] = [
+    predictions: list[tuple[str, int | str, Tensor]] = [
         ("frequency", "all", smoothed_counts([torch.zeros_like(r) for r in read], labels)),
         ("token", "all", smoothed_counts(read, labels)),
     ]
@@ -330,9 +334,9 @@ def _probes(
             r[-1 if layer == "all" else int(layer)][p] for r, p in zip(residuals, places, strict=True)
         ]
         for probe, (train, test) in features.items():
-            found.append((probe, layer, fit_probe(train, labels[0], test, groups=sequences[0], seed=seed)))
+            predictions.append((probe, layer, fit_probe(train, labels[0], test, groups=sequences[0], seed=seed)))
     table = []
-    for probe, layer, log_probabilities in found:
+    for probe, layer, log_probabilities in predictions:
         spread = torch.zeros(places[1].shape, dtype=torch.float64)
         spread[places[1].cpu()] = -log_probabilities.gather(-1, labels[1][:, None])[:, 0].double().cpu()
         nats, low, high = _mean_over_sequences(spread, places[1].cpu(), seed)
@@ -386,7 +390,9 @@ def _labels(halves: list[Tensor], places: list[Tensor], classes: int) -> list[In
     following = [half[:, 1:][place] for half, place in zip(halves, places, strict=True)]
     values, counts = following[0].unique(return_counts=True)
     frequent = values[counts.argsort(descending=True, stable=True)[:classes]]
-    return [(one[:, None] == frequent).int().argmax(-1) + (one[:, None] == frequent).any(-1) for one in following]
+    return [
+        (tokens[:, None] == frequent).int().argmax(-1) + (tokens[:, None] == frequent).any(-1) for tokens in following
+    ]
 
 
 TOKENS_AT_ONCE = 4096
@@ -440,9 +446,9 @@ def other_occurrences(
         following = order[starts[group] + (place + 1) % counts[group]]
         chosen[order] = torch.where(counts[group] > 1, following, -1)
     else:
-        at = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
-        drawn = (torch.rand(len(wanted), generator=generator, dtype=torch.float64) * counts[at]).long()
-        chosen = torch.where(values[at] == wanted, order[starts[at] + drawn], chosen)
+        group_of = torch.searchsorted(values, wanted).clamp(max=len(values) - 1)
+        drawn = (torch.rand(len(wanted), generator=generator, dtype=torch.float64) * counts[group_of]).long()
+        chosen = torch.where(values[group_of] == wanted, order[starts[group_of] + drawn], chosen)
     return chosen.reshape(tokens.shape).to(tokens.device)
 
 
@@ -453,7 +459,9 @@ def permuted_units(masks: Mapping[str, Tensor], generator: torch.Generator) -> d
         flat = mask.flatten(2)
         # a batch row at a time: the random numbers need four bytes a unit
         order = (torch.rand(row.shape, generator=generator).argsort(-1).to(flat.device) for row in flat)
-        permuted[name] = torch.stack([row.gather(-1, at) for row, at in zip(flat, order, strict=True)]).view_as(mask)
+        permuted[name] = torch.stack(
+            [row.gather(-1, permutation) for row, permutation in zip(flat, order, strict=True)]
+        ).view_as(mask)
     return permuted
 
 
@@ -463,11 +471,11 @@ def text_masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tenso
     hard = model.gates.kind == "hard"  # type: ignore[attr-defined]
     for batch in text_batches(model, tokens):
         with torch.no_grad():
-            found = model.record_masks(batch)  # type: ignore[attr-defined]
-        for gate, layers in found.items():
+            recorded = model.record_masks(batch)  # type: ignore[attr-defined]
+        for gate, layers in recorded.items():
             for layer, mask in enumerate(layers):
                 parts.setdefault(f"blocks.{layer}.{gate}.hook_mask", []).append(mask.bool() if hard else mask)
-    return {name: torch.cat(found) for name, found in parts.items()}
+    return {name: torch.cat(recorded) for name, recorded in parts.items()}
 
 
 def text_batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tensor]:

@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, at_least_float32, fingerprint_of, streams_of, weight
+from sa_lens.core.host import Host, at_least_float32, fingerprint_of, weight
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import gini, hoyer, hoyer_from_sums
-from sa_lens.units.activations import stream_units, text_blocks
+from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +66,7 @@ def sparsity(model: Host, eps: float = EPS) -> pd.DataFrame:
     inner = [name for name in matrices if name not in EMBEDDINGS]
     parts = {"": list(matrices), " without embeddings": inner}
     means = [_mean_row(f"matrices{which}", [each[name] for name in names]) for which, names in parts.items()]
-    vectors = {name: x for name in _vector_names(model) if (x := _found(model, name)) is not None}
+    vectors = {name: x for name in _vector_names(model) if (x := _weight_or_none(model, name)) is not None}
     inner_vectors = [x for name, x in vectors.items() if name != UNEMBEDDING_BIAS]
     whole = [
         _all_row(f"all parameters{which}", [*(matrices[name][1] for name in names), *others])
@@ -101,9 +101,7 @@ def activation_sparsity(
     import pandas as pd
 
     _check_eps(eps)
-    if streams is None:
-        streams = streams_of(model)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     blocks = text_blocks(model, text, n_tokens)
     keys = [(stream, sublayer) for stream in chosen for sublayer in unit_counts(model)]
     sums = {key: torch.zeros(2, 4, dtype=torch.float64) for key in keys}
@@ -121,7 +119,7 @@ def activation_sparsity(
     rows = []
     for stream, sublayer in keys:
         values = (sums[stream, sublayer][0] / sums[stream, sublayer][1]).tolist()
-        place = {"stream": stream, "layer": sublayer.layer, "site": sublayer.site, "n": widths[sublayer]}
+        place = {"stream": stream, **sublayer._asdict(), "n": widths[sublayer]}
         rows.append(place | dict(zip(("hoyer", "gini", "share_zero", "share_small"), values, strict=True)))
     return pd.DataFrame(rows)
 
@@ -154,21 +152,20 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
         of_stream = []
         for sublayer in unit_counts(model):
             per_unit, total = _weights_of_units(model, sublayer, scales, eps)
-            some = table[
+            of_sublayer = table[
                 (table["stream"] == stream) & (table["layer"] == sublayer.layer) & (table["site"] == sublayer.site)
             ]
-            some = some.sort_values("unit")
-            if len(some) != len(per_unit):
+            of_sublayer = of_sublayer.sort_values("unit")
+            if len(of_sublayer) != len(per_unit):
                 raise ValueError(
-                    f"the table has {len(some)} units at {sublayer}, this model {len(per_unit)}: not its own"
+                    f"the table has {len(of_sublayer)} units at {sublayer}, this model {len(per_unit)}: not its own"
                 )
-            live = torch.as_tensor(some["live"].to_numpy(dtype=float, copy=True))
-            rate = torch.as_tensor(some["firing_rate"].to_numpy(dtype=float, copy=True))
+            live = torch.as_tensor(of_sublayer["live"].to_numpy(dtype=float, copy=True))
+            rate = torch.as_tensor(of_sublayer["firing_rate"].to_numpy(dtype=float, copy=True))
             of_stream.append(
                 {
                     "stream": stream,
-                    "layer": sublayer.layer,
-                    "site": sublayer.site,
+                    **sublayer._asdict(),
                     "weights": total,
                     "not_small": float(per_unit.sum()),
                     "live": float(per_unit @ live),
@@ -177,10 +174,10 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
             )
         whole = {name: sum(row[name] for row in of_stream) for name in ("weights", "not_small", "live", "firing")}
         rows += [*of_stream, {"stream": stream, "layer": -1, "site": "all", **whole}]
-    found = pd.DataFrame(rows)
-    found["live_share"] = found["live"] / found["weights"]
-    found["firing_share"] = found["firing"] / found["weights"]
-    return found
+    connections = pd.DataFrame(rows)
+    connections["live_share"] = connections["live"] / connections["weights"]
+    connections["firing_share"] = connections["firing"] / connections["weights"]
+    return connections
 
 
 def _check_eps(eps: float) -> None:
@@ -188,7 +185,7 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"eps={eps} must be above 0: a share of the layer's root mean square, such as {EPS}")
 
 
-def _found(model: Host, name: str) -> Tensor | None:
+def _weight_or_none(model: Host, name: str) -> Tensor | None:
     try:
         return at_least_float32(weight(model, name).detach())
     except ValueError:
@@ -199,7 +196,7 @@ def _matrices(model: Host) -> dict[str, tuple[int, Tensor]]:
     """Layer (-1 for embeddings) and value of every matrix."""
     names = [(-1, name) for name in EMBEDDINGS]
     names += [(layer, f"blocks.{layer}.{name}") for layer in range(model.cfg.n_layers) for name in LAYER_MATRICES]
-    return {name: (layer, x) for layer, name in names if (x := _found(model, name)) is not None}
+    return {name: (layer, x) for layer, name in names if (x := _weight_or_none(model, name)) is not None}
 
 
 def _vector_names(model: Host) -> list[str]:
@@ -215,8 +212,11 @@ def layer_scales(model: Host) -> dict[str, float]:
     for name, (layer, x) in matrices.items():
         groups.setdefault(name if layer < 0 else layer, []).append(x)
     scale = {
-        group: (sum(float(x.double().square().sum()) for x in some) / sum(x.numel() for x in some)) ** 0.5
-        for group, some in groups.items()
+        group: (
+            sum(float(x.double().square().sum()) for x in matrices_of_group) / sum(x.numel() for x in matrices_of_group)
+        )
+        ** 0.5
+        for group, matrices_of_group in groups.items()
     }
     return {name: scale[name if layer < 0 else layer] for name, (layer, _) in matrices.items()}
 
@@ -241,9 +241,9 @@ def _mean_row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"weight": name, "layer": -1, "n": n, **means}
 
 
-def _all_row(name: str, some: Sequence[Tensor]) -> dict[str, Any]:
-    n = sum(x.numel() for x in some)
-    mean = sum(float(x.abs().double().sum()) for x in some) / n
+def _all_row(name: str, weights: Sequence[Tensor]) -> dict[str, Any]:
+    n = sum(x.numel() for x in weights)
+    mean = sum(float(x.abs().double().sum()) for x in weights) / n
     return {"weight": name, "layer": -1, "n": n, "mean_abs": mean, **dict.fromkeys(MEASURES, float("nan"))}
 
 
@@ -259,7 +259,7 @@ def _weights_of_units(
     counts, total = [], 0
     for name, over in other_axes.items():
         full = f"blocks.{sublayer.layer}.{name}"
-        x = _found(model, full)
+        x = _weight_or_none(model, full)
         if x is not None:
             counts.append((x.abs() >= eps * scales[full]).sum(over).flatten())
             total += x.numel()

@@ -1,4 +1,4 @@
-"""What every unit does on a text, in one pass: firing, tokens, word classes, values, positions, company.
+"""What every unit does on a text, in one pass: firing, tokens, word classes, values, positions, co-activation.
 
 `specialization` streams the text once (after a look at its tokens) in memory that does not grow with it. Exact on the
 whole text: rates, effective numbers, kurtosis, Hoyer, positions. From an even sample of tokens: the Gini coefficient
@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, fingerprint_of, streams_of
+from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.stories.words import KIND_OF, NAMES, PART_OF_SPEECH
 from sa_lens.statistics import effective_number, gini, hoyer_from_sums
-from sa_lens.units.activations import UnitBatch, stream_units, text_blocks
+from sa_lens.units.activations import UnitBatch, chosen_streams, stream_units, text_blocks
 from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
 
 if TYPE_CHECKING:
@@ -39,15 +39,9 @@ class Specialization:
     """What every unit of a model does on a text, from `specialization`."""
 
     table: pd.DataFrame
-    """A row a unit and stream; columns: docs/units.md. `table.attrs` holds the settings and the text's own figures."""
-    thresholds: Mapping[Stream, Thresholds]
-    """The firing rule that was used."""
-    company: Mapping[tuple[Stream, int], CoActivation]
+    """One row per unit and stream; columns: docs/units.md. `table.attrs`: settings, and figures of the text itself."""
+    coactivations: Mapping[tuple[Stream, int], CoActivation]
     """Co-activation by stream and layer; the units of a layer are its attention units, then its neurons."""
-    token_counts: Mapping[tuple[Stream, Sublayer], Float[Tensor, "slot unit"]]
-    """How often each unit fires on each counted token; the last slot holds all other tokens."""
-    tokens: Int[Tensor, " slot_but_last"]
-    """The counted tokens, most frequent first."""
 
     def coactivation(self, layer: int, stream: Stream = "clean") -> pd.DataFrame:
         """Jaccard index of every pair of a layer's units; rows and columns `L0.attn.0`, ..., `L0.mlp.0`, ...
@@ -57,9 +51,11 @@ class Specialization:
         """
         import pandas as pd
 
-        if (stream, layer) not in self.company:
-            raise ValueError(f"no co-activation of layer {layer} in the {stream} stream; there is: {[*self.company]}")
-        record = self.company[stream, layer]
+        if (stream, layer) not in self.coactivations:
+            raise ValueError(
+                f"no co-activation of layer {layer} in the {stream} stream; there is: {[*self.coactivations]}"
+            )
+        record = self.coactivations[stream, layer]
         n_attn = int((self.table.query("stream == @stream and layer == @layer").site == "attn").sum())
         names = [_unit_name(layer, unit, n_attn) for unit in record.units.tolist()]
         return pd.DataFrame(record.jaccard().cpu().numpy(), index=names, columns=names)
@@ -81,7 +77,9 @@ def specialization(
     distinct_tokens: int = 8192,
     progress: bool = True,
 ) -> Specialization:
-    """Describes every unit on a text; see the module's header for what is exact.
+    """Describes every unit of a model on a text: firing, tokens, word classes, values, positions, co-activation.
+
+    What is exact and what is sampled: see docs/units.md.
 
     Args:
         text: a token file or blocks `[block pos]`.
@@ -91,10 +89,10 @@ def specialization(
         n_tokens: tokens to read at most; None: all.
         classes: word classes of tokens; None: `word_classes` of the model's tokenizer, or none without tokenizer.
         n_partners: most co-active units that the table names for each.
-        sample_tokens: tokens whose values are kept for the Gini coefficient (4 bytes a unit and stream each).
+        sample_tokens: tokens whose values are kept for the Gini coefficient (4 bytes each per unit and stream).
         coactivation_tokens: tokens on which pairs are counted, in whole batches spread evenly; 0: none.
         coactivation_units: units of a layer whose pairs are counted, an even choice if there are more.
-        distinct_tokens: tokens with a counter of their own (4 bytes a unit and stream each).
+        distinct_tokens: tokens with a counter of their own (4 bytes each per unit and stream).
         progress: show progress bars.
 
     Raises:
@@ -106,9 +104,7 @@ def specialization(
     for name, value in {**settings, "coactivation_units": coactivation_units - 1}.items():
         if value < 1:
             raise ValueError(f"{name}={value} is too small: it must be at least 1 (coactivation_units: 2)")
-    if streams is None:
-        streams = streams_of(model)
-    chosen: tuple[Stream, ...] = (streams,) if isinstance(streams, str) else tuple(dict.fromkeys(streams))
+    chosen = chosen_streams(model, streams)
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)
     batches = stream_units(model, blocks, chosen, progress=progress, name="units")
@@ -125,7 +121,7 @@ def specialization(
         for stream in chosen
         for sublayer, n in unit_counts(model).items()
     }
-    company = _company(model, chosen, coactivation_units) if coactivation_tokens else {}
+    coactivations = _coactivations(model, chosen, coactivation_units) if coactivation_tokens else {}
     pairs_seen = 0
     for batch in batches:
         n = batch.tokens.numel()
@@ -135,15 +131,15 @@ def specialization(
         for stream in chosen:
             fired = {sublayer: tallies[stream, sublayer].add(batch, stream) for sublayer in batch.values[stream]}
             for layer in range(model.cfg.n_layers) if with_pairs else ():
-                if (stream, layer) in company:
-                    company[stream, layer].add(torch.cat([fired[s] for s in fired if s.layer == layer], 1))
+                if (stream, layer) in coactivations:
+                    coactivations[stream, layer].add(torch.cat([fired[s] for s in fired if s.layer == layer], 1))
     parts = [tally.columns(stream, vocabulary, classes) for (stream, _), tally in tallies.items()]
-    table = _table(parts, company, n_partners)
+    table = _table(parts, coactivations, n_partners)
     table.attrs = {
         "share": share,
         "n_tokens": blocks.n_tokens,
         "n_calibration_tokens": next(iter(rules.values())).n_tokens,
-        "n_coactivation_tokens": pairs_seen if company else 0,
+        "n_coactivation_tokens": pairs_seen if coactivations else 0,
         "n_sample_tokens": min(sample_tokens, blocks.n_tokens),
         "share_of_other_tokens": float(frequencies[vocabulary.slot_of.cpu() == len(vocabulary.tokens)].sum())
         / blocks.n_tokens,
@@ -152,8 +148,7 @@ def specialization(
         "n_layers": model.cfg.n_layers,
         "model": fingerprint_of(model),
     }
-    counts = {key: tally.tokens.counts for key, tally in tallies.items()}
-    return Specialization(table, rules, company, counts, vocabulary.tokens)
+    return Specialization(table, coactivations)
 
 
 def rules_for(
@@ -294,7 +289,7 @@ class _SublayerTally:
             "effective_positions": effective_number(by_rate),
             "mean_position": (by_rate * centres[:, None]).sum(0) / by_rate.sum(0),
         }
-        place = {"stream": stream, "layer": self.sublayer.layer, "site": self.sublayer.site, "unit": range(len(fires))}
+        place = {"stream": stream, **self.sublayer._asdict(), "unit": range(len(fires))}
         return {**place, **{name: column.cpu().numpy() for name, column in columns.items()}}
 
 
@@ -307,15 +302,15 @@ def _by_class(
     return summed.index_add_(0, of_slot, counts)
 
 
-def _company(model: Host, streams: Sequence[Stream], most: int) -> dict[tuple[Stream, int], CoActivation]:
+def _coactivations(model: Host, streams: Sequence[Stream], most: int) -> dict[tuple[Stream, int], CoActivation]:
     counts, device = unit_counts(model), device_of(model)
-    company = {}
+    coactivations = {}
     for stream in streams:
         for layer in range(model.cfg.n_layers):
             n = sum(counts[sublayer] for sublayer in counts if sublayer.layer == layer)
             units = torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).long().to(device)
-            company[stream, layer] = CoActivation(units)
-    return company
+            coactivations[stream, layer] = CoActivation(units)
+    return coactivations
 
 
 def _unit_name(layer: int, index: int, n_attn: int) -> str:
@@ -324,26 +319,26 @@ def _unit_name(layer: int, index: int, n_attn: int) -> str:
 
 
 def _table(
-    parts: Sequence[dict[str, Any]], company: Mapping[tuple[Stream, int], CoActivation], n_partners: int
+    parts: Sequence[dict[str, Any]], coactivations: Mapping[tuple[Stream, int], CoActivation], n_partners: int
 ) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
     table["partner"], table["partner_jaccard"] = None, float("nan")
     table["partners"] = [()] * len(table)
-    for (stream, layer), record in company.items():
+    for (stream, layer), record in coactivations.items():
         of_layer = (table["stream"] == stream) & (table["layer"] == layer)
         rows = table.index[of_layer][record.units.cpu().numpy()]
         n_attn = int((table.loc[of_layer, "site"] == "attn").sum())
         names = [_unit_name(layer, unit, n_attn) for unit in record.units.tolist()]
         values, places = (x.tolist() for x in record.partners(n_partners))
-        found = [
+        partners = [
             tuple((names[place], value) for place, value in zip(p, v, strict=True) if value > 0)
             for p, v in zip(places, values, strict=True)
         ]
-        table.loc[rows, "partners"] = pd.Series(found, index=rows)
-        table.loc[rows, "partner"] = [best[0][0] if best else None for best in found]
-        table.loc[rows, "partner_jaccard"] = [best[0][1] if best else 0.0 for best in found]
+        table.loc[rows, "partners"] = pd.Series(partners, index=rows)
+        table.loc[rows, "partner"] = [best[0][0] if best else None for best in partners]
+        table.loc[rows, "partner_jaccard"] = [best[0][1] if best else 0.0 for best in partners]
     return table
 
 
@@ -373,11 +368,11 @@ def word_classes(tokenizer: Any, d_vocab: int | None = None) -> TokenClasses:
     lexicon |= dict.fromkeys((noun.lower() for noun in KIND_OF), "NOUN")
     lexicon |= dict.fromkeys((name.lower() for name in NAMES), "PROPN")
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    found = ["special" if i in special else _class_of(text, lexicon) for i, text in enumerate(texts)]
-    found += ["special"] * (size - len(found))
+    class_names = ["special" if i in special else _class_of(text, lexicon) for i, text in enumerate(texts)]
+    class_names += ["special"] * (size - len(class_names))
     names = tuple(dict.fromkeys([*sorted(set(lexicon.values())), *SPELLINGS]))
     index = {name: i for i, name in enumerate(names)}
-    return TokenClasses(names, torch.tensor([index[name] for name in found]))
+    return TokenClasses(names, torch.tensor([index[name] for name in class_names]))
 
 
 def _class_of(text: str, lexicon: dict[str, str]) -> str:
@@ -476,8 +471,8 @@ class CoActivation:
         self.n_tokens = 0
 
     def add(self, fired: Float[Tensor, "token unit_of_layer"]) -> None:
-        some = fired if len(self.units) == fired.shape[1] else fired[:, self.units]
-        self.counts += some.T @ some
+        chosen = fired if len(self.units) == fired.shape[1] else fired[:, self.units]
+        self.counts += chosen.T @ chosen
         self.n_tokens += len(fired)
 
     def jaccard(self) -> Float[Tensor, "unit unit"]:

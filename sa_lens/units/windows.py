@@ -1,4 +1,4 @@
-"""Where units are most active, and what they do elsewhere: windows of text with a value at every token."""
+"""Text on which units are most active, and a sample of the rest: windows of text with a value at every token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sa_lens.core.host import Host, device_of
 from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
-from sa_lens.units.activations import ReadBlocks, stream_units, text_blocks
+from sa_lens.units.activations import HeldUnits, stream_units, text_blocks
 from sa_lens.units.firing import unit_scores
 
 BEFORE = 0.75
@@ -23,7 +23,7 @@ BEFORE = 0.75
 
 @dataclass(frozen=True)
 class Snippets:
-    """Windows of one sublayer's units, the top ones first, from `snippets`.
+    """Windows of the units of one sublayer, the most active first, from `snippets`.
 
     Every window holds the position at which the unit's score (see `unit_scores`) is largest in its block; no two
     windows of a unit come from one block.
@@ -51,15 +51,15 @@ class Snippets:
     """Share of blocks whose largest score is smaller: near 1 for the top ones, spread over [0, 1) for the sample."""
 
     def of(self, unit: int) -> int:
-        """The row of a unit.
+        """Returns the row of a unit.
 
         Raises:
             ValueError: a unit without snippets.
         """
-        found = (self.units == unit).nonzero()
-        if not len(found):
+        rows = (self.units == unit).nonzero()
+        if not len(rows):
             raise ValueError(f"unit={unit} of {self.sublayer} has no snippets here: ask for it in units=[...]")
-        return int(found[0, 0])
+        return int(rows[0, 0])
 
 
 def snippets(
@@ -74,17 +74,17 @@ def snippets(
     n_tokens: int | None = 500_000,
     progress: bool = True,
 ) -> dict[Sublayer, Snippets]:
-    """The most active windows of each unit and a sample over the quantiles of all others, with values at every token.
+    """Finds the most active windows of each unit and a sample of all others, with the unit's value at every token.
 
-    Two passes over the text: one for the largest score of every unit in every block (4 bytes a unit and block), one
+    Two passes over the text: one for the largest score of every unit in every block (4 bytes per unit and block), one
     over the blocks chosen. The sample takes, of the blocks that are not among the top ones, `n_sample` evenly spaced
     ones in the order of their largest score.
 
     Args:
         units: which units; None: all.
-        n_top: most active windows a unit.
-        n_sample: windows of the quantile sample a unit.
-        length: tokens a window; windows end within their block.
+        n_top: most active windows per unit.
+        n_sample: sampled windows per unit.
+        length: tokens per window; windows end within their block.
         n_tokens: tokens to read at most; None: all.
         progress: show progress bars.
 
@@ -108,29 +108,25 @@ def snippets(
             f"the text has {len(blocks)} blocks, and n_top + n_sample = {n_top + n_sample} windows come from as many: "
             "give more text or ask for fewer"
         )
-    sublayers = list(chosen)
     device = device_of(model)
-    picked = {sublayer: index.to(device) for sublayer, index in chosen.items()}
+    indices = {sublayer: index.to(device) for sublayer, index in chosen.items()}
+    options = {"sublayers": list(chosen), "progress": progress}
     largest = {sublayer: torch.empty(len(blocks), len(index), device=device) for sublayer, index in chosen.items()}
-    for batch in stream_units(model, blocks, stream, sublayers=sublayers, progress=progress, name="largest"):
+    for batch in stream_units(model, blocks, stream, **options, name="largest"):  # type: ignore[arg-type]
         for sublayer, values in batch.values[stream].items():
-            scores = unit_scores(sublayer, values[..., picked[sublayer]])
+            scores = unit_scores(sublayer, values[..., indices[sublayer]])
             largest[sublayer][batch.first : batch.first + len(values)] = scores.amax(1).float()
-    found = {
-        sublayer: _Windows(sublayer, stream, chosen[sublayer], largest.pop(sublayer), n_top, n_sample, length)
-        for sublayer in sublayers
-    }
-    wanted = torch.cat([windows.blocks.flatten() for windows in found.values()]).unique()
-    again = blocks
-    if isinstance(blocks, ReadBlocks):
-        wanted = torch.arange(len(blocks))
-    else:
-        again = TextBlocks(blocks.pick(wanted), model.cfg.n_ctx)
-    for batch in stream_units(model, again, stream, sublayers=sublayers, progress=progress, name="snippets"):
-        run = wanted[batch.first : batch.first + len(batch.tokens)]
+    records = {s: _without_text(s, stream, chosen[s], largest.pop(s), n_top, n_sample, length) for s in chosen}
+    # the second pass reads the chosen blocks alone, unless all units are held
+    numbers = torch.arange(len(blocks))
+    if not isinstance(blocks, HeldUnits):
+        numbers = torch.cat([record.blocks.flatten() for record in records.values()]).unique()
+        blocks = TextBlocks(blocks.pick(numbers), model.cfg.n_ctx)
+    for batch in stream_units(model, blocks, stream, **options, name="snippets"):  # type: ignore[arg-type]
+        read = numbers[batch.first : batch.first + len(batch.tokens)]
         for sublayer, values in batch.values[stream].items():
-            found[sublayer].fill(run, batch.tokens.cpu(), values[..., picked[sublayer]].cpu())
-    return {sublayer: windows.snippets() for sublayer, windows in found.items()}
+            _fill(records[sublayer], read, batch.tokens.cpu(), values[..., indices[sublayer]].cpu())
+    return records
 
 
 def _by_sublayer(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
@@ -142,62 +138,50 @@ def _by_sublayer(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tenso
     return {sublayer: torch.tensor(index) for sublayer, index in indices.items()}
 
 
-class _Windows:
-    """The windows of one sublayer: which blocks, then what is in them."""
+def _without_text(
+    sublayer: Sublayer,
+    stream: Stream,
+    units: Int[Tensor, " unit"],
+    largest: Float[Tensor, "block unit"],
+    n_top: int,
+    n_sample: int,
+    length: int,
+) -> Snippets:
+    """The blocks from which windows come, by the largest score of each unit in each block; `_fill` adds the text."""
+    scores = largest.T.contiguous()
+    order = scores.sort(dim=1, descending=True, stable=True).indices.cpu()
+    sample = torch.linspace(n_top, len(largest) - 1, n_sample, dtype=torch.float64).long()
+    blocks = order[:, torch.cat([torch.arange(n_top), sample])]
+    scores = scores.cpu()
+    rank = torch.searchsorted(scores.sort(dim=1).values, scores.gather(1, blocks))
+    shape = (*blocks.shape, length)
+    return Snippets(
+        *(stream, sublayer, units, n_top),
+        tokens=torch.zeros(shape, dtype=torch.int64),
+        values=torch.zeros(shape),
+        peaks=torch.zeros(blocks.shape, dtype=torch.int64),
+        blocks=blocks,
+        starts=torch.zeros(blocks.shape, dtype=torch.int64),
+        quantiles=rank.double() / len(largest),
+    )
 
-    def __init__(
-        self,
-        sublayer: Sublayer,
-        stream: Stream,
-        units: Int[Tensor, " unit"],
-        largest: Float[Tensor, "block unit"],
-        n_top: int,
-        n_sample: int,
-        length: int,
-    ) -> None:
-        self.sublayer, self.stream, self.units, self.n_top, self.length = sublayer, stream, units, n_top, length
-        n = len(largest)
-        order = largest.T.sort(dim=1, descending=True, stable=True).indices.cpu()
-        ranks = torch.arange(n_top)
-        if n_sample:
-            spread = torch.linspace(n_top, n - 1, n_sample, dtype=torch.float64).long()
-            ranks = torch.cat([ranks, spread])
-        self.blocks = order[:, ranks]
-        values = largest.T.cpu().gather(1, self.blocks)
-        ascending = largest.T.cpu().contiguous().sort(dim=1).values
-        self.quantiles = torch.searchsorted(ascending, values.contiguous()).double() / n
-        shape = (*self.blocks.shape, length)
-        self.tokens = torch.zeros(shape, dtype=torch.int64)
-        self.values = torch.zeros(shape)
-        self.peaks = torch.zeros(self.blocks.shape, dtype=torch.int64)
-        self.starts = torch.zeros(self.blocks.shape, dtype=torch.int64)
 
-    def fill(
-        self, run: Int[Tensor, " batch"], tokens: Int[Tensor, "batch pos"], values: Float[Tensor, "batch pos unit"]
-    ) -> None:
-        """Cuts the windows that come from the blocks just run."""
-        row = torch.searchsorted(run, self.blocks.contiguous()).clamp(max=len(run) - 1)
-        unit, slot = (run[row] == self.blocks).nonzero(as_tuple=True)
-        at = row[unit, slot]
-        of_unit = values[at, :, unit].float()
-        peak = unit_scores(self.sublayer, of_unit).argmax(1)
-        start = (peak - int(BEFORE * self.length)).clamp(min=0).clamp(max=tokens.shape[1] - self.length)
-        places = start[:, None] + torch.arange(self.length)
-        self.tokens[unit, slot] = tokens[at].gather(1, places)
-        self.values[unit, slot] = of_unit.gather(1, places)
-        self.peaks[unit, slot] = peak - start
-        self.starts[unit, slot] = start
-
-    def snippets(self) -> Snippets:
-        return Snippets(
-            self.stream,
-            self.sublayer,
-            self.units,
-            self.n_top,
-            self.tokens,
-            self.values,
-            self.peaks,
-            self.blocks,
-            self.starts,
-            self.quantiles,
-        )
+def _fill(
+    record: Snippets,
+    read: Int[Tensor, " batch"],
+    tokens: Int[Tensor, "batch pos"],
+    values: Float[Tensor, "batch pos unit"],
+) -> None:
+    """Cuts the windows that come from the blocks of a batch; `read` holds their numbers, rising."""
+    length = record.tokens.shape[-1]
+    place = torch.searchsorted(read, record.blocks.contiguous()).clamp(max=len(read) - 1)
+    unit, slot = (read[place] == record.blocks).nonzero(as_tuple=True)
+    row = place[unit, slot]
+    of_unit = values[row, :, unit].float()
+    peak = unit_scores(record.sublayer, of_unit).argmax(1)
+    start = (peak - int(BEFORE * length)).clamp(min=0).clamp(max=tokens.shape[1] - length)
+    positions = start[:, None] + torch.arange(length)
+    record.tokens[unit, slot] = tokens[row].gather(1, positions)
+    record.values[unit, slot] = of_unit.gather(1, positions)
+    record.peaks[unit, slot] = peak - start
+    record.starts[unit, slot] = start

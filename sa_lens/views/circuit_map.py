@@ -85,12 +85,12 @@ def _title(about: Mapping[str, Any], n: int) -> str:
 
 def _method_note(about: Mapping[str, Any]) -> str:
     parts = [f"tau {about['tau']:g}"] if isinstance(about.get("tau"), int | float) else []
-    if about.get("stream") == "ablated" and about.get("gates"):
-        parts.append(f"{about['gates']} gates")
+    if about.get("stream") == "ablated" and about.get("masks"):
+        parts.append(f"{about['masks']} masks")
     if about.get("ablation"):
         parts.append(f"{about['ablation']} ablation")
-    if isinstance(about.get("pairs"), int):
-        parts.append(f"{about['pairs']} pairs")
+    if isinstance(about.get("n"), int):
+        parts.append(f"{about['n']} pairs")
     if about.get("complete") is False:
         parts.append("search interrupted")
     return ", ".join(parts)

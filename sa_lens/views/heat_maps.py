@@ -51,7 +51,7 @@ def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None 
         raise ValueError(f"value={value!r} must be 'normalised' or 'value'")
     if not len(table):
         raise ValueError("the table of patches is empty: there is nothing to show")
-    for setting in ("task", "stream", "gates", "direction", "metric", "n"):
+    for setting in ("task", "stream", "masks", "direction", "metric", "n"):
         values = table[setting].unique()
         if len(values) > 1:
             raise ValueError(
@@ -91,8 +91,8 @@ register_result(pd.DataFrame, patch_map)
 def _title(table: pd.DataFrame) -> str:
     row = table.iloc[0]
     kinds = " and ".join(WHAT.get(what, what) for what in table["what"].unique())
-    gates = f", {row['gates']} gates" if row["stream"] == "ablated" else ""
-    return f"{TASKS.get(row['task'], row['task'])}: {kinds}, {row['stream']} stream{gates}"
+    masks = f", {row['masks']} masks" if row["stream"] == "ablated" else ""
+    return f"{TASKS.get(row['task'], row['task'])}: {kinds}, {row['stream']} stream{masks}"
 
 
 def _note(row: pd.Series) -> str:

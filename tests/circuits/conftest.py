@@ -35,13 +35,13 @@ def model(tokenizer):
 @pytest.fixture(scope="session")
 def pairs(tokenizer):
     """Twelve pairs of several lengths."""
-    return tasks.ioi(tokenizer, 12, seed=1, world="stories")
+    return tasks.ioi(tokenizer, 12, seed=1, words="stories")
 
 
 @pytest.fixture(scope="session")
 def even_pairs(tokenizer):
     """Eight pairs of one length."""
-    return tasks.ioi(tokenizer, 8, seed=1, world="stories", templates=["go-give"], length=17)
+    return tasks.ioi(tokenizer, 8, seed=1, words="stories", templates=["go-give"], length=17)
 
 
 @pytest.fixture(scope="session")

@@ -62,16 +62,4 @@ def token_pairs(
         corrupt[row, at] = torch.randint(1, d_vocab, (len(at),), generator=generator)
         clean[row, : start + 1] = corrupt[row, : start + 1] = 0
     answers = torch.randint(1, d_vocab, (n,), generator=generator)
-    return PromptPairs(
-        task="random tokens",
-        clean=clean,
-        corrupt=corrupt,
-        answers=answers,
-        wrong_answers=(answers + 1) % d_vocab,
-        lengths=each,
-        positions={"end": torch.full((n,), -1)},
-        clean_texts=("",) * n,
-        corrupt_texts=("",) * n,
-        token_texts=((),) * n,
-        pad_id=0,
-    )
+    return PromptPairs.from_tokens(clean, corrupt, answers, (answers + 1) % d_vocab, lengths=each, task="random tokens")

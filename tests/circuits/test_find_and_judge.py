@@ -12,10 +12,11 @@ from known import known_model, known_pairs, path
 from micro import gated, token_pairs
 
 from sa_lens.circuits.discovery.acdc import acdc
-from sa_lens.circuits.find_and_judge import Method, find_circuit, table
+from sa_lens.circuits.experiment import Experiment, skill
+from sa_lens.circuits.find_and_judge import circuit_table, find_circuit
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.judging.circuit_metric import CircuitMetric, SharedRuns
-from sa_lens.circuits.metrics import skill
+from sa_lens.circuits.judging.circuit_metric import CircuitMetric
+from sa_lens.config import Method
 
 RANKINGS = [method for method in get_args(Method) if method not in ("acdc", "gate")]
 
@@ -39,14 +40,15 @@ def test_the_known_circuit_is_found(method: Method) -> None:
 
 
 def test_shared_runs_change_nothing() -> None:
-    """Two methods that share runs find what each finds alone, with one metric for each set of pairs."""
-    model, pairs, runs = known_model({(0, 0): 1.0, (1, 1): 3.0}), halves(), SharedRuns()
+    """Methods of the same experiments find what each finds alone."""
+    model, pairs = known_model({(0, 0): 1.0, (1, 1): 3.0}), halves()
+    exp = Experiment(model, pairs[0])
+    judge = exp.on(pairs[1])
     for method in ("eap", "exact"):
-        shared = find_circuit(model, *pairs, method, runs=runs, progress=False)  # type: ignore[arg-type]
+        shared = find_circuit(exp, judge, method, progress=False)  # type: ignore[arg-type]
         alone = find_circuit(model, *pairs, method, progress=False)  # type: ignore[arg-type]
         assert shared.circuit == alone.circuit
         assert {**shared.row(), "seconds": 0} == pytest.approx({**alone.row(), "seconds": 0}, nan_ok=True)
-    assert len(runs._made) == len(pairs)
 
 
 def test_the_size_asked_for() -> None:
@@ -60,23 +62,23 @@ def test_the_size_asked_for() -> None:
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 @pytest.mark.parametrize("method", get_args(Method))
 def test_each_figure_is_that_of_the_part_it_comes_from(method: Method, stream: str) -> None:
-    model = gated()
+    model, masks = gated(), "frozen" if stream == "ablated" else None
     find, report = token_pairs(seed=1), token_pairs(seed=2)
     found = find_circuit(
-        model, find, report, method, edges=None if method == "acdc" else 9, stream=stream, progress=False
+        model, find, report, method, edges=None if method == "acdc" else 9, stream=stream, masks=masks, progress=False
     )
     row = found.row()
     expected = skill(model, report, stream).iloc[0]
     assert row["pair_accuracy"] == expected["pair_accuracy"]
     assert row["stream"] == stream
     if method == "acdc":
-        assert found.circuit == acdc(model, find, stream=stream, progress=False).circuit
+        assert found.circuit == acdc(model, find, stream=stream, masks=masks, progress=False).circuit
     else:
         assert len(found.circuit) == 9
         assert found.circuit == found.ranking.keep(9)
-    measure = CircuitMetric(model, report, "logit_difference", "resample", stream)
+    measure = CircuitMetric(Experiment(model, report, stream=stream, masks=masks))
     assert row["f"] == pytest.approx(measure.f(found.circuit.mask), abs=1e-4)
-    assert row["gates"] == ("none" if stream == "clean" else "frozen")
+    assert row["masks"] == (masks or "none")
     assert row["ablation"] == "resample"
     assert (row["tau"], row["steps"]) == (0.01 if method == "acdc" else "", 5 if method == "eap-ig" else "")
     no_embedding = Circuit.full(found.circuit.graph).mask
@@ -123,7 +125,7 @@ def test_files(tmp_path) -> None:
 
 def test_table_names_its_parts() -> None:
     found = find_circuit(known_model({(1, 1): 3.0}), *halves(), "eap", progress=False)
-    assert table({("dense", 0): found, ("dense", 1): found}, ("model", "seed"))["seed"].tolist() == [0, 1]
+    assert circuit_table({("dense", 0): found, ("dense", 1): found}, ("model", "seed"))["seed"].tolist() == [0, 1]
 
 
 def test_bad_input() -> None:

@@ -11,15 +11,19 @@ from transformer_lens import HookedTransformer
 
 from sa_lens.circuits import metrics
 from sa_lens.circuits.discovery.acdc import acdc
-from sa_lens.circuits.discovery.eap import eap, eap_ig, relp
+from sa_lens.circuits.discovery.eap import eap, eap_ig
 from sa_lens.circuits.discovery.exact_effects import exact_effects
 from sa_lens.circuits.discovery.gate_circuit import mask_shares
+from sa_lens.circuits.discovery.relp import relp
+from sa_lens.circuits.experiment import skill
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.judging.completeness import completeness, minimality
-from sa_lens.circuits.judging.faithfulness import faithfulness_curve
-from sa_lens.circuits.metrics import bootstrap_interval, kl, last_logits, skill
+from sa_lens.circuits.judging.faithfulness import faithfulness
+from sa_lens.circuits.metrics import kl
 from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
+from sa_lens.circuits.running.recorded_passes import last_logits
+from sa_lens.statistics import bootstrap_interval
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_refusals(model, pairs):
     with pytest.raises(ValueError, match="longer than n_ctx=48"):
         last_logits(model, dataclasses.replace(pairs, **padded, lengths=pairs.lengths + 60))
     with pytest.raises(ValueError, match="metric='nll' is none of"):
-        metrics.metric_named("nll", None)
+        metrics.Metric.named("nll")
     with pytest.raises(ValueError, match="needs gates"):
         last_logits(model.to_hooked_transformer(), pairs, "ablated")
 
@@ -117,13 +121,13 @@ ANALYSES = {
     "acdc by passes": lambda *given, **options: acdc(*given, order=Graph.from_model(given[0]).edges, **options),
     "exact_effects": exact_effects,
     "exact_effects by passes": lambda *given, **options: exact_effects(
-        *given, stream="ablated", gates="live", **options
+        *given, stream="ablated", masks="live", **options
     ),
     "eap": eap,
     "eap_ig": eap_ig,
     "relp": relp,
     "attribute_nodes": attribute_nodes,
-    "faithfulness_curve": lambda model, *given, **options: faithfulness_curve(model, *given, [full(model)], **options),
+    "faithfulness": lambda model, *given, **options: faithfulness(model, *given, [full(model)], **options),
     "completeness": lambda model, *given, **options: completeness(model, *given, full(model), **options),
     "minimality": lambda model, *given, **options: minimality(model, *given, full(model), **options),
 }

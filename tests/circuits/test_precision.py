@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 from micro import gated, token_pairs
 
-from sa_lens.circuits import metrics
+from sa_lens.circuits import metrics, skill
 from sa_lens.circuits.discovery.acdc import acdc
 from sa_lens.circuits.discovery.eap import eap, eap_ig
 from sa_lens.circuits.discovery.exact_effects import exact_effects
 from sa_lens.circuits.discovery.gate_circuit import mask_shares
-from sa_lens.circuits.judging.faithfulness import faithfulness_curve
+from sa_lens.circuits.judging.faithfulness import faithfulness
 from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
@@ -77,24 +78,33 @@ def test_accuracy_is_counted(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_figures_of_a_narrow_model(dtype: torch.dtype, stream: Any) -> None:
     model, pairs = gated(n_layers=1).to(dtype), token_pairs(6)
+    masks = "frozen" if stream == "ablated" else None
     clean, corrupt = last(model, pairs.clean, stream), last(model, pairs.corrupt, stream)
     assert clean.dtype == dtype
-    row = metrics.skill(model, pairs, stream).iloc[0]
+    row = skill(model, pairs, stream).iloc[0]
     rows = torch.arange(6)
     difference = (clean.double()[rows, pairs.answers] - clean.double()[rows, pairs.wrong_answers]).mean()
     assert row["logit_difference"] == pytest.approx(float(difference), rel=1e-6)
     # the whole residual stream of the other prompt is the other prompt's run
-    options: dict[str, Any] = {"what": "resid_pre", "layers": [0], "positions": "all", "stream": stream, **QUIET}
+    options: dict[str, Any] = {
+        "what": "resid_pre",
+        "layers": [0],
+        "positions": "all",
+        "stream": stream,
+        "masks": masks,
+        **QUIET,
+    }
     swapped = patch(model, pairs, metric="kl", direction="noise", **options)
     if stream == "clean":
         assert swapped["value"][0] == pytest.approx(divergence(clean, corrupt).mean(), rel=1e-4)
     assert swapped["corrupt"][0] == pytest.approx(divergence(clean, corrupt).mean(), rel=1e-4)
-    found = acdc(model, pairs, 0.05, stream=stream, **QUIET)
-    run = run_circuit(model, pairs, found.circuit, stream=stream).logits
+    found = acdc(model, pairs, 0.05, stream=stream, masks=masks, **QUIET)
+    run = run_circuit(model, pairs, found.circuit, stream=stream, masks=masks)
     tolerance = {"rel": 1e-3, "abs": 1e-5}
     assert found.value == pytest.approx(divergence(clean, run).mean(), **tolerance)
     assert found.shortcuts == ("on" if dtype == torch.float64 else why_not_single_nodes(model))
-    curve = faithfulness_curve(model, pairs, [found.circuit], stream=stream, minimum_gap=1e-6, metric="kl", **QUIET)
+    any_gap = replace(metrics.METRICS["kl"], minimum_gap=1e-6)
+    curve = faithfulness(model, pairs, [found.circuit], stream=stream, masks=masks, metric=any_gap, **QUIET)
     assert curve.points[0].kl.mean == pytest.approx(divergence(clean, run).mean(), **tolerance)
 
 
@@ -130,7 +140,7 @@ def test_attribution_in_a_narrow_model(dtype: torch.dtype) -> None:
     # at one point the line of inputs is the clean prompt
     line = eap_ig(model, pairs, steps=1, rule="right", **QUIET).table().set_index("edge")["score"]
     assert line["m0->logits"] == pytest.approx(scores["m0->logits"])
-    effects = exact_effects(model, pairs, "kl", **QUIET)
+    effects = exact_effects(model, pairs, metric="kl", **QUIET)
     exists = effects.graph.exists
     assert bool((effects.scores[exists] > -1e-6).all()), "a divergence from the unedited prompt is not negative"
 

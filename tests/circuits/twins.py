@@ -101,10 +101,10 @@ class SlowRuns:
         *,
         ablation: str = "resample",
         stream: str = "clean",
-        gates: str = "frozen",
+        masks: str = "frozen",
     ) -> None:
         self.model, self.clean, self.graph = model, clean, Graph.from_model(model)
-        self.stream, self.gates = stream, gates
+        self.stream, self.masks = stream, masks
         set_switches(model)
 
         def carried(in_stream: str) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class SlowRuns:
     def logits(self, removed: set[Edge]) -> Tensor:
         """Logits at the last position."""
         hooks = edge_hooks(self.model, self.graph, removed, self.carried)
-        live = self.stream == "ablated" and self.gates == "live"
+        live = self.stream == "ablated" and self.masks == "live"
         in_clean = edge_hooks(self.model, self.graph, removed, self.carried_clean) if live else []
         with torch.no_grad(), self.context(self.stream, in_clean):
             return self.model.run_with_hooks(self.clean, fwd_hooks=hooks)[:, -1]

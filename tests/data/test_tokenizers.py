@@ -309,7 +309,7 @@ BOUNDARIES = {
 def test_one_token_stands_before_every_text(name: str, template: str, pre: str, tmp_path: Path) -> None:
     """In the training text, `to_tokens`, tasks, views, and units: the same, and the one that training has seen."""
     import sa_lens as sa
-    from sa_lens.circuits.tasks.pairs import Draft, encode
+    from sa_lens.circuits import PromptPairs
     from sa_lens.units.labels import label_stories
     from sa_lens.views.wording import encode_text
 
@@ -335,7 +335,7 @@ def test_one_token_stands_before_every_text(name: str, template: str, pre: str, 
         assert model.to_tokens("").tolist() == [[begin]]
         assert encode_text(model.tokenizer, text) == encode_text(tokenizer, text) == [begin, *ids]
         assert model.tokenizer.eos_token_id == end, "where generated text stops"
-        pairs = encode("test", [Draft("x", "q", "z", "v")], model.tokenizer) if pre == "bytes" else None
+        pairs = PromptPairs.from_texts([("x", "q", "z", "v")], model.tokenizer) if pre == "bytes" else None
         assert pairs is None or set(pairs.clean[:, 0].tolist()) == {begin}
         labelled = label_stories(model.tokenizer, 3, 32).tokens.flatten().tolist()
         assert labelled[0] == (begin if begin != end else labelled[0])

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sa_lens.circuits.discovery.acdc import acdc
-from sa_lens.circuits.find_and_judge import find_circuit
-from sa_lens.circuits.graph import Circuit, Graph
-from sa_lens.circuits.judging.faithfulness import faithfulness_curve
-from sa_lens.circuits.metrics import skill
+from sa_lens.circuits import Circuit, Graph, acdc, faithfulness, find_circuit, skill
 from sa_lens.report import Report, task_pages
 from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.subjects import Subject
@@ -56,7 +52,8 @@ def test_skill_is_that_of_the_prompts_to_judge_on(easy: TaskPage, gated: Subject
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 def test_acdc_is_the_search_itself(easy: TaskPage, gated: Subject, easy_task: str, stream: str) -> None:
     prompts = prompts_for(gated, easy_task, 0)
-    true = acdc(gated.model, prompts.find, 0.01, stream=stream, progress=False).circuit
+    masks = "frozen" if stream == "ablated" else None
+    true = acdc(gated.model, prompts.find, 0.01, stream=stream, masks=masks, progress=False).circuit
     found = of(easy, "ACDC", stream)
     assert found.chosen == len(true)
     assert set(named(found.circuit.edges[: found.chosen])) == {str(edge) for edge in true}
@@ -68,12 +65,12 @@ def test_acdc_is_the_search_itself(easy: TaskPage, gated: Subject, easy_task: st
 
 def test_curves_and_sizes_are_those_of_direct_calls(easy: TaskPage, gated: Subject, easy_task: str) -> None:
     prompts = prompts_for(gated, easy_task, 0)
-    live = {"stream": "ablated", "gates": "live", "progress": False}
+    live = {"stream": "ablated", "masks": "live", "progress": False}
     whole = find_circuit(gated.model, prompts.find, prompts.report, "gate", **live)
     found = of(easy, "gate circuit", "ablated")
     assert found.chosen == len(whole.circuit)
     assert set(named(found.circuit.edges[: found.chosen])) == {str(edge) for edge in whole.circuit}
-    true = faithfulness_curve(gated.model, prompts.report, whole.ranking, order="absolute", **live)
+    true = faithfulness(gated.model, prompts.report, whole.ranking, order="absolute", **live)
     assert found.curve is not None
     (line,) = found.curve.lines
     points = [point for point in true.points if point.edges > 0]

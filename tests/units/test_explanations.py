@@ -8,7 +8,7 @@ from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
 from sa_lens.core.unit import Unit
-from sa_lens.units.contexts import ANY, Fill, Texts, UnitReader, answer, likely_tokens
+from sa_lens.units.contexts import ANY, Fill, Texts, answer, likely_tokens, read_scores
 from sa_lens.units.explanations import correlation, explain, firing_places, judge, silent_places, token_list, window_of
 from sa_lens.units.firing import calibrate
 
@@ -138,7 +138,7 @@ def test_a_unit_is_read_where_it_fires(planted, text):
     rows, at = text[:7].numpy(), np.array([0, 5, 31, 8, 3, 2, 9])
     for unit in (Unit(0, "mlp", 2), Unit(0, "attn", 4)):
         for stream in ("clean", "ablated"):
-            found = UnitReader(planted, stream, unit).scores(rows, at)
+            found = read_scores(planted, stream, unit, rows, at)
             for row, place, score in zip(rows, at, found, strict=True):
                 run = planted.ablated() if stream == "ablated" else planted.clean()
                 with torch.no_grad(), run:
@@ -178,7 +178,7 @@ def test_many_units_at_once_are_read_as_one_by_one(text, scope):
         jobs = [(unit, asking(*texts)) for unit, texts in zip(units, asked, strict=True)]
         found = answer(model, stream, jobs, 12)
         for unit, (rows, at), scores in zip(units, asked, found, strict=True):
-            np.testing.assert_allclose(scores, UnitReader(model, stream, unit).scores(rows, at), atol=1e-6)
+            np.testing.assert_allclose(scores, read_scores(model, stream, unit, rows, at), atol=1e-6)
         assert any((scores > 0.1).any() for scores in found)
 
 

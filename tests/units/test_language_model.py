@@ -10,7 +10,15 @@ import pytest
 from sa_lens.core.unit import Unit
 from sa_lens.units.contexts import ContextTrie
 from sa_lens.units.explanations import Explanation, Snippet
-from sa_lens.units.language_model import DETECT, EXPLAIN, BudgetError, ChatModel, explain_by_chat, marked, numbers
+from sa_lens.units.language_model import (
+    DETECT,
+    EXPLAIN,
+    BudgetError,
+    ChatModel,
+    explain_by_chat,
+    mark_active_tokens,
+    read_numbers,
+)
 
 
 @pytest.fixture
@@ -203,14 +211,14 @@ def test_answers_that_cannot_be_read_are_counted(server):
 
 
 def test_what_a_list_of_numbers_is():
-    assert numbers("of course: [1, 0.5, 2]!", 3) == [1.0, 0.5, 2.0]
+    assert read_numbers("of course: [1, 0.5, 2]!", 3) == [1.0, 0.5, 2.0]
     for answer in ("[1, 2]", "1, 2, 3", "[1, 2, true]", '[1, 2, "x"]', "[1, 2, NaN]", "][", "{}"):
-        assert numbers(answer, 3) is None
+        assert read_numbers(answer, 3) is None
 
 
 def test_activations_are_shown_from_1_to_10():
-    assert marked(Snippet((0, 1, 2), (0.1, 5.0, 2.4)), WORDS.__getitem__, 5.0) == "the<< cat>>(10)<<.>>(5)"
-    assert marked(DOG, WORDS.__getitem__, 0.0) == "the dog."
+    assert mark_active_tokens(Snippet((0, 1, 2), (0.1, 5.0, 2.4)), WORDS.__getitem__, 5.0) == "the<< cat>>(10)<<.>>(5)"
+    assert mark_active_tokens(DOG, WORDS.__getitem__, 0.0) == "the dog."
 
 
 def test_too_few_snippets_are_refused(server):

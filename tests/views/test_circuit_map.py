@@ -13,8 +13,8 @@ from sa_lens.views.records import CircuitEdge, CircuitMap, from_json, to_json
 from sa_lens.views.theme import palette
 
 ABOUT = {
-    **{"method": "acdc", "task": "ioi", "pairs": 128, "tau": 0.01, "metric": "kl", "ablation": "resample"},
-    **{"stream": "ablated", "gates": "frozen"},
+    **{"method": "acdc", "task": "ioi", "n": 128, "tau": 0.01, "metric": "kl", "ablation": "resample"},
+    **{"stream": "ablated", "masks": "frozen"},
 }
 EDGES = {"embed->a0.h1.q": 0.5, "a0.h1->m0": 0.1, "m0->a1.h0.v": 0.02, "embed->logits": 0.01, "a1.h0->logits": 1.0}
 
@@ -52,7 +52,7 @@ def test_title_and_note_say_what_it_is(circuit):
     record = circuit_map(circuit, skill=0.93)
     assert record.title == "IOI, ablated stream, ACDC, 5 edges"
     assert record.scale == "rise of KL, nats"
-    for part in ("tau 0.01", "frozen gates", "resample ablation", "128 pairs", "pair accuracy 0.93", "2 of 6 heads"):
+    for part in ("tau 0.01", "frozen masks", "resample ablation", "128 pairs", "pair accuracy 0.93", "2 of 6 heads"):
         assert part in record.note
     assert "cannot" not in record.note
     assert "below 0.8: the model cannot do this task" in circuit_map(circuit, skill=0.6).note

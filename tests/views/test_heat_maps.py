@@ -13,7 +13,7 @@ def table(what="resid_pre", *, rows, **settings):
     """A table of patches; each row is (layer, position, head, neuron, value)."""
     common = {
         **{"task": "ioi", "what": what, "token": "", "clean": 3.0, "corrupt": -1.0, "n": 64},
-        **{"metric": "logit_difference", "direction": "denoise", "stream": "clean", "gates": "none"},
+        **{"metric": "logit_difference", "direction": "denoise", "stream": "clean", "masks": "none"},
     }
     made = pd.DataFrame(
         [
@@ -51,10 +51,10 @@ def test_record_keeps_the_order_of_the_table_and_names_tokens():
 
 
 def test_record_of_heads_and_of_layers():
-    record = patch_map(table("heads", rows=HEADS, stream="ablated", gates="frozen"))
+    record = patch_map(table("heads", rows=HEADS, stream="ablated", masks="frozen"))
     assert record.x == Axis("head", ("0", "1"))
     assert record.values == ((0.0, 1.0), (-1.0, 0.0), (-2.0, -1.0))
-    assert record.title == "IOI: heads, ablated stream, frozen gates"
+    assert record.title == "IOI: heads, ablated stream, frozen masks"
     masks = pd.concat([table(what, rows=[(0, "end", None, None, 1)]) for what in ("mask_attn", "mask_mlp")])
     record = patch_map(masks)
     assert record.x.labels == ("attention masks", "MLP masks")
@@ -121,7 +121,7 @@ def test_missing_and_constant_values_draw():
 
 
 def test_side_by_side_shares_the_colours():
-    clean, ablated = table(rows=POSITIONS), table("heads", rows=HEADS, stream="ablated", gates="frozen")
+    clean, ablated = table(rows=POSITIONS), table("heads", rows=HEADS, stream="ablated", masks="frozen")
     figure = side_by_side([clean, patch_map(ablated)], "Both streams", names=["clean", "ablated"])
     one, two = figure.data
     assert (one.zmin, one.zmax) == (two.zmin, two.zmax) == (-2, 2)
@@ -142,13 +142,13 @@ def test_side_by_side_shares_the_colours():
 
 
 def test_side_by_side_says_once_what_holds_for_all():
-    streams = [table(rows=POSITIONS), table(rows=POSITIONS, stream="ablated", gates="frozen")]
+    streams = [table(rows=POSITIONS), table(rows=POSITIONS, stream="ablated", masks="frozen")]
     figure = side_by_side(streams)
     first, second = (note.text for note in figure.layout.annotations[:2])
     assert "residual stream" in figure.layout.title.text
     assert "clean stream" not in figure.layout.title.text
     assert first.startswith("<b>clean stream")
-    assert second.startswith("<b>ablated stream, frozen gates")
+    assert second.startswith("<b>ablated stream, frozen masks")
     other = table("heads", rows=HEADS)
     assert "residual" in side_by_side([streams[0], other]).layout.annotations[0].text
     assert "residual" in side_by_side([streams[0], streams[0]]).layout.annotations[0].text

@@ -9,7 +9,7 @@ The decisions are those of the plain sequential algorithm:
 
 The order, unless one is given, is the exact reverse of the order of computation: logits first, then layer by layer from
 the last, the MLP before the heads, heads from the last index, inputs `v`, `k`, `q`, and for each input its sources from
-the last to the embedding. What makes it fast is in `recompute.py`: edges that can change nothing are removed without
+the last to the embedding. What makes it fast is in `edge_removals`: edges that can change nothing are removed without
 running anything, others are tried in blocks on the part of the model that they can change.
 
 Source: Conmy et al., arXiv 2304.14997, algorithm 1.
@@ -32,17 +32,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Edge, Graph
-from sa_lens.circuits.metrics import Metric, last_logits, metric_named
-from sa_lens.circuits.running.circuit_by_hooks import Ablation, CircuitRunner, Gates, check_choices
-from sa_lens.circuits.running.edge_removals import Recomputation
-from sa_lens.circuits.running.recorded_passes import recomputation
-from sa_lens.circuits.running.removal_costs import sign_of
+from sa_lens.circuits.running.edge_removals import Recomputation, recomputation
+from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.removal_state import Row
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host, fingerprint_of, hash_of
-from sa_lens.core.last_position import why_not_by_nodes
+from sa_lens.core.host import fingerprint_of, hash_of
 from sa_lens.stopping import Interrupted
 
 log = logging.getLogger(__name__)
@@ -62,7 +58,7 @@ class ACDCResult:
     """What ACDC found, and how."""
 
     circuit: Circuit
-    """Edges kept or, in the result that `SearchInterrupted` holds, not yet visited. Scores: rise of the metric when the
+    """Edges kept or, in the result of an interrupted search, not yet visited. Scores: rise of the metric when the
     edge was visited; 0 if it could change nothing; NaN if not yet visited."""
     start: float
     """Metric of the full graph; larger is worse (metrics that are better when larger come negated)."""
@@ -75,26 +71,19 @@ class ACDCResult:
     untouched: int
     """Edges removed without running anything, since no present way led from them to the logits."""
     complete: bool
-    """Whether every edge was visited; False only in the result that `SearchInterrupted` holds."""
+    """Whether every edge was visited; False only in the result of an interrupted search."""
     shortcuts: str
-    """`on`, or why every edge had to be tried by passes of the whole model."""
+    """`on`, or why every edge had to be tried by a run of its own."""
     seconds: float
     """Time this call took."""
 
     def __len__(self) -> int:
         return len(self.circuit)
 
-
-class SearchInterrupted(Interrupted):
-    """A search was asked to stop; `result` holds what is decided, and `resume=` takes it."""
-
-    def __init__(self, result: ACDCResult) -> None:
-        visited, edges = result.tried + result.untouched, len(result.circuit.graph)
-        super().__init__(
-            f"stopped after {visited:,} of {edges:,} edges; the exception's `result` holds what is decided. Go on with "
-            "acdc(..., resume=result)",
-            result=result,
-        )
+    @property
+    def visited(self) -> int:
+        """Edges that are decided."""
+        return self.tried + self.untouched
 
 
 class _State(NamedTuple):
@@ -126,48 +115,38 @@ def visiting_order(graph: Graph, seed: int | None = None) -> list[Edge]:
     return order
 
 
+@analysis
 def acdc(
-    model: Host,
-    pairs: PromptPairs,
+    exp: Experiment,
     tau: float = 0.01,
-    metric: str | Metric = "kl",
     *,
-    ablation: Ablation = "resample",
-    stream: Stream = "clean",
-    gates: Gates | None = None,
     order: Sequence[Edge | str] | None = None,
     resume: ACDCResult | Circuit | None = None,
     progress: bool = True,
-    batch_size: int = 64,
 ) -> ACDCResult:
     """The circuit that ACDC leaves, with the rise of the metric at each edge.
 
+    The usual metric is `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream.
+    With another metric the search limits how much worse its mean gets. Live masks need a pass for every edge.
+
     Args:
-        tau: an edge stays if its removal raises the metric by tau or more. Nats for `kl`.
-        metric: `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream. Another
-            metric by name, or a function of logits and pairs that gives a value a pair: the search then limits the
-            fall of its mean (for `answer_rank` the rise).
-        ablation: what a removed edge carries; see `running.Ablation`.
-        gates: in the ablated stream, `frozen` (default) or `live`; see `run_circuit`. Live gates read the whole
-            residual stream, so that every edge must be tried by passes of the whole model.
+        tau: an edge stays if its removal makes the metric worse by tau or more; nats for `kl`.
         order: all edges, in the order in which to visit them; None: `visiting_order(graph)`. An order that visits a
             destination before a later step's switches the shortcuts off, and says so.
         resume: the result of an interrupted search, or its circuit as read from disk: same weights, prompts and
             arguments.
         progress: show a bar with the edges left and the time left.
-        batch_size: prompts run at once in passes of the whole model.
 
     Raises:
-        ValueError: tau below 0, an unknown choice, an order that is not all edges once, a resumed result of another
-            search, pairs that do not fit the model, a metric that is not finite.
-        SearchInterrupted: Ctrl-C; its `result` can be resumed.
+        ValueError: tau below 0, an order that is not all edges once, a resumed result of another search, a metric that
+            is not finite.
+        Interrupted: Ctrl-C; its `result` can be resumed.
     """
     began = time.perf_counter()
     if not (tau >= 0 and math.isfinite(tau)):
         raise ValueError(f"tau={tau} must be 0 or more, and finite: it is the rise of the metric that keeps an edge")
-    gates_name = check_choices(model, pairs, ablation, stream, gates, batch_size)
-    metric_name = metric_named(metric, torch.empty(0))[0]
-    graph = Graph.from_model(model)
+    exp = exp.usual(metric="kl")
+    graph = exp.graph
     edges = visiting_order(graph) if order is None else list(order)
     places = [graph.place(edge) for edge in edges]
     if len(places) != len(graph) or len(set(places)) != len(graph):
@@ -176,14 +155,12 @@ def acdc(
             f"graph's {len(graph)} edges once"
         )
     about: dict[str, Any] = {
-        "method": "acdc",
-        **{"task": pairs.task, "pairs": len(pairs), "tau": tau, "metric": metric_name},
-        **{"ablation": ablation, "stream": stream, "gates": gates_name},
+        **{"method": "acdc", **exp.about, "tau": tau},
         "order": "reverse" if order is None else hashlib.sha256(repr(places).encode()).hexdigest()[:16],
-        **{"weights": fingerprint_of(model, stream), "prompts": _hash_of_prompts(pairs)},
+        **{"weights": fingerprint_of(exp.model, exp.stream), "prompts": _hash_of_prompts(exp.pairs)},
     }
     state = _resumed(graph, about, resume)
-    why_not = _no_shortcuts(model, graph, places, tau, gates_name)
+    why_not = _no_shortcuts(exp, places, tau)
     if why_not is not None:
         log.warning("ACDC without shortcuts: %s", why_not)
     search = _Search(graph, tau, state, progress)
@@ -191,18 +168,18 @@ def acdc(
     with torch.inference_mode(), search.bar():
         try:
             if why_not is None:
-                engine = recomputation(model, pairs, metric, ablation, stream, state.present, batch_size)
+                engine = recomputation(exp, state.present)
                 search.start(engine.value)
                 _by_blocks(search, places, engine)
             else:
-                runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
-                _one_by_one(search, places, _cost_by_passes(runner, model, pairs, metric))
+                circuits = CircuitLogits(exp)
+                _one_by_one(search, places, lambda mask: exp.metric.sign * circuits.value(mask))
         except KeyboardInterrupt as asked:
             stop = asked
     state = search.state
     counts: dict[str, Any] = dict(zip(_State._fields[2:], state[2:], strict=True))
-    # copies: tensors made in inference mode could not be written to by others
     complete = stop is None
+    # copies: tensors made in inference mode could not be written to by others
     circuit = Circuit(graph, state.present.clone(), state.rises.clone(), {**about, **counts, "complete": complete})
     result = ACDCResult(
         circuit=circuit,
@@ -212,24 +189,26 @@ def acdc(
         seconds=time.perf_counter() - began,
     )
     if stop is not None:
-        raise SearchInterrupted(result) from stop
+        raise Interrupted(
+            f"stopped after {result.visited:,} of {len(graph):,} edges; the exception's `result` holds what is "
+            "decided. Go on with acdc(..., resume=result)",
+            result=result,
+        ) from stop
     return result
 
 
-def _no_shortcuts(model: Host, graph: Graph, places: list[Place], tau: float, gates: str) -> str | None:
-    """Why every edge has to be tried by passes of the whole model; None if not."""
-    steps = [graph.n_sources[to] for to, _ in places]
+def _no_shortcuts(exp: Experiment, places: list[Place], tau: float) -> str | None:
+    """Why every edge has to be tried by a run of its own; None if not."""
+    steps = [exp.graph.n_sources[to] for to, _ in places]
     if any(later > earlier for earlier, later in pairwise(steps)):
         return "the order visits a destination before one of a later step"
     if tau == 0:
         return "at tau=0 an edge that changes nothing is kept"
-    if gates == "live":
-        return "live gates read the whole residual stream, so every edge can change what they choose"
-    return why_not_by_nodes(model)
+    return exp.why_not_in_part
 
 
 _HASHED = {"weights": "weights or gates", "prompts": "prompts or answers"}
-"""What stands behind those settings of a search that are hashes."""
+"""Explains the two settings that are stored as hashes."""
 
 
 def _hash_of_prompts(pairs: PromptPairs) -> str:
@@ -323,11 +302,11 @@ class _Search:
             return
         state = self.state
         to, source = torch.tensor(places).T
-        present, found = state.present.clone(), state.rises.clone()
+        present, visited = state.present.clone(), state.rises.clone()
         present[to, source] = ~torch.tensor(removed)
-        found[to, source] = torch.tensor(rises, dtype=torch.float64)
+        visited[to, source] = torch.tensor(rises, dtype=torch.float64)
         added = {name: getattr(state, name) + n for name, n in counts.items()}
-        self.state = state._replace(present=present, rises=found, value=value, **added)
+        self.state = state._replace(present=present, rises=visited, value=value, **added)
         self._bar.update(len(places))
         if self.progress:
             self._bar.set_postfix(left=self._bar.total - self._bar.n, kept=self._kept(), refresh=False)
@@ -339,7 +318,7 @@ def _check_finite(value: float) -> None:
 
 
 def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], float]) -> None:
-    """The plain algorithm, by a pass of the whole model for each edge."""
+    """The plain algorithm, by a run of the circuit for each edge."""
     search.start(lambda: cost(search.graph.exists))
     for place in search.undecided(places):
         mask = search.state.present.clone()
@@ -349,14 +328,6 @@ def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], f
         rise = new - search.state.value
         removed = rise < search.tau
         search.commit([place], [rise], [removed], new if removed else search.state.value)
-
-
-def _cost_by_passes(
-    runner: CircuitRunner, model: Host, pairs: PromptPairs, metric: str | Metric
-) -> Callable[[Tensor], float]:
-    clean = last_logits(model, pairs, runner.stream) if metric == "kl" else None
-    function, sign = metric_named(metric, clean)[1], sign_of(metric)
-    return lambda mask: sign * float(function(runner.run(mask).logits, pairs).double().mean())
 
 
 def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> None:

@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Graph, Node
-from sa_lens.circuits.metrics import check_fits
-from sa_lens.circuits.running.circuit_by_hooks import record_masks
+from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.gate import top_k_mask
 from sa_lens.core.host import Host, at_least_float32, device_of, gate_hook_names, in_stream
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Variant = Literal["metric_position", "all_positions"]
 """Where masks are read: at the last token of each prompt, or as the mean over all its tokens, the first included."""
 
-Masks = Literal["gate", "shuffled_text", "random", "shuffled_units", "top_activation"]
+MasksFrom = Literal["gate", "shuffled_text", "random", "shuffled_units", "top_activation"]
 """Whose masks: the gates' own; those of the same prompts with their tokens, all but the first, in random order; k units
 drawn at random for each token and layer; the gates' shares dealt to the units of each layer in random order; the k
 units of each layer with the largest absolute value in the clean stream (heads: the largest norm of `z`)."""
@@ -61,7 +61,7 @@ class MaskShares:
     scale: Scale = "share"
     """What `score` gives; `attn` and `mlp` are shares in either case."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Method, variant, masks, scale, task, number of prompts, seed."""
+    """Method, variant, masks_from, scale, task, number of prompts, seed."""
 
     @cached_property
     def heads(self) -> Float[Tensor, "layer head"]:
@@ -94,7 +94,7 @@ class MaskShares:
         return Circuit(graph, graph.exists.clone(), scores, dict(self.about))
 
     def table(self) -> pd.DataFrame:
-        """A row a unit: kind (`attn` or `mlp`), layer, head, channel, neuron, stays (how often), and the settings.
+        """One row per unit: kind (`attn` or `mlp`), layer, head, channel, neuron, stays (how often), and the settings.
 
         Where units are whole heads, `channel` is missing.
         """
@@ -112,7 +112,7 @@ class MaskShares:
         return both.astype(dict.fromkeys(("head", "channel", "neuron"), "Int64")).assign(**self.about)
 
     def node_table(self) -> pd.DataFrame:
-        """A row a head or MLP: node, kind, layer, head, score, and the settings."""
+        """One row per head or MLP: node, kind, layer, head, score, and the settings."""
         import pandas as pd
 
         nodes = self.graph.sources[1:]
@@ -123,41 +123,36 @@ class MaskShares:
 _ATTN = ["layer", "head", "channel"]
 
 
+@analysis
 def mask_shares(
-    model: Host,
-    pairs: PromptPairs,
+    exp: Experiment,
     *,
     variant: Variant = "metric_position",
-    masks: Masks = "gate",
+    masks_from: MasksFrom = "gate",
     scale: Scale = "share",
     seed: int = 0,
-    batch_size: int = 256,
 ) -> MaskShares:
-    """How often each unit stays on the clean prompts.
+    """How often each unit stays on the clean prompts. The experiment's stream, masks and ablation do not matter.
 
     Args:
         variant: where masks are read; see `Variant`.
-        masks: the gates', or a comparison; see `Masks`.
+        masks_from: the gates', or a comparison; see `MasksFrom`.
         scale: of the nodes' scores; see `Scale`.
         seed: of what is drawn at random.
-        batch_size: prompts run at once.
 
     Raises:
-        ValueError: a model without gates, an unknown choice, or pairs that do not fit the model.
+        ValueError: a model without gates, or an unknown choice.
     """
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant={variant!r} must be one of {', '.join(map(repr, get_args(Variant)))}")
-    if masks not in get_args(Masks):
-        raise ValueError(f"masks={masks!r} must be one of {', '.join(map(repr, get_args(Masks)))}")
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale={scale!r} must be one of {', '.join(map(repr, get_args(Scale)))}")
+    choices = (("variant", variant, Variant), ("masks_from", masks_from, MasksFrom), ("scale", scale, Scale))
+    for name, value, allowed in choices:
+        if value not in get_args(allowed):
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(allowed)))}")
+    model, pairs = exp.model, exp.pairs
     with in_stream(model, "ablated", position=-1):
         pass
-    check_fits(model, pairs, batch_size)
-    graph = Graph.from_model(model)
     generator = torch.Generator().manual_seed(seed)
     read: Callable[[Int[Tensor, "pair pos"]], dict[str, Tensor]]
-    match masks:
+    match masks_from:
         case "random":
             read = _random_masks(model, generator)
         case "top_activation":
@@ -166,51 +161,48 @@ def mask_shares(
             read = _gate_masks(model)
     totals: dict[str, Tensor] = {}
     with torch.no_grad():
-        for tokens in _prompts(pairs, batch_size, generator if masks == "shuffled_text" else None):
+        for tokens in _prompts(pairs, exp.light_batch_size, generator if masks_from == "shuffled_text" else None):
             for name, mask in read(tokens.to(device_of(model))).items():
                 chosen = mask[:, -1] if variant == "metric_position" else mask.double().mean(1)
                 totals[name] = totals.get(name, 0) + chosen.double().sum(0).cpu()
     attn, mlp = (
         [total / len(pairs) for name, total in totals.items() if kind in name] for kind in ("attn_gate", "mlp_gate")
     )
-    about: dict[str, Any] = {"method": "gate", "variant": variant, "masks": masks, "scale": scale}
-    about |= {"task": pairs.task, "n": len(pairs)} | ({"seed": seed} if masks in _DRAWN else {})
+    about: dict[str, Any] = {"method": "gate", "variant": variant, "masks_from": masks_from, "scale": scale}
+    about |= {"task": pairs.task, "n": len(pairs)} | ({"seed": seed} if masks_from in _DRAWN else {})
     neurons = torch.stack(mlp) if mlp else torch.empty(0, 1, dtype=torch.float64)
-    found = MaskShares(graph, torch.stack(attn), neurons, scale, about)
-    return _dealt(found, generator) if masks == "shuffled_units" else found
+    shares = MaskShares(exp.graph, torch.stack(attn), neurons, scale, about)
+    return _shuffle_units(shares, generator) if masks_from == "shuffled_units" else shares
 
 
+@analysis
 def gate_circuit(
-    model: Host,
-    pairs: PromptPairs,
+    exp: Experiment,
     *,
     variant: Variant = "metric_position",
-    masks: Masks = "gate",
+    masks_from: MasksFrom = "gate",
     scale: Scale = "share",
     seed: int = 0,
-    batch_size: int = 256,
 ) -> Circuit:
-    """Every edge with the score that the masks on the clean prompts give it: a ranking, whose `keep(n)` is a circuit.
+    """Ranks every edge by how many units of its two nodes the gates keep on the clean prompts.
 
     Arguments and errors as in `mask_shares`. Many edges score alike; `keep` then takes those first in the graph's
     order.
     """
-    shares = mask_shares(model, pairs, variant=variant, masks=masks, scale=scale, seed=seed, batch_size=batch_size)
-    return shares.circuit()
+    return mask_shares(exp, variant=variant, masks_from=masks_from, scale=scale, seed=seed).circuit()
 
 
+@analysis
 def gate_rankings(
-    model: Host,
-    pairs: PromptPairs,
+    exp: Experiment,
     *,
     variant: Variant = "metric_position",
     scale: Scale = "share",
     other: PromptPairs | None = None,
     draws: int = 3,
     seed: int = 0,
-    batch_size: int = 256,
 ) -> dict[str, Circuit]:
-    """The gate's ranking and those it has to beat, by name, for `faithfulness_curves` and `agreement_table`.
+    """The gate's ranking and those it has to beat, by name, for `faithfulness` and `agreement_table`.
 
     Names: `gate`; `other prompts` (masks of the other pairs, or without any `shuffled text`); `top activation`;
     `random 0`, `shuffled units 0`, ... for each draw.
@@ -225,20 +217,19 @@ def gate_rankings(
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1")
 
-    def ranking(of: PromptPairs, masks: Masks, draw: int = 0) -> Circuit:
-        options: dict[str, Any] = {"variant": variant, "scale": scale, "batch_size": batch_size}
-        return gate_circuit(model, of, masks=masks, seed=seed + draw, **options)
+    def ranking(masks_from: MasksFrom, draw: int = 0, of: Experiment = exp) -> Circuit:
+        return gate_circuit(of, variant=variant, scale=scale, masks_from=masks_from, seed=seed + draw)
 
-    found = {"gate": ranking(pairs, "gate")}
+    rankings = {"gate": ranking("gate")}
     if other is not None:
-        found["other prompts"] = ranking(other, "gate")
+        rankings["other prompts"] = ranking("gate", of=exp.on(other))
     else:
-        found["shuffled text"] = ranking(pairs, "shuffled_text")
-    found["top activation"] = ranking(pairs, "top_activation")
+        rankings["shuffled text"] = ranking("shuffled_text")
+    rankings["top activation"] = ranking("top_activation")
     for draw in range(draws):
-        found[f"random {draw}"] = ranking(pairs, "random", draw)
-        found[f"shuffled units {draw}"] = ranking(pairs, "shuffled_units", draw)
-    return found
+        rankings[f"random {draw}"] = ranking("random", draw)
+        rankings[f"shuffled units {draw}"] = ranking("shuffled_units", draw)
+    return rankings
 
 
 def _prompts(
@@ -259,7 +250,7 @@ def _gate_masks(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
 
     def read(tokens: Tensor) -> dict[str, Tensor]:
         with in_stream(model, "ablated", position=-1):
-            return record_masks(model, tokens, names)
+            return record(model, tokens, names)[1]
 
     return read
 
@@ -293,24 +284,24 @@ def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
 
     def read(tokens: Tensor) -> dict[str, Tensor]:
         with in_stream(model, "clean"):
-            values = record_masks(model, tokens, list(values_of.values()))
-        found = {}
+            values = record(model, tokens, values_of.values())[1]
+        masks = {}
         for name, point in values_of.items():
             size = at_least_float32(values[point]).abs()
             if by_head and "attn_gate" in name:
                 size = size.norm(dim=-1, keepdim=True)
-            found[name] = top_k_mask(size.flatten(2), _kept(model, name)).reshape(size.shape)
-        return found
+            masks[name] = top_k_mask(size.flatten(2), _kept(model, name)).reshape(size.shape)
+        return masks
 
     return read
 
 
-def _dealt(shares: MaskShares, generator: torch.Generator) -> MaskShares:
+def _shuffle_units(shares: MaskShares, generator: torch.Generator) -> MaskShares:
     """The shares of each layer, dealt to its units in random order."""
 
-    def dealt(x: Tensor) -> Tensor:
+    def shuffle(x: Tensor) -> Tensor:
         flat = x.flatten(1)
         order = torch.rand(flat.shape, generator=generator).argsort(1)
         return flat.gather(1, order).reshape(x.shape)
 
-    return replace(shares, attn=dealt(shares.attn), mlp=dealt(shares.mlp) if len(shares.mlp) else shares.mlp)
+    return replace(shares, attn=shuffle(shares.attn), mlp=shuffle(shares.mlp) if len(shares.mlp) else shares.mlp)

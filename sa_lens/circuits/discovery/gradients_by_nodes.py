@@ -1,4 +1,4 @@
-"""Scores of all edges by passes with gradients, node by node: what `gradients.py` gives by hooks, without them.
+"""Scores of all edges by passes with gradients, node by node: what `gradients_by_hooks` gives, without them.
 
 Prompts of all lengths run together, and only from the first position on at which an absent edge may carry something
 else; for models whose nodes can be run one by one (`last_position.why_not_by_nodes`).
@@ -13,13 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import PORTS, Graph, Input, Node
-from sa_lens.circuits.metrics import Metric, metric_named
-from sa_lens.circuits.running.circuit_by_hooks import Ablation
-from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, passes_of_pairs, written
-from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, written
 from sa_lens.core.last_position import Lane, Prompts, run_with_gradients
 from sa_lens.core.nodes import NodeFunctions
 
@@ -28,17 +24,7 @@ Reader = tuple[Lane, int, Literal["heads", "mlp", "logits"]]
 
 
 def scores_by_nodes(
-    model: Host,
-    graph: Graph,
-    pairs: PromptPairs,
-    metric: str | Metric,
-    points: Sequence[float],
-    *,
-    ablation: Ablation,
-    stream: Stream,
-    gates: str,
-    batch_size: int,
-    done: Callable[[int], object],
+    exp: Experiment, points: Sequence[float], done: Callable[[int], object]
 ) -> tuple[Float[Tensor, "input source"], float]:
     """Each edge's difference times the derivative at its input, and the metric; sums over pairs, and over points of
     the line from the ablated to the clean embedding.
@@ -46,37 +32,35 @@ def scores_by_nodes(
     Args:
         done: called with the number of passes that have just been done.
     """
-    functions = NodeFunctions(model, int(pairs.lengths.max()))
-    ablated = stream == "ablated"
+    graph, functions = exp.graph, exp.nodes
     scores, value = torch.zeros(graph.exists.shape, dtype=torch.float64), 0.0
-    batches = passes_of_pairs(model, functions, pairs, ablation, ablated=ablated, clean=True, batch_size=batch_size)
-    for batch in batches:
-        part, clean = pairs.subset(batch.rows), batch.clean
-        assert clean is not None
-        logits = functions.logits(clean.final[stream])
-        function = metric_named(metric, logits)[1]
-        value += float(function(logits, part).double().sum())
+    for batch in exp.passes:
+        pairs, clean = exp.pairs.subset(batch.rows), batch.clean
+        clean_logits = functions.logits(clean.final[exp.stream])
+        value += float(exp.metric(clean_logits, pairs, clean_logits).double().sum())
         prompts = Prompts.of(batch.prompts.embed, batch.prompts.last, batch.first)
         end = prompts.embed
         start = end.clone()
         start[batch.prompts.prompt, batch.prompts.pos] = batch.carried["earlier"][0]
-        start[torch.arange(len(part), device=end.device), prompts.last] = batch.carried[stream][0]
+        start[torch.arange(len(pairs), device=end.device), prompts.last] = batch.carried[exp.stream][0]
         gradients: dict[Reader, Tensor] = {}
         for point in points:
             inputs = _Inputs(graph.n_heads)
             with torch.enable_grad():
                 final = run_with_gradients(
-                    *(model, functions, prompts._replace(embed=(start + point * (end - start)).requires_grad_())),
+                    *(exp.model, functions),
+                    prompts._replace(embed=(start + point * (end - start)).requires_grad_()),
                     inputs,
-                    ablated=ablated,
+                    ablated=exp.stream == "ablated",
                     before=clean.keys_and_values,
-                    masks=clean.masks if gates == "frozen" else None,
-                ).final[stream]
-                total = function(functions.logits(final), part).sum()
-                found = torch.autograd.grad(total, list(inputs.of.values()), materialize_grads=True)
-            for reader, gradient in zip(inputs.of, found, strict=True):
+                    masks=clean.masks if exp.masks == "frozen" else None,
+                ).final[exp.stream]
+                logits = functions.logits(final)
+                total = exp.metric(logits, pairs, clean_logits).sum()
+                by_input = torch.autograd.grad(total, list(inputs.of.values()), materialize_grads=True)
+            for reader, gradient in zip(inputs.of, by_input, strict=True):
                 gradients[reader] = gradients[reader] + gradient if reader in gradients else gradient
-            done(len(part))
+            done(len(pairs))
         sent = _differences(graph, functions, batch)
         for reader, gradient in gradients.items():
             scores += _products(graph, reader, sent[reader[0]], gradient)
@@ -100,16 +84,15 @@ def _differences(
     graph: Graph, functions: NodeFunctions, batch: PassesOfPairs
 ) -> dict[Lane, Float[Tensor, "source row d_model"]]:
     """What ablated edges carry minus what the sources wrote, at the positions that are run."""
-    assert batch.clean is not None
     kept = batch.prompts.pos >= batch.first[batch.prompts.prompt]
     wrote = outputs(batch.prompts, batch.clean)
-    found = {}
+    differences = {}
     for lane, carried in batch.carried.items():
         parts = [x - y for x, y in zip(carried, wrote[lane], strict=True)]
         if lane == "earlier":
             parts = [x[kept] for x in parts]
-        found[lane] = torch.stack([written(graph, functions, source, x) for source, x in enumerate(parts)])
-    return found
+        differences[lane] = torch.stack([written(graph, functions, source, x) for source, x in enumerate(parts)])
+    return differences
 
 
 def _products(

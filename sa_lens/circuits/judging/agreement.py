@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sa_lens.circuits.graph import Circuit
+from sa_lens.statistics import auroc, spearman
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +58,10 @@ def agreement(ranking: Circuit, reference: Circuit, *, absolute: bool = True) ->
     known = ~theirs.isnan()
     edges = int(wanted.sum())
     return Agreement(
-        auroc=_auroc(scores, wanted),
+        auroc=float(auroc(scores[:, None], wanted[:, None])),
         precision=_precision(scores, wanted),
         base_rate=edges / len(scores),
-        spearman=_correlation(midranks(scores[known]), midranks(theirs[known])),
+        spearman=spearman(scores[known].numpy(), theirs[known].numpy()),
         edges=edges,
         scored=int(known.sum()),
     )
@@ -69,7 +70,7 @@ def agreement(ranking: Circuit, reference: Circuit, *, absolute: bool = True) ->
 def agreement_table(
     rankings: Mapping[str, Circuit], references: Mapping[str, Circuit], *, absolute: bool = True
 ) -> pd.DataFrame:
-    """A row for each ranking and reference: their names and the fields of `Agreement`."""
+    """One row for each ranking and reference: their names and the fields of `Agreement`."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -81,20 +82,6 @@ def agreement_table(
     )
 
 
-def midranks(values: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-    """Ranks from 1, smallest first; equal values share the mean of their ranks."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
-
-
-def _auroc(scores: Float[Tensor, " edge"], wanted: Bool[Tensor, " edge"]) -> float:
-    n, others = int(wanted.sum()), int((~wanted).sum())
-    if not n or not others:
-        return math.nan
-    return (float(midranks(scores)[wanted].sum()) - n * (n + 1) / 2) / (n * others)
-
-
 def _precision(scores: Float[Tensor, " edge"], wanted: Bool[Tensor, " edge"]) -> float:
     """Edges tied at the cut each count with the share of them that still fits in."""
     n = int(wanted.sum())
@@ -104,11 +91,3 @@ def _precision(scores: Float[Tensor, " edge"], wanted: Bool[Tensor, " edge"]) ->
     above, tied = scores > cut, scores == cut
     fits = (n - int(above.sum())) / int(tied.sum())
     return (int((above & wanted).sum()) + fits * int((tied & wanted).sum())) / n
-
-
-def _correlation(x: Float[Tensor, " edge"], y: Float[Tensor, " edge"]) -> float:
-    if len(x) < 2:
-        return math.nan
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else math.nan

@@ -21,13 +21,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Graph, Input, Node
-from sa_lens.circuits.judging.circuit_metric import MINIMUM_GAP, CircuitMetric
-from sa_lens.circuits.metrics import Metric, bootstrap_interval
-from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates
-from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.circuits.judging.circuit_metric import CircuitMetric
+from sa_lens.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,64 +39,49 @@ class _Element(NamedTuple):
     """The edges that go with it, in the whole graph."""
 
 
+SHARE = 0.5
+"""Chance of each element of the circuit to be in a random set."""
+
+
+@analysis
 def completeness(
-    model: Host,
-    pairs: PromptPairs,
+    exp: Experiment,
     circuit: Circuit,
     *,
     by: Elements = "edges",
     subsets: int = 10,
-    share: float = 0.5,
-    greedy: int = 1,
     steps: int = 5,
     candidates: int = 10,
-    metric: str | Metric = "logit_difference",
-    ablation: Ablation = "resample",
-    stream: Stream = "clean",
-    gates: Gates | None = None,
-    batch_size: int = 64,
-    minimum_gap: float = MINIMUM_GAP,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """How far circuit and model part when the same elements of the circuit are taken out of both.
-
-    Arguments that are not named here are those of `faithfulness_curve`.
+    """How far circuit and model differ when the same elements of the circuit are taken out of both.
 
     Args:
         by: elements; see `Elements`.
-        subsets: random sets K, each element of the circuit in it with probability `share`.
-        share: that probability.
-        greedy: searches for a bad K: at each of `steps` steps, of `candidates` random further elements the one that
-            parts them most is taken in. A row holds the worst set on the way. This costs up to
-            2 * greedy * steps * candidates runs.
-        steps: steps of a greedy search.
+        subsets: random sets K, each element of the circuit in it with probability 0.5.
+        steps: of a greedy search for a bad K: at each step, of `candidates` random further elements the one after which
+            circuit and model differ most is taken in. Its row holds the worst set on the way. This costs up to
+            2 * steps * candidates runs. 0: no search.
         candidates: elements tried at each step.
         seed: of the random choices; same seed, same sets.
-        progress: a progress bar, where it takes more than a few seconds.
+        progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        A row a set: how (`none` for the empty K, `random`, `greedy`), removed (number of elements), circuit_value
+        One row per set: how (`none` for the empty K, `random`, `greedy`), removed (number of elements), circuit_value
         F(C without K), model_value F(M without K), incompleteness (absolute difference), normalised (over
         |m(clean) - m(empty)|), elements (their names), and the settings.
 
     Raises:
-        ValueError: an empty circuit, an option out of range, and what `faithfulness_curve` raises.
+        ValueError: an empty circuit, an option out of range, and what `faithfulness` raises.
     """
     import pandas as pd
 
-    if not 0 < share < 1:
-        raise ValueError(f"share={share} must lie between 0 and 1")
-    for name, value in (("subsets", subsets), ("greedy", greedy)):
-        if value < 0:
-            raise ValueError(f"{name}={value} must be at least 0")
-    for name, value in (("steps", steps), ("candidates", candidates)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    elements = _elements(circuit, by, Graph.from_model(model))
-    measure = CircuitMetric(
-        model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
-    )
+    for name, value, least in (("subsets", subsets, 0), ("steps", steps, 0), ("candidates", candidates, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    elements = _elements(circuit, by, exp.graph)
+    measure = CircuitMetric.of(exp)
     generator = torch.Generator().manual_seed(seed)
     whole = measure.graph.exists
 
@@ -129,10 +111,10 @@ def completeness(
     def sets(bar: tqdm[Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "none", ()
         for _ in range(subsets):
-            drawn = torch.rand(len(elements), generator=generator) < share
+            drawn = torch.rand(len(elements), generator=generator) < SHARE
             bar.update()
             yield "random", tuple(drawn.nonzero()[:, 0].tolist())
-        for _ in range(greedy):
+        if steps:
             yield "greedy", search(bar)
 
     rows = []
@@ -151,44 +133,29 @@ def completeness(
     return pd.DataFrame(rows)
 
 
+@analysis
 def minimality(
-    model: Host,
-    pairs: PromptPairs,
-    circuit: Circuit,
-    *,
-    by: Elements = "edges",
-    metric: str | Metric = "logit_difference",
-    ablation: Ablation = "resample",
-    stream: Stream = "clean",
-    gates: Gates | None = None,
-    batch_size: int = 64,
-    minimum_gap: float = MINIMUM_GAP,
-    seed: int = 0,
-    progress: bool = True,
+    exp: Experiment, circuit: Circuit, *, by: Elements = "edges", seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
-    """What each element of a circuit adds to it: one run an element.
-
-    Arguments that are not named here are those of `faithfulness_curve`.
+    """What each element of a circuit adds to it: one run per element.
 
     Args:
         by: elements; see `Elements`.
         seed: of the bootstrap.
-        progress: a progress bar, where it takes more than a few seconds.
+        progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        A row an element, largest effect first: element, without (F of the circuit without it), change (F of the
+        One row per element, largest effect first: element, without (F of the circuit without it), change (F of the
         circuit minus that) with its 95 % interval over prompts `_low` and `_high`, normalised (change over
         m(clean) - m(empty), so positive ones help), circuit_value, and the settings.
 
     Raises:
-        ValueError: an empty circuit, an unknown choice, and what `faithfulness_curve` raises.
+        ValueError: an empty circuit, an unknown choice, and what `faithfulness` raises.
     """
     import pandas as pd
 
-    elements = _elements(circuit, by, Graph.from_model(model))
-    measure = CircuitMetric(
-        model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
-    )
+    elements = _elements(circuit, by, exp.graph)
+    measure = CircuitMetric.of(exp)
     before = measure(circuit.mask).value
     rows = []
     for element in tqdm(elements, desc="minimality", delay=3, disable=not progress):
@@ -213,17 +180,17 @@ def _elements(circuit: Circuit, by: str, graph: Graph) -> list[_Element]:
         raise ValueError(f"by={by!r} must be 'edges' or 'nodes'")
     if circuit.graph != graph:
         raise ValueError(f"a circuit of {circuit.graph} does not fit this model, whose graph is {graph}")
-    found = []
+    elements = []
     if by == "edges":
         for to, source in circuit.mask.nonzero().tolist():
             mask = torch.zeros_like(graph.exists)
             mask[to, source] = True
-            found.append(_Element(str(graph.edge(to, source)), mask))
+            elements.append(_Element(str(graph.edge(to, source)), mask))
     else:
-        found = [_Element(str(n), _edges_of(n, graph)) for n in circuit.nodes if n.kind in ("head", "mlp")]
-    if not found:
+        elements = [_Element(str(n), _edges_of(n, graph)) for n in circuit.nodes if n.kind in ("head", "mlp")]
+    if not elements:
         raise ValueError(f"the circuit has no {by} to take out")
-    return found
+    return elements
 
 
 def _edges_of(node: Node, graph: Graph) -> Bool[Tensor, "input source"]:

@@ -15,21 +15,22 @@ code of its circuit track.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from sa_lens.circuits.discovery.acdc import ACDCResult
+from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Graph
-from sa_lens.circuits.judging.circuit_metric import MINIMUM_GAP, CircuitMetric
+from sa_lens.circuits.judging.circuit_metric import CircuitMetric
 from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve, Needed, Point
-from sa_lens.circuits.metrics import SKILL_BAR, Interval, Metric
-from sa_lens.circuits.running.circuit_by_hooks import Ablation, Gates
-from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host
+from sa_lens.circuits.metrics import SKILL_BAR
+from sa_lens.statistics import LEVEL, Interval, percentile_interval, resampled_means
+
+RESAMPLES = 2000
+"""Bootstrap samples of the prompts."""
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which MIB measures f."""
@@ -47,135 +48,89 @@ RankingLike = Circuit | ACDCResult | Sequence[Circuit | ACDCResult]
 sequence of circuits."""
 
 
-def faithfulness_curve(
-    model: Host,
-    pairs: PromptPairs,
+@analysis
+def faithfulness(
+    exp: Experiment,
     ranking: RankingLike,
     *,
-    metric: str | Metric = "logit_difference",
     sizes: Sequence[int | float] = MIB_SIZES,
     order: Order = "mib",
     levels: Sequence[float] = (0.9,),
     prune: bool = False,
-    ablation: Ablation = "resample",
-    stream: Stream = "clean",
-    gates: Gates | None = None,
-    batch_size: int = 64,
-    minimum_gap: float = MINIMUM_GAP,
-    level: float = 0.95,
-    resamples: int = 2000,
     seed: int = 0,
     progress: bool = True,
 ) -> FaithfulnessCurve:
-    """Faithfulness of a ranking along its sizes, or of given circuits.
+    """Faithfulness of a ranking along its sizes, or of given circuits, with 95 % intervals over prompts.
+
+    Runs of circuits are kept by the experiment, so that several rankings share what they have in common. Tables of
+    several curves: `curves_table`, `summary_table`, `kl_at_sizes`.
 
     Args:
         ranking: a circuit whose every edge has a score: its largest n are run for each size. An `ACDCResult` or a
             sequence of circuits: each is run as it is, and `sizes`, `order` and `levels` mean nothing.
-        metric: a name of `METRICS`, `kl`, or a function of last logits and pairs.
         sizes: floats in (0, 1] are shares of all edges, rounded down, and make up the areas; whole numbers are counts
             of edges, measured beside them.
         order: which edges come first; see `Order`. Where no score is negative all are the same.
         levels: values of f, below 1, to search the edges needed for: along absolute scores unless `order="signed"`.
         prune: leave out edges on no path from the embedding to the logits before running, as MIB does. This changes
-            nothing in the clean stream with `resample`. In the ablated stream with frozen gates such edges do work:
+            nothing in the clean stream with `resample`. In the ablated stream with frozen masks such edges do work:
             their nodes are under the masks of the clean prompt, and so write something else than in the corrupt run.
-        ablation: what edges outside carry; see `running.Ablation`.
-        gates: in the ablated stream, `frozen` (default) or `live`; see `run_circuit`.
-        batch_size: prompts run at once.
-        minimum_gap: |m(clean) - m(empty)| below which this refuses, in units of the metric.
-        level: coverage of the intervals.
-        resamples: bootstrap samples of the prompts.
         seed: of the bootstrap.
-        progress: a progress bar, where it takes more than a few seconds.
+        progress: show a progress bar if it takes more than a few seconds.
 
     Raises:
-        ValueError: an edge without a score, sizes or levels out of range, an unknown choice, a gap below the minimum,
-            or what `run_circuit` raises.
+        ValueError: an edge without a score, sizes or levels out of range, an unknown choice, or a gap below the
+            metric's `minimum_gap`.
     """
-    found = faithfulness_curves(
-        *(model, pairs, {"": ranking}),
-        metric=metric,
-        sizes=sizes,
-        order=order,
-        levels=levels,
-        prune=prune,
-        ablation=ablation,
-        stream=stream,
-        gates=gates,
-        batch_size=batch_size,
-        minimum_gap=minimum_gap,
-        level=level,
-        resamples=resamples,
-        seed=seed,
-        progress=progress,
+    _check_options(sizes, order, levels)
+    _check_ranking(ranking, exp.graph, sizes)
+    measure = CircuitMetric.of(exp)
+    about: dict[str, Any] = {**measure.about, "prune": prune, "pair_accuracy": measure.accuracy}
+    about["masks_alone"] = _masks_alone(measure) if exp.masks == "frozen" else math.nan
+    about |= {"level": LEVEL, "resamples": RESAMPLES, "seed": seed}
+    if isinstance(ranking, Circuit):
+        about |= {"order": order, "ranking": dict(ranking.about)}
+        chosen = _along(ranking, sizes, order)
+    else:
+        circuits = _circuits(ranking)
+        about |= {"order": "given", "ranking": [dict(c.about) for c in circuits]}
+        chosen = [_Size("given", len(c) / len(c.graph), False, c) for c in sorted(circuits, key=len)]
+    pruned = [size.circuit.prune_dangling() for size in chosen]
+    run = pruned if prune else [size.circuit for size in chosen]
+    measured = measure.each([circuit.mask for circuit in run], progress=progress)
+    needed = _needed(measure, ranking, levels, order != "signed", prune) if isinstance(ranking, Circuit) else ()
+    columns = [measure.clean, measure.empty, *(m.value for m in measured), *(m.kl for m in measured)]
+    means = _resampled(torch.stack(columns, -1).numpy(), seed)
+    clean, empty = means[:, 0], means[:, 1]
+    value, divergence = means[:, 2 : 2 + len(chosen)], means[:, 2 + len(chosen) :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        f = (value - empty[:, None]) / (clean - empty)[:, None] + 0.0  # no minus zero
+    points = tuple(
+        Point(
+            *(size.order, size.share, size.area, len(size.circuit), len(connected)),
+            *(_interval(x[:, i]) for x in (value, f, divergence)),
+        )
+        for i, (size, connected) in enumerate(zip(chosen, pruned, strict=True))
     )
-    return found[""]
-
-
-def faithfulness_curves(
-    model: Host,
-    pairs: PromptPairs,
-    rankings: Mapping[str, RankingLike],
-    *,
-    metric: str | Metric = "logit_difference",
-    sizes: Sequence[int | float] = MIB_SIZES,
-    order: Order = "mib",
-    levels: Sequence[float] = (0.9,),
-    prune: bool = False,
-    ablation: Ablation = "resample",
-    stream: Stream = "clean",
-    gates: Gates | None = None,
-    batch_size: int = 64,
-    minimum_gap: float = MINIMUM_GAP,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, FaithfulnessCurve]:
-    """The curve of each ranking by its name, at the same sizes and on the same draws of prompts.
-
-    Arguments and errors as in `faithfulness_curve`; tables of the result: `curves_table`, `summary_table`,
-    `kl_at_sizes`.
-    """
-    _check_options(sizes, order, levels, level, resamples)
-    graph = Graph.from_model(model)
-    for name, ranking in rankings.items():
-        _check_ranking(ranking, graph, sizes, f"{name}: " if name else "")
-    measure = CircuitMetric(
-        model, pairs, metric, ablation, stream, gates, batch_size=batch_size, minimum_gap=minimum_gap
+    gap = _interval(clean - empty)
+    areas = {}
+    for name, usual, curve in (("cpr", "signed", f), ("cmd", "absolute", np.abs(1 - f))):
+        along = usual if order == "mib" else order
+        in_area = [i for i, size in enumerate(chosen) if size.area and size.order == along]
+        areas[name] = _interval(_area([chosen[i].share for i in in_area], curve[:, in_area]))
+    return FaithfulnessCurve(
+        *(points, _interval(clean), _interval(empty), gap, areas["cpr"], areas["cmd"], needed),
+        _warnings(exp.pairs.task, measure.accuracy, gap, about["masks_alone"]),
+        about,
     )
-    return {
-        name: _curve(measure, ranking, sizes, order, levels, prune, level, resamples, seed, progress)
-        for name, ranking in rankings.items()
-    }
 
 
-def curve_of(
-    measure: CircuitMetric,
-    ranking: RankingLike,
-    *,
-    sizes: Sequence[int | float] = MIB_SIZES,
-    order: Order = "mib",
-    levels: Sequence[float] = (0.9,),
-    prune: bool = False,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-    progress: bool = True,
-) -> FaithfulnessCurve:
-    """What `faithfulness_curve` gives, on a metric whose runs are kept for the next curve.
-
-    Arguments and errors as in `faithfulness_curve`.
-    """
-    _check_options(sizes, order, levels, level, resamples)
-    _check_ranking(ranking, measure.graph, sizes, "")
-    return _curve(measure, ranking, sizes, order, levels, prune, level, resamples, seed, progress)
+def _circuits(given: ACDCResult | Sequence[Circuit | ACDCResult]) -> list[Circuit]:
+    parts = [given] if isinstance(given, ACDCResult) else given
+    return [part.circuit if isinstance(part, ACDCResult) else part for part in parts]
 
 
-def _check_options(
-    sizes: Sequence[int | float], order: str, levels: Sequence[float], level: float, resamples: int
-) -> None:
+def _check_options(sizes: Sequence[int | float], order: str, levels: Sequence[float]) -> None:
     if order not in get_args(Order):
         raise ValueError(f"order={order!r} must be one of {', '.join(map(repr, get_args(Order)))}")
     if not sizes:
@@ -186,30 +141,27 @@ def _check_options(
             raise ValueError(
                 f"size {size!r}: give floats in (0, 1] for shares, whole numbers from 0 for counts of edges"
             )
-    for wanted in levels:
-        if not 0 < wanted < 1:
-            raise ValueError(f"level {wanted} of f to search for must lie above 0 and below 1")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level={level}, resamples={resamples}: level in (0, 1), at least one resample")
+    for level in levels:
+        if not 0 < level < 1:
+            raise ValueError(f"level {level} of f to search for must lie above 0 and below 1")
 
 
-def _check_ranking(ranking: RankingLike, graph: Graph, sizes: Sequence[int | float], name: str) -> None:
+def _check_ranking(ranking: RankingLike, graph: Graph, sizes: Sequence[int | float]) -> None:
     """Checks that circuits fit the model, and that a ranking ranks."""
     alone = isinstance(ranking, Circuit)
     too_large = [size for size in sizes if isinstance(size, int) and size > len(graph)]
     if alone and too_large:
         raise ValueError(f"size {too_large[0]}: the graph has {len(graph)} edges (whole numbers are counts of edges)")
-    parts = [ranking] if isinstance(ranking, Circuit | ACDCResult) else list(ranking)
-    if not parts:
-        raise ValueError(f"{name}no circuit given")
-    for part in parts:
-        circuit = part.circuit if isinstance(part, ACDCResult) else part
+    circuits = [ranking] if isinstance(ranking, Circuit) else _circuits(ranking)
+    if not circuits:
+        raise ValueError("no circuit given")
+    for circuit in circuits:
         if circuit.graph != graph:
-            raise ValueError(f"{name}a circuit of {circuit.graph} does not fit this model, whose graph is {graph}")
+            raise ValueError(f"a circuit of {circuit.graph} does not fit this model, whose graph is {graph}")
         missing = int(circuit.scores[graph.exists].isnan().sum())
         if alone and missing:
             raise ValueError(
-                f"{name}{missing} of {len(graph)} edges have no score, so this circuit is no ranking: give it as "
+                f"{missing} of {len(graph)} edges have no score, so this circuit is no ranking: give it as "
                 "[circuit] to measure it as it is"
             )
 
@@ -221,60 +173,6 @@ class _Size(NamedTuple):
     circuit: Circuit
 
 
-def _curve(
-    measure: CircuitMetric,
-    ranking: RankingLike,
-    sizes: Sequence[int | float],
-    order: Order,
-    levels: Sequence[float],
-    prune: bool,
-    level: float,
-    resamples: int,
-    seed: int,
-    progress: bool,
-) -> FaithfulnessCurve:
-    about: dict[str, Any] = {**measure.about, "prune": prune, "pair_accuracy": measure.accuracy}
-    about["masks_alone"] = _masks_alone(measure) if measure.about["gates"] == "frozen" else math.nan
-    about |= {"level": level, "resamples": resamples, "seed": seed}
-    if isinstance(ranking, Circuit):
-        about |= {"order": order, "ranking": dict(ranking.about)}
-        chosen = _along(ranking, sizes, order)
-    else:
-        parts = [ranking] if isinstance(ranking, ACDCResult) else ranking
-        circuits = [part.circuit if isinstance(part, ACDCResult) else part for part in parts]
-        about |= {"order": "given", "ranking": [dict(c.about) for c in circuits]}
-        chosen = [_Size("given", len(c) / len(c.graph), False, c) for c in sorted(circuits, key=len)]
-    run = [s.circuit.prune_dangling() for s in chosen]
-    masks = [(pruned if prune else s.circuit).mask for s, pruned in zip(chosen, run, strict=True)]
-    measured = measure.each(masks, progress=progress)
-    needed = _needed(measure, ranking, levels, order != "signed", prune) if isinstance(ranking, Circuit) else ()
-    values = torch.stack([measure.clean, measure.empty, *(m.value for m in measured)], -1)
-    divergences = torch.stack([m.kl for m in measured], -1)
-    # row 0 of each: the prompts themselves; further rows: their resamples
-    value, divergence = _resampled(torch.cat([values, divergences], -1).numpy(), resamples, seed, values.shape[1])
-    clean, empty, found = value[:, 0], value[:, 1], value[:, 2:]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        f = (found - empty[:, None]) / (clean - empty)[:, None] + 0.0  # no minus zero
-    points = tuple(
-        Point(
-            *(size.order, size.share, size.area, len(size.circuit), len(pruned)),
-            *(_interval(x[:, i], level) for x in (found, f, divergence)),
-        )
-        for i, (size, pruned) in enumerate(zip(chosen, run, strict=True))
-    )
-    gap = _interval(clean - empty, level)
-    areas = {}
-    for name, wanted, curve in (("cpr", "signed", f), ("cmd", "absolute", np.abs(1 - f))):
-        wanted = wanted if order == "mib" else order
-        columns = [i for i, s in enumerate(chosen) if s.area and s.order == wanted]
-        areas[name] = _interval(_area([chosen[i].share for i in columns], curve[:, columns]), level)
-    return FaithfulnessCurve(
-        *(points, _interval(clean, level), _interval(empty, level), gap, areas["cpr"], areas["cmd"], needed),
-        _warnings(measure.pairs.task, measure.accuracy, gap, about["masks_alone"]),
-        about,
-    )
-
-
 def _along(ranking: Circuit, sizes: Sequence[int | float], order: Order) -> list[_Size]:
     """The circuits of a ranking at all sizes."""
     total = len(ranking.graph)
@@ -283,8 +181,8 @@ def _along(ranking: Circuit, sizes: Sequence[int | float], order: Order) -> list
     ]
     orders = ("absolute", "signed") if order == "mib" else (order,)
     return [
-        _Size(one, share, area, ranking.keep(count, absolute=one == "absolute"))
-        for one in orders
+        _Size(chosen, share, area, ranking.keep(count, absolute=chosen == "absolute"))
+        for chosen in orders
         for count, share, area in sorted(set(asked))
     ]
 
@@ -301,7 +199,7 @@ def _needed(
             known[n] = measure.f((circuit.prune_dangling() if prune else circuit).mask)
         return known[n]
 
-    found = []
+    needed = []
     for level in levels:
         tried = {high := 1}
         low = 0
@@ -317,22 +215,20 @@ def _needed(
             tried.add(middle)
             low, high = (low, middle) if f(middle) >= level else (middle, high)
         connected = len(ranking.keep(high, absolute=absolute).prune_dangling())
-        found.append(Needed(level, high, connected, f(high), len(tried)))
-    return tuple(found)
+        needed.append(Needed(level, high, connected, f(high), len(tried)))
+    return tuple(needed)
 
 
-def _resampled(values: np.ndarray, resamples: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over prompts: of the prompts themselves, then of each bootstrap sample; columns cut in two."""
-    n = len(values)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    means = np.concatenate([values.mean(0, keepdims=True), counts @ values / n])
-    return means[:, :split], means[:, split:]
+def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means over prompts: row 0 of the prompts themselves, further rows of their bootstrap samples."""
+    draws = resampled_means(values, RESAMPLES, np.random.default_rng(seed))
+    return np.concatenate([values.mean(0, keepdims=True), draws])
 
 
-def _interval(means: np.ndarray, level: float) -> Interval:
+def _interval(means: np.ndarray) -> Interval:
     """From the value itself and its resamples."""
-    low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(means[0]), float(low), float(high))
+    low, high = percentile_interval(means[1:, None])
+    return Interval(float(means[0]), float(low[0]), float(high[0]))
 
 
 def _area(shares: Sequence[float], y: np.ndarray) -> np.ndarray:
@@ -350,20 +246,20 @@ def _masks_alone(measure: CircuitMetric) -> float:
 
 
 def _warnings(task: str, accuracy: float, gap: Interval, masks_alone: float) -> tuple[str, ...]:
-    found = []
+    warnings = []
     if masks_alone >= MASKS_BRING:
-        found.append(
+        warnings.append(
             f"without any edge out of the embedding f is {masks_alone:.2f}: the frozen masks of the clean prompt bring "
-            "that much of the answer themselves, which no edge has to carry; gates='live' brings nothing"
+            "that much of the answer themselves, which no edge has to carry; masks='live' brings nothing"
         )
     if accuracy < SKILL_BAR:
-        found.append(
+        warnings.append(
             f"the model does not do {task}: pair accuracy {accuracy:.2f} is below {SKILL_BAR}, so a circuit for it "
             "explains little"
         )
     if gap.low <= 0 <= gap.high:
-        found.append(
+        warnings.append(
             f"the gap of {gap.mean:.3g} between clean and empty is not told apart from 0 (interval {gap.low:.3g} to "
             f"{gap.high:.3g}), so f is unstable"
         )
-    return tuple(found)
+    return tuple(warnings)

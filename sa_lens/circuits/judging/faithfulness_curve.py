@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sa_lens.circuits.metrics import SKILL_BAR, Interval
+from sa_lens.circuits.metrics import SKILL_BAR
+from sa_lens.statistics import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +71,7 @@ class FaithfulnessCurve:
     warnings: tuple[str, ...]
     """What speaks against trusting these figures; empty if nothing does."""
     about: Mapping[str, Any]
-    """Task, number of prompts, metric, stream, gates, ablation, order, pruning, pair accuracy on the clean prompts,
+    """Task, number of prompts, metric, stream, masks, ablation, order, pruning, pair accuracy on the clean prompts,
     bootstrap, and how the ranking was found."""
 
     def edges_for(self, level: float = 0.9) -> Needed:
@@ -79,17 +80,17 @@ class FaithfulnessCurve:
         Raises:
             ValueError: a level that was not searched for.
         """
-        for found in self.needed:
-            if found.level == level:
-                return found
+        for needed in self.needed:
+            if needed.level == level:
+                return needed
         levels = ", ".join(f"{n.level:g}" for n in self.needed) or "none"
         raise ValueError(
             f"level={level} was not searched for (searched: {levels}): pass levels=({level},) for a ranking"
         )
 
     def table(self) -> pd.DataFrame:
-        """A row a point: order, share, edges, connected, then value, f and kl with `_low` and `_high`, then cpr, cmd,
-        gap, pair_accuracy, able, and the settings."""
+        """One row per point: order, share, edges, connected, then value, f and kl with `_low` and `_high`, then cpr,
+        cmd, gap, pair_accuracy, able, and the settings."""
         import pandas as pd
 
         able = self.about["pair_accuracy"] >= SKILL_BAR
@@ -109,7 +110,7 @@ class FaithfulnessCurve:
         return pd.DataFrame(rows)
 
 
-_SETTINGS = ("pair_accuracy", "task", "n", "metric", "stream", "gates", "ablation", "prune", "masks_alone")
+_SETTINGS = ("pair_accuracy", "task", "n", "metric", "stream", "masks", "ablation", "prune", "masks_alone")
 
 
 def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
@@ -123,7 +124,7 @@ def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
 
 
 def kl_at_sizes(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
-    """KL at matched edge counts: a row a number of edges, a column a ranking, NaN where it was not measured.
+    """KL at matched edge counts: one row per number of edges, one column per ranking, NaN where it was not measured.
 
     Along absolute scores; where a curve has the signed order alone, along that.
     """
@@ -140,7 +141,7 @@ def kl_at_sizes(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
 
 
 def summary_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
-    """A row a ranking: cpr and cmd with `_low` and `_high`, edges needed at each level, gap, pair_accuracy, able,
+    """One row per ranking: cpr and cmd with `_low` and `_high`, edges needed at each level, gap, pair_accuracy, able,
     settings and warnings."""
     import pandas as pd
 

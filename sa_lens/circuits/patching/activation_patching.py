@@ -1,7 +1,7 @@
 """Activation and mask patching on either stream: what one prompt's value does in the other prompt's run.
 
-`denoise` runs the corrupt prompt and puts in values of the clean one; `noise` the other way round. Frozen gates use the
-masks of the unedited prompt that is run (its own corrupt masks when denoising). Live gates read a clean pass under the
+`denoise` runs the corrupt prompt and puts in values of the clean one; `noise` the other way round. Frozen masks are
+those of the unedited prompt that is run (its own corrupt masks when denoising). Live gates read a clean pass under the
 same patch: it gets the other prompt's value of the clean stream, the ablated pass that of the ablated stream. The clean
 pass has no masks, so patches of masks come to the same under both. Many pairs and many patches go through the model in
 one pass.
@@ -9,15 +9,19 @@ one pass.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.circuits.metrics import Metric, check_fits, logit_difference, metric_named
+from sa_lens.circuits.experiment import Experiment, analysis
+from sa_lens.circuits.metrics import logit_difference
+from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Stream
 from sa_lens.core.host import (
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Direction = Literal["denoise", "noise"]
-Gates = Literal["frozen", "live"]
+Positions = Literal["named", "each", "all"] | Sequence[str | int]
 
 
 class Kind(NamedTuple):
@@ -74,7 +78,7 @@ TINY = 1e-9
 
 COLUMNS = (
     *("task", "what", "layer", "head", "channel", "neuron", "position", "token", "value", "normalised"),
-    *("clean", "corrupt", "n", "metric", "direction", "stream", "gates"),
+    *("clean", "corrupt", "n", "metric", "direction", "stream", "masks"),
 )
 
 
@@ -91,7 +95,7 @@ class _Edit(NamedTuple):
     layer: int
     hook: str
     unit: tuple[int, ...]
-    place: int
+    place: _Place
 
 
 class _Run(NamedTuple):
@@ -105,37 +109,30 @@ class _Run(NamedTuple):
     clean_source: dict[str, Tensor]
     """The same in the clean stream, for the clean pass that live gates read; else empty."""
     masks: dict[str, Tensor] | None
-    """Masks of the base prompt; None in the clean stream and with live gates."""
+    """Masks of the base prompt; None in the clean stream and with live masks."""
     clean: Float[Tensor, "group d_vocab"]
     corrupt: Float[Tensor, "group d_vocab"]
 
 
+@analysis
 def patch(
-    model: Host,
-    pairs: PromptPairs,
+    exp: Experiment,
     what: str = "resid_pre",
-    stream: Stream = "clean",
     *,
     direction: Direction = "denoise",
-    metric: str | Metric = "logit_difference",
-    positions: Literal["named", "each", "all"] | Sequence[str | int] | None = None,
+    positions: Positions | None = None,
     layers: Sequence[int] | None = None,
     top_n: int | Literal["all"] | None = None,
-    gates: Gates | None = None,
-    batch_size: int = 256,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The metric after each single patch.
 
     In the ablated stream this is the pass of `model.ablated(position=-1)`: the masks act at the metric position, and
-    information flows between positions as in any transformer.
+    information flows between positions as in any transformer. The experiment's ablation does not matter.
 
     Args:
-        what: one of `KINDS`.
-        stream: `clean` or `ablated`; masks can be patched in the ablated stream alone.
+        what: one of `KINDS`; masks can be patched in the ablated stream alone.
         direction: `denoise`: the corrupt prompt runs, with values of the clean one. `noise`: the other way round.
-        metric: a name of `METRICS`, `kl` (from the unedited clean prompt in the same stream), or a function of the last
-            position's logits and the pairs.
         positions: `named`: each named position of the pairs. `each`: every position in turn (pairs of one length).
             `all`: all positions at once. Or a list of names and of whole numbers (from the end if negative). Default:
             for residual stream, attention and MLP outputs `named` where the pairs have names, else `each`; otherwise
@@ -143,106 +140,87 @@ def patch(
         layers: layers to patch; None: all.
         top_n: for kinds of many units, how many to try (default 64, `all` for all): those with the largest first-order
             effect (gradient times difference, over all positions) on the logit difference.
-        gates: in the ablated stream, `frozen` (default): masks of the unedited base prompt. `live`: those of a clean
-            pass of the base prompt under the same patch, with the other prompt's values of the clean stream.
-        batch_size: prompts in one pass, patched copies counted.
-        progress: a progress bar, where it takes more than a few seconds.
+        progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        A row a patch: `layer`; `head`, `channel`, `neuron` where they apply; `position` (name, index, or `all`) and
+        One row per patch: `layer`; `head`, `channel`, `neuron` where they apply; `position` (name, index, or `all`) and
         `token` (its text where all prompts share it); `value`, the mean metric; `normalised`, the share of the way from
-        the base prompt's value (0) to the other prompt's (1), NaN where the
-        two do not differ; `clean` and `corrupt`, the unpatched means; `n`; and the
-        settings.
+        the base prompt's value (0) to the other prompt's (1), NaN where the two do not differ; `clean` and `corrupt`,
+        the unpatched means; `n`; and the settings.
 
     Raises:
-        ValueError: an unknown choice, a position or layer that is not there, masks or gates in the clean stream, a
-            model without the hook points.
+        ValueError: an unknown choice, a position or layer that is not there, masks in the clean stream, a model without
+            the hook points.
 
     Source: the definitions of `transformer_lens.patching`, which this agrees with.
     """
-    import pandas as pd
     from tqdm.auto import tqdm
 
-    kind = _checked(model, pairs, what, stream, direction, top_n, gates, batch_size)
+    model, pairs, metric = exp.model, exp.pairs, exp.metric
+    kind = _checked(exp, what, direction, top_n)
     hooks = kind_hooks(model, kind, _checked_layers(model, layers))
     places = _places(pairs, kind, what, positions)
-    gates = gates or "frozen"
-    metric_named(metric, torch.empty(0))
-    runs = [
-        _prepare(model, group, rows, kind, list(hooks.values()), stream, direction, gates)
-        for rows, group in pairs.by_length(batch_size)
-    ]
-    edits = _edits(model, runs, kind, hooks, places, top_n, stream)
+    size = exp.light_batch_size
+    runs = [_prepare(exp, group, rows, kind, list(hooks.values()), direction) for rows, group in pairs.by_length(size)]
+    edits = _edits(model, runs, kind, hooks, places, top_n, exp.stream)
     totals = torch.zeros(len(edits), dtype=torch.float64)
-    copies = max(1, batch_size // max(len(run.pairs) for run in runs))
+    copies = max(1, size // max(len(run.pairs) for run in runs))
     before = {"clean": 0.0, "corrupt": 0.0}
-    name = ""
     with (
         torch.no_grad(),
         tqdm(total=len(edits) * len(runs), desc=f"patching {what}", delay=3, disable=not progress) as bar,
     ):
         for run in runs:
-            name, score = metric_named(metric, run.clean)
-            before["clean"] += float(score(run.clean, run.pairs).double().sum())
-            before["corrupt"] += float(score(run.corrupt, run.pairs).double().sum())
+
+            def total(logits: Tensor, run: _Run = run) -> float:
+                return float(metric(logits, run.pairs, run.clean).double().sum())
+
+            before["clean"] += total(run.clean)
+            before["corrupt"] += total(run.corrupt)
             for start in range(0, len(edits), copies):
                 chunk = edits[start : start + copies]
-                logits = _patched_logits(model, run, chunk, places, stream)
-                for i, one in enumerate(logits):
-                    totals[start + i] += float(score(one, run.pairs).double().sum())
+                indexed = [(edit.hook, _index(edit, run)) for edit in chunk]
+                logits = patched_logits(
+                    *(model, exp.stream, run.base, indexed, run.source, run.masks), clean_source=run.clean_source
+                )
+                for i, of_edit in enumerate(logits):
+                    totals[start + i] += total(of_edit)
                 bar.update(len(chunk))
     n = len(pairs)
     clean, corrupt = before["clean"] / n, before["corrupt"] / n
-    start_value, end_value = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-    gap = end_value - start_value
-    rows = []
-    for edit, total in zip(edits, totals.tolist(), strict=True):
-        value = total / n
-        place = places[edit.place]
-        rows.append(
-            {
-                **dict.fromkeys(COLUMNS),
-                **dict(zip(kind.unit, edit.unit, strict=True)),
-                **{"task": pairs.task, "what": what, "layer": edit.layer},
-                **{"position": place.label, "token": place.token},
-                **{"value": value, "normalised": (value - start_value) / gap if abs(gap) > TINY else float("nan")},
-                **{"clean": clean, "corrupt": corrupt, "n": n, "metric": name, "direction": direction},
-                **{"stream": stream, "gates": gates if stream == "ablated" else "none"},
-            }
-        )
-    whole = dict.fromkeys(("head", "channel", "neuron"), "Int64")
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole)
+    base, other = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+    settings = {"clean": clean, "corrupt": corrupt, "direction": direction, **exp.about, "what": what}
+    rows = [
+        {
+            **dict(zip(kind.unit, edit.unit, strict=True)),
+            **{"layer": edit.layer, "position": edit.place.label, "token": edit.place.token, "value": value},
+            "normalised": (value - base) / (other - base) if abs(other - base) > TINY else math.nan,
+            **settings,
+        }
+        for edit, value in zip(edits, (totals / n).tolist(), strict=True)
+    ]
+    return unit_table(rows, COLUMNS)
 
 
-def _checked(
-    model: Host,
-    pairs: PromptPairs,
-    what: str,
-    stream: Stream,
-    direction: str,
-    top_n: Any,
-    gates: Any,
-    batch_size: int,
-) -> Kind:
+def unit_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """A table of units; head, channel and neuron are whole numbers, missing where they do not apply."""
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(("head", "channel", "neuron"), "Int64"))
+
+
+def _checked(exp: Experiment, what: str, direction: str, top_n: Any) -> Kind:
     if what not in KINDS:
         raise ValueError(f"what={what!r} is none of {', '.join(KINDS)}")
     kind = KINDS[what]
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction={direction!r} must be 'denoise' or 'noise'")
-    if gates not in (None, "frozen", "live"):
-        raise ValueError(f"gates={gates!r} must be 'frozen' or 'live'")
-    with in_stream(model, stream, position=-1):
-        pass
-    if stream == "clean" and kind.mask:
+    if exp.stream == "clean" and kind.mask:
         raise ValueError(f"what={what!r} needs stream='ablated': gates do not act in the clean stream")
-    if stream == "clean" and gates is not None:
-        raise ValueError(f"gates={gates!r} needs stream='ablated': gates do not act in the clean stream")
     if top_n is not None and not kind.many:
         raise ValueError(f"top_n={top_n!r} applies to kinds of many units only, not to what={what!r}")
     if top_n not in (None, "all") and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
         raise ValueError(f"top_n={top_n!r} must be a number of units, at least 1, or 'all'")
-    check_fits(model, pairs, batch_size)
     return kind
 
 
@@ -280,9 +258,7 @@ def _is_whole(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _places(
-    pairs: PromptPairs, kind: Kind, what: str, positions: Literal["named", "each", "all"] | Sequence[str | int] | None
-) -> list[_Place]:
+def _places(pairs: PromptPairs, kind: Kind, what: str, positions: Positions | None) -> list[_Place]:
     if kind.mask:
         if positions is not None:
             raise ValueError(f"positions do not apply to what={what!r}: masks act at the last position alone")
@@ -297,10 +273,10 @@ def _places(
         positions = list(pairs.positions)
     elif positions == "each":
         if not pairs.uniform:
-            found = ", ".join(str(int(length)) for length in pairs.lengths.unique())
+            lengths = ", ".join(str(int(length)) for length in pairs.lengths.unique())
             raise ValueError(
-                f"positions='each' needs prompts of one length, these have {found} tokens: use positions='named', make "
-                "the pairs with length=..., or take a group of pairs.by_length()"
+                f"positions='each' needs prompts of one length, these have {lengths} tokens: use positions='named', "
+                "make the pairs with length=..., or take a group of pairs.by_length()"
             )
         positions = list(range(shortest))
     elif isinstance(positions, str):
@@ -328,50 +304,32 @@ def _places(
 
 def _shared_token(pairs: PromptPairs, offset: Int[Tensor, " pair"]) -> str:
     """The token there if all clean prompts share it, else empty."""
-    tokens = {texts[int(at)] for texts, at in zip(pairs.token_texts, offset, strict=True)}
+    tokens = {texts[int(position)] for texts, position in zip(pairs.token_texts, offset, strict=True)}
     return tokens.pop() if len(tokens) == 1 else ""
 
 
 def _shared_name(pairs: PromptPairs, offset: Int[Tensor, " pair"]) -> str:
-    return next((name for name, at in pairs.positions.items() if torch.equal(at, offset)), "")
+    return next((name for name, other in pairs.positions.items() if torch.equal(other, offset)), "")
 
 
 def _prepare(
-    model: Host,
-    pairs: PromptPairs,
-    rows: Int[Tensor, " group"],
-    kind: Kind,
-    hooks: list[str],
-    stream: Stream,
-    direction: Direction,
-    gates: Gates,
+    exp: Experiment, pairs: PromptPairs, rows: Int[Tensor, " group"], kind: Kind, hooks: list[str], direction: Direction
 ) -> _Run:
     """Runs both prompts once: logits, the source's activations in each stream that is patched, the base's masks."""
-    device = device_of(model)
+    model, device = exp.model, device_of(exp.model)
     clean, corrupt = pairs.clean.to(device), pairs.corrupt.to(device)
     base, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-    names = set(gate_hook_names(model)) if stream == "ablated" and gates == "frozen" else set()
-    base_logits, base_cache = _cached(model, base, names, stream)
-    source_logits, source_cache = _cached(model, source, set(hooks), stream)
-    clean_source: dict[str, Tensor] = {}
-    if stream == "ablated" and gates == "live" and not kind.mask:
-        _, clean_source = _cached(model, source, set(hooks), "clean")
-    masks = {name: base_cache[name] for name in names} if names else None
+    names = gate_hook_names(model) if exp.masks == "frozen" else []
+    with torch.no_grad():
+        with in_stream(model, exp.stream, position=-1):
+            base_logits, masks = record(model, base, names)
+            source_logits, values = record(model, source, hooks)
+        clean_values: dict[str, Tensor] = {}
+        if exp.masks == "live" and not kind.mask:
+            with in_stream(model, "clean"):
+                _, clean_values = record(model, source, hooks)
     logits = (source_logits, base_logits) if direction == "denoise" else (base_logits, source_logits)
-    return _Run(pairs, rows, base, source_cache, clean_source, masks, *logits)
-
-
-def _cached(
-    model: Host, tokens: Int[Tensor, "group pos"], names: set[str], stream: Stream
-) -> tuple[Float[Tensor, "group d_vocab"], dict[str, Tensor]]:
-    cache: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: Any) -> None:
-        cache[hook.name] = x.detach().clone()
-
-    with torch.no_grad(), in_stream(model, stream, position=-1):
-        logits = run_to_last(model, tokens, [(name, keep) for name in sorted(names)])
-    return logits, cache
+    return _Run(pairs, rows, base, values, clean_values, masks or None, *logits)
 
 
 def _edits(
@@ -387,29 +345,20 @@ def _edits(
     units = [
         (layer, unit)
         for layer, hook in hooks.items()
-        for unit in _indices(runs[0].source[hook].shape[2 : 2 + len(kind.unit)])
+        for unit in product(*map(range, runs[0].source[hook].shape[2 : 2 + len(kind.unit)]))
     ]
     keep = len(units) if not kind.many or top_n == "all" else top_n or TOP_N
     if keep < len(units):
         effects = torch.cat([effect.flatten() for effect in _first_order_effects(model, runs, hooks, stream)])
         best = effects.abs().sort(descending=True, stable=True).indices[:keep].sort().values
         units = [units[int(i)] for i in best]
-    return [_Edit(layer, hooks[layer], unit, place) for layer, unit in units for place in range(len(places))]
-
-
-def _indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    if not shape:
-        yield ()
-        return
-    for first in range(shape[0]):
-        for rest in _indices(shape[1:]):
-            yield (first, *rest)
+    return [_Edit(layer, hooks[layer], unit, place) for layer, unit in units for place in places]
 
 
 def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], stream: Stream) -> list[Tensor]:
     """For each layer, gradient of the logit difference times (source - base), summed over pairs and positions.
 
-    With frozen gates, whatever the patches will use: it only ranks.
+    With frozen masks, whatever the patches will use: it only ranks.
     """
     totals: dict[str, Tensor] = {}
     for run in runs:
@@ -432,35 +381,51 @@ def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], s
     return [totals[hook] for hook in hooks.values()]
 
 
-def _patched_logits(
-    model: Host, run: _Run, edits: list[_Edit], places: list[_Place], stream: Stream
-) -> Float[Tensor, "edit group d_vocab"]:
-    """Logits at the end of the base prompts, under each edit alone: one pass with a copy of the prompts an edit."""
-    copies, (group, length) = len(edits), run.base.shape
-    prompt = torch.arange(group, device=run.base.device)
+def _index(edit: _Edit, run: _Run) -> tuple[Any, ...]:
+    """Where in an activation `[prompt, pos, ...]` an edit puts its value."""
+    offset = edit.place.offset
+    if offset is None:
+        return (slice(None), slice(None), *edit.unit)
+    group, length = run.base.shape
+    position = (offset[run.rows] + length).to(run.base.device)
+    return (torch.arange(group, device=position.device), position, *edit.unit)
 
-    def puts(source: dict[str, Tensor]) -> list[Hook]:
-        """Hooks that put in the values of `source`."""
 
+def patched_logits(
+    model: Host,
+    stream: Stream,
+    tokens: Int[Tensor, "prompt pos"],
+    edits: Sequence[tuple[str, tuple[Any, ...]]],
+    source: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
+    *,
+    clean_source: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "edit prompt d_vocab"]:
+    """Logits at the end of the prompts under each edit alone, by one pass with a copy of the prompts per edit.
+
+    Args:
+        edits: (hook point, where to put the value in) of each.
+        source: values to put in, by hook point.
+        masks: given masks of the prompts; None: those that the gates choose.
+        clean_source: values for the clean pass that live gates read.
+    """
+    copies = len(edits)
+
+    def puts(values: Mapping[str, Tensor]) -> list[Hook]:
         def put(x: Tensor, hook: Any) -> Tensor:
-            x = x.unflatten(0, (copies, group)).clone()
-            for copy, edit in zip(x, edits, strict=True):
-                if edit.hook != hook.name:
-                    continue
-                offset = places[edit.place].offset
-                where: tuple[Any, ...] = (slice(None), slice(None))
-                if offset is not None:
-                    where = (prompt, (offset[run.rows] + length).to(prompt.device))
-                copy[(*where, *edit.unit)] = source[hook.name][(*where, *edit.unit)]
+            x = x.unflatten(0, (copies, len(tokens))).clone()
+            for copy, (name, where) in zip(x, edits, strict=True):
+                if name == hook.name:
+                    copy[where] = values[name][where]
             return x.flatten(0, 1)
 
-        return [(name, put) for name in dict.fromkeys(edit.hook for edit in edits) if name in source]
+        return [(name, put) for name in dict.fromkeys(name for name, _ in edits) if name in values]
 
     def repeated(x: Tensor) -> Tensor:
         return x.repeat(copies, *[1] * (x.ndim - 1))
 
-    masks = {name: repeated(mask) for name, mask in run.masks.items()} if run.masks else None
+    given = {name: repeated(mask) for name, mask in masks.items()} if masks else None
     # without given masks a clean pass precedes, in which clean_hooks alone fire: live gates read it
-    with in_stream(model, stream, position=-1, masks=masks, clean_hooks=puts(run.clean_source)):
-        logits = run_to_last(model, repeated(run.base), puts(run.source))
-    return logits.unflatten(0, (copies, group))
+    with in_stream(model, stream, position=-1, masks=given, clean_hooks=puts(clean_source or {})):
+        logits = run_to_last(model, repeated(tokens), puts(source))
+    return logits.unflatten(0, (copies, len(tokens)))

@@ -22,12 +22,58 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import PORTS, Graph, Input, Node
+from sa_lens.circuits.metrics import METRICS
+from sa_lens.circuits.running.recorded_passes import Outputs, PassesOfPairs, outputs, residual_streams, written
+from sa_lens.circuits.running.removal_costs import Cost, KLCost, LogitsCost
 from sa_lens.circuits.running.removal_state import Block, Changed, Live, Recorded, Row, versions_by_row
 from sa_lens.core.nodes import NodeFunctions
 
 _BLOCK = 2**23
 """Numbers in one activation of a whole block."""
+
+
+def recomputation(exp: Experiment, present: Bool[Tensor, "input source"]) -> Recomputation:
+    """The part of the model above the edges that a search visits, at its top."""
+    functions = exp.nodes
+    order, recorded = _recorded(exp)
+    engine = Recomputation(exp.graph, functions, recorded, lambda final: final[:, 0, 0], present)
+    clean = functions.normalise(engine.final_clean())
+    cost: Cost = KLCost(functions.W_U, functions.b_U, clean)
+    if exp.metric is not METRICS["kl"]:
+        cost = LogitsCost(exp.metric, functions.W_U, functions.b_U, exp.pairs.subset(order), clean)
+    engine.cost = cost
+    return engine
+
+
+def _recorded(exp: Experiment) -> tuple[Tensor, Recorded]:
+    """What all sources write on both prompts, pairs ordered by length; and that order."""
+    graph, functions, batches = exp.graph, exp.nodes, exp.passes
+    gated = exp.stream == "ablated"
+
+    def by_source(batch: PassesOfPairs, by_lane: Outputs) -> Float[Tensor, "source pair pos d_model"]:
+        prompts = batch.prompts
+        x = prompts.embed.new_zeros(len(graph.sources), len(prompts.last), functions.length, prompts.embed.shape[-1])
+        for source, out in enumerate(by_lane["earlier"]):
+            x[source, prompts.prompt, prompts.pos] = written(graph, functions, source, out)
+        for source, out in enumerate(by_lane[exp.stream]):
+            x[source, torch.arange(len(out), device=out.device), prompts.last] = written(graph, functions, source, out)
+        return x
+
+    def by_layer(kind: int) -> Tensor:
+        layers = range(graph.n_layers)
+        return torch.stack([torch.cat([batch.clean.masks[i][kind] for batch in batches]) for i in layers])  # type: ignore[misc]
+
+    order = torch.cat([batch.rows for batch in batches])
+    return order, Recorded(
+        torch.cat([by_source(batch, outputs(batch.prompts, batch.clean)) for batch in batches], 1),
+        torch.cat([by_source(batch, batch.carried) for batch in batches], 1),
+        torch.stack(functions.b_O),
+        exp.pairs.lengths[order].to(functions.W_U.device) - 1,
+        by_layer(0) if gated else None,
+        by_layer(1) if gated and not graph.attn_only else None,
+    )
 
 
 class Recomputation:
@@ -52,11 +98,13 @@ class Recomputation:
         self.graph, self.functions, self.cost = graph, functions, cost
         self.present = present.clone()
         self.carried, self.last = recorded.carried, recorded.last
-        self.attn_bias, self.mask_attn, self.mask_mlp = recorded.attn_bias, recorded.mask_attn, recorded.mask_mlp
+        self.mask_attn, self.mask_mlp = recorded.mask_attn, recorded.mask_mlp
         self.difference = recorded.written - recorded.carried
         self.uniform = bool((self.last == recorded.written.shape[2] - 1).all())
         self.at_last = self._last_of(self.difference)
-        self.full_at, self.base_at = self._streams(recorded.written), self._streams(recorded.carried)
+        self.full_at, self.base_at = (
+            residual_streams(graph, list(x), list(recorded.attn_bias)) for x in (recorded.written, recorded.carried)
+        )
         self.above: list[Live] = []
         """Live nodes above the present step, in the order of computation."""
         self.here: dict[Node, Live] = {}
@@ -72,7 +120,7 @@ class Recomputation:
         the present values of all live nodes from scratch, the lowest first, so that rounding does not add up.
         """
         self.above = [*self.here.values(), *self.above]
-        live = [found for node in nodes if (found := self._live(node)) is not None]
+        live = [item for node in nodes if (item := self._live(node)) is not None]
         self.here = {item.node: item for item in live}
         self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
         for item in live:
@@ -105,27 +153,6 @@ class Recomputation:
             return None
         everywhere = any(item.everywhere or (item.node.kind == "head" and i > 0) for item, i in reads)
         return Live(node, source, everywhere, inputs, mask=self._mask(node, everywhere))
-
-    def _streams(self, by_source: Float[Tensor, "source pair pos d_model"]) -> dict[int, Tensor]:
-        """The residual stream after the first n sources, for every n at which a node reads it."""
-        graph = self.graph
-        found: dict[int, Tensor] = {}
-        total = torch.zeros_like(by_source[0])
-        added = biased = 0
-        for node in (*graph.sources[1:], Node("logits")):
-            n = graph.sources_before(node)
-            if n not in found:
-                total = total + by_source[added:n].sum(0)
-                added = n
-                layers = (
-                    graph.n_layers
-                    if node.kind == "logits"
-                    else node.layer + (node.kind == "mlp" and not graph.parallel)
-                )
-                total = total + self.attn_bias[biased:layers].sum(0)
-                biased = max(biased, layers)
-                found[n] = total
-        return found
 
     # ------------------------------------------------------------------------------------------------------ values
 

@@ -26,14 +26,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sa_lens.circuits.graph import PORTS, Graph, Input, Node
-from sa_lens.circuits.running.circuit_by_hooks import Ablation, CircuitRunner, Gates, check_choices
-from sa_lens.circuits.running.recorded_passes import PassesOfPairs, passes_of_pairs, written
-from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host
-from sa_lens.core.last_position import Lane, Prompts, why_not_by_nodes
-from sa_lens.core.nodes import NodeFunctions, gate_masks
+from sa_lens.circuits.experiment import Experiment
+from sa_lens.circuits.graph import PORTS, Input, Node
+from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
+from sa_lens.circuits.running.recorded_passes import PassesOfPairs, residual_streams, written
+from sa_lens.core.last_position import Lane, Prompts
+from sa_lens.core.nodes import gate_masks
 
 MEMORY = 2**28
 """Bytes of versions that are held."""
@@ -41,52 +39,34 @@ _BLOCK = 2**21
 """Numbers in the inputs that are made at once."""
 
 _LANES: dict[str, tuple[Lane, ...]] = {"none": ("clean",), "frozen": ("ablated",), "live": ("clean", "ablated")}
-"""Lanes of the metric position by kind of gates; the last one is that of the logits."""
+"""Lanes of the metric position, by masks; the last one is that of the logits."""
 
 
 class CircuitLogits:
-    """Logits of circuits on the same pairs, by versions where the model allows it and by whole passes elsewhere.
+    """Logits of circuits of an experiment, by versions where the model allows it and by whole passes elsewhere."""
 
-    Args: as `run_circuit`.
-    """
-
-    def __init__(
-        self,
-        model: Host,
-        pairs: PromptPairs,
-        ablation: Ablation = "resample",
-        stream: Stream = "clean",
-        gates: Gates | None = None,
-        *,
-        batch_size: int = 64,
-    ) -> None:
-        self.gates = check_choices(model, pairs, ablation, stream, gates, batch_size)
-        self.graph = Graph.from_model(model)
-        self._runner: CircuitRunner | None = None
+    def __init__(self, exp: Experiment) -> None:
+        self.exp, self.graph = exp, exp.graph
+        self._run: CircuitRunner | None = None
         self._parts: list[tuple[Tensor, _Versions]] = []
-        if why_not_by_nodes(model) is not None:
-            self._runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
+        if exp.why_not_by_nodes is not None:
+            self._run = CircuitRunner(exp)
             return
-        functions = NodeFunctions(model, int(pairs.lengths.max()))
-        batches = passes_of_pairs(
-            *(model, functions, pairs, ablation),
-            ablated=stream == "ablated",
-            clean=self.gates == "frozen",
-            batch_size=batch_size,
-        )
         with torch.no_grad():
-            for batch in batches:
-                versions = _Versions(model, self.graph, functions, batch, self.gates, silent=ablation == "resample")
-                self._parts.append((batch.rows, versions))
+            self._parts = [(batch.rows, _Versions(exp, batch)) for batch in exp.passes]
 
     def __call__(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
         """Logits at the end of each clean prompt, for each circuit."""
-        if self._runner is not None:
-            return [self._runner.run(mask).logits for mask in masks]
+        if self._run is not None:
+            return [self._run(mask) for mask in masks]
         order = torch.cat([rows for rows, _ in self._parts]).argsort()
         with torch.no_grad():
             by_part = [versions.logits(masks) for _, versions in self._parts]
         return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*by_part, strict=True)]
+
+    def value(self, mask: Bool[Tensor, "input source"]) -> float:
+        """Mean metric of the circuit with these edges."""
+        return float(self.exp.values(self([mask])[0]).mean())
 
 
 # ------------------------------------------------------------------------------------------------------------ versions
@@ -137,33 +117,29 @@ _GIVEN = -1
 
 
 class _Versions:
-    """All versions of one batch of pairs.
+    """All versions of one batch of pairs."""
 
-    Args:
-        silent: whether a node without a present edge writes what absent edges carry from it.
-    """
-
-    def __init__(
-        self, model: Host, graph: Graph, functions: NodeFunctions, batch: PassesOfPairs, gates: str, *, silent: bool
-    ) -> None:
-        self.model, self.graph, self.functions, self.silent = model, graph, functions, silent
-        self.lanes = _LANES[gates]
-        self.live = gates == "live"
-        self.masks = batch.clean.masks if batch.clean is not None else []
+    def __init__(self, exp: Experiment, batch: PassesOfPairs) -> None:
+        self.model, self.graph, self.functions = exp.model, exp.graph, exp.nodes
+        self.silent = exp.ablation == "resample"
+        """Whether a node without a present edge writes what absent edges carry from it."""
+        self.lanes = _LANES[exp.masks]
+        self.live = exp.masks == "live"
+        self.masks = batch.clean.masks
         # where both prompts still agree, edges carry the same whether they are present or not
         self.prompts = Prompts.of(batch.prompts.embed, batch.prompts.last, batch.first)
         kept = batch.prompts.pos >= batch.first[batch.prompts.prompt]
         self.carried = {
             lane: [x[kept] if lane == "earlier" else x for x in by_source] for lane, by_source in batch.carried.items()
         }
-        whole = self._streams("earlier", batch.carried["earlier"])
-        self.before = [self._before(layer, whole, batch.prompts) for layer in range(graph.n_layers)]
-        self.base = {lane: self._streams(lane, by_source) for lane, by_source in self.carried.items()}
+        whole = self._streams(batch.carried["earlier"])
+        self.before = [self._before(layer, whole, batch.prompts) for layer in range(self.graph.n_layers)]
+        self.base = {lane: self._streams(by_source) for lane, by_source in self.carried.items()}
         self.embedded = {
             lane: self.prompts.rows(lane, self.prompts.embed) - by_source[0] for lane, by_source in self.carried.items()
         }
         most = sum(x.numel() for x in self.embedded.values()) + 3 * self.before[0][0].numel()
-        self.at_once = max(1, MEMORY // (most * len(graph.sources) * self.prompts.embed.element_size()))
+        self.at_once = max(1, MEMORY // (most * len(self.graph.sources) * self.prompts.embed.element_size()))
         self._forget()
 
     def _forget(self) -> None:
@@ -185,26 +161,10 @@ class _Versions:
         self.held += sum(x.nbytes for x in (value if isinstance(value, tuple) else (value,)) if x is not None)
         return version
 
-    def _streams(self, lane: Lane, carried: Sequence[Tensor]) -> dict[int, Float[Tensor, "row d_model"]]:
-        """The residual stream of what absent edges carry after the first n sources, for every n at which a node reads
-        it; the earlier lane ends below the top layer's outputs."""
-        graph = self.graph
-        found: dict[int, Tensor] = {}
-        total = torch.zeros_like(carried[0])
-        added = biased = 0
-        for node in (*graph.sources[1:], Node("logits")):
-            n = graph.sources_before(node)
-            if n > len(carried):
-                break
-            layers = graph.n_layers if node.kind == "logits" else node.layer
-            layers += node.kind == "mlp" and not graph.parallel
-            for source in range(added, n):
-                total = total + written(graph, self.functions, source, carried[source])
-            for layer in range(biased, layers):
-                total = total + self.functions.b_O[layer]
-            added, biased = max(added, n), max(biased, layers)
-            found[n] = total
-        return found
+    def _streams(self, carried: Sequence[Tensor]) -> dict[int, Float[Tensor, "row d_model"]]:
+        """The residual stream of what absent edges carry after the first n sources, for every n."""
+        by_source = [written(self.graph, self.functions, source, x) for source, x in enumerate(carried)]
+        return residual_streams(self.graph, by_source, self.functions.b_O)
 
     def _before(self, layer: int, streams: Mapping[int, Tensor], prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Keys, before any rotation, and values `[head, pair, pos, d_head]` of what absent edges carry."""
@@ -217,16 +177,16 @@ class _Versions:
 
     def logits(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
         """Logits of the circuits with these edges."""
-        found = []
+        logits = []
         for first in range(0, len(masks), self.at_once):
             if self.held > MEMORY:
                 self._forget()
             ends = [self._trace(mask) for mask in masks[first : first + self.at_once]]
             self._compute(ends)
-            found += [self.values[end] for end in ends]
+            logits += [self.values[end] for end in ends]
             for end in set(ends):
                 self.held -= self.values.pop(end).nbytes
-        return found
+        return logits
 
     def _trace(self, mask: Bool[Tensor, "input source"]) -> int:
         """The version of the logits of a circuit; nothing is computed."""
@@ -316,10 +276,10 @@ class _Versions:
     def _inputs(self, lane: Lane, to: int, sent: Sequence[tuple[int, ...]]) -> Float[Tensor, "version row d_model"]:
         """Inputs of one step, `to` being one of them, from the versions that are sent to each."""
         base = self.base[lane][self.graph.n_sources[to]]
-        different = {v: i for i, v in enumerate(dict.fromkeys(v for one in sent for v in one))}
+        different = {v: i for i, v in enumerate(dict.fromkeys(v for versions in sent for v in versions))}
         if not different:
             return base.expand(len(sent), -1, -1)
-        places = torch.tensor([(row, different[v]) for row, one in enumerate(sent) for v in one]).T
+        places = torch.tensor([(row, different[v]) for row, versions in enumerate(sent) for v in versions]).T
         taken = base.new_zeros(len(sent), len(different))
         taken[places[0], places[1]] = 1
         changes = torch.stack([self.values[v] for v in different]).flatten(1)

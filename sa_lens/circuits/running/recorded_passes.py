@@ -1,27 +1,83 @@
-"""What circuits need of unedited passes: what every source writes on both prompts, masks, and the metric."""
+"""Unedited passes of pairs: logits at the end of each prompt, and what every source writes on both prompts.
+
+`record` runs whole passes under hooks and works for every model. `passes_of_pairs` runs nodes one by one, all prompt
+lengths together, for the models whose nodes can be run so.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.circuits.graph import Graph
-from sa_lens.circuits.metrics import Metric, prompts_in_batches
-from sa_lens.circuits.running.circuit_by_hooks import Ablation
-from sa_lens.circuits.running.edge_removals import Recomputation
-from sa_lens.circuits.running.removal_costs import Cost, KLCost, LogitsCost
-from sa_lens.circuits.running.removal_state import Recorded
+from sa_lens.circuits.graph import Graph, Node
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of
-from sa_lens.core.last_position import Lane, LastPass, Prompts, run_to_position
+from sa_lens.config import Ablation, Stream
+from sa_lens.core.host import Host, device_of, in_stream, run_to_last
+from sa_lens.core.last_position import Lane, LastPass, Prompts, embed_prompts, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 
 Outputs = dict[Lane, list[Float[Tensor, "row width"]]]
 """What each source gives by lane, in the order of the graph: `z` of a head, what the embedding and MLPs write."""
+
+
+def record(
+    model: Host, tokens: Int[Tensor, "pair pos"], names: Iterable[str]
+) -> tuple[Float[Tensor, "pair d_vocab"], dict[str, Tensor]]:
+    """Logits at the last position of an unedited pass of the chosen stream, and its activations by hook name."""
+    activations: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        activations[hook.name] = x.detach()
+
+    logits = run_to_last(model, tokens, [(name, keep) for name in names])
+    return logits, activations
+
+
+def last_logits(
+    model: Host,
+    pairs: PromptPairs,
+    stream: Stream = "clean",
+    prompt: Literal["clean", "corrupt"] = "clean",
+    *,
+    batch_size: int = 256,
+) -> Float[Tensor, "pair d_vocab"]:
+    """Logits at the end of each prompt, without gradients.
+
+    In the ablated stream the masks act at the last position, which is that stream there.
+
+    Args:
+        prompt: the `clean` or the `corrupt` prompts.
+        batch_size: prompts run at once.
+    """
+    pairs.check_fits(model.cfg, batch_size)
+    parts, rows = [], []
+    with torch.no_grad(), in_stream(model, stream, position=-1):
+        if pairs.uniform or why_not_by_nodes(model) is not None:
+            for chosen, group in pairs.by_length(batch_size):
+                tokens = group.clean if prompt == "clean" else group.corrupt
+                parts.append(run_to_last(model, tokens.to(device_of(model))))
+                rows.append(chosen)
+    if not parts:
+        functions = NodeFunctions(model, int(pairs.lengths.max()))
+        for chosen, prompts in prompts_in_batches(model, pairs, prompt, batch_size):
+            final = run_to_position(model, functions, prompts, ablated=stream == "ablated").final[stream]
+            parts.append(functions.logits(final))
+            rows.append(chosen)
+    return torch.cat(parts)[torch.cat(rows).argsort().to(parts[0].device)]
+
+
+def prompts_in_batches(
+    model: Host, pairs: PromptPairs, prompt: Literal["clean", "corrupt"], batch_size: int
+) -> Iterator[tuple[Int[Tensor, " pair"], Prompts]]:
+    """Places of pairs, ordered by length, and their clean or corrupt prompts."""
+    for rows in pairs.lengths.argsort(stable=True).split(batch_size):
+        groups = [group for _, group in pairs.subset(rows).by_length()]
+        tokens = [group.clean if prompt == "clean" else group.corrupt for group in groups]
+        yield rows, Prompts.of(*embed_prompts(model, [x.to(device_of(model)) for x in tokens]))
 
 
 class PassesOfPairs(NamedTuple):
@@ -33,60 +89,49 @@ class PassesOfPairs(NamedTuple):
     """The clean prompts."""
     first: Int[Tensor, " pair"]
     """First position at which an absent edge may carry something else than a present one."""
-    clean: LastPass | None
-    """The pass of the clean prompts, if it was asked for."""
+    clean: LastPass
+    """The pass of the clean prompts."""
     carried: Outputs
     """What absent edges carry."""
 
 
 def passes_of_pairs(
-    model: Host,
-    functions: NodeFunctions,
-    pairs: PromptPairs,
-    ablation: Ablation,
-    *,
-    ablated: bool,
-    clean: bool,
-    batch_size: int,
+    model: Host, functions: NodeFunctions, pairs: PromptPairs, ablation: Ablation, stream: Stream, batch_size: int
 ) -> list[PassesOfPairs]:
-    """Passes of all pairs, which are ordered by length and cut in batches.
-
-    Args:
-        ablated: also run the ablated lane.
-        clean: also run the clean prompts.
-    """
-    found = []
+    """Passes of all pairs, which are ordered by length and cut in batches."""
+    batches = []
+    ablated = stream == "ablated"
     sides = (prompts_in_batches(model, pairs, side, batch_size) for side in ("clean", "corrupt"))
     for (rows, clean_prompts), (_, corrupt_prompts) in zip(*sides, strict=True):
         differ = _first_difference(pairs.subset(rows))
         corrupt = run_to_position(model, functions, corrupt_prompts, ablated=ablated)
-        found.append(
+        batches.append(
             PassesOfPairs(
                 rows,
                 clean_prompts,
                 (differ if ablation == "resample" else torch.zeros_like(differ)).to(device_of(model)),
-                run_to_position(model, functions, clean_prompts, ablated=ablated) if clean else None,
+                run_to_position(model, functions, clean_prompts, ablated=ablated),
                 outputs(corrupt_prompts, corrupt),
             )
         )
     if ablation == "resample":
-        return found
-    keys = {lane: [_length_and_position(batch.prompts, lane) for batch in found] for lane in found[0].carried}
+        return batches
+    keys = {lane: [_length_and_position(batch.prompts, lane) for batch in batches] for lane in batches[0].carried}
     carried = {
         lane: [
             torch.zeros_like(torch.cat(parts))
             if ablation == "zero"
             else _means(torch.cat(parts), torch.cat(keys[lane]))
-            for parts in zip(*(batch.carried[lane] for batch in found), strict=True)
+            for parts in zip(*(batch.carried[lane] for batch in batches), strict=True)
         ]
-        for lane in found[0].carried
+        for lane in batches[0].carried
     }
     split = {
         lane: [x.split([len(key) for key in keys[lane]]) for x in by_source] for lane, by_source in carried.items()
     }
     return [
         batch._replace(carried={lane: [parts[i] for parts in by_source] for lane, by_source in split.items()})
-        for i, batch in enumerate(found)
+        for i, batch in enumerate(batches)
     ]
 
 
@@ -109,14 +154,14 @@ def _means(x: Float[Tensor, "row width"], key: Int[Tensor, "row 2"]) -> Float[Te
     return (sums / counts[:, None])[group]
 
 
-def outputs(prompts: Prompts, found: LastPass) -> Outputs:
+def outputs(prompts: Prompts, run: LastPass) -> Outputs:
     """What each source gives in a pass; the earlier lane ends below the top layer."""
     by_source: Outputs = {}
-    for lane, z in found.z.items():
+    for lane, z in run.z.items():
         by_source[lane] = [prompts.rows(lane, prompts.embed)]
         for layer, heads in enumerate(z):
             by_source[lane] += list(heads.unbind(1))
-            by_source[lane] += found.mlp_out[lane][layer : layer + 1]
+            by_source[lane] += run.mlp_out[lane][layer : layer + 1]
     return by_source
 
 
@@ -126,65 +171,28 @@ def written(graph: Graph, functions: NodeFunctions, source: int, out: Float[Tens
     return out @ functions.W_O[node.layer][node.head] if node.kind == "head" else out
 
 
-def recomputation(
-    model: Host,
-    pairs: PromptPairs,
-    metric: str | Metric,
-    ablation: Ablation,
-    stream: Stream,
-    present: Bool[Tensor, "input source"],
-    batch_size: int,
-) -> Recomputation:
-    """The part of the model above the edges that a search visits, at its top."""
-    graph = Graph.from_model(model)
-    functions = NodeFunctions(model, int(pairs.lengths.max()))
-    order, recorded = record(model, graph, functions, pairs, ablation, stream, batch_size)
-    engine = Recomputation(graph, functions, recorded, lambda final: final[:, 0, 0], present)
-    clean = functions.normalise(engine.final_clean())
-    cost: Cost
-    if metric == "kl":
-        cost = KLCost(functions.W_U, functions.b_U, clean)
-    else:
-        cost = LogitsCost(metric, functions.W_U, functions.b_U, pairs.subset(order))
-    engine.cost = cost
-    return engine
+def residual_streams(
+    graph: Graph, by_source: Sequence[Float[Tensor, "... d_model"]], b_O: Sequence[Float[Tensor, " d_model"]]
+) -> dict[int, Float[Tensor, "... d_model"]]:
+    """The residual stream after the first n sources, for every n at which a node reads it.
 
-
-def record(
-    model: Host,
-    graph: Graph,
-    functions: NodeFunctions,
-    pairs: PromptPairs,
-    ablation: Ablation,
-    stream: Stream,
-    batch_size: int,
-) -> tuple[Tensor, Recorded]:
-    """What all sources write on both prompts, pairs ordered by length; and that order."""
-    gated = stream == "ablated"
-    batches = passes_of_pairs(*(model, functions, pairs, ablation), ablated=gated, clean=True, batch_size=batch_size)
-
-    def by_source(batch: PassesOfPairs, by_lane: Outputs) -> Float[Tensor, "source pair pos d_model"]:
-        prompts = batch.prompts
-        x = prompts.embed.new_zeros(len(graph.sources), len(prompts.last), functions.length, prompts.embed.shape[-1])
-        for source, out in enumerate(by_lane["earlier"]):
-            x[source, prompts.prompt, prompts.pos] = written(graph, functions, source, out)
-        for source, out in enumerate(by_lane[stream]):
-            x[source, torch.arange(len(out), device=out.device), prompts.last] = written(graph, functions, source, out)
-        return x
-
-    def by_layer(kind: int) -> Tensor | None:
-        layers = [
-            torch.cat([batch.clean.masks[layer][kind] for batch in batches])  # type: ignore[union-attr, misc]
-            for layer in range(graph.n_layers)
-        ]
-        return torch.stack(layers)
-
-    every = torch.cat([batch.rows for batch in batches])
-    return every, Recorded(
-        torch.cat([by_source(batch, outputs(batch.prompts, batch.clean)) for batch in batches], 1),  # type: ignore[arg-type]
-        torch.cat([by_source(batch, batch.carried) for batch in batches], 1),
-        torch.stack(functions.b_O),
-        pairs.lengths[every].to(device_of(model)) - 1,
-        by_layer(0) if gated else None,
-        by_layer(1) if gated and not graph.attn_only else None,
-    )
+    Args:
+        by_source: what each source writes; if it holds only the first sources, the streams above them are left out.
+        b_O: bias of each attention layer's output, which belongs to no source.
+    """
+    streams: dict[int, Tensor] = {}
+    total = torch.zeros_like(by_source[0])
+    added = biased = 0
+    for node in (*graph.sources[1:], Node("logits")):
+        n = graph.sources_before(node)
+        if n > len(by_source):
+            break
+        if n in streams:
+            continue
+        layers = graph.n_layers if node.kind == "logits" else node.layer
+        layers += node.kind == "mlp" and not graph.parallel
+        for x in (*by_source[added:n], *b_O[biased:layers]):
+            total = total + x
+        added, biased = n, max(biased, layers)
+        streams[n] = total
+    return streams

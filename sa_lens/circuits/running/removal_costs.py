@@ -14,20 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sa_lens.circuits.metrics import Metric, metric_named
+from sa_lens.circuits.metrics import Metric
 from sa_lens.circuits.tasks.pairs import PromptPairs
 
 Cost = Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]]
 """The metric of each row, from the normalised final residual stream at the metric position; larger is worse."""
 
-_WORSE_WHEN_LARGER = ("kl", "answer_rank")
 _CHUNK = 2**19
 """Logits held at once: few enough to stay in a processor's cache."""
-
-
-def sign_of(metric: str | Metric) -> float:
-    """1 for metrics that are worse when larger (`kl`, `answer_rank`), -1 for all others and for functions."""
-    return 1.0 if metric in _WORSE_WHEN_LARGER else -1.0
 
 
 class KLCost:
@@ -86,20 +80,23 @@ class LogitsCost:
     """Any other metric, from all logits.
 
     Args:
-        metric: its name, or a function of logits and pairs; larger values are better, unless it is `answer_rank`.
         pairs: the pairs, in the order of the rows' prompts.
+        clean: normalised final residual stream of the unedited clean prompts.
     """
 
     def __init__(
         self,
-        metric: str | Metric,
+        metric: Metric,
         W_U: Float[Tensor, "d_model d_vocab"],
         b_U: Float[Tensor, " d_vocab"],
         pairs: PromptPairs,
+        clean: Float[Tensor, "pair d_model"],
     ) -> None:
-        self.W_U, self.b_U, self.pairs = W_U.contiguous(), b_U, pairs
-        self.metric, self.sign = metric_named(metric, None)[1], sign_of(metric)
+        self.metric, self.W_U, self.b_U, self.pairs = metric, W_U.contiguous(), b_U, pairs
+        self.clean_logits = clean @ W_U + b_U if metric.needs_clean_logits else None
 
     def __call__(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, " row"]:
-        rows = [self.metric(torch.addmm(self.b_U, x, self.W_U), self.pairs).double().mean() for x in final]
-        return self.sign * torch.stack(rows)
+        logits = (torch.addmm(self.b_U, x, self.W_U) for x in final)
+        return self.metric.sign * torch.stack(
+            [self.metric(x, self.pairs, self.clean_logits).double().mean() for x in logits]
+        )

@@ -2,7 +2,6 @@
 
 from sa_lens.circuits.tasks.builtin_tasks import (
     TASKS,
-    World,
     ioi,
     make,
     make_unseen,
@@ -11,14 +10,14 @@ from sa_lens.circuits.tasks.builtin_tasks import (
     read_json,
     repeated_name,
 )
-from sa_lens.circuits.tasks.pairs import Draft, PromptPairs, encode, split
+from sa_lens.circuits.tasks.pairs import Draft, PromptPairs
+from sa_lens.config import Words as World
 
 __all__ = [
     "TASKS",
     "Draft",
     "PromptPairs",
     "World",
-    "encode",
     "ioi",
     "make",
     "make_unseen",
@@ -26,5 +25,4 @@ __all__ = [
     "pronoun_gender",
     "read_json",
     "repeated_name",
-    "split",
 ]

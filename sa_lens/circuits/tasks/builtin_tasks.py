@@ -1,6 +1,6 @@
 """Tasks as pairs of prompts: indirect objects, pronouns, objects and names to recall, and any JSON of pairs.
 
-The words are those of TinyStories, or of the generated stories that sa_lens trains on by default (`world="stories"`),
+The words are those of TinyStories, or of the generated stories that sa_lens trains on by default (`words="stories"`),
 whose prompts are cut from the very sentences that those stories are made of. Each task makes different clean prompts
 until as many pairs as asked are usable with the tokenizer; what was left out is in `pairs.report()`.
 """
@@ -11,11 +11,11 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from sa_lens.circuits.tasks import tinystories
-from sa_lens.circuits.tasks.pairs import MINIMUM, Draft, PromptPairs, encode, split
-from sa_lens.config import shown
+from sa_lens.circuits.tasks.pairs import MINIMUM, Draft, PromptPairs
+from sa_lens.config import NamePairs, Patterns, Words, shown
 from sa_lens.data.whole_files import DamagedFile, check_object
 from sa_lens.data.whole_files import read_json as read_file
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
     from sa_lens.data.stories import PromptTemplate
 
-__all__ = [
-    "TASKS",
-    "PromptPairs",
-    "ioi",
-    "make",
-    "make_unseen",
-    "object_recall",
-    "pronoun_gender",
-    "read_json",
-    "repeated_name",
-    "split",
-]
 
-World = Literal["tinystories", "stories"]
-"""Whose words: TinyStories', or the generated stories'."""
-NamePairs = Literal["any", "held-out", "seen"]
-"""Pairs of names in the generated stories: those that never meet in one, those that may, or any."""
-Patterns = Literal["seen", "held-out"]
-"""Sentence patterns: those of the generated stories, or with at least one sentence that no story has."""
+class Options(TypedDict, total=False):
+    """Options of the tasks. `names` and `name_pairs` apply to `ioi` and `repeated_name` alone."""
+
+    words: Words
+    """Words and sentences of `tinystories` (default), or of the generated `stories`."""
+    names: Sequence[str] | None
+    """The names come from these; default: those of the words that are single tokens."""
+    templates: Sequence[str] | None
+    """`tinystories`: format strings (see the module of that name). `stories`: beginnings of names of
+    `sa_lens.data.stories.prompt_templates`, such as `go-give`."""
+    name_pairs: NamePairs
+    """Only with `stories`: two names that never meet in a story (`held-out`), that may (`seen`), or `any`."""
+    patterns: Patterns
+    """Only with `stories`: sentences as stories have them (`seen`), or with one at least that no story has
+    (`held-out`)."""
+    length: int | None
+    """Only prompts of so many tokens, the begin-of-text token included; None: all."""
+
 
 _MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]] = {
     "ioi": lambda answer, wrong: (("IO", answer, 0), ("S1", wrong, 0), ("S2", wrong, -1)),
@@ -62,7 +62,7 @@ def _make(
     n: int,
     seed: int,
     *,
-    world: World,
+    words: Words = "tinystories",
     names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     name_pairs: NamePairs = "any",
@@ -71,36 +71,36 @@ def _make(
 ) -> PromptPairs:
     if n < 1:
         raise ValueError(f"n={n} pairs of {task}: ask for at least 1")
-    if world not in ("tinystories", "stories"):
-        raise ValueError(f"world={world!r} must be 'tinystories' or 'stories' (the generated ones)")
-    if name_pairs not in ("any", "held-out", "seen"):
+    if words not in get_args(Words):
+        raise ValueError(f"words={words!r} must be 'tinystories' or 'stories' (the generated ones)")
+    if name_pairs not in get_args(NamePairs):
         raise ValueError(f"name_pairs={name_pairs!r} must be 'any', 'held-out' or 'seen'")
     if names is not None:
         _check_names(names, tokenizer)
-    if world == "tinystories" and (name_pairs, patterns) != ("any", "seen"):
+    if words == "tinystories" and (name_pairs, patterns) != ("any", "seen"):
         raise ValueError(
-            f"name_pairs={name_pairs!r} and patterns={patterns!r} need world='stories': of TinyStories it is not "
+            f"name_pairs={name_pairs!r} and patterns={patterns!r} need words='stories': of TinyStories it is not "
             "recorded which names meet and which sentences occur"
         )
     tries = _TRIES if length is None else 10 * _TRIES
-    if world == "stories":
+    if words == "stories":
         drafts = _from_stories(task, n, seed, names, templates, name_pairs, patterns, tries)
     else:
         drafts = _from_tinystories(task, tokenizer, n, seed, names, templates, tries)
     marked = (draft._replace(marks=_MARKS[task](draft.answer, draft.wrong_answer)) for draft in drafts)
-    return encode(task, marked, tokenizer, minimum=n, wanted=n, length=length)
+    return PromptPairs.from_texts(marked, tokenizer, task=task, minimum=n, wanted=n, length=length)
 
 
 def _check_names(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
     if len(set(names)) < 5 or len(set(names)) < len(names):
         raise ValueError(f"names={list(names)}: give at least five different names, two and three to corrupt with")
     for name in names:
-        if not _one_token(tokenizer, name):
+        if not _is_single_token(tokenizer, name):
             pieces = [tokenizer.decode([i]) for i in tokenizer.encode(f" {name}", add_special_tokens=False)]
             raise ValueError(f"the name {name!r} is not a single token after a space but {pieces}: leave it out")
 
 
-def _one_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+def _is_single_token(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
     return len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
 
 
@@ -115,7 +115,7 @@ def _from_tinystories(
 ) -> Iterator[Draft]:
     genders = {**dict.fromkeys(tinystories.GIRLS, "girl"), **dict.fromkeys(tinystories.BOYS, "boy")}
     if names is None:
-        names = [name for name in tinystories.NAMES if _one_token(tokenizer, name)]
+        names = [name for name in tinystories.NAMES if _is_single_token(tokenizer, name)]
         if len(names) < 5:
             cut = next(name for name in tinystories.NAMES if name not in names)
             raise ValueError(
@@ -175,18 +175,7 @@ def _from_stories(
     return drafts()
 
 
-def ioi(
-    tokenizer: PreTrainedTokenizerBase,
-    n: int = 256,
-    seed: int = 0,
-    *,
-    world: World = "tinystories",
-    names: Sequence[str] | None = None,
-    templates: Sequence[str] | None = None,
-    name_pairs: NamePairs = "any",
-    patterns: Patterns = "seen",
-    length: int | None = None,
-) -> PromptPairs:
+def ioi(tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]) -> PromptPairs:
     """Indirect object: "One day, Lily and Tom went to the park. Tom gave a ball to" -> " Lily", not " Tom".
 
     The giver is the first named (BABA) or the second (ABBA), equally often. The corrupt prompt has three other names
@@ -197,98 +186,53 @@ def ioi(
         tokenizer: the model's.
         n: pairs.
         seed: same seed, same pairs.
-        world: words and sentences of `tinystories`, or of the generated `stories`.
-        names: the two names come from these; default: those of the world that are single tokens.
-        templates: `tinystories`: format strings (see the module of that name). `stories`: beginnings of names of
-            `sa_lens.data.stories.prompt_templates`, such as `go-give`.
-        name_pairs: only with `stories`: two names that never meet in a story (`held-out`), that may (`seen`), or `any`.
-        patterns: only with `stories`: sentences as stories have them (`seen`), or with one at least that no story has
-            (`held-out`).
-        length: only prompts of so many tokens, the begin-of-text token included; None: all.
+        options: see `Options`.
 
     Raises:
         ValueError: a given name that is not a single token, a bad template, or fewer than n usable pairs.
 
     Source: arXiv 2211.00593, sections 2 and 3.
     """
-    return _make(
-        "ioi",
-        tokenizer,
-        n,
-        seed,
-        world=world,
-        names=names,
-        templates=templates,
-        name_pairs=name_pairs,
-        patterns=patterns,
-        length=length,
-    )
+    return _make("ioi", tokenizer, n, seed, **options)
 
 
 def pronoun_gender(
-    tokenizer: PreTrainedTokenizerBase,
-    n: int = 256,
-    seed: int = 0,
-    *,
-    world: World = "tinystories",
-    templates: Sequence[str] | None = None,
-    patterns: Patterns = "seen",
-    length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]
 ) -> PromptPairs:
     """Gender of a pronoun: "One day, Lily went to the park. Lily was happy because" -> " she", not " he".
 
     The corrupt prompt names people of the other gender. Named positions: name (its last mention), end. Arguments and
     errors as in `ioi`.
     """
-    return _make("pronoun", tokenizer, n, seed, world=world, templates=templates, patterns=patterns, length=length)
+    return _make("pronoun", tokenizer, n, seed, **_without_names(options))
 
 
 def object_recall(
-    tokenizer: PreTrainedTokenizerBase,
-    n: int = 256,
-    seed: int = 0,
-    *,
-    world: World = "tinystories",
-    templates: Sequence[str] | None = None,
-    patterns: Patterns = "seen",
-    length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]
 ) -> PromptPairs:
     """An object named before: "... Tom gave a ball to Lily. Lily thanked Tom for the" -> " ball", not " kite".
 
     The corrupt prompt has another object in its place. The wrong answer is that one, or, where the prompt names two
     objects, the other one. Named positions: object, end. Arguments and errors as in `ioi`.
     """
-    return _make("object", tokenizer, n, seed, world=world, templates=templates, patterns=patterns, length=length)
+    return _make("object", tokenizer, n, seed, **_without_names(options))
 
 
 def repeated_name(
-    tokenizer: PreTrainedTokenizerBase,
-    n: int = 256,
-    seed: int = 0,
-    *,
-    world: World = "tinystories",
-    names: Sequence[str] | None = None,
-    templates: Sequence[str] | None = None,
-    name_pairs: NamePairs = "any",
-    patterns: Patterns = "seen",
-    length: int | None = None,
+    tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]
 ) -> PromptPairs:
     """Induction: "... two friends named Lily and Tom. One day, Lily and" -> " Tom", not " Lily".
 
     The corrupt prompt has three other names. Named positions: A1, B1, A2, end. Arguments and errors as in `ioi`.
     """
-    return _make(
-        "repeated",
-        tokenizer,
-        n,
-        seed,
-        world=world,
-        names=names,
-        templates=templates,
-        name_pairs=name_pairs,
-        patterns=patterns,
-        length=length,
-    )
+    return _make("repeated", tokenizer, n, seed, **options)
+
+
+def _without_names(options: Options) -> Options:
+    for name in ("names", "name_pairs"):
+        if name in options:
+            raise TypeError(f"{name} applies to the tasks ioi and repeated_name alone: leave it out")
+    return options
 
 
 def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: int = MINIMUM) -> PromptPairs:
@@ -316,7 +260,7 @@ def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: 
         drafts = [_draft_of(prompt, f"prompts[{index}].") for index, prompt in enumerate(content["prompts"])]
     except ValueError as error:
         raise DamagedFile(f"{path} holds no prompt pairs: {error}; {form}") from error
-    return encode(path.stem, drafts, tokenizer, minimum=minimum)
+    return PromptPairs.from_texts(drafts, tokenizer, task=path.stem, minimum=minimum)
 
 
 def _draft_of(prompt: Any, where: str) -> Draft:
@@ -334,7 +278,7 @@ TASKS: dict[str, Callable[..., PromptPairs]] = {
     "object": object_recall,
     "repeated": repeated_name,
 }
-"""Tasks by name; all take `(tokenizer, n, seed, world=, templates=, length=)`."""
+"""Tasks by name; all take `(tokenizer, n, seed, words=, templates=, length=)`."""
 
 
 def make(
@@ -343,7 +287,7 @@ def make(
     n: int = 256,
     seed: int = 0,
     *,
-    world: World = "tinystories",
+    words: Words = "tinystories",
     **options: Any,
 ) -> PromptPairs:
     """The pairs of a task by name, or of a JSON file by path (n of them, chosen by seed).
@@ -355,7 +299,7 @@ def make(
         ValueError: an unknown task, or what the task raises.
     """
     if task in TASKS:
-        return TASKS[task](tokenizer, n, seed, world=world, **options)
+        return TASKS[task](tokenizer, n, seed, words=words, **options)
     if not task.endswith(".json"):
         raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a .json file of prompt pairs")
     if options:
@@ -365,15 +309,25 @@ def make(
 
 
 def make_unseen(
-    task: str, tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, *, world: World = "tinystories"
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 256,
+    seed: int = 0,
+    *,
+    words: Words = "tinystories",
+    world: Words | None = None,
 ) -> PromptPairs:
     """As `make`, with what training cannot have shown: IOI on generated stories takes names that never meet in one.
 
-    Other tasks and worlds have no record of what training showed, and are those of `make`.
+    Other tasks and words have no record of what training showed, and are those of `make`.
+
+    Args:
+        world: another name of `words`.
 
     Raises:
         ValueError: as `make`.
     """
-    if (task, world) == ("ioi", "stories"):
-        return ioi(tokenizer, n, seed, world=world, name_pairs="held-out")
-    return make(task, tokenizer, n, seed, world=world)
+    words = world or words
+    if (task, words) == ("ioi", "stories"):
+        return ioi(tokenizer, n, seed, words=words, name_pairs="held-out")
+    return make(task, tokenizer, n, seed, words=words)

@@ -50,7 +50,7 @@ class PromptPairs:
     task: str
     """Name of the task."""
     clean: Int[Tensor, "pair pos"]
-    """Clean prompts with their begin-of-text token, padded on the left with `pad_id`."""
+    """Clean prompts with their begin-of-text token, padded on the left."""
     corrupt: Int[Tensor, "pair pos"]
     """Corrupt prompts, aligned token by token with the clean ones."""
     answers: Int[Tensor, " pair"]
@@ -67,10 +67,125 @@ class PromptPairs:
     """Corrupt prompts as text."""
     token_texts: tuple[tuple[str, ...], ...]
     """Each token of the clean prompts as text."""
-    pad_id: int
-    """Token that fills the left of shorter prompts; it never enters a model."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Pairs left out when these were made, by reason."""
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Int[Tensor, "pair pos"] | Sequence[Sequence[int]],
+        corrupt: Int[Tensor, "pair pos"] | Sequence[Sequence[int]],
+        answers: Int[Tensor, " pair"] | Sequence[int],
+        wrong_answers: Int[Tensor, " pair"] | Sequence[int],
+        *,
+        lengths: Int[Tensor, " pair"] | Sequence[int] | None = None,
+        positions: Mapping[str, Int[Tensor, " pair"] | Sequence[int]] | None = None,
+        task: str = "tokens",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> PromptPairs:
+        """Pairs of your own tokens.
+
+        Args:
+            clean: tensor of clean prompts, padded on the left if they differ in length, or a list of lists of tokens.
+            corrupt: corrupt prompts, aligned token by token with the clean ones.
+            answers: token that should follow each clean prompt.
+            wrong_answers: token that the answer is compared with.
+            lengths: tokens of each prompt without padding; None: tensors hold no padding, lists have their own length.
+            positions: named positions, counted from the end; `end` is always there.
+            task: name in tables and files.
+            tokenizer: turns tokens into the texts of figures; None: they show numbers.
+
+        Raises:
+            ValueError: prompts that do not align, or numbers that are no tokens.
+        """
+        if lengths is None:
+            lengths = [len(prompt) for prompt in clean]
+        sides = [x if isinstance(x, Tensor) else _pad_left([list(prompt) for prompt in x]) for x in (clean, corrupt)]
+        sizes = torch.as_tensor(lengths)
+        prompts = [
+            [row[len(row) - n :] for row, n in zip(side.tolist(), sizes.tolist(), strict=False)] for side in sides
+        ]
+        text: Any = str if tokenizer is None else lambda token: tokenizer.decode([token])
+        texts = [tuple("".join(map(text, prompt)) if tokenizer else "" for prompt in side) for side in prompts]
+        named = {name: torch.as_tensor(offset) for name, offset in (positions or {}).items()}
+        return cls(
+            task=task,
+            clean=sides[0],
+            corrupt=sides[1],
+            answers=torch.as_tensor(answers),
+            wrong_answers=torch.as_tensor(wrong_answers),
+            lengths=sizes,
+            positions={**named, "end": torch.full_like(sizes, -1)},
+            clean_texts=texts[0],
+            corrupt_texts=texts[1],
+            token_texts=tuple(tuple(map(text, prompt)) for prompt in prompts[0]),
+        )
+
+    @classmethod
+    def from_texts(
+        cls,
+        drafts: Iterable[Draft | tuple[str, str, str, str]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        task: str = "texts",
+        minimum: int = 1,
+        wanted: int | None = None,
+        length: int | None = None,
+    ) -> PromptPairs:
+        """Pairs of your own texts: those whose two prompts align and whose answers are single tokens.
+
+        A begin-of-text token is put before each prompt. No clean prompt is used twice. What was left out, and why, is
+        in `.dropped` and `.report()`.
+
+        Args:
+            drafts: (clean prompt, corrupt prompt, answer, wrong answer), answers with their leading space; or `Draft`s.
+            task: name in tables and files.
+            minimum: fewest pairs to be content with.
+            wanted: stop when so many are kept; None: take all drafts.
+            length: keep only prompts of so many tokens, the begin-of-text token included; None: all.
+
+        Raises:
+            ValueError: fewer pairs than `minimum`, with the reasons and an offending word of each; or a tokenizer
+                without begin- and end-of-text token.
+        """
+        encoder = _Encoder(tokenizer)
+        rows: dict[str, _Row] = {}
+        dropped: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for given in drafts:
+            if wanted is not None and len(rows) == wanted:
+                break
+            draft = Draft(*given)
+            row: _Row | tuple[str, str]
+            if draft.clean in rows:
+                row = ("clean prompt already there", repr(draft.clean))
+            else:
+                row = _row(draft, encoder, length)
+            if isinstance(row, _Row):
+                rows[draft.clean] = row
+            else:
+                dropped[row[0]] += 1
+                examples.setdefault(*row)
+        if len(rows) < max(minimum, 1):
+            why = "".join(f"\n  {n} dropped: {reason}, such as {examples[reason]}" for reason, n in dropped.items())
+            raise ValueError(
+                f"{task}: {len(rows)} usable pairs with this tokenizer, {max(minimum, 1)} needed{why}\n"
+                "Use a tokenizer that keeps these words whole (data.keep_whole), other words, or a smaller `minimum`"
+            )
+        kept = list(rows.values())
+        shared = [name for name in kept[0].positions if all(name in row.positions for row in kept)]
+        pairs = cls.from_tokens(
+            *([getattr(row, name) for row in kept] for name in ("clean", "corrupt", "answer", "wrong_answer")),
+            positions={name: [row.positions[name] for row in kept] for name in shared},
+            task=task,
+            tokenizer=tokenizer,
+        )
+        return replace(
+            pairs,
+            clean_texts=tuple(row.draft.clean for row in kept),
+            corrupt_texts=tuple(row.draft.corrupt for row in kept),
+            dropped=dict(dropped),
+        )
 
     def __post_init__(self) -> None:
         tokens = {name: getattr(self, name) for name in ("clean", "corrupt", "answers", "wrong_answers", "lengths")}
@@ -121,7 +236,7 @@ class PromptPairs:
             answers=self.answers[index],
             wrong_answers=self.wrong_answers[index],
             lengths=lengths,
-            positions={name: at[index] for name, at in self.positions.items()},
+            positions={name: offset[index] for name, offset in self.positions.items()},
             clean_texts=tuple(self.clean_texts[i] for i in index),
             corrupt_texts=tuple(self.corrupt_texts[i] for i in index),
             token_texts=tuple(self.token_texts[i] for i in index),
@@ -139,24 +254,40 @@ class PromptPairs:
                 yield part, self.subset(part)
 
     def split(self, seed: int = 0, share: float = 0.5) -> tuple[PromptPairs, PromptPairs]:
-        """Two disjoint random sets: pairs to find a circuit with, pairs to report on. See `split`."""
-        return split(self, seed, share)
+        """Two disjoint random sets of pairs: one to find a circuit with, one to report on.
 
+        Args:
+            share: part of the pairs that the first set gets.
 
-def split(pairs: PromptPairs, seed: int = 0, share: float = 0.5) -> tuple[PromptPairs, PromptPairs]:
-    """Two disjoint random sets, in which no clean prompt is shared.
+        Raises:
+            ValueError: share outside (0, 1), or too few pairs for two sets.
+        """
+        first = round(share * len(self))
+        if not 0 < share < 1 or not 0 < first < len(self):
+            raise ValueError(f"share={share} of {len(self)} pairs leaves one of the two sets empty")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[:first].sort().values), self.subset(order[first:].sort().values)
 
-    Args:
-        share: part of the pairs that the first set gets.
+    def check_fits(self, cfg: Any, batch_size: int = 1) -> None:
+        """Checks that a model can read these pairs.
 
-    Raises:
-        ValueError: share outside (0, 1), or too few pairs for two sets.
-    """
-    first = round(share * len(pairs))
-    if not 0 < share < 1 or not 0 < first < len(pairs):
-        raise ValueError(f"share={share} of {len(pairs)} pairs leaves one of the two sets empty")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    return pairs.subset(order[:first].sort().values), pairs.subset(order[first:].sort().values)
+        Args:
+            cfg: the model's, with `d_vocab` and `n_ctx`.
+
+        Raises:
+            ValueError: a token beyond the vocabulary, a prompt longer than the context, or a batch_size below 1.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1: the prompts in one pass")
+        highest = max(int(t.max()) for t in (self.clean, self.corrupt, self.answers, self.wrong_answers))
+        if highest >= cfg.d_vocab:
+            raise ValueError(
+                f"{self.task}: token {highest} is beyond the model's vocabulary of {cfg.d_vocab}: make the pairs with "
+                "the model's own tokenizer"
+            )
+        longest = int(self.lengths.max())
+        if longest > cfg.n_ctx:
+            raise ValueError(f"{self.task}: a prompt of {longest} tokens is longer than n_ctx={cfg.n_ctx}")
 
 
 class _Encoder:
@@ -188,55 +319,6 @@ class _Row(NamedTuple):
     answer: int
     wrong_answer: int
     positions: dict[str, int]
-
-
-def encode(
-    task: str,
-    drafts: Iterable[Draft],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    minimum: int = 1,
-    wanted: int | None = None,
-    length: int | None = None,
-) -> PromptPairs:
-    """Pairs of the drafts that the tokenizer allows: aligned, of equal length, answers single tokens, no clean prompt
-    twice. What was left out is in `.dropped` and `.report()`.
-
-    Args:
-        minimum: fewest pairs to be content with.
-        wanted: stop when so many are kept; None: take all drafts.
-        length: keep only prompts of so many tokens, the begin-of-text token included; None: all.
-
-    Raises:
-        ValueError: fewer pairs than `minimum`, with the reasons and an offending word of each; or a tokenizer without
-            begin- and end-of-text token.
-    """
-    encoder = _Encoder(tokenizer)
-    rows: list[_Row] = []
-    seen: set[str] = set()
-    dropped: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for draft in drafts:
-        if wanted is not None and len(rows) == wanted:
-            break
-        if draft.clean in seen:
-            reason, example = "clean prompt already there", repr(draft.clean)
-        else:
-            found = _row(draft, encoder, length)
-            if isinstance(found, _Row):
-                seen.add(draft.clean)
-                rows.append(found)
-                continue
-            reason, example = found
-        dropped[reason] += 1
-        examples.setdefault(reason, example)
-    if len(rows) < max(minimum, 1):
-        why = "".join(f"\n  {count} dropped: {reason}, such as {examples[reason]}" for reason, count in dropped.items())
-        raise ValueError(
-            f"{task}: {len(rows)} usable pairs with this tokenizer, {max(minimum, 1)} needed{why}\n"
-            "Use a tokenizer that keeps these words whole (data.keep_whole), other words, or a smaller `minimum`"
-        )
-    return _stacked(task, rows, encoder, dict(dropped))
 
 
 def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[str, str]:
@@ -273,24 +355,7 @@ def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[st
     return _Row(draft, [encoder.begin, *clean], [encoder.begin, *corrupt], answer, wrong, positions)
 
 
-def _stacked(task: str, rows: list[_Row], encoder: _Encoder, dropped: dict[str, int]) -> PromptPairs:
-    longest = max(len(row.clean) for row in rows)
-
-    def padded(side: list[list[int]]) -> Int[Tensor, "pair pos"]:
-        return torch.tensor([[encoder.begin] * (longest - len(ids)) + ids for ids in side])
-
-    shared = [name for name in rows[0].positions if all(name in row.positions for row in rows)]
-    return PromptPairs(
-        task=task,
-        clean=padded([row.clean for row in rows]),
-        corrupt=padded([row.corrupt for row in rows]),
-        answers=torch.tensor([row.answer for row in rows]),
-        wrong_answers=torch.tensor([row.wrong_answer for row in rows]),
-        lengths=torch.tensor([len(row.clean) for row in rows]),
-        positions={name: torch.tensor([row.positions[name] for row in rows]) for name in shared},
-        clean_texts=tuple(row.draft.clean for row in rows),
-        corrupt_texts=tuple(row.draft.corrupt for row in rows),
-        token_texts=tuple(tuple(str(encoder.tokenizer.decode([i])) for i in row.clean) for row in rows),
-        pad_id=encoder.begin,
-        dropped=dropped,
-    )
+def _pad_left(prompts: list[list[int]]) -> Int[Tensor, "prompt pos"]:
+    """Prompts side by side; padding repeats the first token and never enters a model."""
+    longest = max(map(len, prompts))
+    return torch.tensor([prompt[:1] * (longest - len(prompt)) + prompt for prompt in prompts])

@@ -8,7 +8,7 @@ run one after the other too, so that nothing is computed backwards through the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,37 +134,34 @@ class Passes:
     def _clean_layer(self, block: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._qkv(block, resid)
         z = stream_attention(q, k[0], v[0], None, None, 1 / block.attn.attn_scale)
-        return self._rest(block, resid, z, *self._no_gates(block)), k[0], v[0]
+        return self._rest(block, resid, z, None, None), k[0], v[0]
 
     def _joint_layer(self, block: Any, resid: Tensor) -> Tensor:
         q, k, v = self._qkv(block, resid)
         (k_clean, k_own), (v_clean, v_own) = k.unbind(0), v.unbind(0)
         z = stream_attention(q, k_clean, v_clean, k_own, v_own, 1 / block.attn.attn_scale)
-        return self._rest(block, resid, z, *self._gates(block, resid[0], None))
+        return self._rest(block, resid, z, resid[0], None)
 
     def _ablated_layer(
         self, block: Any, resid: Tensor, clean_pre: Tensor, k: Tensor, v: Tensor, final: Tensor
     ) -> Tensor:
         q, own_k, own_v = self._qkv(block, resid)
         z = stream_attention(q, k, v, own_k[0], own_v[0], 1 / block.attn.attn_scale)
-        return self._rest(block, resid, z, *self._gates(block, clean_pre[0], final[0]))
+        return self._rest(block, resid, z, clean_pre[0], final[0])
 
-    def _no_gates(self, block: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """Functions that leave `z` and `post` of the clean stream as they are."""
-        return (lambda z: z), (lambda post: post)
+    def mask_units(
+        self, block: Any, kind: Literal["attn", "mlp"], units: Tensor, local: Tensor | None, final: Tensor | None
+    ) -> Float[Tensor, "stream batch pos unit"]:
+        """The units of a layer, those of the last stream masked.
 
-    def _gates(self, block: Any, local: Tensor, final: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """Functions that mask `z` and `post` of the last stream."""
-
-        def masking(gate: Any) -> Callable[[Tensor], Tensor]:
-            def mask_units(units: Tensor) -> Tensor:
-                return masked_units(units.flatten(1, 2), self.scores(gate, local, final), gate.k, gate.cfg).view_as(
-                    units
-                )
-
-            return mask_units
-
-        return masking(block.attn_gate), masking(block.mlp_gate) if hasattr(block, "mlp_gate") else lambda x: x
+        Args:
+            local: clean residual stream entering the layer; None: a clean pass, which has no masks.
+            final: final LayerNorm's output of the clean pass.
+        """
+        if local is None:
+            return units
+        gate = getattr(block, f"{kind}_gate")
+        return masked_units(units.flatten(1, 2), self.scores(gate, local, final), gate.k, gate.cfg).view_as(units)
 
     def _qkv(self, block: Any, resid: Tensor) -> tuple[Tensor, ...]:
         attn = block.attn
@@ -173,22 +170,16 @@ class Passes:
         qkv = self.linear(self.normalise(block.ln1, resid), weight, bias)
         return qkv.unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(3)
 
-    def _rest(
-        self,
-        block: Any,
-        resid: Tensor,
-        z: Tensor,
-        mask_z: Callable[[Tensor], Tensor],
-        mask_post: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def _rest(self, block: Any, resid: Tensor, z: Tensor, local: Tensor | None, final: Tensor | None) -> Tensor:
         """The layer from `z` on."""
         attn = block.attn
-        after = resid + self.linear(mask_z(z.flatten(-2)), attn.W_O.flatten(0, 1), attn.b_O)
+        units = self.mask_units(block, "attn", z.flatten(-2), local, final)
+        after = resid + self.linear(units, attn.W_O.flatten(0, 1), attn.b_O)
         if self.cfg.attn_only:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
         pre = self.linear(self.normalise(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
-        post = mask_post(ACTIVATIONS[str(self.cfg.act_fn)](pre))
+        post = self.mask_units(block, "mlp", ACTIVATIONS[str(self.cfg.act_fn)](pre), local, final)
         return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
 
     # ------------------------------------------------------------------------------------------------------- pieces

@@ -6,8 +6,7 @@ all units of many tokens; use hooks to edit values or to read anything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,33 +66,17 @@ class _Reader(Passes):
         self.layer_of = {id(block): layer for layer, block in enumerate(model.blocks)}
         self.values = UnitValues({}, {}, {})
 
-    def _no_gates(self, block: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
-        layer = self.layer_of[id(block)]
-
-        def keeping(kind: str) -> Callable[[Tensor], Tensor]:
-            def keep(units: Tensor) -> Tensor:
-                self.values.clean[layer, kind] = units[0]
-                return units
-
-            return keep
-
-        return keeping("attn"), keeping("mlp")
-
-    def _gates(self, block: Any, local: Tensor, final: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
-        layer = self.layer_of[id(block)]
-
-        def keeping(kind: str, gate: Any) -> Callable[[Tensor], Tensor]:
-            def keep(units: Float[Tensor, "stream batch pos unit"]) -> Tensor:
-                mask = mask_of(self.scores(gate, local, final), gate.k, gate.cfg).to(units.dtype)
-                mask = mask.unflatten(0, units.shape[1:3])
-                # nothing else uses `units`, so the last stream can be masked in place
-                units[-1].unflatten(-1, (mask.shape[-1], -1)).mul_(mask[..., None])
-                if len(units) == 2:
-                    self.values.clean[layer, kind] = units[0]
-                self.values.ablated[layer, kind], self.values.masks[layer, kind] = units[-1], mask
-                return units
-
-            return keep
-
-        attn = keeping("attn", block.attn_gate)
-        return attn, keeping("mlp", block.mlp_gate) if hasattr(block, "mlp_gate") else lambda x: x
+    def mask_units(
+        self, block: Any, kind: Literal["attn", "mlp"], units: Tensor, local: Tensor | None, final: Tensor | None
+    ) -> Float[Tensor, "stream batch pos unit"]:
+        place = self.layer_of[id(block)], kind
+        if local is None or len(units) == 2:
+            self.values.clean[place] = units[0]
+        if local is not None:
+            gate = getattr(block, f"{kind}_gate")
+            mask = mask_of(self.scores(gate, local, final), gate.k, gate.cfg).to(units.dtype)
+            mask = mask.unflatten(0, units.shape[1:3])
+            # nothing else uses `units`, so the last stream can be masked in place
+            units[-1].unflatten(-1, (mask.shape[-1], -1)).mul_(mask[..., None])
+            self.values.ablated[place], self.values.masks[place] = units[-1], mask
+        return units

@@ -11,12 +11,13 @@ import torch
 from micro import gated, plain, token_pairs
 from twins import SlowRuns, slow_acdc
 
-from sa_lens.circuits.discovery.acdc import AMBIGUOUS, SearchInterrupted, acdc, visiting_order
+from sa_lens.circuits.discovery.acdc import AMBIGUOUS, acdc, visiting_order
 from sa_lens.circuits.graph import Circuit, Edge, Graph
 from sa_lens.circuits.metrics import logit_difference
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.circuits.running.edge_removals import Recomputation
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.stopping import Interrupted
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -68,18 +69,18 @@ def test_same_decisions_in_float64(changes: dict[str, Any], tau: float) -> None:
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_same_decisions_in_the_ablated_stream(ablation: str, scope: str) -> None:
     model = gated(scope, **DOUBLE)
-    found = assert_same(model, token_pairs(n=3), 0.05, 1e-9, ablation=ablation, stream="ablated", gates="frozen")
+    found = assert_same(model, token_pairs(n=3), 0.05, 1e-9, ablation=ablation, stream="ablated", masks="frozen")
     assert found.shortcuts == "on"
-    assert found.circuit.about["gates"] == "frozen"
+    assert found.circuit.about["masks"] == "frozen"
 
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 def test_same_decisions_in_float32_on_prompts_of_several_lengths(stream: str) -> None:
     model = gated(n_layers=2)
     pairs = token_pairs(n=5, lengths=(6, 8))
-    gates = "frozen" if stream == "ablated" else None
+    masks = "frozen" if stream == "ablated" else None
     for ablation in ("resample", "mean"):
-        found = assert_same(model, pairs, 0.02, 1e-5, stream=stream, ablation=ablation, gates=gates)
+        found = assert_same(model, pairs, 0.02, 1e-5, stream=stream, ablation=ablation, masks=masks)
         assert found.ambiguous == 0
 
 
@@ -91,8 +92,8 @@ def test_a_deep_model_in_which_many_edges_are_never_run() -> None:
 def test_live_gates_are_tried_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
     model = gated(n_layers=1, **DOUBLE)
     with caplog.at_level(logging.WARNING):
-        found = assert_same(model, token_pairs(n=2), 0.05, 1e-9, stream="ablated", gates="live")
-    assert "live gates" in found.shortcuts
+        found = assert_same(model, token_pairs(n=2), 0.05, 1e-9, stream="ablated", masks="live")
+    assert "live masks" in found.shortcuts
     assert "without shortcuts" in caplog.text
     assert found.untouched == 0
 
@@ -138,8 +139,8 @@ def test_default_order_is_the_reverse_of_the_order_of_computation() -> None:
 @pytest.mark.parametrize("metric", ["logit_difference", "answer_log_probability", "answer_rank", logit_difference])
 def test_other_metrics_limit_their_fall(metric: Any) -> None:
     model, pairs = plain(**DOUBLE), token_pairs(n=3)
-    found = acdc(model, pairs, 0.1, metric, progress=False)
-    slow = acdc(model, pairs, 0.1, metric, progress=False, order=_up_and_down(found.circuit.graph))
+    found = acdc(model, pairs, 0.1, metric=metric, progress=False)
+    slow = acdc(model, pairs, 0.1, metric=metric, progress=False, order=_up_and_down(found.circuit.graph))
     assert slow.shortcuts != "on"
     from sa_lens.circuits.metrics import METRICS
 
@@ -166,11 +167,11 @@ def _up_and_down(graph: Graph) -> list[Edge]:
 
 def test_the_value_is_that_of_the_circuit_as_run() -> None:
     model, pairs = gated(**DOUBLE), token_pairs(n=4)
-    found = acdc(model, pairs, 0.05, stream="ablated", progress=False)
+    found = acdc(model, pairs, 0.05, stream="ablated", masks="frozen", progress=False)
     runs = SlowRuns(model, pairs.clean, pairs.corrupt, stream="ablated")
     assert abs(runs.kl(set(runs.graph.edges) - set(found.circuit)) - found.value) < 1e-9
-    run = run_circuit(model, pairs, found.circuit, stream="ablated")
-    p, q = runs.reference.log_softmax(-1), run.logits.log_softmax(-1)
+    logits = run_circuit(model, pairs, found.circuit, stream="ablated", masks="frozen")
+    p, q = runs.reference.log_softmax(-1), logits.log_softmax(-1)
     assert abs(float((p.exp() * (p - q)).sum(-1).mean()) - found.value) < 1e-9
 
 
@@ -205,7 +206,8 @@ def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
     model, pairs = (gated if stream == "ablated" else plain)(**DOUBLE), token_pairs(n=3, lengths=(6, 7))
 
     def search(resume: Any = None) -> Any:
-        return acdc(model, pairs, 0.05, stream=stream, progress=False, resume=resume)
+        masks = "frozen" if stream == "ablated" else None
+        return acdc(model, pairs, 0.05, stream=stream, masks=masks, progress=False, resume=resume)
 
     with monkeypatch.context() as patch:
         blocks = stop_after(10**6, patch)
@@ -215,7 +217,7 @@ def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
     for n in range(len(blocks)):
         with monkeypatch.context() as patch:
             stop_after(n, patch)
-            with pytest.raises(SearchInterrupted, match=r"stopped after .* edges") as stop:
+            with pytest.raises(Interrupted, match=r"stopped after .* edges") as stop:
                 search()
         part = stop.value.result
         decided = ~part.circuit.scores.isnan() & exists
@@ -243,7 +245,7 @@ def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monk
             stop_after(1, patch)
             try:
                 part = acdc(model, pairs, 0.05, progress=False, resume=part)
-            except SearchInterrupted as stop:
+            except Interrupted as stop:
                 part = stop.result
         rounds += 1
     assert rounds > 10
@@ -252,7 +254,7 @@ def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monk
 
 
 def test_what_is_of_another_search_is_not_resumed(tmp_path: Any) -> None:
-    choices: dict[str, Any] = {"tau": 0.05, "stream": "ablated", "progress": False}
+    choices: dict[str, Any] = {"tau": 0.05, "stream": "ablated", "masks": "frozen", "progress": False}
     model, pairs = gated(n_layers=1), token_pairs(n=4, lengths=(6, 7))
     done = acdc(model, pairs, **choices)
     saved = Circuit.load(done.circuit.save(tmp_path / "done.json"))
@@ -285,7 +287,7 @@ def test_what_is_of_another_search_is_not_resumed(tmp_path: Any) -> None:
             acdc(other, pairs, **choices, resume=done)
     for changes, message in (
         ({"tau": 0.06}, "its tau is 0.05, here it is 0.06"),
-        ({"stream": "clean"}, "its stream is 'ablated', here it is 'clean'"),
+        ({"stream": "clean", "masks": None}, "its stream is 'ablated', here it is 'clean'"),
     ):
         with pytest.raises(ValueError, match=message):
             acdc(model, pairs, **{**choices, **changes}, resume=done)
@@ -298,7 +300,10 @@ def test_a_search_with_another_function_of_the_same_name_is_not_resumed() -> Non
 
     def search(share: float, **options: Any) -> Any:
         return acdc(
-            model, pairs, 0.05, lambda logits, p: share * logit_difference(logits, p), progress=False, **options
+            *(model, pairs, 0.05),
+            metric=lambda logits, p: share * logit_difference(logits, p),
+            progress=False,
+            **options,
         )
 
     done = search(1.0)
@@ -323,21 +328,21 @@ def test_a_dense_model_does_not_go_on_from_a_gated_one_of_the_same_shape() -> No
 
 
 def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
+    from sa_lens.circuits.running.many_circuits import CircuitLogits
 
     model, pairs = plain(n_layers=1, **DOUBLE), token_pairs(n=2)
     order = Graph.from_model(model).edges
     whole = acdc(model, pairs, 0.05, order=order, progress=False)
-    plainly, calls = CircuitRunner.run, []
+    plainly, calls = CircuitLogits.__call__, []
 
-    def interrupted(self: CircuitRunner, mask: Any) -> Any:
+    def interrupted(self: CircuitLogits, masks: Any) -> Any:
         calls.append(1)
         if len(calls) > 5:
             raise KeyboardInterrupt
-        return plainly(self, mask)
+        return plainly(self, masks)
 
-    monkeypatch.setattr(CircuitRunner, "run", interrupted)
-    with pytest.raises(SearchInterrupted, match=r"stopped after 4 of .*acdc\(..., resume=result\)") as stop:
+    monkeypatch.setattr(CircuitLogits, "__call__", interrupted)
+    with pytest.raises(Interrupted, match=r"stopped after 4 of .*acdc\(..., resume=result\)") as stop:
         acdc(model, pairs, 0.05, order=order, progress=False)
     assert isinstance(stop.value, KeyboardInterrupt)
     monkeypatch.undo()
@@ -379,7 +384,7 @@ def test_bar_shows_edges_left(capsys: pytest.CaptureFixture[str]) -> None:
         ({"metric": "klm"}, "is none of"),
         ({"ablation": "noise"}, "must be one of"),
         ({"stream": "ablated"}, "needs gates"),
-        ({"gates": "live"}, "needs stream='ablated'"),
+        ({"masks": "live"}, "needs stream='ablated'"),
         ({"order": ["embed->logits"]}, "each of the graph's"),
         ({"order": ["embed->nowhere"]}, "names no node"),
     ],

@@ -11,11 +11,13 @@ from micro import gated, plain, token_pairs
 from torch import Tensor
 from twins import SlowRuns, outputs
 
-from sa_lens.circuits.discovery import eap as attribution
-from sa_lens.circuits.discovery.eap import Rule, eap, eap_ig, relp
+from sa_lens.circuits.discovery.eap import Rule, eap, eap_ig
 from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.discovery.relp import relp
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Circuit, Edge
-from sa_lens.circuits.metrics import METRICS, kl, last_logits, logit_difference
+from sa_lens.circuits.metrics import METRICS, kl, logit_difference
+from sa_lens.circuits.running.recorded_passes import last_logits
 from sa_lens.circuits.tasks.pairs import PromptPairs
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -31,6 +33,7 @@ QUIET = {"progress": False}
 def test_all_methods_are_exact_on_a_linear_model(stream: str, ablation: str) -> None:
     model, pairs = linear(stream), token_pairs(n=5, lengths=(6, 7))
     choices: dict[str, Any] = {"ablation": ablation, "stream": stream, "progress": False}
+    choices["masks"] = "frozen" if stream == "ablated" else None
     exact = exact_effects(model, pairs, **choices)
     exists = exact.graph.exists
     assert float(exact.scores[exists].abs().max()) > 0.01
@@ -90,10 +93,10 @@ class SlowScores(SlowRuns):
 
     def scores(self, metric: Any, embeds: list[Tensor | None]) -> dict[Edge, Tensor]:
         """Sum over pairs, mean over the embeddings, for every edge."""
-        live = self.stream == "ablated" and self.gates == "live"
+        live = self.stream == "ablated" and self.masks == "live"
         changes = self.differences(self.stream, self.carried)
         in_clean = self.differences("clean", self.carried_clean) if live else changes
-        masks = None
+        masks: Any = "frozen"
         if self.stream == "ablated" and not live:
             with torch.no_grad(), self.model.ablated(position=-1):
                 _, cache = self.model.run_with_cache(self.clean)
@@ -173,13 +176,13 @@ def test_eap_ig_equals_an_explicit_loop_over_edges_and_points(rule: Rule, ablati
     assert_same(found, slow(model, pairs, shares=points(rule, 2), ablation=ablation))
 
 
-@pytest.mark.parametrize("gates", ["frozen", "live"])
+@pytest.mark.parametrize("masks", ["frozen", "live"])
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_both_equal_their_twins_in_the_ablated_stream(scope: str, gates: str) -> None:
+def test_both_equal_their_twins_in_the_ablated_stream(scope: str, masks: str) -> None:
     model, pairs = gated(scope, **SMALL), token_pairs(n=3)
-    choices: dict[str, Any] = {"stream": "ablated", "gates": gates}
+    choices: dict[str, Any] = {"stream": "ablated", "masks": masks}
     assert_same(eap(model, pairs, **choices, **QUIET), slow(model, pairs, **choices))
-    found = eap_ig(model, pairs, "kl", steps=2, **choices, **QUIET)
+    found = eap_ig(model, pairs, metric="kl", steps=2, **choices, **QUIET)
     assert_same(found, slow(model, pairs, "kl", shares=[0.0, 0.5], **choices))
 
 
@@ -188,8 +191,8 @@ def test_both_equal_their_twins_in_the_ablated_stream(scope: str, gates: str) ->
     [
         (None, {"ablation": "resample"}),
         (None, {"ablation": "mean"}),
-        ("local", {"stream": "ablated", "gates": "frozen", "ablation": "zero"}),
-        ("both", {"stream": "ablated", "gates": "live", "ablation": "resample"}),
+        ("local", {"stream": "ablated", "masks": "frozen", "ablation": "zero"}),
+        ("both", {"stream": "ablated", "masks": "live", "ablation": "resample"}),
     ],
     ids=str,
 )
@@ -199,7 +202,7 @@ def test_passes_by_nodes_equal_passes_under_hooks(
     model = plain(**DOUBLE) if scope is None else gated(scope, **DOUBLE)
     pairs = token_pairs(n=6, lengths=(6, 7, 9))
     fast = eap_ig(model, pairs, steps=3, batch_size=4, **choices, **QUIET)
-    monkeypatch.setattr(attribution, "why_not_by_nodes", lambda model: "the slow twin is asked for")
+    monkeypatch.setattr(Experiment, "why_not_by_nodes", "the slow twin is asked for")
     slow = eap_ig(model, pairs, steps=3, batch_size=4, **choices, **QUIET)
     exists = slow.graph.exists
     assert float(slow.scores[exists].abs().max()) > 1e-3
@@ -209,9 +212,9 @@ def test_passes_by_nodes_equal_passes_under_hooks(
 
 def test_live_gates_add_what_goes_through_the_surrogates() -> None:
     model, pairs = gated(**DOUBLE), token_pairs(n=3)
-    frozen, live = (eap(model, pairs, stream="ablated", gates=g, **QUIET) for g in ("frozen", "live"))
+    frozen, live = (eap(model, pairs, stream="ablated", masks=g, **QUIET) for g in ("frozen", "live"))
     assert (frozen.scores - live.scores).abs().nan_to_num().max() > 1e-3
-    assert (frozen.about["gates"], live.about["gates"]) == ("frozen", "live")
+    assert (frozen.about["masks"], live.about["masks"]) == ("frozen", "live")
 
 
 # -------------------------------------------------------------------------------------------------------------- RelP
@@ -323,7 +326,7 @@ def test_switches_are_put_back_after_an_error() -> None:
         return logits[:, 0]
 
     with pytest.raises(ArithmeticError):
-        eap(model, pairs, broken, **QUIET)
+        eap(model, pairs, metric=broken, **QUIET)
     assert vars(model.cfg) == before
 
 
@@ -331,9 +334,9 @@ def test_result_is_a_circuit_to_choose_from(tmp_path: Any) -> None:
     model, pairs = gated(), token_pairs()
     found = eap_ig(model, pairs, steps=3, stream="ablated", **QUIET)
     assert {
-        name: found.about[name] for name in ("method", "steps", "rule", "stream", "gates", "ablation", "metric")
+        name: found.about[name] for name in ("method", "steps", "rule", "stream", "masks", "ablation", "metric")
     } == {
-        **{"method": "eap_ig", "steps": 3, "rule": "left", "stream": "ablated", "gates": "frozen"},
+        **{"method": "eap-ig", "steps": 3, "rule": "left", "stream": "ablated", "masks": "live"},
         **{"ablation": "resample", "metric": "logit_difference"},
     }
     best = found.keep(5)
@@ -347,12 +350,12 @@ def test_result_is_a_circuit_to_choose_from(tmp_path: Any) -> None:
 
 def test_kl_goes_with_integrated_gradients_alone() -> None:
     model, pairs = plain(), token_pairs()
-    assert float(eap_ig(model, pairs, "kl", steps=2, **QUIET).scores.nan_to_num().abs().max()) > 1e-3
-    assert eap_ig(model, pairs, "kl", steps=2, **QUIET).about["value"] == 0
+    assert float(eap_ig(model, pairs, metric="kl", steps=2, **QUIET).scores.nan_to_num().abs().max()) > 1e-3
+    assert eap_ig(model, pairs, metric="kl", steps=2, **QUIET).about["value"] == 0
     for refused in (
-        lambda: eap(model, pairs, "kl"),
-        lambda: relp(model, pairs, "kl"),
-        lambda: eap_ig(model, pairs, "kl", steps=1, rule="right"),
+        lambda: eap(model, pairs, metric="kl"),
+        lambda: relp(model, pairs, metric="kl"),
+        lambda: eap_ig(model, pairs, metric="kl", steps=1, rule="right"),
     ):
         with pytest.raises(ValueError, match=r"metric='kl' has no gradient at the clean prompt.*logit_difference"):
             refused()
@@ -371,9 +374,9 @@ def test_kl_goes_with_integrated_gradients_alone() -> None:
         (eap, {"metric": lambda logits, pairs: logits[:, 0] * torch.nan}, "gave values that are not finite"),
         (eap, {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
         (eap, {"ablation": "noise"}, "ablation='noise' must be one of"),
-        (eap, {"gates": "frozen"}, "needs stream='ablated'"),
-        (eap, {"stream": "ablated", "gates": "thawed"}, "gates='thawed' must be 'frozen' or 'live'"),
-        (relp, {"stream": "ablated", "gates": "live"}, "gates='live' has no propagation rule"),
+        (eap, {"masks": "frozen"}, "needs stream='ablated'"),
+        (eap, {"stream": "ablated", "masks": "thawed"}, "masks='thawed' must be 'frozen' or 'live'"),
+        (relp, {"stream": "ablated", "masks": "live"}, "masks='live' has no propagation rule"),
     ],
 )
 def test_bad_input_is_refused(method: Any, arguments: dict[str, Any], message: str) -> None:

@@ -10,8 +10,9 @@ import torch
 from micro import gated, plain, token_pairs
 
 from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.metrics import kl, logit_difference, metric_named
+from sa_lens.circuits.metrics import METRICS, kl, logit_difference
 from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
 from sa_lens.circuits.tasks.pairs import PromptPairs
 
@@ -21,22 +22,26 @@ DOUBLE: dict[str, Any] = {**SMALL, "dtype": torch.float64}
 
 def slow(model: Any, pairs: PromptPairs, metric: Any, **choices: Any) -> Circuit:
     """A run of the circuit without each edge in turn."""
-    runner = CircuitRunner(model, pairs, **choices)
+    runner = CircuitRunner(Experiment(model, pairs, **choices))
     full = Circuit.full(runner.graph)
-    whole = runner(full).logits
-    function = metric_named(metric, whole)[1]
+    whole = runner(full.mask)
+    plain_function = METRICS[metric].function if isinstance(metric, str) else metric
+
+    def function(logits: torch.Tensor, pairs: PromptPairs) -> torch.Tensor:
+        return kl(logits, whole) if metric == "kl" else plain_function(logits, pairs)
+
     worse = 1 if metric in ("kl", "answer_rank") else -1
     scores = torch.full_like(full.scores, torch.nan)
     for to, source in runner.graph.exists.nonzero().tolist():
         mask = runner.graph.exists.clone()
         mask[to, source] = False
-        without = function(runner.run(mask).logits, pairs).double().mean()
+        without = function(runner(mask), pairs).double().mean()
         scores[to, source] = worse * (without - function(whole, pairs).double().mean())
     return Circuit(runner.graph, full.mask, scores)
 
 
 def assert_same(model: Any, pairs: PromptPairs, metric: Any, tolerance: float, **choices: Any) -> Circuit:
-    found = exact_effects(model, pairs, metric, progress=False, **choices)
+    found = exact_effects(model, pairs, metric=metric, progress=False, **choices)
     expected = slow(model, pairs, metric, **choices)
     exists = found.graph.exists
     assert bool(found.mask[exists].all())
@@ -65,8 +70,8 @@ def test_equals_runs_without_each_edge(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
 def test_equals_runs_in_the_ablated_stream(scope: str, ablation: str) -> None:
     pairs = token_pairs(n=5, lengths=(6, 8))
-    found = assert_same(gated(scope, **DOUBLE), pairs, "kl", 1e-9, ablation=ablation, stream="ablated")
-    assert (found.about["gates"], found.about["shortcuts"]) == ("frozen", "on")
+    found = assert_same(gated(scope, **DOUBLE), pairs, "kl", 1e-9, ablation=ablation, stream="ablated", masks="frozen")
+    assert (found.about["masks"], found.about["shortcuts"]) == ("frozen", "on")
     assert abs(found.about["value"]) < 1e-12
 
 
@@ -82,10 +87,10 @@ def test_float32_on_prompts_of_several_lengths() -> None:
 def test_live_gates_take_a_pass_for_each_edge_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     model, pairs = gated(**DOUBLE), token_pairs(n=3)
     with caplog.at_level(logging.WARNING):
-        found = assert_same(model, pairs, "logit_difference", 1e-12, stream="ablated", gates="live")
-    assert "live gates" in caplog.text
-    assert "live gates" in found.about["shortcuts"]
-    frozen = exact_effects(model, pairs, stream="ablated", progress=False)
+        found = assert_same(model, pairs, "logit_difference", 1e-12, stream="ablated", masks="live")
+    assert "live masks" in caplog.text
+    assert "live masks" in found.about["shortcuts"]
+    frozen = exact_effects(model, pairs, stream="ablated", masks="frozen", progress=False)
     assert (frozen.scores - found.scores).abs().nan_to_num().max() > 1e-3
 
 
@@ -104,7 +109,7 @@ def test_state_is_left_and_scores_may_be_written_to(tmp_path: Any) -> None:
     again = exact_effects(model, pairs, progress=False)
     assert torch.equal(found.scores.nan_to_num(), again.scores.nan_to_num())
     found.scores[0, 0] = 1.0
-    assert Circuit.load(found.save(tmp_path / "effects.json")).about["method"] == "exact_effects"
+    assert Circuit.load(found.save(tmp_path / "effects.json")).about["method"] == "exact"
     assert len(found.keep(7)) == 7
 
 
@@ -114,7 +119,7 @@ def test_state_is_left_and_scores_may_be_written_to(tmp_path: Any) -> None:
         ({"metric": "likelihood"}, "metric='likelihood' is none of"),
         ({"metric": lambda logits, pairs: kl(logits, logits * torch.nan)}, "gave values that are not finite"),
         ({"ablation": "noise"}, "ablation='noise' must be one of"),
-        ({"gates": "live"}, "needs stream='ablated'"),
+        ({"masks": "live"}, "needs stream='ablated'"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
     ],
 )

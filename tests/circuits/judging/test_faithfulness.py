@@ -14,12 +14,15 @@ from micro import gated, plain, token_pairs
 from sa_lens.circuits.discovery.acdc import acdc
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.judging.completeness import completeness, minimality
-from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness_curve, faithfulness_curves
+from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
 from sa_lens.circuits.judging.faithfulness_curve import curves_table, kl_at_sizes, summary_table
-from sa_lens.circuits.metrics import kl, last_logits, logit_difference
+from sa_lens.circuits.metrics import METRICS, kl, logit_difference
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
+from sa_lens.circuits.running.recorded_passes import last_logits
 
 STRONG, WEAK, HARMFUL = path(0, 0), path(0, 1), path(1, 0)
+
+ANY_GAP = replace(METRICS["logit_difference"], minimum_gap=1e-6)
 
 
 def two_heads():
@@ -44,7 +47,7 @@ def mib_areas(shares, f):
 
 def test_the_curve_of_a_known_circuit() -> None:
     model, pairs, scores = two_heads()
-    curve = faithfulness_curve(model, pairs, scores, order="absolute")
+    curve = faithfulness(model, pairs, scores, order="absolute")
     # 29 edges, rounded down: 0 0 0 0 0 1 2 5 14 29
     assert [p.edges for p in curve.points] == [0, 0, 0, 0, 0, 1, 2, 5, 14, 29]
     assert [p.share for p in curve.points] == list(MIB_SIZES)
@@ -62,28 +65,28 @@ def test_the_curve_of_a_known_circuit() -> None:
 
 def test_only_edges_on_a_whole_path_are_connected() -> None:
     model, pairs, scores = two_heads()
-    curve = faithfulness_curve(model, pairs, scores, sizes=[1, 2, 3, 4], order="signed", levels=())
+    curve = faithfulness(model, pairs, scores, sizes=[1, 2, 3, 4], order="signed", levels=())
     assert [p.connected for p in curve.points] == [0, 2, 2, 4]
 
 
 def test_harmful_edges_come_last_when_signed_and_early_when_absolute() -> None:
     model = known_model({(0, 0): 3.0, (0, 1): 1.0, (1, 0): -1.0})
     scores = dict(zip((*STRONG, *HARMFUL, *WEAK), (10.0, 9.0, -8.0, -7.0, 6.0, 5.0), strict=True))
-    curve = faithfulness_curve(model, known_pairs(), ranking(Graph.from_model(model), scores))
+    curve = faithfulness(model, known_pairs(), ranking(Graph.from_model(model), scores))
     found = {o: [p.f.mean for p in curve.points if p.order == o] for o in ("absolute", "signed")}
     assert found["absolute"] == pytest.approx([0, 0, 0, 0, 0, 0, 1, 2 / 3, 1, 1], abs=1e-6)
     assert found["signed"] == pytest.approx([0, 0, 0, 0, 0, 0, 1, 4 / 3, 4 / 3, 1], abs=1e-6)
     assert curve.cpr.mean == pytest.approx(mib_areas(MIB_SIZES, found["signed"])[0], abs=1e-6)
     assert curve.cmd.mean == pytest.approx(mib_areas(MIB_SIZES, found["absolute"])[1], abs=1e-6)
     for order in ("absolute", "signed"):
-        one = faithfulness_curve(model, known_pairs(), ranking(Graph.from_model(model), scores), order=order)
+        one = faithfulness(model, known_pairs(), ranking(Graph.from_model(model), scores), order=order)
         areas = mib_areas(MIB_SIZES, found[order])
         assert (one.cpr.mean, one.cmd.mean) == pytest.approx(areas, abs=1e-6)
 
 
 def test_edges_needed() -> None:
     model, pairs, scores = two_heads()
-    curve = faithfulness_curve(model, pairs, scores, sizes=[1], levels=(0.7, 0.9))
+    curve = faithfulness(model, pairs, scores, sizes=[1], levels=(0.7, 0.9))
     # 0.7: sizes 1, 2 are tried; 0.9: 1, 2, 4, 3
     strong, both = curve.edges_for(0.7), curve.edges_for(0.9)
     assert (strong.edges, strong.connected, strong.tried) == (2, 2, 2)
@@ -102,7 +105,7 @@ def test_the_search_finds_the_smallest_size_where_f_only_rises() -> None:
         order = [*STRONG, WEAK[0], *others]
         order.insert(place - 1, WEAK[1])
         scores = Circuit.of(graph, {edge: 100.0 - i for i, edge in enumerate(order)})
-        curve = faithfulness_curve(model, pairs, scores, sizes=[1])
+        curve = faithfulness(model, pairs, scores, sizes=[1])
         assert curve.edges_for(0.9).edges == place
 
 
@@ -110,7 +113,7 @@ def test_the_search_finds_the_smallest_size_where_f_only_rises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stream", "gates", "ablation", "prune"),
+    ("stream", "masks", "ablation", "prune"),
     [
         ("clean", None, "resample", True),
         ("clean", None, "zero", False),
@@ -120,18 +123,18 @@ def test_the_search_finds_the_smallest_size_where_f_only_rises() -> None:
         ("ablated", "live", "resample", False),
     ],
 )
-def test_every_size_equals_a_run_of_its_own(stream, gates, ablation, prune) -> None:
+def test_every_size_equals_a_run_of_its_own(stream, masks, ablation, prune) -> None:
     model, pairs = gated(), token_pairs(n=6, lengths=(6, 8))
     graph = Graph.from_model(model)
     scores = random_ranking(graph)
-    curve = faithfulness_curve(
-        model, pairs, scores, sizes=[0.05, 0.3, 0.6, 1.0, 17], stream=stream, gates=gates, ablation=ablation,
-        prune=prune, levels=(), batch_size=4, minimum_gap=1e-6,
+    curve = faithfulness(
+        model, pairs, scores, sizes=[0.05, 0.3, 0.6, 1.0, 17], stream=stream, masks=masks, ablation=ablation,
+        prune=prune, levels=(), batch_size=4, metric=ANY_GAP,
     )  # fmt: skip
-    assert curve.about["gates"] == (gates or "none")
+    assert curve.about["masks"] == (masks or "none")
 
     def run(circuit: Circuit) -> torch.Tensor:
-        return run_circuit(model, pairs, circuit, ablation, stream, gates).logits
+        return run_circuit(model, pairs, circuit, ablation=ablation, stream=stream, masks=masks)
 
     reference = last_logits(model, pairs, stream)
     clean, empty = (float(logit_difference(x, pairs).mean()) for x in (reference, run(Circuit.of(graph))))
@@ -150,24 +153,24 @@ def test_what_frozen_masks_bring_without_any_edge_is_told() -> None:
     model, pairs = gated(), token_pairs(n=6, lengths=(6, 8))
     graph = Graph.from_model(model)
     scores = random_ranking(graph)
-    options = {"stream": "ablated", "levels": (), "minimum_gap": 1e-6}
-    frozen, live = (faithfulness_curve(model, pairs, scores, gates=gates, **options) for gates in ("frozen", "live"))
+    options = {"stream": "ablated", "levels": (), "metric": ANY_GAP}
+    frozen, live = (faithfulness(model, pairs, scores, masks=masks, **options) for masks in ("frozen", "live"))
     without = Circuit.of(graph, [edge for edge in graph.edges if str(edge.source) != "embed"])
-    value = float(logit_difference(run_circuit(model, pairs, without, stream="ablated").logits, pairs).mean())
+    value = float(logit_difference(run_circuit(model, pairs, without, stream="ablated", masks="frozen"), pairs).mean())
     expected = (value - frozen.empty.mean) / (frozen.clean.mean - frozen.empty.mean)
     assert abs(expected) > 0.05
     assert frozen.about["masks_alone"] == pytest.approx(expected, abs=1e-4)
     assert any("masks of the clean prompt" in warning for warning in frozen.warnings) == (expected > 0)
     # live gates choose from what the edges bring: nothing
     assert math.isnan(live.about["masks_alone"])
-    logits = [run_circuit(model, pairs, c, "resample", "ablated", "live").logits for c in (without, Circuit.of(graph))]
+    logits = [run_circuit(model, pairs, c, stream="ablated", masks="live") for c in (without, Circuit.of(graph))]
     torch.testing.assert_close(*logits)
 
 
 def test_pruning_changes_nothing_with_resampling_in_the_clean_stream() -> None:
     model, pairs = plain(), token_pairs()
     scores = random_ranking(Graph.from_model(model))
-    curves = [faithfulness_curve(model, pairs, scores, prune=p, minimum_gap=1e-3, levels=()) for p in (True, False)]
+    curves = [faithfulness(model, pairs, scores, prune=p, metric=ANY_GAP, levels=()) for p in (True, False)]
     first, second = ([p.f.mean for p in c.points] for c in curves)
     assert first == pytest.approx(second, abs=1e-4)
 
@@ -176,30 +179,30 @@ def test_intervals_are_those_of_resampled_prompts() -> None:
     model, pairs = plain(), token_pairs(n=12)
     graph = Graph.from_model(model)
     scores = random_ranking(graph)
-    options = {"order": "signed", "levels": (), "resamples": 300, "seed": 5, "level": 0.8, "minimum_gap": 1e-3}
-    curve = faithfulness_curve(model, pairs, scores, **options)
+    options = {"order": "signed", "levels": (), "seed": 5, "metric": ANY_GAP}
+    curve = faithfulness(model, pairs, scores, **options)
     runs = [last_logits(model, pairs), last_logits(model, pairs, prompt="corrupt")]
-    runs += [run_circuit(model, pairs, scores.keep(p.edges, absolute=False)).logits for p in curve.points]
+    runs += [run_circuit(model, pairs, scores.keep(p.edges, absolute=False)) for p in curve.points]
     clean, empty, *found = (logit_difference(x, pairs).double().numpy() for x in runs)
     f, cpr, cmd = [], [], []
-    for counts in np.random.default_rng(5).multinomial(12, [1 / 12] * 12, size=300):
+    for counts in np.random.default_rng(5).multinomial(12, [1 / 12] * 12, size=2000):
         rows = np.repeat(np.arange(12), counts)
         f.append([(x[rows].mean() - empty[rows].mean()) / (clean[rows].mean() - empty[rows].mean()) for x in found])
         areas = mib_areas(MIB_SIZES, f[-1])
         cpr.append(areas[0])
         cmd.append(areas[1])
     for i, point in enumerate(curve.points):
-        assert point.f[1:] == pytest.approx(np.quantile([x[i] for x in f], [0.1, 0.9]), rel=1e-3, abs=1e-4)
-    assert curve.cpr[1:] == pytest.approx(np.quantile(cpr, [0.1, 0.9]), rel=1e-3, abs=1e-4)
-    assert curve.cmd[1:] == pytest.approx(np.quantile(cmd, [0.1, 0.9]), rel=1e-3, abs=1e-4)
-    again = faithfulness_curve(model, pairs, scores, **options)
+        assert point.f[1:] == pytest.approx(np.quantile([x[i] for x in f], [0.025, 0.975]), rel=1e-3, abs=1e-4)
+    assert curve.cpr[1:] == pytest.approx(np.quantile(cpr, [0.025, 0.975]), rel=1e-3, abs=1e-4)
+    assert curve.cmd[1:] == pytest.approx(np.quantile(cmd, [0.025, 0.975]), rel=1e-3, abs=1e-4)
+    again = faithfulness(model, pairs, scores, **options)
     assert again == curve
-    assert faithfulness_curve(model, pairs, scores, **{**options, "seed": 6}).cpr != curve.cpr
+    assert faithfulness(model, pairs, scores, **{**options, "seed": 6}).cpr != curve.cpr
 
 
 def test_kl_as_the_metric_falls_from_the_empty_circuit_to_zero() -> None:
     model, pairs = plain(), token_pairs()
-    curve = faithfulness_curve(model, pairs, random_ranking(Graph.from_model(model)), metric="kl", levels=())
+    curve = faithfulness(model, pairs, random_ranking(Graph.from_model(model)), metric="kl", levels=())
     assert curve.clean.mean == pytest.approx(0, abs=1e-6)
     for point in curve.points:
         assert point.value == point.kl
@@ -211,32 +214,33 @@ def test_kl_as_the_metric_falls_from_the_empty_circuit_to_zero() -> None:
 
 def test_what_acdc_found_is_measured_as_it_is() -> None:
     model, pairs, _ = two_heads()
-    result = acdc(model, pairs, 0.01, "logit_difference", progress=False)
+    result = acdc(model, pairs, 0.01, metric="logit_difference", progress=False)
     assert {str(e) for e in result.circuit} == {*STRONG, *WEAK}
-    curve = faithfulness_curve(model, pairs, result)
+    curve = faithfulness(model, pairs, result)
     (point,) = curve.points
     assert (point.order, point.edges, point.connected, point.area) == ("given", 4, 4, False)
     assert point.f.mean == pytest.approx(1, abs=1e-6)
     assert math.isnan(curve.cpr.mean)
     assert curve.needed == ()
     some = [Circuit.of(result.circuit.graph, STRONG), result]
-    assert [p.f.mean for p in faithfulness_curve(model, pairs, some).points] == pytest.approx([0.75, 1], abs=1e-6)
+    assert [p.f.mean for p in faithfulness(model, pairs, some).points] == pytest.approx([0.75, 1], abs=1e-6)
 
 
 def test_counts_are_measured_but_stay_out_of_the_areas() -> None:
     model, pairs, scores = two_heads()
-    bare, more = (faithfulness_curve(model, pairs, scores, sizes=s) for s in (MIB_SIZES, (*MIB_SIZES, 3, 1)))
+    bare, more = (faithfulness(model, pairs, scores, sizes=s) for s in (MIB_SIZES, (*MIB_SIZES, 3, 1)))
     assert (bare.cpr, bare.cmd) == (more.cpr, more.cmd)
     assert len(more.points) == len(bare.points) + 4
 
 
 def test_tables_of_several_rankings_at_matched_sizes() -> None:
     model, pairs, scores = two_heads()
-    found = acdc(model, pairs, 0.01, "logit_difference", progress=False)
-    curves = faithfulness_curves(
-        model, pairs, {"known": scores, "random": random_ranking(scores.graph), "acdc": found}, sizes=[4, 0.5, 1.0]
-    )
-    assert curves["known"] == faithfulness_curve(model, pairs, scores, sizes=[4, 0.5, 1.0])
+    found = acdc(model, pairs, 0.01, metric="logit_difference", progress=False)
+    curves = {
+        name: faithfulness(model, pairs, ranking, sizes=[4, 0.5, 1.0])
+        for name, ranking in {"known": scores, "random": random_ranking(scores.graph), "acdc": found}.items()
+    }
+    assert curves["known"] == faithfulness(model, pairs, scores, sizes=[4, 0.5, 1.0])
     table = curves_table(curves)
     assert table["ranking"].tolist() == ["known"] * 6 + ["random"] * 6 + ["acdc"]
     wide = kl_at_sizes(curves)
@@ -256,13 +260,13 @@ def test_tables_of_several_rankings_at_matched_sizes() -> None:
 def test_a_task_that_the_model_cannot_do_carries_a_warning() -> None:
     model, pairs, scores = two_heads()
     swapped = replace(pairs, answers=pairs.wrong_answers, wrong_answers=pairs.answers)
-    curve = faithfulness_curve(model, swapped, scores, sizes=[4])
+    curve = faithfulness(model, swapped, scores, sizes=[4])
     assert "does not do random tokens: pair accuracy 0.00" in curve.warnings[0]
     assert not curve.table()["able"].any()
     # the two halves cancel but for a little, so the gap's interval holds 0
     half = torch.tensor([0, 1, 2, 3])
     both = replace(pairs, answers=1 + half % 2, wrong_answers=2 - half % 2)
-    assert "not told apart from 0" in faithfulness_curve(model, both, scores, sizes=[4]).warnings[1]
+    assert "not told apart from 0" in faithfulness(model, both, scores, sizes=[4]).warnings[1]
 
 
 # ------------------------------------------------------------------------------------- completeness, minimality
@@ -285,11 +289,18 @@ def test_greedy_takes_the_worst_element() -> None:
     model, pairs = plain(), token_pairs()
     circuit = random_ranking(Graph.from_model(model), 2).keep(20)
     found = completeness(
-        model, pairs, circuit, subsets=0, steps=1, candidates=20, metric="kl", minimum_gap=1e-3, progress=False
+        model,
+        pairs,
+        circuit,
+        subsets=0,
+        steps=1,
+        candidates=20,
+        metric=replace(METRICS["kl"], minimum_gap=1e-3),
+        progress=False,
     )
 
     def value(mask: torch.Tensor) -> float:
-        run = run_circuit(model, pairs, replace(circuit, mask=mask)).logits
+        run = run_circuit(model, pairs, replace(circuit, mask=mask))
         return float(kl(run, last_logits(model, pairs)).mean())
 
     apart = []
@@ -323,11 +334,11 @@ def test_minimality_of_a_known_circuit() -> None:
 def test_a_gap_that_is_too_small_is_refused() -> None:
     model, pairs, scores = two_heads()
     same = replace(pairs, corrupt=pairs.clean)
-    for call in (faithfulness_curve, minimality, completeness):
+    for call in (faithfulness, minimality, completeness):
         with pytest.raises(ValueError, match=r"a difference of 0, below minimum_gap=0.1, .* Choose a task"):
             call(model, same, scores)
     with pytest.raises(ValueError, match=r"below minimum_gap=3"):
-        faithfulness_curve(model, pairs, scores, minimum_gap=3.0)
+        faithfulness(model, pairs, scores, metric=replace(METRICS["logit_difference"], minimum_gap=3.0))
 
 
 @pytest.mark.parametrize(
@@ -340,31 +351,29 @@ def test_a_gap_that_is_too_small_is_refused() -> None:
         ({"sizes": [-1]}, "floats in"),
         ({"sizes": [30]}, "the graph has 29 edges"),
         ({"levels": (1.0,)}, "above 0 and below 1"),
-        ({"level": 1.0}, r"level in \(0, 1\)"),
-        ({"resamples": 0}, "at least one resample"),
-        ({"minimum_gap": 0.0}, "must be above 0"),
+        ({"metric": replace(METRICS["kl"], minimum_gap=0.0)}, "must be above 0"),
         ({"metric": "skill"}, "is none of"),
         ({"metric": lambda logits, pairs: logits}, "for 4 pairs: it must give one finite value for each"),
         ({"ablation": "noise"}, "must be one of"),
         ({"stream": "ablated"}, "needs gates"),
-        ({"gates": "live"}, "gates do not act in the clean stream"),
+        ({"masks": "live"}, "gates do not act in the clean stream"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
     model, pairs, scores = two_heads()
     with pytest.raises(ValueError, match=message):
-        faithfulness_curve(model, pairs, scores, **options)
+        faithfulness(model, pairs, scores, **options)
 
 
 def test_bad_circuits_are_refused() -> None:
     model, pairs, scores = two_heads()
     bare = Circuit.of(scores.graph, STRONG)
     with pytest.raises(ValueError, match=r"29 of 29 edges have no score.*\[circuit\]"):
-        faithfulness_curve(model, pairs, bare)
-    with pytest.raises(ValueError, match=r"other: .* does not fit this model"):
-        faithfulness_curves(model, pairs, {"this": scores, "other": [Circuit.full(Graph(3, 2))]})
+        faithfulness(model, pairs, bare)
+    with pytest.raises(ValueError, match=r"does not fit this model"):
+        faithfulness(model, pairs, [Circuit.full(Graph(3, 2))])
     with pytest.raises(ValueError, match="no circuit given"):
-        faithfulness_curve(model, pairs, [])
+        faithfulness(model, pairs, [])
     for call in (completeness, minimality):
         with pytest.raises(ValueError, match="no edges to take out"):
             call(model, pairs, Circuit.of(scores.graph))
@@ -372,7 +381,7 @@ def test_bad_circuits_are_refused() -> None:
             call(model, pairs, bare, by="heads")
         with pytest.raises(ValueError, match="does not fit"):
             call(model, pairs, Circuit.full(Graph(3, 2)))
-    for options in ({"share": 1.0}, {"subsets": -1}, {"steps": 0}, {"candidates": 0}):
+    for options in ({"subsets": -1}, {"steps": -1}, {"candidates": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             completeness(model, pairs, bare, **options)
 

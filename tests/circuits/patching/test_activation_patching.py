@@ -10,9 +10,10 @@ from micro import plain, token_pairs
 from transformer_lens import patching as tl
 
 from sa_lens.circuits import tasks
-from sa_lens.circuits.metrics import kl, last_logits, logit_difference
+from sa_lens.circuits.metrics import kl, logit_difference
 from sa_lens.circuits.patching.activation_patching import COLUMNS, KINDS, patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
+from sa_lens.circuits.running.recorded_passes import last_logits
 from sa_lens.core.host import in_stream
 
 STREAMS = ["clean", "ablated"]
@@ -43,7 +44,8 @@ def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
         with torch.no_grad(), in_stream(model, stream, position=-1):
             _, cache = model.run_with_cache(source)
             expected = theirs(model, base, cache, metric)
-        table = patch(model, even_pairs, what, stream, direction=direction, positions=positions)
+        masks = "frozen" if stream == "ablated" else None
+        table = patch(model, even_pairs, what, stream=stream, masks=masks, direction=direction, positions=positions)
         close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
 
 
@@ -126,7 +128,7 @@ def alone(model, five_pairs):
     ]
 
 
-def by_loop(model, pair, alone, hook_name, index, stream, direction, gates, metric):
+def by_loop(model, pair, alone, hook_name, index, stream, direction, choice, metric):
     """One prompt, one patch, by ordinary passes and hooks. `index` selects within `[batch, pos, ...]`.
 
     The ablated stream is an ordinary pass whose last position is masked; what the gates choose comes from a pass
@@ -153,7 +155,7 @@ def by_loop(model, pair, alone, hook_name, index, stream, direction, gates, metr
             logits, _ = plain_pass(model, base.tokens, masking(model, masks))
         else:
             masks = base.masks
-            if gates == "live":
+            if choice == "live":
                 _, before = plain_pass(model, base.tokens, putting(source.plain[1]))
                 masks = chosen_masks(model, before)
             logits, _ = plain_pass(model, base.tokens, masking(model, masks) + putting(source.masked[1]))
@@ -163,21 +165,23 @@ def by_loop(model, pair, alone, hook_name, index, stream, direction, gates, metr
 
 
 CASES = [
-    (what, stream, gates)
+    (what, stream, masks)
     for what, kind in KINDS.items()
-    for stream, gates in (("clean", None), ("ablated", "frozen"), ("ablated", "live"))
+    for stream, masks in (("clean", None), ("ablated", "frozen"), ("ablated", "live"))
     if stream == "ablated" or not kind.mask
 ]
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize(("what", "stream", "gates"), CASES)
-def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates, direction, model, five_pairs, alone):
+@pytest.mark.parametrize(("what", "stream", "masks"), CASES)
+def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, masks, direction, model, five_pairs, alone):
     metric = "kl" if direction == "noise" else "logit_difference"
     options = {"top_n": 5} if KINDS[what].many else {}
     pairs = five_pairs
     # passes of 4 prompts hold several patches of a small group
-    table = patch(model, pairs, what, stream, direction=direction, metric=metric, gates=gates, batch_size=4, **options)
+    table = patch(
+        model, pairs, what, stream=stream, direction=direction, metric=metric, masks=masks, batch_size=4, **options
+    )
     assert tuple(table.columns) == COLUMNS
     # the last row is at the end, where the masks act
     picked = table.iloc[sorted({*range(0, len(table), max(1, len(table) // 2)), len(table) - 1})]
@@ -191,16 +195,16 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, gates,
             index = (slice(None), where, *unit)
             pair = pairs.subset([i])
             values.append(
-                by_loop(model, pair, alone[i], hook_name, index, stream, direction, gates or "frozen", metric)
+                by_loop(model, pair, alone[i], hook_name, index, stream, direction, masks or "frozen", metric)
             )
         close(row["value"], sum(values) / len(values))
 
 
-@pytest.mark.parametrize(("what", "stream", "gates"), CASES)
-def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, gates, model, pairs):
+@pytest.mark.parametrize(("what", "stream", "masks"), CASES)
+def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, masks, model, pairs):
     pairs = replace(pairs, corrupt=pairs.clean)
     for positions in [None] if KINDS[what].mask else ["named", "all"]:
-        table = patch(model, pairs, what, stream, gates=gates, positions=positions)
+        table = patch(model, pairs, what, stream=stream, masks=masks, positions=positions)
         close(table["value"], table["clean"])
         assert table["normalised"].isna().all()
 
@@ -209,8 +213,8 @@ def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, gates, model,
 def test_patching_the_whole_residual_stream_gives_the_other_prompt(stream, model, pairs):
     for direction, reached in (("denoise", "clean"), ("noise", "corrupt")):
         # with live gates the masks come over with the residual stream; frozen ones stay
-        gates = None if stream == "clean" else "live"
-        table = patch(model, pairs, "resid_pre", stream, direction=direction, positions="all", gates=gates)
+        masks = None if stream == "clean" else "live"
+        table = patch(model, pairs, "resid_pre", stream=stream, direction=direction, positions="all", masks=masks)
         close(table["value"], table[reached])
         close(table["normalised"], [1.0, 1.0])
         for prompt in ("clean", "corrupt"):
@@ -219,22 +223,22 @@ def test_patching_the_whole_residual_stream_gives_the_other_prompt(stream, model
 
 
 def test_patching_what_comes_too_late_changes_nothing(model, pairs):
-    table = patch(model, pairs, "mlp_out", "ablated", layers=[1], positions=["S2"])
+    table = patch(model, pairs, "mlp_out", stream="ablated", layers=[1], positions=["S2"])
     close(table["value"], table["corrupt"])
     close(table["normalised"], [0.0])
 
 
 def test_masks_are_patched_alike_under_frozen_and_live_gates(model, pairs):
     for what in ("mask_attn", "mask_mlp_units"):
-        frozen, live = (patch(model, pairs, what, "ablated", gates=gates) for gates in ("frozen", "live"))
+        frozen, live = (patch(model, pairs, what, stream="ablated", masks=masks) for masks in ("frozen", "live"))
         close(live["value"], frozen["value"])
 
 
 def test_frozen_and_live_gates_differ(model, pairs):
-    frozen, live = (patch(model, pairs, "resid_pre", "ablated", gates=gates) for gates in ("frozen", "live"))
+    frozen, live = (patch(model, pairs, "resid_pre", stream="ablated", masks=masks) for masks in ("frozen", "live"))
     assert (frozen["value"] - live["value"]).abs().max() > 1e-3
-    assert frozen["gates"].unique() == ["frozen"]
-    assert live["gates"].unique() == ["live"]
+    assert frozen["masks"].unique() == ["frozen"]
+    assert live["masks"].unique() == ["live"]
 
 
 def test_a_mask_that_is_the_same_in_both_prompts_has_no_effect(model, pairs):
@@ -244,7 +248,7 @@ def test_a_mask_that_is_the_same_in_both_prompts_has_no_effect(model, pairs):
         masks["corrupt"].append(model.run_streams(group.corrupt).mask_attn[:, :, -1])
     same = (torch.cat(masks["clean"], 1) == torch.cat(masks["corrupt"], 1)).all(1)
     for what, unchanged in (("mask_heads", same.all(-1)), ("mask_attn_units", same)):
-        table = patch(model, pairs, what, "ablated", **({"top_n": "all"} if what == "mask_attn_units" else {}))
+        table = patch(model, pairs, what, stream="ablated", **({"top_n": "all"} if what == "mask_attn_units" else {}))
         effect = torch.tensor((table["value"] - table["corrupt"]).to_numpy(copy=True)).reshape(unchanged.shape)
         assert (effect[unchanged].abs() < 1e-6).all()
         assert (effect.abs() > 1e-3).any()
@@ -288,7 +292,7 @@ def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
     assert named["position"].tolist() == ["IO", "S1", "S2", "end"] * 2
     # a token is named where all prompts have the same one: names differ, and so do these prompts' last words
     assert named["token"].tolist() == [""] * 8
-    alike = tasks.ioi(tokenizer, 6, seed=1, world="stories", templates=["go-give"])
+    alike = tasks.ioi(tokenizer, 6, seed=1, words="stories", templates=["go-give"])
     assert patch(model, alike, "resid_pre")["token"].tolist() == ["", "", "", " to"] * 2
     each = patch(model, even_pairs, "resid_pre", positions="each")
     assert each["position"].tolist() == list(range(17)) * 2
@@ -318,7 +322,7 @@ def test_plain_hooked_transformer(model, pairs):
 
 
 def test_gradients_and_hooks_are_left_as_found(model, pairs):
-    patch(model, pairs, "neurons", "ablated", top_n=3)
+    patch(model, pairs, "neurons", stream="ablated", top_n=3)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
@@ -328,8 +332,8 @@ def test_gradients_and_hooks_are_left_as_found(model, pairs):
     [
         ({"what": "residual"}, "what='residual' is none of resid_pre"),
         ({"what": "mask_attn"}, "needs stream='ablated'"),
-        ({"gates": "live"}, "gates='live' needs stream='ablated'"),
-        ({"gates": "melted", "stream": "ablated"}, "gates='melted'"),
+        ({"masks": "live"}, "masks='live' needs stream='ablated'"),
+        ({"masks": "melted", "stream": "ablated"}, "masks='melted'"),
         ({"stream": "muddy"}, "stream='muddy'"),
         ({"direction": "up"}, "direction='up'"),
         ({"metric": "loss"}, "metric='loss'"),

@@ -43,6 +43,7 @@ def test_estimate_of_a_node_is_the_sum_over_its_edges(stream: str, ablation: str
     """Up to the sign: edges score the fall of the metric, nodes its change."""
     model, pairs = gated(**DOUBLE), token_pairs(n=5, lengths=(6, 7))
     choices: dict[str, Any] = {"stream": stream, "ablation": ablation, "progress": False}
+    choices["masks"] = "frozen" if stream == "ablated" else None
     by_edge = eap(model, pairs, **choices)
     sums = -by_edge.scores.nan_to_num().sum(0)
     for row in attribute_nodes(model, pairs, "heads", **choices).itertuples():
@@ -71,7 +72,8 @@ def test_effects_are_those_of_patching(what: str, theirs: str, stream: str) -> N
     model, pairs = gated(**DOUBLE), token_pairs(n=3, lengths=(6, 7))
     found = attribute_nodes(model, pairs, what, exact="all", stream=stream, batch_size=5, **QUIET)
     top: dict[str, Any] = {"top_n": "all"} if what == "neurons" else {}
-    expected = patch(model, pairs, theirs, stream, direction="noise", positions="all", **top, **QUIET)
+    top["masks"] = "frozen" if stream == "ablated" else None
+    expected = patch(model, pairs, theirs, stream=stream, direction="noise", positions="all", **top, **QUIET)
     close(found["effect"], expected["value"] - expected["clean"])
     close(found["value"], expected["clean"])
 
@@ -129,7 +131,7 @@ def test_leaves_the_model_as_it_was(stream: str) -> None:
         ({"metric": "pair_accuracy"}, "'pair_accuracy' has no gradient"),
         ({"exact": -1}, "exact=-1 must be a number of units"),
         ({"exact": "some"}, "exact='some' must be a number of units"),
-        ({"stream": "ablated", "gates": "live"}, r"gates='live' has no first-order estimate.*patch"),
+        ({"stream": "ablated", "masks": "live"}, r"masks='live' has no first-order estimate.*patch"),
         ({"by_position": True}, "by_position=True needs prompts of one length, these have 6, 7 tokens"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
         ({"ablation": "noise"}, "ablation='noise' must be one of"),

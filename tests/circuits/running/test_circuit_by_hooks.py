@@ -7,9 +7,10 @@ import torch
 from micro import gated, plain, token_pairs
 from twins import SlowRuns
 
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Circuit, Graph
-from sa_lens.circuits.metrics import last_logits
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
+from sa_lens.circuits.running.recorded_passes import last_logits
 
 MODELS = {
     "layernorm": lambda: plain(),
@@ -30,17 +31,17 @@ def random_circuit(graph: Graph, share: float, seed: int = 0) -> Circuit:
     return Circuit.of(graph, [e for e in graph.edges if float(torch.rand((), generator=generator)) < share])
 
 
-def compare(model, ablation: str, stream: str, gates: str | None) -> None:
+def compare(model, ablation: str, stream: str, masks: str | None) -> None:
     pairs = token_pairs()
-    slow = SlowRuns(model, pairs.clean, pairs.corrupt, ablation=ablation, stream=stream, gates=gates or "frozen")
+    slow = SlowRuns(model, pairs.clean, pairs.corrupt, ablation=ablation, stream=stream, masks=masks or "frozen")
     graph = Graph.from_model(model)
     for share in (0.2, 0.7):
         circuit = random_circuit(graph, share)
-        found = run_circuit(model, pairs, circuit, ablation, stream, gates)
-        assert (found.ablation, found.stream) == (ablation, stream)
-        assert found.gates == ("none" if stream == "clean" else gates)
+        exp = Experiment(model, pairs, ablation=ablation, stream=stream, masks=masks)
+        logits = run_circuit(exp, circuit)
+        assert exp.about["masks"] == ("none" if stream == "clean" else masks)
         expected = slow.logits(set(graph.edges) - set(circuit))
-        assert (found.logits - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+        assert (logits - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,43 +51,41 @@ def test_equals_plain_hooks_in_the_clean_stream(name: str, ablation: str) -> Non
 
 
 @pytest.mark.parametrize("scope", ["local", "global", "both"])
-@pytest.mark.parametrize("gates", ["frozen", "live"])
+@pytest.mark.parametrize("masks", ["frozen", "live"])
 @pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
-def test_equals_plain_hooks_in_the_ablated_stream(scope: str, gates: str, ablation: str) -> None:
-    compare(gated(scope), ablation, "ablated", gates)
+def test_equals_plain_hooks_in_the_ablated_stream(scope: str, masks: str, ablation: str) -> None:
+    compare(gated(scope), ablation, "ablated", masks)
 
 
 def test_frozen_and_live_gates_differ_for_a_part_but_not_for_the_whole() -> None:
     model, pairs = gated(), token_pairs()
     graph = Graph.from_model(model)
     some = random_circuit(graph, 0.5)
-    frozen, live = (run_circuit(model, pairs, some, stream="ablated", gates=g).logits for g in ("frozen", "live"))
+    frozen, live = (run_circuit(model, pairs, some, stream="ablated", masks=g) for g in ("frozen", "live"))
     assert (frozen - live).abs().max() > 1e-3
-    whole = [
-        run_circuit(model, pairs, Circuit.full(graph), stream="ablated", gates=g).logits for g in ("frozen", "live")
-    ]
+    whole = [run_circuit(model, pairs, Circuit.full(graph), stream="ablated", masks=g) for g in ("frozen", "live")]
     assert torch.allclose(*whole, atol=1e-6)
 
 
-@pytest.mark.parametrize(("stream", "gates"), [("clean", None), ("ablated", "frozen"), ("ablated", "live")])
-def test_full_is_the_clean_run_and_empty_the_corrupt_run(stream: str, gates: str | None) -> None:
+@pytest.mark.parametrize(("stream", "masks"), [("clean", None), ("ablated", "frozen"), ("ablated", "live")])
+def test_full_is_the_clean_run_and_empty_the_corrupt_run(stream: str, masks: str | None) -> None:
     model, pairs = gated(dtype=torch.float64), token_pairs(n=7, lengths=(6, 9))
     graph = Graph.from_model(model)
-    full = run_circuit(model, pairs, Circuit.full(graph), stream=stream, gates=gates, batch_size=3)
-    assert torch.allclose(full.logits, last_logits(model, pairs, stream), atol=1e-10)
-    empty = run_circuit(model, pairs, Circuit.of(graph), stream=stream, gates=gates, batch_size=3)
-    assert torch.allclose(empty.logits, last_logits(model, pairs, stream, "corrupt"), atol=1e-10)
+    full = run_circuit(model, pairs, Circuit.full(graph), stream=stream, masks=masks, batch_size=3)
+    assert torch.allclose(full, last_logits(model, pairs, stream), atol=1e-10)
+    empty = run_circuit(model, pairs, Circuit.of(graph), stream=stream, masks=masks, batch_size=3)
+    assert torch.allclose(empty, last_logits(model, pairs, stream, "corrupt"), atol=1e-10)
 
 
 def test_batches_and_lengths_do_not_matter() -> None:
     model, pairs = gated(), token_pairs(n=9, lengths=(6, 8, 9))
     circuit = random_circuit(Graph.from_model(model), 0.5)
     for ablation in ("resample", "mean"):
-        whole = run_circuit(model, pairs, circuit, ablation, "ablated").logits
-        parts = run_circuit(model, pairs, circuit, ablation, "ablated", batch_size=2).logits
+        whole = run_circuit(model, pairs, circuit, ablation=ablation, stream="ablated")
+        parts = run_circuit(model, pairs, circuit, ablation=ablation, stream="ablated", batch_size=2)
         assert torch.allclose(whole, parts, atol=1e-5)
-    alone = torch.cat([run_circuit(model, pairs.subset([i]), circuit, stream="ablated").logits for i in range(9)])
-    assert torch.allclose(run_circuit(model, pairs, circuit, stream="ablated").logits, alone, atol=1e-5)
+    alone = torch.cat([run_circuit(model, pairs.subset([i]), circuit, stream="ablated") for i in range(9)])
+    assert torch.allclose(run_circuit(model, pairs, circuit, stream="ablated"), alone, atol=1e-5)
 
 
 def test_switches_are_put_back_also_after_an_error() -> None:
@@ -105,8 +104,8 @@ def test_switches_are_put_back_also_after_an_error() -> None:
     [
         ({"ablation": "noise"}, "must be one of"),
         ({"stream": "both"}, "must be 'clean' or 'ablated'"),
-        ({"gates": "live"}, "needs stream='ablated'"),
-        ({"stream": "ablated", "gates": "thawed"}, "must be 'frozen' or 'live'"),
+        ({"masks": "live"}, "needs stream='ablated'"),
+        ({"stream": "ablated", "masks": "thawed"}, "must be 'frozen' or 'live'"),
     ],
 )
 def test_bad_choices_are_refused(arguments: dict, message: str) -> None:

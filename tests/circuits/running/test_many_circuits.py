@@ -8,6 +8,7 @@ import pytest
 import torch
 from micro import gated, plain, token_pairs
 
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
 from sa_lens.circuits.running.many_circuits import CircuitLogits
 
@@ -36,17 +37,17 @@ def circuits(runner: CircuitRunner) -> list[torch.Tensor]:
     return [exists & False, exists, no_embedding, *nested, *others]
 
 
-def assert_same(model: Any, ablation: str, stream: str, gates: str | None, batch_size: int = 64) -> None:
+def assert_same(model: Any, ablation: Any, stream: Any, masks: Any, batch_size: int = 64) -> None:
     pairs = token_pairs(n=7, lengths=(5, 7, 8))
-    runner = CircuitRunner(model, pairs, ablation, stream, gates, batch_size=batch_size)
-    fast = CircuitLogits(model, pairs, ablation, stream, gates, batch_size=batch_size)
-    assert fast._runner is None
+    exp = Experiment(model, pairs, stream=stream, ablation=ablation, masks=masks, batch_size=batch_size)
+    runner, fast = CircuitRunner(exp), CircuitLogits(exp)
+    assert fast._run is None
     asked = circuits(runner)
     for mask, logits in zip(asked, fast(asked), strict=True):
-        assert (logits - runner.run(mask).logits).abs().max() < 1e-9
+        assert (logits - runner(mask)).abs().max() < 1e-9
     # again, one by one and from what is held
     for mask in asked[::-1]:
-        assert (fast([mask])[0] - runner.run(mask).logits).abs().max() < 1e-9
+        assert (fast([mask])[0] - runner(mask)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,7 +57,7 @@ def test_equals_whole_passes_in_the_clean_stream(name: str, ablation: str) -> No
 
 
 @pytest.mark.parametrize("scope", ["local", "global", "both"])
-@pytest.mark.parametrize("gates", ["frozen", "live"])
+@pytest.mark.parametrize("masks", ["frozen", "live"])
 @pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
-def test_equals_whole_passes_in_the_ablated_stream(scope: str, gates: str, ablation: str) -> None:
-    assert_same(gated(scope, **DOUBLE), ablation, "ablated", gates, batch_size=3)
+def test_equals_whole_passes_in_the_ablated_stream(scope: str, masks: str, ablation: str) -> None:
+    assert_same(gated(scope, **DOUBLE), ablation, "ablated", masks, batch_size=3)

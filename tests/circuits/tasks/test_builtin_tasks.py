@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from sa_lens.circuits import tasks
-from sa_lens.circuits.tasks.pairs import Draft, encode
+from sa_lens.circuits.tasks.pairs import Draft, PromptPairs
 from sa_lens.data.stories import NAMES, draw_prompts, held_out_pairs
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
@@ -18,33 +18,33 @@ def words_of(pairs, tokenizer, i):
     return tokenizer.decode([pairs.answers[i]]).strip(), tokenizer.decode([pairs.wrong_answers[i]]).strip()
 
 
-@pytest.mark.parametrize("world", ["tinystories", "stories"])
+@pytest.mark.parametrize("words", ["tinystories", "stories"])
 @pytest.mark.parametrize("task", list(tasks.TASKS))
-def test_rows_are_what_the_tokenizer_makes_of_the_texts(task, world, tokenizer, whole_tokenizer):
-    tokenizer = tokenizer if world == "stories" else whole_tokenizer
-    pairs = tasks.make(task, tokenizer, 24, seed=2, world=world)
+def test_rows_are_what_the_tokenizer_makes_of_the_texts(task, words, tokenizer, whole_tokenizer):
+    tokenizer = tokenizer if words == "stories" else whole_tokenizer
+    pairs = tasks.make(task, tokenizer, 24, seed=2, words=words)
     assert len(pairs) == 24 == len(set(pairs.clean_texts))
     for i in range(24):
         length = int(pairs.lengths[i])
         for side, texts in ((pairs.clean, pairs.clean_texts), (pairs.corrupt, pairs.corrupt_texts)):
             row = side[i, -length:].tolist()
             assert row == [tokenizer.bos_token_id, *tokenizer.encode(texts[i])]
-            assert (side[i, :-length] == pairs.pad_id).all()
+            assert (side[i, :-length] == side[i, -length]).all()
         assert "".join(pairs.token_texts[i][1:]) == pairs.clean_texts[i]
         assert pairs.answers[i] != pairs.wrong_answers[i]
         assert pairs.clean[i].tolist() != pairs.corrupt[i].tolist()
     assert (pairs.positions["end"] == -1).all()
 
 
-@pytest.mark.parametrize("world", ["tinystories", "stories"])
-def test_ioi_names(world, tokenizer, whole_tokenizer):
-    tokenizer = tokenizer if world == "stories" else whole_tokenizer
-    pairs = tasks.ioi(tokenizer, 40, world=world)
+@pytest.mark.parametrize("words", ["tinystories", "stories"])
+def test_ioi_names(words, tokenizer, whole_tokenizer):
+    tokenizer = tokenizer if words == "stories" else whole_tokenizer
+    pairs = tasks.ioi(tokenizer, 40, words=words)
     orders = []
     for i in range(40):
         answer, wrong = words_of(pairs, tokenizer, i)
         clean, corrupt = (re.findall(r"\w+", texts[i]) for texts in (pairs.clean_texts, pairs.corrupt_texts))
-        if world == "tinystories":
+        if words == "tinystories":
             assert clean.count(wrong) == clean.count(answer) + 1
         assert clean.count(wrong) > 1
         assert answer not in corrupt
@@ -57,7 +57,7 @@ def test_ioi_names(world, tokenizer, whole_tokenizer):
         orders.append(bool(pairs.positions["IO"][i] < pairs.positions["S1"][i]))
         assert pairs.positions["S1"][i] < pairs.positions["S2"][i]
     assert 8 <= sum(orders) <= 32, "both ABBA and BABA"
-    if world == "tinystories":
+    if words == "tinystories":
         # templates in turn, then the other order
         assert orders == [(i // 6) % 2 == 0 for i in range(40)]
 
@@ -81,7 +81,7 @@ def test_other_tasks_have_the_answers_they_say(whole_tokenizer):
 def test_held_out_and_seen_pairs(tokenizer):
     held_out = held_out_pairs()
     for which in ("held-out", "seen"):
-        pairs = tasks.ioi(tokenizer, 40, world="stories", name_pairs=which)
+        pairs = tasks.ioi(tokenizer, 40, words="stories", name_pairs=which)
         for i in range(40):
             assert (frozenset(words_of(pairs, tokenizer, i)) in held_out) == (which == "held-out")
 
@@ -89,7 +89,7 @@ def test_held_out_and_seen_pairs(tokenizer):
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_patterns_of_the_stories_and_held_out_ones(task, tokenizer):
     texts = {
-        patterns: set(tasks.make(task, tokenizer, 10, world="stories", patterns=patterns).clean_texts)
+        patterns: set(tasks.make(task, tokenizer, 10, words="stories", patterns=patterns).clean_texts)
         for patterns in ("seen", "held-out")
     }
     for patterns, clean in texts.items():
@@ -114,21 +114,21 @@ def test_a_name_at_the_beginning_of_a_prompt_is_a_marked_position():
             return str(ids)
 
     draft = Draft("Lily and Tom met. Tom ran to", "Ben and Sam met. Dan ran to", " Lily", " Tom")
-    pairs = encode("ioi", [draft._replace(marks=(("IO", " Lily", 0), ("S1", " Tom", 0)))], Characters(), minimum=1)
+    pairs = PromptPairs.from_texts([draft._replace(marks=(("IO", " Lily", 0), ("S1", " Tom", 0)))], Characters())
     assert {name: int(at[0]) for name, at in pairs.positions.items()} == {"IO": -8, "S1": -6, "end": -1}
 
 
 def test_unseen_pairs_never_met_in_training(tokenizer):
-    unseen = tasks.make_unseen("ioi", tokenizer, 12, seed=4, world="stories")
+    unseen = tasks.make_unseen("ioi", tokenizer, 12, seed=4, words="stories")
     for i in range(len(unseen)):
         assert frozenset(words_of(unseen, tokenizer, i)) in held_out_pairs()
-    for task, world in (("ioi", "tinystories"), ("object", "stories")):
-        found = tasks.make_unseen(task, tokenizer, 12, seed=4, world=world)
-        assert found.clean_texts == tasks.make(task, tokenizer, 12, seed=4, world=world).clean_texts
+    for task, words in (("ioi", "tinystories"), ("object", "stories")):
+        found = tasks.make_unseen(task, tokenizer, 12, seed=4, words=words)
+        assert found.clean_texts == tasks.make(task, tokenizer, 12, seed=4, words=words).clean_texts
 
 
 def test_same_seed_same_pairs(tokenizer):
-    one, same, other = (tasks.ioi(tokenizer, 10, seed=seed, world="stories") for seed in (4, 4, 5))
+    one, same, other = (tasks.ioi(tokenizer, 10, seed=seed, words="stories") for seed in (4, 4, 5))
     assert one.clean_texts == same.clean_texts
     assert one.corrupt_texts == same.corrupt_texts
     assert not set(one.clean_texts) & set(other.clean_texts)
@@ -140,7 +140,7 @@ def test_own_names_and_templates(tokenizer):
         tokenizer, 12, names=names, templates=["One day, {first} and {second} met. {subject} gave {object} to"]
     )
     assert all(text.startswith("One day, ") for text in pairs.clean_texts)
-    pairs = tasks.ioi(tokenizer, 12, world="stories", names=names, templates=["when-give"])
+    pairs = tasks.ioi(tokenizer, 12, words="stories", names=names, templates=["when-give"])
     for i in range(12):
         assert set(words_of(pairs, tokenizer, i)) <= set(names)
 
@@ -154,15 +154,15 @@ def test_own_names_and_templates(tokenizer):
         ({"templates": ["{first} and {second} met. {giver} gave"]}, "unknown slot {giver}"),
         ({"templates": ["{first} and {second} met and gave to"]}, "no slot {subject}"),
         ({"templates": []}, "at least one"),
-        ({"world": "stories", "templates": ["go-swim"]}, "'go-swim'.*go-give"),
-        ({"world": "stories", "names": ["Zorro", *list(NAMES)[:5]]}, "'Zorro'"),
-        ({"world": "moon"}, "world='moon'"),
+        ({"words": "stories", "templates": ["go-swim"]}, "'go-swim'.*go-give"),
+        ({"words": "stories", "names": ["Zorro", *list(NAMES)[:5]]}, "'Zorro'"),
+        ({"words": "moon"}, "words='moon'"),
         ({"name_pairs": "odd"}, "name_pairs='odd'"),
-        ({"name_pairs": "seen"}, "need world='stories'"),
-        ({"patterns": "held-out"}, "need world='stories'"),
-        ({"world": "stories", "patterns": "odd"}, "patterns='odd'"),
+        ({"name_pairs": "seen"}, "need words='stories'"),
+        ({"patterns": "held-out"}, "need words='stories'"),
+        ({"words": "stories", "patterns": "odd"}, "patterns='odd'"),
         ({"n": 0}, "n=0"),
-        ({"world": "stories", "length": 3}, "not 3 tokens long"),
+        ({"words": "stories", "length": 3}, "not 3 tokens long"),
     ],
 )
 def test_bad_arguments_are_named(options, message, tokenizer):
@@ -194,17 +194,17 @@ def draft(name="Lily", other="Tom", **changes):
 )
 def test_what_cannot_be_used_is_dropped_and_reported(bad, reason, tokenizer):
     good = [draft(), draft("Mia", "Anna")]
-    pairs = encode("made", [*good, bad], tokenizer)
+    pairs = PromptPairs.from_texts([*good, bad], tokenizer, task="made")
     assert len(pairs) == 2
     assert pairs.dropped == {reason: 1}
     assert pairs.report() == f"made: kept 2 of 3 pairs; 1 dropped: {reason}"
     assert repr(pairs) == f"<PromptPairs {pairs.report()}>"
     with pytest.raises(ValueError, match=rf"2 usable pairs with this tokenizer, 3 needed\s+1 dropped: {reason}"):
-        encode("made", [*good, bad], tokenizer, minimum=3)
+        PromptPairs.from_texts([*good, bad], tokenizer, task="made", minimum=3)
 
 
 def test_split_is_disjoint_and_complete(pairs):
-    find, report = tasks.split(pairs, seed=0)
+    find, report = pairs.split(seed=0)
     assert len(find) == len(report) == 6
     assert set(find.clean_texts) | set(report.clean_texts) == set(pairs.clean_texts)
     assert not set(find.clean_texts) & set(report.clean_texts)

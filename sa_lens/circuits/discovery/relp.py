@@ -1,6 +1,7 @@
-"""The propagation rules of RelP, as hooks: they leave every value as it is and change what gradients pass on.
+"""RelP: EAP with propagation rules in place of the derivative.
 
-Each rule makes an operation linear in its input, with coefficients that are constants of the pass.
+The rules are hooks that leave every value as it is and change what gradients pass on. Each makes an operation linear in
+its input, with coefficients that are constants of the pass.
 """
 
 from __future__ import annotations
@@ -11,8 +12,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sa_lens.circuits.discovery.eap import estimate_effects
+from sa_lens.circuits.experiment import Experiment, analysis
+from sa_lens.circuits.graph import Circuit
 from sa_lens.config import Stream
 from sa_lens.core.host import Hook, Host, require_hooks, weight
+
+
+@analysis
+def relp(exp: Experiment, *, fix_attention: bool = False, progress: bool = True) -> Circuit:
+    """Relevance patching: estimates every edge's effect as EAP does, with propagation rules in place of the derivative.
+
+    The denominator of every LayerNorm is a constant (LN-rule), a neuron is its input times the constant ratio of output
+    to input (identity rule), and of a product of two neurons each gets half (half rule). Masks are always frozen: gates
+    that choose again have no propagation rule.
+
+    Args:
+        fix_attention: attention patterns are constants too (AH-rule). Edges into queries and keys then score 0.
+            The authors' example leaves this rule out.
+        progress: show a progress bar if it takes more than a few seconds.
+
+    Returns, Raises: as `eap`, and ValueError for `masks="live"`.
+
+    Source: Rezaei Jafari et al., arXiv 2508.21258, and the authors' repository.
+    """
+    exp = exp.usual(masks="frozen")
+    if exp.masks == "live":
+        raise ValueError("masks='live' has no propagation rule: use relp with masks='frozen', or eap with masks='live'")
+    exp.metric.require_gradient(exp.pairs, exp.model.cfg.d_vocab, "relp")
+    rules = propagation_rules(exp.model, exp.stream, fix_attention)
+    return estimate_effects(exp, "relp", [1.0], {"fix_attention": fix_attention}, rules, progress=progress)
 
 
 def propagation_rules(model: Host, stream: Stream, fix_attention: bool = False) -> list[Hook]:

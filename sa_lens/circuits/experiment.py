@@ -1,0 +1,266 @@
+"""`Experiment`: a model and pairs of prompts, with all settings that an analysis of circuits needs.
+
+Every function of `sa_lens.circuits` that analyses a model takes an experiment. For a single call the model, the pairs
+and the settings do as well: `eap(model, pairs, stream="ablated")` is `eap(Experiment(model, pairs, stream="ablated"))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sa_lens.circuits.graph import Graph, edge_hook_names
+from sa_lens.circuits.metrics import METRICS, SKILL_BAR, Metric
+from sa_lens.circuits.running.recorded_passes import PassesOfPairs, last_logits, passes_of_pairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import Ablation, Masks, Stream
+from sa_lens.core.host import Host, in_stream, require_hooks, streams_of
+from sa_lens.core.last_position import why_not_by_nodes
+from sa_lens.core.nodes import NodeFunctions
+from sa_lens.statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+T = TypeVar("T")
+
+MEMORY = 2**29
+"""Bytes of recorded passes that an experiment keeps; larger ones are recorded anew for each analysis."""
+
+SETTINGS = ("stream", "metric", "ablation", "masks", "batch_size", "device")
+
+
+class Experiment:
+    """A model, pairs of prompts, and how they are run and measured.
+
+    What analyses share is recorded when it is first needed: logits of the unedited prompts, what every node writes on
+    both prompts, masks, and the metric of circuits that were run. The model must not change in between; `release()`
+    forgets the records.
+
+    Args:
+        model: any model with TransformerLens's hook points.
+        pairs: pairs of clean and corrupt prompts.
+        stream: `clean`, or the `ablated` one of a model with gates, as in `model.ablated(position=-1)`.
+        metric: name of a metric in `METRICS`, a `Metric`, or a function of the logits at the last position and the
+            pairs that returns one value per pair, better when larger. None: the usual one of each method, which is
+            `kl` for ACDC and `logit_difference` for all others.
+        ablation: what an ablated edge or unit carries; see `sa_lens.config.Ablation`. Biases of attention outputs
+            belong to no node and always stay.
+        masks: in the ablated stream, `live`: the gates choose again under the same edits, from a clean pass with the
+            clean stream's own values. `frozen`: the masks of the unedited prompt stay; they name the units that this
+            prompt needs, which no edge then has to carry. None: `live`, and `frozen` for methods that have no other
+            form (`relp`, `attribute_nodes`). Every result names the masks.
+        batch_size: prompts run at once, four times as many where nothing but a few activations is kept. Memory grows
+            with it.
+        device: where to put the model; None: where it is.
+
+    Raises:
+        ValueError: an unknown choice, masks in the clean stream, the ablated stream of a model without gates, or pairs
+            that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Host,
+        pairs: PromptPairs,
+        *,
+        stream: Stream = "clean",
+        metric: str | Metric | Callable[..., Any] | None = None,
+        ablation: Ablation = "resample",
+        masks: Masks | None = None,
+        batch_size: int = 64,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if device is not None:
+            model.to(device)  # type: ignore[attr-defined]
+        if ablation not in get_args(Ablation):
+            raise ValueError(f"ablation={ablation!r} must be one of {', '.join(map(repr, get_args(Ablation)))}")
+        if masks not in (None, *get_args(Masks)):
+            raise ValueError(f"masks={masks!r} must be 'frozen' or 'live'")
+        if stream == "clean" and masks is not None:
+            raise ValueError(f"masks={masks!r} needs stream='ablated': gates do not act in the clean stream")
+        with in_stream(model, stream, position=-1):
+            pass
+        pairs.check_fits(model.cfg, batch_size)
+        self.model, self.pairs = model, pairs
+        self.stream: Stream = stream
+        self.metric = Metric.named("logit_difference" if metric is None else metric)
+        self.ablation: Ablation = ablation
+        self.masks: Literal["none", "frozen", "live"] = "none" if stream == "clean" else masks or "live"
+        self.batch_size = batch_size
+        self._settings: dict[str, Any] = {
+            **{"stream": stream, "metric": metric, "ablation": ablation, "masks": masks, "batch_size": batch_size}
+        }
+        self._records: dict[Any, Any] = {}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.about.items())
+        return f"<Experiment {type(self.model).__name__}, {settings}>"
+
+    def on(self, pairs: PromptPairs) -> Experiment:
+        """The same experiment on other pairs, such as those that a circuit is judged on."""
+        return self.replace(pairs=pairs)
+
+    def replace(self, **changes: Any) -> Experiment:
+        """The same experiment with another `model`, other `pairs` or other settings."""
+        model, pairs = changes.pop("model", self.model), changes.pop("pairs", self.pairs)
+        return Experiment(model, pairs, **{**self._settings, **changes})
+
+    def usual(self, *, metric: str | None = None, masks: Masks | None = None) -> Experiment:
+        """The experiment with a method's own choices where none was made; it shares all records."""
+        usual = {"metric": metric, "masks": masks if self.stream == "ablated" else None}
+        changes = {name: value for name, value in usual.items() if value and self._settings[name] is None}
+        if not changes:
+            return self
+        changed = self.replace(**changes)
+        changed._records = self._records
+        return changed
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Task, number of pairs and settings, as tables and files carry them."""
+        return {
+            **{"task": self.pairs.task, "n": len(self.pairs), "metric": self.metric.name},
+            **{"stream": self.stream, "masks": self.masks, "ablation": self.ablation},
+        }
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The model's graph of nodes and edges.
+
+        Raises:
+            ValueError: an architecture in which outputs of nodes do not simply add up, or without the hook points.
+        """
+        require_hooks(self.model, edge_hook_names(self.model))
+        return Graph.from_model(self.model)
+
+    @property
+    def light_batch_size(self) -> int:
+        """Prompts run at once in passes of which little is kept."""
+        return 4 * self.batch_size
+
+    # --------------------------------------------------------------------------------------------------------- records
+
+    def record(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` returns, made once and kept until `release()`."""
+        if key not in self._records:
+            # outside of inference mode, so that passes with gradients can use it too
+            with torch.inference_mode(False), torch.no_grad():
+                self._records[key] = make()
+        return cast(T, self._records[key])
+
+    def release(self) -> None:
+        """Forgets all that was recorded."""
+        self._records.clear()
+
+    def logits(self, prompt: Literal["clean", "corrupt"] = "clean") -> Float[Tensor, "pair d_vocab"]:
+        """Logits at the end of each unedited prompt."""
+        size = self.light_batch_size
+        return self.record(
+            f"{prompt} logits", lambda: last_logits(self.model, self.pairs, self.stream, prompt, batch_size=size)
+        )
+
+    def values(self, logits: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
+        """The metric of each pair, in float64 on the CPU."""
+        clean = self.logits() if self.metric.needs_clean_logits else None
+        return self.metric(logits, self.pairs, clean).detach().double().cpu()
+
+    @property
+    def nodes(self) -> NodeFunctions:
+        """The nodes of the model as plain functions."""
+        return self.record("nodes", lambda: NodeFunctions(self.model, int(self.pairs.lengths.max())))
+
+    @property
+    def passes(self) -> list[PassesOfPairs]:
+        """Unedited passes of both prompts, node by node."""
+        if "passes" in self._records:
+            return cast(list[PassesOfPairs], self._records["passes"])
+        with torch.inference_mode(False), torch.no_grad():
+            passes = passes_of_pairs(*(self.model, self.nodes, self.pairs), self.ablation, self.stream, self.batch_size)
+        size = sum(x.nbytes for batch in passes for lane in batch.carried.values() for x in lane)
+        return passes if 3 * size > MEMORY else self.record("passes", lambda: passes)
+
+    # ------------------------------------------------------------------------------------------------------ fast paths
+
+    @property
+    def why_not_by_nodes(self) -> str | None:
+        """Why every pass has to be one of the whole model under hooks; None if nodes can be run one by one."""
+        return why_not_by_nodes(self.model)
+
+    @property
+    def why_not_in_part(self) -> str | None:
+        """Why a removed edge needs a pass of its own; None if many can be tried at once."""
+        if self.masks == "live":
+            return "live masks depend on the whole residual stream, so every edge can change which units stay"
+        return self.why_not_by_nodes
+
+    # ----------------------------------------------------------------------------------------------------------- skill
+
+    def skill(self, seed: int = 0) -> pd.DataFrame:
+        """How well the stream does the task: pair and top-1 accuracy and logit difference with 95 % intervals.
+
+        Args:
+            seed: of the bootstrap.
+
+        Returns:
+            One row: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least 0.8.
+        """
+        import pandas as pd
+
+        row: dict[str, Any] = {"task": self.pairs.task, "stream": self.stream, "n": len(self.pairs)}
+        for name in ("pair_accuracy", "top1_accuracy", "logit_difference"):
+            interval = bootstrap_interval(METRICS[name](self.logits(), self.pairs), seed=seed)
+            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        row["able"] = row["pair_accuracy"] >= SKILL_BAR
+        return pd.DataFrame([row])
+
+
+def skill(model: Host, pairs: PromptPairs, stream: Stream | None = None, *, seed: int = 0) -> pd.DataFrame:
+    """How well the model does the task: one row of `Experiment.skill` per stream.
+
+    Args:
+        stream: one stream; None: every one that the model has.
+        seed: of the bootstrap.
+    """
+    import pandas as pd
+
+    tables = [Experiment(model, pairs, stream=chosen).skill(seed) for chosen in streams_of(model, stream)]
+    return pd.concat(tables, ignore_index=True)
+
+
+class Analysis(Protocol[P, R_co]):
+    """A function of an experiment, or of a model and pairs with the experiment's settings as keywords."""
+
+    __name__: str
+
+    @overload
+    def __call__(self, exp: Experiment, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+    @overload
+    def __call__(self, model: Host, pairs: PromptPairs, /, *args: Any, **kwargs: Any) -> R_co: ...
+
+
+def analysis(function: Callable[Concatenate[Experiment, P], R]) -> Analysis[P, R]:
+    """Lets a function of an experiment take a model, pairs and settings in its place."""
+
+    @wraps(function)
+    def call(exp: Any, *args: Any, **options: Any) -> R:
+        if not isinstance(exp, Experiment):
+            if not args or not isinstance(args[0], PromptPairs):
+                raise TypeError(
+                    f"{function.__name__} takes an Experiment, or a model and PromptPairs with the settings of "
+                    f"Experiment as keywords; got {type(exp).__name__} first"
+                )
+            settings = {name: options.pop(name) for name in SETTINGS if name in options}
+            exp, args = Experiment(exp, args[0], **settings), args[1:]
+        return function(exp, *args, **options)
+
+    return cast(Analysis[P, R], call)
