@@ -253,18 +253,18 @@ def stop_after(config, out, step, train, **options):
         def __exit__(self, *error):
             return None
 
-    agreed = loop._agreed
+    agreed = loop._processes_stop
 
     def counted(request, at, every, accelerator):
         stop.asked = at
         return agreed(request, at, every, accelerator)
 
     before = loop.stop_requests
-    loop._agreed, loop.stop_requests = counted, Context
+    loop._processes_stop, loop.stop_requests = counted, Context
     try:
         return train(config, out, **options)
     finally:
-        loop._agreed, loop.stop_requests = agreed, before
+        loop._processes_stop, loop.stop_requests = agreed, before
 
 
 def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypatch, jobs):
