@@ -30,7 +30,7 @@ OF_UNKNOWN_TOKENIZER = 50_257
 """Vocabulary that is assumed where only the tokenizer's name is known."""
 
 
-def plan_table(folders: Sequence[ModelFolder], measurements: Sequence[Measurement], device: str) -> pd.DataFrame:
+def plan_table(folders: Sequence[ModelFolder], device: str) -> pd.DataFrame:
     """One row per thing to do: variant, seed, what (`training` or a measurement), status, tokens, seconds left.
 
     Status: `done`, `to do`, `step N of M`, or why it is not available. Tokens are those of training.
@@ -49,7 +49,7 @@ def plan_table(folders: Sequence[ModelFolder], measurements: Sequence[Measuremen
         left.append(1 - steps / run.train.steps if tokens and record is None else 0.0)
         took.append(record["seconds"] if tokens and record else math.nan)
         estimates.append(partial(_training_seconds, folder, device))
-        for measurement in measurements:
+        for measurement in folder.grid.measurements:
             record = folder.record_of(measurement)
             status = "done" if record else measurement.missing() or "to do"
             rows.append({**model, "what": measurement.label, "status": status, "tokens": 0, "like": gates.gated})

@@ -242,22 +242,42 @@ def grid_named(grid: str | Grid) -> Grid:
     return GRIDS[grid]()
 
 
-def with_text(grid: Grid, text: str, validation: str | None = None) -> Grid:
-    """The grid on another text.
+def with_choices(
+    grid: Grid,
+    *,
+    seeds: int | Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+    text: str | None = None,
+    validation: str | None = None,
+) -> Grid:
+    """The grid with other seeds, fewer measurements or another text; the arguments are those of `compare`.
 
-    Args:
-        text: `stories`, a file or folder, or a dataset id on the Hub.
-        validation: file or id of the validation text; None: a part of the text.
+    Raises:
+        ValueError: bad seeds, an unknown measurement, or validation without text.
     """
-    data = grid.run.data
-    here = text == "stories" or Path(text).expanduser().exists()
-    if here:
-        data = dataclasses.replace(data, streaming=False, max_documents=None, validation_split=None)
-    data = dataclasses.replace(data, source=text, validation=validation)
-    return dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
+    if validation is not None and text is None:
+        raise ValueError(f"validation={validation!r} goes with text=: name the training text as well")
+    if text is not None:
+        data = dataclasses.replace(grid.run.data, source=text, validation=validation)
+        if text == "stories" or Path(text).expanduser().exists():
+            data = dataclasses.replace(data, streaming=False, max_documents=None, validation_split=None)
+        grid = dataclasses.replace(grid, run=dataclasses.replace(grid.run, data=data))
+    if seeds is not None:
+        chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+        if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+            raise ValueError(f"seeds={seeds!r} must be a number of at least 1, or different whole numbers from 0")
+        grid = dataclasses.replace(grid, seeds=chosen)
+    if columns is not None:
+        labels = [measurement.label for measurement in grid.measurements]
+        unknown = [name for name in columns if name not in labels]
+        if unknown or not columns:
+            raise ValueError(f"columns: no measurement {', '.join(unknown) or 'given'}; there are {', '.join(labels)}")
+        kept = tuple(measurement for measurement in grid.measurements if measurement.label in columns)
+        grid = dataclasses.replace(grid, measurements=kept)
+    return grid
 
 
-def with_names_whole(grid: Grid, path: Path) -> Grid:
+def with_whole_names(grid: Grid, path: Path) -> Grid:
     """The grid with a tokenizer that keeps the names of the prompts whole, where it trains one on real text.
 
     Args:

@@ -182,9 +182,9 @@ class ModelFolder:
             lock.release()
 
 
-def model_folders(grid: Grid, seeds: tuple[int, ...], out: Path) -> list[ModelFolder]:
-    """All models, seed by seed, each seed's baseline first."""
-    return [ModelFolder(grid, variant, seed, out) for seed in seeds for variant in grid.variants]
+def model_folders(grid: Grid, out: Path) -> list[ModelFolder]:
+    """All models of a grid, seed by seed, each seed's baseline first."""
+    return [ModelFolder(grid, variant, seed, out) for seed in grid.seeds for variant in grid.variants]
 
 
 def _content(path: Path) -> str:

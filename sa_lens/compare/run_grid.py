@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_lens.compare.dry_run import plan_table
-from sa_lens.compare.grids import Grid, grid_named, with_names_whole, with_text, write_names
+from sa_lens.compare.grids import Grid, grid_named, with_choices, with_whole_names, write_names
 from sa_lens.compare.markdown_latex import write
-from sa_lens.compare.measurement import Measurement, TrainedModel, check_validation
+from sa_lens.compare.measurement import TrainedModel, check_validation
 from sa_lens.compare.model_folder import ModelFolder, model_folders
 from sa_lens.compare.verdicts import Comparison, collect
 from sa_lens.core.architecture import check_supported, hooked_config
@@ -71,15 +71,16 @@ def compare(
             too short a validation text, another text than that of earlier models, or what training raises.
         Interrupted: Ctrl-C or SIGTERM; everything finished is on disk.
     """
-    out = output_folder(out)
-    grid, seeds, measurements = _resolve(grid, out, seeds, columns, text, validation)
-    check_device(device)
-    folders = model_folders(grid, seeds, out)
-    if grid.run.data.keep_whole == str(out / NAMES_FILE):
+    out, choices = output_folder(out), {"seeds": seeds, "columns": columns, "text": text, "validation": validation}
+    folders = _folders(grid, out, device, choices)
+    run = folders[0].grid.run
+    check_gates(folders[0].grid)
+    if run.data.keep_whole == str(out / NAMES_FILE):
         write_names(out / NAMES_FILE)
-    check_gates(grid)
-    _run(folders, measurements, out, device, progress)
-    comparison = collect(grid.name, folders, measurements)
+    data = prepare(run.data, run.model.n_ctx, progress=progress)
+    check_validation(data, run.model.n_ctx)
+    _train_and_measure_all(folders, data, device, progress)
+    comparison = collect(folders)
     write(comparison, out)
     return comparison
 
@@ -103,45 +104,19 @@ def plan(
     Raises:
         ValueError: as `compare`.
     """
-    grid, seeds, measurements = _resolve(grid, Path(out), seeds, columns, text, validation)
+    choices = {"seeds": seeds, "columns": columns, "text": text, "validation": validation}
+    return plan_table(_folders(grid, Path(out), device, choices), device)
+
+
+def _folders(grid: str | Grid, out: Path, device: str, choices: Mapping[str, Any]) -> list[ModelFolder]:
+    """The models of the grid as the user has chosen it."""
+    grid = with_whole_names(with_choices(grid_named(grid), **choices), out / NAMES_FILE)
     check_device(device)
-    return plan_table(model_folders(grid, seeds, Path(out)), measurements, device)
+    return model_folders(grid, out)
 
 
-def _resolve(
-    grid: str | Grid,
-    out: Path,
-    seeds: int | Sequence[int] | None,
-    columns: Sequence[str] | None,
-    text: str | None,
-    validation: str | None,
-) -> tuple[Grid, tuple[int, ...], tuple[Measurement, ...]]:
-    """The grid on its text, its seeds, its measurements."""
-    grid = grid_named(grid)
-    if validation is not None and text is None:
-        raise ValueError(f"validation={validation!r} goes with text=: name the training text as well")
-    if text is not None:
-        grid = with_text(grid, text, validation)
-    grid = with_names_whole(grid, out / NAMES_FILE)
-    seeds = grid.seeds if seeds is None else seeds
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
-        raise ValueError(f"seeds={seeds!r} must be a number of at least 1, or different whole numbers from 0")
-    known = {measurement.label: measurement for measurement in grid.measurements}
-    if columns is not None:
-        unknown = [name for name in columns if name not in known]
-        if unknown or not columns:
-            raise ValueError(f"columns: no measurement {', '.join(unknown) or 'given'}; there are {', '.join(known)}")
-    return grid, chosen, tuple(known[name] for name in known if columns is None or name in columns)
-
-
-def _run(
-    folders: Sequence[ModelFolder], measurements: Sequence[Measurement], out: Path, device: str, progress: bool
-) -> None:
+def _train_and_measure_all(folders: Sequence[ModelFolder], data: PreparedData, device: str, progress: bool) -> None:
     """Trains and measures all models that are not on disk yet."""
-    run = folders[0].grid.run
-    data = prepare(run.data, run.model.n_ctx, progress=progress)
-    check_validation(data, run.model.n_ctx)
     waiting, done = list(folders), 0
     while waiting:
         later = []
@@ -153,10 +128,10 @@ def _run(
                 done += 1
                 try:
                     with stop_requests(at_once=True):
-                        _train_and_measure(folder, measurements, data, device, progress, f"[{done}/{len(folders)}]")
+                        _train_and_measure(folder, data, device, progress, f"[{done}/{len(folders)}]")
                 except KeyboardInterrupt as stop:
-                    message = f"stopped at {folder.name}; {out} keeps everything so far. The same command goes on"
-                    raise Interrupted(message, folder=out) from stop
+                    kept = f"{folder.out} keeps everything so far. The same command goes on"
+                    raise Interrupted(f"stopped at {folder.name}; {kept}", folder=folder.out) from stop
         if len(later) == len(waiting):
             time.sleep(WAIT)
         waiting = later
@@ -172,14 +147,7 @@ def check_gates(grid: Grid) -> None:
             raise ValueError(f"variant {variant.name}: {error}") from error
 
 
-def _train_and_measure(
-    folder: ModelFolder,
-    measurements: Sequence[Measurement],
-    data: PreparedData,
-    device: str,
-    progress: bool,
-    place: str,
-) -> None:
+def _train_and_measure(folder: ModelFolder, data: PreparedData, device: str, progress: bool, place: str) -> None:
     """Trains the model of a folder and makes the measurements that are missing."""
 
     def say(what: str) -> None:
@@ -196,7 +164,7 @@ def _train_and_measure(
             f"the text is not the one that {folder.path} was trained on (its tokens differ): restore it, or compare in "
             "another folder"
         )
-    missing = [m for m in measurements if m.missing() is None and folder.result(m) is None]
+    missing = [m for m in folder.grid.measurements if m.missing() is None and folder.result(m) is None]
     if not missing:
         return
     model, baseline = load_run(str(folder.final), device=device), None

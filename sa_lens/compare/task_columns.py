@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sa_lens.circuits import Experiment, Graph, PromptPairs, acdc, eap_ig, faithfulness, skill, visiting_order
@@ -28,11 +28,18 @@ SKILL_PROMPTS = 400
 """Prompts that skill is measured on, and so which models have circuits."""
 
 
+StreamResult = tuple[dict[str, float], str]
+"""The columns that have a value in a stream, and a note; empty: none."""
+
+
+@dataclass(frozen=True)
 class TaskMeasurement(Measurement):
     """Columns about a task, measured stream by stream on prompts that are the same for every model of a grid."""
 
-    pairs: int
-    task: str
+    pairs: int = SKILL_PROMPTS
+    """Prompt pairs."""
+    task: str = field(default="ioi", kw_only=True)
+    """The task: `ioi`, or `object` (object recall), which small models learn before IOI."""
 
     def measure(self, trained: TrainedModel) -> Result:
         values, notes = trained.no_values(self.columns), []
@@ -56,20 +63,13 @@ class TaskMeasurement(Measurement):
         return (self.pairs,)
 
     @abstractmethod
-    def measure_stream(
-        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
-    ) -> tuple[dict[str, float], str]:
-        """The columns that have a value in this stream, and a note; empty: none."""
+    def measure_stream(self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]) -> StreamResult:
+        """Measures one stream."""
 
 
 @dataclass(frozen=True)
 class Skill(TaskMeasurement):
     """How well both streams do the task."""
-
-    pairs: int = SKILL_PROMPTS
-    """Prompts."""
-    task: str = "ioi"
-    """The task: `ioi`, or `object` (object recall), which small models learn before IOI."""
 
     name: ClassVar[str] = "skill"
     version: ClassVar[int] = 2
@@ -78,24 +78,30 @@ class Skill(TaskMeasurement):
     def work(self, run: RunConfig) -> float:
         return 3.0 * self.pairs * PROMPT_TOKENS
 
-    def measure_stream(
-        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
-    ) -> tuple[dict[str, float], str]:
+    def measure_stream(self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]) -> StreamResult:
         row: dict[Any, Any] = skill(trained.model, prompts[0], stream).iloc[0].to_dict()
         weak = f"the {stream} stream has {row['pair_accuracy']:.0%} pair accuracy: below {SKILL_BAR:.0%}"
         return {name: row[name] for name in self.columns}, "" if row["able"] else weak
 
 
-def too_weak(trained: TrainedModel, pairs: PromptPairs, stream: Stream, bar: float) -> str:
-    """Why a circuit of this stream would explain nothing; empty if the stream does the task."""
-    accuracy = skill(trained.model, pairs, stream)["pair_accuracy"].item()
-    if accuracy >= bar:
-        return ""
-    return f"the {stream} stream has {accuracy:.1%} pair accuracy, below {bar:.0%}: no circuit"
+@dataclass(frozen=True)
+class CircuitMeasurement(TaskMeasurement):
+    """Columns about the circuit of a task."""
+
+    bar: float = field(default=SKILL_BAR, kw_only=True)
+    """Pair accuracy below which there is no value."""
+    skill_pairs: int = field(default=SKILL_PROMPTS, kw_only=True)
+    """Prompts that pair accuracy is judged on: those of `Skill`, so that all circuits are of the same models."""
+
+    def too_weak(self, trained: TrainedModel, pairs: PromptPairs, stream: Stream) -> str:
+        """Why a circuit of this stream would explain nothing; empty if the stream does the task."""
+        accuracy = skill(trained.model, pairs, stream)["pair_accuracy"].item()
+        weak = f"the {stream} stream has {accuracy:.1%} pair accuracy, below {self.bar:.0%}: no circuit"
+        return weak if accuracy < self.bar else ""
 
 
 @dataclass(frozen=True)
-class ACDC(TaskMeasurement):
+class ACDC(CircuitMeasurement):
     """Edges that ACDC keeps, by KL, at fixed thresholds and at 1 % of the model's own KL."""
 
     pairs: int = 64
@@ -104,12 +110,6 @@ class ACDC(TaskMeasurement):
     """Thresholds, nats."""
     orders: int = 5
     """Random orders within layers at tau 0.01, for the spread; 0: none."""
-    bar: float = SKILL_BAR
-    """Pair accuracy below which there is no value."""
-    skill_pairs: int = SKILL_PROMPTS
-    """Prompts that pair accuracy is judged on: those of `Skill`, so that all circuits are of the same models."""
-    task: str = "ioi"
-    """The task: `ioi` or `object`."""
 
     name: ClassVar[str] = "acdc"
     version: ClassVar[int] = 2
@@ -126,14 +126,12 @@ class ACDC(TaskMeasurement):
     def prompt_counts(self) -> tuple[int, ...]:
         return self.pairs, self.skill_pairs
 
-    def measure_stream(
-        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
-    ) -> tuple[dict[str, float], str]:
+    def measure_stream(self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]) -> StreamResult:
         pairs, judged = prompts
         # many edges can be tried at once with frozen masks
         exp = Experiment(trained.model, pairs, stream=stream, masks="frozen" if stream == "ablated" else None)
         divergence = float(kl(exp.logits("corrupt"), exp.logits()).double().mean())
-        weak = too_weak(trained, judged, stream, self.bar)
+        weak = self.too_weak(trained, judged, stream)
         if weak:
             return {"corrupt_kl": divergence}, weak
 
@@ -150,7 +148,7 @@ class ACDC(TaskMeasurement):
 
 
 @dataclass(frozen=True)
-class Faithfulness(TaskMeasurement):
+class Faithfulness(CircuitMeasurement):
     """Faithfulness of the ranking by EAP-IG on other prompts than those that made it.
 
     In the ablated stream the masks are live: the gates choose under the same edits, so that everything a circuit knows
@@ -161,12 +159,6 @@ class Faithfulness(TaskMeasurement):
     """Prompts to rank with, and as many others to judge on."""
     steps: int = 5
     """Steps of the integrated gradient."""
-    bar: float = SKILL_BAR
-    """Pair accuracy below which there is no value."""
-    skill_pairs: int = SKILL_PROMPTS
-    """Prompts that pair accuracy is judged on: those of `Skill`, so that all circuits are of the same models."""
-    task: str = "ioi"
-    """The task: `ioi` or `object`."""
 
     name: ClassVar[str] = "faithfulness"
     version: ClassVar[int] = 3
@@ -178,11 +170,9 @@ class Faithfulness(TaskMeasurement):
     def prompt_counts(self) -> tuple[int, ...]:
         return 2 * self.pairs, self.skill_pairs
 
-    def measure_stream(
-        self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]
-    ) -> tuple[dict[str, float], str]:
+    def measure_stream(self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]) -> StreamResult:
         pairs, judged = prompts
-        weak = too_weak(trained, judged, stream, self.bar)
+        weak = self.too_weak(trained, judged, stream)
         if weak:
             return {}, weak
         try:

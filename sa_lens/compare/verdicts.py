@@ -16,7 +16,6 @@ import numpy as np
 
 from sa_lens.compare.columns import WEIGHTS, claimed_direction, claims_of, column_named, in_order
 from sa_lens.compare.grids import BASELINE
-from sa_lens.compare.measurement import Measurement
 from sa_lens.compare.model_folder import ModelFolder
 from sa_lens.statistics import LEVEL, Interval, t_interval
 
@@ -194,14 +193,14 @@ def verdict(difference: float, adjusted_p: float, direction: int, level: float =
     return "holds" if difference * direction > 0 else "fails"
 
 
-def collect(name: str, folders: Sequence[ModelFolder], measurements: Sequence[Measurement]) -> Comparison:
-    """The comparison of all models that are on disk."""
+def collect(folders: Sequence[ModelFolder]) -> Comparison:
+    """The values of all models of a grid that are on disk."""
     import pandas as pd
 
-    values, notes, unfinished = [], [], 0
+    values, notes, unfinished, grid = [], [], 0, folders[0].grid
     for folder in folders:
         of_model = {"variant": folder.variant.name, "seed": folder.seed}
-        for measurement in measurements:
+        for measurement in folder.grid.measurements:
             note = {**of_model, "measurement": measurement.label}
             result = folder.result(measurement)
             if result is None:
@@ -216,9 +215,9 @@ def collect(name: str, folders: Sequence[ModelFolder], measurements: Sequence[Me
                 for stream, value in of_stream.items()
             ]
     return Comparison(
-        name=name,
-        variants=tuple(dict.fromkeys(folder.variant.name for folder in folders)),
-        seeds=tuple(dict.fromkeys(folder.seed for folder in folders)),
+        name=grid.name,
+        variants=tuple(variant.name for variant in grid.variants),
+        seeds=grid.seeds,
         values=pd.DataFrame(values, columns=["variant", "seed", "task", "column", "stream", "value"]).astype(
             {"value": float}
         ),

@@ -198,8 +198,9 @@ class SelfAblatingTransformer(GatedTransformer):
         `run_with_hooks` and `run_with_cache`. `prepend_bos` and `padding_side` act on the whole model while a pass
         lasts: with several threads, tokenize first.
         """
-        given = _FORWARD.bind(self, input, return_type, *args, **kwargs).arguments
-        kwargs = {name: value for name, value in given.items() if name not in ("self", "input", "return_type")}
+        if args:
+            given = _FORWARD.bind(self, input, return_type, *args, **kwargs).arguments
+            kwargs = {name: value for name, value in given.items() if name not in ("self", "input", "return_type")}
         self._streams.threads.add(threading.get_ident())
         ablation = self._streams.current
         _say_that_the_stream_is_fixed(ablation)

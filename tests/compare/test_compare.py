@@ -114,7 +114,7 @@ def test_controls_are_what_they_say(tmp_path, cache):
     run(grid, tmp_path, seeds=1)
     models = {
         folder.variant.name: SelfAblatingTransformer.from_pretrained(folder.final, device="cpu")
-        for folder in model_folders(grid, (0,), tmp_path)
+        for folder in model_folders(dataclasses.replace(grid, seeds=(0,)), tmp_path)
     }
     plain = dict(models["baseline"].named_parameters())
     frozen = dict(models["frozen-base"].named_parameters())
@@ -185,10 +185,12 @@ def test_a_changed_baseline_changes_the_gates_on_it_alone(tmp_path, cache):
     other = dataclasses.replace(
         grid, variants=(grid.variants[0], dataclasses.replace(grid.variants[1], gates=gates), grid.variants[2])
     )
-    keys, changed = ([folder.key for folder in model_folders(g, (0,), tmp_path)] for g in (grid, other))
+    keys, changed = (
+        [folder.key for folder in model_folders(dataclasses.replace(g, seeds=(0,)), tmp_path)] for g in (grid, other)
+    )
     assert [a == b for a, b in zip(keys, changed, strict=True)] == [True, False, True]
     longer = dataclasses.replace(grid.run, train=dataclasses.replace(grid.run.train, steps=7))
-    changed = [folder.key for folder in model_folders(dataclasses.replace(grid, run=longer), (0,), tmp_path)]
+    changed = [folder.key for folder in model_folders(dataclasses.replace(grid, run=longer, seeds=(0,)), tmp_path)]
     assert not set(keys) & set(changed)
 
 
@@ -251,18 +253,18 @@ def stop_after(config, out, step, train, **options):
         def __exit__(self, *error):
             return None
 
-    agreed = loop._agreed
+    agreed = loop._processes_stop
 
     def counted(request, at, every, accelerator):
         stop.asked = at
         return agreed(request, at, every, accelerator)
 
     before = loop.stop_requests
-    loop._agreed, loop.stop_requests = counted, Context
+    loop._processes_stop, loop.stop_requests = counted, Context
     try:
         return train(config, out, **options)
     finally:
-        loop._agreed, loop.stop_requests = agreed, before
+        loop._processes_stop, loop.stop_requests = agreed, before
 
 
 def test_a_stop_while_measuring_keeps_what_is_measured(tmp_path, cache, monkeypatch, jobs):
@@ -328,7 +330,7 @@ def test_a_measurement_that_is_not_installed_is_left_for_later(tmp_path, cache, 
 def test_a_model_that_another_process_holds_is_waited_for(tmp_path, cache, monkeypatch, jobs):
     """Held at the first look, free at the second; meanwhile the other models are done."""
     grid = tiny(cache, "local-4", "random-init")
-    held = model_folders(grid, (0,), tmp_path)[1]
+    held = model_folders(dataclasses.replace(grid, seeds=(0,)), tmp_path)[1]
     lock = held.held()
     waits = []
 
@@ -366,7 +368,7 @@ def test_a_dry_run_does_nothing_and_says_what_is_to_do(tmp_path, cache, jobs):
 def test_times_of_finished_models_count_for_their_like(tmp_path, cache):
     grid = tiny(cache, measurements=(Weights(),))
     run(grid, tmp_path, seeds=1)
-    (folder,) = model_folders(grid, (0,), tmp_path)
+    (folder,) = model_folders(dataclasses.replace(grid, seeds=(0,)), tmp_path)
     done = folder.path / "done.json"
     done.write_text(json.dumps({**json.loads(done.read_text()), "seconds": 1234.0}))
     table = plan(grid, tmp_path, seeds=2, device="cpu")
@@ -410,7 +412,7 @@ def test_a_damaged_result_is_named(tmp_path, cache):
     ],
 )
 def test_bad_input_is_refused_before_anything_is_done(options, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_grid, "_run", lambda *a, **k: pytest.fail("it began"))
+    monkeypatch.setattr(run_grid, "prepare", lambda *a, **k: pytest.fail("it began"))
     given = {"grid": "smoke", **options}
     with pytest.raises(ValueError, match=message):
         compare(given.pop("grid"), tmp_path / "out", **given)

@@ -4,11 +4,14 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
 
-from sa_lens.views import draw, save
-from sa_lens.views.records import Bars
+from sa_lens.views import draw, save, show
+from sa_lens.views.records import Bars, Table
 
 RECORD = Bars("units", "", ("a", "b"), (1.0, -2.0), "share")
 
@@ -70,3 +73,20 @@ def test_missing_kaleido(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kaleido", None)
     with pytest.raises(RuntimeError, match=r"pip install 'sa-lens\[png\]'"):
         save(draw(RECORD), tmp_path / "figure.png")
+
+
+def test_show_opens_a_browser_outside_notebooks(monkeypatch):
+    table = Table("Skill", "", ("stream",), (("clean",),), (False,))
+    addresses = []
+    monkeypatch.setattr("webbrowser.open", lambda address: addresses.append(address) or len(addresses) == 1)
+    assert show(table) is None
+    assert "Skill" in Path(url2pathname(urlparse(addresses[0]).path)).read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError, match="no browser opens here"):
+        show(table)
+
+
+def test_save_takes_what_show_takes(tmp_path):
+    figure = draw(RECORD)
+    assert save(figure, tmp_path / "figure.html").read_bytes() == save(RECORD, tmp_path / "figure.html").read_bytes()
+    with pytest.raises(ValueError, match=r"saved as \.html, \.png"):
+        save(figure, tmp_path / "figure.json")

@@ -6,7 +6,7 @@ const table = { model: 0, stream: null, query: "", site: "", layer: "", explaine
 // Columns of which there is something to show: not every stream has masks, and not every text labels.
 const shownColumns = () => COLUMNS.filter((column) => column.key === table.sort || !column.by || table.filled.has(column.key));
 
-const siteWords = { mlp: "neuron", attn: "attention unit" };
+const siteWords = { mlp: "Neuron", attn: "Attention unit" };
 const byName = (a, b) => a.unit.layer - b.unit.layer || a.unit.site.localeCompare(b.unit.site) || a.unit.index - b.unit.index;
 
 // A row is a unit and its figures in one stream.
