@@ -34,7 +34,7 @@ gives what is read in its place: for heads one input for each port and head, `[p
 
 
 def why_not_by_nodes(model: Host) -> str | None:
-    """Why a pass by nodes would not be what a pass of the model is; None if it would."""
+    """Why a pass by nodes would differ from a pass of the model; None if both are the same."""
     if has_user_hooks(model):  # type: ignore[arg-type]
         return "hooks are attached to this model, which only a pass of the whole model runs"
     return why_not_single_nodes(model)
@@ -86,13 +86,13 @@ class LastPass(NamedTuple):
     z: dict[Lane, list[Float[Tensor, "row head d_head"]]]
     """Attention units, after the masks in the ablated lane."""
     post: dict[Lane, list[Float[Tensor, "row d_mlp"]]]
-    """Neurons, after the masks in the ablated lane; of the earlier lane none are kept."""
+    """Neurons, after the masks in the ablated lane; those of the earlier lane are not kept."""
     mlp_out: dict[Lane, list[Float[Tensor, "row d_model"]]]
     """Outputs of the MLPs."""
     final: dict[Lane, Float[Tensor, "prompt d_model"]]
     """Residual stream above the top layer."""
     masks: list[LayerMasks]
-    """LayerMasks by layer; none without an ablated lane."""
+    """Masks by layer; none without an ablated lane."""
     keys_and_values: list[KeysAndValues]
     """By layer, of the earlier lane."""
 
@@ -200,7 +200,7 @@ class _Run:
         return padded
 
     def _at_last(self, lane: Lane, layer: int, x: Float[Tensor, "prompt d_model"], masks: LayerMasks) -> Tensor:
-        """A layer at the last position: its query looks at the earlier lane and at itself."""
+        """A layer at the last position, whose query attends to the earlier lane and to itself."""
         last = self.prompts.last
         own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
         q, own_k = (self.functions.rotate(layer, port, own[port][:, :, None], last) for port in (0, 1))

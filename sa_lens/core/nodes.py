@@ -76,7 +76,7 @@ def why_not_additive(model: Host) -> str | None:
 
 
 def why_not_single_nodes(model: Host) -> str | None:
-    """Why `NodeFunctions` would not be exact for this model; None if they are."""
+    """Why `NodeFunctions` would not be exact for this model; None if it is."""
     reason = _SINGLE_NODES.reason_against(model.cfg, weight(model, "embed.W_E").dtype)
     return None if reason is None else f"no exact recomputation of single nodes for {reason}"
 

@@ -46,7 +46,7 @@ def gate_names(model: nn.Module) -> frozenset[str]:
 
 
 def decays(name: str) -> bool:
-    """Whether a parameter gets weight decay: a matrix outside the gates; never a bias or LayerNorm."""
+    """Whether a parameter gets weight decay: matrices outside the gates do, biases and LayerNorm do not."""
     return name.rsplit(".", 1)[-1].lstrip("_").startswith("W_") and not is_gate(name)
 
 

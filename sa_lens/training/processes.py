@@ -116,7 +116,7 @@ class LostProcess(RuntimeError):
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error of torch says that another process cannot be reached any more."""
+    """Whether an error of torch means that another process can no longer be reached."""
     return isinstance(error, torch.distributed.DistError) or bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
 
 
@@ -151,16 +151,16 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What a bit-for-bit repetition of a run depends on beside its configuration."""
+    """What a bit-for-bit repetition of a run depends on, apart from its configuration."""
 
     device: str
     """Type of the device."""
     processes: int
-    """Processes that train."""
+    """Number of processes that train."""
     threads: int
-    """Threads of each process."""
+    """Number of threads of each process."""
     versions: dict[str, str]
-    """Versions of what computes."""
+    """Versions of Python and of the libraries that compute."""
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> Environment:

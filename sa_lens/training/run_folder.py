@@ -57,7 +57,7 @@ def check_free(out: Path, resume: bool) -> None:
 
 
 def check_unchanged(out: Path, before: dict[str, Any], now: RunConfig) -> None:
-    """Refuses to resume with a configuration under which the run would be another one.
+    """Refuses to resume with a configuration that would change the run.
 
     Raises:
         ValueError: naming what changed.
@@ -89,9 +89,9 @@ def stored_config(out: Path) -> RunConfig:
 
 @contextmanager
 def sole_trainer(out: Path) -> Iterator[None]:
-    """Makes the folder and holds it against a second trainer; a killed one lets go of it.
+    """Makes the folder and locks it against a second trainer; the lock of a killed process is released.
 
-    A folder in which nothing came to be written is removed again.
+    A folder into which nothing was written is removed again.
 
     Raises:
         OSError: the folder cannot be written.
@@ -118,7 +118,7 @@ def sole_trainer(out: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_write_errors(out: Path) -> Iterator[None]:
-    """Says, in errors of the operating system while writing a run, what is still there and what to do."""
+    """Adds to errors of the operating system what is still there of the run and what to do."""
     try:
         yield
     except (FileExistsError, FileNotFoundError, NotADirectoryError):

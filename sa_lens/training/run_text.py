@@ -29,7 +29,7 @@ _NO_PATHS = ("stories", "bpe")
 
 
 def record(run: RunConfig, data: PreparedData, folder: Path, given: RunConfig) -> dict[str, Any]:
-    """What `config.json` says of the text of a run.
+    """The entry of `config.json` about the text of a run.
 
     Args:
         run: with paths that hold in the current folder.
@@ -54,7 +54,7 @@ def record(run: RunConfig, data: PreparedData, folder: Path, given: RunConfig) -
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """What the `config.json` of a run says of its text; empty if it says nothing.
+    """The entry of a run's `config.json` about its text; empty if there is none.
 
     Raises:
         ValueError: a damaged record.
@@ -111,7 +111,7 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
 
 
 def differing(data: PreparedData, text: dict[str, Any]) -> list[str]:
-    """Which of the texts, train and validation, are not those of the record; none if it is empty."""
+    """Which of the texts, train and validation, differ from those of the record; none if the record is empty."""
     now = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
     return [name for name, fingerprint in now.items() if text.get(name, fingerprint) != fingerprint]
 

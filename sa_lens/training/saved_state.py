@@ -168,7 +168,7 @@ def restore_optimizer(
 
 
 def generators_of(process: int) -> dict[str, Tensor]:
-    """States of torch's generators in this process, as `<process>.<device>`; nothing here draws from any other."""
+    """States of torch's generators in this process, as `<process>.<device>`; training draws from no other generator."""
     states = {f"{process}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states[f"{process}.cuda"] = torch.cuda.get_rng_state()

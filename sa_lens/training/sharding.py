@@ -28,7 +28,7 @@ def check_sharding(module: nn.Module) -> None:
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within the context every process holds whole parameters, to be read only. All processes must enter it."""
+    """Within the context every process holds whole parameters, which it may only read. All processes must enter it."""
     if not isinstance(module, FSDPModule):
         yield
         return

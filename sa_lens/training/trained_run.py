@@ -41,7 +41,7 @@ def trained_on_stories(run: str) -> bool:
 def text_of_run(
     run: str | Path, model: SelfAblatingTransformer, text: str | None = None, *, column: str = "text"
 ) -> PreparedData:
-    """Training and validation text of a run, in its model's tokens, from the cache where they are there.
+    """Training and validation text of a run in its model's tokens, taken from the cache if they are there.
 
     The files are looked for from the current folder and from the run folder. Generated stories that another version of
     their generator writes differently are taken as they are today, with a warning.
@@ -97,7 +97,7 @@ def text_of_run(
 
 
 def settings_of(run: str | Path) -> RunConfig | None:
-    """How a run was trained, by its `config.json`; None if that does not say, and for a model from the Hub."""
+    """The settings of a run from its `config.json`; None if they are not there, and for a model from the Hub."""
     folder = run_folder(run)
     if not (folder / CONFIG).is_file():
         return None
