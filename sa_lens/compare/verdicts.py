@@ -132,19 +132,19 @@ class Difference(NamedTuple):
     same number other than 0."""
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float], level: float = LEVEL) -> Difference:
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Difference of values that belong together by seed; pairs with a NaN are left out.
 
     Differences that are all equal have no test, or p = 1 if they are all 0: counts of edges may differ by the same
     number in every seed, which is no certainty.
 
     Raises:
-        ValueError: sequences of unequal length, or a level outside (0, 1).
+        ValueError: sequences of unequal length.
     """
     from scipy.stats import ttest_1samp
 
     differences = [a - b for a, b in zip(values, reference, strict=True) if math.isfinite(a - b)]
-    interval: Interval = t_interval(differences, level)
+    interval: Interval = t_interval(differences)
     if len(differences) < LEAST_PAIRS:
         p = math.nan
     elif np.ptp(differences) == 0:
@@ -175,7 +175,7 @@ def holm(p: Sequence[float], family: int | None = None) -> list[float]:
     return adjusted
 
 
-def verdict(difference: float, adjusted_p: float, direction: int, level: float = LEVEL) -> Verdict:
+def verdict(difference: float, adjusted_p: float, direction: int) -> Verdict:
     """Verdict on a claim.
 
     Args:
@@ -188,7 +188,7 @@ def verdict(difference: float, adjusted_p: float, direction: int, level: float =
     """
     if direction not in (1, -1):
         raise ValueError(f"direction={direction} must be 1 or -1")
-    if math.isnan(adjusted_p) or not adjusted_p + level < 1:
+    if math.isnan(adjusted_p) or not adjusted_p + LEVEL < 1:
         return "undecided"
     return "holds" if difference * direction > 0 else "fails"
 

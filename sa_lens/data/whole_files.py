@@ -201,7 +201,6 @@ def read_json(
     remedy: str,
     complaint: str = "is damaged",
     keys: Mapping[str, Any] | None = None,
-    optional: Mapping[str, Any] | None = None,
     other_keys: bool = False,
 ) -> Any:
     """The content of a JSON file, checked.
@@ -213,7 +212,6 @@ def read_json(
         complaint: what the message says of the file before the fault.
         keys: the keys that the object at the top must have, with the type of their values; None: the content may be of
             any form. `float` admits whole numbers too; Boolean values are `bool` alone.
-        optional: the keys that it may have.
         other_keys: whether it may have further keys.
 
     Raises:
@@ -229,7 +227,7 @@ def read_json(
     try:
         content = parse_json(path.read_bytes())
         if keys is not None:
-            check_object(content, keys, optional, other_keys=other_keys)
+            check_object(content, keys, other_keys=other_keys)
     except ValueError as error:
         raise DamagedFile(f"{path} {complaint}: {error}; {remedy}") from error
     return content

@@ -351,8 +351,11 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
     return pd.Series(values, name="explanations")
 
 
-def readable(trie: ContextTrie, level: float, tokenizer: Any = None, *, most: int = 3, alternatives: int = 4) -> str:
-    """The most observed patterns that predict firing: ` once upon[ a]; [ the| my]`, `_` for any token."""
+def readable(trie: ContextTrie, level: float, tokenizer: Any = None) -> str:
+    """The three most observed patterns that predict firing, each with up to four last tokens.
+
+    For example ` once upon[ a]; [ the| my]`; `_` stands for any token.
+    """
 
     def spell(token: int) -> str:
         if token == ANY:
@@ -366,9 +369,9 @@ def readable(trie: ContextTrie, level: float, tokenizer: Any = None, *, most: in
     space = " " if tokenizer is None else ""
     parts = []
     for before, ends in sorted(groups.items(), key=lambda group: -sum(weight for _, weight in group[1])):
-        names = [spell(token) for token, _ in ends[:alternatives]] + (["…"] if len(ends) > alternatives else [])
+        names = [spell(token) for token, _ in ends[:4]] + (["…"] if len(ends) > 4 else [])
         parts.append("".join(spell(token) + space for token in reversed(before)) + f"[{'|'.join(names)}]")
-    return "; ".join(parts[:most])
+    return "; ".join(parts[:3])
 
 
 def window_of(position: int, context: int, after: int, length: int) -> slice:

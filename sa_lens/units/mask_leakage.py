@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+PROBE_STEPS, PATIENCE = 3000, 3
+"""Batches of a probe at most, and judgements without improvement before it stops."""
 CONDITIONS = {
     "clean": "the clean stream",
     "ablated": "the ablated stream as it is",
@@ -511,20 +513,17 @@ def fit_probe(
     *,
     groups: Int[Tensor, " token"],
     seed: int = 0,
-    steps: int = 3000,
-    patience: int = 3,
 ) -> Float[Tensor, "test classes"]:
     """Log-probabilities of a multinomial logistic regression on the test features.
 
-    Adam with a small weight decay from zero weights; it stops when the loss on the last fifth of the groups no longer
-    falls and keeps the weights of the best judgement. Features are centred and scaled by their deviation on the
-    training tokens (by at least a tenth of the typical one, so that a nearly constant unit is not blown up).
+    Adam with a small weight decay from zero weights, over at most `PROBE_STEPS` batches of 256 tokens. It is judged by
+    the loss on the last fifth of the groups, every 50 batches, or after every pass over the tokens if that is more. It
+    stops after more than `PATIENCE` judgements without improvement, and keeps the weights of the best one. Features are
+    centred and scaled by their deviation on the training tokens (by at least a tenth of the typical deviation, so that
+    a nearly constant unit is not blown up).
 
     Args:
         groups: sequence of each training token; a sequence is wholly in the fit or wholly in the stopping part.
-        steps: batches of 256 tokens at most.
-        patience: judgements without improvement before it stops; one every 50 batches, or every pass over the tokens if
-            that is more.
     """
     centre, deviation = train.mean(0), train.std(0, correction=0)
     scale = deviation.clamp(min=0.1 * float(deviation.square().mean().sqrt()) + 1e-12)
@@ -542,13 +541,13 @@ def fit_probe(
     batches = max(1, math.ceil(len(fitting) / 256))
     passes = max(1, math.ceil(50 / batches))
     with torch.enable_grad():
-        for _ in range(max(1, steps // (passes * batches))):
+        for _ in range(max(1, PROBE_STEPS // (passes * batches))):
             with torch.no_grad():
                 loss = float(torch.nn.functional.cross_entropy(train[judged] @ weights + bias, labels[judged]))
             waited = 0 if loss < best_loss else waited + 1
             if waited == 0:
                 best_loss, best = loss, [weights.detach().clone(), bias.detach().clone()]
-            if waited > patience:
+            if waited > PATIENCE:
                 break
             for _ in range(passes):
                 for batch in fitting[torch.randperm(len(fitting), generator=generator).to(fitting.device)].split(256):
