@@ -34,6 +34,9 @@ from sa_lens.core.nodes import NodeFunctions
 from sa_lens.core.unit import Unit
 from sa_lens.units.firing import unit_scores
 
+ANY = -1
+"""Any token."""
+
 TOKENS_AT_ONCE = 2048
 """Tokens of a batch."""
 
@@ -309,10 +312,6 @@ def likely_tokens(model: Host, rows: Int64[np.ndarray, "row pos"], count: int) -
     with torch.no_grad(), in_stream(model, "clean"):
         top = torch.cat([model(part)[:, :-1].topk(count, -1).indices for part in tokens.split(step)]).cpu().numpy()
     return np.concatenate([np.repeat(rows[:, :1, None], count, -1), top], 1)
-
-
-ANY = -1
-"""Any token."""
 
 
 class Pattern(NamedTuple):

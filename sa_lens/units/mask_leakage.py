@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 PROBE_STEPS, PATIENCE = 3000, 3
 """Batches of a probe at most, and judgements without improvement before it stops."""
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of a batch."""
+
+LOGITS_AT_ONCE = 2**25
+"""Largest number of logits held at a time (float32: 128 MiB)."""
+
 CONDITIONS = {
     "clean": "the clean stream",
     "ablated": "the ablated stream as it is",
@@ -395,13 +402,6 @@ def _labels(halves: list[Tensor], places: list[Tensor], classes: int) -> list[In
     return [
         (tokens[:, None] == frequent).int().argmax(-1) + (tokens[:, None] == frequent).any(-1) for tokens in following
     ]
-
-
-TOKENS_AT_ONCE = 4096
-"""Tokens of a batch."""
-
-LOGITS_AT_ONCE = 2**25
-"""Largest number of logits held at a time (float32: 128 MiB)."""
 
 
 def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, " ..."]]:

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SPELLINGS = ("word", "capitalized", "piece", "NUM", "PUNCT", "space", "special")
+"""Classes by spelling: another word after a space, one with a capital, a part of a word, ..."""
+
+EXACT_IN_FLOAT32 = 2**24
+"""Counts up to here are exact in float32."""
+
 POSITION_BINS = 16
 """Equal parts of a block in which positions are counted."""
 
@@ -342,10 +348,6 @@ def _table(
     return table
 
 
-SPELLINGS = ("word", "capitalized", "piece", "NUM", "PUNCT", "space", "special")
-"""Classes by spelling: another word after a space, one with a capital, a part of a word, ..."""
-
-
 class TokenClasses(NamedTuple):
     """A class for every token of a vocabulary."""
 
@@ -387,10 +389,6 @@ def _class_of(text: str, lexicon: dict[str, str]) -> str:
     if whole and word.lower() in lexicon:
         return lexicon[word.lower()]
     return "capitalized" if word[0].isupper() else "word" if whole else "piece"
-
-
-EXACT_IN_FLOAT32 = 2**24
-"""Counts up to here are exact in float32."""
 
 
 class Moments:

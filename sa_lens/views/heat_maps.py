@@ -60,7 +60,7 @@ def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None 
     row = table.iloc[0]
     title = title if title is not None else _title(table)
     scale = "share of the effect" if value == "normalised" else f"{row['metric']}".replace("_", " ")
-    if table["neuron"].notna().any() or table["channel"].notna().any():
+    if table["unit"].notna().any():
         table = table.sort_values(value, key=abs, ascending=False, kind="stable")
         labels = tuple(_unit_label(row) for _, row in table.iterrows())
         return Bars(title, _note(row), labels, tuple(map(number, table[value])), scale)
@@ -106,9 +106,7 @@ def _note(row: pd.Series) -> str:
 
 
 def _unit_label(row: pd.Series) -> str:
-    unit = f"L{row['layer']} "
-    unit += f"neuron {row['neuron']}" if pd.notna(row["neuron"]) else f"head {row['head']} channel {row['channel']}"
-    return unit if row["position"] in ("all", "end") else f"{unit} at {row['position']}"
+    return row["unit"] if row["position"] in ("all", "end") else f"{row['unit']} at {row['position']}"
 
 
 def _label(place: object, token: str, column: str) -> str:

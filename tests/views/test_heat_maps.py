@@ -17,7 +17,15 @@ def table(what="resid_pre", *, rows, **settings):
     }
     made = pd.DataFrame(
         [
-            {**common, "layer": layer, "position": position, "head": head, "neuron": neuron, "value": value}
+            {
+                **common,
+                "layer": layer,
+                "position": position,
+                "head": head,
+                "neuron": neuron,
+                "value": value,
+                "unit": None if neuron is None else f"L{layer}.mlp.{neuron}",
+            }
             for layer, position, head, neuron, value in rows
         ],
         columns=list(COLUMNS),
@@ -65,7 +73,7 @@ def test_record_of_units_is_bars_by_size():
     assert record == Bars(
         "IOI: neurons, clean stream",
         record.note,
-        ("L1 neuron 3", "L1 neuron 4 at IO", "L0 neuron 7"),
+        ("L1.mlp.3", "L1.mlp.4 at IO", "L0.mlp.7"),
         (-2.0, 0.75, 0.25),
         "share of the effect",
     )

@@ -34,6 +34,7 @@ from sa_lens.core.host import (
     require_hooks,
     run_to_last,
 )
+from sa_lens.core.unit import Unit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,7 @@ TINY = 1e-9
 """Difference between clean and corrupt below which there is nothing to normalise by."""
 
 COLUMNS = (
-    *("task", "what", "layer", "head", "channel", "neuron", "position", "token", "value", "normalised"),
+    *("task", "what", "layer", "head", "channel", "neuron", "unit", "position", "token", "value", "normalised"),
     *("clean", "corrupt", "n", "metric", "direction", "stream", "masks"),
 )
 
@@ -143,7 +144,8 @@ def patch(
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        One row per patch: `layer`; `head`, `channel`, `neuron` where they apply; `position` (name, index, or `all`) and
+        One row per patch: `layer`; `head`, `channel`, `neuron`, `unit` where they apply; `position` (name, index, or
+        `all`) and
         `token` (its text where all prompts share it); `value`, the mean metric; `normalised`, the share of the way from
         the base prompt's value (0) to the other prompt's (1), NaN where the two do not differ; `clean` and `corrupt`,
         the unpatched means; `n`; and the settings.
@@ -199,14 +201,24 @@ def patch(
         }
         for edit, value in zip(edits, (totals / n).tolist(), strict=True)
     ]
-    return unit_table(rows, COLUMNS)
+    return unit_table(model, rows, COLUMNS)
 
 
-def unit_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """A table of units; head, channel and neuron are whole numbers, missing where they do not apply."""
+def unit_table(model: Host, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """A table of units, with the name of each; head, channel and neuron are missing where they do not apply."""
     import pandas as pd
 
+    rows = [row | {"unit": _name_of(model, row)} for row in map(dict, rows)]
     return pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(("head", "channel", "neuron"), "Int64"))
+
+
+def _name_of(model: Host, row: Mapping[str, Any]) -> str | None:
+    """Name of the unit of a row, such as `L1.mlp.17`; None for a head, a layer, or the mask of a whole head."""
+    if "neuron" in row:
+        return str(Unit(row["layer"], "mlp", row["neuron"]))
+    if "channel" not in row or (row["what"].startswith("mask") and model.gates.attn_unit == "head"):  # type: ignore[attr-defined]
+        return None
+    return str(Unit(row["layer"], "attn", row["head"] * model.cfg.d_head + row["channel"]))
 
 
 def _checked(exp: Experiment, what: str, direction: str, top_n: Any) -> Kind:

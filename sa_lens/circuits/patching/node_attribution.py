@@ -36,7 +36,7 @@ NODES: dict[str, Kind] = {
 """What can be attributed: heads and attention units (`z`), outputs of MLPs, neurons (`post`)."""
 
 COLUMNS = (
-    *("task", "what", "layer", "head", "channel", "neuron", "position", "estimate", "effect"),
+    *("task", "what", "layer", "head", "channel", "neuron", "unit", "position", "estimate", "effect"),
     *("value", "n", "metric", "ablation", "stream", "masks"),
 )
 
@@ -71,7 +71,8 @@ def attribute_nodes(
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        One row per unit, in the order of layers, positions, units: `layer`; `head`, `channel`, `neuron` where they
+        One row per unit, in the order of layers, positions, units: `layer`; `head`, `channel`, `neuron`, `unit`
+        where they
         apply; `position` (`all`, or counted from the start); `estimate`; `effect`, NaN where it was not asked for;
         `value`, the metric of the unedited clean prompts; `n`; and the settings.
 
@@ -107,7 +108,7 @@ def attribute_nodes(
         }
         for i, choice in enumerate(choices)
     ]
-    return unit_table(rows, COLUMNS)
+    return unit_table(exp.model, rows, COLUMNS)
 
 
 def _checked(exp: Experiment, what: str, by_position: bool, exact: Any) -> Kind:

@@ -100,6 +100,7 @@ def test_effects_of_single_units_at_single_positions(stream: str) -> None:
                 edited = model.run_with_hooks(one.clean, fwd_hooks=[(f"blocks.{row.layer}.attn.hook_z", put)])[:, -1]
             changes.append(float(logit_difference(edited, one) - logit_difference(base, one)))
         close(row.effect, sum(changes) / 2)
+        assert row.unit == f"L{row.layer}.attn.{row.head * model.cfg.d_head + row.channel}"
 
 
 def test_exact_effects_go_to_the_largest_estimates() -> None:
