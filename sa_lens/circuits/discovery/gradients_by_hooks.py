@@ -45,7 +45,7 @@ def scores_by_hooks(
                     logits, passes = _run(exp, batch, rules, embed)
                     if clean_logits is None or clean is None:
                         clean_logits, clean = logits.detach(), passes
-                    inputs = [x for one in passes for x in one.inputs.values()]
+                    inputs = [x for run in passes for x in run.inputs.values()]
                     values = [exp.metric(part, batch.pairs, clean_logits).sum() for part in logits.split(n)]
                     by_input = torch.autograd.grad(torch.stack(values).sum(), inputs, materialize_grads=True)
                 # their sum, so that the products, which cost as much as a pass, are taken once
@@ -56,9 +56,9 @@ def scores_by_hooks(
             assert clean is not None
             value += float(exp.metric(clean_logits, batch.pairs, clean_logits).double().sum())
             by_name = iter(gradients)
-            for one, carried in zip(clean, batch.carried, strict=True):
-                sent = _differences(exp.model, graph, carried, one.written)
-                scores += _products(graph, sent, {name: next(by_name) for name in one.inputs})
+            for run, carried in zip(clean, batch.carried, strict=True):
+                sent = _differences(exp.model, graph, carried, run.written)
+                scores += _products(graph, sent, {name: next(by_name) for name in run.inputs})
     return scores, value
 
 

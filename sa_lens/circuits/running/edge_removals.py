@@ -207,8 +207,8 @@ class Recomputation:
         return None if item.everywhere else self.last
 
     def _project(self, item: Live, port: int, x: Tensor) -> Tensor:
-        at = None if self._wide(item, port) else self.last
-        return self.functions.project(item.node.layer, port, item.node.head, x, at)
+        position = None if self._wide(item, port) else self.last
+        return self.functions.project(item.node.layer, port, item.node.head, x, position)
 
     def _z(self, item: Live, qkv: Sequence[Tensor]) -> Tensor:
         node = item.node
@@ -277,26 +277,26 @@ class Recomputation:
 
     def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
         """What removals of a node's own edges change at it."""
-        found = Changed({}, {}, {}, None)
+        result = Changed({}, {}, {}, None)
         for i, to in enumerate(item.inputs):
             mine = [r for r in own if rows[r].to == to]
             if not mine:
                 continue
-            found.x[i] = self._versions(item, i, [rows[r] for r in mine])
-            found.version[i] = versions_by_row(rows, mine)
+            result.x[i] = self._versions(item, i, [rows[r] for r in mine])
+            result.version[i] = versions_by_row(rows, mine)
             if item.node.kind == "head":
-                found.qkv[i] = self._project(item, i, found.x[i])
+                result.qkv[i] = self._project(item, i, result.x[i])
         if item.node.kind == "logits":
-            return found
+            return result
         assert item.out is not None
         if item.node.kind == "head":
-            qkv = [self._pick(found, i, item.qkv[i], own) for i in range(3)]
+            qkv = [self._pick(result, i, item.qkv[i], own) for i in range(3)]
             change = self._z(item, qkv).sub_(item.out)
         else:
-            change = self._mlp(item, found.x[0]).sub_(item.out)
+            change = self._mlp(item, result.x[0]).sub_(item.out)
         if len(own) < len(rows):
             change = torch.cat([torch.zeros_like(change[:1]), change])[versions_by_row(rows, own)]
-        return found._replace(out=change)
+        return result._replace(out=change)
 
     def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
         """An input after each of its own removals, on top of those before it that stay out."""
@@ -326,7 +326,7 @@ class Recomputation:
 
     def _follow(self, item: Live, changed: dict[Node, Changed]) -> Changed | None:
         """What the changes so far do to a node above; None if none of them reaches it."""
-        found = Changed({}, {}, {}, None)
+        result = Changed({}, {}, {}, None)
         inputs: dict[int, Tensor] = {}
         for i in range(len(item.inputs)):
             arriving = self._arriving(item, i, changed, slice(None))
@@ -335,14 +335,14 @@ class Recomputation:
         if not inputs:
             return None
         if item.node.kind == "logits":
-            return found._replace(out=inputs[0])
+            return result._replace(out=inputs[0])
         assert item.out is not None
         if item.node.kind == "mlp":
-            return found._replace(out=self._mlp(item, inputs[0].add_(item.x[0])).sub_(item.out))
+            return result._replace(out=self._mlp(item, inputs[0].add_(item.x[0])).sub_(item.out))
         for i, x in inputs.items():
-            found.qkv[i] = self._project(item, i, x.add_(item.x[i]))
-        qkv = [found.qkv.get(i, item.qkv[i]) for i in range(3)]
-        return found._replace(out=self._z(item, qkv).sub_(item.out))
+            result.qkv[i] = self._project(item, i, x.add_(item.x[i]))
+        qkv = [result.qkv.get(i, item.qkv[i]) for i in range(3)]
+        return result._replace(out=self._z(item, qkv).sub_(item.out))
 
     def _arriving(
         self, item: Live, i: int, changed: dict[Node, Changed], rows: slice

@@ -81,8 +81,8 @@ def check_template(task: str, template: str) -> None:
     Raises:
         ValueError: a slot that is unknown or missing.
     """
-    found = set(re.findall(r"\{(.*?)\}", template))
-    unknown, missing = sorted(found - set(_SLOTS)), sorted(_NEEDED[task] - found)
+    slots = set(re.findall(r"\{(.*?)\}", template))
+    unknown, missing = sorted(slots - set(_SLOTS)), sorted(_NEEDED[task] - slots)
     if unknown or missing:
         problem = f"unknown slot {{{unknown[0]}}}" if unknown else f"no slot {{{missing[0]}}}"
         raise ValueError(f"template {template!r} of {task}: {problem}; slots are {', '.join(_SLOTS)}")
