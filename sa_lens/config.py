@@ -73,27 +73,27 @@ ExportFormat = Literal["hooked", "reference", "hf"]
 LARGEST_SEED = 2**32 - 1
 """Largest seed that every random generator in use takes."""
 
-_LARGEST: dict[str, float] = {
-    "model.n_layers": 1_000,
-    "model.d_model": 100_000,
-    "model.n_heads": 10_000,
-    "model.d_head": 100_000,
-    "model.d_mlp": 1_000_000,
-    "model.n_ctx": 10_000_000,
-    "model.d_vocab": 10_000_000,
-    "model.eps": 1.0,
-    "gates.temperature": 1e6,
-    "loss.clean": 1e6,
-    "loss.ablated": 1e6,
-    "loss.reconstruction": 1e6,
-    "data.n_stories": 100_000_000,
-    "data.stories_seed": LARGEST_SEED,
-    "data.vocab_size": 10_000_000,
-    "train.workers": 1_000,
-    "train.seed": LARGEST_SEED,
+_AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(("model.n_layers", "model.d_model", "model.n_heads", "model.d_head", "model.n_ctx"), 1),
+    **dict.fromkeys(("gates.k_attn", "gates.k_mlp", "train.steps", "train.batch_size", "train.accumulate"), 1),
+    **dict.fromkeys(("train.eval_every", "train.eval_tokens", "train.save_every", "train.log_every"), 1),
+    **{"model.d_vocab": 2, "data.max_documents": 2, "data.n_stories": 100, "data.vocab_size": 300},
 }
-_LARGEST_WHOLE = 10**12
-"""Largest value of any other whole number."""
+"""Smallest value of a number; that of any other is 0."""
+_ABOVE_ZERO = ("model.eps", "gates.temperature", "train.lr", "train.dense_lr", "train.adam_eps")
+_AT_MOST: dict[str, float] = {
+    "model.n_layers": 1_000,
+    **dict.fromkeys(("model.d_model", "model.d_head"), 100_000),
+    "model.n_heads": 10_000,
+    "model.d_mlp": 1_000_000,
+    **dict.fromkeys(("model.n_ctx", "model.d_vocab", "data.vocab_size"), 10_000_000),
+    "model.eps": 1.0,
+    **dict.fromkeys(("gates.temperature", "loss.clean", "loss.ablated", "loss.reconstruction"), 1e6),
+    "data.n_stories": 100_000_000,
+    **dict.fromkeys(("data.stories_seed", "train.seed"), LARGEST_SEED),
+    "train.workers": 1_000,
+}
+"""Largest value of a number; that of any other whole number is 10**12, that of any other number infinite."""
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -111,8 +111,7 @@ def _check_choice(name: str, value: object, annotation: Any) -> None:
 
 
 def _check_fields(config: Any, prefix: str) -> None:
-    """Gives every field its declared type and refuses what no key of a configuration can hold: a value of another type,
-    a number that is not finite or larger than `_LARGEST`, empty text.
+    """Gives every field its declared type, and refuses numbers out of range and empty text.
 
     Raises:
         ValueError: naming the key.
@@ -122,7 +121,9 @@ def _check_fields(config: Any, prefix: str) -> None:
         value = convert(path, getattr(config, name), hint)
         object.__setattr__(config, name, value)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            most = _LARGEST.get(path, _LARGEST_WHOLE if isinstance(value, int) else math.inf)
+            least, most = _AT_LEAST.get(path, 0), _AT_MOST.get(path, 10**12 if isinstance(value, int) else math.inf)
+            _check(value >= least, f"{path}={shown(value)} must be " + (f"at least {least}" if least else "0 or more"))
+            _check(value > 0 or path not in _ABOVE_ZERO, f"{path}={shown(value)} must be above 0")
             _check(value <= most, f"{path}={shown(value)} must be at most {most:,.15g}".replace(",", "_"))
         if isinstance(value, str):
             _check(bool(value.strip()), f"{path}={value!r} is empty: name something, or leave the setting out")
@@ -261,17 +262,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "model.")
-        for name in ("n_layers", "d_model", "n_heads", "n_ctx"):
-            value = getattr(self, name)
-            _check(value >= 1, f"model.{name}={value} must be at least 1")
         _check(
             self.d_head is not None or self.d_model % self.n_heads == 0,
             f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}; set model.d_head",
         )
-        _check(self.d_head is None or self.d_head >= 1, f"model.d_head={self.d_head} must be at least 1")
-        _check(self.d_mlp is None or self.d_mlp >= 0, f"model.d_mlp={self.d_mlp} must be 0 (no MLP) or more")
-        _check(self.d_vocab is None or self.d_vocab >= 2, f"model.d_vocab={self.d_vocab} must be at least 2")
-        _check(self.eps > 0, f"model.eps={self.eps} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -301,10 +295,6 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "gates.")
-        for name in ("k_attn", "k_mlp"):
-            value = getattr(self, name)
-            _check(value >= 1, f"gates.{name}={value} must be a whole number from 1 to the units of a layer")
-        _check(self.temperature > 0, f"gates.temperature={self.temperature} must be above 0")
 
     @property
     def gated(self) -> bool:
@@ -338,9 +328,6 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "loss.")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _check(value >= 0, f"loss.{f.name}={value} must be 0 or more")
         _check(self.clean + self.ablated + self.reconstruction > 0, "loss: at least one coefficient must be above 0")
 
 
@@ -381,16 +368,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "data.")
-        _check(self.stories_seed >= 0, f"data.stories_seed={self.stories_seed} must be 0 or more")
         _check(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1",
-        )
-        _check(self.n_stories >= 100, f"data.n_stories={self.n_stories} must be at least 100")
-        _check(self.vocab_size >= 300, f"data.vocab_size={self.vocab_size} must be at least 300 (256 bytes and more)")
-        _check(
-            self.max_documents is None or self.max_documents >= 2,
-            f"data.max_documents={self.max_documents} must be at least 2",
         )
         _check(
             not self.streaming or self.max_documents is not None,
@@ -459,14 +439,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "train.")
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_tokens", "save_every", "log_every"):
-            value = getattr(self, name)
-            _check(value >= 1, f"train.{name}={value} must be at least 1")
-        for name in ("warmup_steps", "weight_decay", "clip", "sample_tokens", "workers", "seed"):
-            value = getattr(self, name)
-            _check(value >= 0, f"train.{name}={value} must be 0 or more")
-        _check(self.lr > 0, f"train.lr={self.lr} must be above 0")
-        _check(self.dense_lr is None or self.dense_lr > 0, f"train.dense_lr={self.dense_lr} must be above 0")
         _check(
             self.warmup_steps < self.steps,
             f"train.warmup_steps={self.warmup_steps} must be below train.steps={self.steps}",
@@ -483,7 +455,6 @@ class TrainConfig:
         _check(
             all(0 <= beta < 1 for beta in self.betas), f"train.betas={self.betas} must be two numbers from 0 to below 1"
         )
-        _check(self.adam_eps > 0, f"train.adam_eps={self.adam_eps} must be above 0")
         _check(
             self.freeze == "none" or self.init is not None,
             "train.freeze='base' trains gates on an existing model: name it in train.init",
@@ -557,14 +528,14 @@ PRESETS: dict[PresetName, RunConfig] = {
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain nested dictionaries, lists, strings and numbers."""
-    plain = dataclasses.asdict(config)
 
-    def listed(value: Any) -> Any:
+    def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: listed(item) for key, item in value.items()}
-        return [listed(item) for item in value] if isinstance(value, tuple | list) else value
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
-    return listed(plain)
+    values: dict[str, Any] = plain(dataclasses.asdict(config))
+    return values
 
 
 class _Loader(yaml.SafeLoader):

@@ -79,7 +79,7 @@ def test_keys_left_out_keep_the_base(tmp_path):
         ("gates: {scope: everywhere}", r"gates\.scope='everywhere' is not one of 'none', 'local', 'global', 'both'"),
         ("gates: {kind: firm}", r"gates\.kind='firm' is not one of 'hard', 'soft'"),
         ("gates: {scope: [local]}", r"gates\.scope=\['local'\] is not one of"),
-        ("gates: {k_attn: 0}", r"gates\.k_attn=0 must be a whole number from 1"),
+        ("gates: {k_attn: 0}", r"gates\.k_attn=0 must be at least 1"),
         ("a: [", "is not valid YAML"),
         ("{1: a, b: c}", "unknown key 1; known keys: model"),
         ("gates: {null: 1, foo: 2}", r"unknown key gates\.None"),
