@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa_lens.data import text_files
-from sa_lens.data.cache import fingerprint, key_of, make_once, new_file, visible_files
+from sa_lens.data import stories, text_files
+from sa_lens.data.cache import cache_folder, fingerprint, key_of, make_once, new_file, visible_files
 from sa_lens.data.hub import dataset_revision, require_hub
 from sa_lens.places import local_path
 
@@ -49,34 +49,35 @@ class Source:
 def open_source(
     source: str,
     *,
-    column: str,
-    split: str | None,
-    max_documents: int | None,
-    streaming: bool,
-    cache: Path,
+    column: str = "text",
+    split: str | None = None,
+    max_documents: int | None = None,
+    streaming: bool = False,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> Source:
-    """The text behind `source`: an existing file or folder, else a dataset id on the Hub.
+    """Opens the text behind a name: an existing file or folder, else a dataset id on the Hub.
 
     Args:
         source: path or id; an id may end in `@` and a revision, which is otherwise the current one.
         column: column that holds the text; a txt file has only `text`.
         split: for a folder or a Hub dataset; None: `validation` if there is one, else the only split. A single file
             has no splits and is read whole.
-        max_documents: read at most so many.
+        max_documents: read at most this many documents; None: all.
         streaming: take the documents of a Hub dataset without downloading the rest; they are written to the cache
             once, by one process, so that every process of a larger run reads the same ones from there.
-        cache: the cache folder.
+        cache: the cache folder; None: `$SA_LENS_CACHE`, else `~/.cache/sa_lens`.
 
     Raises:
         FileNotFoundError: `source` looks like a path and there is nothing there.
         HubUnreachable: a Hub dataset and no network.
         ValueError: no such dataset, or no such split.
     """
+    cache = cache_folder(None) if cache is None else cache
     path = local_path(source, "the name of the text")
     limits = {"column": column, "max_documents": max_documents}
     if path.exists():
-        parts = _files(path.resolve(), split)
+        parts = _files_of(path.resolve(), split)
         kinds = {text_files.kind_of(file) for file in parts}
         if len(kinds) > 1:
             raise ValueError(f"folder {path} mixes kinds of files ({', '.join(sorted(kinds))}); name one file")
@@ -84,15 +85,10 @@ def open_source(
         if kind == text_files.TEXT and column != "text":
             raise ValueError(f"{path} is plain text and has no column {column!r}; its columns: 'text'")
         part = split if path.is_dir() else None
-        # the ending says how a file is read, so the same bytes under another one are another text
+        # the ending says how a file is read, so the same bytes under another ending are another text
         key = key_of({"content": fingerprint(path), "split": part, "kind": text_files.RULES[kind], **limits})
-
-        def read() -> Iterator[str]:
-            return _cleaned(text_files.texts(parts, column), max_documents)
-
-        return Source(
-            str(path), key, read, functools.partial(text_files.form, parts) if kind == text_files.TEXT else lambda: None
-        )
+        form = functools.partial(text_files.form, parts) if kind == text_files.TEXT else lambda: None
+        return Source(str(path), key, lambda: _skip_blank(text_files.texts(parts, column), max_documents), form)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in text_files.KINDS:
         raise FileNotFoundError(f"no file or folder {source!r}")
     dataset_id, _, revision = source.partition("@")
@@ -100,49 +96,38 @@ def open_source(
     key = key_of({"hub": dataset_id, "revision": revision, "split": split, "streaming": streaming, **limits})
 
     def read_hub() -> Iterator[str]:
-        texts = _cleaned(_hub_texts(dataset_id, revision, split, column, streaming), max_documents)
-        return _spooled(texts, cache / "documents" / f"{key}.jsonl", max_documents, progress) if streaming else texts
+        texts = _skip_blank(_hub_texts(dataset_id, revision, split, column, streaming), max_documents)
+        return _keep(texts, cache / "documents" / f"{key}.jsonl", max_documents, progress) if streaming else texts
 
     return Source(source, key, read_hub)
 
 
 def stories_source(n: int, seed: int, max_documents: int | None) -> Source:
-    """Generated stories."""
-    from sa_lens.data import stories
-
-    origin = Path(str(stories.__file__))
-    rules = fingerprint(origin) if origin.stem != "__init__" else key_of(_python_files(origin.parent))
+    """Generated stories; their key holds the fingerprint of the code that tells them."""
+    rules = {path.name: fingerprint(path) for path in sorted(Path(str(stories.__file__)).parent.glob("*.py"))}
     count = n if max_documents is None else min(n, max_documents)
-    key = key_of({"stories": count, "seed": seed, "rules": rules})
+    key = key_of({"stories": count, "seed": seed, "rules": key_of(rules)})
     if count > _STORIES_KEPT:
         return Source("stories", key, lambda: (story.text for story in stories.generate(count, seed)))
-    return Source("stories", key, lambda: iter(_told(key, count, seed)))
+    return Source("stories", key, lambda: iter(_story_texts(key, count, seed)))
 
 
 @functools.lru_cache(maxsize=1)
-def _told(key: str, count: int, seed: int) -> tuple[str, ...]:
-    """The texts of generated stories: preparing them for training reads them several times."""
-    from sa_lens.data import stories
-
+def _story_texts(key: str, count: int, seed: int) -> tuple[str, ...]:
+    """The texts of generated stories, kept: preparing them for training reads them several times."""
     return tuple(story.text for story in stories.generate(count, seed))
 
 
 def story_words(vocab_size: int) -> list[str]:
     """The words of the generated stories that a vocabulary of that size keeps whole: all, or the names alone."""
-    from sa_lens.data import stories
-
     return sorted(stories.vocabulary() if vocab_size >= _ROOM_FOR_STORIES else stories.NAMES)
 
 
-def _python_files(folder: Path) -> dict[str, str]:
-    return {path.name: fingerprint(path) for path in sorted(folder.glob("*.py"))}
-
-
-def _cleaned(texts: Iterable[str | None], max_documents: int | None) -> Iterator[str]:
+def _skip_blank(texts: Iterable[str | None], max_documents: int | None) -> Iterator[str]:
     return itertools.islice((text for text in texts if text and text.strip()), max_documents)
 
 
-def _files(path: Path, split: str | None) -> list[Path]:
+def _files_of(path: Path, split: str | None) -> list[Path]:
     """The files that hold a local text, in the order in which they are read."""
     if path.is_file():
         if path.stat().st_size == 0:
@@ -150,14 +135,14 @@ def _files(path: Path, split: str | None) -> list[Path]:
         text_files.kind_of(path)
         return [path]
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return text_files.saved_dataset(path, lambda splits: _chosen_split(split, splits, str(path)))
+        return text_files.saved_dataset(path, lambda splits: _choose_split(split, splits, str(path)))
     inside = [file for file in visible_files(path) if file.suffix.lower() in text_files.KINDS]
     if not inside:
         raise FileNotFoundError(f"folder {path} holds no file of a known kind ({', '.join(text_files.KINDS)})")
     by_split: dict[str, list[Path]] = {}
     for file in inside:
         by_split.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    return by_split[_chosen_split(split, list(by_split), str(path))]
+    return by_split[_choose_split(split, list(by_split), str(path))]
 
 
 def _split_of(file: Path) -> str:
@@ -167,7 +152,7 @@ def _split_of(file: Path) -> str:
     return SPLIT_NAMES.get(named, named)
 
 
-def _chosen_split(split: str | None, splits: list[str], name: str) -> str:
+def _choose_split(split: str | None, splits: list[str], name: str) -> str:
     if split is None:
         split = "validation" if "validation" in splits else splits[0] if len(splits) == 1 else None
     if split not in splits:
@@ -186,19 +171,14 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
     import huggingface_hub
 
     # before version 4 `datasets` ran the Python file of a dataset that has one
-    builder = datasets.load_dataset_builder(dataset_id, revision=revision, trust_remote_code=False)
-    by_split = {
-        str(name): [str(place) for place in places] for name, places in (builder.config.data_files or {}).items()
-    }
-    if not by_split or not all(
-        Path(place).suffix.lower() in text_files.KINDS for place in itertools.chain(*by_split.values())
-    ):
-        split = split or _chosen_split(
-            None, datasets.get_dataset_split_names(dataset_id, revision=revision), dataset_id
-        )
-        rows = datasets.load_dataset(
-            dataset_id, split=split, revision=revision, streaming=streaming, trust_remote_code=False
-        )
+    fixed: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    data_files = datasets.load_dataset_builder(dataset_id, **fixed).config.data_files or {}
+    by_split = {str(name): [str(place) for place in places] for name, places in data_files.items()}
+    suffixes = {Path(place).suffix.lower() for place in itertools.chain(*by_split.values())}
+    if not by_split or not suffixes <= set(text_files.KINDS):
+        names = [] if split else datasets.get_dataset_split_names(dataset_id, revision=revision)
+        split = split or _choose_split(None, names, dataset_id)
+        rows = datasets.load_dataset(dataset_id, split=split, streaming=streaming, **fixed)
         columns = rows.column_names or []
         if column not in columns:
             raise text_files.no_column(dataset_id, column, columns)
@@ -206,20 +186,18 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
             yield from (text_files.as_text(text, column, dataset_id) for text in batch[column])
         return
     hub = huggingface_hub.HfFileSystem()
-    for place in by_split[_chosen_split(split, list(by_split), dataset_id)]:
+    for place in by_split[_choose_split(split, list(by_split), dataset_id)]:
         if streaming:
-            opened = functools.partial(hub.open, place, "rb")
-            yield from text_files.file_texts(opened, text_files.kind_of(Path(place)), column, place)
+            opener = functools.partial(hub.open, place, "rb")
+            yield from text_files.file_texts(opener, text_files.kind_of(Path(place)), column, place)
         else:
-            resolved: Any = hub.resolve_path(place)
-            local = huggingface_hub.hf_hub_download(
-                dataset_id, resolved.path_in_repo, repo_type="dataset", revision=revision
-            )
+            name = hub.resolve_path(place).path_in_repo  # type: ignore[union-attr]
+            local = huggingface_hub.hf_hub_download(dataset_id, name, repo_type="dataset", revision=revision)
             yield from text_files.texts([Path(local)], column)
 
 
-def _spooled(texts: Iterable[str], path: Path, total: int | None, progress: bool) -> Iterator[str]:
-    """The texts, written to `path` (one JSON string a line) on the first pass, read from there on later ones."""
+def _keep(texts: Iterable[str], path: Path, total: int | None, progress: bool) -> Iterator[str]:
+    """The texts, written to `path` (one JSON string per line) on the first pass, read from there on later ones."""
     from tqdm.auto import tqdm
 
     def download() -> None:
