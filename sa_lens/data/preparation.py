@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,41 +65,39 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
     cache = cache_folder(data.cache_dir)
     for part in ("tokens", "tokenizers", "documents"):
         remove_leftovers(cache / part)
-    keep_whole = _kept_words(data)
-    texts = _texts(data, cache, progress)
+    words = _words_to_keep(data)
+    texts = _open_texts(data, cache, progress)
     if data.tokenizer == "bpe":
-        folder = _trained_tokenizer(data, texts["train"], keep_whole, cache, progress)
+        folder = _make_tokenizer(data, texts["train"], words, cache, progress)
     else:
         folder = fetch_tokenizer(data.tokenizer, cache)
     tokenizer = load_tokenizer(folder)
-    files = {name: _token_file(text, tokenizer, name, cache, progress) for name, text in texts.items()}
+    train, validation = (_make_token_file(text, tokenizer, name, cache, progress) for name, text in texts.items())
     if progress:
-        by_name = {data.source: [files["train"]]}
-        by_name.setdefault(data.validation or data.source, []).append(files["validation"])
-        for name, parts in by_name.items():
-            say_form(name, parts)
-    for name, file in files.items():
-        check_blocks(file, n_ctx, name)
-    if files["train"].fingerprint == files["validation"].fingerprint:
+        same = data.validation in (None, data.source)
+        print_form(data.source, [train, validation] if same else [train])
+        if not same:
+            print_form(str(data.validation), [validation])
+    check_blocks(train, n_ctx, "train")
+    check_blocks(validation, n_ctx, "validation")
+    if train.fingerprint == validation.fingerprint:
         raise ValueError("the validation text equals the training text; name another in data.validation")
-    return PreparedData(files["train"], files["validation"], tokenizer, folder)
+    return PreparedData(train, validation, tokenizer, folder)
 
 
-def say_form(name: str, files: Sequence[TokenFile]) -> None:
-    """Says on standard error what the documents of a plain text were taken to be; nothing of other kinds of text."""
+def print_form(name: str, files: Sequence[TokenFile]) -> None:
+    """Prints on standard error what the documents of a plain text were taken to be; nothing of other kinds of text."""
     if files[0].form is not None:
         print(f"{name}: {sum(file.n_documents for file in files):,} documents, {files[0].form}", file=sys.stderr)
 
 
-def _kept_words(data: DataConfig) -> list[str]:
+def _words_to_keep(data: DataConfig) -> list[str]:
     words = read_words(data.keep_whole) if data.keep_whole is not None else []
-    if data.tokenizer != "bpe":
-        if words:
-            raise ValueError(
-                f"data.keep_whole applies to data.tokenizer='bpe', not to {data.tokenizer!r}; leave it out"
-            )
-        return []
-    return sorted({*words, *story_words(data.vocab_size)}) if data.source == "stories" else words
+    if data.tokenizer == "bpe":
+        return sorted({*words, *story_words(data.vocab_size)}) if data.source == "stories" else words
+    if words:
+        raise ValueError(f"data.keep_whole applies to data.tokenizer='bpe', not to {data.tokenizer!r}; leave it out")
+    return []
 
 
 @dataclass(frozen=True)
@@ -150,21 +148,8 @@ class _Split:
         return int(lots[count - 1])
 
 
-def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
+def _open_texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
     """The training and the validation text."""
-
-    def opened(name: str, split: str | None) -> Source:
-        return open_source(
-            name,
-            column=data.column,
-            split=split,
-            max_documents=data.max_documents,
-            streaming=data.streaming,
-            cache=cache,
-            progress=progress,
-        )
-
-    named = (data.source, data.validation)
     whole = data.source == "stories" or local_path(data.source, "data.source").is_file()
     if whole and data.validation is None and data.validation_split is not None:
         raise ValueError(
@@ -173,14 +158,15 @@ def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
         )
     if whole and data.split != "train":
         raise ValueError(f"data.source={data.source!r} has no splits, so no data.split={data.split!r}; leave it out")
-    if data.streaming and all(
-        name is None or name == "stories" or local_path(name, "data.validation").exists() for name in named
-    ):
+    names = [name for name in (data.source, data.validation) if name not in (None, "stories")]
+    if data.streaming and all(local_path(str(name), "data.validation").exists() for name in names):
         raise ValueError("data.streaming is for datasets on the Hub; leave it out for local or generated text")
+    options: dict[str, Any] = {"column": data.column, "max_documents": data.max_documents}
+    options |= {"streaming": data.streaming, "cache": cache, "progress": progress}
     if data.source == "stories":
         source = stories_source(data.n_stories, data.stories_seed, data.max_documents)
     else:
-        source = opened(data.source, data.split)
+        source = open_source(data.source, split=data.split, **options)
     if data.validation is None and data.validation_split is None:
         split = _Split(source, data.validation_fraction, data.stories_seed)
         return {"train": _Text(source, split), "validation": _Text(source, split, held_out=True)}
@@ -188,13 +174,13 @@ def _texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
         raise ValueError(
             "data.validation='stories' is not a text of its own; leave it out to hold out generated stories"
         )
-    validation = opened(data.validation or data.source, data.validation_split)
+    validation = open_source(data.validation or data.source, split=data.validation_split, **options)
     if validation.fingerprint == source.fingerprint:
         raise ValueError(f"the validation text {validation.name} is the training text; name another, or leave it out")
     return {"train": _Text(source), "validation": _Text(validation)}
 
 
-def _trained_tokenizer(data: DataConfig, text: _Text, words: list[str], cache: Path, progress: bool) -> Path:
+def _make_tokenizer(data: DataConfig, text: _Text, words: list[str], cache: Path, progress: bool) -> Path:
     import tokenizers
 
     key = key_of([FORMAT, text.key, data.vocab_size, words, tokenizers.__version__])
@@ -206,7 +192,9 @@ def _trained_tokenizer(data: DataConfig, text: _Text, words: list[str], cache: P
     return folder
 
 
-def _token_file(text: _Text, tokenizer: PreTrainedTokenizerBase, name: str, cache: Path, progress: bool) -> TokenFile:
+def _make_token_file(
+    text: _Text, tokenizer: PreTrainedTokenizerBase, name: str, cache: Path, progress: bool
+) -> TokenFile:
     key = key_of([FORMAT, text.key, tokenizer_fingerprint(tokenizer), vocabulary_of(tokenizer)])
     path = cache / "tokens" / f"{key[:32]}.bin"
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sa_lens.data import stories, text_files
 from sa_lens.data.cache import cache_folder, fingerprint, key_of, make_once, new_file, visible_files
@@ -171,14 +170,16 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
     import huggingface_hub
 
     # before version 4 `datasets` ran the Python file of a dataset that has one
-    fixed: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    data_files = datasets.load_dataset_builder(dataset_id, **fixed).config.data_files or {}
+    builder = datasets.load_dataset_builder(dataset_id, revision=revision, trust_remote_code=False)
+    data_files = builder.config.data_files or {}
     by_split = {str(name): [str(place) for place in places] for name, places in data_files.items()}
     suffixes = {Path(place).suffix.lower() for place in itertools.chain(*by_split.values())}
     if not by_split or not suffixes <= set(text_files.KINDS):
         names = [] if split else datasets.get_dataset_split_names(dataset_id, revision=revision)
         split = split or _choose_split(None, names, dataset_id)
-        rows = datasets.load_dataset(dataset_id, split=split, streaming=streaming, **fixed)
+        rows = datasets.load_dataset(
+            dataset_id, split=split, revision=revision, streaming=streaming, trust_remote_code=False
+        )
         columns = rows.column_names or []
         if column not in columns:
             raise text_files.no_column(dataset_id, column, columns)

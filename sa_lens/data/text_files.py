@@ -63,14 +63,14 @@ def texts(files: Iterable[Path], column: str) -> Iterator[str | None]:
     for file in files:
         # an export leaves an empty shard where it has no rows; a parquet or arrow file is never that short
         if file.stat().st_size > 0 or kind_of(file) in ("parquet", "arrow"):
-            yield from file_texts(_opener(file), kind_of(file), column, str(file))
+            yield from file_texts(_open_later(file), kind_of(file), column, str(file))
 
 
 def file_texts(opened: Opener, kind: str, column: str, name: str) -> Iterator[str | None]:
     """The texts of one file; see `texts`."""
     import pyarrow as pa
 
-    readers = {"parquet": _parquet, "arrow": _arrow, "json": _json, TEXT: _text}
+    readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json, TEXT: _read_text}
     try:
         yield from (as_text(text, column, name) for text in readers[kind](opened, column, name))
     except (pa.ArrowException, OSError, EOFError, RecursionError, json.JSONDecodeError) as error:
@@ -81,7 +81,7 @@ def file_texts(opened: Opener, kind: str, column: str, name: str) -> Iterator[st
         ) from error
 
 
-def _opener(file: Path) -> Opener:
+def _open_later(file: Path) -> Opener:
     return lambda: file.open("rb")
 
 
@@ -123,7 +123,7 @@ def saved_dataset(folder: Path, choose: Callable[[list[str]], str]) -> list[Path
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def _parquet(opened: Opener, column: str, name: str) -> Iterator[Any]:
+def _read_parquet(opened: Opener, column: str, name: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     with opened() as file:
@@ -136,7 +136,7 @@ def _parquet(opened: Opener, column: str, name: str) -> Iterator[Any]:
             yield from batch.column(0).to_pylist()
 
 
-def _arrow(opened: Opener, column: str, name: str) -> Iterator[Any]:
+def _read_arrow(opened: Opener, column: str, name: str) -> Iterator[Any]:
     import pyarrow as pa
 
     with opened() as file:
@@ -162,14 +162,14 @@ def _arrow(opened: Opener, column: str, name: str) -> Iterator[Any]:
                 yield from batch.column(0).slice(start, BATCH).to_pylist()
 
 
-def _json(opened: Opener, column: str, name: str) -> Iterator[Any]:
+def _read_json(opened: Opener, column: str, name: str) -> Iterator[Any]:
     """One object on each line, or one array of objects in the whole file."""
-    with _decoded(opened) as file:
+    with _decode(opened) as file:
         is_array = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "") == "["
     place = "row" if is_array else "line"
     seen: dict[str, None] = {}
     has_column = False
-    with _decoded(opened) as file:
+    with _decode(opened) as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
         rows = (
             enumerate(json.load(file), start=1)
@@ -207,7 +207,7 @@ def form(files: Sequence[Path]) -> str:
     forms = []
     for file in files:
         if file.stat().st_size > 0:
-            forms.append(_form(_lines(_opener(file), str(file))))
+            forms.append(_form(_lines(_open_later(file), str(file))))
     return ", or ".join(dict.fromkeys(forms))
 
 
@@ -224,7 +224,7 @@ def _form(lines: Iterator[str]) -> str:
     return _SPACED if gaps and gaps * LINES_PER_GAP >= count else _LISTED
 
 
-def _text(opened: Opener, column: str, name: str) -> Iterator[str]:
+def _read_text(opened: Opener, column: str, name: str) -> Iterator[str]:
     form = _form(_lines(opened, name))
     lines = _lines(opened, name)
     if form == _LISTED:
@@ -238,7 +238,7 @@ def _text(opened: Opener, column: str, name: str) -> Iterator[str]:
 
 def _lines(opened: Opener, name: str) -> Iterator[str]:
     """The lines of a text file, each with a line feed at its end, without byte-order marks."""
-    with _decoded(opened) as file:
+    with _decode(opened) as file:
         for number, line in enumerate(file, start=1):
             if "\0" in line:
                 raise ValueError(
@@ -248,5 +248,5 @@ def _lines(opened: Opener, name: str) -> Iterator[str]:
             yield line.lstrip("\ufeff")
 
 
-def _decoded(opened: Opener) -> TextIO:
+def _decode(opened: Opener) -> TextIO:
     return io.TextIOWrapper(opened(), encoding="utf-8-sig")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa_lens.data.cache import key_of, make_once, new_folder
 from sa_lens.data.hub import require_hub
-from sa_lens.data.pieces import pieces
+from sa_lens.data.long_documents import split_document
 from sa_lens.places import local_path
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def train_bpe(
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = sorted(set(keep_whole))
-    kept = {_whole(split, " " + word, word) for word in words}
+    kept = {_as_one_piece(split, " " + word, word) for word in words}
     wanted, bare = set(words), set[str]()
 
     def parts() -> Iterator[str]:
@@ -251,7 +251,9 @@ def train_bpe(
             if kept:
                 bare.update(wanted.intersection(match.group() for match in _BARE.finditer(text)))
             # what is counted are the words of the splitting, so that cutting between two of them changes nothing
-            yield from (piece for piece, _ in pieces(text, lambda part: [w for w, _ in split.pre_tokenize_str(part)]))
+            yield from (
+                piece for piece, _ in split_document(text, lambda part: [w for w, _ in split.pre_tokenize_str(part)])
+            )
 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -262,9 +264,9 @@ def train_bpe(
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = split
     trained.train_from_iterator(parts(), trainer=trainer)
-    kept |= {_whole(split, word, word) for word in words if word in bare}
+    kept |= {_as_one_piece(split, word, word) for word in words if word in bare}
     model = json.loads(trained.to_str())["model"]
-    vocab, merges = _shortened(model["vocab"], [(left, right) for left, right in model["merges"]], kept, vocab_size)
+    vocab, merges = _shorten(model["vocab"], [(left, right) for left, right in model["merges"]], kept, vocab_size)
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer = split
@@ -284,7 +286,7 @@ def train_bpe(
         (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
-def _whole(split: Any, text: str, word: str) -> str:
+def _as_one_piece(split: Any, text: str, word: str) -> str:
     """The single piece, in byte letters, that GPT-2's splitting makes of `text`."""
     parts = [part for part, _ in split.pre_tokenize_str(text)]
     if len(parts) != 1 or not word or word != word.strip():
@@ -296,7 +298,7 @@ def _whole(split: Any, text: str, word: str) -> str:
 _BARE = re.compile(r"(?<![\w ])\w+")
 
 
-def _shortened(
+def _shorten(
     trained: dict[str, int], merges: list[tuple[str, str]], kept: set[str], vocab_size: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges cut so that the kept words fit.

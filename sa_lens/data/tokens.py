@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from sa_lens.data.cache import key_of, new_file
-from sa_lens.data.pieces import pieces
+from sa_lens.data.long_documents import split_document
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.data.whole_files import read_json
 
@@ -179,7 +179,7 @@ def write_tokens(
 ) -> TokenFile:
     """Encodes documents, each between its boundary tokens, into a token file.
 
-    Long documents are encoded in pieces; see `pieces` for how far that gives the same tokens.
+    Long documents are encoded in pieces; see `split_document` for how far that gives the same tokens.
 
     Args:
         path: the `.bin` file to write.
@@ -203,8 +203,8 @@ def write_tokens(
         temporary.open("wb") as out,
         tqdm(total=total, desc=f"{name} tokens", unit=" documents", disable=not progress) as bar,
     ):
-        for parts in _batches(_parts(texts, tokenizer), batch):
-            encoded = _encoded(tokenizer, [part.text for part in parts])
+        for parts in _batches(_split_documents(texts, tokenizer), batch):
+            encoded = _encode(tokenizer, [part.text for part in parts])
             rows = [
                 np.array([*boundary.before * part.first, *ids, *boundary.after * part.last], dtype=np.int64)
                 for part, ids in zip(parts, encoded, strict=True)
@@ -253,15 +253,15 @@ class _Part(NamedTuple):
     """Bytes of the document, counted with its first piece."""
 
 
-def _parts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Part]:
+def _split_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Part]:
     for text in texts:
         first, n_bytes = True, len(text.encode())
-        for piece, last in pieces(text, lambda part: _encoded(tokenizer, [part])[0]):
+        for piece, last in split_document(text, lambda part: _encode(tokenizer, [part])[0]):
             yield _Part(piece, first, last, n_bytes if first else 0)
             first = False
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     encoded: Any = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )

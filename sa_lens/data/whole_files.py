@@ -32,7 +32,7 @@ def replacement(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path.parent, path.name, folder=False) as temporary:
         yield temporary
-        _finish(temporary)
+        _sync_file(temporary)
         temporary.replace(path)
         _sync_folder(path.parent)
 
@@ -75,7 +75,7 @@ def staged_folder(folder: str | Path, last: str = "") -> Iterator[Path]:
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name))
         for file in files:
-            _finish(file)
+            _sync_file(file)
         if exists:
             for file in files:
                 file.replace(folder / file.name)
@@ -165,7 +165,7 @@ def _remove(temporary: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _finish(file: Path) -> None:
+def _sync_file(file: Path) -> None:
     """Puts a written file on the disk, with the permissions of a file made in the ordinary way."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
@@ -242,7 +242,7 @@ def parse_json(data: bytes | str) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         content = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
+            text, parse_constant=_refuse_constant, parse_float=_read_finite, object_pairs_hook=_refuse_duplicates
         )
         if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode()
@@ -301,14 +301,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a finite number")
 
 
-def _finite(text: str) -> float:
+def _read_finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
         raise ValueError(f"{shown(text)} is not a finite number")
     return number
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()

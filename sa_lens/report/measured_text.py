@@ -15,7 +15,6 @@ from typing import Any
 
 from sa_lens.data import HubUnreachable, TokenFile
 from sa_lens.data.blocks import TextBlocks
-from sa_lens.data.cache import cache_folder
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.report.subjects import Subject
@@ -118,9 +117,7 @@ def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
 
 def _read_documents(text: str, column: str) -> tuple[str, ...]:
     """The documents of a named text, as many as are needed at most."""
-    source = open_source(
-        text, column=column, split=None, max_documents=None, streaming=False, cache=cache_folder(None), progress=False
-    )
+    source = open_source(text, column=column, progress=False)
     documents, room = [], CHARACTERS * (HELD_OUT + CALIBRATION)
     for document in source.read():
         documents.append(document[:room])

@@ -19,7 +19,7 @@ from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
 from sa_lens.data import TokenFile, validation_blocks
 from sa_lens.data.cache import cache_folder
-from sa_lens.data.preparation import say_form
+from sa_lens.data.preparation import print_form
 from sa_lens.data.sources import open_source
 from sa_lens.data.tokens import write_tokens
 from sa_lens.data.whole_files import scratch_folder
@@ -206,11 +206,11 @@ def evaluate_run(
     if text is None:
         return _evaluate_file(model, text_of_run(run, model).validation, n_ctx, tokens)
     cache = cache_folder(None)
-    source = open_source(text, column=column, split=None, max_documents=None, streaming=False, cache=cache)
+    source = open_source(text, column=column, cache=cache)
     with scratch_folder(cache / "tokens") as folder:
         form = source.form()
         file = write_tokens(folder / "text.bin", source.read(), model.tokenizer, name=text, form=form)
-        say_form(text, [file])
+        print_form(text, [file])
         return _evaluate_file(model, file, n_ctx, tokens)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sa_lens.data import load_tokenizer, pieces
+from sa_lens.data import load_tokenizer, long_documents
 from sa_lens.data.tokenizers import train_bpe
 from sa_lens.data.tokens import write_tokens
 
@@ -16,8 +16,8 @@ LETTERS = "abcdefgh"
 
 @pytest.fixture(autouse=True)
 def _short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 400)
-    monkeypatch.setattr(pieces, "CONTEXT", 60)
+    monkeypatch.setattr(long_documents, "PIECE", 400)
+    monkeypatch.setattr(long_documents, "CONTEXT", 60)
 
 
 def prose(n: int, seed: int = 0) -> str:
@@ -70,7 +70,7 @@ def test_pieces_have_the_tokens_of_the_whole(name: str) -> None:
     encode = tokenizers()[name]
     for seed in range(5):
         text = prose(6000, seed + 2)
-        parts = [part for part, _ in pieces.pieces(text, encode)]
+        parts = [part for part, _ in long_documents.split_document(text, encode)]
         assert [token for part in parts for token in encode(part)] == encode(text)
         assert len(parts) >= 12
         assert max(map(len, parts)) < 800
@@ -78,15 +78,15 @@ def test_pieces_have_the_tokens_of_the_whole(name: str) -> None:
 
 def test_only_the_last_piece_is_the_last() -> None:
     encode = tokenizers()["GPT-2"]
-    assert [last for _, last in pieces.pieces(prose(2000), encode)][-2:] == [False, True]
-    assert list(pieces.pieces("short", encode)) == [("short", True)]
-    assert list(pieces.pieces("", encode)) == [("", True)]
+    assert [last for _, last in long_documents.split_document(prose(2000), encode)][-2:] == [False, True]
+    assert list(long_documents.split_document("short", encode)) == [("short", True)]
+    assert list(long_documents.split_document("", encode)) == [("", True)]
 
 
 def test_a_text_without_spaces_is_cut_too() -> None:
     encode = tokenizers()["GPT-2"]
     text = "".join(random.Random(0).choices(LETTERS + "12.", k=4000))
-    parts = [part for part, _ in pieces.pieces(text, encode)]
+    parts = [part for part, _ in long_documents.split_document(text, encode)]
     assert [token for part in parts for token in encode(part)] == encode(text)
     assert len(parts) >= 5
 
@@ -95,7 +95,7 @@ def test_where_nothing_can_be_cut_the_text_stays_whole() -> None:
     def sign(text: str) -> list[int]:
         return [sum(map(ord, text))]
 
-    assert list(pieces.pieces("ab " * 900, sign)) == [("ab " * 900, True)]
+    assert list(long_documents.split_document("ab " * 900, sign)) == [("ab " * 900, True)]
 
 
 def test_long_documents_on_disk_are_those_in_one_piece(bpe_folder: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_long_documents_on_disk_are_those_in_one_piece(bpe_folder: Path, tmp_pat
 def test_a_tokenizer_is_the_same_from_long_documents(tmp_path: Path) -> None:
     text = prose(5000)
     for name, size in (("pieces", 400), ("whole", 10**6)):
-        pieces.PIECE = size
+        long_documents.PIECE = size
         train_bpe([text], tmp_path / name, vocab_size=350, keep_whole=["abc"], progress=False)
     assert (tmp_path / "pieces" / "tokenizer.json").read_bytes() == (tmp_path / "whole" / "tokenizer.json").read_bytes()
 
@@ -123,12 +123,12 @@ def test_memory_of_a_long_document(bpe_folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "CHARACTERS", 2000)
     tokenizer = load_tokenizer(bpe_folder)
     sizes = []
-    encoded = module._encoded
+    encoded = module._encode
 
     def counted(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         sizes.append(sum(map(len, texts)))
         return encoded(tokenizer, texts)
 
-    monkeypatch.setattr(module, "_encoded", counted)
+    monkeypatch.setattr(module, "_encode", counted)
     write_tokens(tmp_path / "a.bin", [prose(20_000)], tokenizer, name="test", progress=False)
     assert max(sizes) <= 2000

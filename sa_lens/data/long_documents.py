@@ -1,4 +1,4 @@
-"""Long documents in pieces, so that the memory of encoding does not grow with their length.
+"""Splits long documents into pieces, so that the memory of encoding does not grow with their length.
 
 A document is cut where both sides together give the same tokens as each side alone, as far as `CONTEXT` characters on
 either side can tell: before a word that follows a space, or, for tokenizers that put a space before every text, between
@@ -23,15 +23,15 @@ TRIES = 64
 """Places tried for each piece, of either sort."""
 
 
-def pieces(text: str, encode: Callable[[str], Sequence[Any]]) -> Iterator[tuple[str, bool]]:
-    """The text in pieces whose tokens, one after another, are those of the text; with each, whether it is the last.
+def split_document(text: str, encode: Callable[[str], Sequence[Any]]) -> Iterator[tuple[str, bool]]:
+    """Splits a text into pieces whose tokens, one after another, are those of the text; with each, whether it is last.
 
     Args:
         encode: the tokens of a text, without special ones.
     """
     start, goal = 0, PIECE
     while len(text) - goal > PIECE // 2:
-        cut = _cut(text, goal, encode)
+        cut = _find_cut(text, goal, encode)
         if cut is None:
             goal += PIECE
             continue
@@ -41,7 +41,7 @@ def pieces(text: str, encode: Callable[[str], Sequence[Any]]) -> Iterator[tuple[
     yield text[start:], True
 
 
-def _cut(text: str, goal: int, encode: Callable[[str], Sequence[Any]]) -> tuple[int, int] | None:
+def _find_cut(text: str, goal: int, encode: Callable[[str], Sequence[Any]]) -> tuple[int, int] | None:
     """Where a piece ends and the next begins, soon after `goal`; a space between the two may belong to neither."""
     window = text[goal : goal + PIECE // 4]
     spaces = [i for i in range(1, len(window) - 1) if window[i] == " " and not window[i - 1].isspace()]
