@@ -21,7 +21,7 @@ from sa_lens.units.unit_tables import specialization
 from sa_lens.units.windows import snippets
 from sa_lens.views import histogram
 from sa_lens.views.charts import unit_values
-from sa_lens.views.gate_raster import promoted_tokens
+from sa_lens.views.raster import promoted_tokens
 from sa_lens.views.records import number
 from sa_lens.views.wording import token_texts
 

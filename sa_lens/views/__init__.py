@@ -32,11 +32,11 @@ from sa_lens.views.html_page import load_scripts
 from sa_lens.views.records import read
 from sa_lens.views.coloured_text import story
 from sa_lens.views.next_tokens import logit_lens, predictions
-from sa_lens.views.gate_raster import gate_raster
+from sa_lens.views.raster import gate_raster
 from sa_lens.views.heads_and_units import attention, unit_activations
 from sa_lens.views.charts import faithfulness_chart, histogram, training_curves, unit_histogram
 from sa_lens.views.heat_maps import patch_map
-from sa_lens.views.circuit_map import circuit_map
+from sa_lens.views.circuit_figure import circuit_map
 from sa_lens.views.result_tables import comparison_table
 
 __all__ = [  # noqa: RUF022 - in the order of the table

@@ -12,7 +12,7 @@ from sa_lens.report.measured_text import encode_for, gather_texts
 from sa_lens.report.subjects import Subject
 from sa_lens.report.unit_pages import choose_units
 from sa_lens.units import Sublayer, Unit, calibrate, explain, label_stories, selectivity, specialization
-from sa_lens.views.gate_raster import promoted_tokens
+from sa_lens.views.raster import promoted_tokens
 
 STREAMS = ("clean", "ablated")
 
