@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from tiny_shelf import fill, tiny
 
 from sa_lens import catalogue, cli, demo
+from sa_lens.circuits.metrics import METRICS
 from sa_lens.core.checkpoints import complete_steps
 from sa_lens.demo import pair, tour
 from sa_lens.demo.printing import Clock
@@ -34,7 +34,8 @@ def tiny_shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shelf(tiny_shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny models take the place of the shipped ones, in the current folder and its sizes."""
     monkeypatch.setattr(catalogue, "SHIPPED", tiny_shelf)
-    monkeypatch.setattr("sa_lens.shipped.recipes.STORIES", tiny("stories-local").run)
+    for name in ("STORIES", "SHORT"):
+        monkeypatch.setattr(f"sa_lens.shipped.recipes.{name}", tiny("stories-local").run)
     monkeypatch.setattr(measuring, "PROMPTS", 20)
     monkeypatch.chdir(tmp_path)
     return tiny_shelf
@@ -57,7 +58,8 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
     for name, value in (("PROMPTS", 4), ("SKILL_PROMPTS", 8), ("UNIT_TOKENS", 200), ("SHORT_STEPS", 2)):
         monkeypatch.setattr(tour, name, value)
     # a model that has learnt nothing tells clean and corrupt prompts apart by next to nothing
-    monkeypatch.setattr(tour, "faithfulness_curve", functools.partial(tour.faithfulness_curve, minimum_gap=1e-9))
+    for name, metric in METRICS.items():
+        monkeypatch.setitem(METRICS, name, dataclasses.replace(metric, minimum_gap=1e-9))
     monkeypatch.setattr(tour, "make_report", make_report)
     monkeypatch.setattr(tour, "save_report", save)
     threads = torch.get_num_threads()
@@ -87,7 +89,7 @@ def test_the_short_training_is_that_of_the_pair_with_fewer_steps() -> None:
     whole, short = demo.demo_run(seed=3), tour.short_run(3)
     assert (short.model, short.gates, short.loss) == (whole.model, whole.gates, whole.loss)
     assert short.train.steps < whole.train.steps / 3
-    assert (short.model, short.gates) == (recipes.STORIES.model, recipes.STORIES.gates)
+    assert (short.model, short.gates) == (recipes.SHORT.model, recipes.SHORT.gates)
     assert short.train.dense_steps / short.train.steps == pytest.approx(whole.train.dense_share, abs=0.01)
 
 

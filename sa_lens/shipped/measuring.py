@@ -11,7 +11,7 @@ from sa_lens.circuits.metrics import METRICS, last_logits
 from sa_lens.circuits.tasks import TASKS, World, make_unseen
 from sa_lens.config import Stream
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.units.activations import model_streams
+from sa_lens.core.host import streams_of
 
 PROMPTS = 400
 """Prompts of each task."""
@@ -52,7 +52,7 @@ def skills(
             pairs = make_unseen(task, model.tokenizer, n or PROMPTS, seed, world=world)
         except ValueError:
             continue
-        for stream in model_streams(model):
+        for stream in streams_of(model):
             logits = last_logits(model, pairs, stream)
             means = {name: round(float(METRICS[name](logits, pairs).mean()), 4) for name in ACCURACIES}
             rows.append({"task": task, "stream": stream, "n": len(pairs), **means})

@@ -64,10 +64,6 @@ class HeldUnits(TextBlocks):
                 )
 
 
-model_streams = streams_of
-"""The name by which `sa_lens.shipped` imports it."""
-
-
 def chosen_streams(model: Host, streams: Stream | Sequence[Stream] | None) -> tuple[Stream, ...]:
     """Returns the streams to read, each once; None means every stream that the model has."""
     if streams is None:
