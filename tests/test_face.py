@@ -36,7 +36,7 @@ def test_subpackages_are_attributes():
 def test_every_public_name_of_the_subpackages_is_there():
     for name in SUBPACKAGES:
         package = getattr(sa, name)
-        for public in getattr(package, "__all__", ()):
+        for public in package.__all__:
             assert getattr(package, public) is not None
 
 

@@ -14,9 +14,6 @@ PAGES = [
 ]
 DEEP = re.compile(r"\b(?:from|import) (sa_lens\.\w+\.[\w.]+)")
 
-NOT_YET_PUBLIC: set[str] = set()
-"""Subpackages that do not export yet what pages need; this set must shrink."""
-
 
 def deep_imports() -> list[tuple[str, str]]:
     """(page, module) of every import from deeper than a subpackage."""
@@ -27,16 +24,8 @@ def deep_imports() -> list[tuple[str, str]]:
     ]
 
 
-def subpackage(module: str) -> str:
-    return ".".join(module.split(".")[:2])
-
-
 def test_pages_import_from_subpackages_alone():
-    assert [(page, module) for page, module in deep_imports() if subpackage(module) not in NOT_YET_PUBLIC] == []
-
-
-def test_every_exception_is_still_needed():
-    assert {subpackage(module) for _, module in deep_imports()} == NOT_YET_PUBLIC
+    assert deep_imports() == []
 
 
 def test_deep_imports_are_recognised():
