@@ -32,7 +32,7 @@ def circuit(
     resume: bool = False,
     device: Device = "auto",
     json: bool = False,
-) -> int | None:
+) -> None:
     """Find the circuit of a task and judge it.
 
     The circuit is found in one stream; its faithfulness is measured on other prompts.
@@ -88,7 +88,7 @@ def circuit(
     find, report = both.split(seed)
     exp = Experiment(model, find, stream=stream, ablation=ablation, masks=masks)
     try:
-        found = find_circuit(
+        judged = find_circuit(
             exp,
             report,
             method,
@@ -106,20 +106,19 @@ def circuit(
             "Go on with the same command and --resume",
             folder=folder,
         ) from stop
-    found.save(folder)
+    judged.save(folder)
     unfinished.unlink(missing_ok=True)
-    figures: dict[str, Any] = {"circuit": found.circuit}
-    if found.curve is not None:
-        figures["faithfulness"] = faithfulness_chart({f"{method}, {stream} stream": found.curve.table()})
+    figures: dict[str, Any] = {"circuit": judged.circuit}
+    if judged.curve is not None:
+        figures["faithfulness"] = faithfulness_chart({f"{method}, {stream} stream": judged.curve.table()})
     for name, figure in figures.items():
         save(figure, folder / f"{name}.html")
     if json:
-        print(dumps(found.row(), indent=1))
-        return None
+        print(dumps(judged.row(), indent=1))
+        return
     print(f"{both.report()}; {len(find)} to find with, {len(report)} to report on\n")
-    print(found.summary())
+    print(judged.summary())
     print(f"\nIn {folder}: circuit.json, ranking.json, edges.csv, {', '.join(f'{name}.html' for name in figures)}")
-    return None
 
 
 def units(
@@ -132,7 +131,7 @@ def units(
     out: Path | None = None,
     device: Device = "auto",
     json: bool = False,
-) -> int | None:
+) -> None:
     """Describe every unit, and how sparse the model is.
 
     Units are described in every stream on the run's validation text. Firing thresholds come from the beginning of the
@@ -168,9 +167,9 @@ def units(
     data = text_of_run(run, model, text, column=column)
     labelled = label_stories(model.tokenizer, labels, model.cfg.n_ctx, seed=seed) if labels else None
     thresholds = calibrate(model, data.train, streams_of(model), n_tokens=tokens, progress=not json)
-    found = specialization(model, data.validation, thresholds, n_tokens=tokens, progress=not json).table
-    tables = {"units": found, "sparsity": sparsity(model), "connections": effective_connections(model, found)}
-    summaries = [summary(found)]
+    firing = specialization(model, data.validation, thresholds, n_tokens=tokens, progress=not json).table
+    tables = {"units": firing, "sparsity": sparsity(model), "connections": effective_connections(model, firing)}
+    summaries = [summary(firing)]
     if labelled is not None:
         selected = selectivity(model, labelled, thresholds, progress=not json)
         tables |= {"labels": selected.table, "coverage": selected.coverage}
@@ -183,12 +182,11 @@ def units(
     if json:
         means = {str(name): dict(zip(at["column"], at["mean"], strict=True)) for name, at in whole.groupby("stream")}
         print(dumps(means, indent=1))
-        return None
+        return
     shown = whole.pivot(index="column", columns="stream", values="mean").reindex(whole["column"].unique())
     print("Means over live units (live: over all), by stream\n")
     print(shown.dropna(how="all").to_string(float_format=lambda x: f"{x:.3f}", index_names=False))
     print(f"\nIn {folder}: {', '.join(f'{name}.csv' for name in tables)}")
-    return None
 
 
 def sae(
@@ -207,7 +205,7 @@ def sae(
     resume: bool = False,
     device: Device = "auto",
     json: bool = False,
-) -> int | None:
+) -> None:
     """Train a sparse autoencoder on a hook.
 
     SAELens trains it on the activations of one stream; it is measured on the run's validation text.
@@ -248,20 +246,19 @@ def sae(
     changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options: dict[str, Any] = {"stream": stream, "preset": preset, "seed": seed, "progress": not json}
     trained = train_sae(model, hook, data.train, output=folder, resume=resume, **options, **changes)
-    found = dataclasses.asdict(evaluate_sae(model, trained, data.validation, n_tokens=tokens, progress=not json))
-    found = {name: value for name, value in found.items() if name != "density"}
+    measures = dataclasses.asdict(evaluate_sae(model, trained, data.validation, n_tokens=tokens, progress=not json))
+    measures = {name: value for name, value in measures.items() if name != "density"}
     if json:
-        print(dumps(found, indent=1))
-        return None
-    width = max(map(len, found))
+        print(dumps(measures, indent=1))
+        return
+    width = max(map(len, measures))
     print(
         "\n".join(
             f"{name:<{width}}  {value:.4g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
-            for name, value in found.items()
+            for name, value in measures.items()
         )
     )
     print(f"\nIn {folder}: load it with sae_lens.SAE.load_from_disk")
-    return None
 
 
 def compare(
@@ -273,7 +270,7 @@ def compare(
     validation: str | None = None,
     device: Device = "auto",
     dry_run: bool = False,
-) -> int | None:
+) -> None:
     """Train and measure a grid of models over seeds.
 
     A dense baseline, self-ablating models and controls are trained under equal conditions. Everything that is finished
@@ -304,7 +301,7 @@ def compare(
     options: Any = {"seeds": seeds, "columns": names, "text": text, "validation": validation, "device": device}
     if dry_run:
         print(plan_text(plan(grid, folder, **options)))
-        return None
+        return
     comparison = run_comparison(grid, folder, **options)
     verdicts = verdict_text(comparison)
     if verdicts:
@@ -312,7 +309,6 @@ def compare(
     if comparison.unfinished:
         print(f"\n{comparison.unfinished} measurements of models are not made yet.")
     print(f"\nIn {folder}: table.md, table.tex, values.csv, summary.csv, figure.html, and the models")
-    return None
 
 
 def report(
@@ -325,7 +321,7 @@ def report(
     title: MayBeEmpty | None = None,
     seed: int = 0,
     device: Device = "auto",
-) -> int | None:
+) -> None:
     """Write one HTML page about trained models.
 
     It opens without a network: losses, stories token by token, circuits, units; several runs beside one another.
@@ -360,4 +356,3 @@ def report(
     )
     path = save(made, out)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
-    return None

@@ -51,7 +51,7 @@ class TrainOptions:
         return run
 
 
-def train(options: TrainOptions, settings: RunConfig) -> int | None:
+def train(options: TrainOptions, settings: RunConfig) -> None:
     """Train a model.
 
     Gates and transformer are trained together, or a dense baseline with --gates.scope none. Every setting of the YAML
@@ -70,7 +70,7 @@ def train(options: TrainOptions, settings: RunConfig) -> int | None:
 
     result = run_training(settings, options.out, device=options.device, resume=options.resume)
     if os.environ.get("RANK", "0") != "0":
-        return None
+        return
     stream = "clean" if result.evaluation.ablated_loss is None else "ablated"
     print(
         f"\n{result.folder}: {result.steps:,} steps in {_duration(result.seconds)}; best validation loss of the "
@@ -79,10 +79,9 @@ def train(options: TrainOptions, settings: RunConfig) -> int | None:
     if result.sample is not None:
         print(f"\n{result.sample.side_by_side()}")
     print(f'\nNext: sa-lens eval {result.folder}\n      sa-lens generate {result.folder} "Once upon a time"')
-    return None
 
 
-def train_from(arguments: list[str]) -> tuple[list[str], Callable[..., int | None]]:
+def train_from(arguments: list[str]) -> tuple[list[str], Callable[..., None]]:
     """`train` with the defaults that --preset, --config, --resume and --init set, which flags then change.
 
     Args:
@@ -113,14 +112,14 @@ def train_from(arguments: list[str]) -> tuple[list[str], Callable[..., int | Non
             os.execv(command[0], command)
         default = options.settings()
 
-    def command_with_defaults(options: Any, settings: Any = default) -> int | None:
-        return train(options, settings)
+    def command_with_defaults(options: Any, settings: Any = default) -> None:
+        train(options, settings)
 
     command_with_defaults.__doc__ = train.__doc__
     command_with_defaults.__annotations__ = {
         "options": Annotated[TrainOptions, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff],
         "settings": Annotated[RunConfig, *shown],
-        "return": int | None,
+        "return": None,
     }
     return arguments, command_with_defaults
 
@@ -160,7 +159,7 @@ def evaluate(
     which: Which = "best",
     device: Device = "auto",
     json: bool = False,
-) -> int | None:
+) -> None:
     """Evaluate a model on validation text.
 
     Prints clean and ablated loss, perplexity and bits per byte, and how the gates use their units.
@@ -178,9 +177,8 @@ def evaluate(
     """
     from sa_lens.training import evaluate_run, evaluation_table
 
-    found = evaluate_run(run, text=text, column=column, tokens=tokens, which=which, device=device)
-    print(dumps(dataclasses.asdict(found), indent=1) if json else evaluation_table(found))
-    return None
+    evaluation = evaluate_run(run, text=text, column=column, tokens=tokens, which=which, device=device)
+    print(dumps(dataclasses.asdict(evaluation), indent=1) if json else evaluation_table(evaluation))
 
 
 def generate(
@@ -193,7 +191,7 @@ def generate(
     which: Which = "best",
     device: Device = "auto",
     json: bool = False,
-) -> int | None:
+) -> None:
     """Continue a prompt in both streams.
 
     Both streams use the same random draws.
@@ -216,7 +214,6 @@ def generate(
     model = load_run(run, which=which, device=device)
     drawn = sample(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(dumps(dataclasses.asdict(drawn), indent=1) if json else drawn.side_by_side())
-    return None
 
 
 def export(
@@ -224,7 +221,7 @@ def export(
     to: ExportFormat,
     out: Path,
     which: Which = "best",
-) -> int | None:
+) -> None:
     """Write a model for other programs.
 
     Example: sa-lens export runs/local --to hf --out local-gpt2
@@ -252,7 +249,6 @@ def export(
         print(f"{formats.to_reference(model, out)} written")
     else:
         print(f"{formats.to_hf(model, out)} written. Load it with: AutoModelForCausalLM.from_pretrained({str(out)!r})")
-    return None
 
 
 def _duration(seconds: float) -> str:
