@@ -79,7 +79,7 @@ class TestEachModel:
 
     def test_has_the_skills_that_are_stored_with_it(self, name: str, model: sa.SelfAblatingTransformer) -> None:
         stored = catalogue.about(name)["figures"]["skills"]
-        for row, now in zip(stored, measuring.skills(model, recipes.RECIPES[name].world), strict=True):
+        for row, now in zip(stored, measuring.skills(model, recipes.RECIPES[name].words), strict=True):
             assert (row["task"], row["stream"], row["n"]) == (now["task"], now["stream"], now["n"])
             for key in ("pair_accuracy", "top1_accuracy"):
                 assert now[key] == pytest.approx(row[key], abs=SKILL_TOLERANCE), row

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.circuits.running.recorded_passes import last_logits as last_logits
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.host import at_least_float32
 

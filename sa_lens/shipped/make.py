@@ -21,8 +21,7 @@ import tyro
 
 from sa_lens import __version__
 from sa_lens.catalogue import ABOUT, SHIPPED
-from sa_lens.circuits.tasks import World
-from sa_lens.config import RunConfig, suggestion, to_dict
+from sa_lens.config import RunConfig, Words, suggestion, to_dict
 from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.data import PreparedData, validation_blocks
 from sa_lens.data.writing import atomic_write, staged_folder
@@ -103,7 +102,7 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
         "sa_lens": __version__,
         "training_seconds": round(result.seconds),
         "sizes": {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": int(model.cfg.d_vocab)},
-        "figures": figures_of(model, recipe.run, recipe.world, data),
+        "figures": figures_of(model, recipe.run, recipe.words, data),
         "sample": _sample(model, data),
     }
     text = {**run_text.recorded(run), "paths": {}}
@@ -118,7 +117,7 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
     return out / name
 
 
-def figures_of(model: SelfAblatingTransformer, run: RunConfig, world: World, data: PreparedData) -> dict[str, Any]:
+def figures_of(model: SelfAblatingTransformer, run: RunConfig, words: Words, data: PreparedData) -> dict[str, Any]:
     """Validation losses of both streams in nats per token, and the skill of both at every task."""
     blocks = validation_blocks(data.validation, run.model.n_ctx, run.train.eval_tokens)
     found = evaluate(model, blocks, bytes_per_token=bytes_per_token(data.validation))
@@ -126,7 +125,7 @@ def figures_of(model: SelfAblatingTransformer, run: RunConfig, world: World, dat
     return {
         "validation_tokens": found.tokens,
         "losses": {stream: round(loss, 4) for stream, loss in losses.items() if loss is not None},
-        "skills": skills(model, world),
+        "skills": skills(model, words),
     }
 
 

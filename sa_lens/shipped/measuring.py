@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sa_lens.circuits.metrics import METRICS, last_logits
-from sa_lens.circuits.tasks import TASKS, World, make_unseen
-from sa_lens.config import Stream
+from sa_lens.circuits.metrics import METRICS
+from sa_lens.circuits.running.recorded_passes import last_logits
+from sa_lens.circuits.tasks import TASKS, make_unseen
+from sa_lens.config import Stream, Words
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 
@@ -35,7 +36,7 @@ class Bar(NamedTuple):
 
 
 def skills(
-    model: SelfAblatingTransformer, world: World, *, n: int | None = None, seed: int = 0
+    model: SelfAblatingTransformer, words: Words, *, n: int | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Pair and top-1 accuracy of each task in each stream of the model; IOI on name pairs that training has not shown.
 
@@ -49,7 +50,7 @@ def skills(
     rows = []
     for task in TASKS:
         try:
-            pairs = make_unseen(task, model.tokenizer, n or PROMPTS, seed, world=world)
+            pairs = make_unseen(task, model.tokenizer, n or PROMPTS, seed, words=words)
         except ValueError:
             continue
         for stream in streams_of(model):

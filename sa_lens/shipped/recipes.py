@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa_lens.circuits.tasks import World
-from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
+from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig, Words
 
 GATES = GateConfig(scope="local", k_attn=32, k_mlp=32, temperature=0.1)
 DENSE = dataclasses.replace(GATES, scope="none")
@@ -80,7 +79,7 @@ class Recipe:
     """The whole configuration; files of `data` are names in the folder that the command is given."""
     text: dict[str, str]
     """Name, licence and attribution of the text."""
-    world: World
+    words: Words
     """Words of its tasks' prompts."""
 
     def located(self, folder: Path | None) -> RunConfig:
@@ -103,14 +102,14 @@ class Recipe:
         return dataclasses.replace(self.run, data=dataclasses.replace(data, **files))
 
 
-def _pair(name: str, run: RunConfig, text: dict[str, str], world: World) -> dict[str, Recipe]:
+def _pair(name: str, run: RunConfig, text: dict[str, str], words: Words) -> dict[str, Recipe]:
     """The self-ablating model, and the dense one of the same shape and training."""
     kept = f"{run.gates.k_attn} attention units and {run.gates.k_mlp} neurons stay in each layer"
     local = f"{text['name']}: self-ablating model with local gates, {kept}"
     dense = f"{text['name']}: dense model of the same shape and training"
     return {
-        f"{name}-local": Recipe(local, run, text, world),
-        f"{name}-dense": Recipe(dense, dataclasses.replace(run, gates=DENSE), text, world),
+        f"{name}-local": Recipe(local, run, text, words),
+        f"{name}-dense": Recipe(dense, dataclasses.replace(run, gates=DENSE), text, words),
     }
 
 

@@ -11,13 +11,11 @@ from sa_lens.circuits.tasks.builtin_tasks import (
     repeated_name,
 )
 from sa_lens.circuits.tasks.pairs import Draft, PromptPairs
-from sa_lens.config import Words as World
 
 __all__ = [
     "TASKS",
     "Draft",
     "PromptPairs",
-    "World",
     "ioi",
     "make",
     "make_unseen",

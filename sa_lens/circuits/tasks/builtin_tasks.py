@@ -315,19 +315,14 @@ def make_unseen(
     seed: int = 0,
     *,
     words: Words = "tinystories",
-    world: Words | None = None,
 ) -> PromptPairs:
     """As `make`, with what training cannot have shown: IOI on generated stories takes names that never meet in one.
 
     Other tasks and words have no record of what training showed, and are those of `make`.
 
-    Args:
-        world: another name of `words`.
-
     Raises:
         ValueError: as `make`.
     """
-    words = world or words
     if (task, words) == ("ioi", "stories"):
         return ioi(tokenizer, n, seed, words=words, name_pairs="held-out")
     return make(task, tokenizer, n, seed, words=words)
