@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "circuits"))
 
@@ -32,6 +31,7 @@ from micro import token_pairs
 from twins import SlowRuns, slow_acdc
 
 from sa_lens.circuits.discovery.acdc import AMBIGUOUS, acdc, visiting_order
+from sa_lens.core import HookedTransformer, HookedTransformerConfig
 
 
 @dataclass(frozen=True)

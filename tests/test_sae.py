@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from transformer_lens import HookedTransformer
 
 import sa_lens as sa
+from sa_lens.core import HookedTransformer
 from sa_lens.data import BlockOrder, TokenFile
 from sa_lens.data.cache import key_of
 from sa_lens.data.tokens import FORMAT

@@ -1,6 +1,6 @@
 """Sparse autoencoders: SAELens trains and evaluates on either stream, at any hook, from token files, offline.
 
-SAELens is an extra, `pip install "sa-lens[sae]"`, and is imported when a function here is called. The SAEs are its own,
+SAELens is an extra, `pip install "sa-lens[sae]"`, needs TransformerLens 3, and is imported when a function here is called. The SAEs are its own,
 and so are training step, evaluation and files; this package brings the activations of the chosen stream.
 """
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
+from sa_lens.core.base import TRANSFORMER_LENS
 from sa_lens.core.host import Host, device_of, in_stream, require_hooks
 from sa_lens.data import BlockOrder
 from sa_lens.data.blocks import Text, TextBlocks
@@ -25,8 +26,14 @@ def import_sae_lens() -> ModuleType:
     """SAELens.
 
     Raises:
-        ImportError: it is not installed; the message has the command.
+        ImportError: it is not installed, or the installed TransformerLens is one that it does not work with; the
+            message has the command.
     """
+    if TRANSFORMER_LENS >= 4:
+        raise ImportError(
+            f"SAEs need SAELens, which needs TransformerLens 3, but TransformerLens {TRANSFORMER_LENS} is installed; install "
+            'both in an environment of their own with: pip install "sa-lens[sae]"'
+        )
     try:
         import sae_lens
     except ModuleNotFoundError as error:

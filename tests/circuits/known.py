@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 from micro import config, token_pairs
-from transformer_lens import HookedTransformer
 
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.core import HookedTransformer
 
 N_TOKENS = 4
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from micro import gated, plain
-from transformer_lens import HookedTransformer
+
+from sa_lens.core import HookedTransformer
 
 
 def linear(stream: str = "clean", **changes: Any) -> HookedTransformer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sa_lens as sa
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.core import HookedTransformer, HookedTransformerConfig
 
 
 def config(**changes: Any) -> HookedTransformerConfig:

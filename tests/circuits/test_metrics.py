@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from micro import gated, token_pairs
-from transformer_lens import HookedTransformer
 
 from sa_lens.circuits import metrics
 from sa_lens.circuits.discovery.acdc import acdc
@@ -23,6 +22,7 @@ from sa_lens.circuits.metrics import kl
 from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.recorded_passes import last_logits
+from sa_lens.core import HookedTransformer
 from sa_lens.statistics import bootstrap_interval
 
 

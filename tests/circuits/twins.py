@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from sa_lens.circuits.graph import Edge, Graph, Node
+from sa_lens.core import HookedTransformer
 
 
 def outputs(cache: Any, model: HookedTransformer) -> dict[str, Tensor]:

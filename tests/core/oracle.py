@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core import HookedTransformer, SelfAblatingTransformer
 
 Edit = Callable[[Tensor, HookPoint, int | None], Tensor]
 """(activation, hook point, position t or None for all) -> activation edited there."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sa_lens.config import GateConfig
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core import HookedTransformer, HookedTransformerConfig, SelfAblatingTransformer
 
 D_VOCAB = 23
 

@@ -8,10 +8,9 @@ import oracle
 import pytest
 import torch
 from small_models import BASE, SHAPES, gated_model, gates_for, plain_model, random_tokens
-from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core import HookedTransformerConfig, SelfAblatingTransformer
 
 SMALL = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_ctx": 32, "d_vocab": 200}
 

@@ -16,11 +16,10 @@ from full_disk import full_disk
 from safetensors.torch import load_file, save_file
 from small_models import SHAPES, gated_model, plain_model, random_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformer_lens import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import SelfAblatingTransformer, checkpoints
+from sa_lens.core import HookedTransformerConfig, SelfAblatingTransformer, checkpoints
 from sa_lens.data import HubUnreachable, writing
 
 SCOPES = ["none", "local", "global", "both"]

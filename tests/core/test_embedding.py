@@ -8,10 +8,9 @@ import logging
 import pytest
 import torch
 from small_models import gates_for, plain_model, random_tokens
-from transformer_lens import HookedTransformer
 
 from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
+from sa_lens.core import HookedTransformer, SelfAblatingTransformer, TwoStreamLoss
 
 SHAPE = {"n_layers": 2, "d_model": 16, "n_heads": 4, "n_ctx": 16, "d_vocab": 23}
 

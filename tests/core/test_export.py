@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import SelfAblatingTransformer, export
+from sa_lens.core.base import TRANSFORMER_LENS
 
 
 def small_model(scope: str = "local", *, seed: int = 0, **shape: Any) -> SelfAblatingTransformer:
@@ -51,12 +52,13 @@ def clean_logits(model: SelfAblatingTransformer) -> torch.Tensor:
 
 
 def run_loader(lines: str) -> Any:
-    """What the printed lines call `model`, run where sa_lens cannot be imported."""
+    """What the printed lines call `model`, run where sa_lens cannot be imported if TransformerLens has the class."""
     assert len(lines.splitlines()) == 5
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in sys.modules if name.split(".")[0] == "sa_lens"]:
-            patch.setitem(sys.modules, name, None)
+        if TRANSFORMER_LENS < 4:
+            for name in [name for name in sys.modules if name.split(".")[0] == "sa_lens"]:
+                patch.setitem(sys.modules, name, None)
         exec(lines, names)
     return names["model"]
 

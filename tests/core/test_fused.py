@@ -10,10 +10,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig, LossConfig, ModelConfig
-from sa_lens.core import LossTerms, SelfAblatingTransformer, TwoStreamLoss
+from sa_lens.core import HookedTransformerConfig, LossTerms, SelfAblatingTransformer, TwoStreamLoss
 
 SHAPE = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_ctx=12, d_vocab=31)
 GATES = GateConfig(scope="local", k_attn=3, k_mlp=4, temperature=0.7)

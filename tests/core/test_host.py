@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
 import sa_lens as sa
-from sa_lens.core import host
+from sa_lens.core import HookedTransformer, host
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import gated_model, gates_for, plain_model, random_tokens
-from transformer_lens import HookedTransformer
 
 from sa_lens.config import GateConfig
-from sa_lens.core import SelfAblatingTransformer, Streams
+from sa_lens.core import HookedTransformer, SelfAblatingTransformer, Streams
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from small_models import BASE, D_VOCAB, SHAPES, plain_model, random_tokens
-from transformer_lens import HookedTransformerConfig
 
 from sa_lens.config import GateConfig
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core import HookedTransformerConfig, SelfAblatingTransformer
 from sa_lens.core.host import in_stream
 from sa_lens.core.last_position import Prompts, embed_prompts, run_to_position
 from sa_lens.core.nodes import NodeFunctions, why_not_single_nodes

@@ -56,7 +56,7 @@ def expected_results(plain, masks, clean, corrupt, name, tool):
 def test_activation_patching(tool, scope):
     function, name = TOOLS[tool]
     plain = plain_model()
-    model = SelfAblatingTransformer.from_hooked(plain, gates_for("gpt2", scope), seed=3)
+    model = SelfAblatingTransformer.from_hooked(plain, gates_for("gpt2", scope), seed=3).eval()
     clean, corrupt = random_tokens(2, LENGTH), random_tokens(2, LENGTH, seed=1)
 
     def patched():

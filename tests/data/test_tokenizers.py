@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sa_lens.config import DataConfig
+from sa_lens.core import HookedTransformer, HookedTransformerConfig
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import load_tokenizer, prepare
 from sa_lens.data.tokenizers import (

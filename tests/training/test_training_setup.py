@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from tiny_runs import MakeRun, same, weights
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sa_lens.config import GateConfig, RunConfig
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core import HookedTransformer, HookedTransformerConfig, SelfAblatingTransformer
 from sa_lens.core.pretrained import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import train

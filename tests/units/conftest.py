@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import sa_lens as sa
+from sa_lens.core import HookedTransformer, HookedTransformerConfig
 
 D_VOCAB = 24
 N_CTX = 16

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
+from sa_lens.core import HookedTransformerConfig
 from sa_lens.core.unit import Unit
 from sa_lens.units.contexts import ANY, Fill, Texts, answer, likely_tokens, read_scores
 from sa_lens.units.explanations import correlation, explain, firing_places, judge, silent_places, token_list, window_of

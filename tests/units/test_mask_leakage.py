@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformer_lens import HookedTransformerConfig
 
 import sa_lens as sa
+from sa_lens.core import HookedTransformerConfig
 from sa_lens.units.mask_leakage import (
     CONDITIONS,
     fit_probe,
