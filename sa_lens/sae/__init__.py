@@ -1,7 +1,8 @@
 """Sparse autoencoders: SAELens trains and evaluates on either stream, at any hook, from token files, offline.
 
-SAELens is an extra, `pip install "sa-lens[sae]"`, needs TransformerLens 3, and is imported when a function here is called. The SAEs are its own,
-and so are training step, evaluation and files; this package brings the activations of the chosen stream.
+SAELens is an extra, `pip install "sa-lens[sae]"`, and needs TransformerLens 3. It is imported when a function here is
+called. The SAEs are its own, and so are training step, evaluation and files; this package brings the activations of the
+chosen stream.
 """
 
 from sa_lens.sae.evaluate import SAEEvaluation, evaluate_sae

@@ -31,8 +31,8 @@ def import_sae_lens() -> ModuleType:
     """
     if TRANSFORMER_LENS >= 4:
         raise ImportError(
-            f"SAEs need SAELens, which needs TransformerLens 3, but TransformerLens {TRANSFORMER_LENS} is installed; install "
-            'both in an environment of their own with: pip install "sa-lens[sae]"'
+            f"SAEs need SAELens, which needs TransformerLens 3, but TransformerLens {TRANSFORMER_LENS} is installed. "
+            'In another environment, install both with: pip install "sa-lens[sae]"'
         )
     try:
         import sae_lens

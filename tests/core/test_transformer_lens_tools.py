@@ -8,10 +8,12 @@ import oracle
 import pytest
 import torch
 from small_models import gated_model, gates_for, plain_model, random_tokens
-from transformer_lens import ActivationCache, patching
+from transformer_lens import ActivationCache, SVDInterpreter, patching
 from transformer_lens.head_detector import detect_head
+from transformer_lens.utilities import composition_scores
 
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.core.base import TRANSFORMER_LENS
 
 LENGTH = 5
 TOOLS = {
@@ -239,3 +241,53 @@ def test_detected_heads_are_those_of_the_stream(tokenizer):
         pattern = cache["pattern", layer]
         share = pattern.diagonal(-1, dim1=-2, dim2=-1).sum(-1) / pattern.sum((-1, -2))
         torch.testing.assert_close(found[layer], share, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ tools that read a model
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated", "ablated at the last position"])
+@torch.no_grad()
+def test_the_parts_of_the_residual_stream_add_up(stream):
+    model = gated_model().eval()
+    position = -1 if "last" in stream else None
+    with model.clean() if stream == "clean" else model.ablated(position=position):
+        _, cache = model.run_with_cache(random_tokens(2, LENGTH))
+    final = cache["resid_post", -1]
+    torch.testing.assert_close(cache.decompose_resid().sum(0), final, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.stack_head_results(incl_remainder=True).sum(0), final, rtol=1e-4, atol=1e-5)
+    neurons = cache.stack_neuron_results(layer=1, pos_slice=-1, incl_remainder=True)
+    torch.testing.assert_close(neurons.sum(0), cache["resid_pre", 1][:, -1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_singular_vectors_of_a_head_are_read_in_the_vocabulary():
+    model = gated_model()
+    readings = SVDInterpreter(model).get_singular_vectors("OV", 0, num_vectors=2, head_index=1)
+    assert readings.shape == (model.cfg.d_vocab, 1, 2)
+    _, _, right = torch.linalg.svd(model.W_V[0, 1] @ model.W_O[0, 1])
+    expected = (right[:2] @ model.W_U).T
+    torch.testing.assert_close(readings[:, 0].abs(), expected.abs(), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_composition_scores_are_those_of_the_weights():
+    model = gated_model()
+    QK, OV = model.W_Q @ model.W_K.transpose(-2, -1), model.W_V @ model.W_O
+    scores = composition_scores(model.OV, model.QK, broadcast_dims=True)
+    reader, writer = QK[1, 2], OV[0, 3]
+    expected = (writer @ reader).norm() / (writer.norm() * reader.norm())
+    torch.testing.assert_close(scores[0, 3, 1, 2], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(TRANSFORMER_LENS < 4, reason="TransformerLens 3 has no logit_lens")
+@torch.no_grad()
+def test_logit_lens():
+    from transformer_lens.tools.analysis import logit_lens
+
+    model, tokens = gated_model().eval(), random_tokens(2, LENGTH)
+    for context in (model.clean(), model.ablated(), model.ablated(position=-1)):
+        with context:
+            logits = model(tokens)[:, -1]
+            lens = logit_lens(model, tokens).values
+        torch.testing.assert_close(lens[-1], logits, rtol=1e-4, atol=1e-4)
