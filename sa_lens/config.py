@@ -122,8 +122,8 @@ def _check_fields(config: Any, prefix: str) -> None:
         object.__setattr__(config, name, value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             least, most = _AT_LEAST.get(path, 0), _AT_MOST.get(path, 10**12 if isinstance(value, int) else math.inf)
-            _check(value >= least, f"{path}={shown(value)} must be " + (f"at least {least}" if least else "0 or more"))
             _check(value > 0 or path not in _ABOVE_ZERO, f"{path}={shown(value)} must be above 0")
+            _check(value >= least, f"{path}={shown(value)} must be " + (f"at least {least}" if least else "0 or more"))
             _check(value <= most, f"{path}={shown(value)} must be at most {most:,.15g}".replace(",", "_"))
         if isinstance(value, str):
             _check(bool(value.strip()), f"{path}={value!r} is empty: name something, or leave the setting out")
@@ -485,27 +485,22 @@ class RunConfig:
         _check_fields(self, "")
 
 
+_PAPER = RunConfig(
+    data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),
+    train=TrainConfig(eval_every=2_000, eval_tokens=500_000, save_every=2_000, log_every=50),
+)
+
 PRESETS: dict[PresetName, RunConfig] = {
-    "paper-2024-10": RunConfig(
+    "paper-2024-10": dataclasses.replace(
+        _PAPER,
         loss=LossConfig(clean=0.5, ablated=0.5),
-        data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),
-        train=TrainConfig(
-            steps=400_000,
-            batch_size=24,
-            lr=1.4e-3,
-            eval_every=2_000,
-            eval_tokens=500_000,
-            save_every=2_000,
-            log_every=50,
-        ),
+        train=dataclasses.replace(_PAPER.train, steps=400_000, batch_size=24, lr=1.4e-3),
     ),
-    "paper-head": RunConfig(
+    "paper-head": dataclasses.replace(
+        _PAPER,
         gates=GateConfig(temperature=0.1),
         loss=LossConfig(clean=0.1, ablated=0.9, reconstruction=0.1),
-        data=DataConfig(source="roneneldan/TinyStories", validation_split="validation", tokenizer="gpt2"),
-        train=TrainConfig(
-            steps=200_000, batch_size=32, lr=1e-3, eval_every=2_000, eval_tokens=500_000, save_every=2_000, log_every=50
-        ),
+        train=dataclasses.replace(_PAPER.train, steps=200_000, batch_size=32, lr=1e-3),
     ),
     "laptop": RunConfig(
         model=ModelConfig(n_layers=4, d_model=128, n_heads=4, init="gpt2", attn_scale=True),

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import HookedTransformerConfig, SelfAblatingTransformer, checkpoints
-from sa_lens.data import HubUnreachable, writing
+from sa_lens.data import HubUnreachable, whole_files
 
 SCOPES = ["none", "local", "global", "both"]
 
@@ -263,9 +263,9 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path):
     file = tmp_path / "f"
-    writing.atomic_write(file, b"old")
+    whole_files.atomic_write(file, b"old")
     with full_disk(10), pytest.raises(OSError, match="File too large"):
-        writing.atomic_write(file, b"new content of the file")
+        whole_files.atomic_write(file, b"new content of the file")
     assert content(tmp_path) == {"f": b"old"}
 
 
