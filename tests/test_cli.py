@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -106,6 +107,14 @@ class TestHelp:
             [sys.executable, "-m", "sa_lens", "--version"], capture_output=True, text=True, check=True
         )
         assert re.fullmatch(r"sa-lens \d+\.\d+\.\d+\n", found.stdout)
+
+    def test_a_terminal_of_ascii_characters_gets_it_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        sys.stdout.flush()
+        assert b"--preset" in written.getvalue()
 
 
 class TestErrors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import logging
 import os
 import sys
@@ -51,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sa-lens {__version__}")
         return 0
     logging.basicConfig(level=logging.WARNING, format="sa-lens: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # help pages and tables have characters that an ASCII terminal lacks
+            stream.reconfigure(errors="replace")
     name = arguments[0] if arguments else ""
     try:
         command = parse(arguments)

@@ -24,7 +24,7 @@ from sa_lens.catalogue import ABOUT, SHIPPED
 from sa_lens.config import RunConfig, Words, suggestion, to_dict
 from sa_lens.core import SelfAblatingTransformer, checkpoints
 from sa_lens.data import PreparedData, validation_blocks
-from sa_lens.data.writing import atomic_write, staged_folder
+from sa_lens.data.whole_files import atomic_write, staged_folder
 from sa_lens.shipped.measuring import losses_on, skills
 from sa_lens.shipped.recipes import RECIPES, Recipe
 from sa_lens.training import TrainResult, bytes_per_token, evaluate, run_text, train
