@@ -63,7 +63,7 @@ def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None 
     if table["unit"].notna().any():
         table = table.sort_values(value, key=abs, ascending=False, kind="stable")
         labels = tuple(_unit_label(row) for _, row in table.iterrows())
-        return Bars(title, _note(row), labels, tuple(map(number, table[value])), scale)
+        return Bars(title, _note(row, value), labels, tuple(map(number, table[value])), scale)
     columns = [name for name in ("what", "position", "head") if table[name].nunique(dropna=True) > 1]
     if len(columns) > 1:
         raise ValueError(
@@ -77,7 +77,7 @@ def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None 
     tokens = dict(zip(table[column], table["token"], strict=True)) if column == "position" else {}
     return HeatMap(
         title=title,
-        note=_note(row),
+        note=_note(row, value),
         x=Axis({"what": "patched"}.get(column, column), tuple(_label(x, tokens.get(x, ""), column) for x in across)),
         y=Axis("layer", tuple(map(str, layers))),
         values=numbers(cells.to_numpy(dtype=float, na_value=float("nan"))),
@@ -95,14 +95,14 @@ def _title(table: pd.DataFrame) -> str:
     return f"{TASKS.get(row['task'], row['task'])}: {kinds}, {row['stream']} stream{masks}"
 
 
-def _note(row: pd.Series) -> str:
+def _note(row: pd.Series, value: str) -> str:
     metric = str(row["metric"]).replace("_", " ")
-    how = {
-        "denoise": "values of the clean prompt put into the corrupt run (1: all restored)",
-        "noise": "values of the corrupt prompt put into the clean run (1: all lost)",
-    }
+    how, one = {
+        "denoise": ("values of the clean prompt put into the corrupt run", " (1: all restored)"),
+        "noise": ("values of the corrupt prompt put into the clean run", " (1: all lost)"),
+    }[row["direction"]]
     ends = f"{metric} {row['clean']:.2f} clean, {row['corrupt']:.2f} corrupt"
-    return f"{how[row['direction']]}; {ends}; {row['n']} {'pair' if row['n'] == 1 else 'pairs'}"
+    return f"{how}{one if value == 'normalised' else ''}; {ends}; {row['n']} {'pair' if row['n'] == 1 else 'pairs'}"
 
 
 def _unit_label(row: pd.Series) -> str:
