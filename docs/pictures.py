@@ -117,29 +117,40 @@ def task_circuits(camera: Camera, dense: Any, local: Any) -> None:
 
 
 def report_pages(camera: Camera, dense: Any, local: Any) -> None:
-    """Three sections of the report of the shipped models."""
-    made = report.make_report([LOCAL, DENSE], title="The shipped models of the generated stories", progress=False)
-    story, token = next(
-        (number, token)
-        for number, page in enumerate(made.models[0].stories, start=1)
-        for token in range(len(page.tokens))
-        if page.tokens[token - 2 : token + 1] == (" gave", " it", " to")
+    """Three sections of the report that `sa-lens demo` writes."""
+    made = report.make_report(
+        [LOCAL, DENSE], title="The shipped models of the generated stories", n_units=48, progress=False
     )
-    with camera.page(report.save(made, camera.folder / "report.html"), 900, "html[data-complete]") as page:
-        for name, address, height in (
-            ("stories", f"stories/{LOCAL}/{story}/{token}", 900),
-            ("circuits", "circuits", 1330),
-            ("units", "units", 900),
-        ):
+    photograph_report(camera, report.save(made, camera.folder / "report.html"))
+
+
+def photograph_report(camera: Camera, file: Path) -> None:
+    """Photographs a story at a token before a receiver, the circuits, and the units of the ablated stream."""
+    with camera.page(file, 900, "html[data-complete]") as page:
+
+        def show(section: str, height: int) -> Any:
             page.set_viewport_size({"width": WIDTH, "height": height})
-            page.evaluate("address => { location.hash = address }", address)
-            section = page.locator(f"#section-{name}[data-drawn]:not(.off)")
-            section.wait_for()
-            if name == "units":
-                section.get_by_label("Stream").select_option("ablated")
-                section.get_by_role("button", name="explanation F1").click()
+            page.evaluate("address => { location.hash = address }", section)
+            shown = page.locator(f"#section-{section}[data-drawn]:not(.off)")
+            shown.wait_for()
+            return shown
+
+        def take(section: str) -> None:
+            page.mouse.move(0, 0)
             page.evaluate("scrollTo(0, 0)")
-            page.screenshot(path=IMAGES / f"report-{name}.png")
+            page.screenshot(path=IMAGES / f"report-{section}.png")
+
+        stories = show("stories", 900)
+        stories.get_by_label("Search stories").fill("gave it to")
+        stories.locator(".story-list [role=option]").first.click()
+        tokens = stories.locator("[data-token]")
+        words = [word.strip() for word in tokens.all_text_contents()]
+        tokens.nth(next(i for i in range(len(words)) if words[i - 2 : i + 1] == ["gave", "it", "to"])).click()
+        take("stories")
+        show("circuits", 1330)
+        take("circuits")
+        show("units", 900).get_by_label("Stream").select_option("ablated")
+        take("units")
 
 
 GROUPS = {"patching": patching, "views": text_views, "circuits": task_circuits, "report": report_pages}
