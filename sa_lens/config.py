@@ -78,6 +78,7 @@ _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("gates.k_attn", "gates.k_mlp", "train.steps", "train.batch_size", "train.accumulate"), 1),
     **dict.fromkeys(("train.eval_every", "train.eval_tokens", "train.save_every", "train.log_every"), 1),
     **{"model.d_vocab": 2, "data.max_documents": 2, "data.n_stories": 100, "data.vocab_size": 300},
+    "train.dense_share": -math.inf,  # its range depends on the steps
 }
 """Smallest value of a number; that of any other is 0."""
 _ABOVE_ZERO = ("model.eps", "gates.temperature", "train.lr", "train.dense_lr", "train.adam_eps")

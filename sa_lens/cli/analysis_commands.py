@@ -178,7 +178,7 @@ def units(
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         atomic_write(folder / f"{name}.csv", table.to_csv(index=False).encode())
-    whole = tables["summary"].query("kind == 'all'").drop_duplicates(["column", "stream"])
+    whole = tables["summary"].query("site == 'all'").drop_duplicates(["column", "stream"])
     if json:
         means = {str(name): dict(zip(at["column"], at["mean"], strict=True)) for name, at in whole.groupby("stream")}
         print(dumps(means, indent=1))

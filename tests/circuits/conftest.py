@@ -41,7 +41,7 @@ def pairs(tokenizer):
 @pytest.fixture(scope="session")
 def even_pairs(tokenizer):
     """Eight pairs of one length."""
-    return tasks.ioi(tokenizer, 8, seed=1, words="stories", templates=["go-give"], length=17)
+    return tasks.ioi(tokenizer, 8, seed=1, words="stories", templates=["when-give-1"], length=17)
 
 
 @pytest.fixture(scope="session")

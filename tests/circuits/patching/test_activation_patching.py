@@ -292,7 +292,7 @@ def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
     assert named["position"].tolist() == ["IO", "S1", "S2", "end"] * 2
     # a token is named where all prompts have the same one: names differ, and so do these prompts' last words
     assert named["token"].tolist() == [""] * 8
-    alike = tasks.ioi(tokenizer, 6, seed=1, words="stories", templates=["go-give"])
+    alike = tasks.ioi(tokenizer, 6, seed=1, words="stories", templates=["go-give-9"])
     assert patch(model, alike, "resid_pre")["token"].tolist() == ["", "", "", " to"] * 2
     each = patch(model, even_pairs, "resid_pre", positions="each")
     assert each["position"].tolist() == list(range(17)) * 2
