@@ -15,7 +15,7 @@ from tiny_shelf import fill, tiny
 
 from sa_lens import catalogue, cli, demo
 from sa_lens.circuits.metrics import METRICS
-from sa_lens.core.checkpoints import complete_steps
+from sa_lens.core.save_and_load import complete_steps
 from sa_lens.demo import pair, tour
 from sa_lens.demo.printing import Clock
 from sa_lens.shipped import measuring, recipes

@@ -22,7 +22,7 @@ from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
 from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
 from sa_lens.core.gate import Gate
-from sa_lens.core.hook_points import StreamPoint, StreamState, user_hooks
+from sa_lens.core.pass_hooks import StreamPoint, StreamState, user_hooks
 from sa_lens.data.tokenizers import prompt_tokenizer
 from sa_lens.data.tokens import vocabulary_of
 

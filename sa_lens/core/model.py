@@ -1,7 +1,7 @@
 """`SelfAblatingTransformer`: a HookedTransformer with learned top-k gates and two streams.
 
 Here a model runs its streams. Its gates and weights are in `gated.py`, what makes the ablated stream in `streams.py`,
-files and other formats in `checkpoints.py`, `reference.py` and `export.py`.
+files and other formats in `save_and_load.py`, `reference.py` and `export.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sa_lens.config import GateConfig, Masks, Which
-from sa_lens.core import architecture, checkpoints, embedding, reference
+from sa_lens.core import architecture, embedding, reference, save_and_load
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.hook_points import Ablation, Hooks
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
+from sa_lens.core.pass_hooks import Ablation, Hooks
 from sa_lens.core.streams import (
     CleanPass,
     ablated_hooks,
@@ -433,8 +433,8 @@ class SelfAblatingTransformer(GatedTransformer):
         return plain
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes config.json, model.safetensors and the tokenizer, whole or not at all. See `checkpoints.save`."""
-        return checkpoints.save(self, folder)
+        """Writes config.json, model.safetensors and the tokenizer, whole or not at all. See `save_and_load.save`."""
+        return save_and_load.save(self, folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -457,8 +457,8 @@ class SelfAblatingTransformer(GatedTransformer):
             FileNotFoundError: no such folder, or no model in it.
             ValueError: TransformerLens's own keywords or model names, a damaged or foreign file.
         """
-        checkpoints.refuse_transformer_lens_arguments(name, unknown)
-        return checkpoints.load(cls, name, which=which, device=device)
+        save_and_load.refuse_transformer_lens_arguments(name, unknown)
+        return save_and_load.load(cls, name, which=which, device=device)
 
     @classmethod
     def from_reference(

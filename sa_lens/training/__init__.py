@@ -13,7 +13,8 @@
 """
 
 from sa_lens.stopping import Interrupted
-from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate, evaluate_run, evaluation_table
+from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate, evaluate_run
+from sa_lens.training.evaluation_table import evaluation_table
 from sa_lens.training.loop import TrainResult, train
 from sa_lens.training.run_log import TrainingDiverged
 from sa_lens.training.sampling import Sample, sample

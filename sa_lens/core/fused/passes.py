@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
-from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
-from sa_lens.core.fused.support import ACTIVATIONS
+from sa_lens.core.fused.supported_architectures import ACTIVATIONS
+from sa_lens.core.fused.two_stream_attention import stream_attention
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.loss_terms import reconstruction_loss
 
