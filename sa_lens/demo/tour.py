@@ -21,9 +21,7 @@ from sa_lens.shipped.make import figures_of
 from sa_lens.shipped.measuring import skills
 from sa_lens.training import load_run, sample, text_of_run, train
 from sa_lens.training.run_folder import is_run
-from sa_lens.units.comparison import summary
-from sa_lens.units.firing import calibrate
-from sa_lens.units.unit_tables import specialization
+from sa_lens.units import calibrate, specialization, summary
 from sa_lens.views import patch_map, save, side_by_side, training_curves
 
 LOCAL, DENSE = "stories-local", "stories-dense"
