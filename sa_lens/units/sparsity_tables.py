@@ -152,7 +152,7 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
     if table.attrs.get("model") not in (None, fingerprint_of(model)):
         raise ValueError("the table is that of a model with other weights or gates: make this one's by specialization")
     scales, columns = layer_scales(model), ["weights", "not_small", "live", "firing"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for stream in table["stream"].unique():
         for sublayer in unit_counts(model):
             per_unit, total = _weights_of_units(model, sublayer, scales, eps)
@@ -165,8 +165,9 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
             live, rate = units.sort_values("unit")[["live", "firing_rate"]].to_numpy(dtype=float).T
             counts = (total, per_unit.sum(), per_unit @ live, per_unit @ rate)
             rows.append({"stream": stream, **sublayer._asdict(), **dict(zip(columns, map(float, counts), strict=True))})
-        of_stream = pd.DataFrame(rows[-len(unit_counts(model)) :])
-        rows.append({"stream": stream, "layer": -1, "site": "all", **of_stream[columns].sum().to_dict()})
+        of_stream = rows[-len(unit_counts(model)) :]
+        totals = {name: sum(row[name] for row in of_stream) for name in columns}
+        rows.append({"stream": stream, "layer": -1, "site": "all", **totals})
     connections = pd.DataFrame(rows).astype({"weights": int})
     for name in ("live", "firing"):
         connections[f"{name}_share"] = connections[name] / connections["weights"]
