@@ -13,7 +13,7 @@ from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData
-from sa_lens.demo import demo_run
+from sa_lens.demo.pair import pair_run
 from sa_lens.demo.printing import Clock, loss_table, print_table, skill_table
 from sa_lens.report import make_report
 from sa_lens.report import save as save_report
@@ -101,7 +101,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
 
     with clock.part("training"):
         trained = short_training(out / "short", seed, device, progress)
-        short = figures_of(trained, demo_run(seed=seed), "stories", data)
+        short = figures_of(trained, pair_run(seed=seed), "stories", data)
         written.append(save(training_curves([out / "short"]), out / "training.html"))
     stored = {name: about(name)["figures"] for name in (DENSE, LOCAL)}
     print_table("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
@@ -180,7 +180,7 @@ def short_training(folder: Path, seed: int, device: str, progress: bool) -> Self
 
 def short_run(seed: int) -> RunConfig:
     """The configuration of the short training."""
-    run = demo_run(seed=seed)
+    run = pair_run(seed=seed)
     options: dict[str, Any] = {"steps": SHORT_STEPS, "eval_every": SHORT_STEPS // 2, "save_every": SHORT_STEPS}
     return dataclasses.replace(
         run,
