@@ -23,6 +23,7 @@ from sa_lens.config import GateConfig, Masks, Which
 from sa_lens.core import architecture, embedding, reference, save_and_load
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
+from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
@@ -412,7 +413,7 @@ class SelfAblatingTransformer(GatedTransformer):
         copied.cfg.tokenizer_name = model.cfg.tokenizer_name
         if model.tokenizer is not None:
             copied.set_tokenizer(model.tokenizer)
-        base = {key: value for key, value in model.state_dict().items() if "_gate." not in key}
+        base = {key: value for key, value in model.state_dict().items() if not belongs_to_gate(key)}
         copied.load_base(base)
         if isinstance(model, SelfAblatingTransformer):
             copied.qkv_bias, copied.unembed_bias = model.qkv_bias, model.unembed_bias
@@ -428,7 +429,7 @@ class SelfAblatingTransformer(GatedTransformer):
         plain = hooked_transformer(cfg)
         plain.cfg.tokenizer_name = name
         plain.tokenizer = self.tokenizer
-        plain.load_state_dict({k: v for k, v in self.state_dict().items() if "_gate." not in k})
+        plain.load_state_dict({k: v for k, v in self.state_dict().items() if not belongs_to_gate(k)})
         plain.train(self.training)
         return plain
 

@@ -57,7 +57,7 @@ def fused_loss(
     if clean_alone or not model.gates.gated:
         outputs = passes.clean(embedded)
         return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
-    base_trains = any(p.requires_grad for name, p in model.named_parameters() if "_gate." not in name)
+    base_trains = any(p.requires_grad for p in model.base_parameters())
     if model.gates.reads_global or not base_trains:
         clean, ablated = passes.one_after_the_other(embedded)
     else:
