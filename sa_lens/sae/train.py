@@ -88,8 +88,8 @@ def train_sae(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
     folder = None if output is None else output_folder(output)
-    blocks = text_of(tokens, model, settings.batch_tokens)
     d_in = hook_width(model, hook, stream)
+    blocks = text_of(tokens, model, settings.batch_tokens)
     cfg = _sae_config(sae_lens, architecture, settings, d_in)
     cfg.reshape_activations = "hook_z" if "hook_z" in hook else "none"
     record = {
