@@ -64,8 +64,9 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
 
     with clock.part("stories"):
         print("\nA story of the dense model, and one of each stream of the self-ablating model")
-        for model in models.values():
-            print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side() + "\n")
+        for name, model in models.items():
+            print(f"\n{name}")
+            print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side())
 
     assert local.tokenizer is not None
     pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, words="stories")
@@ -112,7 +113,8 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     print(
         "\nWhat was found\n"
         f"  The self-ablating model names the receiver in {ioi['clean']:.0%} of the prompts; with only\n"
-        f"  {local.gates.k_attn} attention units and {local.gates.k_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
+        f"  {local.gates.k_attn} of {local.cfg.n_heads * local.cfg.d_head} attention units and {local.gates.k_mlp} of "
+        f"{local.cfg.d_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
         f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream and {sizes['ablated']} in the "
         f"ablated one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
     )
@@ -153,8 +155,9 @@ def tell_circuits(circuits: dict[Stream, Circuit], masks_alone: float) -> None:
     """Prints the sizes of the circuits, and what the masks carry."""
     print(f"\nCircuits of the indirect object (ACDC, tau {TAU} nats)")
     for stream, circuit in circuits.items():
-        print(f"  {stream:<8} stream: {len(circuit.prune_dangling())} of {len(circuit.graph)} edges")
-    print(f"  The clean prompt's masks alone, with no edge out of the embedding: {masks_alone:.0%} of the effect")
+        masks = ", with the masks of the clean prompt" if stream == "ablated" else ""
+        print(f"  {stream:<8} stream: {len(circuit.prune_dangling())} of {len(circuit.graph)} edges{masks}")
+    print(f"  These masks alone, with no edge out of the embedding: {masks_alone:.0%} of the effect")
 
 
 def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, progress: bool) -> None:
