@@ -28,7 +28,7 @@ from sa_lens.circuits import skill
 from sa_lens.circuits.tasks import ioi
 from sa_lens.config import RunConfig
 from sa_lens.data import prepare
-from sa_lens.demo import demo_run
+from sa_lens.demo.pair import pair_run
 from sa_lens.shipped.measuring import ABLATED_BAR, CLEAN_BAR, PAIR_BARS
 from sa_lens.training import train
 
@@ -43,7 +43,7 @@ KEY = ["training", "seed", "threads", "precision"]
 
 def configuration(training: str, seed: int, precision: str) -> RunConfig:
     """The run: `scheduled` as in the demo, `joint` both streams from the first step, `dense` without gates."""
-    run = demo_run("none" if training == "dense" else "local", seed)
+    run = pair_run("none" if training == "dense" else "local", seed)
     changes: dict[str, Any] = {"precision": precision, "eval_every": run.train.steps, "save_every": run.train.steps}
     if training == "joint":
         changes |= {"dense_share": 0.0, "dense_lr": None, "lr": run.train.dense_lr or run.train.lr}

@@ -1,18 +1,24 @@
 """Self-ablating transformers on TransformerLens.
 
-| name | what it is |
-|---|---|
-| `models` | table of the models that come with the package |
-| `SelfAblatingTransformer` | the model, a `HookedTransformer` with gates; `Streams` is what `run_streams` returns |
-| `HookedTransformer`, `HookedTransformerConfig` | the class without gates, of TransformerLens 3 or of sa_lens |
-| `ModelConfig`, `GateConfig`, `LossConfig`, `DataConfig`, `TrainConfig`, `RunConfig`, `PRESETS` | settings |
-| `train`, `TwoStreamLoss`, `LossTerms` | train a model from a `RunConfig`; the loss alone, for a loop of your own |
-| `circuits` | prompt pairs, activation patching, circuit discovery and faithfulness in either stream |
-| `units` | what single units do: specialization, explanations, mask leakage, sparsity |
-| `sae` | sparse autoencoders on either stream, with SAELens |
-| `views`, `report` | figures and views; one offline page about one or several models |
-| `compare` | train and measure variants over seeds: `compare("laptop", "runs/compare")` |
-| `data`, `training` | text and tokens; the loop, evaluation and samples |
+| name | what it answers | cost |
+|---|---|---|
+| `models` | which models come with the package | none |
+| `SelfAblatingTransformer` | the model, a `HookedTransformer` with gates | |
+| `Streams` | both streams of a batch, from `model.run_streams` | a clean and an ablated pass |
+| `HookedTransformer`, `HookedTransformerConfig` | the class without gates, of TransformerLens 3 or of sa_lens | |
+| `RunConfig` | all settings of a training run: its shape, gates, loss, text and optimisation | none |
+| `ModelConfig`, `GateConfig`, `LossConfig`, `DataConfig`, `TrainConfig` | the parts of a `RunConfig` | none |
+| `PRESETS` | named settings | none |
+| `train` | trains a model from a `RunConfig` | minutes to days |
+| `TwoStreamLoss`, `LossTerms` | the loss alone, for a loop of your own | both passes |
+| `training` | what losses a model has and what it writes: evaluation, samples | seconds |
+| `circuits` | which edges, heads and units carry a behaviour: patching, discovery, faithfulness | seconds to minutes |
+| `units` | what single units do: specialization, explanations, mask leakage, sparsity | seconds to minutes |
+| `sae` | sparse autoencoders on either stream, with SAELens | minutes to hours |
+| `views` | figures of a model on a text, and of results | up to a pass per stream and layer |
+| `report` | one offline page about one or several models | half a minute per small model |
+| `compare` | do variants differ over seeds? `compare("laptop", "runs/compare")` | hours |
+| `data` | text, tokenizers and tokens | encodes a text once |
 
 What needs PyTorch is imported when it is first used, so that `import sa_lens` and `sa-lens --help` are quick.
 """
@@ -46,31 +52,31 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PRESETS",
-    "DataConfig",
-    "GateConfig",
-    "HookedTransformer",
-    "HookedTransformerConfig",
-    "LossConfig",
-    "LossTerms",
-    "ModelConfig",
-    "RunConfig",
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "models",
     "SelfAblatingTransformer",
     "Streams",
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "RunConfig",
+    "ModelConfig",
+    "GateConfig",
+    "LossConfig",
+    "DataConfig",
     "TrainConfig",
+    "PRESETS",
+    "train",
     "TwoStreamLoss",
-    "__version__",
+    "LossTerms",
+    "training",
     "circuits",
+    "units",
+    "sae",
+    "views",
+    "report",
     "compare",
     "data",
-    "models",
-    "report",
-    "sae",
-    "train",
-    "training",
-    "units",
-    "views",
+    "__version__",
 ]
 
 _CORE = (
@@ -94,4 +100,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return list(__all__)

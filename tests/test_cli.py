@@ -550,12 +550,12 @@ class TestUnits:
     def test_an_interruption_says_so_and_leaves_no_table(
         self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from sa_lens.units import sparsity_tables
+        import sa_lens.units
 
         def stopped(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(sparsity_tables, "sparsity", stopped)
+        monkeypatch.setattr(sa_lens.units, "sparsity", stopped)
         out = tmp_path / "units"
         arguments = ["units", reader, "--tokens", "500", "--labels", "0", "--device", "cpu", "--json"]
         line = fails([*arguments, "--out", str(out)], capsys, code=130)

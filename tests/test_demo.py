@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny_shelf import fill, tiny
 
-from sa_lens import catalogue, cli, demo
+from sa_lens import catalogue, cli
 from sa_lens.circuits.metrics import METRICS
-from sa_lens.core.checkpoints import complete_steps
+from sa_lens.core.save_and_load import complete_steps
 from sa_lens.demo import pair, tour
 from sa_lens.demo.printing import Clock
 from sa_lens.shipped import measuring, recipes
@@ -86,7 +86,7 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
 
 
 def test_the_short_training_is_that_of_the_pair_with_fewer_steps() -> None:
-    whole, short = demo.demo_run(seed=3), tour.short_run(3)
+    whole, short = pair.pair_run(seed=3), tour.short_run(3)
     assert (short.model, short.gates, short.loss) == (whole.model, whole.gates, whole.loss)
     assert short.train.steps < whole.train.steps / 3
     assert (short.model, short.gates) == (recipes.SHORT.model, recipes.SHORT.gates)
@@ -94,7 +94,7 @@ def test_the_short_training_is_that_of_the_pair_with_fewer_steps() -> None:
 
 
 def test_both_models_see_the_same_text_in_the_same_order() -> None:
-    dense, local = demo.demo_run("none"), demo.demo_run("local")
+    dense, local = pair.pair_run("none"), pair.pair_run("local")
     assert (dense.model, dense.data, dense.train) == (local.model, local.data, local.train)
     assert not dense.gates.gated
     assert local.gates.gated
@@ -142,7 +142,7 @@ def test_the_pair_is_trained_and_told_beside_its_bars(
 
 def test_a_training_that_fails_is_named(shelf: Path, in_process: None, tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
-    run = demo.demo_run()
+    run = pair.pair_run()
     odd = dataclasses.replace(run, model=dataclasses.replace(run.model, n_ctx=10**6))
     with pytest.raises(RuntimeError, match=r"the training of local in .*local failed"):
         pair.train_both({"dense": run, "local": odd}, tmp_path, device="cpu", progress=False)
@@ -156,7 +156,7 @@ def test_both_trainings_are_told_to_stop_and_the_runs_go_on(
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    run = demo.demo_run()
+    run = pair.pair_run()
     with monkeypatch.context() as patched:
         patched.setattr(pair, "_watch", stopped)
         patched.setattr(pair, "train_model", lambda run, folder, **options: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ SUBPACKAGES = ("circuits", "compare", "data", "report", "sae", "training", "unit
 
 
 def test_every_public_name_is_there_and_listed():
-    assert set(sa.__all__) <= set(dir(sa))
+    assert set(sa.__all__) == set(dir(sa))
     for name in sa.__all__:
         assert getattr(sa, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'circuit'"):
@@ -40,9 +42,13 @@ def test_every_public_name_of_the_subpackages_is_there():
             assert getattr(package, public) is not None
 
 
-def test_the_docstring_names_every_public_name():
-    assert sa.__doc__ is not None
-    assert [name for name in sa.__all__ if f"`{name}" not in sa.__doc__] == ["__version__"]
+@pytest.mark.parametrize("name", ["", *(f".{name}" for name in (*SUBPACKAGES, "core"))])
+def test_the_docstring_has_a_table_of_every_public_name_in_the_order_of_the_face(name):
+    package = importlib.import_module(f"sa_lens{name}")
+    rows = [line for line in (package.__doc__ or "").splitlines() if line.startswith("|")]
+    assert rows[0] == "| name | what it answers | cost |"
+    names = [public for row in rows for public in re.findall(r"`(\w+)", row.split("|")[1])]
+    assert names == [public for public in package.__all__ if public != "__version__"]
 
 
 def test_training_and_comparing_are_calls(tmp_path):

@@ -22,7 +22,7 @@ from sa_lens.data import BlockOrder, TokenFile
 from sa_lens.data.cache import key_of
 from sa_lens.data.tokens import FORMAT
 from sa_lens.sae import PRESETS, SAESettings, evaluate_sae, train_sae
-from sa_lens.sae.activations import ActivationBatches, activations, hook_width, text_of
+from sa_lens.sae.hook_activations import ActivationBatches, activations, hook_width, text_of
 from sa_lens.stopping import Interrupted
 
 sae_lens = pytest.importorskip("sae_lens")

@@ -3,7 +3,7 @@
 All functions take an `Experiment`, or a model and pairs with the experiment's settings as keywords. They return tables
 and records; figures are in `sa_lens.views`. Costs are in passes over the prompts; E is the number of edges.
 
-| name | answers | cost |
+| name | what it answers | cost |
 |---|---|---|
 | `tasks` | prompts of built-in tasks, of a JSON file | none |
 | `PromptPairs` | your own prompts as texts or tokens | none |
@@ -16,17 +16,20 @@ and records; figures are in `sa_lens.views`. Costs are in passes over the prompt
 | `eap_ig` | the same, closer | 2 passes and `steps` gradients |
 | `relp` | the same, by propagation rules | 2 passes and 1 gradient |
 | `exact_effects` | what does each edge do alone? | E parts of a pass |
-| `acdc` | which edges can go, one after the other? | E parts of a pass, many together |
+| `acdc`, `visiting_order` | which edges can go, one after the other, and in which order are they tried? | E parts of a pass, many together |
 | `gate_circuit`, `mask_shares`, `gate_rankings` | which units do the gates keep? | 1 pass |
-| `find_circuit` | a circuit by any of these, judged on other prompts | the method's, and about 40 passes |
+| `find_circuit`, `circuit_table` | which circuit does any of these methods find, judged on other prompts? several as a table | the method's, and about 40 passes |
 | `faithfulness` | how much of the behaviour do a ranking's edges carry, and how many does it need? | about 40 passes |
+| `MIB_SIZES` | the circuit sizes at which `faithfulness` measures, as shares of all edges | none |
+| `summary_table`, `curves_table`, `kl_at_sizes` | which ranking is the most faithful, overall and at each size? | none |
+| `GapTooSmall` | the error when clean prompts and the empty circuit score too much alike | |
 | `completeness`, `minimality` | is anything missing, is anything idle? | 1 or 2 passes per set |
 | `agreement`, `agreement_table` | do two circuits agree? | none |
 | `Circuit`, `Graph` | edges with scores: tables, files, set operations | none |
 | `run_circuit` | logits when only a circuit's edges carry the prompt | 2 passes |
 
 With live masks in the ablated stream `acdc` and `exact_effects` try edges one by one, not many at once.
-"""
+"""  # noqa: E501
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -75,39 +78,39 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "METRICS",
-    "MIB_SIZES",
-    "Circuit",
-    "Experiment",
-    "GapTooSmall",
-    "Graph",
-    "Metric",
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "tasks",
     "PromptPairs",
-    "acdc",
-    "agreement",
-    "agreement_table",
+    "Experiment",
+    "Metric",
+    "METRICS",
+    "skill",
+    "patch",
     "attribute_nodes",
-    "circuit_table",
-    "completeness",
-    "curves_table",
     "eap",
     "eap_ig",
-    "exact_effects",
-    "faithfulness",
-    "find_circuit",
-    "gate_circuit",
-    "gate_rankings",
-    "kl_at_sizes",
-    "mask_shares",
-    "minimality",
-    "patch",
     "relp",
-    "run_circuit",
-    "skill",
-    "summary_table",
-    "tasks",
+    "exact_effects",
+    "acdc",
     "visiting_order",
+    "gate_circuit",
+    "mask_shares",
+    "gate_rankings",
+    "find_circuit",
+    "circuit_table",
+    "faithfulness",
+    "MIB_SIZES",
+    "summary_table",
+    "curves_table",
+    "kl_at_sizes",
+    "GapTooSmall",
+    "completeness",
+    "minimality",
+    "agreement",
+    "agreement_table",
+    "Circuit",
+    "Graph",
+    "run_circuit",
 ]
 
 
@@ -119,4 +122,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return list(__all__)

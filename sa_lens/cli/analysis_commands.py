@@ -157,11 +157,15 @@ def units(
     from sa_lens.core.host import streams_of
     from sa_lens.data.whole_files import atomic_write
     from sa_lens.training import load_run, text_of_run
-    from sa_lens.units.comparison import summary
-    from sa_lens.units.firing import calibrate
-    from sa_lens.units.labels import label_stories, selectivity
-    from sa_lens.units.sparsity_tables import effective_connections, sparsity
-    from sa_lens.units.unit_tables import specialization
+    from sa_lens.units import (
+        calibrate,
+        effective_connections,
+        label_stories,
+        selectivity,
+        sparsity,
+        specialization,
+        summary,
+    )
 
     model = load_run(run, device=device)
     data = text_of_run(run, model, text, column=column)

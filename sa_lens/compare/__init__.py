@@ -1,6 +1,6 @@
 """Comparison of models that are trained under equal conditions: variants and seeds, one table, verdicts by a fixed rule.
 
-| name | what it is | cost |
+| name | what it answers | cost |
 |---|---|---|
 | `compare` | train and measure what is not on disk yet, write the table: `compare("laptop", "runs/compare")` | hours; see `plan` |
 | `plan` | what `compare` would do, with estimated times | seconds |
@@ -27,30 +27,30 @@ from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
 from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
 from sa_lens.compare.verdicts import Comparison
 
-__all__ = [
-    "ACDC",
-    "COLUMNS",
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "compare",
+    "plan",
     "GRIDS",
+    "Grid",
+    "Variant",
+    "Losses",
+    "Weights",
+    "Skill",
+    "ACDC",
+    "Faithfulness",
+    "Units",
+    "Labels",
+    "Explanations",
+    "Leakage",
     "SAE",
+    "Measurement",
+    "TrainedModel",
+    "Result",
+    "COLUMNS",
     "Column",
     "Comparison",
-    "Explanations",
-    "Faithfulness",
-    "Grid",
-    "Labels",
-    "Leakage",
-    "Losses",
-    "Measurement",
-    "Result",
-    "Skill",
-    "TrainedModel",
-    "Units",
-    "Variant",
-    "Weights",
-    "compare",
-    "difference_tables",
-    "plan",
     "tables",
+    "difference_tables",
     "verdict_table",
     "verdict_text",
     "write",

@@ -13,7 +13,7 @@ from sa_lens.data import validation_blocks
 from sa_lens.data.cache import key_of
 from sa_lens.sae import SAESettings, evaluate_sae, train_sae
 from sa_lens.training import bytes_per_token, evaluate
-from sa_lens.units.sparsity_tables import sparsity
+from sa_lens.units import sparsity
 
 
 @dataclass(frozen=True)

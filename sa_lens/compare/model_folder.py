@@ -24,7 +24,7 @@ from typing import Any
 from sa_lens.compare.grids import BASELINE, Grid, Variant
 from sa_lens.compare.measurement import Measurement, Result
 from sa_lens.config import RunConfig, convert, to_dict
-from sa_lens.core.checkpoints import WEIGHTS, complete_steps
+from sa_lens.core.save_and_load import WEIGHTS, complete_steps
 from sa_lens.data.cache import fingerprint, key_of
 from sa_lens.data.whole_files import DamagedFile, atomic_write, read_json
 

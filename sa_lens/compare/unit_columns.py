@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sa_lens.compare.measurement import Measurement, Result, TrainedModel, Values
 from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.units.comparison import compare as compare_units
-from sa_lens.units.explanations import explain
-from sa_lens.units.firing import OTHER_SHARES, SHARE, calibrate
-from sa_lens.units.labels import label_stories, selectivity
-from sa_lens.units.mask_leakage import leakage
-from sa_lens.units.unit_tables import specialization
+from sa_lens.units import calibrate, explain, label_stories, leakage, selectivity, specialization
+from sa_lens.units import compare as compare_units
+from sa_lens.units.firing import OTHER_SHARES, SHARE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -161,7 +161,7 @@ def initialise_as_reference(model: nn.Module, generator: torch.Generator) -> Non
             parameter.copy_(draw / math.sqrt(fan_in))
 
 
-def check_processing(
+def inexact_processing(
     cfg: HookedTransformerConfig,
     state: dict[str, Tensor],
     *,
@@ -170,52 +170,47 @@ def check_processing(
     center_unembed: bool,
     fold_value_biases: bool,
     refactor_factored_attn_matrices: bool,
-) -> None:
-    """Refuses weight processing that would change a stream of a gated model.
-
-    Raises:
-        ValueError: naming the option, the reason and the way out.
-    """
+) -> dict[str, str]:
+    """The options of weight processing that would change a stream of a gated model, each with the reason."""
 
     def nonzero(*leaves: str) -> bool:
         return any(bool(value.any()) for name, value in state.items() if name.endswith(leaves))
 
-    copy_instead = ", or process model.to_hooked_transformer() instead"
     refusals = [
         (
+            "center_writing_weights",
             center_writing_weights,
-            "center_writing_weights=True would change the ablated stream: the gates read the residual stream before "
-            "LayerNorm, and its mean would be gone. Pass center_writing_weights=False" + copy_instead,
+            "the ablated stream: the gates read the residual stream before LayerNorm, and its mean would be gone",
         ),
         (
+            "refactor_factored_attn_matrices",
             refactor_factored_attn_matrices,
-            "refactor_factored_attn_matrices=True would change the ablated stream: it mixes the channels of each head, "
-            "which are the units of the gates. Pass refactor_factored_attn_matrices=False" + copy_instead,
+            "the ablated stream: it mixes the channels of each head, which are the units of the gates",
         ),
         (
+            "fold_value_biases",
             # folding LayerNorm moves the bias of ln1 into b_V before value biases are folded
             fold_value_biases and (nonzero("attn.b_V", "attn._b_V") or (fold_ln and nonzero(".ln1.b"))),
-            "fold_value_biases=True would change the ablated stream: a masked unit must lose its value bias too, and "
-            "b_V is not zero, or would not be after fold_ln. Pass fold_value_biases=False" + copy_instead,
+            "the ablated stream: a masked unit must lose its value bias too, and b_V is not zero, or would not be "
+            "after fold_ln",
         ),
         (
+            "fold_ln",
             fold_ln and cfg.is_layer_norm_activation(),
-            "fold_ln=True would change the ablated stream: a masked neuron must lose the bias of the LayerNorm inside "
-            "the MLP too. Pass fold_ln=False" + copy_instead,
+            "the ablated stream: a masked neuron must lose the bias of the LayerNorm inside the MLP too",
         ),
         (
+            "fold_ln",
             fold_ln and cfg.positional_embedding_type == "shortformer",
-            "fold_ln=True would change both streams: positions are added after the LayerNorm. Pass fold_ln=False",
+            "both streams: positions are added after the LayerNorm",
         ),
         (
+            "center_unembed",
             center_unembed and cfg.output_logits_soft_cap > 0,
-            "center_unembed=True would change both streams: the soft cap acts on the logits with their mean. "
-            "Pass center_unembed=False",
+            "both streams: the soft cap acts on the logits with their mean",
         ),
     ]
-    for refused, message in refusals:
-        if refused:
-            raise ValueError(message)
+    return {option: reason for option, refused, reason in refusals if refused}
 
 
 def fold_final_norm_into_gates(state: dict[str, Tensor]) -> None:

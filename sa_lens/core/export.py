@@ -13,7 +13,9 @@ from torch import Tensor
 
 from sa_lens.core import architecture, reference
 from sa_lens.core.base import TRANSFORMER_LENS
-from sa_lens.core.checkpoints import (
+from sa_lens.core.coverage import Coverage
+from sa_lens.core.model import SelfAblatingTransformer
+from sa_lens.core.save_and_load import (
     CONFIG,
     WEIGHTS,
     describe,
@@ -21,8 +23,6 @@ from sa_lens.core.checkpoints import (
     save_tokenizer,
     write_weights,
 )
-from sa_lens.core.coverage import Coverage
-from sa_lens.core.model import SelfAblatingTransformer
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.data.whole_files import atomic_write, staged_folder
 from sa_lens.places import output_file, output_folder

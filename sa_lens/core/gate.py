@@ -25,6 +25,11 @@ LARGEST = 1e12
 """The surrogate clips scores to this size, so that infinite ones (a unit forced in or out) give no NaN."""
 
 
+def belongs_to_gate(name: str) -> bool:
+    """Whether a parameter or hook point is a gate's; `mlp.W_gate`, a weight of a gated MLP, is not."""
+    return "_gate." in name
+
+
 def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... unit"]:
     """True for the k largest scores of each row; among equal scores the lowest unit index wins.
 

@@ -10,10 +10,10 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, embedding
 from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
-from sa_lens.core.gate import Gate
-from sa_lens.core.hook_points import StreamPoint, StreamState, user_hooks
+from sa_lens.core.gate import Gate, belongs_to_gate
+from sa_lens.core.pass_hooks import StreamPoint, StreamState, user_hooks
 from sa_lens.data.tokenizers import prompt_tokenizer
 from sa_lens.data.tokens import vocabulary_of
 
@@ -210,6 +210,30 @@ class GatedTransformer(HookedTransformer):
 
     # ------------------------------------------------------------------------------------------------------ weights
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the gates, for an optimizer; empty without gates.
+
+        Do not look for "gate" in the names of parameters: `mlp.W_gate` is a weight of a gated MLP, as in Llama.
+        """
+        return [parameter for name, parameter in self.named_parameters() if belongs_to_gate(name)]
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the transformer under the gates, including biases that stay zero (`zero_biases`)."""
+        return [parameter for name, parameter in self.named_parameters() if not belongs_to_gate(name)]
+
+    def freeze_base(self, frozen: bool = True) -> Self:
+        """Freezes the transformer under the gates, so that only the gates are trained; returns the model.
+
+        The clean stream then stays as it is. Call it before you build the optimizer.
+
+        Args:
+            frozen: False: the base is trained again, except the biases that the model does not have (`zero_biases`).
+        """
+        for parameter in self.base_parameters():
+            parameter.requires_grad_(not frozen)
+        self.freeze_unused_biases()
+        return self
+
     def load_base(self, state: Mapping[str, Tensor]) -> None:
         """Loads everything but the gates.
 
@@ -218,7 +242,7 @@ class GatedTransformer(HookedTransformer):
         """
         result = self.load_state_dict(dict(state), strict=False)
         parameters = dict(self.named_parameters())
-        missing = [key for key in result.missing_keys if key in parameters and "_gate." not in key]
+        missing = [key for key in result.missing_keys if key in parameters and not belongs_to_gate(key)]
         if missing or result.unexpected_keys:
             raise ValueError(f"weights do not fit: missing {missing}, unknown {result.unexpected_keys}")
 
@@ -251,23 +275,35 @@ class GatedTransformer(HookedTransformer):
 
     def process_weights_(
         self,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
+        fold_ln: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """As in TransformerLens, refusing what would change the ablated stream; see `load_and_process_state_dict`.
+        """As in TransformerLens, where it keeps both streams as they are; afterwards direct logit attribution adds up.
 
-        Value biases are left where they are.
+        An option that is None, the default, is applied where it is exact: everywhere without gates; with gates usually
+        `fold_ln` and `center_unembed`, and a warning in the log names the options that were left out, with the reason.
+        With gates, value biases are left where they are.
+
+        Raises:
+            ValueError: an option that is True would change a stream of a gated model.
         """
-        self.load_and_process_state_dict(
-            self.state_dict(),
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=not self.gates.gated,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        given = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": not self.gates.gated,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
+        options = {name: value is not False for name, value in given.items()}
+        state = self.state_dict()
+        if self.gates.gated:
+            for name, reason in architecture.inexact_processing(self.cfg, state, **options).items():
+                if given[name] is None:
+                    options[name] = False
+                    log.warning("process_weights_ leaves %s out, which would change %s", name, reason)
+        self.load_and_process_state_dict(state, **options)
 
     def load_and_process_state_dict(
         self,
@@ -293,8 +329,12 @@ class GatedTransformer(HookedTransformer):
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
         if self.gates.gated:
-            architecture.check_processing(self.cfg, state_dict, **options)
-        gates = {key: value for key, value in self.state_dict().items() if "_gate." in key}
+            for name, reason in architecture.inexact_processing(self.cfg, state_dict, **options).items():
+                raise ValueError(
+                    f"{name}=True would change {reason}. Pass {name}=False, or process model.to_hooked_transformer() "
+                    "instead"
+                )
+        gates = {key: value for key, value in self.state_dict().items() if belongs_to_gate(key)}
         state_dict = {key: value.clone() for key, value in {**gates, **state_dict}.items()}
         if self.tied and (fold_ln or center_writing_weights or center_unembed):
             log.warning("embedding and unembedding are untied: weight processing changes them apart")

@@ -1,7 +1,7 @@
 """`SelfAblatingTransformer`: a HookedTransformer with learned top-k gates and two streams.
 
 Here a model runs its streams. Its gates and weights are in `gated.py`, what makes the ablated stream in `streams.py`,
-files and other formats in `checkpoints.py`, `reference.py` and `export.py`.
+files and other formats in `save_and_load.py`, `reference.py` and `export.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sa_lens.config import GateConfig, Masks, Which
-from sa_lens.core import architecture, checkpoints, embedding, reference
+from sa_lens.core import architecture, embedding, reference, save_and_load
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
+from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.hook_points import Ablation, Hooks
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
+from sa_lens.core.pass_hooks import Ablation, Hooks
 from sa_lens.core.streams import (
     CleanPass,
     ablated_hooks,
@@ -412,7 +413,7 @@ class SelfAblatingTransformer(GatedTransformer):
         copied.cfg.tokenizer_name = model.cfg.tokenizer_name
         if model.tokenizer is not None:
             copied.set_tokenizer(model.tokenizer)
-        base = {key: value for key, value in model.state_dict().items() if "_gate." not in key}
+        base = {key: value for key, value in model.state_dict().items() if not belongs_to_gate(key)}
         copied.load_base(base)
         if isinstance(model, SelfAblatingTransformer):
             copied.qkv_bias, copied.unembed_bias = model.qkv_bias, model.unembed_bias
@@ -428,13 +429,13 @@ class SelfAblatingTransformer(GatedTransformer):
         plain = hooked_transformer(cfg)
         plain.cfg.tokenizer_name = name
         plain.tokenizer = self.tokenizer
-        plain.load_state_dict({k: v for k, v in self.state_dict().items() if "_gate." not in k})
+        plain.load_state_dict({k: v for k, v in self.state_dict().items() if not belongs_to_gate(k)})
         plain.train(self.training)
         return plain
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes config.json, model.safetensors and the tokenizer, whole or not at all. See `checkpoints.save`."""
-        return checkpoints.save(self, folder)
+        """Writes config.json, model.safetensors and the tokenizer, whole or not at all. See `save_and_load.save`."""
+        return save_and_load.save(self, folder)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -457,8 +458,8 @@ class SelfAblatingTransformer(GatedTransformer):
             FileNotFoundError: no such folder, or no model in it.
             ValueError: TransformerLens's own keywords or model names, a damaged or foreign file.
         """
-        checkpoints.refuse_transformer_lens_arguments(name, unknown)
-        return checkpoints.load(cls, name, which=which, device=device)
+        save_and_load.refuse_transformer_lens_arguments(name, unknown)
+        return save_and_load.load(cls, name, which=which, device=device)
 
     @classmethod
     def from_reference(

@@ -28,7 +28,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sa_lens.core.gate import Gate
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.hook_points import Ablation, AttachedHook, Hooks
+from sa_lens.core.pass_hooks import Ablation, AttachedHook, Hooks
 
 
 @dataclass

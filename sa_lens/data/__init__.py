@@ -1,6 +1,6 @@
 """Text, tokenizers, tokens on disk, and the order in which they are read.
 
-| name | what it is | cost |
+| name | what it answers | cost |
 |---|---|---|
 | `prepare`, `PreparedData` | from a `DataConfig` to tokenizer and token files, in the cache | encodes a text once |
 | `stories` | generated stories in which the label of every word is known | thousands per second |
@@ -23,22 +23,22 @@ from sa_lens.data.tokenizers import Boundaries, boundary_tokens, load_tokenizer,
 from sa_lens.data.tokens import TokenFile, validation_blocks, write_tokens
 from sa_lens.data.whole_files import DamagedFile
 
-__all__ = [
-    "BlockOrder",
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "prepare",
+    "PreparedData",
+    "stories",
+    "TokenFile",
+    "write_tokens",
+    "TextBlocks",
+    "validation_blocks",
+    "load_tokenizer",
+    "train_bpe",
+    "boundary_tokens",
     "Boundaries",
+    "training_loader",
+    "BlockOrder",
+    "open_source",
+    "Source",
     "DamagedFile",
     "HubUnreachable",
-    "PreparedData",
-    "Source",
-    "TextBlocks",
-    "TokenFile",
-    "boundary_tokens",
-    "load_tokenizer",
-    "open_source",
-    "prepare",
-    "stories",
-    "train_bpe",
-    "training_loader",
-    "validation_blocks",
-    "write_tokens",
 ]

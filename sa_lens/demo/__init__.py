@@ -6,25 +6,12 @@ has the tables that they print. Everything is seeded and offline.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sa_lens.config import RunConfig
 from sa_lens.demo.printing import Clock
 from sa_lens.places import output_folder
-
-
-def demo_run(scope: str = "local", seed: int = 0) -> RunConfig:
-    """The configuration of the models that `train_demo` trains; with scope `none`, of the dense one."""
-    from sa_lens.shipped.recipes import SHORT
-
-    return dataclasses.replace(
-        SHORT,
-        gates=dataclasses.replace(SHORT.gates, scope=scope),  # type: ignore[arg-type]
-        train=dataclasses.replace(SHORT.train, seed=seed),
-    )
 
 
 def demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "auto", progress: bool = True) -> Path:
@@ -74,8 +61,8 @@ def train_demo(out: str | Path = "runs/demo", *, seed: int = 0, device: str = "a
     """
     folder, clock = output_folder(out), Clock()
     with clock.part("start of PyTorch and TransformerLens"):
-        from sa_lens.demo.pair import train_pair
-    runs = {"dense": demo_run("none", seed), "local": demo_run("local", seed)}
+        from sa_lens.demo.pair import pair_run, train_pair
+    runs = {"dense": pair_run("none", seed), "local": pair_run("local", seed)}
     for name in runs:
         output_folder(folder / name)
     return train_pair(runs, folder, clock, device=device, progress=progress)

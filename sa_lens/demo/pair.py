@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import sys
 import time
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 
-from sa_lens.config import RunConfig
+from sa_lens.config import RunConfig, Scope
 from sa_lens.data import prepare
 from sa_lens.demo.printing import Clock, loss_table, print_table, skill_table
 from sa_lens.shipped.make import figures_of, train_model
 from sa_lens.shipped.measuring import stories_bars
+from sa_lens.shipped.recipes import SHORT
 from sa_lens.stopping import Interrupted
 from sa_lens.training import load_run, text_of_run
 from sa_lens.training.run_folder import METRICS
@@ -23,6 +25,12 @@ from sa_lens.training.run_log import MetricsFile
 
 POLL_SECONDS = 1.0
 """Seconds between two looks at how far the trainings are."""
+
+
+def pair_run(scope: Scope = "local", seed: int = 0) -> RunConfig:
+    """The configuration of a model of the pair; with scope `none`, of the dense one."""
+    gates = dataclasses.replace(SHORT.gates, scope=scope)
+    return dataclasses.replace(SHORT, gates=gates, train=dataclasses.replace(SHORT.train, seed=seed))
 
 
 def train_pair(runs: Mapping[str, RunConfig], out: Path, clock: Clock, *, device: str, progress: bool) -> bool:

@@ -13,7 +13,7 @@ from sa_lens.config import RunConfig, Stream
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData
-from sa_lens.demo import demo_run
+from sa_lens.demo.pair import pair_run
 from sa_lens.demo.printing import Clock, loss_table, print_table, skill_table
 from sa_lens.report import make_report
 from sa_lens.report import save as save_report
@@ -21,9 +21,7 @@ from sa_lens.shipped.make import figures_of
 from sa_lens.shipped.measuring import skills
 from sa_lens.training import load_run, sample, text_of_run, train
 from sa_lens.training.run_folder import is_run
-from sa_lens.units.comparison import summary
-from sa_lens.units.firing import calibrate
-from sa_lens.units.unit_tables import specialization
+from sa_lens.units import calibrate, specialization, summary
 from sa_lens.views import patch_map, save, side_by_side, training_curves
 
 LOCAL, DENSE = "stories-local", "stories-dense"
@@ -66,8 +64,9 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
 
     with clock.part("stories"):
         print("\nA story of the dense model, and one of each stream of the self-ablating model")
-        for model in models.values():
-            print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side() + "\n")
+        for name, model in models.items():
+            print(f"\n{name}")
+            print(sample(model, "One day, Lily and Tom", max_new_tokens=50, seed=seed).side_by_side())
 
     assert local.tokenizer is not None
     pairs = make_unseen("ioi", local.tokenizer, 4 * PROMPTS, seed, words="stories")
@@ -103,7 +102,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
 
     with clock.part("training"):
         trained = short_training(out / "short", seed, device, progress)
-        short = figures_of(trained, demo_run(seed=seed), "stories", data)
+        short = figures_of(trained, pair_run(seed=seed), "stories", data)
         written.append(save(training_curves([out / "short"]), out / "training.html"))
     stored = {name: about(name)["figures"] for name in (DENSE, LOCAL)}
     print_table("Validation loss, nats per token", loss_table({"trained just now": short, **stored}))
@@ -114,7 +113,8 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     print(
         "\nWhat was found\n"
         f"  The self-ablating model names the receiver in {ioi['clean']:.0%} of the prompts; with only\n"
-        f"  {local.gates.k_attn} attention units and {local.gates.k_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
+        f"  {local.gates.k_attn} of {local.cfg.n_heads * local.cfg.d_head} attention units and {local.gates.k_mlp} of "
+        f"{local.cfg.d_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
         f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream and {sizes['ablated']} in the "
         f"ablated one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
     )
@@ -155,8 +155,9 @@ def tell_circuits(circuits: dict[Stream, Circuit], masks_alone: float) -> None:
     """Prints the sizes of the circuits, and what the masks carry."""
     print(f"\nCircuits of the indirect object (ACDC, tau {TAU} nats)")
     for stream, circuit in circuits.items():
-        print(f"  {stream:<8} stream: {len(circuit.prune_dangling())} of {len(circuit.graph)} edges")
-    print(f"  The clean prompt's masks alone, with no edge out of the embedding: {masks_alone:.0%} of the effect")
+        masks = ", with the masks of the clean prompt" if stream == "ablated" else ""
+        print(f"  {stream:<8} stream: {len(circuit.prune_dangling())} of {len(circuit.graph)} edges{masks}")
+    print(f"  These masks alone, with no edge out of the embedding: {masks_alone:.0%} of the effect")
 
 
 def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, progress: bool) -> None:
@@ -182,7 +183,7 @@ def short_training(folder: Path, seed: int, device: str, progress: bool) -> Self
 
 def short_run(seed: int) -> RunConfig:
     """The configuration of the short training."""
-    run = demo_run(seed=seed)
+    run = pair_run(seed=seed)
     options: dict[str, Any] = {"steps": SHORT_STEPS, "eval_every": SHORT_STEPS // 2, "save_every": SHORT_STEPS}
     return dataclasses.replace(
         run,

@@ -1,8 +1,8 @@
 """Reports on trained models: one HTML page that needs no network, and everything that it shows as a record.
 
-| name | what it does | cost |
+| name | what it answers | cost |
 |---|---|---|
-| `make_report(runs)` | measures models and returns a `Report` | about half a minute of processor time per small model |
+| `make_report(runs)` -> `Report` | measures models | about half a minute of processor time per small model |
 | `save(report, path)` | writes it as a page (`.html`) or as a record (`.json`) | a second |
 | `read(path)` | returns the `Report` of a `.json` | none |
 """
@@ -11,4 +11,9 @@ from sa_lens.report.contents import Report
 from sa_lens.report.html_file import read, save
 from sa_lens.report.making import make_report
 
-__all__ = ["Report", "make_report", "read", "save"]
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "make_report",
+    "Report",
+    "save",
+    "read",
+]

@@ -1,6 +1,9 @@
 """What a report holds, as data: everything that its page shows, but not how it looks.
 
 If a view of `sa_lens.views` shows the same thing, the report holds that view's record.
+
+A section of the page has four places: its records are here, `making` fills them, `packing` says which part of the file
+holds them, and `assets/sections.js` lists the sections, each with the function that draws it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from sa_lens.views import records
 from sa_lens.views.html_page import compress, wrap_library
 from sa_lens.views.theme import DARK, FONT, LIGHT, Palette
 
-_SCRIPTS = ("base", "colours", "charts", "texts", "overview", "stories", "graph", "circuits", "units", "start")
+_SCRIPTS = ("base", "colours", "charts", "texts", "overview", "stories", "graph", "circuits", "units", "sections")
 """Parts of the page's script, in order."""
 
 

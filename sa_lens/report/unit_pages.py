@@ -13,12 +13,9 @@ from sa_lens.report.contents import Snippet, UnitPage, UnitStream
 from sa_lens.report.measured_text import ModelText
 from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
+from sa_lens.units import Thresholds, calibrate, explain, label_stories, selectivity, snippets, specialization
 from sa_lens.units.activations import hold_units
-from sa_lens.units.explanations import explain
-from sa_lens.units.firing import Thresholds, calibrate
-from sa_lens.units.labels import COVERED, label_stories, selectivity
-from sa_lens.units.unit_tables import specialization
-from sa_lens.units.windows import snippets
+from sa_lens.units.labels import COVERED
 from sa_lens.views import histogram
 from sa_lens.views.charts import unit_values
 from sa_lens.views.raster import promoted_tokens

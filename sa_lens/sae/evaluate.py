@@ -18,7 +18,7 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Hook, Host, at_least_float32, device_of, in_stream
 from sa_lens.data.blocks import Text
-from sa_lens.sae.activations import hook_width, import_sae_lens, text_of
+from sa_lens.sae.hook_activations import hook_width, import_sae_lens, text_of
 from sa_lens.sae.train import FINISHED, load_sae, newest_checkpoint
 
 

@@ -21,7 +21,7 @@ from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.data.blocks import Text, TextBlocks
 from sa_lens.data.whole_files import DamagedFile, atomic_write, read_json, remove_leftovers, staged_folder
 from sa_lens.places import output_folder
-from sa_lens.sae.activations import ActivationBatches, hook_width, import_sae_lens, text_of
+from sa_lens.sae.hook_activations import ActivationBatches, hook_width, import_sae_lens, text_of
 from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 

@@ -22,7 +22,7 @@ import tyro
 from sa_lens import __version__
 from sa_lens.catalogue import ABOUT, SHIPPED
 from sa_lens.config import RunConfig, Words, suggestion, to_dict
-from sa_lens.core import SelfAblatingTransformer, checkpoints
+from sa_lens.core import SelfAblatingTransformer, save_and_load
 from sa_lens.data import PreparedData, validation_blocks
 from sa_lens.data.whole_files import atomic_write, staged_folder
 from sa_lens.shipped.measuring import losses_on, skills
@@ -87,7 +87,7 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
     """
     run = result.folder
     model = SelfAblatingTransformer.from_pretrained(run)
-    rounded = {key: weight.half() for key, weight in checkpoints.weights_of(model).items()}
+    rounded = {key: weight.half() for key, weight in save_and_load.weights_of(model).items()}
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(rounded[key])
@@ -106,14 +106,14 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
         "sample": _sample(model, data),
     }
     text = {**run_text.recorded(run), "paths": {}}
-    config = {**checkpoints.describe(model), "stored_dtype": "float16", "run": settings, "text": text}
+    config = {**save_and_load.describe(model), "stored_dtype": "float16", "run": settings, "text": text}
     out.mkdir(parents=True, exist_ok=True)
-    with staged_folder(out / name, last=checkpoints.CONFIG) as temporary:
-        checkpoints.save_tokenizer(model.tokenizer, temporary)
+    with staged_folder(out / name, last=save_and_load.CONFIG) as temporary:
+        save_and_load.save_tokenizer(model.tokenizer, temporary)
         _compact(temporary / "tokenizer.json")
-        checkpoints.write_weights(rounded, temporary / checkpoints.WEIGHTS)
+        save_and_load.write_weights(rounded, temporary / save_and_load.WEIGHTS)
         _write_json(temporary / ABOUT, known)
-        _write_json(temporary / checkpoints.CONFIG, config)
+        _write_json(temporary / save_and_load.CONFIG, config)
     return out / name
 
 

@@ -6,33 +6,35 @@
 | `load_run` | the model of a run folder, a shipped name or a Hub id, on a device | seconds |
 | `text_of_run` | training and validation text of a run, in its tokens | seconds, once |
 | `evaluate_run`, `evaluation_table` | losses of a run's model on its own or another text; as a table | seconds |
-| `evaluate` -> `Evaluation` | losses of a model on blocks of tokens (it needs `bytes_per_token`) | seconds |
+| `evaluate` -> `Evaluation` | losses of a model on blocks of tokens | seconds |
+| `bytes_per_token` | bytes of text per token of a file, which `evaluate` needs | none |
 | `sample` -> `Sample` | a prompt continued in both streams with the same random draws | seconds |
 | `learning_rate` | the learning rate of a step | none |
 | `Interrupted`, `TrainingDiverged` | what `train` raises when it is stopped, or when a loss is no longer finite | |
 """
 
 from sa_lens.stopping import Interrupted
-from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate, evaluate_run, evaluation_table
+from sa_lens.training.eval_printout import evaluation_table
+from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate, evaluate_run
 from sa_lens.training.loop import TrainResult, train
 from sa_lens.training.run_log import TrainingDiverged
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate
 from sa_lens.training.trained_run import load_run, text_of_run
 
-__all__ = [
-    "Evaluation",
-    "Interrupted",
-    "Sample",
+__all__ = [  # noqa: RUF022 - in the order of the table
+    "train",
     "TrainResult",
-    "TrainingDiverged",
-    "bytes_per_token",
-    "evaluate",
+    "load_run",
+    "text_of_run",
     "evaluate_run",
     "evaluation_table",
-    "learning_rate",
-    "load_run",
+    "evaluate",
+    "Evaluation",
+    "bytes_per_token",
     "sample",
-    "text_of_run",
-    "train",
+    "Sample",
+    "learning_rate",
+    "Interrupted",
+    "TrainingDiverged",
 ]

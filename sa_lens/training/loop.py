@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sa_lens.config import RunConfig, to_dict
-from sa_lens.core import SelfAblatingTransformer, checkpoints
-from sa_lens.core.checkpoints import complete_steps
+from sa_lens.core import SelfAblatingTransformer, save_and_load
+from sa_lens.core.save_and_load import complete_steps
 from sa_lens.data import training_loader, validation_blocks
 from sa_lens.launching import check_processes
 from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
-from sa_lens.training import run_folder, saved_state
+from sa_lens.training import checkpoints, run_folder
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import (
     LostProcess,
@@ -159,7 +159,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                     extra = {"run": to_dict(run), "text": setup.text, "step": step, "validation": figures}
                     with whole_parameters(module), run_folder.explain_write_errors(out):
                         if main:
-                            checkpoints.save(model, out, extra)
+                            save_and_load.save(model, out, extra)
                 if progress:
                     bar.write(_evaluation_line(step, evaluation, best=state.best_step == step), file=sys.stderr)
 
@@ -269,24 +269,24 @@ def _check_evaluation(evaluation: Evaluation, step: int) -> None:
             raise TrainingDiverged(f"after step {step} the validation {name} = {value}")
 
 
-def _save(out: Path, state: saved_state.RunState, setup: TrainingSetup, accelerator: Accelerator) -> None:
+def _save(out: Path, state: checkpoints.RunState, setup: TrainingSetup, accelerator: Accelerator) -> None:
     """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
     from accelerate.utils import gather_object
 
     weights = {name: whole_tensor(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
-    moments = saved_state.optimizer_tensors(setup.model, setup.optimizer.optimizer)
+    moments = checkpoints.optimizer_tensors(setup.model, setup.optimizer.optimizer)
     for name, tensor in [*weights.items(), *moments.items()]:
         if not bool(torch.isfinite(tensor).all()):
             raise TrainingDiverged(f"after step {state.step} {name} is not finite")
-    generators = gather_object([saved_state.generators_of(accelerator.process_index)])
+    generators = gather_object([checkpoints.generators_of(accelerator.process_index)])
     if accelerator.is_main_process:
-        tensors = saved_state.Tensors(
+        tensors = checkpoints.Tensors(
             weights=weights,
             optimizer=moments,
             generators={name: tensor for of_process in generators for name, tensor in of_process.items()},
         )
         with run_folder.explain_write_errors(out):
-            saved_state.write(out, state, tensors)
+            checkpoints.write(out, state, tensors)
     accelerator.wait_for_everyone()
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from sa_lens.config import Freeze, TrainConfig
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.core.gate import Gate
+from sa_lens.core.gate import Gate, belongs_to_gate
 
 
 def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
@@ -19,15 +19,10 @@ def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
     Raises:
         ValueError: nothing is left to train.
     """
-    idle = {
-        f"{name}.{parameter}"
-        for name, gate in model.named_modules()
-        if isinstance(gate, Gate) and (gate.k == gate.n_units or gate.cfg.scores != "learned")
-        for parameter, _ in gate.named_parameters()
-    }
-    untrained = idle | set(model.zero_biases)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in untrained and (freeze == "none" or is_gate(name)))
+    model.freeze_base(freeze == "base")
+    for gate in model.modules():
+        if isinstance(gate, Gate):
+            gate.requires_grad_(gate.k < gate.n_units and gate.cfg.scores == "learned")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         reason = "it has no gates" if not model.gates.gated else "its gates keep every unit, or are random"
@@ -35,19 +30,14 @@ def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
     return trained
 
 
-def is_gate(name: str) -> bool:
-    """Whether a parameter belongs to a gate."""
-    return "_gate." in name
-
-
 def gate_names(model: nn.Module) -> frozenset[str]:
     """Names of the gates' parameters."""
-    return frozenset(name for name, _ in model.named_parameters() if is_gate(name))
+    return frozenset(name for name, _ in model.named_parameters() if belongs_to_gate(name))
 
 
 def decays(name: str) -> bool:
     """Whether a parameter gets weight decay: matrices outside the gates do, biases and LayerNorm do not."""
-    return name.rsplit(".", 1)[-1].lstrip("_").startswith("W_") and not is_gate(name)
+    return name.rsplit(".", 1)[-1].lstrip("_").startswith("W_") and not belongs_to_gate(name)
 
 
 def adamw(model: nn.Module, cfg: TrainConfig, *, fused: bool) -> torch.optim.AdamW:

@@ -3,7 +3,7 @@
 run.yaml            the configuration, as `--config` takes it
 config.json, model.safetensors, tokenizer files      the best model so far
 metrics.jsonl       see `run_log.MetricsFile`
-state/              see `saved_state`
+state/              see `checkpoints`
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from sa_lens.config import RunConfig, read_yaml, to_dict
-from sa_lens.core.checkpoints import CONFIG, complete_steps
+from sa_lens.core.save_and_load import CONFIG, complete_steps
+from sa_lens.training.checkpoints import differences
 from sa_lens.training.run_text import PATHS
-from sa_lens.training.saved_state import differences
 
 log = logging.getLogger(__name__)
 

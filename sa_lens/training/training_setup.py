@@ -13,11 +13,11 @@ import torch
 
 from sa_lens.catalogue import run_folder as folder_of
 from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_yaml
-from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, checkpoints
-from sa_lens.core.pretrained import initial_model
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, save_and_load
+from sa_lens.core.initial_model import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.data.whole_files import atomic_write, remove_leftovers
-from sa_lens.training import run_folder, run_text, saved_state
+from sa_lens.training import checkpoints, run_folder, run_text
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
 from sa_lens.training.run_log import MetricsFile
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class TrainingSetup:
     """What the training loop works on."""
 
-    state: saved_state.RunState
+    state: checkpoints.RunState
     """Steps, best loss and settings so far."""
     data: PreparedData
     """Tokens on disk."""
@@ -62,7 +62,7 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     text = run_text.record(located, data, out, given=run)
     if earlier is not None:
         folder = out / "state" / f"step-{earlier[0].step}"
-        checkpoints.load_weights(model, folder / checkpoints.WEIGHTS)
+        save_and_load.load_weights(model, folder / save_and_load.WEIGHTS)
     choose_trained(model, run.train.freeze)
     model.to(accelerator.device, print_details=False)
     loss = TwoStreamLoss(
@@ -79,7 +79,7 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     check_sharding(module)
     environment = Environment.of(accelerator)
     if earlier is None:
-        state = saved_state.RunState(
+        state = checkpoints.RunState(
             step=0,
             position=0,
             lr=learning_rate(0, run.train),
@@ -95,9 +95,9 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     else:
         before, tensors = earlier
         untouched = gate_names(model) if not trains_ablated(before.step - 1, run) else frozenset()
-        saved_state.restore_optimizer(model, optimizer.optimizer, tensors.optimizer, untouched)
-        saved_state.restore_generators(accelerator.process_index, tensors.generators)
-        if different := saved_state.differences(before.environment, dataclasses.asdict(environment)):
+        checkpoints.restore_optimizer(model, optimizer.optimizer, tensors.optimizer, untouched)
+        checkpoints.restore_generators(accelerator.process_index, tensors.generators)
+        if different := checkpoints.differences(before.environment, dataclasses.asdict(environment)):
             log.warning("resuming under other conditions, so not bit for bit: %s", "; ".join(different))
         state = dataclasses.replace(before, run=to_dict(run), environment=dataclasses.asdict(environment))
     # every process has read the folder before one of them writes into it
@@ -108,14 +108,14 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     return TrainingSetup(state, data, model, module, optimizer, text)
 
 
-def _earlier(out: Path, run: RunConfig) -> tuple[saved_state.RunState, saved_state.Tensors] | None:
+def _earlier(out: Path, run: RunConfig) -> tuple[checkpoints.RunState, checkpoints.Tensors] | None:
     """The last complete checkpoint of a run; None if it was killed before the first."""
     if (out / run_folder.CONFIG_YAML).is_file():
         run_folder.check_unchanged(out, to_dict(run_folder.stored_config(out)), run)
-    steps = checkpoints.complete_steps(out)
+    steps = save_and_load.complete_steps(out)
     if not steps:
         return None
-    state, tensors = saved_state.read(steps[-1])
+    state, tensors = checkpoints.read(steps[-1])
     run_folder.check_unchanged(out, state.run, run)
     return state, tensors
 
@@ -141,17 +141,17 @@ def _with_its_text(
 
 
 def _open_folder(
-    run: RunConfig, out: Path, model: SelfAblatingTransformer, state: saved_state.RunState, text: dict[str, Any]
+    run: RunConfig, out: Path, model: SelfAblatingTransformer, state: checkpoints.RunState, text: dict[str, Any]
 ) -> None:
     for folder in (out.parent, out, out / "state"):
         remove_leftovers(folder)
     atomic_write(out / run_folder.CONFIG_YAML, lambda path: write_yaml(run, path))
     MetricsFile(out / run_folder.METRICS).drop_after(state.step)
-    if not (out / checkpoints.CONFIG).is_file():
+    if not (out / save_and_load.CONFIG).is_file():
         if model.tokenizer is not None:
-            checkpoints.save_tokenizer(model.tokenizer, out)
-        config = {**checkpoints.describe(model), "run": to_dict(run), "text": text}
-        atomic_write(out / checkpoints.CONFIG, json.dumps(config, indent=2).encode())
+            save_and_load.save_tokenizer(model.tokenizer, out)
+        config = {**save_and_load.describe(model), "run": to_dict(run), "text": text}
+        atomic_write(out / save_and_load.CONFIG, json.dumps(config, indent=2).encode())
 
 
 def load_text_and_model(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblatingTransformer]:

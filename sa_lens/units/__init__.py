@@ -7,7 +7,7 @@ clean stream, and the ablated one if the model has gates. Cost is in passes of t
 |---|---|---|
 | `Unit`, `Sublayer`, `unit_counts` | which units a model has, and their names | none |
 | `stream_units` | the values and masks of all units, batch by batch | 1 pass |
-| `calibrate` | from which value on a unit fires | 1 pass |
+| `calibrate` -> `Thresholds` | from which value on a unit fires | 1 pass |
 | `specialization` | how often, on which tokens and with which other units each unit fires | 1 pass |
 | `word_classes` | coarse classes of tokens, for texts without labels | none |
 | `summary` | means over a model's units, with intervals | none |

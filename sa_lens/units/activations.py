@@ -1,9 +1,6 @@
-"""Values and masks of all units, streamed over a text batch by batch.
+"""Values and masks of all units on a text, batch by batch.
 
-Here: texts cut into blocks (`TextBlocks`), and one loop over all sublayers (`stream_units`).
-What is computed from the values is elsewhere.
-
-Axes: `unit` is one attention unit (an entry of `z`, heads flattened: unit = head * d_head + channel) or one neuron.
+The axis `unit` is one attention unit (an entry of `z`, heads flattened: unit = head * d_head + channel) or one neuron.
 """
 
 from __future__ import annotations
@@ -23,10 +20,9 @@ from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 
 MEMORY = 2**30
-"""Default limit of the bytes that `hold_units` holds."""
+"""Default limit of `hold_units`, in bytes."""
 TOKENS_AT_ONCE = {"cpu": 1024, "other": 32_768}
-"""Tokens per batch by type of device: on a CPU, batches that fit its caches are fastest."""
-
+"""Tokens per batch by type of device; on a CPU, batches that fit its caches are fastest."""
 
 UnitValues = dict[Sublayer, Float[Tensor, "batch pos unit"]]
 """Values or masks of all units of some sublayers."""
@@ -36,17 +32,17 @@ class UnitBatch(NamedTuple):
     """The units of a batch of blocks."""
 
     tokens: Int[Tensor, "batch pos"]
-    """The tokens, on the model's device."""
+    """Tokens, on the model's device."""
     first: int
     """Index of the first block in the text."""
     values: dict[Stream, UnitValues]
-    """Values by stream and sublayer; in the ablated stream after the mask."""
+    """Values by stream and sublayer; those of the ablated stream are masked."""
     masks: UnitValues
     """Masks by sublayer, those of whole heads repeated for each unit; empty unless the ablated stream is read."""
 
 
 class HeldUnits(TextBlocks):
-    """Blocks whose units have been read once: `stream_units` gives them again without running the model."""
+    """Blocks whose units are in memory: `stream_units` yields them without running the model."""
 
     def __init__(self, blocks: TextBlocks, batches: Sequence[UnitBatch]) -> None:
         self.text, self.length, self.count, self.batches = blocks.text, blocks.length, blocks.count, batches
@@ -72,7 +68,7 @@ def chosen_streams(model: Host, streams: Stream | Sequence[Stream] | None) -> tu
 
 
 def text_blocks(model: Host, text: TokenFile | Tensor | TextBlocks, n_tokens: int | None = None) -> TextBlocks:
-    """Returns the text as blocks that the model can read, at most `n_tokens` of it.
+    """Returns the text, or its first `n_tokens` tokens, as blocks that the model can read.
 
     Raises:
         ValueError: see `TextBlocks`.
@@ -99,20 +95,21 @@ def stream_units(
 ) -> Iterator[UnitBatch]:
     """Runs a text through the model without gradients and yields the units of each batch.
 
-    Each block is read from its first token on, without a begin-of-text token. Both streams together cost little more
-    than the ablated one alone, whose clean pass is read as it goes by. Memory is that of one batch.
+    The model reads each block from its first token, without a begin-of-text token. Both streams together cost little
+    more than the ablated stream alone, because it includes a clean pass. Only one batch is in memory at a time.
 
     Args:
         text: a token file, blocks `[block pos]`, or `TextBlocks`.
-        streams: one stream or several. The ablated stream is at all positions at once.
-        sublayers: which units; None: all.
-        n_tokens: tokens to read at most; None: all.
-        tokens_at_once: tokens per batch; at least one block is run. None: 1,024 on a CPU, 32,768 elsewhere.
-        progress: show a progress bar.
+        streams: one stream or several. The ablated stream is read at all positions at once.
+        sublayers: sublayers whose units are read; None reads all.
+        n_tokens: largest number of tokens to read; None reads all.
+        tokens_at_once: tokens per batch, of at least one block; None: 1,024 on a CPU and 32,768 elsewhere.
+        progress: whether to show a progress bar.
         name: title of the progress bar.
 
     Raises:
-        ValueError: an unknown stream or sublayer, the ablated stream without gates, or a text that does not fit.
+        ValueError: an unknown stream or sublayer, the ablated stream of a model without gates, or a text that does not
+            fit the model.
     """
     chosen = chosen_streams(model, streams)
     if not chosen:
@@ -143,10 +140,10 @@ def hold_units(
     memory: int = MEMORY,
     progress: bool = True,
 ) -> TextBlocks:
-    """Reads the units of a text once and holds them, so that several analyses of it run the model once.
+    """Reads the units of a text once and keeps them in memory, so that several analyses run the model only once.
 
     Args:
-        memory: bytes that may be held; a text whose units take more is returned as it is.
+        memory: limit in bytes; a text whose units need more is returned without them.
     """
     blocks = text_blocks(model, blocks, n_tokens)
     # the masks are as many numbers as the values of one stream
@@ -179,7 +176,8 @@ def read_units(
 ) -> tuple[dict[Stream, UnitValues], UnitValues]:
     """Returns values by stream and sublayer, and masks by sublayer, of one batch, in float32 or wider.
 
-    Without hooks where the model and its state allow it, several times faster; the same values up to rounding.
+    If the model and its state allow it, they are computed without hooks, which is several times faster and gives the
+    same values up to rounding.
     """
     read = _read_without_hooks if reads_fused(model) else read_by_hooks
     values, masks = read(model, tokens, streams, sublayers)
@@ -201,7 +199,7 @@ def _read_without_hooks(
 def read_by_hooks(
     model: Host, tokens: Int[Tensor, "batch pos"], streams: Sequence[Stream], sublayers: Sequence[Sublayer]
 ) -> tuple[dict[Stream, UnitValues], UnitValues]:
-    """Does what `read_units` does, for any model with hook points."""
+    """Returns what `read_units` returns, for any model with hook points."""
     values: dict[Stream, UnitValues] = {stream: {} for stream in streams}
     masks: UnitValues = {}
     stop = model.cfg.n_layers
@@ -224,6 +222,6 @@ def read_by_hooks(
 
 
 def _for_each_unit(model: Host, masks: UnitValues) -> UnitValues:
-    """Masks of whole heads, repeated for each unit of a head."""
+    """Repeats the masks of whole heads for each unit of a head."""
     times = {s: n // masks[s].shape[-1] for s, n in unit_counts(model).items() if s in masks}
     return {s: mask if times[s] == 1 else mask.repeat_interleave(times[s], -1) for s, mask in masks.items()}

@@ -1,19 +1,18 @@
-"""Contexts in which a unit fires: found by running changed snippets, stored in a trie that predicts activations.
+"""Contexts in which a unit fires: searched by running changed snippets, stored in a trie that predicts activations.
 
-`pruned` shortens each snippet in which the unit fires, `substituted` exchanges its tokens, and `ContextTrie` holds the
-patterns that result. Both ask the model itself: a changed snippet is run, and the unit is read at the activating token.
-Each change is judged by the mean over several runs, with other text before the snippet and other tokens in place of
-those left out, so that a pattern holds in any text.
+`prune` shortens each snippet in which the unit fires, `substitute` replaces its tokens, and `ContextTrie` stores the
+resulting patterns. Each change is tested by running the model on the changed snippet and reading the unit at the
+activating token. The result is the mean over several runs with different text before the snippet and different tokens
+in place of those left out, so that a pattern does not depend on one text.
 
-A pattern is a sequence of tokens that begins with the activating token and goes back in the text; `ANY` stands for any
-token. Of all patterns that match at a position, the trie uses the most specific one: most exact tokens, then longest,
-then the one added first.
+A pattern is a sequence of tokens that begins with the activating token and goes backwards in the text; `ANY` stands for
+any token. Of all patterns that match at a position, the trie uses the most specific one: the one with most exact
+tokens, then the longest, then the one that was added first.
 
-Source: Neuron2Graph (Foote et al., arXiv 2305.19911). Differs: contexts are preceded by other text instead of by
-nothing (a text that begins in the middle of a sentence moves all positions); tokens are judged by substitution instead
-of by a padding token; substitutes come from the model's own next-token predictions instead of a second language model;
-the activating token may be `ANY`; `ContextTrie.calibrate` corrects activations by those on a text, where the beginnings
-of patterns count too.
+Source: Neuron2Graph (Foote et al., arXiv 2305.19911). Differs: other text precedes the contexts (without it, all
+positions would be shifted); left-out tokens are replaced by random tokens instead of padding; substitutes come from the
+model's own next-token predictions instead of a second language model; the activating token may be `ANY`;
+`ContextTrie.calibrate` averages activations with those on a text, in which shortened patterns match too.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from sa_lens.core.unit import Unit
 from sa_lens.units.firing import unit_scores
 
 ANY = -1
-"""Any token."""
+"""Stands for any token in a pattern."""
 
 TOKENS_AT_ONCE = 2048
-"""Tokens of a batch."""
+"""Tokens per batch."""
 
 KEEP = 0.5
-"""Share of a snippet's activation that a change must leave; it must leave the unit firing, too."""
+"""A change is accepted if this share of the snippet's activation remains and the unit still fires."""
 
 DRAWS = 3
-"""Runs by which a change is judged."""
+"""Number of runs that are averaged to test a change."""
 
 
 def read_scores(
@@ -54,9 +53,9 @@ def read_scores(
     rows: Int64[np.ndarray, "row pos"],
     positions: Int64[np.ndarray, " row"],
 ) -> Float32[np.ndarray, " row"]:
-    """Returns the score of a unit at one position of each short text; the tokens after it have no effect.
+    """Returns the score of a unit at one position of each short text; tokens after the position have no effect.
 
-    The score is a neuron's value, an attention unit's absolute value.
+    The score is the value of a neuron or the absolute value of an attention unit.
     """
     device = device_of(model)
     parts = []
@@ -75,33 +74,33 @@ def read_scores(
 
 
 class Texts(NamedTuple):
-    """Short texts, and the position of each at which a unit is read."""
+    """Short texts, and the position in each at which a unit is read."""
 
     rows: Int64[np.ndarray, "row pos"]
     """Tokens; those after the position have no effect."""
     positions: Int64[np.ndarray, " row"]
-    """The position in each row."""
+    """Position in each row."""
 
 
 class Guess(NamedTuple):
-    """Texts of which likely tokens are asked; see `likely_tokens`."""
+    """A request for likely tokens at each position of texts; see `likely_tokens`."""
 
     rows: Int64[np.ndarray, "row pos"]
     """Tokens."""
     n_likely: int
-    """Likely tokens at each position."""
+    """Number of likely tokens at each position."""
 
 
 Result = TypeVar("Result")
 Asking = Generator[Texts | Guess, np.ndarray, Result]
-"""Work on one unit that asks the model now and then: scores of `Texts` `[row]`, likely tokens of a `Guess`."""
+"""Work on one unit that yields questions to the model: `Texts` are answered by scores `[row]`, a `Guess` by tokens."""
 
 
 def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Unit, Asking[Result]]], longest: int) -> list[Result]:
-    """Results of jobs, each with the unit that it asks about; what several ask at a time is run together.
+    """Runs jobs, each with the unit that it asks about, and returns their results; questions are answered together.
 
     Args:
-        longest: tokens of the longest row.
+        longest: number of tokens of the longest row.
     """
     read = _read_by_hooks if why_not_by_nodes(model) is not None else _read_by_nodes(model, longest)
     results: dict[int, Result] = {}
@@ -132,7 +131,7 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Unit, Asking[Result
 
 
 Places = Sequence[tuple[Unit, np.ndarray, np.ndarray]]
-"""Units, each with the rows and places at which it is read."""
+"""Units, each with the rows and positions at which it is read."""
 
 
 def _read_by_hooks(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
@@ -140,24 +139,24 @@ def _read_by_hooks(model: Host, stream: Stream, places: Places) -> list[Float32[
 
 
 def _read_by_nodes(model: Host, longest: int) -> Any:
-    """The same without hooks: units of one layer together, and nothing above them or behind their places."""
+    """Returns a function that reads units without hooks, all units of a layer in one pass that ends at this layer."""
     functions = NodeFunctions(model, longest)
-    device = device_of(model)
+    device, n_attn = device_of(model), model.cfg.n_heads * model.cfg.d_head
 
     def read(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
         scores: list[Any] = [np.zeros(0, np.float32)] * len(places)
         whole = stream == "ablated" and model.gates.reads_global  # type: ignore[attr-defined]
-        for layer in sorted({unit.layer for unit, *_ in places}):
+        for layer in sorted({unit.layer for unit, rows, _ in places if len(rows)}):
             own = [i for i, (unit, rows, _) in enumerate(places) if unit.layer == layer and len(rows)]
-            if not own:
-                continue
             width = max(places[i][1].shape[1] for i in own)
             rows = np.concatenate([np.pad(places[i][1], ((0, 0), (0, width - places[i][1].shape[1]))) for i in own])
             positions = np.concatenate([places[i][2] for i in own])
-            # rows of like length together, so that there is little padding
+            # the units of a layer are its attention units, then its neurons
+            indices = [unit.index + (n_attn if unit.site == "mlp" else 0) for unit, *_ in places]
+            columns = np.concatenate([np.full(len(places[i][1]), indices[i]) for i in own])
+            values = np.zeros(len(rows), np.float32)
+            # rows of similar length run together, so that there is little padding
             order = np.argsort(positions, kind="stable")
-            values = {site: np.zeros((len(rows),), np.float32) for site in ("attn", "mlp")}
-            index_of = np.concatenate([np.full(len(places[i][1]), places[i][0].index) for i in own])
             start = 0
             while start < len(order):
                 part = order[start : start + max(1, TOKENS_AT_ONCE // int(positions[order[start]] + 1))]
@@ -168,34 +167,30 @@ def _read_by_nodes(model: Host, longest: int) -> Any:
                 ran = run_to_position(
                     model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
                 )
-                for site, layers in (("attn", ran.z[stream]), ("mlp", ran.post[stream])):
-                    if layers:
-                        x = layers[layer].flatten(1)
-                        index = torch.from_numpy(index_of[part]).to(device).clamp(max=x.shape[1] - 1)
-                        values[site][part] = x.gather(1, index[:, None])[:, 0].float().cpu().numpy()
+                x = torch.cat([sites[layer].flatten(1) for sites in (ran.z[stream], ran.post[stream]) if sites], 1)
+                column = torch.from_numpy(columns[part]).to(device)
+                values[part] = x.gather(1, column[:, None])[:, 0].float().cpu().numpy()
             cuts = np.cumsum([len(places[i][1]) for i in own])[:-1]
-            split = {site: np.split(x, cuts) for site, x in values.items()}
-            for place, i in enumerate(own):
-                unit = places[i][0]
-                scores[i] = unit_scores(unit, torch.from_numpy(split[unit.site][place])).numpy()
+            for i, of_unit in zip(own, np.split(values, cuts), strict=True):
+                scores[i] = unit_scores(places[i][0], torch.from_numpy(of_unit)).numpy()
         return scores
 
     return read
 
 
 class Context(NamedTuple):
-    """What of a snippet makes the unit fire."""
+    """The part of a snippet that makes the unit fire."""
 
     tokens: tuple[int, ...]
-    """The activating token, then backwards; `ANY` where any token will do."""
+    """The activating token, then the tokens before it, backwards; `ANY` for any token."""
     activation: float
     """Mean score of the unit in this context."""
     importance: tuple[float, ...]
-    """Share of the activation lost when each token is replaced, 0 to 1, in the same order."""
+    """Share of the activation that is lost when each token is replaced, from 0 to 1, in the order of `tokens`."""
 
 
 class Fill:
-    """Other text: what stands before a context, and tokens in place of those left out, drawn from a text."""
+    """Random text before contexts and random tokens in place of `ANY`, drawn from a text."""
 
     def __init__(self, text: Int64[np.ndarray, "block pos"], before: int, rng: np.random.Generator) -> None:
         self.text, self.before, self.rng = text, before, rng
@@ -203,7 +198,7 @@ class Fill:
     def rows(
         self, contexts: list[tuple[int, ...]], width: int, draws: int = DRAWS
     ) -> tuple[Int64[np.ndarray, "row pos"], Int64[np.ndarray, " row"]]:
-        """`draws` rows a context, each preceded by other text, and the place of the activating token in each row."""
+        """Returns `draws` rows per context, and the position of the activating token in each row."""
         n = len(contexts) * draws
         rows = self.rng.choice(self.text.reshape(-1), size=(n, self.before + width))
         if self.before:
@@ -218,7 +213,7 @@ class Fill:
         return rows, positions
 
     def judge(self, contexts: list[tuple[int, ...]], width: int) -> Asking[Float32[np.ndarray, " context"]]:
-        """Mean score of the unit in each context."""
+        """Asks for the mean score of the unit in each context."""
         if not contexts:
             return np.zeros(0, np.float32)
         scores = yield Texts(*self.rows(contexts, width))
@@ -228,19 +223,19 @@ class Fill:
 def prune(
     snippets: list[tuple[int, ...]], scores: list[float], level: float, fill: Fill
 ) -> Asking[list[Context | None]]:
-    """Each snippet's shortest context that keeps the activation, tokens that do not matter replaced by `ANY`.
+    """Finds the shortest context of each snippet that keeps the activation; tokens without effect become `ANY`.
 
     Args:
-        snippets: tokens from the activating one backwards.
-        scores: the unit's score in each.
+        snippets: tokens of each snippet, from the activating one backwards.
+        scores: score of the unit in each snippet.
         level: score above which the unit fires.
 
     Returns:
-        A context a snippet; None where not even the whole snippet keeps the activation after other text.
+        One context per snippet; None if even the whole snippet does not keep the activation after other text.
     """
     width = max(len(snippet) for snippet in snippets)
     needs = [max(level, KEEP * score) for score in scores]
-    # a few lengths are enough: the farthest tokens of what is kept are tried next, one by one
+    # a few lengths are enough, since the farthest tokens are tried next, one by one
     tried = [(i, length) for i, snippet in enumerate(snippets) for length in lengths_up_to(len(snippet))]
     means = yield from fill.judge([snippets[i][:length] for i, length in tried], width)
     contexts: dict[int, list[int]] = {}
@@ -249,7 +244,7 @@ def prune(
         if i not in contexts and mean > needs[i]:
             contexts[i], activation[i] = list(snippets[i][:length]), float(mean)
     importance = {i: [0.0] * len(context) for i, context in contexts.items()}
-    # from the farthest token on, so that what is left out stays left out when the next one is judged
+    # the farthest token comes first; tokens that are left out stay left out when the next one is tested
     for back in range(width - 1, -1, -1):
         asked = [i for i, context in contexts.items() if back < len(context) and _others(context, back)]
         without = [tuple(ANY if j == back else token for j, token in enumerate(contexts[i])) for i in asked]
@@ -268,7 +263,7 @@ def prune(
 
 
 def lengths_up_to(longest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 9, 13, ... and the longest itself."""
+    """Returns 1, 2, 3, 4, 6, 9, 13, ... up to the longest itself."""
     lengths = [1]
     while lengths[-1] < longest:
         lengths.append(min(longest, max(lengths[-1] + 1, lengths[-1] * 3 // 2)))
@@ -276,17 +271,17 @@ def lengths_up_to(longest: int) -> list[int]:
 
 
 def _others(context: list[int], back: int) -> bool:
-    """Whether an exact token is left when this one is left out: a context of `ANY` alone says nothing."""
+    """Returns whether another token is exact; a context of `ANY` alone would match everywhere."""
     return any(token != ANY for j, token in enumerate(context) if j != back)
 
 
 def substitute(
     contexts: dict[tuple[int, ...], list[list[int]]], level: float, fill: Fill
 ) -> Asking[list[tuple[tuple[int, ...], float]]]:
-    """Contexts with one token exchanged in which the unit fires too, and its mean score there.
+    """Returns contexts with one token replaced in which the unit fires too, and its mean score in each.
 
     Args:
-        contexts: substitutes to try at each place of each context, in the order of its tokens.
+        contexts: for each context, the substitutes to try at each place, in the order of its tokens.
     """
     tried = list(
         dict.fromkeys(
@@ -305,8 +300,7 @@ def substitute(
 
 
 def likely_tokens(model: Host, rows: Int64[np.ndarray, "row pos"], count: int) -> Int64[np.ndarray, "row pos count"]:
-    """The tokens that the clean stream thinks likeliest at each position given those before it; at the first position,
-    which nothing precedes, the token itself."""
+    """Returns the most likely tokens at each position by the clean stream; at the first position, the token itself."""
     tokens = torch.from_numpy(rows).to(device_of(model))
     step = max(1, TOKENS_AT_ONCE // rows.shape[1])
     with torch.no_grad(), in_stream(model, "clean"):
@@ -322,24 +316,24 @@ class Pattern(NamedTuple):
     activation: float
     """Mean activation."""
     weight: float
-    """Number of observations in that mean."""
+    """Number of observations of which it is the mean."""
 
 
 @dataclass
 class _Node:
     exact: int
-    """Exact tokens from the root to here."""
+    """Number of exact tokens from the root to here."""
     depth: int
     ends_exact: bool = False
-    """Whether its own token is exact: a pattern that ends in `ANY` says no more than the one before."""
+    """Whether its own token is exact; a pattern that ends in `ANY` matches where the shorter one does."""
     children: dict[int, int] = field(default_factory=dict)
-    """Number of the child by token, `ANY` included."""
+    """Index of the child for each token, `ANY` included."""
     total: float = 0.0
     weight: float = 0.0
 
 
 class ContextTrie:
-    """Patterns with their activations; empty at first."""
+    """Patterns with their mean activations, which predict activations on a text; empty at first."""
 
     def __init__(self) -> None:
         self._nodes = [_Node(0, 0)]
@@ -348,26 +342,27 @@ class ContextTrie:
         """Adds one observation of a pattern.
 
         Args:
-            tokens: activating token first, then backwards; token ids or `ANY`.
-            activation: activation that was seen there.
+            tokens: the activating token, then the tokens before it, backwards; token ids or `ANY`.
+            activation: observed activation.
 
         Raises:
-            ValueError: no token, a token that is neither an id nor `ANY`, or an activation that is not finite.
+            ValueError: no tokens, a token that is neither an id nor `ANY`, or an activation that is not finite.
         """
-        if not len(tokens) or min(tokens) < ANY:
-            raise ValueError(f"pattern {tuple(tokens)} must hold at least one token; ids are from 0, ANY is {ANY}")
-        if not np.isfinite(activation):
-            raise ValueError(f"activation {activation} of pattern {tuple(tokens)} is not finite")
+        if not len(tokens) or min(tokens) < ANY or not np.isfinite(activation):
+            raise ValueError(
+                f"pattern {tuple(tokens)} with activation {activation} must hold at least one token (an id from 0, or "
+                f"{ANY} for any token) and a finite activation"
+            )
         node = self._nodes[self._path(tokens)]
         node.total += float(activation)
         node.weight += 1
 
     def add_token(self, token: int) -> None:
-        """Adds a token without an observation; it predicts once `calibrate` has seen it."""
+        """Adds a token without an observation; it predicts only after `calibrate` has observed it."""
         self._path((token,))
 
     def _path(self, tokens: Sequence[int]) -> int:
-        """The node of a pattern, made if need be."""
+        """Returns the index of a pattern's node, which is created if it does not exist."""
         index = 0
         for token in map(int, tokens):
             node = self._nodes[index]
@@ -378,11 +373,11 @@ class ContextTrie:
         return index
 
     def __len__(self) -> int:
-        """Number of different patterns."""
+        """Returns the number of different patterns."""
         return sum(node.weight > 0 for node in self._nodes)
 
     def patterns(self) -> list[Pattern]:
-        """All patterns, those with most observations first."""
+        """Returns all patterns, those with most observations first."""
         return sorted(self._walk(0, ()), key=lambda pattern: -pattern.weight)
 
     def _walk(self, index: int, tokens: tuple[int, ...]) -> Iterator[Pattern]:
@@ -395,11 +390,12 @@ class ContextTrie:
     def match(
         self, tokens: Int64[np.ndarray, "block pos"], *, beginnings: bool = False
     ) -> Int64[np.ndarray, "block pos"]:
-        """Node of the pattern that speaks at each position, -1 where none matches; blocks are separate texts.
+        """Returns the node of the most specific pattern that matches at each position, -1 without any.
 
         Args:
-            beginnings: beginnings of patterns (the activating token with fewer tokens before it) may speak too, even
-                those without an activation of their own.
+            tokens: blocks of a text; a pattern matches within one block.
+            beginnings: whether shortened patterns (the activating token with fewer tokens before it) match too, even
+                if they have no activation.
         """
         blocks, length = tokens.shape
         text = tokens.reshape(-1)
@@ -429,20 +425,20 @@ class ContextTrie:
         return chosen.reshape(blocks, length)
 
     def calibrate(self, tokens: Int64[np.ndarray, "block pos"], activations: Float64[np.ndarray, "block pos"]) -> None:
-        """Adds the activations of a text to the patterns, and beginnings of patterns, that speak there.
+        """Adds the activations of a text to the patterns, and to the shortened patterns, that match there.
 
-        A context seen before is thus told from its last tokens alone, which may leave the unit silent.
+        Shortened patterns then predict the activation where the rest of the context is missing, which may be low.
         """
         nodes = self.match(tokens, beginnings=True).reshape(-1)
-        seen = nodes >= 0
-        totals = np.bincount(nodes[seen], weights=activations.reshape(-1)[seen], minlength=len(self._nodes))
-        counts = np.bincount(nodes[seen], minlength=len(self._nodes))
+        matches = nodes >= 0
+        totals = np.bincount(nodes[matches], weights=activations.reshape(-1)[matches], minlength=len(self._nodes))
+        counts = np.bincount(nodes[matches], minlength=len(self._nodes))
         for node, total, count in zip(self._nodes, totals, counts, strict=True):
             node.total += float(total)
             node.weight += int(count)
 
     def predict(self, tokens: Int64[np.ndarray, "block pos"]) -> Float64[np.ndarray, "block pos"]:
-        """Activation predicted at each position: that of the pattern that speaks, 0 where none matches."""
+        """Returns the predicted activation at each position: that of the matching pattern, or 0 without any."""
         means = np.array([node.total / node.weight if node.weight else 0.0 for node in self._nodes])
         nodes = self.match(tokens)
         return np.where(nodes >= 0, means[nodes], 0.0)

@@ -1,7 +1,7 @@
-"""Explanations of units without a language model: contexts fitted on one half of a text, judged on the other.
+"""Explanations of units without a language model: contexts fitted on one half of a text and judged on the other.
 
-`explain` gives each unit a trie of contexts (`contexts.py`), fitted by running changed snippets, and scores it on text
-that it has not seen, beside a list of tokens that knows no context. See docs/explanations.md.
+`explain` fits a trie of contexts (`contexts.py`) to each unit by running changed snippets, and scores it on text that
+it was not fitted on, beside a list of tokens without context. See docs/explanations.md.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 
 UNITS_AT_ONCE = 256
-"""Units whose scores on the whole text are held in memory."""
+"""Number of units whose scores on the whole text are in memory at a time."""
 JOBS_AT_ONCE = 32
-"""Units whose snippets run together."""
+"""Number of units whose snippets run together."""
 
 
 class Snippet(NamedTuple):
-    """A few tokens of the text with the unit's scores."""
+    """A few tokens of the text, with the unit's score at each."""
 
     tokens: tuple[int, ...]
-    """Tokens, left to right."""
+    """Tokens in the order of the text."""
     scores: tuple[float, ...]
-    """The unit's score at each: a neuron's value, an attention unit's absolute value."""
+    """Score at each token: the value of a neuron, the absolute value of an attention unit."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,23 @@ class Explanation:
     """The explanation of one unit."""
 
     unit: Unit
-    """The unit."""
+    """The explained unit."""
     stream: Stream
-    """Stream in which it was read."""
+    """Stream in which the unit was read."""
     level: float
-    """Score above which it fires."""
+    """Score above which the unit fires."""
     trie: ContextTrie
-    """Contexts in which it fires."""
+    """Contexts in which the unit fires."""
     contexts: tuple[Context, ...]
-    """What pruning left of each snippet it was fitted on, with the importance of each token."""
+    """Pruned contexts of the fitted snippets, with the importance of each token."""
     pattern: str
-    """The main patterns in words: `[ the| a]` is the activating token with its alternatives, `_` any token."""
+    """The main patterns as text: `[ the| a]` is the activating token with its alternatives, `_` is any token."""
     fitted: tuple[Snippet, ...]
-    """Snippets of the first half of the text that it was fitted on, each ending in the activating token."""
+    """Snippets of the first half on which the trie was fitted; each ends with the activating token."""
     firing: tuple[Snippet, ...]
     """Snippets of the second half in which the unit fires."""
     silent: tuple[Snippet, ...]
-    """As many random snippets of the second half in which it does not."""
+    """Equally many random snippets of the second half in which the unit does not fire."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Explanations:
     table: pd.DataFrame
     """One row per unit; see `explain`."""
     summary: pd.Series
-    """Coverage, and means over units with the trie's advantage over the token list; see `explain`."""
+    """Coverage, mean scores, and the trie's advantage over the token list; see `explain`."""
     units: tuple[Explanation, ...]
-    """The explanations, in the order of the rows."""
+    """One explanation per row of the table."""
 
 
 def explain(
@@ -96,41 +96,42 @@ def explain(
     seed: int = 0,
     progress: bool = True,
 ) -> Explanations:
-    """Explains units by the contexts in which they fire, fitted on the first half of the text, scored on the second.
+    """Explains units by the contexts in which they fire, fitted on the first half of a text and scored on the second.
 
-    Half of a unit's snippets are those where it fires most strongly, half are drawn from the rest of its firing. Each
-    is pruned to the shortest context that keeps half the activation (and the firing), tokens that do not matter become
-    wildcards, others are exchanged for what the model itself finds likely there. The patterns' activations are then
-    corrected by those on the whole first half, where shorter contexts and single tokens are added for what no pattern
-    covers: so the trie is a token list with contexts. A pattern predicts firing if its activation is above the unit's
-    level: one threshold for all units, models and streams.
+    Half of a unit's snippets are those with its largest scores, the others are drawn from the rest of its firing. Each
+    snippet is pruned to the shortest context that keeps half the activation (and the firing). Tokens without effect
+    become wildcards; each of the others is also replaced by tokens that the model finds likely there. Then the
+    activations of the patterns are averaged with those on the whole first half, where shorter contexts and single
+    tokens cover what no pattern matches. A pattern predicts firing if its activation exceeds the unit's firing level.
 
     Args:
-        text: text on which the thresholds were not calibrated.
-        thresholds: the firing rule, from `calibrate`; it names the stream.
-        units: number of live units, drawn evenly over the sublayers; or units; or `all`.
-        tokenizer: to spell the patterns; None: the model's; without one, token ids are shown.
-        n_tokens: tokens of the text to use, both halves together; None: all.
-        snippets: snippets per unit in each half, at most.
-        context: longest context in tokens, the activating one included.
-        substitutes: likely tokens tried in each place; 0: none.
+        text: a text other than the calibration text.
+        thresholds: firing thresholds of one stream, from `calibrate`.
+        units: number of live units, drawn evenly from the sublayers; or a list of units; or `all`.
+        tokenizer: tokenizer that spells the patterns; None takes the model's. Without one, patterns show token ids.
+        n_tokens: largest number of tokens to use, for both halves together; None uses all.
+        snippets: largest number of snippets per unit in each half.
+        context: largest length of a context in tokens, with the activating one.
+        substitutes: number of likely tokens that are tried at each place; 0 tries none.
         share: firing level as a share of the 99.9th percentile.
-        seed: of the draws of units, snippets and substitutes.
-        progress: show progress bars.
+        seed: seed of the choice of units, snippets and substitutes.
+        progress: whether to show progress bars.
 
     Returns:
-        `table`: layer, site, unit; `live`; `fires_fit`, `fires_test`, firing tokens in each half; `patterns`, their
-        number; `kept`, share of the snippets that pruning could explain; `explained`, whether any pattern predicts
-        firing; `pattern`; then, for the trie and (prefix `list_`) for the token list: `precision`, `recall`, `f1` of
-        firing on the tokens of held-out snippets in which the unit fires; `text_precision`, `text_recall`, `text_f1`
-        on the whole second half; `detection`, balanced accuracy in telling snippets with firing from those without;
-        `simulation`, correlation of predicted with true scores over all tokens of both. NaN: undefined. The token list
-        is every token that the unit has fired on in the first half with its mean score there.
-        `summary`: `live` units, `coverage` (share of them explained), means over the live units that fire in the second
-        half (an empty explanation counts with F1 0), and the mean advantage in F1 with its 95 % interval over units.
+        `table` has the columns layer, site, unit; `live`; `fires_fit` and `fires_test`, the firing tokens in each half;
+        `patterns`, their number; `kept`, the share of snippets that pruning could explain; `explained`, whether any
+        pattern predicts firing; and `pattern`. These columns follow for the trie, and with the prefix `list_` for the
+        token list: `precision`, `recall`, `f1` of firing on held-out snippets in which the unit fires;
+        `text_precision`, `text_recall`, `text_f1` on the whole second half; `detection`, the balanced accuracy of
+        distinguishing snippets with firing from those without; `simulation`, the correlation of predicted and true
+        scores on all these snippets. Undefined values are NaN. The token list holds every token on which the unit fires
+        in the first half, with its mean score there.
+        `summary` has the number of `live` units, `coverage` (the share of them that is explained), means over the live
+        units that fire in the second half (an empty explanation has F1 0), and the mean advantage in F1 over the token
+        list with its 95 % interval over units.
 
     Raises:
-        ValueError: fewer than 4 blocks, thresholds of another model, units that are not there, a number out of range.
+        ValueError: fewer than 4 blocks, thresholds of another model, an unknown unit, or a number outside its range.
 
     Source: Neuron2Graph (Foote et al., arXiv 2305.19911); see `contexts.py` for the differences.
     """
@@ -208,7 +209,7 @@ def _chosen(
 def _scores(
     model: Host, blocks: TextBlocks, stream: Stream, units: Sequence[Unit], progress: bool
 ) -> Iterator[tuple[Unit, Tensor]]:
-    """The scores `[block, pos]` of each unit on the whole text."""
+    """Yields the scores `[block, pos]` of each unit on the whole text."""
     groups: dict[Sublayer, list[Unit]] = {}
     for unit in units:
         groups.setdefault(unit.sublayer, []).append(unit)
@@ -228,6 +229,8 @@ def _scores(
 
 
 class _Job(NamedTuple):
+    """The explanation of one unit, which asks the model several times."""
+
     model: Host
     stream: Stream
     unit: Unit
@@ -246,7 +249,7 @@ class _Job(NamedTuple):
         contexts: list[Context | None] = []
         trie = ContextTrie()
         if places:
-            contexts, trie = yield from self._fitted(places, before, rng)
+            contexts, trie = yield from self._fit(places, before, rng)
         tested = firing_places(scores, self.level, self.snippets, self.context, rng)
         silent = silent_places(scores > self.level, len(tested), self.context, rng)
         words = token_list(self.tokens[:half], self.scores[:half], self.level)
@@ -277,7 +280,7 @@ class _Job(NamedTuple):
         )
         return row, explanation
 
-    def _fitted(
+    def _fit(
         self, places: list[tuple[int, int]], before: int, rng: np.random.Generator
     ) -> Asking[tuple[list[Context | None], ContextTrie]]:
         half = len(self.tokens) // 2
@@ -295,7 +298,7 @@ class _Job(NamedTuple):
             likely = yield from self._likely(places, contexts)
             for tokens, activation in (yield from substitute(likely, self.level, fill)):
                 trie.add(tokens, activation)
-        # what no context tells is left to the token alone, as in the token list
+        # a token alone predicts what no context covers, as in the token list
         for token in np.unique(text[self.scores[:half] > self.level]):
             trie.add_token(int(token))
         trie.calibrate(text, self.scores[:half])
@@ -304,14 +307,14 @@ class _Job(NamedTuple):
     def _likely(
         self, places: list[tuple[int, int]], contexts: list[Context | None]
     ) -> Asking[dict[tuple[int, ...], list[list[int]]]]:
-        """What may stand in each place of each context, by the model's own prediction in the snippet it came from."""
+        """Returns likely tokens at each place of each context, by the model's prediction in the original snippet."""
         first: dict[tuple[int, ...], tuple[int, int]] = {}
         for place, context in zip(places, contexts, strict=True):
             if context is not None:
                 first.setdefault(context.tokens, place)
         if not first:
             return {}
-        # as much text before the context as the context itself may have
+        # the prediction reads as many tokens before the context as a context may have
         width = 2 * self.context
         starts = [max(0, position + 1 - width) for _, position in first.values()]
         rows = np.zeros((len(first), min(width, self.tokens.shape[1])), dtype=np.int64)
@@ -352,7 +355,7 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
 
 
 def readable(trie: ContextTrie, level: float, tokenizer: Any = None) -> str:
-    """The three most observed patterns that predict firing, each with up to four last tokens.
+    """Spells the three most observed patterns that predict firing, each with up to four activating tokens.
 
     For example ` once upon[ a]; [ the| my]`; `_` stands for any token.
     """
@@ -375,39 +378,41 @@ def readable(trie: ContextTrie, level: float, tokenizer: Any = None) -> str:
 
 
 def window_of(position: int, context: int, after: int, length: int) -> slice:
-    """Positions of a snippet: `context` tokens up to the activating one, and a few after it."""
+    """Returns the positions of a snippet: `context` tokens up to the activating one and `after` tokens after it."""
     return slice(max(0, position - context + 1), min(length, position + after + 1))
 
 
 def firing_places(
     scores: Float64[np.ndarray, "block pos"], level: float, count: int, gap: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """(block, position) of snippets: half of them the strongest firing, the rest drawn from all other firing; those of
-    one block at least `gap` tokens apart."""
+    """Chooses (block, position) of snippets: half with the largest scores, half drawn from all other firing.
+
+    Snippets of one block are at least `gap` tokens apart.
+    """
     flat = scores.reshape(-1)
     firing = np.flatnonzero(flat > level)
     strongest = firing[np.argsort(-flat[firing], kind="stable")]
-    taken: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
     for order, limit in ((strongest, (count + 1) // 2), (rng.permutation(firing), count)):
         for index in order:
-            if len(taken) >= limit:
+            if len(places) >= limit:
                 break
             block, position = divmod(int(index), scores.shape[1])
-            if all(block != other or abs(position - place) >= gap for other, place in taken):
-                taken.append((block, position))
-    return taken
+            if all(block != other or abs(position - place) >= gap for other, place in places):
+                places.append((block, position))
+    return places
 
 
 def silent_places(
     fires: Bool[np.ndarray, "block pos"], count: int, context: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """(block, position) of `count` random snippets without firing, fewer if there are not so many."""
+    """Draws (block, position) of up to `count` snippets without firing."""
     after = context // 4
-    ran = np.pad(fires.cumsum(1), ((0, 0), (1, 0)))
+    fired_before = np.pad(fires.cumsum(1), ((0, 0), (1, 0)))
     positions = np.arange(fires.shape[1])
     first, last = np.maximum(0, positions - context + 1), np.minimum(fires.shape[1], positions + after + 1)
-    quiet = (ran[:, last] == ran[:, first]) & (positions >= min(context, fires.shape[1]) - 1)
-    places = np.argwhere(quiet)
+    silent = (fired_before[:, last] == fired_before[:, first]) & (positions >= min(context, fires.shape[1]) - 1)
+    places = np.argwhere(silent)
     drawn = rng.permutation(len(places))[:count]
     return [(int(block), int(pos)) for block, pos in places[drawn]]
 
@@ -416,10 +421,10 @@ def token_list(
     tokens: Int64[np.ndarray, "block pos"], scores: Float64[np.ndarray, "block pos"], level: float
 ) -> dict[int, float]:
     """Returns the tokens on which a unit fires, most frequent first, each with its mean score over the text."""
-    values, which = np.unique(tokens, return_inverse=True)
-    which = which.reshape(-1)
-    fired = np.bincount(which, weights=(scores > level).reshape(-1), minlength=len(values))
-    means = np.bincount(which, weights=scores.reshape(-1), minlength=len(values)) / np.bincount(which)
+    values, index = np.unique(tokens, return_inverse=True)
+    index = index.reshape(-1)
+    fired = np.bincount(index, weights=(scores > level).reshape(-1), minlength=len(values))
+    means = np.bincount(index, weights=scores.reshape(-1), minlength=len(values)) / np.bincount(index)
     order = np.argsort(-fired, kind="stable")
     return {int(values[i]): float(means[i]) for i in order if fired[i] > 0}
 
@@ -427,9 +432,9 @@ def token_list(
 def predict_from_list(
     words: dict[int, float], tokens: Int64[np.ndarray, "block pos"]
 ) -> Float64[np.ndarray, "block pos"]:
-    """Returns the scores that a token list predicts: each token's mean score, 0 for tokens that the list lacks."""
-    values, which = np.unique(tokens, return_inverse=True)
-    return np.array([words.get(int(value), 0.0) for value in values])[which].reshape(tokens.shape)
+    """Returns the scores that a token list predicts: each token's mean score, 0 for tokens outside the list."""
+    values, index = np.unique(tokens, return_inverse=True)
+    return np.array([words.get(int(value), 0.0) for value in values])[index].reshape(tokens.shape)
 
 
 def judge(
@@ -440,39 +445,40 @@ def judge(
     silent: list[tuple[int, int]],
     context: int,
 ) -> dict[str, float]:
-    """Precision, recall and F1 of predicted firing, detection and simulation, on text that was not fitted; see
-    `explain`."""
-    says, is_so = predicted > level, scores > level
-    cuts = {
-        True: [(block, window_of(position, context, context // 4, scores.shape[1])) for block, position in firing],
-        False: [(block, window_of(position, context, context // 4, scores.shape[1])) for block, position in silent],
-    }
-    inside = np.zeros_like(is_so)
-    for block, window in cuts[True]:
-        inside[block, window] = True
-    everywhere = inside.copy()
-    for block, window in cuts[False]:
-        everywhere[block, window] = True
-    detected = {kind: [bool(says[block, window].any()) for block, window in cuts[kind]] for kind in cuts}
-    detection = (np.mean(detected[True]) + 1 - np.mean(detected[False])) / 2 if firing and silent else math.nan
+    """Scores predictions on held-out text: precision, recall and F1 of firing, detection and simulation.
+
+    `explain` defines these scores.
+    """
+    predicts, fires = predicted > level, scores > level
+    inside, detected = [], []
+    for places in (firing, silent):
+        mask, hits = np.zeros_like(fires), []
+        for block, position in places:
+            window = window_of(position, context, context // 4, scores.shape[1])
+            mask[block, window] = True
+            hits.append(bool(predicts[block, window].any()))
+        inside.append(mask)
+        detected.append(hits)
+    detection = (np.mean(detected[0]) + 1 - np.mean(detected[1])) / 2 if firing and silent else math.nan
+    both = inside[0] | inside[1]
     return {
-        **_agreement(says[inside], is_so[inside]),
-        **{f"text_{name}": value for name, value in _agreement(says, is_so).items()},
+        **_agreement(predicts[inside[0]], fires[inside[0]]),
+        **{f"text_{name}": value for name, value in _agreement(predicts, fires).items()},
         "detection": float(detection),
-        "simulation": correlation(predicted[everywhere], scores[everywhere]),
+        "simulation": correlation(predicted[both], scores[both]),
     }
 
 
-def _agreement(says: Bool[np.ndarray, " *any"], is_so: Bool[np.ndarray, " *any"]) -> dict[str, float]:
-    both, said, so = int((says & is_so).sum()), int(says.sum()), int(is_so.sum())
+def _agreement(predicts: Bool[np.ndarray, " *any"], fires: Bool[np.ndarray, " *any"]) -> dict[str, float]:
+    n_both, n_predicted, n_fires = int((predicts & fires).sum()), int(predicts.sum()), int(fires.sum())
     return {
-        "precision": both / said if said else math.nan,
-        "recall": both / so if so else math.nan,
-        "f1": 2 * both / (said + so) if said + so else math.nan,
+        "precision": n_both / n_predicted if n_predicted else math.nan,
+        "recall": n_both / n_fires if n_fires else math.nan,
+        "f1": 2 * n_both / (n_predicted + n_fires) if n_predicted + n_fires else math.nan,
     }
 
 
 def correlation(predicted: Float64[np.ndarray, " token"], scores: Float64[np.ndarray, " token"]) -> float:
-    """Pearson's correlation; 0 if the prediction alone is constant, NaN if the scores are."""
+    """Returns Pearson's correlation; 0 if only the prediction is constant, NaN if the scores are constant."""
     value = pearson(predicted, scores)
     return 0.0 if math.isnan(value) and len(scores) > 1 and np.ptp(scores) > 0 else value

@@ -1,4 +1,4 @@
-"""When a unit fires: one rule for every model and stream, calibrated on a text of its own.
+"""When a unit fires: one rule for every model and stream, calibrated on a separate text.
 
 A neuron fires where its hooked value (after the mask in the ablated stream) exceeds half its own 99.9th percentile on
 the calibration text; an attention unit where its absolute value does. A unit whose percentile is below 1e-4 of the
@@ -23,23 +23,23 @@ from sa_lens.data.blocks import TextBlocks
 from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 
 QUANTILE = 0.999
-"""The percentile of a unit's scores that stands for its largest ones."""
+"""Quantile of a unit's scores that the rule takes as its peak."""
 SHARE = 0.5
-"""A unit fires above this share of its percentile."""
+"""A unit fires above this share of its peak."""
 OTHER_SHARES = (0.3, 0.7)
-"""Shares at which results are given too."""
+"""Further shares at which results are given."""
 DEAD_BELOW = 1e-4
 """A unit whose percentile is below this share of its layer's root mean square is dead."""
 
 
 def check_share(share: float) -> None:
-    """Raises ValueError if a firing level is no share of the percentile."""
+    """Raises ValueError if a firing level is not a share of the percentile."""
     if not 0 < share <= 1:
         raise ValueError(f"share={share} of the percentile must be above 0 and at most 1; the rule's is {SHARE}")
 
 
 def unit_scores(place: Sublayer | Unit, values: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
-    """What the rule looks at: a neuron's value, an attention unit's absolute value."""
+    """Returns the scores that the rule compares: the values of neurons, the absolute values of attention units."""
     return values.abs() if place.site == "attn" else values
 
 
@@ -48,15 +48,15 @@ class Thresholds:
     """The firing rule of one model in one stream, from `calibrate`."""
 
     stream: Stream
-    """Stream that it holds for."""
+    """Stream in which the rule applies."""
     peaks: Mapping[Sublayer, Float[Tensor, " unit"]]
     """99.9th percentile of each unit's scores on the calibration text."""
     rms: Mapping[Sublayer, float]
     """Root mean square of all values of a sublayer."""
     n_tokens: int
-    """Tokens of the calibration text."""
+    """Number of tokens of the calibration text."""
     model: str | None = None
-    """Fingerprint of the model that was calibrated; None: made by hand, for any model of this shape."""
+    """Fingerprint of the calibrated model; None allows any model of this shape."""
 
     def check_model(self, model: Host) -> None:
         """Raises ValueError if these are the thresholds of another model."""
@@ -67,12 +67,12 @@ class Thresholds:
             raise ValueError("the thresholds are those of a model with other weights or gates: calibrate this one")
 
     def live(self, sublayer: Sublayer) -> Bool[Tensor, " unit"]:
-        """Units that are not dead."""
+        """Returns which units are not dead."""
         peaks = self.peaks[sublayer]
         return (peaks >= DEAD_BELOW * self.rms[sublayer]) & (peaks > 0)
 
     def levels(self, sublayer: Sublayer, share: float = SHARE) -> Float[Tensor, " unit"]:
-        """The score above which each unit fires; infinite for dead ones.
+        """Returns the score above which each unit fires; it is infinite for dead units.
 
         Raises:
             ValueError: a share outside (0, 1].
@@ -83,7 +83,7 @@ class Thresholds:
     def fires(
         self, sublayer: Sublayer, values: Float[Tensor, "... unit"], share: float = SHARE
     ) -> Bool[Tensor, "... unit"]:
-        """Where each unit of the sublayer fires."""
+        """Returns where each unit of the sublayer fires."""
         return unit_scores(sublayer, values) > self.levels(sublayer, share).to(values.device)
 
 
@@ -95,26 +95,27 @@ def calibrate(
     n_tokens: int | None = 250_000,
     progress: bool = True,
 ) -> dict[Stream, Thresholds]:
-    """The firing rule of each unit, by stream, from a text that is used for nothing else.
+    """Determines the firing thresholds of all units, by stream, on a text that is used for nothing else.
 
-    The percentile is exact (linear between neighbours, as numpy's): a unit's largest thousandth of scores is kept.
+    The percentile is exact and interpolates linearly, as in numpy.
 
     Args:
-        text: calibration text; the same for every model that is compared.
+        text: calibration text; use the same text for all models that you compare.
         streams: one stream or several.
-        n_tokens: tokens to read at most; None: all. Fewer than 1,000 make the percentile the interpolated maximum.
+        n_tokens: largest number of tokens to read; None reads all. With fewer than 1,000 tokens, the percentile is
+            interpolated between the two largest scores.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an unknown stream, or a text that does not fit (`stream_units`).
+        ValueError: an unknown stream, or a text that does not fit the model.
     """
     blocks = text_blocks(model, text, n_tokens)
     chosen = chosen_streams(model, streams)
-    batches = stream_units(model, blocks, chosen, progress=progress, name="calibration")
-    at = (blocks.n_tokens - 1) * QUANTILE
-    kept = blocks.n_tokens - math.floor(at)
+    rank = (blocks.n_tokens - 1) * QUANTILE
+    kept = blocks.n_tokens - math.floor(rank)
     largest: dict[tuple[Stream, Sublayer], Tensor] = {}
     squares: dict[tuple[Stream, Sublayer], float] = {}
-    for batch in batches:
+    for batch in stream_units(model, blocks, chosen, progress=progress, name="calibration"):
         for stream in chosen:
             for sublayer, values in batch.values[stream].items():
                 key = (stream, sublayer)
@@ -128,7 +129,8 @@ def calibrate(
         for sublayer, count in counts.items():
             top = largest[stream, sublayer].double()
             above = top[:, -2] if kept > 1 else top[:, -1]
-            peaks[sublayer] = torch.lerp(top[:, -1], above, at - math.floor(at)).to(largest[stream, sublayer].dtype)
+            peak = torch.lerp(top[:, -1], above, rank - math.floor(rank))
+            peaks[sublayer] = peak.to(largest[stream, sublayer].dtype)
             rms[sublayer] = math.sqrt(squares[stream, sublayer] / (blocks.n_tokens * count))
         rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens, fingerprint_of(model, stream))
     return rules

@@ -1,7 +1,8 @@
-"""Which label each unit stands for, on generated stories whose every word carries known labels.
+"""Which label each unit responds to, on generated stories in which the labels of every word are known.
 
-The text is cut in two halves. The label of a unit is chosen on the first by each measure (F1 and mutual information of
-firing, AUROC of the value) and scored on the second, so that a unit that follows nothing scores what chance gives.
+The text is divided into two halves. Each measure (F1 and mutual information of firing, AUROC of the value) chooses a
+label for the unit on the first half and is computed for that label on the second half, so that a unit that responds to
+no label scores at chance level.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
@@ -29,35 +30,36 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COVERED = 0.8
-"""Held-out F1 from which a unit stands for a label."""
+"""A label is covered if a unit reaches this F1 on the held-out half."""
 NO_LABEL = -1
-"""Value at tokens that belong to no word, and for words whose label is `none`."""
+"""Value at tokens outside words and for words whose label is `none`."""
 
 
 class LabelledText(NamedTuple):
-    """Blocks of tokens with labels."""
+    """Blocks of tokens, with the labels of each token."""
 
     tokens: Int[Tensor, "block pos"]
-    """The text."""
+    """Tokens of the text."""
     labels: Int[Tensor, "kind block pos"]
-    """Index of each token's label in `names`, by kind of label; -1: none."""
+    """Index in `names` of each token's label, for each kind of label; -1 stands for no label."""
     names: tuple[str, ...]
-    """Every label, as `role=giver`."""
+    """All labels, such as `role=giver`."""
 
 
 def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) -> LabelledText:
-    """Generated stories as blocks; every token carries the labels of the word that it is part of.
+    """Generates stories and cuts them into blocks; every token carries the labels of the word that it belongs to.
 
-    The value `none` counts as no label: it tells nothing of a word.
+    A word whose label is `none` counts as a word without a label of that kind.
 
     Args:
-        tokenizer: the model's tokenizer, a fast Hugging Face one.
-        n_stories: stories; each stands between its boundary tokens, as in training.
-        n_ctx: tokens per block; what is left over at the end is dropped.
-        seed: of the stories; another one than the training text's.
+        tokenizer: the model's tokenizer, which must be a fast Hugging Face tokenizer.
+        n_stories: number of stories. Each stands between boundary tokens, as in training.
+        n_ctx: tokens per block; an incomplete last block is dropped.
+        seed: seed of the stories, different from that of the training text.
 
     Raises:
-        ValueError: a tokenizer without offsets or end-of-text token, or stories that do not fill two blocks.
+        ValueError: the tokenizer gives no character offsets or has no end-of-text token, or the stories fill fewer than
+            two blocks.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"labels need a fast Hugging Face tokenizer, not {type(tokenizer).__name__}")
@@ -66,41 +68,40 @@ def label_stories(tokenizer: Any, n_stories: int, n_ctx: int, *, seed: int = 1) 
     index = {name: i for i, name in enumerate(names)}
     tokens: list[int] = []
     labels: list[tuple[int, ...]] = []
-    nothing = (NO_LABEL,) * len(LABELS)
+    no_labels = (NO_LABEL,) * len(LABELS)
     for story in generate(n_stories, seed):
         encoded = tokenizer(story.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens += [*boundary.before, *encoded["input_ids"], *boundary.after]
-        inside = _labels_of(story, encoded["offset_mapping"], index)
-        labels += [*(nothing for _ in boundary.before), *inside, *(nothing for _ in boundary.after)]
+        labels += [no_labels] * len(boundary.before)
+        labels += _labels_of(story, encoded["offset_mapping"], index)
+        labels += [no_labels] * len(boundary.after)
     count = len(tokens) // n_ctx
     if count < 2:
         raise ValueError(
-            f"{n_stories} stories are {len(tokens)} tokens, fewer than two blocks of {n_ctx}: ask for more"
+            f"{n_stories} stories are {len(tokens)} tokens, fewer than two blocks of {n_ctx}; ask for more stories"
         )
     flat = torch.tensor(labels[: count * n_ctx]).T
     return LabelledText(torch.tensor(tokens[: count * n_ctx]).view(count, n_ctx), flat.reshape(-1, count, n_ctx), names)
 
 
 def _labels_of(story: Story, spans: Sequence[tuple[int, int]], index: Mapping[str, int]) -> list[tuple[int, ...]]:
-    """The labels of each token: those of the last word that its characters reach into."""
-    labels, words, index_of_word = [], story.words, 0
+    """Returns the labels of each token: those of the last word that it overlaps."""
+    labels, words, current = [], story.words, 0
     for start, end in spans:
-        while index_of_word + 1 < len(words) and words[index_of_word + 1].start < end:
-            index_of_word += 1
-        word = words[index_of_word]
-        inside = word.start < end and start < word.end
-        labels.append(
-            tuple(index.get(f"{kind}={getattr(word, kind)}", NO_LABEL) if inside else NO_LABEL for kind in LABELS)
-        )
+        while current + 1 < len(words) and words[current + 1].start < end:
+            current += 1
+        word = words[current]
+        names = [f"{kind}={getattr(word, kind)}" if word.start < end and start < word.end else "" for kind in LABELS]
+        labels.append(tuple(index.get(name, NO_LABEL) for name in names))
     return labels
 
 
 @dataclass(frozen=True)
 class Selectivity:
-    """Units against labels, from `selectivity`."""
+    """How well units follow labels, from `selectivity`."""
 
     table: pd.DataFrame
-    """One row per unit and stream: for each measure the chosen label and its score on the held-out half."""
+    """One row per unit and stream: for each measure, the chosen label and its score on the held-out half."""
     coverage: pd.DataFrame
     """One row per label and stream: the unit chosen for it, its held-out F1, and whether that is at least 0.8."""
 
@@ -116,59 +117,62 @@ def selectivity(
     sample_tokens: int = 16_384,
     progress: bool = True,
 ) -> Selectivity:
-    """The best label of each unit and the best unit of each label, chosen on one half and scored on the other.
+    """Finds the best label of each unit and the best unit of each label, on one half, and scores them on the other.
 
-    F1 and mutual information (bits, of firing and label) are exact; AUROC is of an even sample of `sample_tokens`
-    tokens of each half, exact on texts with no more. Labels with fewer than `min_tokens` tokens in either half are
-    left out. Dead units have no label; their scores are NaN.
+    F1 and the mutual information (in bits) of firing and label are exact. AUROC is computed on an evenly spaced sample
+    of `sample_tokens` tokens of each half. Labels with fewer than `min_tokens` tokens in either half are left out. Dead
+    units get no label, and their scores are NaN.
 
     Args:
-        text: from `label_stories`.
+        text: labelled text from `label_stories`.
         calibration: another text, or thresholds from `calibrate`.
-        streams: None: all that the model has.
+        streams: streams to read; None reads all that the model has.
         share: firing level as a share of the 99.9th percentile.
-        min_tokens: tokens that a label must have in each half.
-        sample_tokens: tokens of each half whose values are kept for AUROC (4 bytes each per unit and stream).
-        progress: show progress bars.
+        min_tokens: smallest number of tokens that a label must have in each half.
+        sample_tokens: tokens of each half whose values are kept for AUROC (4 bytes per token, unit and stream).
+        progress: whether to show progress bars.
 
     Raises:
-        ValueError: an unknown stream, a text of one block, no label with enough tokens, a share outside (0, 1].
+        ValueError: an unknown stream, a text of one block, no label with enough tokens, or a share outside (0, 1].
     """
     check_share(share)
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
     chosen = chosen_streams(model, streams)
     if len(text.tokens) < 2:
-        raise ValueError("the labelled text has one block; the label is chosen on one half and scored on the other")
+        raise ValueError(
+            "the labelled text has one block, but needs two: labels are chosen on one half and scored on the other"
+        )
     half = len(text.tokens) // 2
     kept = _frequent(text, half, min_tokens)
     rules = rules_for(model, calibration, chosen, progress)
-    halves = [
-        _count(model, text, slice(0, half), kept, rules, chosen, share, sample_tokens, progress, "labels: choice"),
-        _count(model, text, slice(half, None), kept, rules, chosen, share, sample_tokens, progress, "labels: held out"),
-    ]
-    names = [text.names[i] for i in kept.tolist()]
-    return _scored(halves, rules, names, chosen, unit_counts(model))
+    choice, held_out = (
+        _count(model, text, part, kept, rules, chosen, share, sample_tokens, progress)
+        for part in (slice(0, half), slice(half, None))
+    )
+    return _tabulate(choice, held_out, rules, [text.names[i] for i in kept.tolist()])
 
 
 def _frequent(text: LabelledText, half: int, min_tokens: int) -> Int[Tensor, " label"]:
-    """Indices of the labels with enough tokens in both halves."""
+    """Returns the indices of the labels with enough tokens in both halves."""
     enough = torch.ones(len(text.names), dtype=torch.bool)
     for part in (text.labels[:, :half], text.labels[:, half:]):
         enough &= torch.bincount(part[part >= 0].flatten(), minlength=len(text.names)) >= min_tokens
     if not enough.any():
-        raise ValueError(f"no label has min_tokens={min_tokens} tokens in each half: give more text or ask for fewer")
+        raise ValueError(
+            f"no label has min_tokens={min_tokens} tokens in each half: give more text or set min_tokens lower"
+        )
     return enough.nonzero()[:, 0]
 
 
 class _Half(NamedTuple):
-    """What one half of the text says."""
+    """Counts and AUROC of one half of the text."""
 
     n: int
     of_label: Float[Tensor, " label"]
-    """Tokens of each label."""
+    """Number of tokens of each label."""
     together: dict[tuple[Stream, Sublayer], Float[Tensor, "label_and_all unit"]]
-    """Tokens with the label at which the unit fires; the last row: all at which it fires."""
+    """Number of tokens with the label at which the unit fires; the last row counts all tokens at which it fires."""
     auroc: dict[tuple[Stream, Sublayer], Float[Tensor, "label unit"]]
 
 
@@ -182,7 +186,6 @@ def _count(
     share: float,
     sample_tokens: int,
     progress: bool,
-    name: str,
 ) -> _Half:
     device = device_of(model)
     blocks = text_blocks(model, text.tokens[part])
@@ -197,10 +200,10 @@ def _count(
     sample = {key: torch.zeros(len(picked), counts[key[1]], device=device) for key in keys}
     of_label = torch.zeros(len(kept), dtype=torch.float64)
     members = torch.zeros(len(picked), len(kept))
-    for batch in stream_units(model, blocks, streams, progress=progress, name=name):
+    for batch in stream_units(model, blocks, streams, progress=progress, name="labels"):
         start = batch.first * blocks.length
         size = batch.tokens.numel()
-        # a member of every label of each kind; the spare column takes those that are not kept
+        # the last column collects labels that are not kept, then counts all tokens
         member = torch.zeros(size, len(kept) + 1).scatter_(1, column[labels[:, start : start + size].T], 1.0)
         member[:, -1] = 1
         of_label += member[:, :-1].sum(0)
@@ -218,7 +221,7 @@ def _count(
 
 
 class _Scores(NamedTuple):
-    """Measures of firing against labels in one half."""
+    """How well firing agrees with labels in one half."""
 
     f1: Float[Tensor, "label unit"]
     precision: Float[Tensor, "label unit"]
@@ -229,13 +232,20 @@ class _Scores(NamedTuple):
 def firing_scores(
     both: Float[Tensor, "label unit"], fires: Float[Tensor, " unit"], of_label: Float[Tensor, " label"], n: int
 ) -> _Scores:
-    """F1, precision, recall and mutual information (bits) from the tokens with both, either and all."""
+    """Returns F1, precision, recall and mutual information (bits) of firing and label.
+
+    Args:
+        both: number of tokens with the label at which the unit fires.
+        fires: number of tokens at which the unit fires.
+        of_label: number of tokens with the label.
+        n: number of tokens.
+    """
     fires, of_label = fires[None].expand_as(both), of_label[:, None].expand_as(both)
     cells = torch.stack([both, fires - both, of_label - both, n - fires - of_label + both]) / n
-    marginal = torch.stack(
+    independent = torch.stack(
         [fires * of_label, fires * (n - of_label), (n - fires) * of_label, (n - fires) * (n - of_label)]
     ) / (n * n)
-    bits = torch.where(cells > 0, cells * (cells / marginal).log2(), 0).sum(0).clamp(min=0)
+    bits = torch.where(cells > 0, cells * (cells / independent).log2(), 0).sum(0).clamp(min=0)
     return _Scores(
         f1=2 * both / (fires + of_label),
         precision=torch.nan_to_num(both / fires),
@@ -244,83 +254,71 @@ def firing_scores(
     )
 
 
-def _scored(
-    halves: Sequence[_Half],
-    rules: Mapping[Stream, Thresholds],
-    names: Sequence[str],
-    streams: Sequence[Stream],
-    counts: Mapping[Sublayer, int],
-) -> Selectivity:
+def _tabulate(choice: _Half, held_out: _Half, rules: Mapping[Stream, Thresholds], names: Sequence[str]) -> Selectivity:
     import pandas as pd
 
-    parts, covered = [], []
-    choice, held = halves
-    always = 2 * held.of_label / (held.n + held.of_label)
-    for stream in streams:
-        everywhere: list[tuple[Sublayer, _Scores, _Scores]] = []
-        for sublayer, n_units in counts.items():
+    tables, coverage = [], []
+    for stream in dict.fromkeys(stream for stream, _ in choice.together):
+        of_sublayers, f1_chosen, f1 = [], [], []
+        for sublayer in [sublayer for of_stream, sublayer in choice.together if of_stream == stream]:
             key = (stream, sublayer)
             before, after = (
-                firing_scores(h.together[key][:-1], h.together[key][-1], h.of_label, h.n) for h in (choice, held)
+                firing_scores(half.together[key][:-1], half.together[key][-1], half.of_label, half.n)
+                for half in (choice, held_out)
             )
-            everywhere.append((sublayer, before, after))
-            unit = torch.arange(n_units, device=before.f1.device)
-            live = rules[stream].live(sublayer).to(unit.device)
-            columns: dict[str, Any] = {"live": live}
-            pairs = {
-                "f1": (before.f1, after.f1),
-                "mutual_information": (before.mutual_information, after.mutual_information),
-                "auroc": (choice.auroc[key].nan_to_num(0), held.auroc[key]),
-            }
-            for name, (first, second) in pairs.items():
-                best = first.argmax(0)
-                columns[f"{name}_label"] = best
-                columns[name] = second[best, unit]
-                columns[f"{name}_when_chosen"] = first[best, unit]
-                if name == "f1":
-                    columns["precision"], columns["recall"] = after.precision[best, unit], after.recall[best, unit]
-                    columns["f1_if_always_firing"] = always[best]
-            of_pos = [i for i, label in enumerate(names) if label.startswith("pos=")]
-            columns["effective_parts_of_speech"] = effective_number(
-                choice.together[key][of_pos] + held.together[key][of_pos]
-            )
-            part = pd.DataFrame(
-                {"stream": stream, **sublayer._asdict(), "unit": range(n_units)}
-                | {name: column.cpu().numpy() for name, column in columns.items()}
-            )
-            for name in pairs:
-                label = part[f"{name}_label"].map(lambda i: names[i]).astype(object)
-                part[f"{name}_label"] = label.where(part["live"], None)
-            scores = [c for c in columns if c != "live" and not c.endswith("_label")]
-            part[scores] = part[scores].where(part["live"], float("nan"))
-            parts.append(part)
-        covered.append(_coverage(stream, everywhere, names, held))
-    return Selectivity(pd.concat(parts, ignore_index=True), pd.concat(covered, ignore_index=True))
+            live = rules[stream].live(sublayer).to(before.f1.device)
+            of_sublayers.append(_table_of(stream, sublayer, live, choice, held_out, before, after, names))
+            f1_chosen.append(before.f1)
+            f1.append(after.f1)
+        table = pd.concat(of_sublayers, ignore_index=True)
+        best = torch.cat(f1_chosen, 1).argmax(1, keepdim=True)
+        units = table.loc[best[:, 0].tolist(), ["layer", "site", "unit"]].reset_index(drop=True)
+        counts = {"stream": stream, "label": names, "n_tokens": held_out.of_label.long().tolist()}
+        units["f1"] = torch.cat(f1, 1).gather(1, best)[:, 0].tolist()
+        units["covered"] = units["f1"] >= COVERED
+        coverage.append(pd.concat([pd.DataFrame(counts), units], axis=1))
+        tables.append(table)
+    return Selectivity(pd.concat(tables, ignore_index=True), pd.concat(coverage, ignore_index=True))
 
 
-def _coverage(
-    stream: Stream, everywhere: Sequence[tuple[Sublayer, _Scores, _Scores]], names: Sequence[str], held: _Half
+def _table_of(
+    stream: Stream,
+    sublayer: Sublayer,
+    live: Bool[Tensor, " unit"],
+    choice: _Half,
+    held_out: _Half,
+    before: _Scores,
+    after: _Scores,
+    names: Sequence[str],
 ) -> pd.DataFrame:
-    """For each label the unit with the highest F1 on the choice half, and its F1 on the held-out one."""
+    """Returns the rows of one sublayer's units; `before` and `after` are the scores on the two halves."""
     import pandas as pd
 
-    before = torch.cat([scores.f1 for _, scores, _ in everywhere], 1)
-    after = torch.cat([scores.f1 for _, _, scores in everywhere], 1)
-    places = [(sublayer, unit) for sublayer, scores, _ in everywhere for unit in range(scores.f1.shape[1])]
-    best = before.argmax(1)
-    rows = []
-    for i, label in enumerate(names):
-        sublayer, unit = places[int(best[i])]
-        f1 = float(after[i, best[i]])
-        rows.append(
-            {
-                "stream": stream,
-                "label": label,
-                "n_tokens": int(held.of_label[i]),
-                **sublayer._asdict(),
-                "unit": unit,
-                "f1": f1,
-                "covered": f1 >= COVERED,
-            }
-        )
-    return pd.DataFrame(rows)
+    key, unit = (stream, sublayer), torch.arange(len(live), device=live.device)
+    always = 2 * held_out.of_label / (held_out.n + held_out.of_label)
+    pairs = {
+        "f1": (before.f1, after.f1),
+        "mutual_information": (before.mutual_information, after.mutual_information),
+        "auroc": (choice.auroc[key].nan_to_num(0), held_out.auroc[key]),
+    }
+    columns: dict[str, Tensor] = {"live": live}
+    for name, (chosen_by, scored_by) in pairs.items():
+        best = chosen_by.argmax(0)
+        columns[f"{name}_label"] = best
+        columns[name], columns[f"{name}_when_chosen"] = scored_by[best, unit], chosen_by[best, unit]
+        if name == "f1":
+            columns["precision"], columns["recall"] = after.precision[best, unit], after.recall[best, unit]
+            columns["f1_if_always_firing"] = always[best]
+    parts_of_speech = [i for i, label in enumerate(names) if label.startswith("pos=")]
+    together = choice.together[key][parts_of_speech] + held_out.together[key][parts_of_speech]
+    columns["effective_parts_of_speech"] = effective_number(together)
+    table = pd.DataFrame(
+        {"stream": stream, **sublayer._asdict(), "unit": range(len(live))}
+        | {name: column.cpu().numpy() for name, column in columns.items()}
+    )
+    for name in columns:
+        if name.endswith("_label"):
+            table[name] = table[name].map(lambda i: names[i]).astype(object).where(table["live"], None)
+        elif name != "live":
+            table[name] = table[name].where(table["live"], float("nan"))
+    return table

@@ -1,14 +1,18 @@
 """Optional: explanations of units by a language model behind an OpenAI-compatible endpoint, and their scores.
 
-Nothing else needs this module. `ChatModel` asks the endpoint, with retries, a budget and a cache on disk;
-`explain_by_chat` has it explain units from the snippets of `explain` and judge its own explanations on the held-out
-ones, by the same two scores as the trie: detection and simulation.
+`ChatModel` asks the endpoint, with retries, a budget and a cache on disk. `explain_by_chat` lets it explain units from
+the snippets of `explain` and test its explanations on held-out snippets, by two of the scores of the trie: detection
+and simulation.
+
+`huggingface_hub.InferenceClient` is not used, because it sends the user's Hub token to any endpoint and refuses local
+servers while the Hub is set to offline.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import urllib.error
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.units.explanations import Explanation, Snippet, correlation
@@ -27,14 +32,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
-"""Answers of a server after which the same question may be asked again."""
+"""Status codes after which the same question is asked again."""
 
 LEVELS = 10
-"""Activations are shown and predicted as whole numbers from 0 to this."""
+"""Activations are shown and predicted as whole numbers from 0 to this number."""
 
 
 class BudgetError(RuntimeError):
-    """The budget of calls or tokens is spent; answers so far are in the cache."""
+    """The budget of calls or tokens is spent; earlier answers are in the cache."""
 
 
 @dataclass
@@ -42,27 +47,27 @@ class ChatModel:
     """A chat model behind an OpenAI-compatible endpoint."""
 
     url: str
-    """Base address; `/chat/completions` is added. `http://localhost:8000/v1` for a local server."""
+    """Base address, to which `/chat/completions` is added, such as `http://localhost:8000/v1` for a local server."""
     model: str
-    """Name of the model, as the endpoint knows it."""
+    """Name of the model at the endpoint."""
     key_variable: str | None = None
-    """Environment variable that holds the key; None: no key is sent."""
+    """Environment variable that holds the key; None sends no key."""
     cache_dir: str | Path | None = None
-    """Folder in which answers are kept; the same question is not asked twice. None: no cache."""
+    """Folder that stores the answers, so that no question is asked twice; None stores none."""
     max_calls: int = 1_000
-    """Calls allowed over the life of this object, retries counted, answers from the cache not."""
+    """Largest number of calls by this object; retries count, answers from the cache do not."""
     max_tokens: int = 1_000_000
-    """Tokens allowed (of questions and answers, as the endpoint counts them); no call is made once they are spent."""
+    """Number of tokens, of questions and answers as the endpoint counts them, after which no call is made."""
     retries: int = 4
-    """Times a failed call is made again."""
+    """How often a failed call is repeated."""
     backoff: float = 1.0
-    """Seconds before the first retry, doubled before each further one."""
+    """Seconds before the first retry; the pause doubles with each further retry."""
     timeout: float = 60.0
     """Seconds to wait for an answer."""
     calls: int = field(default=0, init=False)
-    """Calls made."""
+    """Number of calls so far."""
     tokens: int = field(default=0, init=False)
-    """Tokens used."""
+    """Number of tokens used so far."""
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -76,16 +81,16 @@ class ChatModel:
             raise ValueError(f"backoff={self.backoff} must be at least 0 and timeout={self.timeout} above 0 seconds")
 
     def ask(self, system: str, question: str, *, answer_tokens: int = 200) -> str:
-        """The model's answer at temperature 0.
+        """Returns the model's answer at temperature 0, from the cache if it is stored there.
 
         Args:
-            system: what the model is told to be.
-            question: the question.
-            answer_tokens: longest answer.
+            system: system message.
+            question: user message.
+            answer_tokens: largest number of tokens of the answer.
 
         Raises:
-            BudgetError: the calls or tokens are spent.
-            ConnectionError: no answer after all retries.
+            BudgetError: the budget of calls or tokens is spent.
+            ConnectionError: there is no answer after all retries.
             ValueError: the endpoint refuses the question, or answers in another format.
         """
         body = {
@@ -101,13 +106,13 @@ class ChatModel:
             stored = Path(self.cache_dir) / f"{digest}.json"
             if stored.is_file():
                 return str(json.loads(stored.read_text(encoding="utf-8"))["answer"])
-        answer = self._call(raw)
+        answer = self._post(raw)
         if stored is not None:
             stored.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(stored, json.dumps({"question": body, "answer": answer}, indent=1))
         return answer
 
-    def _call(self, raw: bytes) -> str:
+    def _post(self, raw: bytes) -> str:
         headers = {"Content-Type": "application/json"}
         if self.key_variable is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
@@ -172,26 +177,29 @@ def explain_by_chat(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Explanations in words, and their scores on held-out snippets.
+    """Asks a chat model to explain units in words, and scores its explanations on held-out snippets.
 
-    Costs one call to explain a unit, one for detection and one per snippet for simulation. Units without snippets are
-    left out.
+    Each unit takes one call for the explanation, one for detection and one per snippet for simulation. Units without
+    snippets are left out.
 
     Args:
-        chat: the model to ask.
+        chat: chat model to ask.
         explanations: units with their snippets, from `explain(...).units`.
-        spell: text of a token, such as `lambda token: tokenizer.decode([token])`.
-        shown: snippets the explanation is made from.
-        judged: held-out snippets it is judged on, half with firing and half without.
-        seed: of the order in which snippets are judged.
+        spell: function that returns the text of a token, such as `lambda token: tokenizer.decode([token])`.
+        shown: number of snippets from which the model explains a unit.
+        judged: number of held-out snippets on which the explanation is scored, half of them with firing.
+        seed: seed of the order of the held-out snippets.
+        progress: whether to show a progress bar.
 
     Returns:
-        One row per unit: `layer`, `site`, `unit`, `stream`; `explanation`; `detection`, balanced accuracy in telling
-        snippets with firing; `simulation`, correlation of predicted with true activations over all tokens; NaN where
-        there are no snippets or no answer could be read; `unread`, answers that could not be.
+        One row per unit: `layer`, `site`, `unit`, `stream`; `explanation`; `detection`, the balanced accuracy of
+        distinguishing snippets with firing from those without; `simulation`, the correlation of predicted and true
+        activations over all tokens; and `unread`, the number of answers in another format than asked for. Scores are
+        NaN without snippets or readable answers.
 
     Raises:
-        BudgetError, ConnectionError, ValueError: see `ChatModel.ask`; and if a number of snippets is too small.
+        BudgetError, ConnectionError, ValueError: see `ChatModel.ask`; ValueError also if `shown` or `judged` is too
+            small.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -207,45 +215,50 @@ def explain_by_chat(
             f"{i}. {mark_active_tokens(s, spell, peak)}" for i, s in enumerate(explanation.fitted[:shown], 1)
         )
         words = chat.ask(EXPLAIN, excerpts).strip()
-        few = [*explanation.firing[: judged // 2], *explanation.silent[: judged // 2]]
-        fires = [True] * len(explanation.firing[: judged // 2]) + [False] * len(explanation.silent[: judged // 2])
-        order = np.random.default_rng(seed).permutation(len(few))
-        few, fires = [few[i] for i in order], [fires[i] for i in order]
-        detection, simulation, unread = _judge(chat, words, few, fires, spell, peak)
-        rows.append(
-            {**explanation.unit.row(), "stream": explanation.stream, "explanation": words}
-            | {"detection": detection, "simulation": simulation, "unread": unread}
-        )
+        firing, silent = explanation.firing[: judged // 2], explanation.silent[: judged // 2]
+        order = np.random.default_rng(seed).permutation(len(firing) + len(silent))
+        held_out = [[*firing, *silent][i] for i in order]
+        scores = _judge(chat, words, held_out, order < len(firing), spell)
+        rows.append({**explanation.unit.row(), "stream": explanation.stream, "explanation": words, **scores})
     return pd.DataFrame(rows)
 
 
 def _judge(
-    chat: ChatModel, words: str, few: list[Snippet], fires: list[bool], spell: Callable[[int], str], peak: float
-) -> tuple[float, float, int]:
-    """Detection, simulation, and the number of answers that could not be read."""
-    if not few:
-        return float("nan"), float("nan"), 0
-    texts = "\n".join(f"{i}. {''.join(map(spell, s.tokens))}" for i, s in enumerate(few, 1))
-    said = read_numbers(chat.ask(DETECT, f"The unit: {words}\n\n{texts}", answer_tokens=20 + 4 * len(few)), len(few))
-    detection, unread = float("nan"), int(said is None)
-    if said is not None and 0 < sum(fires) < len(fires):
-        right = (np.array(said) > 0) == np.array(fires)
-        detection = float((right[np.array(fires)].mean() + right[~np.array(fires)].mean()) / 2)
-    predicted, true = [], []
-    for snippet in few:
-        tokens = "\n".join(f"{i}. {spell(token)!r}" for i, token in enumerate(snippet.tokens, 1))
+    chat: ChatModel,
+    words: str,
+    held_out: Sequence[Snippet],
+    fires: Bool[np.ndarray, " snippet"],
+    spell: Callable[[int], str],
+) -> dict[str, float]:
+    """Asks for detection and simulation of the snippets, and returns both scores."""
+    scores = {"detection": math.nan, "simulation": math.nan, "unread": 0}
+    if not len(held_out):
+        return scores
+    texts = "\n".join(f"{i}. {''.join(map(spell, s.tokens))}" for i, s in enumerate(held_out, 1))
+    answer = chat.ask(DETECT, f"The unit: {words}\n\n{texts}", answer_tokens=20 + 4 * len(held_out))
+    says = read_numbers(answer, len(held_out))
+    scores["unread"] += says is None
+    if says is not None and fires.any() and not fires.all():
+        right = (np.array(says) > 0) == fires
+        scores["detection"] = float((right[fires].mean() + right[~fires].mean()) / 2)
+    predicted: list[float] = []
+    true: list[float] = []
+    for snippet in held_out:
         count = len(snippet.tokens)
-        guess = read_numbers(chat.ask(SIMULATE, f"The unit: {words}\n\n{tokens}", answer_tokens=20 + 6 * count), count)
-        if guess is None:
-            unread += 1
-            continue
-        predicted += guess
-        true += list(snippet.scores)
-    return detection, correlation(np.array(predicted), np.array(true)) if true else float("nan"), unread
+        tokens = "\n".join(f"{i}. {spell(token)!r}" for i, token in enumerate(snippet.tokens, 1))
+        answer = chat.ask(SIMULATE, f"The unit: {words}\n\n{tokens}", answer_tokens=20 + 6 * count)
+        numbers = read_numbers(answer, count)
+        scores["unread"] += numbers is None
+        if numbers is not None:
+            predicted += numbers
+            true += snippet.scores
+    if true:
+        scores["simulation"] = correlation(np.array(predicted), np.array(true))
+    return scores
 
 
 def mark_active_tokens(snippet: Snippet, spell: Callable[[int], str], peak: float) -> str:
-    """The text of a snippet, active tokens as `<<token>>(activation)`, from 1 to `LEVELS` at the peak."""
+    """Writes active tokens of a snippet as `<<token>>(activation)`, with activations up to `LEVELS` at the peak."""
     parts = []
     for token, score in zip(snippet.tokens, snippet.scores, strict=True):
         shown = min(LEVELS, round(LEVELS * score / peak)) if peak > 0 else 0
@@ -254,7 +267,7 @@ def mark_active_tokens(snippet: Snippet, spell: Callable[[int], str], peak: floa
 
 
 def read_numbers(answer: str, count: int) -> list[float] | None:
-    """The JSON list of `count` numbers in an answer, whatever stands around it; None if there is none."""
+    """Returns the JSON list of `count` numbers in an answer, with any text around it; None if there is none."""
     start, stop = answer.find("["), answer.rfind("]")
     try:
         values: Any = json.loads(answer[start : stop + 1])

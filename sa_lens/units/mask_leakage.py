@@ -1,13 +1,14 @@
-"""Leakage through the masks: what the ablated stream loses when its masks or its values carry less information.
+"""How much information the masks carry: the loss of the ablated stream when masks or kept values are replaced.
 
-A mask of 8 among 128 units can carry 40 bits per token and layer, and the gate that chooses it sees the clean stream.
-`leakage` separates what the masks carry from what the kept values carry. How to read its tables: docs/leakage.md.
+A mask that keeps 8 of 128 units can carry 40 bits per token and layer, and the gate that chooses it reads the clean
+stream. `leakage` separates the information in the masks from the information in the kept values. docs/leakage.md
+explains its tables.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,47 +28,52 @@ if TYPE_CHECKING:
 
 
 PROBE_STEPS, PATIENCE = 3000, 3
-"""Batches of a probe at most, and judgements without improvement before it stops."""
+"""Largest number of batches on which a probe is trained, and of evaluations without improvement before it stops."""
 
 TOKENS_AT_ONCE = 4096
-"""Tokens of a batch."""
+"""Tokens per batch."""
 
 LOGITS_AT_ONCE = 2**25
-"""Largest number of logits held at a time (float32: 128 MiB)."""
+"""Largest number of logits in memory at a time (128 MiB in float32)."""
 
 CONDITIONS = {
     "clean": "the clean stream",
-    "ablated": "the ablated stream as it is",
-    "mean_values": "each unit's value replaced by its mean where it is kept: the mask alone speaks",
-    "mean_values_shuffled": "mean values, and masks shuffled within the same token: all that a token says",
-    "other_occurrence": "values kept, masks of another occurrence of the same token in another text",
-    "shuffled": "values kept, masks permuted among the occurrences of the same token",
-    "random": "values kept, each mask's entries permuted among the units",
-    "other_seed": "values kept, masks of a model of another seed on the same text",
+    "ablated": "the unchanged ablated stream",
+    "mean_values": "each kept unit has its mean value, so that only the mask carries information",
+    "mean_values_shuffled": "mean values, and masks permuted among the occurrences of a token: only the token is known",
+    "other_occurrence": "the values are kept; the mask comes from another occurrence of the same token in another text",
+    "shuffled": "the values are kept; masks are permuted among the occurrences of the same token",
+    "random": "the values are kept; the entries of each mask are permuted among the units",
+    "other_seed": "the values are kept; the masks come from a model of another seed on the same text",
     "self_read": "local gates read the ablated stream instead of the clean one",
 }
-"""What is measured, in the order of the table."""
+"""The conditions that `leakage` measures, in the order of its table."""
 
 PER_LAYER = ("mean_values", "other_occurrence", "shuffled", "random", "self_read")
-"""Conditions that are also tried in one layer at a time."""
+"""Conditions that can also be applied in one layer at a time."""
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """What the masks carry, from `leakage`. All losses are on the second half of the sequences; means, donors and
-    probes come from the first half."""
+    """How much information the masks carry, from `leakage`.
+
+    All losses are measured on the second half of the sequences; mean values, masks of other occurrences and the
+    training data of the probes come from the first half.
+    """
 
     losses: pd.DataFrame
-    """One row per condition (`CONDITIONS`) and layer (`all`, or a single one): `n`, predicted tokens at which the
-    condition could act (a token that occurs once has no other occurrence); `loss`, mean nats there; `ablated`, the loss
-    of the unchanged ablated stream at the same tokens; `difference` of the two, with a 95 % interval over sequences."""
+    """One row per condition (`CONDITIONS`) and layer (`all`, or a single one): `n`, the number of predictions that the
+    condition can change (a token that occurs once has no other occurrence); `loss`, their mean loss in nats; `ablated`,
+    the loss of the unchanged ablated stream at the same predictions; `difference` of the two, with its 95 % interval
+    over sequences."""
     probes: pd.DataFrame
-    """One row per probe and layer: `nats` and `accuracy` of predicting the next token (frequent tokens, and one class
-    for all others), held out, with the 95 % interval of `nats` over sequences. Probes: `frequency` (nothing is read),
-    `token` (the token before the predicted one), `residual` (clean stream entering the layer; `all`: its end), `mask`,
-    `mask_shuffled` (masks permuted within the token, in fit and test alike), `mask_other_seed`."""
+    """One row per probe and layer: the held-out `nats` and `accuracy` of predicting the next token (among the frequent
+    tokens and one class for all others), with the 95 % interval of `nats` over sequences. A probe reads nothing
+    (`frequency`), the current token (`token`), the clean residual stream that enters the layer, or leaves the last one
+    for `all` (`residual`), the masks (`mask`), masks permuted among the occurrences of the same token in both halves
+    (`mask_shuffled`), or the masks of another model (`mask_other_seed`)."""
     summary: pd.Series
-    """The few numbers to look at first; see docs/leakage.md."""
+    """The main results in a few numbers; see docs/leakage.md."""
 
 
 def leakage(
@@ -82,26 +88,26 @@ def leakage(
     seed: int = 0,
     progress: bool = True,
 ) -> Leakage:
-    """How much of the ablated stream's skill its masks carry, for gates of any scope, hard or soft.
+    """Measures how much of the ablated stream's skill its masks carry, for gates of any scope, hard or soft.
 
-    With soft gates the mask is the vector of weights: `random` permutes the weights of a token among the units, means
-    are weighted by them.
+    The mask of a soft gate is its vector of weights: the condition `random` permutes these weights among the units, and
+    mean values are weighted by them.
 
     Args:
         model: a model with gates.
         text: a token file, or blocks `[block pos]` without padding; at least 4 blocks.
-        other_seed: a model of the same shape and tokenizer trained from another seed, for the conditions and probes of
-            that name; None: they are left out.
-        n_tokens: tokens to read at most, both halves together; None: all.
-        per_layer: also change one layer at a time (several times the cost).
-        classes: number of frequent next tokens that the probes tell apart; all others are one class more.
-        probe_tokens: tokens of each half that the probes read at most; 0: no probes.
-        seed: of permutations, donors, probes and intervals.
-        progress: a progress bar.
+        other_seed: a model of the same shape and tokenizer that was trained from another seed, for the condition
+            `other_seed` and the probe `mask_other_seed`; None leaves them out.
+        n_tokens: largest number of tokens to read, for both halves together; None reads all.
+        per_layer: also changes one layer at a time, at several times the cost.
+        classes: number of frequent next tokens that the probes distinguish; all other tokens form one more class.
+        probe_tokens: largest number of tokens of each half that the probes read; 0 trains no probes.
+        seed: seed of the permutations, the choice of other occurrences, the probes and the intervals.
+        progress: whether to show progress bars.
 
     Raises:
-        ValueError: a model without gates, a text that does not fit or in which no token repeats, or another model that
-            does not fit.
+        ValueError: the model has no gates, the text is too short or repeats no token, or `other_seed` differs from the
+            model in more than its weights.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -126,7 +132,7 @@ def leakage(
         "mean_values_shuffled": _Change(means=means, masks=masks, rows=shuffled),
         "other_occurrence": _Change(masks=fit_masks, rows=donors),
         "shuffled": _Change(masks=masks, rows=shuffled),
-        "random": _Change(masks=permuted_units(masks, generator)),
+        "random": _Change(masks=permute_units(masks, generator)),
     }
     if other_seed is not None:
         changes["other_seed"] = _Change(masks=text_masks(other_seed, held_out.to(device_of(other_seed))))
@@ -161,32 +167,34 @@ def _check(model: Host, other: Host | None, classes: int, probe_tokens: int) -> 
         return
     if other is model or not has_ablated_stream(other):
         raise ValueError("other_seed must be a second model with gates, trained from another seed")
-    ours, theirs = ({n: m.hook_dict[n] for n in gate_hook_names(m)} for m in (model, other))
-    shape = ("n_layers", "n_heads", "d_head", "d_mlp", "d_vocab")
+    shape, gates = (
+        ("n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "attn_only"),
+        ("k_attn", "k_mlp", "kind", "attn_unit"),
+    )
     different = [n for n in shape if getattr(model.cfg, n) != getattr(other.cfg, n)]
-    gates = ("k_attn", "k_mlp", "kind", "attn_unit")
     different += [n for n in gates if getattr(model.gates, n) != getattr(other.gates, n)]  # type: ignore[attr-defined]
-    if different or ours.keys() != theirs.keys():
-        raise ValueError(f"other_seed differs from the model in {', '.join(different)}: only its seed may")
+    if different:
+        raise ValueError(f"other_seed differs from the model in {', '.join(different)}: only its weights may differ")
 
 
 # ----------------------------------------------------------------------------------------------------------- the edits
 
 
 class _Change(NamedTuple):
-    """One condition: what is put in place of masks and values."""
+    """One condition: the masks and values that replace the model's own."""
 
     stream: Any = "ablated"
-    means: Mapping[str, Tensor] | None = None
-    """Mean of each unit by the name of the gate's `hook_in`."""
+    means: Mapping[str, Tensor] = {}
+    """Mean value of each unit by the name of the gate's `hook_in`."""
     masks: Mapping[str, Tensor] | None = None
-    """Masks `[batch pos ...]` by name."""
+    """Masks `[batch pos ...]` by hook name."""
     rows: Int[Tensor, "batch pos"] | None = None
-    """Which flattened row of `masks` each token takes, -1: the token keeps its own; None: its own row."""
+    """Index of the flattened row of `masks` that each token takes; -1 keeps the token's own mask. None: all tokens take
+    the row at their own position."""
     self_read: bool = False
 
     def acts(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pred"]:
-        """Predictions at which the condition can act."""
+        """Returns the predictions that the condition can change."""
         if self.rows is None:
             return torch.ones_like(tokens[:, :-1], dtype=torch.bool)
         return (self.rows >= 0)[:, :-1]
@@ -195,63 +203,63 @@ class _Change(NamedTuple):
 def _nats(
     model: Host, tokens: Int[Tensor, "batch pos"], change: _Change, layer: int | None
 ) -> Float[Tensor, "batch pred"]:
-    """Nats of each predicted token under a change, of one layer or (None) of all."""
+    """Returns the loss in nats of each predicted token under a change in one layer, or in all layers for None."""
     parts, done = [], 0
     for batch in text_batches(model, tokens):
         rows = slice(done, done + len(batch))
-        hooks = [*_value_hooks(change, layer), *(_self_reading(model, layer) if change.self_read else ())]
-        with torch.no_grad(), _stream(model, batch, change, rows, layer):
+        hooks = [
+            (name, lambda value, hook, mean=change.means[name]: mean.to(value.device).expand_as(value))
+            for name in _names_in(change.means, layer)
+        ]
+        if change.self_read:
+            hooks += _self_read_hooks(model, layer)
+        with torch.no_grad(), _changed_stream(model, batch, change, rows, layer):
             logits = model.run_with_hooks(batch, fwd_hooks=hooks)[:, :-1].float()
         parts.append(logits.logsumexp(-1) - logits.gather(-1, batch[:, 1:, None])[..., 0])
         done += len(batch)
     return torch.cat(parts)
 
 
-def _stream(model: Host, batch: Tensor, change: _Change, rows: slice, layer: int | None) -> AbstractContextManager[Any]:
+def _changed_stream(
+    model: Host, batch: Tensor, change: _Change, rows: slice, layer: int | None
+) -> AbstractContextManager[Any]:
     if change.masks is None:
         return in_stream(model, change.stream)
-    device = batch.device
     own = text_masks(model, batch) if change.rows is not None else {}
-    chosen = {}
-    for name in _of_layer(change.masks, layer):
+    masks = {}
+    for name in _names_in(change.masks, layer):
         mask = change.masks[name]
         if change.rows is None:
-            taken = mask[rows]
+            mask = mask[rows]
         else:
             donors = change.rows[rows].to(mask.device)
-            taken = mask.flatten(0, 1)[donors.clamp(min=0)]
-            keeps = (donors < 0).reshape(*donors.shape, *[1] * (taken.ndim - 2))
-            taken = torch.where(keeps, own[name].to(mask.device), taken)
-        chosen[name] = taken.to(device=device, dtype=model.cfg.dtype)
-    return in_stream(model, "ablated", masks=chosen)
+            mask = mask.flatten(0, 1)[donors.clamp(min=0)]
+            keeps_own = (donors < 0).reshape(*donors.shape, *[1] * (mask.ndim - 2))
+            mask = torch.where(keeps_own, own[name].to(mask.device), mask)
+        masks[name] = mask.to(device=batch.device, dtype=model.cfg.dtype)
+    return in_stream(model, "ablated", masks=masks)
 
 
-def _of_layer(names: Mapping[str, Any], layer: int | None) -> list[str]:
+def _names_in(names: Iterable[str], layer: int | None) -> list[str]:
+    """Returns the hook names that belong to a layer, or all of them for None."""
     return [name for name in names if layer is None or name.startswith(f"blocks.{layer}.")]
 
 
-def _value_hooks(change: _Change, layer: int | None) -> Iterator[Hook]:
-    for name in _of_layer(change.means or {}, layer):
-        mean = (change.means or {})[name]
-        yield name, lambda value, hook, mean=mean: mean.to(value.device).expand_as(value)
-
-
-def _self_reading(model: Host, layer: int | None) -> Iterator[Hook]:
-    """Hooks that compute local scores from the residual stream of the ablated pass itself."""
-    seen: dict[int, Tensor] = {}
-    names = gate_hook_names(model, "scores")
+def _self_read_hooks(model: Host, layer: int | None) -> Iterator[Hook]:
+    """Yields hooks that compute the local scores from the residual stream of the ablated pass itself."""
+    residuals: dict[int, Tensor] = {}
     for index in range(model.cfg.n_layers):
         if layer in (None, index):
-            yield f"blocks.{index}.hook_resid_pre", lambda resid, hook, index=index: seen.__setitem__(index, resid)
-    for name in _of_layer(dict.fromkeys(names), layer):
+            yield f"blocks.{index}.hook_resid_pre", lambda resid, hook, index=index: residuals.update({index: resid})
+    for name in _names_in(gate_hook_names(model, "scores"), layer):
         gate = name.rsplit(".", 1)[0]
 
-        def rescored(scores: Tensor, hook: Any, gate: str = gate) -> Tensor:
-            resid = seen[int(gate.split(".")[1])].to(scores.dtype)
-            read = resid @ weight(model, f"{gate}.W_local").to(scores.dtype)
-            return (read + weight(model, f"{gate}.b_local").to(scores.dtype)).view_as(scores)
+        def compute_scores(scores: Tensor, hook: Any, gate: str = gate) -> Tensor:
+            resid = residuals[int(gate.split(".")[1])].to(scores.dtype)
+            product = resid @ weight(model, f"{gate}.W_local").to(scores.dtype)
+            return (product + weight(model, f"{gate}.b_local").to(scores.dtype)).view_as(scores)
 
-        yield name, rescored
+        yield name, compute_scores
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -272,12 +280,12 @@ def _row(nats: Tensor, ablated: Tensor, acts: Bool[Tensor, "batch pred"], seed: 
 
 
 def _mean_over_sequences(nats: Float[Tensor, "batch pred"], where: Bool[Tensor, "batch pred"], seed: int) -> Interval:
-    """Mean over the chosen predictions with a bootstrap interval over sequences."""
+    """Returns the mean over the chosen predictions with a bootstrap interval over sequences."""
     return bootstrap_interval((nats.double() * where).sum(-1), where.double().sum(-1), resamples=1000, seed=seed)
 
 
 def _summary(nats: Mapping[tuple[str, int | None], Tensor], where: Tensor, probes: pd.DataFrame) -> pd.Series:
-    """`mask_share` and its parts, all at the tokens that occur twice, and what the masks tell a linear probe."""
+    """Returns `mask_share` and its parts, at tokens that occur twice, and what linear probes learn from the masks."""
     import pandas as pd
 
     loss = {
@@ -318,71 +326,84 @@ def _probes(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    count = max(2, limit // fit.shape[1])
-    halves = [fit[:count], held_out[:count]]
-    generator = torch.Generator().manual_seed(seed + 1)
-    rows = [other_occurrences(half, half, generator) for half in halves]
-    places = [(row >= 0)[:, :-1] for row in rows]
-    if min(int(place.sum()) for place in places) < 2:
-        raise ValueError("too few tokens occur twice in each half of the text for the probes: give more text")
-    labels = _labels(halves, places, classes)
-    inputs = _Inputs(
-        [fit_masks, masks], rows, places, [text_masks(other, h.to(device_of(other))) for h in halves] if other else None
-    )
-    residuals = [_residuals(model, half) for half in halves]
-    sequences = [torch.arange(len(place), device=place.device)[:, None].expand_as(place)[place] for place in places]
-    read = [half[:, :-1][place] for half, place in zip(halves, places, strict=True)]
-    predictions: list[tuple[str, int | str, Tensor]] = [
-        ("frequency", "all", smoothed_counts([torch.zeros_like(r) for r in read], labels)),
-        ("token", "all", smoothed_counts(read, labels)),
+    count, generator = max(2, limit // fit.shape[1]), torch.Generator().manual_seed(seed + 1)
+    halves = [
+        _ProbedHalf.of(model, tokens[:count], masks_of_half, other, generator)
+        for tokens, masks_of_half in ((fit, fit_masks), (held_out, masks))
     ]
-    layers: list[int | str] = [*range(model.cfg.n_layers), "all"]
-    for layer in tqdm(layers, desc="probes", unit=" layers", disable=not progress):
-        features = inputs.of_layer(layer)
-        features["residual"] = [
-            r[-1 if layer == "all" else int(layer)][p] for r, p in zip(residuals, places, strict=True)
+    if min(int(half.where.sum()) for half in halves) < 2:
+        raise ValueError("too few tokens occur twice in each half of the text for the probes: give more text")
+    labels = _labels([half.tokens[:, 1:][half.where] for half in halves], classes)
+    current = [half.tokens[:, :-1][half.where] for half in halves]
+    where = halves[0].where
+    sequences = torch.arange(len(where), device=where.device)[:, None].expand_as(where)[where]
+    predictions: list[tuple[str, int | str, Tensor]] = [
+        ("frequency", "all", predict_from_counts([torch.zeros_like(tokens) for tokens in current], labels)),
+        ("token", "all", predict_from_counts(current, labels)),
+    ]
+    for layer in tqdm([*range(model.cfg.n_layers), None], desc="probes", unit=" layers", disable=not progress):
+        train, test = (half.features(layer) for half in halves)
+        predictions += [
+            (name, "all" if layer is None else layer, fit_probe(x, labels[0], test[name], groups=sequences, seed=seed))
+            for name, x in train.items()
         ]
-        for probe, (train, test) in features.items():
-            predictions.append((probe, layer, fit_probe(train, labels[0], test, groups=sequences[0], seed=seed)))
-    table = []
+    rows, where = [], halves[1].where.cpu()
     for probe, layer, log_probabilities in predictions:
-        spread = torch.zeros(places[1].shape, dtype=torch.float64)
-        spread[places[1].cpu()] = -log_probabilities.gather(-1, labels[1][:, None])[:, 0].double().cpu()
-        nats, low, high = _mean_over_sequences(spread, places[1].cpu(), seed)
+        nats = torch.zeros(where.shape, dtype=torch.float64)
+        nats[where] = -log_probabilities.gather(-1, labels[1][:, None])[:, 0].double().cpu()
+        mean, low, high = _mean_over_sequences(nats, where, seed)
         accuracy = float((log_probabilities.argmax(-1) == labels[1]).double().mean())
-        table.append(
-            {"probe": probe, "layer": layer, "n": len(labels[1]), "nats": nats, "nats_low": low, "nats_high": high}
+        rows.append(
+            {"probe": probe, "layer": layer, "n": len(labels[1]), "nats": mean, "nats_low": low, "nats_high": high}
             | {"accuracy": accuracy}
         )
-    return pd.DataFrame(table)
+    return pd.DataFrame(rows)
 
 
-class _Inputs(NamedTuple):
-    """Masks of both halves as the probes read them."""
+class _ProbedHalf(NamedTuple):
+    """What the probes read of one half of the text: the predictions after tokens that occur twice in it."""
 
-    masks: list[Mapping[str, Tensor]]
-    rows: list[Int[Tensor, "batch pos"]]
-    places: list[Bool[Tensor, "batch pred"]]
-    other: list[dict[str, Tensor]] | None
+    tokens: Int[Tensor, "batch pos"]
+    where: Bool[Tensor, "batch pred"]
+    rows: Int[Tensor, "batch pos"]
+    masks: Mapping[str, Tensor]
+    other_masks: Mapping[str, Tensor] | None
+    residuals: list[Float[Tensor, "batch pred d_model"]]
 
-    def of_layer(self, layer: int | str) -> dict[str, list[Float[Tensor, "token unit"]]]:
-        """Training and test features of every probe that reads masks."""
-        names = _of_layer(self.masks[0], None if layer == "all" else int(layer))
-        features: dict[str, list[Tensor]] = {"mask": [], "mask_shuffled": []}
-        if self.other is not None:
-            features["mask_other_seed"] = []
-        for half, (rows, place) in enumerate(zip(self.rows, self.places, strict=True)):
-            flat = torch.cat([self.masks[half][name][: len(rows)].flatten(2) for name in names], -1)
-            features["mask"].append(flat[:, :-1][place].float())
-            features["mask_shuffled"].append(flat.flatten(0, 1)[rows[:, :-1][place]].float())
-            if self.other is not None:
-                flat = torch.cat([self.other[half][name].flatten(2) for name in names], -1)
-                features["mask_other_seed"].append(flat[:, :-1].to(place.device)[place].float())
-        return features
+    @classmethod
+    def of(
+        cls,
+        model: Host,
+        tokens: Int[Tensor, "batch pos"],
+        masks: Mapping[str, Tensor],
+        other: Host | None,
+        generator: torch.Generator,
+    ) -> _ProbedHalf:
+        rows = other_occurrences(tokens, tokens, generator)
+        other_masks = None if other is None else text_masks(other, tokens.to(device_of(other)))
+        return cls(tokens, (rows >= 0)[:, :-1], rows, masks, other_masks, _residuals(model, tokens))
+
+    def features(self, layer: int | None) -> dict[str, Float[Tensor, "token feature"]]:
+        """Returns the input of each probe that reads the model, for one layer or for all (None)."""
+
+        def concatenate(masks: Mapping[str, Tensor]) -> Float[Tensor, "batch pos unit"]:
+            names = _names_in(masks, layer)
+            flat = torch.cat([masks[name][: len(self.tokens)].flatten(2) for name in names], -1)
+            return flat.to(self.tokens.device)
+
+        masks = concatenate(self.masks)
+        features = {
+            "mask": masks[:, :-1][self.where],
+            "mask_shuffled": masks.flatten(0, 1)[self.rows[:, :-1][self.where]],
+        }
+        if self.other_masks is not None:
+            features["mask_other_seed"] = concatenate(self.other_masks)[:, :-1][self.where]
+        features["residual"] = self.residuals[-1 if layer is None else layer][self.where]
+        return {name: x.float() for name, x in features.items()}
 
 
 def _residuals(model: Host, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tensor, "batch pred d_model"]]:
-    """Clean residual stream entering each layer, and leaving the last."""
+    """Returns the clean residual stream that enters each layer, and the one that leaves the last layer."""
     last = model.cfg.n_layers - 1
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)), f"blocks.{last}.hook_resid_post"]
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -394,19 +415,20 @@ def _residuals(model: Host, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tens
     return [torch.cat(parts[name]) for name in names]
 
 
-def _labels(halves: list[Tensor], places: list[Tensor], classes: int) -> list[Int[Tensor, " token"]]:
-    """The next token among the most frequent of the first half, numbered from 1; 0 for all others."""
-    following = [half[:, 1:][place] for half, place in zip(halves, places, strict=True)]
-    values, counts = following[0].unique(return_counts=True)
+def _labels(next_tokens: Sequence[Int[Tensor, " token"]], classes: int) -> list[Int[Tensor, " token"]]:
+    """Numbers the most frequent next tokens of the first half from 1; all other tokens get 0."""
+    values, counts = next_tokens[0].unique(return_counts=True)
     frequent = values[counts.argsort(descending=True, stable=True)[:classes]]
-    return [
-        (tokens[:, None] == frequent).int().argmax(-1) + (tokens[:, None] == frequent).any(-1) for tokens in following
-    ]
+    matches = [tokens[:, None] == frequent for tokens in next_tokens]
+    return [match.int().argmax(-1) + match.any(-1) for match in matches]
 
 
 def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Float[Tensor, " ..."]]:
-    """Mean value of each unit in the ablated stream where it is kept (weighted by a soft mask), by the name of the
-    gate's `hook_in`; a unit that is never kept has its mean over all tokens."""
+    """Returns each unit's mean value over the tokens that keep it, by the name of the gate's `hook_in`.
+
+    Values are those of the ablated stream, weighted by the mask if it is soft. A unit that is never kept has its mean
+    over all tokens.
+    """
     sums: dict[str, list[Tensor]] = {}
     names = {*gate_hook_names(model), *gate_hook_names(model, "in")}
     for batch in text_batches(model, tokens):
@@ -415,12 +437,7 @@ def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Floa
         for name in gate_hook_names(model, "in"):
             value = cache[name].double()
             mask = cache[name.replace("hook_in", "hook_mask")].double().expand_as(value)
-            parts = [
-                (mask * value).sum((0, 1)),
-                mask.sum((0, 1)),
-                value.sum((0, 1)),
-                torch.ones_like(value).sum((0, 1)),
-            ]
+            parts = [x.sum((0, 1)) for x in (mask * value, mask, value, torch.ones_like(value))]
             sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
     return {
         name: torch.where(kept > 0, weighted / kept.clamp(min=1e-12), value / n).to(model.cfg.dtype)
@@ -431,14 +448,14 @@ def mean_values(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Floa
 def other_occurrences(
     tokens: Int[Tensor, "batch pos"], among: Int[Tensor, "batch2 pos2"], generator: torch.Generator
 ) -> Int[Tensor, "batch pos"]:
-    """For each token, the flattened index in `among` of an occurrence of the same token; -1 where there is none.
+    """Returns, for each token, the flattened index in `among` of an occurrence of the same token, or -1 without one.
 
-    Where both are the same text (the same object), the answer is a random permutation within each token that leaves no
-    occurrence in its place; otherwise each occurrence draws its donor at random.
+    If both texts are the same object, the indices are a random permutation of the occurrences of each token that leaves
+    none in its place. Otherwise each occurrence is drawn at random.
     """
     wanted, pool = tokens.flatten().cpu(), among.flatten().cpu()
     order = torch.randperm(len(pool), generator=generator)
-    order = order[pool[order].sort(stable=True).indices]  # by token, at random within it
+    order = order[pool[order].sort(stable=True).indices]  # sorted by token, in random order within each token
     values, counts = pool[order].unique_consecutive(return_counts=True)
     starts = counts.cumsum(0) - counts
     chosen = torch.full_like(wanted, -1)
@@ -454,21 +471,21 @@ def other_occurrences(
     return chosen.reshape(tokens.shape).to(tokens.device)
 
 
-def permuted_units(masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Each token's mask with its entries permuted at random among the units, layer by layer."""
+def permute_units(masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns masks whose entries are permuted at random among the units, for each token and layer separately."""
     permuted = {}
     for name, mask in masks.items():
-        flat = mask.flatten(2)
-        # a batch row at a time: the random numbers need four bytes a unit
-        order = (torch.rand(row.shape, generator=generator).argsort(-1).to(flat.device) for row in flat)
-        permuted[name] = torch.stack(
-            [row.gather(-1, permutation) for row, permutation in zip(flat, order, strict=True)]
-        ).view_as(mask)
+        # one sequence at a time, since the random numbers take four bytes per unit
+        sequences = [
+            sequence.gather(-1, torch.rand(sequence.shape, generator=generator).argsort(-1).to(mask.device))
+            for sequence in mask.flatten(2)
+        ]
+        permuted[name] = torch.stack(sequences).view_as(mask)
     return permuted
 
 
 def text_masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
-    """Masks of a text by hook name; those of hard gates as booleans."""
+    """Returns the masks of a text by hook name; those of hard gates are booleans."""
     parts: dict[str, list[Tensor]] = {}
     hard = model.gates.kind == "hard"  # type: ignore[attr-defined]
     for batch in text_batches(model, tokens):
@@ -481,29 +498,32 @@ def text_masks(model: Host, tokens: Int[Tensor, "batch pos"]) -> dict[str, Tenso
 
 
 def text_batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tensor]:
-    """Parts of the sequences that fit one pass each, by tokens and by logits."""
+    """Splits the sequences into batches, limited by their tokens and by their logits."""
     at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
     return tokens.split(max(1, at_once // tokens.shape[1]))
 
 
-def smoothed_counts(
-    read: list[Int[Tensor, " token"]], labels: list[Int[Tensor, " token"]]
+def predict_from_counts(
+    tokens: list[Int[Tensor, " token"]], labels: list[Int[Tensor, " token"]]
 ) -> Float[Tensor, "test classes"]:
-    """Log-probabilities of the test labels given the token read: `(n(x, y) + a p(y)) / (n(x) + a)`, with the strength a
-    that predicts the training tokens best when each is left out in turn."""
-    n_classes, n_values = int(max(part.max() for part in labels)) + 1, int(max(part.max() for part in read)) + 1
-    pairs = torch.zeros(n_values, n_classes, dtype=torch.float64, device=labels[0].device)
-    pairs.index_put_((read[0], labels[0]), torch.ones_like(labels[0], dtype=torch.float64), accumulate=True)
-    # one more of each class, so that no probability is zero
-    share = (pairs.sum(0) + 1) / (len(labels[0]) + n_classes)
+    """Returns log-probabilities of the labels of the second half, given the token, from counts in the first half.
 
-    def left_out(strength: float) -> float:
-        others = pairs[read[0], labels[0]] - 1 + strength * share[labels[0]]
-        return float((others / (pairs[read[0]].sum(-1) - 1 + strength)).log().mean())
+    The probability of label y after token x is `(n(x, y) + a p(y)) / (n(x) + a)`. The strength a of the smoothing is
+    the one that predicts the tokens of the first half best when each is left out in turn.
+    """
+    n_classes, n_tokens = (int(max(half.max() for half in halves)) + 1 for halves in (labels, tokens))
+    pairs = torch.zeros(n_tokens, n_classes, dtype=torch.float64, device=labels[0].device)
+    pairs.index_put_((tokens[0], labels[0]), torch.ones_like(labels[0], dtype=torch.float64), accumulate=True)
+    # each class is counted once more, so that no probability is zero
+    frequency = (pairs.sum(0) + 1) / (len(labels[0]) + n_classes)
 
-    best = max((1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0), key=left_out)
-    chosen = pairs[read[1]]
-    return ((chosen + best * share) / (chosen.sum(-1, keepdim=True) + best)).log()
+    def left_out_likelihood(strength: float) -> float:
+        others = pairs[tokens[0], labels[0]] - 1 + strength * frequency[labels[0]]
+        return float((others / (pairs[tokens[0]].sum(-1) - 1 + strength)).log().mean())
+
+    strength = max((1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0), key=left_out_likelihood)
+    counts = pairs[tokens[1]]
+    return ((counts + strength * frequency) / (counts.sum(-1, keepdim=True) + strength)).log()
 
 
 def fit_probe(
@@ -514,43 +534,43 @@ def fit_probe(
     groups: Int[Tensor, " token"],
     seed: int = 0,
 ) -> Float[Tensor, "test classes"]:
-    """Log-probabilities of a multinomial logistic regression on the test features.
+    """Returns the log-probabilities that a multinomial logistic regression gives to the classes on the test features.
 
-    Adam with a small weight decay from zero weights, over at most `PROBE_STEPS` batches of 256 tokens. It is judged by
-    the loss on the last fifth of the groups, every 50 batches, or after every pass over the tokens if that is more. It
-    stops after more than `PATIENCE` judgements without improvement, and keeps the weights of the best one. Features are
-    centred and scaled by their deviation on the training tokens (by at least a tenth of the typical deviation, so that
-    a nearly constant unit is not blown up).
+    AdamW with a small weight decay starts at zero weights and takes at most `PROBE_STEPS` batches of 256 tokens. The
+    loss on the last fifth of the groups is evaluated every 50 batches, or after every pass over the tokens if that is
+    more. Training stops after more than `PATIENCE` evaluations without improvement and keeps the best weights. Features
+    are centred and divided by their standard deviation on the training tokens (by at least a tenth of the typical one,
+    so that noise of a nearly constant unit is not amplified).
 
     Args:
-        groups: sequence of each training token; a sequence is wholly in the fit or wholly in the stopping part.
+        groups: sequence of each training token; all tokens of a sequence are either trained on or evaluated.
     """
     centre, deviation = train.mean(0), train.std(0, correction=0)
     scale = deviation.clamp(min=0.1 * float(deviation.square().mean().sqrt()) + 1e-12)
     train, test = (train - centre) / scale, (test - centre) / scale
-    stopping = groups > groups.min() + (groups.max() - groups.min()) * 0.8
-    fitting = (~stopping).nonzero()[:, 0] if bool(stopping.any() & ~stopping.all()) else torch.arange(len(labels))
+    evaluated = groups > groups.min() + (groups.max() - groups.min()) * 0.8
+    trained = (~evaluated).nonzero()[:, 0] if bool(evaluated.any() & ~evaluated.all()) else torch.arange(len(labels))
     n_classes = int(labels.max()) + 1
-    share = (torch.bincount(labels, minlength=n_classes) + 1.0) / (len(labels) + n_classes)
+    frequency = (torch.bincount(labels, minlength=n_classes) + 1.0) / (len(labels) + n_classes)
     weights = torch.zeros(train.shape[1], n_classes, device=train.device, requires_grad=True)
-    bias = share.log().to(train).requires_grad_()
+    bias = frequency.log().to(train).requires_grad_()
     adam = torch.optim.AdamW([weights, bias], lr=2e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     best, best_loss, waited = [weights.detach().clone(), bias.detach().clone()], float("inf"), 0
-    judged = stopping if bool(stopping.any()) else torch.ones_like(stopping)
-    batches = max(1, math.ceil(len(fitting) / 256))
+    evaluated = evaluated if bool(evaluated.any()) else torch.ones_like(evaluated)
+    batches = max(1, math.ceil(len(trained) / 256))
     passes = max(1, math.ceil(50 / batches))
     with torch.enable_grad():
         for _ in range(max(1, PROBE_STEPS // (passes * batches))):
             with torch.no_grad():
-                loss = float(torch.nn.functional.cross_entropy(train[judged] @ weights + bias, labels[judged]))
+                loss = float(torch.nn.functional.cross_entropy(train[evaluated] @ weights + bias, labels[evaluated]))
             waited = 0 if loss < best_loss else waited + 1
             if waited == 0:
                 best_loss, best = loss, [weights.detach().clone(), bias.detach().clone()]
             if waited > PATIENCE:
                 break
             for _ in range(passes):
-                for batch in fitting[torch.randperm(len(fitting), generator=generator).to(fitting.device)].split(256):
+                for batch in trained[torch.randperm(len(trained), generator=generator).to(trained.device)].split(256):
                     adam.zero_grad()
                     torch.nn.functional.cross_entropy(train[batch] @ weights + bias, labels[batch]).backward()
                     adam.step()

@@ -1,10 +1,11 @@
-"""How sparse weights, activations and connections are, by the paper's measure and by ones without a scale.
+"""How sparse weights, activations and connections are, by the paper's measure and by measures without a scale.
 
-The paper's mean absolute weight counts every entry of the plain transformer, embedding and unembedding each (also
-where they are tied), and changes with any rescaling that leaves the function as it is. Hoyer and Gini of a matrix do
-not change when the matrix is rescaled, so for several matrices they are means over them. The share of entries below a
-fraction of the layer's root mean square changes when matrices of one layer are rescaled against one another. Gates are
-no part of the plain transformer and are left out, and so are biases that TransformerLens creates but the model lacks.
+The paper's mean absolute weight is taken over every entry of the plain transformer, with the embedding and the
+unembedding counted separately even if they are tied. It changes under rescalings that leave the function unchanged.
+Hoyer and Gini of a matrix do not change when the matrix is rescaled; for several matrices they are means over the
+matrices. The share of entries below a fraction of the layer's root mean square changes when the matrices of a layer are
+rescaled relative to one another. Gates are not part of the plain transformer and are left out, as are biases that
+TransformerLens creates but the model does not have.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,43 +38,44 @@ LAYER_VECTORS = (
 UNEMBEDDING_BIAS = "unembed.b_U"
 END_VECTORS = ("ln_final.w", "ln_final.b", UNEMBEDDING_BIAS)
 MEASURES = ("hoyer", "gini", "share_small")
-"""Measures of single matrices."""
+"""Measures that are computed for each matrix and averaged over several."""
 EPS = 0.01
-"""Share of a layer's root mean square below which a weight counts as absent."""
+"""Share of a layer's root mean square below which a weight counts as small."""
 
 
 def sparsity(model: Host, eps: float = EPS) -> pd.DataFrame:
-    """Sparsity of the weights of the plain transformer.
+    """Measures how sparse the weights of the plain transformer are.
 
     Args:
-        eps: a weight counts as small below `eps` times the root mean square of its layer's matrices (an embedding's:
-            its own).
+        eps: a weight counts as small below `eps` times the root mean square of its layer's matrices; for an embedding,
+            below `eps` times its own root mean square.
 
     Returns:
-        A row a matrix, then `matrices` (all of them), `matrices without embeddings`, and `all parameters` (biases and
-        LayerNorms too: the paper's figure is its `mean_abs`), `all parameters without embeddings`. Columns: weight,
-        layer (-1 where none), n, mean_abs, hoyer, gini (of several matrices: means weighted by their entries),
-        share_small; the last three are NaN for rows with biases.
+        One row per matrix, then `matrices` (all of them), `matrices without embeddings`, `all parameters` (with biases
+        and LayerNorms; its `mean_abs` is the paper's measure) and `all parameters without embeddings`. Columns: weight,
+        layer (-1 outside the layers), n (entries), mean_abs, hoyer, gini, share_small. The rows of several matrices
+        hold means weighted by their entries; rows with biases have NaN in the last three columns.
 
     Raises:
-        ValueError: eps not above 0.
+        ValueError: eps is not above 0.
     """
     import pandas as pd
 
     _check_eps(eps)
-    matrices = _matrices(model)
-    scales = layer_scales(model)
-    each = {name: _row(name, layer, x, eps * scales[name]) for name, (layer, x) in matrices.items()}
-    inner = [name for name in matrices if name not in EMBEDDINGS]
-    parts = {"": list(matrices), " without embeddings": inner}
-    means = [_mean_row(f"matrices{which}", [each[name] for name in names]) for which, names in parts.items()]
+    matrices, scales = _matrices(model), layer_scales(model)
+    table = pd.DataFrame([_row(name, layer, x, eps * scales[name]) for name, (layer, x) in matrices.items()])
+    inner = table[~table["weight"].isin(EMBEDDINGS)]
     vectors = {name: x for name in _vector_names(model) if (x := _weight_or_none(model, name)) is not None}
     inner_vectors = [x for name, x in vectors.items() if name != UNEMBEDDING_BIAS]
-    whole = [
-        _all_row(f"all parameters{which}", [*(matrices[name][1] for name in names), *others])
-        for (which, names), others in zip(parts.items(), ([*vectors.values()], inner_vectors), strict=True)
+    rows = [
+        _mean_row("matrices", table),
+        _mean_row("matrices without embeddings", inner),
+        _all_row("all parameters", [*(x for _, x in matrices.values()), *vectors.values()]),
+        _all_row(
+            "all parameters without embeddings", [*(matrices[name][1] for name in inner["weight"]), *inner_vectors]
+        ),
     ]
-    return pd.DataFrame([*each.values(), *means, *whole])
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
 
 
 def activation_sparsity(
@@ -84,19 +87,21 @@ def activation_sparsity(
     eps: float = EPS,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Sparsity of the units' values at each token: means over tokens of measures across the units of a layer.
+    """Measures how sparse the values of a layer's units are at each token, and averages over tokens.
 
     Args:
-        streams: None: all that the model has.
-        n_tokens: tokens to read at most; None: all.
-        eps: a value counts as small below `eps` times the root mean square of the token's units.
+        text: a token file, blocks `[block pos]`, or `TextBlocks`.
+        streams: streams to read; None reads all that the model has.
+        n_tokens: largest number of tokens to read; None reads all.
+        eps: a value counts as small up to `eps` times the root mean square of the units at that token.
+        progress: whether to show a progress bar.
 
     Returns:
-        One row per stream and sublayer: n (units), hoyer, gini, share_zero, share_small; means over
-        tokens. Tokens at which every unit is zero are left out of Hoyer and Gini.
+        One row per stream and sublayer: n (units), hoyer, gini, share_zero, share_small, averaged over tokens. Hoyer
+        and Gini leave out tokens at which every unit is zero.
 
     Raises:
-        ValueError: eps not above 0, an unknown stream, a text that does not fit.
+        ValueError: eps is not above 0, the stream is unknown, or the text does not fit the model.
     """
     import pandas as pd
 
@@ -125,58 +130,47 @@ def activation_sparsity(
 
 
 def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) -> pd.DataFrame:
-    """How many weights into and out of units count, by stream: those of live units, and those in use at a token.
+    """Counts the weights into and out of live units, and the weights that are in use at a token, for each stream.
 
-    A weight counts if it is at least `eps` times its layer's root mean square. Weights of a unit are its column of
-    W_in (and W_gate) and its row of W_out, or its column of W_V and its row of W_O.
+    Only weights of at least `eps` times their layer's root mean square count. The weights of a neuron are its column of
+    W_in (and W_gate) and its row of W_out; those of an attention unit are its column of W_V and its row of W_O.
 
     Args:
-        table: from `specialization` of this model.
+        table: table of this model from `specialization(...).table`.
 
     Returns:
-        One row per stream and sublayer, and one for `all` of a stream (layer -1): weights, not_small,
-        live (of these, weights of live units), firing (expected at a token: each unit's weights times its firing
-        rate), live_share and firing_share of all weights.
+        One row per stream and sublayer, and one row `all` per stream (layer -1): weights (all of them), not_small, live
+        (the weights of live units among these), firing (their expected number at a token: each unit's weights times its
+        firing rate), and live_share and firing_share of all weights.
 
     Raises:
-        ValueError: eps not above 0, or a table of another model.
+        ValueError: eps is not above 0, or the table belongs to another model.
     """
     import pandas as pd
 
     _check_eps(eps)
     if table.attrs.get("model") not in (None, fingerprint_of(model)):
         raise ValueError("the table is that of a model with other weights or gates: make this one's by specialization")
-    scales = layer_scales(model)
-    rows = []
+    scales, columns = layer_scales(model), ["weights", "not_small", "live", "firing"]
+    rows: list[dict[str, Any]] = []
     for stream in table["stream"].unique():
-        of_stream = []
         for sublayer in unit_counts(model):
             per_unit, total = _weights_of_units(model, sublayer, scales, eps)
-            of_sublayer = table[
-                (table["stream"] == stream) & (table["layer"] == sublayer.layer) & (table["site"] == sublayer.site)
-            ]
-            of_sublayer = of_sublayer.sort_values("unit")
-            if len(of_sublayer) != len(per_unit):
+            units = table.query("stream == @stream and layer == @sublayer.layer and site == @sublayer.site")
+            if len(units) != len(per_unit):
                 raise ValueError(
-                    f"the table has {len(of_sublayer)} units at {sublayer}, this model {len(per_unit)}: not its own"
+                    f"the table has {len(units)} units at {sublayer}, but this model has {len(per_unit)}; give the "
+                    "table of this model"
                 )
-            live = torch.as_tensor(of_sublayer["live"].to_numpy(dtype=float, copy=True))
-            rate = torch.as_tensor(of_sublayer["firing_rate"].to_numpy(dtype=float, copy=True))
-            of_stream.append(
-                {
-                    "stream": stream,
-                    **sublayer._asdict(),
-                    "weights": total,
-                    "not_small": float(per_unit.sum()),
-                    "live": float(per_unit @ live),
-                    "firing": float(per_unit @ rate),
-                }
-            )
-        whole = {name: sum(row[name] for row in of_stream) for name in ("weights", "not_small", "live", "firing")}
-        rows += [*of_stream, {"stream": stream, "layer": -1, "site": "all", **whole}]
-    connections = pd.DataFrame(rows)
-    connections["live_share"] = connections["live"] / connections["weights"]
-    connections["firing_share"] = connections["firing"] / connections["weights"]
+            live, rate = units.sort_values("unit")[["live", "firing_rate"]].to_numpy(dtype=float).T
+            counts = (total, per_unit.sum(), per_unit @ live, per_unit @ rate)
+            rows.append({"stream": stream, **sublayer._asdict(), **dict(zip(columns, map(float, counts), strict=True))})
+        of_stream = rows[-len(unit_counts(model)) :]
+        totals = {name: sum(row[name] for row in of_stream) for name in columns}
+        rows.append({"stream": stream, "layer": -1, "site": "all", **totals})
+    connections = pd.DataFrame(rows).astype({"weights": int})
+    for name in ("live", "firing"):
+        connections[f"{name}_share"] = connections[name] / connections["weights"]
     return connections
 
 
@@ -193,7 +187,7 @@ def _weight_or_none(model: Host, name: str) -> Tensor | None:
 
 
 def _matrices(model: Host) -> dict[str, tuple[int, Tensor]]:
-    """Layer (-1 for embeddings) and value of every matrix."""
+    """Returns the layer (-1 for embeddings) and the value of every matrix."""
     names = [(-1, name) for name in EMBEDDINGS]
     names += [(layer, f"blocks.{layer}.{name}") for layer in range(model.cfg.n_layers) for name in LAYER_MATRICES]
     return {name: (layer, x) for layer, name in names if (x := _weight_or_none(model, name)) is not None}
@@ -206,19 +200,16 @@ def _vector_names(model: Host) -> list[str]:
 
 
 def layer_scales(model: Host) -> dict[str, float]:
-    """Root mean square that each matrix is held against: of all matrices of its layer, or an embedding's own."""
+    """Returns the root mean square of all matrices of each matrix's layer, or that of an embedding itself."""
     matrices = _matrices(model)
     groups: dict[int | str, list[Tensor]] = {}
     for name, (layer, x) in matrices.items():
         groups.setdefault(name if layer < 0 else layer, []).append(x)
-    scale = {
-        group: (
-            sum(float(x.double().square().sum()) for x in matrices_of_group) / sum(x.numel() for x in matrices_of_group)
-        )
-        ** 0.5
-        for group, matrices_of_group in groups.items()
+    scales = {
+        group: (sum(float(x.double().square().sum()) for x in members) / sum(x.numel() for x in members)) ** 0.5
+        for group, members in groups.items()
     }
-    return {name: scale[name if layer < 0 else layer] for name, (layer, _) in matrices.items()}
+    return {name: scales[name if layer < 0 else layer] for name, (layer, _) in matrices.items()}
 
 
 def _row(name: str, layer: int, x: Tensor, floor: float) -> dict[str, Any]:
@@ -234,11 +225,10 @@ def _row(name: str, layer: int, x: Tensor, floor: float) -> dict[str, Any]:
     }
 
 
-def _mean_row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of the rows of matrices, weighted by their entries."""
-    n = sum(row["n"] for row in rows)
-    means = {key: sum(row["n"] * row[key] for row in rows) / n for key in ("mean_abs", *MEASURES)}
-    return {"weight": name, "layer": -1, "n": n, **means}
+def _mean_row(name: str, table: pd.DataFrame) -> dict[str, Any]:
+    """Returns the means of the rows of matrices, weighted by their entries."""
+    means = {column: np.average(table[column], weights=table["n"]) for column in ("mean_abs", *MEASURES)}
+    return {"weight": name, "layer": -1, "n": table["n"].sum(), **means}
 
 
 def _all_row(name: str, weights: Sequence[Tensor]) -> dict[str, Any]:
@@ -249,9 +239,9 @@ def _all_row(name: str, weights: Sequence[Tensor]) -> dict[str, Any]:
 
 def _weights_of_units(
     model: Host, sublayer: Sublayer, scales: Mapping[str, float], eps: float
-) -> tuple[Float[Tensor, " unit"], int]:
-    """Number of weights of each unit that are not small, and of all weights of the sublayer."""
-    # the axes of each matrix that are not units: all but head and d_head, or all but d_mlp
+) -> tuple[Float[np.ndarray, " unit"], int]:
+    """Returns how many weights of each unit are not small, and how many weights the sublayer has."""
+    # the axes of each matrix other than its units (head and d_head, or d_mlp)
     if sublayer.site == "attn":
         other_axes = {"attn.W_V": (1,), "attn.W_O": (2,)}
     else:
@@ -263,4 +253,4 @@ def _weights_of_units(
         if x is not None:
             counts.append((x.abs() >= eps * scales[full]).sum(over).flatten())
             total += x.numel()
-    return torch.stack(counts).sum(0).double().cpu(), total
+    return torch.stack(counts).sum(0).double().cpu().numpy(), total

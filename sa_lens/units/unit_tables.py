@@ -1,9 +1,9 @@
 """What every unit does on a text, in one pass: firing, tokens, word classes, values, positions, co-activation.
 
-`specialization` streams the text once (after a look at its tokens) in memory that does not grow with it. Exact on the
-whole text: rates, effective numbers, kurtosis, Hoyer, positions. From an even sample of tokens: the Gini coefficient
-(`sample_tokens`) and co-activation (`coactivation_tokens`); both are exact on texts no longer than that. Tokens beyond
-the `distinct_tokens` most frequent share one counter, so that effective numbers are lower bounds on texts with more.
+`specialization` counts the tokens of the text, then runs the model over it once, in memory that does not grow with the
+text. Rates, effective numbers, kurtosis, Hoyer and positions are exact. The Gini coefficient and co-activation come
+from an evenly spaced sample of `sample_tokens` and `coactivation_tokens` tokens. All tokens but the `distinct_tokens`
+most frequent share one counter, so that effective numbers are lower bounds on texts with more different tokens.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 SPELLINGS = ("word", "capitalized", "piece", "NUM", "PUNCT", "space", "special")
-"""Classes by spelling: another word after a space, one with a capital, a part of a word, ..."""
+"""Classes by spelling, for tokens outside the lexicon: a word after a space, one with a capital, part of a word, ..."""
 
 EXACT_IN_FLOAT32 = 2**24
-"""Counts up to here are exact in float32."""
+"""Counts up to this number are exact in float32."""
 
 POSITION_BINS = 16
 """Equal parts of a block in which positions are counted."""
@@ -45,26 +45,26 @@ class Specialization:
     """What every unit of a model does on a text, from `specialization`."""
 
     table: pd.DataFrame
-    """One row per unit and stream; columns: docs/units.md. `table.attrs`: settings, and figures of the text itself."""
+    """One row per unit and stream; docs/units.md explains the columns. `table.attrs` holds the settings and measures of
+    the text."""
     coactivations: Mapping[tuple[Stream, int], CoActivation]
-    """Co-activation by stream and layer; the units of a layer are its attention units, then its neurons."""
+    """Co-activation by stream and layer."""
 
     def coactivation(self, layer: int, stream: Stream = "clean") -> pd.DataFrame:
-        """Jaccard index of every pair of a layer's units; rows and columns `L0.attn.0`, ..., `L0.mlp.0`, ...
+        """Returns the Jaccard index of every pair of a layer's units; rows and columns are named `L0.attn.0` and so on.
 
         Raises:
-            ValueError: no such stream or layer in the record.
+            ValueError: no co-activation was counted in this stream or layer.
         """
         import pandas as pd
 
         if (stream, layer) not in self.coactivations:
             raise ValueError(
-                f"no co-activation of layer {layer} in the {stream} stream; there is: {[*self.coactivations]}"
+                f"co-activation of layer {layer} in the {stream} stream was not counted; choose a stream and layer of "
+                f"{[*self.coactivations]}"
             )
         record = self.coactivations[stream, layer]
-        n_attn = int((self.table.query("stream == @stream and layer == @layer").site == "attn").sum())
-        names = [_unit_name(layer, unit, n_attn) for unit in record.units.tolist()]
-        return pd.DataFrame(record.jaccard().cpu().numpy(), index=names, columns=names)
+        return pd.DataFrame(record.jaccard().cpu().numpy(), index=record.names, columns=record.names)
 
 
 def specialization(
@@ -85,35 +85,36 @@ def specialization(
 ) -> Specialization:
     """Describes every unit of a model on a text: firing, tokens, word classes, values, positions, co-activation.
 
-    What is exact and what is sampled: see docs/units.md.
+    docs/units.md explains which columns are exact and which come from a sample.
 
     Args:
-        text: a token file or blocks `[block pos]`.
-        calibration: another text from which each unit's firing threshold comes, or thresholds from `calibrate`.
-        streams: None: all that the model has.
+        text: a token file, blocks `[block pos]`, or `TextBlocks`.
+        calibration: another text on which the firing thresholds are determined, or thresholds from `calibrate`.
+        streams: streams to read; None reads all that the model has.
         share: firing level as a share of the 99.9th percentile.
-        n_tokens: tokens to read at most; None: all.
-        classes: word classes of tokens; None: `word_classes` of the model's tokenizer, or none without tokenizer.
-        n_partners: most co-active units that the table names for each.
-        sample_tokens: tokens whose values are kept for the Gini coefficient (4 bytes each per unit and stream).
-        coactivation_tokens: tokens on which pairs are counted, in whole batches spread evenly; 0: none.
-        coactivation_units: units of a layer whose pairs are counted, an even choice if there are more.
-        distinct_tokens: tokens with a counter of their own (4 bytes each per unit and stream).
-        progress: show progress bars.
+        n_tokens: largest number of tokens to read; None reads all.
+        classes: word classes of the tokens; None takes `word_classes` of the model's tokenizer if it has one.
+        n_partners: number of most co-active units that the table names for each unit.
+        sample_tokens: tokens whose values are kept for the Gini coefficient (4 bytes per token, unit and stream).
+        coactivation_tokens: tokens on which pairs are counted, in whole batches at even distances; 0 counts none.
+        coactivation_units: largest number of units of a layer whose pairs are counted, chosen at even distances.
+        distinct_tokens: number of tokens that have their own counter (4 bytes per token, unit and stream).
+        progress: whether to show progress bars.
 
     Raises:
-        ValueError: an unknown stream, a text of one token type or without a whole block, a share outside (0, 1],
-            settings below 1.
+        ValueError: an unknown stream, a text with only one distinct token or without a whole block, a share outside
+            (0, 1], or a setting that is too small.
     """
     check_share(share)
     settings = {"sample_tokens": sample_tokens, "distinct_tokens": distinct_tokens, "n_partners": n_partners}
-    for name, value in {**settings, "coactivation_units": coactivation_units - 1}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is too small: it must be at least 1 (coactivation_units: 2)")
+    for name, value in {**settings, "coactivation_units": coactivation_units}.items():
+        least = 2 if name == "coactivation_units" else 1
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
     chosen = chosen_streams(model, streams)
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)
-    batches = stream_units(model, blocks, chosen, progress=progress, name="units")
+    batches = stream_units(model, blocks, chosen, progress=progress, name="units")  # checks the streams first
     if classes is None and model.tokenizer is not None:
         classes = word_classes(model.tokenizer, model.cfg.d_vocab)
     if classes is not None and len(classes.of_token) < model.cfg.d_vocab:
@@ -131,7 +132,7 @@ def specialization(
     pairs_seen = 0
     for batch in batches:
         n = batch.tokens.numel()
-        # counted while the share of the text that pairs have seen is not above their share of the whole
+        # pairs are counted whenever their share of the tokens so far is not above their share of the whole text
         with_pairs = pairs_seen * blocks.n_tokens <= coactivation_tokens * batch.first * blocks.length
         pairs_seen += n if with_pairs else 0
         for stream in chosen:
@@ -163,40 +164,40 @@ def rules_for(
     streams: Sequence[Stream],
     progress: bool,
 ) -> Mapping[Stream, Thresholds]:
-    """Thresholds of the streams: those given, or those of a calibration text.
+    """Returns the given thresholds after checks, or calibrates them on a text.
 
     Raises:
-        ValueError: given thresholds that lack a stream or belong to another model.
+        ValueError: the given thresholds lack a stream or belong to another model.
     """
     if not isinstance(calibration, Mapping):
         return calibrate(model, calibration, streams, progress=progress)
     for stream in streams:
         if stream not in calibration:
-            raise ValueError(f"the thresholds given are for {[*calibration]}, not for stream={stream!r}: calibrate it")
+            raise ValueError(f"the thresholds are for {[*calibration]}, not for stream={stream!r}; calibrate it too")
         calibration[stream].check_model(model)
     return calibration
 
 
 def token_frequencies(blocks: TextBlocks, d_vocab: int) -> Int[Tensor, " d_vocab"]:
-    """How often each token occurs in the text.
+    """Counts how often each token occurs in the text.
 
     Raises:
-        ValueError: a text of one token type.
+        ValueError: the text has only one distinct token.
     """
     counts = torch.zeros(d_vocab, dtype=torch.int64)
     for first in range(0, len(blocks), 1024):
         counts += torch.bincount(blocks.rows(first, first + 1024).flatten().cpu(), minlength=d_vocab)
     if int((counts > 0).sum()) < 2:
         raise ValueError(
-            f"the text is {blocks.n_tokens:,} times token {int(counts.argmax())}: units cannot be told apart on one "
-            "token type; give a text of at least two"
+            f"the text repeats token {int(counts.argmax())} {blocks.n_tokens:,} times and shows nothing of what units "
+            "respond to; give a text with different tokens"
         )
     return counts
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Which tokens are counted apart."""
+    """The tokens that have their own counter (slot); all others share the last slot."""
 
     tokens: Int[Tensor, " slot_but_last"]
     slot_of: Int[Tensor, " d_vocab"]
@@ -214,7 +215,7 @@ class _Vocabulary:
 
 
 class _SublayerTally:
-    """All that is counted of one sublayer in one stream."""
+    """The counts and sums of one sublayer in one stream."""
 
     def __init__(
         self,
@@ -242,12 +243,12 @@ class _SublayerTally:
         self.sample = torch.zeros(len(self.picked), n_units, device=device)
 
     def add(self, batch: UnitBatch, stream: Stream) -> Float[Tensor, "token unit"]:
-        """Counts a batch; returns 1 where a unit fires, else 0."""
+        """Adds a batch; returns 1 where a unit fires and 0 elsewhere."""
         values = batch.values[stream][self.sublayer]
         x = values.flatten(0, 1).float()
         scores = unit_scores(self.sublayer, x)
         ones = x.new_ones(1, len(x))
-        # a comparison written straight into floats, which the products below need
+        # the comparison writes floats, which the products below need
         fired = torch.gt(scores, self.threshold, out=torch.empty_like(scores))
         above = torch.empty_like(scores)
         for share, rate in self.rates.items():
@@ -302,7 +303,7 @@ class _SublayerTally:
 def _by_class(
     counts: Float[Tensor, "slot unit"], vocabulary: _Vocabulary, classes: TokenClasses
 ) -> Float[Tensor, "group unit"]:
-    """Firings by word class; tokens without a counter of their own are a class apart."""
+    """Sums firings by word class; tokens without their own counter form one more class."""
     of_slot = torch.cat([classes.of_token[vocabulary.tokens], torch.tensor([len(classes.names)])]).to(counts.device)
     summed = counts.new_zeros(len(classes.names) + 1, counts.shape[1])
     return summed.index_add_(0, of_slot, counts)
@@ -315,13 +316,9 @@ def _coactivations(model: Host, streams: Sequence[Stream], most: int) -> dict[tu
         for layer in range(model.cfg.n_layers):
             n = sum(counts[sublayer] for sublayer in counts if sublayer.layer == layer)
             units = torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).long().to(device)
-            coactivations[stream, layer] = CoActivation(units)
+            names = [str(Unit(*s, index)) for s, n in counts.items() if s.layer == layer for index in range(n)]
+            coactivations[stream, layer] = CoActivation(units, [names[unit] for unit in units.tolist()])
     return coactivations
-
-
-def _unit_name(layer: int, index: int, n_attn: int) -> str:
-    """Name of a unit by its index in the layer, attention units first."""
-    return str(Unit(layer, "attn", index) if index < n_attn else Unit(layer, "mlp", index - n_attn))
 
 
 def _table(
@@ -335,11 +332,9 @@ def _table(
     for (stream, layer), record in coactivations.items():
         of_layer = (table["stream"] == stream) & (table["layer"] == layer)
         rows = table.index[of_layer][record.units.cpu().numpy()]
-        n_attn = int((table.loc[of_layer, "site"] == "attn").sum())
-        names = [_unit_name(layer, unit, n_attn) for unit in record.units.tolist()]
         values, places = (x.tolist() for x in record.partners(n_partners))
         partners = [
-            tuple((names[place], value) for place, value in zip(p, v, strict=True) if value > 0)
+            tuple((record.names[place], value) for place, value in zip(p, v, strict=True) if value > 0)
             for p, v in zip(places, values, strict=True)
         ]
         table.loc[rows, "partners"] = pd.Series(partners, index=rows)
@@ -349,7 +344,7 @@ def _table(
 
 
 class TokenClasses(NamedTuple):
-    """A class for every token of a vocabulary."""
+    """The class of every token of a vocabulary."""
 
     names: tuple[str, ...]
     """Names of the classes."""
@@ -358,11 +353,11 @@ class TokenClasses(NamedTuple):
 
 
 def word_classes(tokenizer: Any, d_vocab: int | None = None) -> TokenClasses:
-    """The classes of a tokenizer's tokens.
+    """Assigns a coarse class, such as a part of speech, to every token of a tokenizer.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        d_vocab: tokens of the model, if more than the tokenizer's; the rest are `special`.
+        d_vocab: vocabulary size of the model if larger than the tokenizer's; the additional tokens are `special`.
     """
     size = max(len(tokenizer), d_vocab or 0)
     special = set(tokenizer.all_special_ids)
@@ -392,7 +387,7 @@ def _class_of(text: str, lexicon: dict[str, str]) -> str:
 
 
 class Moments:
-    """Sums of powers of each unit's values, around its mean in the first batch so that large means cost no digits."""
+    """Moments of each unit's values; sums are taken around the mean of the first batch, so that no digits are lost."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -405,7 +400,7 @@ class Moments:
             self.shift = x.mean(0)
             self.sums = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
         ones = torch.ones(1, len(x), dtype=x.dtype, device=x.device)
-        # a product with ones sums columns several times faster than a reduction, and fresh memory costs more than sums
+        # a product with ones sums columns several times faster than a reduction; d is overwritten to save memory
         d = x - self.shift
         d2 = d * d
         sums = [ones @ d, ones @ d2, ones @ d.mul_(d2), ones @ d2.mul_(d2), ones @ torch.abs(x, out=d)]
@@ -417,20 +412,20 @@ class Moments:
         return self.shift.double() + self.sums[0] / self.n
 
     def variance(self) -> Float[Tensor, " unit"]:
-        """Population variance."""
+        """Returns the population variance."""
         m = self.sums / self.n
         return (m[1] - m[0] ** 2).clamp(min=0)
 
     def squares(self) -> Float[Tensor, " unit"]:
-        """Sum of squares of the values themselves."""
+        """Returns the sum of the squared values (not shifted by the mean)."""
         return self.n * (self.variance() + self.mean() ** 2)
 
     def absolute(self) -> Float[Tensor, " unit"]:
-        """Sum of absolute values."""
+        """Returns the sum of the absolute values."""
         return self.sums[4]
 
     def kurtosis(self) -> Float[Tensor, " unit"]:
-        """Excess kurtosis (0 for a normal distribution); NaN for a unit that does not vary."""
+        """Returns the excess kurtosis (0 for a normal distribution), or NaN for a unit whose value is constant."""
         m1, m2, m3, m4 = (self.sums[:4] / self.n).unbind()
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         variance = self.variance()
@@ -439,12 +434,12 @@ class Moments:
 
 
 class TokenTally:
-    """How often each unit fires on each token: a counter for each of the most frequent tokens, one for the rest.
+    """How often each unit fires on each token: one counter (slot) per frequent token and one for all other tokens.
 
     Args:
-        slot_of: slot of each token of the vocabulary; the last slot holds the rest.
-        n_slots: slots.
-        exact: whether float32 holds every count exactly.
+        slot_of: slot of each token of the vocabulary.
+        n_slots: number of slots; the last one is for all other tokens.
+        exact: whether float32 represents every count exactly.
     """
 
     def __init__(self, slot_of: Int[Tensor, " d_vocab"], n_slots: int, n_units: int, exact: bool) -> None:
@@ -460,11 +455,12 @@ class CoActivation:
     """How often two units of a layer fire at the same token.
 
     Args:
-        units: which of the layer's units are counted.
+        units: indices of the units that are counted, among the layer's attention units and then its neurons.
+        names: names of these units, such as `L1.mlp.17`.
     """
 
-    def __init__(self, units: Int[Tensor, " unit"]) -> None:
-        self.units = units
+    def __init__(self, units: Int[Tensor, " unit"], names: Sequence[str]) -> None:
+        self.units, self.names = units, list(names)
         self.counts = torch.zeros(len(units), len(units), dtype=torch.float64, device=units.device)
         self.n_tokens = 0
 
@@ -474,13 +470,13 @@ class CoActivation:
         self.n_tokens += len(fired)
 
     def jaccard(self) -> Float[Tensor, "unit unit"]:
-        """Tokens at which both fire over tokens at which either does; 0 where neither ever does."""
-        alone = self.counts.diagonal()
-        either = alone[:, None] + alone[None] - self.counts
+        """Returns the number of tokens at which both fire over that at which either fires; 0 if neither ever does."""
+        fires = self.counts.diagonal()
+        either = fires[:, None] + fires[None] - self.counts
         return torch.where(either > 0, self.counts / either.clamp(min=1), 0)
 
     def partners(self, n: int) -> tuple[Float[Tensor, "unit partner"], Int[Tensor, "unit partner"]]:
-        """The `n` other units with the largest Jaccard index, and their places in `units`."""
+        """Returns the `n` largest Jaccard indices of each unit, and the indices in `units` of these other units."""
         other = self.jaccard().clone()
         other.fill_diagonal_(-1)
         top = other.topk(min(n, len(other) - 1), dim=1)

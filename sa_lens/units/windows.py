@@ -1,4 +1,4 @@
-"""Text on which units are most active, and a sample of the rest: windows of text with a value at every token."""
+"""Snippets of text on which units are most active, and a sample of the others, with a value at every token."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from sa_lens.units.activations import HeldUnits, stream_units, text_blocks
 from sa_lens.units.firing import unit_scores
 
 BEFORE = 0.75
-"""Share of a window that comes before its peak, where the block has room for it."""
+"""Share of a window that precedes its peak, if the block is long enough."""
 
 
 @dataclass(frozen=True)
 class Snippets:
-    """Windows of the units of one sublayer, the most active first, from `snippets`.
+    """Snippets of the units of one sublayer, the most active first, from `snippets`.
 
-    Every window holds the position at which the unit's score (see `unit_scores`) is largest in its block; no two
-    windows of a unit come from one block.
+    Every snippet is a window around the position at which the unit's score (see `unit_scores`) is largest in its block.
+    No two snippets of a unit come from the same block.
     """
 
     stream: Stream
-    """Stream that was read."""
+    """Stream in which the units were read."""
     sublayer: Sublayer
-    """Where the units are."""
+    """Sublayer of the units."""
     units: Int[Tensor, " unit"]
-    """Which units of the sublayer."""
+    """Indices of the units in the sublayer."""
     n_top: int
-    """The first `n_top` snippets are the most active blocks, by falling score; the rest are the sample."""
+    """The first `n_top` snippets have the largest scores, in falling order; the others are the sample."""
     tokens: Int[Tensor, "unit snippet pos"]
     """Tokens of each window."""
     values: Float[Tensor, "unit snippet pos"]
     """The unit's value at each token."""
     peaks: Int[Tensor, "unit snippet"]
-    """Place of the largest score in the window."""
+    """Index of the largest score in the window."""
     blocks: Int[Tensor, "unit snippet"]
     """Index of the block in the text."""
     starts: Int[Tensor, "unit snippet"]
-    """Position of the window in its block."""
+    """Position in the block at which the window starts."""
     quantiles: Float[Tensor, "unit snippet"]
-    """Share of blocks whose largest score is smaller: near 1 for the top ones, spread over [0, 1) for the sample."""
+    """Share of blocks whose largest score is smaller: near 1 at the top, spread over [0, 1) in the sample."""
 
     def of(self, unit: int) -> int:
-        """Returns the row of a unit.
+        """Returns the row of a unit, by its index in the sublayer.
 
         Raises:
-            ValueError: a unit without snippets.
+            ValueError: the unit has no snippets here.
         """
         rows = (self.units == unit).nonzero()
         if not len(rows):
@@ -74,25 +74,27 @@ def snippets(
     n_tokens: int | None = 500_000,
     progress: bool = True,
 ) -> dict[Sublayer, Snippets]:
-    """Finds the most active windows of each unit and a sample of all others, with the unit's value at every token.
+    """Finds the snippets on which each unit is most active and a sample of the others, with values at every token.
 
-    Two passes over the text: one for the largest score of every unit in every block (4 bytes per unit and block), one
-    over the blocks chosen. The sample takes, of the blocks that are not among the top ones, `n_sample` evenly spaced
-    ones in the order of their largest score.
+    The model runs twice: over the whole text for the largest score of every unit in every block (4 bytes per unit and
+    block), and over the chosen blocks. For the sample, the other blocks are sorted by their largest score, and
+    `n_sample` of them are taken at even distances.
 
     Args:
-        units: which units; None: all.
-        n_top: most active windows per unit.
-        n_sample: sampled windows per unit.
-        length: tokens per window; windows end within their block.
-        n_tokens: tokens to read at most; None: all.
-        progress: show progress bars.
+        text: a token file, blocks `[block pos]`, or `TextBlocks`.
+        stream: stream to read.
+        units: units to read; None reads all.
+        n_top: number of most active snippets per unit.
+        n_sample: number of sampled snippets per unit.
+        length: tokens per snippet; a snippet lies within one block.
+        n_tokens: largest number of tokens to read; None reads all.
+        progress: whether to show progress bars.
 
     Returns:
         Snippets by sublayer.
 
     Raises:
-        ValueError: an unknown stream or unit; windows longer than the blocks; fewer blocks than snippets.
+        ValueError: an unknown stream or unit, snippets longer than the blocks, or fewer blocks than snippets.
     """
     blocks = text_blocks(model, text, n_tokens)
     counts = unit_counts(model)
@@ -105,8 +107,8 @@ def snippets(
         raise ValueError(f"length={length} must be from 1 to the {blocks.length} tokens of a block")
     if n_top + n_sample > len(blocks):
         raise ValueError(
-            f"the text has {len(blocks)} blocks, and n_top + n_sample = {n_top + n_sample} windows come from as many: "
-            "give more text or ask for fewer"
+            f"the text has {len(blocks)} blocks, fewer than the n_top + n_sample = {n_top + n_sample} snippets of a "
+            "unit, which come from different blocks; give more text or ask for fewer snippets"
         )
     device = device_of(model)
     indices = {sublayer: index.to(device) for sublayer, index in chosen.items()}
@@ -117,7 +119,7 @@ def snippets(
             scores = unit_scores(sublayer, values[..., indices[sublayer]])
             largest[sublayer][batch.first : batch.first + len(values)] = scores.amax(1).float()
     records = {s: _without_text(s, stream, chosen[s], largest.pop(s), n_top, n_sample, length) for s in chosen}
-    # the second pass reads the chosen blocks alone, unless all units are held
+    # the second pass reads only the chosen blocks, unless the units are in memory
     numbers = torch.arange(len(blocks))
     if not isinstance(blocks, HeldUnits):
         numbers = torch.cat([record.blocks.flatten() for record in records.values()]).unique()
@@ -147,7 +149,7 @@ def _without_text(
     n_sample: int,
     length: int,
 ) -> Snippets:
-    """The blocks from which windows come, by the largest score of each unit in each block; `_fill` adds the text."""
+    """Chooses blocks by the largest score of each unit in each block; `_fill` adds tokens and values."""
     scores = largest.T.contiguous()
     order = scores.sort(dim=1, descending=True, stable=True).indices.cpu()
     sample = torch.linspace(n_top, len(largest) - 1, n_sample, dtype=torch.float64).long()
@@ -172,7 +174,7 @@ def _fill(
     tokens: Int[Tensor, "batch pos"],
     values: Float[Tensor, "batch pos unit"],
 ) -> None:
-    """Cuts the windows that come from the blocks of a batch; `read` holds their numbers, rising."""
+    """Cuts the windows that lie in the blocks of a batch; `read` holds the numbers of these blocks, rising."""
     length = record.tokens.shape[-1]
     place = torch.searchsorted(read, record.blocks.contiguous()).clamp(max=len(read) - 1)
     unit, slot = (read[place] == record.blocks).nonzero(as_tuple=True)

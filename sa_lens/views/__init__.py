@@ -8,7 +8,7 @@ image, or JSON. In the order in which one meets them:
 | `show(x)` | shows a record, a circuit, a table of patches or a picture, in the notebook or a browser | none |
 | `save(x, path)` | writes it as `.html` (one file, no network), `.png`, `.svg`, `.json`, ... | a browser for images |
 | `read(path)` | the record of a `.json` that `save` wrote | none |
-| `draw(x)` | the picture itself, a plotly figure or a page of HTML, to change before it is saved | none |
+| `draw(x)` -> `Figure` | the picture itself, a plotly figure or a page of HTML, to change before it is saved | none |
 | `side_by_side([x, y])` | heat maps or circuits on one colour scale | none |
 | `story(model, text)` | where do masks change, and what does each token cost in each stream? | one pass per stream |
 | `predictions(model, text)` | what does each stream expect after each token? | one pass per stream |
@@ -44,6 +44,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "save",
     "read",
     "draw",
+    "Figure",
     "side_by_side",
     "story",
     "predictions",
@@ -59,5 +60,4 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "training_curves",
     "comparison_table",
     "load_scripts",
-    "Figure",
 ]

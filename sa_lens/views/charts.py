@@ -17,7 +17,7 @@ from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, streams_of
 from sa_lens.core.unit import Unit, checked_unit
-from sa_lens.units.activations import stream_units
+from sa_lens.units import stream_units
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
 from sa_lens.views.theme import escape, fade, label_axis, lay_out, palette

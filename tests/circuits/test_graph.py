@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from micro import gated, plain
 
 from sa_lens.circuits.graph import Circuit, Edge, Graph, Node, parse_edge
+from sa_lens.core.base import TRANSFORMER_LENS
 
 
 @pytest.mark.parametrize(("layers", "heads", "edges"), [(8, 16, 23_981), (4, 16, 5_327), (2, 8, 310)])
@@ -47,7 +48,9 @@ def test_graph_of_a_model_is_that_of_its_shape_and_leaves_it_alone() -> None:
 
 
 def test_a_model_whose_outputs_do_not_add_up_is_refused() -> None:
-    with pytest.raises(ValueError, match="normalisation after the layers: what a head writes"):
+    # the decoder that stands in for TransformerLens 4 makes no such model
+    reason = "normalisation after the layers" + (": what a head writes" if TRANSFORMER_LENS < 4 else "")
+    with pytest.raises(ValueError, match=reason):
         Graph.from_model(plain(use_normalization_before_and_after=True, normalization_type="RMS"))
 
 

@@ -217,6 +217,50 @@ def test_process_weights_in_place():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "left_out"),
+    [
+        ("gpt2", ["center_writing_weights"]),
+        ("llama", ["center_writing_weights"]),
+        ("solu-ln", ["center_writing_weights", "fold_ln"]),
+        ("shortformer", ["center_writing_weights", "fold_ln"]),
+        ("capped-logits", ["center_writing_weights", "center_unembed"]),
+    ],
+)
+def test_processing_without_options_does_what_is_exact_and_names_the_rest(shape, left_out, caplog):
+    model, tokens = gated_model(shape, "both"), random_tokens()
+    before = log_probs(model, tokens)
+    for _ in range(2):
+        caplog.clear()
+        model.process_weights_()
+        lines = [text for text in caplog.messages if text.startswith("process_weights_ leaves")]
+        assert [text.split()[2] for text in lines] == left_out
+        assert "the gates read the residual stream before LayerNorm" in lines[0]
+        for found, expected in zip(log_probs(model, tokens), before, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.cfg.normalization_type.endswith("Pre") == ("fold_ln" not in left_out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["gpt2", "pythia", "llama", "alibi", "attention-only"])
+def test_direct_logit_attribution_adds_up_in_both_streams_once_layernorm_is_folded(shape):
+    """The effects of all parts and the difference of the biases are the logit difference."""
+    model, tokens = gated_model(shape), random_tokens()
+    model.process_weights_()
+    for context in (model.clean(), model.ablated(), model.ablated(position=-1)):
+        with context:
+            logits, cache = model.run_with_cache(tokens)
+        right, wrong = torch.tensor([4, 5]), torch.tensor([6, 7])
+        bias = model.b_U[right] - model.b_U[wrong]
+        expected = logits[:, -1].gather(1, right[:, None])[:, 0] - logits[:, -1].gather(1, wrong[:, None])[:, 0]
+        for parts in (
+            cache.decompose_resid(pos_slice=-1),
+            cache.get_full_resid_decomposition(pos_slice=-1, expand_neurons=False),
+        ):
+            effects = cache.logit_attrs(parts, right, incorrect_tokens=wrong, pos_slice=-1)
+            torch.testing.assert_close(effects.sum(0) + bias, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_biases_that_folding_fills_count_as_biases_of_the_model():
     model = SelfAblatingTransformer(ModelConfig(**SMALL), device="cpu")
     with torch.no_grad():

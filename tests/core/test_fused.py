@@ -98,10 +98,10 @@ def test_any_length(scope: str, length: int) -> None:
 
 
 def test_several_blocks_of_queries_and_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sa_lens.core.fused import attention, cross_entropy
+    from sa_lens.core.fused import cross_entropy, two_stream_attention
 
-    monkeypatch.setattr(attention, "BLOCK", 4)
-    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(two_stream_attention, "BLOCK", 4)
+    monkeypatch.setattr(two_stream_attention, "BLOCK_ELEMENTS", 500)
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 31 * 7)
     monkeypatch.setattr(cross_entropy, "CACHED_ELEMENTS", 31 * 3)
     for scope in ("none", "local", "both"):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sa_lens.config import GateConfig
-from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import hard_mask, largest, mask_of, masked_units
+from sa_lens.core.fused.two_stream_attention import stream_attention
 from sa_lens.core.gate import gate_mask, top_k_mask
 
 

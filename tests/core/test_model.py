@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import gated_model, gates_for, plain_model, random_tokens
+from small_models import SHAPES, gated_model, gates_for, plain_model, random_tokens
 
-from sa_lens.config import GateConfig
-from sa_lens.core import HookedTransformer, SelfAblatingTransformer, Streams
+from sa_lens.config import GateConfig, ModelConfig
+from sa_lens.core import Gate, HookedTransformer, SelfAblatingTransformer, Streams, TwoStreamLoss
 
 
 @pytest.fixture
@@ -239,3 +239,48 @@ def test_the_caller_keeps_its_configuration():
     SelfAblatingTransformer(cfg, gates_for("gpt2"))
     SelfAblatingTransformer.from_hooked(plain, gates_for("gpt2"))
     assert dict(vars(cfg)) == before
+
+
+@pytest.mark.parametrize("scope", ["local", "both", "none"])
+@pytest.mark.parametrize("shape", [*SHAPES])
+def test_parameters_of_the_gates_and_of_the_base(shape, scope):
+    """Weights of a gated MLP, `mlp.W_gate`, belong to the base."""
+    model = SelfAblatingTransformer.from_hooked(plain_model(shape), gates_for(shape, scope))
+    gates, base = model.gate_parameters(), model.base_parameters()
+    inside = [p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()]
+    assert {id(p) for p in gates} == {id(p) for p in inside}
+    assert bool(gates) == (scope != "none")
+    assert sorted(map(id, [*gates, *base])) == sorted(map(id, model.parameters()))
+    if model.cfg.gated_mlp:
+        assert any(p is model.blocks[0].mlp.W_gate for p in base)
+    assert model.freeze_base() is model
+    assert not any(p.requires_grad for p in base)
+    assert all(p.requires_grad for p in gates)
+    model.freeze_base(False)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unfreezing_leaves_biases_that_the_model_does_not_have():
+    model = SelfAblatingTransformer(ModelConfig(n_layers=1, d_model=8, n_heads=2, n_ctx=8, d_vocab=11), device="cpu")
+    absent = model.zero_biases
+    assert absent
+    model.freeze_base().freeze_base(False)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == absent
+
+
+def test_gates_train_on_a_frozen_llama_whose_clean_stream_stays():
+    model, tokens = gated_model("llama"), random_tokens()
+    clean = model(tokens)
+    base = [p.detach().clone() for p in model.base_parameters()]
+    step = TwoStreamLoss(model.freeze_base())
+    optimizer = torch.optim.AdamW(model.gate_parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        terms = step(tokens)
+        terms.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(terms.ablated.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(now, before) for now, before in zip(model.base_parameters(), base, strict=True))
+    assert torch.equal(model(tokens), clean)

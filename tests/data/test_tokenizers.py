@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from sa_lens.config import DataConfig
 from sa_lens.core import HookedTransformer, HookedTransformerConfig
-from sa_lens.core.pretrained import initial_model
+from sa_lens.core.initial_model import initial_model
 from sa_lens.data import load_tokenizer, prepare
 from sa_lens.data.tokenizers import (
     END_OF_TEXT,

@@ -23,8 +23,8 @@ def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: 
     the process kills itself with SIGKILL. A process that survives writes its number of calls to `report`."""
     import torch
 
-    from sa_lens.core import checkpoints
-    from sa_lens.training import loop, saved_state, train
+    from sa_lens.core import save_and_load
+    from sa_lens.training import checkpoints, loop, train
 
     torch.set_num_threads(1)
     # data workers notice the death of the process that forked them, not that of a server's client
@@ -50,9 +50,9 @@ def train_and_die(run: RunConfig, out: Path, where: Where, moment: int, report: 
 
         return write
 
-    saved_state.write = watched(saved_state.write)
-    checkpoints.save = watched(checkpoints.save)
-    assert loop.saved_state.write is saved_state.write
+    checkpoints.write = watched(checkpoints.write)
+    save_and_load.save = watched(save_and_load.save)
+    assert loop.checkpoints.write is checkpoints.write
     sys.setprofile(count)
     train(run, out, device="cpu", resume=True, progress=False)
     sys.setprofile(None)

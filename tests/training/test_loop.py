@@ -13,9 +13,9 @@ import torch
 from tiny_runs import MakeRun, records, same, weights
 
 from sa_lens.config import GateConfig, LossConfig, RunConfig, read_yaml
-from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, checkpoints
+from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, save_and_load
 from sa_lens.data import BlockOrder, prepare, validation_blocks
-from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, evaluate, loop, saved_state, train
+from sa_lens.training import Evaluation, TrainingDiverged, bytes_per_token, checkpoints, evaluate, loop, train
 from sa_lens.training.training_setup import load_text_and_model
 
 
@@ -75,7 +75,7 @@ def test_the_dense_steps_are_those_of_the_baseline(make_run: MakeRun, tmp_path: 
     settings = {"dense_share": 8 / 12, "save_every": 8, "steps": 12, "log_every": 1}
     gated = train(make_run(**settings), tmp_path / "gated", progress=False)
     dense = train(make_run(GateConfig(scope="none"), **settings), tmp_path / "dense", progress=False)
-    (_, at_switch), (_, baseline) = (saved_state.read(r.folder / "state" / "step-8") for r in (gated, dense))
+    (_, at_switch), (_, baseline) = (checkpoints.read(r.folder / "state" / "step-8") for r in (gated, dense))
     fresh = weights(load_text_and_model(make_run(**settings), progress=False)[1])
     for name, weight in at_switch.weights.items():
         assert torch.equal(weight, fresh[name] if "_gate." in name else baseline.weights[name]), name
@@ -101,8 +101,10 @@ def test_no_best_model_before_the_ablated_stream_is_trained(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved_after = []
-    save = checkpoints.save
-    monkeypatch.setattr(checkpoints, "save", lambda m, f, extra: saved_after.append(extra["step"]) or save(m, f, extra))
+    save = save_and_load.save
+    monkeypatch.setattr(
+        save_and_load, "save", lambda m, f, extra: saved_after.append(extra["step"]) or save(m, f, extra)
+    )
     # the clean loss falls from evaluation to evaluation, so that each would be the best one
     train(make_run(eval_every=2, dense_share=0.5), tmp_path / "run", progress=False)
     assert saved_after[0] == 8

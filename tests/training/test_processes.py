@@ -13,7 +13,7 @@ from tiny_runs import MakeRun, records
 
 from sa_lens.config import GateConfig
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.core.checkpoints import complete_steps
+from sa_lens.core.save_and_load import complete_steps
 from sa_lens.training import train
 
 

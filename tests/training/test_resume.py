@@ -22,8 +22,8 @@ from tiny_runs import MakeRun, records, same, tiny_run, weights
 
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.core.checkpoints import complete_steps
-from sa_lens.training import Interrupted, TrainResult, loop, saved_state, train
+from sa_lens.core.save_and_load import complete_steps
+from sa_lens.training import Interrupted, TrainResult, checkpoints, loop, train
 from sa_lens.training.run_log import MetricsFile
 
 
@@ -41,7 +41,7 @@ def assert_as_if_whole(out: Path, found: TrainResult, whole: TrainResult) -> Non
     """Weights, optimizer, random state, records and best model are those of `whole`, and no other file is left."""
     assert same(weights(found.model), weights(whole.model))
     assert records(out, timed=False) == records(whole.folder, timed=False)
-    (at, tensors), (at_whole, tensors_whole) = (saved_state.read(complete_steps(f)[-1]) for f in (out, whole.folder))
+    (at, tensors), (at_whole, tensors_whole) = (checkpoints.read(complete_steps(f)[-1]) for f in (out, whole.folder))
     assert same(tensors.optimizer, tensors_whole.optimizer)
     assert dataclasses.replace(at, seconds=0, run={}) == dataclasses.replace(at_whole, seconds=0, run={})
     assert (found.best_loss, found.best_step) == (whole.best_loss, whole.best_step)
@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_stops_at_once(
     interrupt_at(monkeypatch, 5)
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(saved_state, "write", lambda *a, w=saved_state.write: impatient() if a[1].step == 6 else w(*a))
+        patch.setattr(checkpoints, "write", lambda *a, w=checkpoints.write: impatient() if a[1].step == 6 else w(*a))
         with pytest.raises(KeyboardInterrupt) as stop:
             train(make_run(), out, progress=False)
     assert not isinstance(stop.value, Interrupted)
@@ -133,7 +133,7 @@ def test_sigkill_at_twenty_random_moments(cache: Path, tmp_path: Path, whole: Tr
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"trial {trial}: call {moment} of {total[where]}, {where}"
         for folder in complete_steps(out):
-            saved_state.read(folder)
+            checkpoints.read(folder)
         found = train(run, out, resume=True, progress=False)
         assert_as_if_whole(out, found, whole)
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_whose_state_is_damaged_is_named(
     values = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps([] if change is None else {**values, **change}))
     with pytest.raises(ValueError, match=rf"step-12 cannot be read: {fault}.*Delete this folder to resume from an"):
-        saved_state.read(folder)
+        checkpoints.read(folder)
 
 
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ class TestDiskTrouble:
         self, make_run: MakeRun, tmp_path: Path, whole: TrainResult, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         out = tmp_path / "run"
-        write = saved_state.write_weights
+        write = checkpoints.write_weights
 
         def full(tensors: Any, path: Path) -> None:
             if "step-8" in str(path) and path.name == "optimizer.safetensors":
@@ -370,7 +370,7 @@ class TestDiskTrouble:
             write(tensors, path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(saved_state, "write_weights", full)
+            patch.setattr(checkpoints, "write_weights", full)
             with pytest.raises(OSError, match=r"the disk is full.*step-4; make room") as error:
                 train(make_run(), out, progress=False)
         assert error.value.errno == errno.ENOSPC

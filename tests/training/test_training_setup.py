@@ -12,7 +12,7 @@ from tiny_runs import MakeRun, same, weights
 
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import HookedTransformer, HookedTransformerConfig, SelfAblatingTransformer
-from sa_lens.core.pretrained import initial_model
+from sa_lens.core.initial_model import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import train
 from sa_lens.training.training_setup import load_text_and_model

@@ -41,7 +41,7 @@ def test_summary_gives_means_counts_and_intervals(gated, text, calibration):
             neurons[neurons.live].firing_rate.mean()
         )
     assert set(summary(table, resamples=5).column) >= {"kurtosis", "gini", "hoyer", "mask_rate", "partner_jaccard"}
-    with pytest.raises(ValueError, match="'colour' is no measure"):
+    with pytest.raises(ValueError, match="'colour' is not a measure"):
         summary(table, ["colour"])
 
 
@@ -89,5 +89,5 @@ def test_a_model_equals_itself_and_bad_input_is_refused(gated, text, calibration
         compare(table[table.layer == 0], table)
     with pytest.raises(ValueError, match="no live unit in the 'ablated'"):
         compare(table[table.stream == "clean"], table, streams=("ablated", "clean"))
-    with pytest.raises(ValueError, match="nothing can be compared"):
+    with pytest.raises(ValueError, match="nothing to compare"):
         compare(table_of([0.01], [1.0]), table_of([0.5], [1.0]), ["gini"])

@@ -13,8 +13,8 @@ from sa_lens.units.mask_leakage import (
     fit_probe,
     leakage,
     other_occurrences,
-    permuted_units,
-    smoothed_counts,
+    permute_units,
+    predict_from_counts,
 )
 
 V, N_CTX = 6, 8
@@ -159,7 +159,7 @@ def test_every_condition_agrees_with_a_loop_over_tokens(gates):
         other_masks = other.run_streams(held_out).masks
     generator = torch.Generator().manual_seed(4)
     shuffled, donors = (other_occurrences(held_out, among, generator).tolist() for among in (held_out, fit))
-    permuted = permuted_units(masks, generator)
+    permuted = permute_units(masks, generator)
 
     def mean_of(gate):
         weighted, kept, plain_sum, n = 0, 0, 0, 0
@@ -331,7 +331,7 @@ def test_donors_are_drawn_evenly():
 def test_permuted_masks_are_as_large_and_elsewhere():
     generator = torch.Generator().manual_seed(0)
     masks = {"a": torch.rand(3, 4, 2, 5), "b": (torch.rand(3, 4, 7) > 0.5)}
-    permuted = permuted_units(masks, generator)
+    permuted = permute_units(masks, generator)
     for name, mask in masks.items():
         assert permuted[name].shape == mask.shape
         assert torch.equal(permuted[name].flatten(2).sort(-1).values, mask.flatten(2).sort(-1).values)
@@ -353,10 +353,10 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     assert found["noise"] == pytest.approx(np.log(3), abs=0.03)
 
 
-def test_smoothed_counts_are_those_of_the_formula():
+def test_predictions_from_counts_are_those_of_the_formula():
     read = [torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 3])]
     labels = [torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([0, 1, 1])]
-    found = smoothed_counts(read, labels).exp()
+    found = predict_from_counts(read, labels).exp()
     share = np.array([4, 4]) / 8
 
     def table(strength):

@@ -154,7 +154,7 @@ def test_bounds_keep_what_they_say(gated, text, calibration):
     assert (record.table.partners.map(len) <= 2).all()
     without = specialization(gated, text, calibration, "clean", coactivation_tokens=0, progress=False)
     assert without.coactivations == {}
-    with pytest.raises(ValueError, match="no co-activation"):
+    with pytest.raises(ValueError, match="was not counted"):
         without.coactivation(0)
 
 
@@ -164,7 +164,7 @@ def test_same_text_same_table(gated, text, calibration):
 
 
 def test_bad_input_gets_a_clear_error(gated, planted, text, calibration):
-    with pytest.raises(ValueError, match="times token 4: units cannot be told apart"):
+    with pytest.raises(ValueError, match="repeats token 4"):
         specialization(gated, torch.full((3, 16), 4), calibration, progress=False)
     with pytest.raises(ValueError, match="must be 'clean' or 'ablated'"):
         specialization(gated, text, calibration, "masked", progress=False)
@@ -234,7 +234,7 @@ def test_token_tally_and_pairs_agree_with_loops():
     fired = (torch.rand(60, 4, generator=generator) < 0.3).float()
     fired[:, 3] = 0
     slot_of = torch.tensor([0, 2, 1, 2, 2])
-    tally, company = TokenTally(slot_of, 3, 4, exact=True), CoActivation(torch.arange(4))
+    tally, company = TokenTally(slot_of, 3, 4, exact=True), CoActivation(torch.arange(4), "abcd")
     for part in (slice(0, 25), slice(25, None)):
         tally.add(tokens[part], fired[part])
         company.add(fired[part])

@@ -6,10 +6,10 @@ that weights, hooks and tools written for one work on the other.
 
 | file | contents |
 |---|---|
-| `config` | `HookedTransformerConfig`, and what this decoder refuses |
+| `hooked_transformer_config` | `HookedTransformerConfig`, and what this decoder refuses |
 | `layers` | embeddings, normalisation, activations, MLPs |
 | `attention` | attention, rotary and ALiBi positions |
-| `model` | the block and `HookedTransformer` |
+| `hooked_transformer` | the block and `HookedTransformer` |
 | `text` | text to tokens and back |
 | `weights` | stacked weights, initial weights, weight processing |
 | `generation` | sampling |
@@ -19,8 +19,8 @@ keys than queries), `head`, `kv_head` (heads of keys and values; fewer than `hea
 `d_head`, `d_mlp`, `d_vocab`. Vectors are rows: a layer computes `x W + b`.
 """
 
-from sa_lens.core.decoder.config import HookedTransformerConfig
+from sa_lens.core.decoder.hooked_transformer import HookedTransformer
+from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 from sa_lens.core.decoder.layers import Embed, Unembed
-from sa_lens.core.decoder.model import HookedTransformer
 
 __all__ = ["Embed", "HookedTransformer", "HookedTransformerConfig", "Unembed"]

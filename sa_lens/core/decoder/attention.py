@@ -24,7 +24,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.hook_points import HookPoint
 
-from sa_lens.core.decoder.config import HookedTransformerConfig
+from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 from sa_lens.core.decoder.layers import parameter, position_ids
 
 AttentionType = Literal["global", "local"]

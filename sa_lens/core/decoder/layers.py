@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from sa_lens.core.decoder.config import HookedTransformerConfig
+from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformer_lens.utilities import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from sa_lens.core.decoder.config import HookedTransformerConfig
+from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 
 
 class Text:

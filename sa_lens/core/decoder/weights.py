@@ -19,7 +19,7 @@ from transformer_lens.utilities import (
 )
 from transformer_lens.weight_processing import ProcessWeights
 
-from sa_lens.core.decoder.config import HookedTransformerConfig
+from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 from sa_lens.core.decoder.layers import norm
 
 log = logging.getLogger(__name__)

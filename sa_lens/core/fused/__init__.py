@@ -1,18 +1,18 @@
 """The two-stream loss without hooks, on the parameters of the same model, and the values of all units likewise.
 
-    support.py        which models it can run, and why not the others
-    passes.py         the two streams, layer by layer, to the loss terms
-    attention.py      attention of both streams over the clean keys, a block of queries at a time
-    selection.py      the top-k mask with the closed-form gradient of its surrogate
-    cross_entropy.py  unembedding and cross-entropy, a chunk of rows at a time
-    units.py          the units of every layer, for statistics over many tokens
+    supported_architectures.py  which models it can run (activation functions among them), and why not the others
+    passes.py                   the two streams, layer by layer, to the loss terms
+    two_stream_attention.py     attention of both streams over the clean keys, a block of queries at a time
+    selection.py                the top-k mask with the closed-form gradient of its surrogate
+    cross_entropy.py            unembedding and cross-entropy, a chunk of rows at a time
+    unit_values.py              the values of the units of every layer, for statistics over many tokens
 
 Each is the same function as its readable counterpart by hooks (`streams.py`, `gate.py`, `losses.py`), which the tests
 hold it to. Nothing here waits for a GPU.
 """
 
 from sa_lens.core.fused.passes import fused_loss
-from sa_lens.core.fused.support import why_not_fused
-from sa_lens.core.fused.units import fused_units, reads_fused
+from sa_lens.core.fused.supported_architectures import why_not_fused
+from sa_lens.core.fused.unit_values import fused_units, reads_fused
 
 __all__ = ["fused_loss", "fused_units", "reads_fused", "why_not_fused"]

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
-from sa_lens.core.fused.attention import stream_attention
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
-from sa_lens.core.fused.support import ACTIVATIONS
+from sa_lens.core.fused.supported_architectures import ACTIVATIONS
+from sa_lens.core.fused.two_stream_attention import stream_attention
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.loss_terms import reconstruction_loss
 
@@ -57,7 +57,7 @@ def fused_loss(
     if clean_alone or not model.gates.gated:
         outputs = passes.clean(embedded)
         return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
-    base_trains = any(p.requires_grad for name, p in model.named_parameters() if "_gate." not in name)
+    base_trains = any(p.requires_grad for p in model.base_parameters())
     if model.gates.reads_global or not base_trains:
         clean, ablated = passes.one_after_the_other(embedded)
     else:

@@ -222,7 +222,8 @@ def test_live_gates_add_what_goes_through_the_surrogates() -> None:
 
 def linearise(model: Any) -> None:
     """Gives a model's modules the rules of RelP in their own forward passes."""
-    norms = [m for m in model.modules() if type(m).__name__ == "LayerNorm"]
+    norms = [m for m in model.modules() if type(m).__name__ in ("LayerNorm", "Norm")]
+    assert norms
     for norm in norms:
 
         def normalise(x: Tensor, norm: Any = norm) -> Tensor:

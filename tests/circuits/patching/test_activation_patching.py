@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from micro import plain, token_pairs
@@ -14,6 +15,7 @@ from sa_lens.circuits.metrics import kl, logit_difference
 from sa_lens.circuits.patching.activation_patching import COLUMNS, KINDS, patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.recorded_passes import last_logits
+from sa_lens.core.base import TRANSFORMER_LENS
 from sa_lens.core.host import in_stream
 
 STREAMS = ["clean", "ablated"]
@@ -318,7 +320,9 @@ def test_a_function_as_metric_and_progress(model, even_pairs):
 def test_plain_hooked_transformer(model, pairs):
     plain = model.to_hooked_transformer()
     for what in ("resid_pre", "neurons"):
-        assert patch(plain, pairs, what).equals(patch(model, pairs, what))
+        # with tied embeddings W_U lies in memory in another order, in which sa_lens's decoder rounds differently
+        rounding = {"check_exact": True} if TRANSFORMER_LENS < 4 else {"rtol": 0, "atol": 1e-5}
+        pd.testing.assert_frame_equal(patch(plain, pairs, what), patch(model, pairs, what), **rounding)
 
 
 def test_gradients_and_hooks_are_left_as_found(model, pairs):

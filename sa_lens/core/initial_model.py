@@ -8,6 +8,7 @@ from sa_lens.catalogue import shipped_folder
 from sa_lens.config import GateConfig
 from sa_lens.core.base import TRANSFORMER_LENS, HookedTransformer, deprecation_ignored, official_name
 from sa_lens.core.bridge import hooked_from_bridge
+from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.model import SelfAblatingTransformer
 
 
@@ -37,8 +38,8 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
     )
     model = SelfAblatingTransformer.from_hooked(base, gates, seed=seed)
     same = isinstance(base, SelfAblatingTransformer) and base.gates.scores == gates.scores
-    kept = {key: value for key, value in base.state_dict().items() if same and "_gate." in key}
-    fresh = {key: value for key, value in model.state_dict().items() if "_gate." in key}
+    kept = {key: value for key, value in base.state_dict().items() if same and belongs_to_gate(key)}
+    fresh = {key: value for key, value in model.state_dict().items() if belongs_to_gate(key)}
     if kept and {k: v.shape for k, v in kept.items()} == {k: v.shape for k, v in fresh.items()}:
         model.load_state_dict({**model.state_dict(), **kept})
     return model

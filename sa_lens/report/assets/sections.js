@@ -1,4 +1,4 @@
-// Sections, addresses, paper, and the beginning.
+// The sections of the page, in order; their addresses; paper; and the beginning.
 
 const SECTIONS = [
   { name: "overview", title: "Overview", draw: drawOverview, wanted: () => true },

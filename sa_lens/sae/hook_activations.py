@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.base import TRANSFORMER_LENS
+from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.host import Host, device_of, in_stream, require_hooks
 from sa_lens.data import BlockOrder
 from sa_lens.data.blocks import Text, TextBlocks
@@ -73,7 +74,7 @@ def hook_width(model: Host, hook: str, stream: Stream) -> int:
             f"{hook!r} holds a mask, zeros and ones of which k are ones: there is nothing for an SAE to decompose. "
             "Take the units that it leaves (attn.hook_z, mlp.hook_post) or those before it (mlp_gate.hook_in)"
         )
-    if "_gate." in hook and stream == "clean":
+    if belongs_to_gate(hook) and stream == "clean":
         raise ValueError(f"{hook!r} is part of the ablated stream alone: use stream='ablated'")
     shape, positions = _shape(model, hook, stream), 3
     if shape is None:

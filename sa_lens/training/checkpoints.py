@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sa_lens.config import from_dict
-from sa_lens.core.checkpoints import MARKER, WEIGHTS, complete_steps, write_weights
+from sa_lens.core.save_and_load import MARKER, WEIGHTS, complete_steps, write_weights
 from sa_lens.data.whole_files import check_object, parse_json, remove_folder, staged_folder
 from sa_lens.training.evaluation import Evaluation
 from sa_lens.training.processes import Environment, flat_settings

@@ -24,8 +24,8 @@ from transformer_lens.utilities import get_attention_mask, lm_cross_entropy_loss
 from transformers import AutoTokenizer
 
 from sa_lens.core.decoder.attention import Attention, GroupedQueryAttention, soft_capped
-from sa_lens.core.decoder.config import HookedTransformerConfig
 from sa_lens.core.decoder.generation import Generation
+from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 from sa_lens.core.decoder.layers import MLP, Embed, GatedMLP, PosEmbed, Unembed, norm
 from sa_lens.core.decoder.text import Text
 from sa_lens.core.decoder.weights import Weights
