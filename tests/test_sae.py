@@ -129,7 +129,7 @@ def test_the_streams_differ(model, tokens):
 @pytest.mark.parametrize("hook", ["blocks.0.mlp_gate.hook_in", "blocks.1.mlp_gate.hook_scores"])
 def test_gate_hooks_belong_to_the_ablated_stream(model, hook):
     assert hook_width(model, hook, "ablated") == 24
-    with pytest.raises(ValueError, match="ablated stream alone"):
+    with pytest.raises(ValueError, match="only in the ablated stream"):
         hook_width(model, hook, "clean")
 
 
@@ -139,9 +139,9 @@ def test_gate_hooks_belong_to_the_ablated_stream(model, hook):
         ("blocks.9.hook_resid_pre", "no hook point"),
         ("blocks.0.mlp_gate.hook_mask", "zeros and ones"),
         ("blocks.0.attn_gate.hook_mask", "zeros and ones"),
-        ("blocks.0.attn.hook_pattern", "one vector a token"),
-        ("blocks.0.attn_gate.hook_in", "one vector a token"),
-        ("blocks.0.ln1.hook_scale", "one vector a token"),
+        ("blocks.0.attn.hook_pattern", "one vector per token"),
+        ("blocks.0.attn_gate.hook_in", "one vector per token"),
+        ("blocks.0.ln1.hook_scale", "one vector per token"),
         ("blocks.0.hook_attn_in", "does not fire"),
     ],
 )
@@ -510,7 +510,7 @@ def test_an_interrupted_training_is_evaluated_with_its_scale(model, tokens, tmp_
     with pytest.raises(Interrupted):
         train_sae(model, HOOK, tokens, lr=1e-2, output=tmp_path / "sae", **SMALL, **settings)
     checkpoint = tmp_path / "sae" / "checkpoint" / "step-7"
-    with pytest.raises(FileNotFoundError, match=f"no cfg.json.; its training goes on .*{checkpoint}"):
+    with pytest.raises(FileNotFoundError, match=f"no cfg.json.; continue its training .*{checkpoint}"):
         evaluate_sae(model, tmp_path / "sae", tokens, progress=False)
     found = evaluate_sae(model, checkpoint, tokens, progress=False)
     sae, scaler = sae_lens.SAE.load_from_disk(str(checkpoint)), ActivationScaler()
@@ -630,7 +630,7 @@ def test_a_hook_without_effect_has_no_ce_score(tokens):
         ({"l1_coefficient": -1.0}, "l1_coefficient"),
         ({"lr_decay": 1.5}, "lr_decay=1.5"),
         ({"buffer_tokens": 3}, "at least one batch"),
-        ({"width": 3}, "'width' is no setting"),
+        ({"width": 3}, "'width' is not a setting"),
         ({"seed": -1}, "seed=-1"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),
         ({"batch_tokens": 10_000, "buffer_tokens": 10_000}, "fewer than one batch"),

@@ -1,24 +1,18 @@
-"""Sparse autoencoders: SAELens trains and evaluates on either stream, at any hook, from token files, offline.
+"""Sparse autoencoders: train and evaluate them with SAELens on either stream, at any hook, from token files, offline.
 
-SAELens is an extra, `pip install "sa-lens[sae]"`, and needs TransformerLens 3. It is imported when a function here is
-called. The SAEs are its own, and so are training step, evaluation and files; this package brings the activations of the
-chosen stream.
+SAELens is optional (`pip install "sa-lens[sae]"`), needs TransformerLens 3, and is imported when one of these functions
+is called. SAEs, training steps, evaluation and files are those of SAELens; this package computes the activations.
 
 | name | what it answers | cost |
 |---|---|---|
-| `PRESETS`, `SAESettings` | which settings of an SAE and its training there are | none |
-| `train_sae` | which features a hook's activations consist of: trains an SAE | minutes to hours |
-| `evaluate_sae` -> `SAEEvaluation` | how sparse and how faithful an SAE is on a text | some passes over the text |
+| `train_sae` | trains an SAE, and resumes its training | `laptop`: minutes on two cores |
+| `evaluate_sae` | measures reconstruction, sparsity, and the loss of the model with the SAE | 3 passes over the text |
+| `SAEEvaluation` | the measures that `evaluate_sae` returns | none |
+| `SAESettings`, `PRESETS` | size and training of an SAE | none |
 """
 
 from sa_lens.sae.evaluate import SAEEvaluation, evaluate_sae
 from sa_lens.sae.settings import PRESETS, SAESettings
 from sa_lens.sae.train import train_sae
 
-__all__ = [  # noqa: RUF022 - in the order of the table
-    "PRESETS",
-    "SAESettings",
-    "train_sae",
-    "evaluate_sae",
-    "SAEEvaluation",
-]
+__all__ = ["train_sae", "evaluate_sae", "SAEEvaluation", "SAESettings", "PRESETS"]  # noqa: RUF022  as a user meets them

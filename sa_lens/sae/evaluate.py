@@ -1,4 +1,4 @@
-"""How good an SAE is: SAELens's own evaluation, on blocks of a token file and in the stream of one's choice."""
+"""Evaluation of an SAE by SAELens, on blocks of a token file and in either stream."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from sa_lens.sae.train import FINISHED, load_sae, newest_checkpoint
 
 @dataclass(frozen=True, eq=False)
 class SAEEvaluation:
-    """Figures of one SAE on one text. Losses are mean nats per predicted token."""
+    """Measures of one SAE on one text, from `evaluate_sae`; losses are mean nats per predicted token."""
 
     hook: str
     """Hook point."""
     stream: Stream
     """Stream of the activations and of the losses."""
     n_tokens: int
-    """Tokens of the text, ignored ones included."""
+    """Number of tokens of the text, with ignored ones."""
     n_latents: int
-    """Latents of the SAE."""
+    """Number of latents of the SAE."""
     l0: float
-    """Mean number of latents that are not 0, per token."""
+    """Mean number of latents per token that are not 0."""
     l1: float
-    """Mean sum of the latents' absolute values, per token."""
+    """Mean sum of the absolute values of the latents per token."""
     ce: float
-    """Loss of the model as it is."""
+    """Loss of the unchanged model."""
     ce_sae: float
-    """Loss with the hook replaced by the SAE's reconstruction."""
+    """Loss with the hook replaced by the reconstruction of the SAE."""
     ce_zero: float
     """Loss with the hook set to 0 at every token."""
     ce_score: float
-    """(`ce_zero` - `ce_sae`) / (`ce_zero` - `ce`): 1 as good as the model, 0 as bad as nothing, below 0 worse."""
+    """(`ce_zero` - `ce_sae`) / (`ce_zero` - `ce`): 1 if the loss is that of the model, 0 if it is that with zeros."""
     explained_variance: float
     """1 - mean squared error over the variance of the activations, both summed over dimensions."""
     mse: float
     """Mean squared error, summed over dimensions."""
     cosine: float
-    """Mean cosine of activation and reconstruction."""
+    """Mean cosine similarity of activation and reconstruction."""
     dead_latents: int
-    """Latents that never fired on this text."""
+    """Number of latents that never fire on this text."""
     density: Float[np.ndarray, " latent"]
     """Share of the tokens on which each latent fires."""
 
@@ -71,34 +71,33 @@ def evaluate_sae(
     scaler: Any = None,
     progress: bool = True,
 ) -> SAEEvaluation:
-    """Evaluates an SAE with SAELens's `run_evals`: as it is, reconstructed, zeroed.
+    """Evaluates an SAE with SAELens's `run_evals`: its reconstruction, sparsity, and the model's loss with it.
 
-    In the ablated stream the hook is replaced or zeroed in the ablated pass, at all positions; the clean pass, from
-    which keys, values and masks come, stays as it is. Figures are computed in float32 or wider, whatever those of
-    model and SAE.
+    In the ablated stream the hook is replaced or zeroed at all positions of the ablated pass; the clean pass, from
+    which keys, values and masks come, is unchanged. All measures are computed in float32 or wider.
 
     Args:
         model: any `HookedTransformer`.
-        sae: an SAE of SAELens, or the folder of one: finished, or a checkpoint of its training or of SAELens's own.
-        tokens: a token file, its path, or blocks `[batch pos]`. Take text that the SAE has not seen.
-        hook: hook point; None: the one in the SAE's metadata.
-        stream: clean or ablated; None: the one in the SAE's metadata, else clean.
-        n_tokens: tokens at most, in whole blocks from the beginning of the text; at least one block.
-        batch: blocks at a time. Three sets of logits are in memory at once.
-        ignore: tokens at which the SAE neither replaces nor counts, such as begin-of-text.
-        scaler: SAELens's `ActivationScaler` of an SAE whose normalisation is not folded into its weights; None: the one
-            that lies beside the SAE in its folder. `ActivationScaler()` evaluates such an SAE without any.
-        progress: show progress bars.
+        sae: an SAE of SAELens, or its folder, or a checkpoint folder of sa_lens or SAELens.
+        tokens: a token file, its path, or blocks `[batch pos]`; use text on which the SAE was not trained.
+        hook: hook point; None takes it from the metadata of the SAE.
+        stream: clean or ablated; None takes it from the metadata of the SAE, or clean if they name none.
+        n_tokens: largest number of tokens, in whole blocks from the beginning of the text; at least one block is read.
+        batch: number of blocks that run together. Three sets of logits are in memory at a time.
+        ignore: tokens, such as begin-of-text, whose activations are neither replaced nor counted.
+        scaler: SAELens's `ActivationScaler` for an SAE whose scale is not folded into its weights; None loads the one
+            in the folder of the SAE. `ActivationScaler()` evaluates such an SAE without a scale.
+        progress: whether to show progress bars.
 
     Raises:
         ImportError: SAELens is not installed.
-        FileNotFoundError: no such token file or SAE.
-        ValueError: an unknown hook or stream, an SAE of another width, a text that is too short, every token ignored,
-            a hook that the loss does not depend on (the CE score is then 0 / 0), an SAE that was trained on scaled
+        FileNotFoundError: the token file or the SAE does not exist.
+        ValueError: an unknown hook or stream, an SAE of another width, a text that is too short or ignored as a whole,
+            a hook without effect on the loss (the CE score is then 0 / 0), or an SAE that was trained on scaled
             activations whose scale is neither in its weights nor given.
 
-    Source: SAELens, `run_evals`. Differs: special tokens count unless ignored, as they do in our losses, and no
-    begin-of-text token is put before the blocks, since our models are trained without it.
+    Source: SAELens, `run_evals`. Differs: special tokens count unless they are ignored, as in our losses, and no
+    begin-of-text token is added, since our models are trained without it.
     """
     sae_lens = import_sae_lens()
     from sae_lens.evals import EvalConfig
@@ -124,12 +123,12 @@ def evaluate_sae(
     if ignore and bool(np.isin(text.cpu().numpy(), list(ignore)).all()):
         raise ValueError("every token of the text is ignored")
     passes = math.ceil(len(text) / batch)
-    with in_stream(model, chosen), _reading(sae, hook):
+    with in_stream(model, chosen), _hook_named(sae, hook):
         try:
             metrics, latents = sae_lens.run_evals(
                 sae=sae,
-                activation_store=_Text(text.to(device_of(model)), batch),
-                model=_Wide(model),
+                activation_store=_TokenStore(text.to(device_of(model)), batch),
+                model=_WideModel(model),
                 activation_scaler=scaler,
                 eval_config=EvalConfig(
                     batch_size_prompts=batch,
@@ -145,7 +144,8 @@ def evaluate_sae(
             )
         except ZeroDivisionError as error:
             raise ValueError(
-                f"zeroing {hook!r} leaves the loss of the {chosen} stream as it is, so the CE score is 0 / 0"
+                f"zeroing {hook!r} does not change the loss of the {chosen} stream, so the CE score is 0 / 0; choose a "
+                "hook that the loss depends on"
             ) from error
     preserved, quality = metrics["model_performance_preservation"], metrics["reconstruction_quality"]
     density = np.asarray(latents["feature_density"])
@@ -169,10 +169,10 @@ def evaluate_sae(
 
 
 def _scaler_beside(folder: Path) -> Any:
-    """The scaler in the folder of an SAE; None if there is none, or one that scales nothing.
+    """Returns the scaler in the folder of an SAE, or None without one or if it does not scale.
 
     Raises:
-        FileNotFoundError: no SAE in this folder.
+        FileNotFoundError: the folder holds no SAE.
     """
     from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
     from sae_lens.training.activation_scaler import ActivationScaler
@@ -180,7 +180,7 @@ def _scaler_beside(folder: Path) -> Any:
     if not (folder / FINISHED).is_file():
         checkpoint = newest_checkpoint(folder)
         instead = (
-            f"; its training goes on with resume=True, or evaluate the checkpoint {checkpoint}" if checkpoint else ""
+            f"; continue its training with resume=True, or evaluate the checkpoint {checkpoint}" if checkpoint else ""
         )
         raise FileNotFoundError(f"{folder} holds no SAE (no {FINISHED}){instead}")
     scaler = ActivationScaler()
@@ -190,10 +190,10 @@ def _scaler_beside(folder: Path) -> Any:
 
 
 def _scaler_of(sae: Any, scaler: Any) -> Any:
-    """The scaler given, or one that does nothing, for an SAE that needs none.
+    """Returns the given scaler, or one without effect for an SAE that needs none.
 
     Raises:
-        ValueError: the SAE reads scaled activations, and nothing says by what they are scaled.
+        ValueError: the SAE reads scaled activations, but the scale is unknown.
     """
     from sae_lens.training.activation_scaler import ActivationScaler
 
@@ -206,8 +206,8 @@ def _scaler_of(sae: Any, scaler: Any) -> Any:
     return ActivationScaler() if scaler is None else scaler
 
 
-class _Wide:
-    """A model as SAELens's evaluation calls it, which reads it in float32 or wider, whatever it computes in."""
+class _WideModel:
+    """A model with the calls that SAELens's evaluation makes; hooks, logits and losses are in float32 or wider."""
 
     def __init__(self, model: Host) -> None:
         self.model, self.tokenizer = model, model.tokenizer
@@ -218,7 +218,7 @@ class _Wide:
     def run_with_hooks(
         self, tokens: Int[Tensor, "batch pos"], *, fwd_hooks: Sequence[Hook], return_type: str, loss_per_token: bool
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], Float[Tensor, "batch pred"]]:
-        hooks = [(name, self._widely(function)) for name, function in fwd_hooks]
+        hooks = [(name, self._widen(function)) for name, function in fwd_hooks]
         logits = at_least_float32(self.model.run_with_hooks(tokens, fwd_hooks=hooks) if hooks else self.model(tokens))
         log_p = logits.log_softmax(-1)[:, :-1]
         return logits, -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
@@ -228,16 +228,16 @@ class _Wide:
         return out, {name: at_least_float32(x) for name, x in cache.items()}
 
     @staticmethod
-    def _widely(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def hooked(x: Tensor, hook: Any) -> Tensor | None:
-            replaced = function(at_least_float32(x), hook)
-            return None if replaced is None else replaced.to(x.dtype)
+    def _widen(function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def edit(x: Tensor, hook: Any) -> Tensor | None:
+            edited = function(at_least_float32(x), hook)
+            return None if edited is None else edited.to(x.dtype)
 
-        return hooked
+        return edit
 
 
-class _Text:
-    """What SAELens's evaluation asks of its store of activations: the tokens, batch by batch, twice over."""
+class _TokenStore:
+    """The store that SAELens's evaluation reads tokens from, batch by batch."""
 
     def __init__(self, blocks: Int[Tensor, "batch pos"], batch: int) -> None:
         self.blocks = blocks
@@ -254,8 +254,8 @@ class _Text:
 
 
 @contextmanager
-def _reading(sae: Any, hook: str) -> Iterator[None]:
-    """Within the context the SAE's metadata name this hook."""
+def _hook_named(sae: Any, hook: str) -> Iterator[None]:
+    """Sets the hook in the metadata of the SAE within the context."""
     metadata = sae.cfg.metadata
     before = metadata.hook_name
     metadata.hook_name = hook

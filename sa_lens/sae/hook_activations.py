@@ -1,4 +1,4 @@
-"""From a model, a hook and tokens to shuffled batches of activations, of either stream."""
+"""Shuffled batches of a hook's activations, in either stream."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from sa_lens.data.blocks import Text, TextBlocks
 from sa_lens.stopping import StopRequest
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
-"""Hooks `[batch pos head d_head]` whose heads SAELens takes as one row."""
+"""Hooks `[batch pos head d_head]` whose heads SAELens concatenates."""
 
 
 def import_sae_lens() -> ModuleType:
-    """SAELens.
+    """Returns SAELens.
 
     Raises:
-        ImportError: it is not installed, or the installed TransformerLens is one that it does not work with; the
-            message has the command.
+        ImportError: SAELens is not installed or does not work with the installed TransformerLens.
     """
     if TRANSFORMER_LENS >= 4:
         raise ImportError(
@@ -45,11 +44,11 @@ def import_sae_lens() -> ModuleType:
 
 
 def text_of(tokens: Text, model: Host, batch_tokens: int = 1) -> TextBlocks:
-    """Returns the blocks that a model reads.
+    """Returns a text as blocks for a model.
 
     Raises:
-        FileNotFoundError: no such token file.
-        ValueError: a text that the model cannot read, or one of fewer than `batch_tokens` tokens.
+        FileNotFoundError: the token file does not exist.
+        ValueError: the model cannot read the text, or it has fewer than `batch_tokens` tokens.
     """
     blocks = TextBlocks(tokens, model.cfg.n_ctx, d_vocab=model.cfg.d_vocab)
     if blocks.length < 2:
@@ -63,27 +62,27 @@ def text_of(tokens: Text, model: Host, batch_tokens: int = 1) -> TextBlocks:
 
 
 def hook_width(model: Host, hook: str, stream: Stream) -> int:
-    """Length of the vector that a hook holds at each token, heads side by side.
+    """Returns the length of the vector that a hook holds at each token, with heads concatenated.
 
     Raises:
-        ValueError: no such hook, one that does not fire in this stream, or one that holds no such vector.
+        ValueError: the hook does not exist, does not fire in this stream, or holds no such vector.
     """
     require_hooks(model, [hook])
     if hook.endswith("gate.hook_mask"):
         raise ValueError(
-            f"{hook!r} holds a mask, zeros and ones of which k are ones: there is nothing for an SAE to decompose. "
-            "Take the units that it leaves (attn.hook_z, mlp.hook_post) or those before it (mlp_gate.hook_in)"
+            f"{hook!r} holds a mask of zeros and ones, which an SAE cannot decompose. Use the masked units "
+            "(attn.hook_z, mlp.hook_post) or the units before the mask (mlp_gate.hook_in)"
         )
     if belongs_to_gate(hook) and stream == "clean":
-        raise ValueError(f"{hook!r} is part of the ablated stream alone: use stream='ablated'")
+        raise ValueError(f"{hook!r} fires only in the ablated stream: use stream='ablated'")
     shape, positions = _shape(model, hook, stream), 3
     if shape is None:
-        raise ValueError(f"{hook!r} does not fire in the {stream} stream of this model; see its configuration")
+        raise ValueError(f"{hook!r} does not fire in the {stream} stream of this model; choose another hook")
     heads = len(shape) == 4 and any(name in hook for name in HEAD_HOOKS)
     if shape[:2] != (1, positions) or not (len(shape) == 3 or heads) or shape[-1] < 2:
         raise ValueError(
-            f"{hook!r} holds {list(shape)} for a block of {positions} tokens. An SAE needs one vector a token: a hook "
-            "[batch, pos, width], or attn.hook_q, hook_k, hook_v or hook_z, whose heads are put side by side"
+            f"{hook!r} has the shape {list(shape)} for a block of {positions} tokens. An SAE needs one vector per "
+            "token: a hook [batch, pos, width], or attn.hook_q, hook_k, hook_v or hook_z, whose heads are concatenated"
         )
     return int(np.prod(shape[2:]))
 
@@ -104,7 +103,7 @@ def _next_layer(hook: str) -> int | None:
 def activations(
     model: Host, tokens: Int[Tensor, "batch pos"], hook: str, stream: Stream
 ) -> Float[Tensor, "token width"]:
-    """What a hook holds at each token, in float32; layers after it are not run."""
+    """Returns the activations of a hook at each token, in float32, without running later layers."""
     with in_stream(model, stream):
         _, cache = model.run_with_cache(
             tokens.to(device_of(model)), names_filter=[hook], stop_at_layer=_next_layer(hook)
@@ -113,18 +112,18 @@ def activations(
 
 
 class ActivationBatches(Iterator[Tensor]):
-    """An endless stream of shuffled batches of activations, `[batch_tokens width]` each, addressed by step.
+    """An endless sequence of shuffled batches of activations, `[batch_tokens width]` each.
 
     A buffer is filled from consecutive blocks of the shuffled text, shuffled by (seed, number of the buffer), and
-    served batch by batch. Batch s thus depends on nothing but the arguments, and a stream begun at step s goes on as
-    the whole one would.
+    divided into batches. The batch of a step therefore depends only on the arguments, and a sequence that starts at
+    step s continues exactly as the whole one.
 
     Args:
         start: step of the first batch.
-        request: looked at between two passes of the model; if a stop was asked for, `Interrupted` is raised.
+        request: checked between two passes of the model; `Interrupted` is raised if a stop was requested.
     """
 
-    BLOCKS_A_PASS = 16
+    BLOCKS_PER_PASS = 16
 
     def __init__(
         self,
@@ -143,24 +142,24 @@ class ActivationBatches(Iterator[Tensor]):
         self.batch_tokens, self.seed, self.step = batch_tokens, seed, start
         self.request = request or StopRequest()
         self.order = BlockOrder(len(blocks), seed)
-        enough = -(-batch_tokens // blocks.length)
-        self.blocks_a_buffer = max(enough, min(len(blocks), buffer_tokens // blocks.length))
-        self.batches_a_buffer = self.blocks_a_buffer * blocks.length // batch_tokens
+        least = -(-batch_tokens // blocks.length)
+        self.blocks_per_buffer = max(least, min(len(blocks), buffer_tokens // blocks.length))
+        self.batches_per_buffer = self.blocks_per_buffer * blocks.length // batch_tokens
         self._filled: int | None = None
 
     def __next__(self) -> Float[Tensor, "batch_tokens width"]:
-        number, batch = divmod(self.step, self.batches_a_buffer)
+        number, batch = divmod(self.step, self.batches_per_buffer)
         if number != self._filled:
             self._fill(number)
         self.step += 1
         return self._buffer[self._shuffled[batch * self.batch_tokens : (batch + 1) * self.batch_tokens]]
 
     def _fill(self, number: int) -> None:
-        chosen = self.order.indices(number * self.blocks_a_buffer, self.blocks_a_buffer)
+        chosen = self.order.indices(number * self.blocks_per_buffer, self.blocks_per_buffer)
         parts = []
-        for first in range(0, len(chosen), self.BLOCKS_A_PASS):
+        for first in range(0, len(chosen), self.BLOCKS_PER_PASS):
             self.request.raise_if_made()
-            tokens = self.blocks.pick(chosen[first : first + self.BLOCKS_A_PASS])
+            tokens = self.blocks.pick(chosen[first : first + self.BLOCKS_PER_PASS])
             parts.append(activations(self.model, tokens, self.hook, self.stream))
         self._buffer = torch.cat(parts)
         shuffled = np.random.default_rng([self.seed, 1, number]).permutation(len(self._buffer))

@@ -1,4 +1,4 @@
-"""What an SAE is and how long it learns. Plain data, no torch."""
+"""Size and training of an SAE."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SAESettings:
-    """Size and training of a standard SAE: ReLU, an L1 penalty weighted by the decoder's norms, Adam.
+    """Size and training of a standard SAE: ReLU, an L1 penalty weighted by the norms of the decoder, Adam.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     expansion: float = 16
-    """Latents for each dimension of the hook; `d_sae` comes before it."""
+    """Number of latents per dimension of the hook; without effect if `d_sae` is given."""
     d_sae: int | None = None
-    """Latents, at least 1; None: `expansion` times the hook's width."""
+    """Number of latents, at least 1; None: `expansion` times the width of the hook."""
     l1_coefficient: float = 5.0
-    """Weight of the L1 penalty against the squared error."""
+    """Weight of the L1 penalty relative to the squared error."""
     l1_warm_up: float = 0.05
-    """Share of the steps over which the penalty grows from 0, linearly."""
+    """Share of the steps over which the penalty grows linearly from 0."""
     lr: float = 1e-5
     """Learning rate of Adam."""
     lr_decay: float = 0.2
-    """Share of the steps, the last ones, over which the learning rate falls to 0, linearly."""
+    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
     normalize: bool = True
-    """Scale activations so that their mean L2 norm is the root of their width; folded into the weights at the end."""
+    """Whether activations are scaled to a mean L2 norm of the square root of their width; the scale is folded into the
+    weights at the end."""
     batch_tokens: int = 4096
-    """Activations a step."""
+    """Activations per step."""
     steps: int = 100_000
-    """Steps of Adam."""
+    """Number of steps of Adam."""
     buffer_tokens: int = 524_288
-    """Activations that are shuffled together, at least one batch; at most one pass over the text."""
+    """Number of activations that are shuffled together, at least one batch; at most the whole text."""
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "batch_tokens", "steps"):
@@ -55,14 +56,14 @@ class SAESettings:
             )
 
     def latents(self, d_in: int) -> int:
-        """`d_sae` for a hook of width `d_in`.
+        """Returns the number of latents for a hook of width `d_in`.
 
         Raises:
-            ValueError: `expansion` leaves no latent.
+            ValueError: `expansion` gives no latent.
         """
         latents = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
         if latents < 1:
-            raise ValueError(f"expansion={self.expansion} of a hook of width {d_in} leaves no latent; set d_sae")
+            raise ValueError(f"expansion={self.expansion} of a hook of width {d_in} gives no latent; set d_sae")
         return latents
 
 
@@ -76,7 +77,7 @@ PRESETS: dict[str, SAESettings] = {
 
 
 def resolve(preset: str | SAESettings, changes: dict[str, Any]) -> SAESettings:
-    """A preset with changes.
+    """Returns a preset with changes.
 
     Raises:
         ValueError: an unknown preset or setting, or a value outside its range.
@@ -88,5 +89,5 @@ def resolve(preset: str | SAESettings, changes: dict[str, Any]) -> SAESettings:
     known = [field.name for field in dataclasses.fields(SAESettings)]
     for name in changes:
         if name not in known:
-            raise ValueError(f"{name!r} is no setting of an SAE: choose from {', '.join(known)}")
+            raise ValueError(f"{name!r} is not a setting of an SAE: choose from {', '.join(known)}")
     return dataclasses.replace(preset, **changes)

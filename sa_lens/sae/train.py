@@ -1,4 +1,4 @@
-"""Training an SAE: SAELens's trainer, fed with the activations of either stream, stopped and resumed between steps."""
+"""Training of an SAE by SAELens on the activations of either stream; it can be stopped and resumed at any step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 
 TRAINING, CHECKPOINT, FINISHED = "training.json", "checkpoint", "cfg.json"
 NORM_BATCHES = 100
-"""Batches over which the mean norm of the activations is taken, at most."""
+"""Largest number of batches from which the mean norm of the activations is estimated."""
 
 
 def train_sae(
@@ -45,41 +45,41 @@ def train_sae(
     progress: bool = True,
     **changes: Any,
 ) -> Any:
-    """Trains an SAE on what a hook holds in one stream.
+    """Trains an SAE on the activations of a hook in one stream.
 
-    Same arguments, same SAE, bit for bit on a CPU; also if training was stopped and resumed. Ctrl-C stops between two
-    steps and saves the state.
+    The same arguments give the same SAE, bit for bit on a CPU, also if training was stopped and resumed. Ctrl-C stops
+    training between two steps and saves its state.
 
     Args:
-        model: any `HookedTransformer`; its weights stay as they are.
-        hook: hook point with one vector a token, or attn.hook_q, hook_k, hook_v, hook_z (heads side by side). Hooks of
-            gates other than masks need the ablated stream.
-        tokens: a token file, its path, or blocks `[batch pos]`; read again and again in shuffled order.
-        stream: clean, or ablated (all positions at once).
-        preset: `laptop`, `paper`, or settings of one's own.
-        seed: of the SAE's weights and of the order of activations, at least 0.
-        output: folder for the SAE, as SAELens reads it, and for checkpoints; None: nothing is written.
-        resume: go on from the checkpoint in `output`, if there is one; a finished SAE is returned as it is.
+        model: any `HookedTransformer`; its weights do not change.
+        hook: hook point with one vector per token, or attn.hook_q, hook_k, hook_v or hook_z, whose heads are
+            concatenated. Hooks of gates, except masks, can be used in the ablated stream.
+        tokens: a token file, its path, or blocks `[batch pos]`; they are read repeatedly in shuffled order.
+        stream: clean, or ablated (at all positions at once).
+        preset: `laptop`, `paper`, or your own settings.
+        seed: seed of the initial weights and of the order of activations, at least 0.
+        output: folder for the SAE, in the format of SAELens, and for checkpoints; None writes nothing.
+        resume: whether to continue from the checkpoint in `output` if there is one; a finished SAE is only loaded.
         architecture: a training configuration of SAELens, such as `TopKTrainingSAEConfig`, instead of the standard SAE;
-            `expansion`, `d_sae`, `l1_coefficient`, `l1_warm_up` and `normalize` then have no say.
-        checkpoint_every: steps between checkpoints, if there is an `output`.
-        progress: show a progress bar.
+            `expansion`, `d_sae`, `l1_coefficient`, `l1_warm_up` and `normalize` then have no effect.
+        checkpoint_every: number of steps between checkpoints in `output`.
+        progress: whether to show a progress bar.
         changes: settings that differ from the preset; see `SAESettings`.
 
     Returns:
-        `sae_lens.SAE` in evaluation mode on the model's device. Its `cfg.metadata` say hook, stream, seed, settings.
+        `sae_lens.SAE` in evaluation mode on the model's device. `cfg.metadata` records hook, stream, seed and settings.
 
     Raises:
         ImportError: SAELens is not installed.
-        FileExistsError: `output` holds something already, and `resume` is False.
-        FileNotFoundError: no such token file.
-        OSError: `output` cannot be written, such as on a full disk; earlier checkpoints are kept.
-        ValueError: bad hook, stream, preset or setting, a text that is too short, or a checkpoint of another model,
-            text or settings.
-        Interrupted: Ctrl-C or SIGTERM, between two steps; the state is saved if there is an `output`.
+        FileExistsError: `output` is not empty, and `resume` is False.
+        FileNotFoundError: the token file does not exist.
+        OSError: `output` cannot be written, for example because the disk is full; earlier checkpoints are kept.
+        ValueError: an invalid hook, stream, preset or setting, a text that is too short, or a checkpoint of another
+            model, text or settings.
+        Interrupted: Ctrl-C or SIGTERM stopped training; the state is saved if there is an `output`.
 
-    Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: buffers are shuffled as a whole, instead of
-    half of each being kept for the next, so that the place in the text is one number.
+    Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: each buffer is shuffled on its own, instead of
+    keeping half of it for the next one, so that one number describes the position in the text.
     """
     sae_lens = import_sae_lens()
     settings = resolve(preset, changes)
@@ -105,7 +105,7 @@ def train_sae(
         setattr(cfg.metadata, name, value)
     if folder is not None:
         remove_leftovers(folder)
-        _claim(folder, resume, record)
+        _prepare_folder(folder, resume, record)
         if (folder / FINISHED).is_file():
             return load_sae(folder, model)
 
@@ -140,20 +140,20 @@ def train_sae(
                 scaler.scaling_factor = _norm_scale(batches(), settings.steps, d_in)
             _fit(trainer, settings.steps, folder, checkpoint_every, progress, request)
         except Interrupted as stop:
-            step, kept = trainer.n_training_steps, "nothing is saved, as output is None"
+            step, kept = trainer.n_training_steps, "its state is not saved, because output is None"
             if folder is not None:
                 _save_checkpoint(trainer, folder)
-                kept = f"{folder} has its state. Go on with resume=True, on the command line --resume"
+                kept = f"its state is in {folder}. Continue with resume=True, on the command line --resume"
             raise Interrupted(
                 f"stopped after step {step:,} of {settings.steps:,}; {kept}", folder=folder, step=step
             ) from stop
-    return _finished(sae_lens, trainer, folder, model)
+    return _finish(trainer, folder, model)
 
 
 def _fit(
     trainer: Any, steps: int, folder: Path | None, checkpoint_every: int, progress: bool, request: StopRequest
 ) -> None:
-    """SAELens's loop, by the steps that its trainer offers, so that a stop falls between two of them."""
+    """Runs the training loop of SAELens's trainer step by step, so that it can stop between two steps."""
     from tqdm.auto import tqdm
 
     with tqdm(total=steps, initial=trainer.n_training_steps, desc="SAE", unit=" steps", disable=not progress) as bar:
@@ -170,8 +170,8 @@ def _fit(
                 _save_checkpoint(trainer, folder)
 
 
-def _finished(sae_lens: Any, trainer: Any, folder: Path | None, model: Host) -> Any:
-    """The SAE for use, by way of its files, which are thus known to load."""
+def _finish(trainer: Any, folder: Path | None, model: Host) -> Any:
+    """Writes the finished SAE and returns it as loaded from its files, so that they are known to load."""
     sae, scaler = trainer.sae, trainer.activation_scaler
     if scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
@@ -188,17 +188,17 @@ def _finished(sae_lens: Any, trainer: Any, folder: Path | None, model: Host) -> 
     if checkpoint is not None:
         shutil.rmtree(checkpoint)
     with suppress(OSError):
-        # what else somebody put there stays
+        # the folder is kept if it holds other files
         (folder / CHECKPOINT).rmdir()
     return load_sae(folder, model)
 
 
 def load_sae(folder: Path, model: Host) -> Any:
-    """The SAE in a folder, on the model's device, for evaluation.
+    """Loads the SAE in a folder on the model's device, in evaluation mode.
 
     Raises:
         FileNotFoundError: the folder holds no SAE.
-        ValueError: a damaged SAE.
+        ValueError: the SAE is damaged.
     """
     if not (folder / FINISHED).is_file():
         raise FileNotFoundError(f"{folder} holds no SAE (no {FINISHED})")
@@ -247,7 +247,7 @@ def _trainer_config(settings: SAESettings, device: str) -> Any:
 
 
 def _metadata(model: Host, blocks: TextBlocks, record: dict[str, Any]) -> dict[str, Any]:
-    """What SAELens's own tools read from an SAE, and how this one was made."""
+    """Returns the metadata that SAELens's tools read from an SAE, and how this SAE was trained."""
     return {
         "hook_name": record["hook"],
         "model_name": getattr(model.cfg, "model_name", None),
@@ -264,39 +264,41 @@ def _metadata(model: Host, blocks: TextBlocks, record: dict[str, Any]) -> dict[s
 
 
 def _norm_scale(batches: ActivationBatches, steps: int, d_in: int) -> float:
-    """The factor that makes the mean norm of activations the root of their width, as SAELens has it."""
+    """Returns SAELens's factor that scales activations to a mean norm of the square root of their width."""
     norms = [batch.norm(dim=-1).mean().item() for batch in islice(batches, min(steps, NORM_BATCHES))]
     mean = sum(norms) / len(norms)
     if not (math.isfinite(mean) and mean > 0):
-        raise ValueError(f"the activations have a mean norm of {mean}: there is nothing to learn from this hook")
+        raise ValueError(
+            f"the activations have a mean norm of {mean}, from which no SAE can learn; choose another hook"
+        )
     return math.sqrt(d_in) / mean
 
 
 def check_output(folder: Path, resume: bool) -> bool:
-    """Checks, before anything long, that an SAE can be written into a folder; returns whether there is one to resume.
+    """Checks that an SAE can be written into a folder before long work; returns whether there is one to resume.
 
     Raises:
-        FileExistsError: the folder holds something that is not to be resumed.
-        OSError: it cannot be written, or is a file.
+        FileExistsError: the folder holds other files, or an SAE and `resume` is False.
+        OSError: the folder cannot be written, or is a file.
     """
     output_folder(folder)
     stored = folder / TRAINING
-    # a record alone is what a training leaves that never got as far as a checkpoint
-    there = folder.is_dir() and any(path != stored for path in folder.iterdir())
-    if there and not resume:
+    # a training that stopped before its first checkpoint leaves only this file
+    resumes = folder.is_dir() and any(path != stored for path in folder.iterdir())
+    if resumes and not resume:
         raise FileExistsError(
-            f"{folder} exists: choose another output, or go on with resume=True, on the command line --resume"
+            f"{folder} exists: choose another output, or continue with resume=True, on the command line --resume"
         )
-    if there and not stored.is_file():
-        raise FileExistsError(f"{folder} holds no SAE training to resume, but other files: choose another output")
-    return there
+    if resumes and not stored.is_file():
+        raise FileExistsError(f"{folder} holds other files, but no SAE training to resume: choose another output")
+    return resumes
 
 
-def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
-    """Makes the folder, or checks that what it holds is the same training."""
-    there, stored = check_output(folder, resume), folder / TRAINING
+def _prepare_folder(folder: Path, resume: bool, record: dict[str, Any]) -> None:
+    """Creates the folder of a training, or checks that it holds the same training."""
+    resumes, stored = check_output(folder, resume), folder / TRAINING
     record = json.loads(json.dumps(record))
-    if there:
+    if resumes:
         before = read_json(stored, remedy="choose another output", keys={}, other_keys=True)
         differing = [name for name in record if before.get(name) != record[name]]
         if differing:
@@ -312,28 +314,28 @@ def _claim(folder: Path, resume: bool, record: dict[str, Any]) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Says, whichever library fails to write, which folder cannot be written and what of the training is kept."""
+    """Raises OSError with the folder and the kept checkpoint, whichever library fails to write."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(folder / CHECKPOINT / "writing", ignore_errors=True)
         why = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
         newest = newest_checkpoint(folder)
-        kept = f"{newest} is kept: make room and go on with resume=True, on the command line --resume"
+        kept = f"{newest} is kept: free space and continue with resume=True, on the command line --resume"
         raise OSError(
             f"cannot write the SAE in {folder}: {why}. {kept if newest else 'No checkpoint is kept'}"
         ) from error
 
 
 def newest_checkpoint(folder: Path | None) -> Path | None:
-    """The last complete checkpoint."""
+    """Returns the last complete checkpoint, or None."""
     entries = (folder / CHECKPOINT).glob("step-*") if folder is not None else []
     steps = {int(path.name[5:]): path for path in entries if path.name[5:].isdecimal()}
     return steps[max(steps)] if steps else None
 
 
 def _save_checkpoint(trainer: Any, folder: Path) -> None:
-    """Writes the state under a temporary name, renames it, and drops earlier ones."""
+    """Writes a checkpoint under a temporary name, renames it, and deletes the earlier one."""
     base, step = folder / CHECKPOINT, trainer.n_training_steps
     before = newest_checkpoint(folder)
     final = base / f"step-{step}"
