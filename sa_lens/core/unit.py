@@ -54,6 +54,10 @@ class Unit(NamedTuple):
         """The attention or MLP that holds it."""
         return Sublayer(self.layer, self.site)
 
+    def place_in_heads(self, d_head: int) -> str:
+        """Returns the head and channel of an attention unit, such as `head 2, channel 1`; "" for a neuron."""
+        return "head {}, channel {}".format(*divmod(self.index, d_head)) if self.site == "attn" else ""
+
     def row(self) -> dict[str, int | str]:
         """Returns the columns that name it in a table: layer, site, unit."""
         return {"layer": self.layer, "site": self.site, "unit": self.index}

@@ -142,6 +142,8 @@ class UnitPage:
     """Tokens whose logits it raises most, directly."""
     streams: tuple[UnitStream, ...]
     """One for each stream that the model has."""
+    place: str = ""
+    """Head and channel of an attention unit, such as `head 2, channel 1`; empty for a neuron."""
 
 
 @dataclass(frozen=True)

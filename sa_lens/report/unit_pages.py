@@ -142,7 +142,7 @@ def _pages(
         for unit, promotes in zip(shown, promoted, strict=True):
             places = [(unit, stream) for stream in subject.streams]
             streams = tuple(_stream(rows[place], labelled.get(place, {}), details.get(place, {})) for place in places)
-            pages.append(UnitPage(str(unit), *unit, promotes, streams))
+            pages.append(UnitPage(str(unit), *unit, promotes, streams, unit.place_in_heads(subject.model.cfg.d_head)))
     return tuple(pages)
 
 

@@ -67,6 +67,7 @@ def gate_raster(
                     promotes=names,
                     positions=tuple(positions.tolist()),
                     values=tuple(map(short, values[stream][sublayer][0, positions, index].float().tolist())),
+                    place=Unit(*sublayer, index).place_in_heads(model.cfg.d_head),
                 )
             )
     total = sum(masks[sublayer].shape[-1] for sublayer in sublayers)
@@ -115,12 +116,11 @@ def _(record: GateRaster, *, dark: bool = False) -> Figure:
             unit = record.units[row]
             promoted = ", ".join(escape(repr(token)) for token in unit.promotes)
             after = f"<br>promotes {promoted}" if promoted else ""
+            name = f"<b>{escape(unit.name)}</b>" + (f", {unit.place}" if unit.place else "")
             for place, value in zip(unit.positions, unit.values, strict=True):
                 z[row][place] = round(value / rms, 3)
                 token = escape(repr(record.tokens[place]))
-                hover[row][place] = (
-                    f"<b>{escape(unit.name)}</b><br>position {place}, {token}<br>value {value:.4g}{after}"
-                )
+                hover[row][place] = f"{name}<br>position {place}, {token}<br>value {value:.4g}{after}"
     height = 11.0 if rows <= 100 else max(2.5, 1100 / rows)
     length = min(1.0, 260 / (height * max(1, rows) + 1))
     figure = Figure(

@@ -158,6 +158,8 @@ class LiveUnit:
     """Tokens at which it stays, rising."""
     values: tuple[float, ...]
     """Its value at each of them."""
+    place: str = ""
+    """Head and channel of an attention unit, such as `head 2, channel 1`; empty for a neuron."""
 
     def __post_init__(self) -> None:
         _check(self.name, len(self.positions), "positions", len(self.values), "values")

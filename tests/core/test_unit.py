@@ -35,3 +35,8 @@ def test_a_model_has_units_layer_by_layer():
     for wrong in ("L1.mlp.12", "L2.attn.0", Unit(0, "attn", -1)):
         with pytest.raises(ValueError, match=r"no unit .*L0\.attn\.0 to L1\.attn\.7 and L0\.mlp\.0 to L1\.mlp\.11"):
             checked_unit(model, wrong)
+
+
+def test_an_attention_unit_is_a_channel_of_a_head():
+    assert Unit(1, "attn", 17).place_in_heads(8) == "head 2, channel 1"
+    assert Unit(1, "mlp", 17).place_in_heads(8) == ""

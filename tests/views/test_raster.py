@@ -54,6 +54,8 @@ def test_figure_has_a_cell_for_each_unit_that_stays(reader):
     row, at = next(iter(shown))
     hover = trace.text[row][at]
     assert record.units[row].name in hover
+    assert record.units[row].place in hover
+    assert all(unit.place.startswith("head ") == (unit.site == "attn") for unit in record.units)
     assert "promotes" in hover
     assert all("<script>" not in cell for cells in trace.text for cell in cells)
     labels = draw(record).layout.yaxis.ticktext

@@ -171,7 +171,7 @@ async function openUnit(model, id) {
   one.replaceChildren(
     h("p", { class: "unit-nav controls" }, backToAll(), step("← unit before", at - 1), step("unit after →", at + 1), at >= 0 ? h("span", { class: "faint" }, `${count(at + 1)} of ${count(table.rows.length)} in the table`) : null),
     h("h3", { tabindex: "-1", class: "unit-name" }, unit.name, several() ? h("span", { class: "faint" }, ` of ${report.models[model].name}`) : null),
-    h("p", {}, `${siteWords[unit.site]} ${unit.index} of layer ${unit.layer}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
+    h("p", {}, `${siteWords[unit.site]} ${unit.index} of layer ${unit.layer}${unit.place ? ` (${unit.place})` : ""}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
     h("div", { class: "columns unit-streams" }, unit.streams.map((stream, i) => unitStream(stream, details[i]))),
     h("div", { class: "unit-stories" }),
   );
