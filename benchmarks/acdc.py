@@ -1,13 +1,13 @@
-"""Times ACDC against the plain sequential algorithm, on models with random weights.
+"""Measures how much faster ACDC is than the plain sequential algorithm, on models with random weights.
 
-    python benchmarks/acdc.py                        # the two sizes that are compared, then growth
+    python benchmarks/acdc.py                        # three sizes, then how cost grows
     python benchmarks/acdc.py --sizes small --twin-edges 310 --json acdc.json
-    python benchmarks/acdc.py --threads 1            # on a machine that others use too: then compare CPU time
+    python benchmarks/acdc.py --threads 1            # on a shared machine: then compare CPU times
 
-The twin is `tests/circuits/twins.py`: for each edge one ordinary pass of the whole model under hooks. Both run on the
-same model, pairs, order and threads, one after the other in this process. Where the twin would take too long it visits
-the first edges of the order alone (`--twin-edges`), and its decisions there are compared. Time is wall-clock, with the
-process's CPU time beside it, since other programs may share the machine.
+The plain algorithm, the *twin*, is in `tests/circuits/twins.py`: for each edge it runs one ordinary pass of the whole
+model with hooks. Both run on the same model, pairs, order and threads, one after the other in this process. Where the
+twin would take too long, it visits only the first edges of the order (`--twin-edges`), and its decisions on these edges
+are compared. Times are wall-clock times and, because other programs may share the machine, CPU times of the process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Size:
     vocabulary: int
     prompts: int
     spread: float
-    """Standard deviation of the initial weights: what sets how many edges are kept."""
+    """Standard deviation of the initial weights, which determines how many edges are kept."""
     tokens: int = 16
     d_model: int = 128
 
@@ -91,19 +91,19 @@ class Clock:
 
 
 def measure(size: Size, tau: float, repeats: int, twin_edges: int) -> dict[str, Any]:
-    """A row of the table: the best of `repeats` runs, and the twin on the first `twin_edges` edges."""
+    """Returns a row of the table: the fastest of `repeats` runs, and the twin on the first `twin_edges` edges."""
     model = build(size)
     pairs = token_pairs(size.prompts, (size.tokens,), size.vocabulary, differ=size.tokens - 2)
     times = []
     for _ in range(repeats):
         clock = Clock()
-        found = acdc(model, pairs, tau, progress=False)
+        result = acdc(model, pairs, tau, progress=False)
         times.append(clock.read())
     wall, cpu = min(times)
-    edges = len(found.circuit.graph)
+    edges = len(result.circuit.graph)
     row: dict[str, Any] = {
         **asdict(size),
-        **{"tau": tau, "edges": edges, "kept": len(found), "tried": found.tried, "ambiguous": found.ambiguous},
+        **{"tau": tau, "edges": edges, "kept": len(result), "tried": result.tried, "ambiguous": result.ambiguous},
         **{
             "seconds": wall,
             "cpu_seconds": cpu,
@@ -112,13 +112,13 @@ def measure(size: Size, tau: float, repeats: int, twin_edges: int) -> dict[str, 
         },
     }
     if twin_edges:
-        order = visiting_order(found.circuit.graph)[:twin_edges]
+        order = visiting_order(result.circuit.graph)[:twin_edges]
         device = next(model.parameters()).device
         clock = Clock()
         runs = SlowRuns(model, pairs.clean.to(device), pairs.corrupt.to(device))
         kept, rises = slow_acdc(order, runs.kl, tau)
         wall, cpu = clock.read()
-        differ = [e for e in order if (e in kept) != (e in found.circuit) and abs(rises[e] - tau) > AMBIGUOUS]
+        differ = [e for e in order if (e in kept) != (e in result.circuit) and abs(rises[e] - tau) > AMBIGUOUS]
         row |= {
             **{"twin_edges": len(order), "twin_ms_per_edge": 1e3 * wall / len(order)},
             **{"twin_cpu_ms_per_edge": 1e3 * cpu / len(order), "decisions_that_differ": len(differ)},
@@ -131,7 +131,7 @@ def measure(size: Size, tau: float, repeats: int, twin_edges: int) -> dict[str, 
 def show(row: dict[str, Any]) -> str:
     text = (
         f"{row['name']:>11}: {row['edges']:6} edges, {row['kept']:4} kept, {row['tried']:5} tried; "
-        f"{row['seconds']:7.2f} s, {row['ms_per_edge']:6.3f} ms an edge (CPU {row['cpu_ms_per_edge']:.3f})"
+        f"{row['seconds']:7.2f} s, {row['ms_per_edge']:6.3f} ms per edge (CPU {row['cpu_ms_per_edge']:.3f})"
     )
     if "twin_edges" in row:
         text += (
@@ -149,10 +149,10 @@ def main() -> None:
         "--sizes", nargs="*", choices=names, metavar="NAME", help=f"of {', '.join(names)}; default: all"
     )
     parser.add_argument("--tau", type=float, default=0.01, help="nats")
-    parser.add_argument("--repeats", type=int, default=2, help="runs, of which the fastest counts")
-    parser.add_argument("--twin-edges", type=int, default=200, help="edges that the twin visits; 0: no twin")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--repeats", type=int, default=2, help="number of runs, of which the fastest counts")
+    parser.add_argument("--twin-edges", type=int, default=200, help="number of edges that the twin visits; 0: no twin")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of threads of torch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the table")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     logging.disable(logging.WARNING)

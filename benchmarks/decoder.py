@@ -1,11 +1,11 @@
-"""Times the clean forward pass of sa_lens's decoder against that of TransformerLens 3's HookedTransformer.
+"""Compares the speed of the forward pass of sa_lens's decoder with that of TransformerLens 3's HookedTransformer.
 
     python benchmarks/decoder.py                      # medians of 21 pairs of passes at three sizes
     python benchmarks/decoder.py --pairs 101 --threads 2 --json decoder.json
 
-Both models have the same random weights and run the same tokens in turn, in this process and without gradients. The
-ratio is that of the process's CPU times, since other programs may share the machine; the wall clock is printed too.
-Needs an environment with TransformerLens 3.
+Both models have the same random weights and run the same tokens in turns, in this process and without gradients. The
+ratio is that of CPU times of the process, because other programs may share the machine. Wall-clock times are printed
+too. This benchmark needs an environment with TransformerLens 3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def compare(size: dict[str, int], pairs: int) -> dict[str, Any]:
-    """Median milliseconds of both models and the ratio of ours to theirs, after three passes that are not counted."""
+    """Median milliseconds of both models, and the ratio of ours to theirs; the first three passes are not counted."""
     shape = {key: value for key, value in size.items() if key not in ("batch", "length")}
     fields: dict[str, Any] = {**shape, "n_ctx": size["length"], "act_fn": "gelu_new", "device": "cpu", "seed": 0}
     models = {
@@ -61,7 +61,7 @@ def compare(size: dict[str, int], pairs: int) -> dict[str, Any]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=21, help="timed passes of each model")
+    parser.add_argument("--pairs", type=int, default=21, help="number of timed passes of each model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Does the demo's model learn its task whatever the seed, the number of threads and the precision?
+"""Measures whether the demo's model learns its task with every seed, number of threads and precision.
 
     python benchmarks/learning.py --rows rows.jsonl                           10 seeds x 1 and 2 threads, bf16
     python benchmarks/learning.py --rows rows.jsonl --precision fp32 --seeds 0 1
     python benchmarks/learning.py --rows rows.jsonl --training joint          both streams from the first step
-    python benchmarks/learning.py --rows rows.jsonl --table                   the table of what is in the file
+    python benchmarks/learning.py --rows rows.jsonl --table                   print the table of the file
 
-Every training is one row, appended to the file when it ends; rows that are there are not trained again, so that the
-program can be stopped and several can share a file by taking different seeds. The dense baseline of each seed sees the
-same tokens with the same learning rates and is trained once, on one thread.
+Every training appends one row to the file when it ends. Rows that the file already has are not trained again, so you
+can stop the program, and several programs with different seeds can share a file. The dense baseline of each seed is
+trained once, on one thread, on the same tokens with the same learning rates.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from sa_lens.shipped.measuring import ABLATED_BAR, CLEAN_BAR, PAIR_BARS
 from sa_lens.training import train
 
 PAIRS = 400
-"""IOI prompts, with pairs of names that no training story holds together."""
+"""Number of IOI prompts. Their pairs of names never occur together in a training story."""
 LEAST = {"clean pair": PAIR_BARS["clean"], "ablated pair": PAIR_BARS["ablated"]}
 MOST = {"clean / dense": CLEAN_BAR, "ablated / dense": ABLATED_BAR}
-"""Bars: accuracies at least, losses at most, as multiples of the dense model's."""
+"""Bars: smallest accuracies, and largest losses as multiples of the dense model's loss."""
 KEY = ["training", "seed", "threads", "precision"]
-"""What tells rows apart."""
+"""Columns that identify a row."""
 
 
 def configuration(training: str, seed: int, precision: str) -> RunConfig:
-    """The run: `scheduled` as in the demo, `joint` both streams from the first step, `dense` without gates."""
+    """The settings: `scheduled` as in the demo, `joint` from the first step on both streams, `dense` without gates."""
     run = pair_run("none" if training == "dense" else "local", seed)
     changes: dict[str, Any] = {"precision": precision, "eval_every": run.train.steps, "save_every": run.train.steps}
     if training == "joint":
@@ -88,7 +88,7 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Trains what is asked for and missing, then prints the table."""
+    """Trains the rows that are missing, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="JSON Lines file of the rows")
     parser.add_argument(
@@ -114,7 +114,7 @@ def main() -> None:
             print(row, flush=True)
     rows = read(options.rows)
     if not rows:
-        raise SystemExit(f"{options.rows} holds no rows: run without --table first")
+        raise SystemExit(f"{options.rows} has no rows: run without --table first")
     print(table(rows).round(3).to_string(index=False))
 
 

@@ -1,15 +1,16 @@
-"""Speed and memory of training and inference, every row in a process of its own.
+"""Measures speed and memory of training and inference, each row in a separate process.
 
     python benchmarks/training.py --json rows.json
-    python benchmarks/training.py --only paper            # the rows whose name starts so
+    python benchmarks/training.py --only paper            # only the rows with this name
     python benchmarks/training.py --device cuda --json rows.json
 
-A row alternates training steps (loss, backward, clipping, AdamW) with matrix products that measure what the machine
-does at that moment; both are the best of several, because another process can only slow them down. `core_share` says
-how much of the cores this process got in its best step: well below 1, and somebody else was using them. On such a
-machine `--threads 1 --clock cpu` counts the processor time of one thread instead, which waiting does not change.
+A row alternates training steps (loss, backward pass, clipping, AdamW) with matrix products, which measure the speed of
+the machine at that moment. Of both, the fastest of several counts, because other processes can only slow them down.
+`core_share` is the share of the cores that this process had in its fastest step. If it is well below 1, other processes
+used them too. On such a machine, `--threads 1 --clock cpu` measures the processor time of one thread, which does not
+include waiting.
 
-Peak memory is the process's resident set on a CPU, what torch allocated on a GPU.
+Peak memory is the resident set of the process on a CPU, and what torch allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from pathlib import Path
 from typing import Any
 
 REFERENCE_RATES = {("local", 50257): 540.0, ("global", 50257): 353.0, ("local", 4096): 812.0}
-"""Tokens/s of the reference implementation at the paper's size on two CPU cores that do REFERENCE_MATMUL."""
+"""Tokens per second of the reference implementation at the paper's size, on two CPU cores with REFERENCE_MATMUL."""
 
 REFERENCE_MATMUL = 335e9
-"""Float32 matrix products of those cores, FLOP/s."""
+"""Rate of float32 matrix products of these cores, FLOP per second."""
 
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-"""Environment of the inference rows, in which glibc keeps freed memory. Otherwise it hands large tensors back and takes
-them again page by page, which on a virtual machine can take as long as the work and differs from call to call."""
+"""Environment of the inference rows, in which glibc keeps freed memory. Otherwise it returns the memory of large
+tensors and requests it again page by page. On a virtual machine this can take as long as the work and varies between
+calls."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one process measures."""
+    """A row of the table, measured by one process."""
 
     name: str
     variant: str
@@ -56,11 +58,11 @@ class Row:
     compiled: bool = False
     recompute: bool = False
     against: str = ""
-    """Variant of an inference row that is timed in turn with it, in the same process."""
+    """Variant that is timed in turns with an inference row, in the same process."""
 
 
 def rows(device: str) -> Iterator[Row]:
-    """The table, in order."""
+    """Yields the rows in the order of the table."""
     yield Row("paper", "local")
     yield Row("paper", "global")
     yield Row("paper", "none")
@@ -103,7 +105,7 @@ def best(repeats: int, *functions: Callable[[], float]) -> list[float]:
 
 
 class Clock:
-    """Seconds that a function takes, and how much of the cores it got in its fastest call."""
+    """Measures the seconds that a function takes, and its share of the cores in the fastest call."""
 
     def __init__(self, device: str, threads: int, clock: str) -> None:
         self.device, self.threads, self.clock = device, threads, clock
@@ -126,7 +128,7 @@ class Clock:
 
 
 def matmul_seconds(device: str, dtype: Any, size: int, clock: str) -> Callable[[], float]:
-    """A function that times one square matrix product."""
+    """Returns a function that times one square matrix product."""
     import torch
 
     a = torch.randn(size, size, device=device).to(dtype)
@@ -136,11 +138,11 @@ def matmul_seconds(device: str, dtype: Any, size: int, clock: str) -> Callable[[
 
 
 def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> dict[str, Any]:
-    """One row of the table."""
+    """Measures one row of the table."""
     import torch
 
     torch.set_num_threads(threads)
-    # probabilities of rare tokens underflow to denormal numbers, which a CPU handles in slow motion
+    # probabilities of rare tokens underflow to denormal numbers, which a CPU processes slowly
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     timer = Clock(device, threads, clock)
@@ -206,7 +208,7 @@ def build(row: Row, device: str) -> Any:
 
 
 def training_step(row: Row, device: str) -> Callable[[], Any]:
-    """A function that makes one optimizer step."""
+    """Returns a function that makes one optimizer step."""
     import torch
 
     from sa_lens.config import LossConfig
@@ -236,7 +238,7 @@ def training_step(row: Row, device: str) -> Callable[[], Any]:
 
 
 def inference(row: Row, variant: str, device: str) -> Callable[[], Any]:
-    """A function that runs one forward pass, or one with every activation cached."""
+    """Returns a function that runs one forward pass, with or without a cache of all activations."""
     import torch
 
     model = build(row, device)
@@ -257,7 +259,7 @@ def inference(row: Row, variant: str, device: str) -> Callable[[], Any]:
 
 
 def in_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """The row, measured by a process of its own."""
+    """Measures the row in a separate process."""
     command = [sys.executable, "-W", "ignore", __file__, "--row", json.dumps(dataclasses.asdict(row))]
     command += ["--device", args.device, "--threads", str(args.threads), "--repeats", str(args.repeats)]
     command += ["--clock", args.clock]
@@ -271,11 +273,11 @@ def in_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The ratios that matter, of the rows that are there."""
+    """Yields the ratios of interest for the rows that were measured."""
 
     def rate(**wanted: Any) -> float | None:
-        found = [r["tokens_per_s"] for r in records if all(r[key] == value for key, value in wanted.items())]
-        return found[0] if found else None
+        rates = [r["tokens_per_s"] for r in records if all(r[key] == value for key, value in wanted.items())]
+        return rates[0] if rates else None
 
     def ratio(label: str, above: dict[str, Any], below: dict[str, Any]) -> Iterator[str]:
         a, b = rate(**above), rate(**below)
@@ -312,10 +314,12 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads of a row")
-    parser.add_argument("--repeats", type=int, default=7, help="steps measured in a row; the best counts")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="number of CPU threads of a row"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="number of steps measured for a row; the fastest counts")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor time of one thread")
     parser.add_argument("--only", nargs="+", help="names of rows: paper, vocab, compiled, recompute, inference, ...")
     parser.add_argument("--row", help=argparse.SUPPRESS)

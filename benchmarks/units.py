@@ -1,12 +1,12 @@
-"""Times `specialization` on a model of the `laptop` preset, and its forward pass without hooks against the one with.
+"""Measures the speed of `specialization`, and of its forward pass without and with hooks, with the preset `laptop`.
 
-    python benchmarks/units.py                               # 100,000 tokens, and what 5 million would take
+    python benchmarks/units.py                               # 100,000 tokens, scaled to 5 million
     python benchmarks/units.py --tokens 500000 --json units.json
-    python benchmarks/units.py --threads 1                   # on a machine that others use too: then compare CPU time
+    python benchmarks/units.py --threads 1                   # on a shared machine: then compare CPU times
 
-Both passes run on the same model and tokens in turn, batch by batch, in this process. Time is wall-clock, with the
-process's CPU time beside it, since other programs may share the machine. Weights and tokens are random, which costs the
-same as trained ones and real text.
+Both passes run on the same model and tokens in turns, batch by batch, in this process. Times are wall-clock times and,
+because other programs may share the machine, CPU times of the process. Weights and tokens are random. The cost is the
+same for a trained model and real text.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from sa_lens.units import calibrate, specialization
 from sa_lens.units.activations import TOKENS_AT_ONCE, read_by_hooks, read_units
 
 GOAL = 5_000_000
-"""Tokens that times are scaled to."""
-COMPANY = 500_000
-"""Tokens on which `specialization` counts pairs."""
+"""Number of tokens to which times are scaled."""
+COACTIVATION_TOKENS = 500_000
+"""Number of tokens on which `specialization` counts pairs of units that fire together."""
 
 
 class Clock:
-    """Seconds of the wall clock and of this process's CPUs."""
+    """Measures wall-clock seconds and CPU seconds of this process."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -50,25 +50,25 @@ class Clock:
 
 
 def passes(model: Any, blocks: torch.Tensor) -> dict[str, Clock]:
-    """Seconds of both forward passes over the same batches, in turn, the first batch not counted."""
+    """Measures both forward passes over the same batches in turns; the first batch is not counted."""
     sites, streams = list(unit_counts(model)), streams_of(model)
     batch = max(1, TOKENS_AT_ONCE["cpu"] // blocks.shape[1])
     readers = {"with hooks": read_by_hooks, "without hooks": read_units}
     clocks = {name: Clock() for name in readers}
-    for at, tokens in enumerate(blocks.split(batch)):
+    for batch_index, tokens in enumerate(blocks.split(batch)):
         for name, read in readers.items():
-            clock = clocks[name] if at else Clock()
+            clock = clocks[name] if batch_index else Clock()
             clock.time(lambda read=read, tokens=tokens: read(model, tokens, streams, sites))
     return clocks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the whole measurement")
-    parser.add_argument("--pass-tokens", type=int, default=40_000, help="tokens of the forward passes alone")
+    parser.add_argument("--tokens", type=int, default=100_000, help="number of tokens of the whole measurement")
+    parser.add_argument("--pass-tokens", type=int, default=40_000, help="number of tokens of the forward passes alone")
     parser.add_argument("--scope", choices=("local", "global", "both"), default="local")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
@@ -89,7 +89,7 @@ def main() -> None:
     clocks = passes(model, timed)
     rules = calibrate(model, blocks[:8], streams_of(model), progress=False)
     clocks["specialization"] = Clock()
-    pairs = max(1, COMPANY * blocks.numel() // GOAL)  # the share of the text on which pairs are counted at the goal
+    pairs = max(1, COACTIVATION_TOKENS * blocks.numel() // GOAL)  # the same share of the text as at the goal
     clocks["specialization"].time(
         lambda: specialization(model, blocks, rules, coactivation_tokens=pairs, progress=False)
     )
@@ -101,14 +101,14 @@ def main() -> None:
             {
                 "what": name,
                 "tokens": n,
-                "microseconds a token": 1e6 * clock.wall / n,
-                "CPU microseconds a token": 1e6 * clock.cpu / n,
+                "microseconds per token": 1e6 * clock.wall / n,
+                "CPU microseconds per token": 1e6 * clock.cpu / n,
                 "minutes for 5 million": GOAL / n * clock.wall / 60,
             }
         )
     print(f"{options.scope} gates, {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, n_ctx {n_ctx}, ", end="")
     print(f"{words:,} words, {options.threads} threads\n")
-    print("| what | tokens | us a token | CPU us a token | minutes for 5 million |\n|---|---|---|---|---|")
+    print("| what | tokens | µs per token | CPU µs per token | minutes for 5 million |\n|---|---|---|---|---|")
     for row in rows:
         print("| {} | {:,} | {:.1f} | {:.1f} | {:.1f} |".format(*row.values()))
     before, after = clocks["with hooks"], clocks["without hooks"]

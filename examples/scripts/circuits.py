@@ -1,4 +1,4 @@
-"""Circuits of a dense and a self-ablating model at equal faithfulness: notebook 02 as a script.
+"""Compare circuits of a dense and a self-ablating model at equal faithfulness (notebook 02 as a script).
 
 python examples/scripts/circuits.py --run stories-local --baseline stories-dense --out runs/circuits
 """
@@ -37,56 +37,56 @@ def main(
     pairs: int = 128,
     methods: tuple[Method, ...] = METHODS,
 ) -> None:
-    """Find circuits in three streams, compare them on other prompts, and hold the gates against them.
+    """Find circuits in three streams, judge them on other prompts, and compare the gates with them.
 
     Args:
         run: Self-ablating model: a shipped one, a run folder or a Hub id.
-        baseline: The dense model trained like it.
-        out: Folder of tables and figures.
+        baseline: Dense model with the same training.
+        out: Folder for tables and figures.
         task: ioi, pronoun, object, repeated, or a JSON file.
-        words: Words of the prompts.
-        pairs: Prompts to find with, and as many to report on.
-        methods: How to find circuits.
+        words: Vocabulary of the prompts.
+        pairs: Number of pairs to find circuits with; as many others to report on.
+        methods: Methods that find circuits.
     """
     dense, gated = (sa.SelfAblatingTransformer.from_pretrained(folder) for folder in (baseline, run))
     streams = {("dense", "clean"): dense, ("self-ablating", "clean"): gated, ("self-ablating", "ablated"): gated}
     find, report = tasks.make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
     out.mkdir(parents=True, exist_ok=True)
 
-    # live masks depend on what the edges bring; frozen masks of the clean prompt bring more than that. ACDC and exact
-    # effects try many edges at once with frozen masks, so theirs are frozen
-    found = {}
+    # Frozen masks contain information about the clean prompt that no edge carries, live masks do not. ACDC and exact
+    # effects use frozen masks here, because they can then try many edges at once.
+    results = {}
     for (name, stream), model in streams.items():
         exp = Experiment(model, find, stream=stream)
         judge = exp.on(report)
         for method in methods:
             masks = "frozen" if method in ("acdc", "exact") else None
-            found[name, stream, method] = find_circuit(exp.usual(masks=masks), judge.usual(masks=masks), method)
-    results = circuit_table(found, ("model", "stream", "method"))
-    results.to_csv(out / "circuits.csv", index=False)
+            results[name, stream, method] = find_circuit(exp.usual(masks=masks), judge.usual(masks=masks), method)
+    table = circuit_table(results, ("model", "stream", "method"))
+    table.to_csv(out / "circuits.csv", index=False)
     shown = ["model", "stream", "masks", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "masks_alone"]
     shown += ["edges_0.9", "cmd"]
-    print(results[shown].round(3).to_string(index=False))
+    print(table[shown].round(3).to_string(index=False))
 
     names = [f"{name}, {stream} stream" for name, stream in streams]
     for method in methods:
-        circuits = [found[name, stream, method].circuit for name, stream in streams]
+        circuits = [results[name, stream, method].circuit for name, stream in streams]
         print("wrote", save(side_by_side(circuits, f"{task}: {method}", names=names), out / f"{method}.html"))
         curves = {
             f"{name}, {stream}": curve.table()
             for name, stream in streams
-            if (curve := found[name, stream, method].curve) is not None
+            if (curve := results[name, stream, method].curve) is not None
         }
         if curves and method != "acdc":
             print("wrote", save(faithfulness_chart(curves), out / f"faithfulness-{method}.html"))
 
     rankings = gate_rankings(gated, find, draws=3)
     references = {
-        f"{method}, {stream}": one.circuit for (name, stream, method), one in found.items() if name != "dense"
+        f"{method}, {stream}": result.circuit for (name, stream, method), result in results.items() if name != "dense"
     }
     agreement = agreement_table(rankings, references)
     agreement.to_csv(out / "gate.csv", index=False)
-    print("\nThe gate as a circuit: AUROC against edges found, 0.5 is chance")
+    print("\nThe gate as a circuit: AUROC against the edges of each circuit; 0.5 is chance")
     print(agreement.pivot_table(index="ranking", columns="reference", values="auroc", sort=False).round(2).to_string())
 
 

@@ -1,4 +1,4 @@
-"""A small comparison with controls and seeds: notebook 04 as a script.
+"""Compare small models with controls and seeds (notebook 04 as a script).
 
 python examples/scripts/compare.py --steps 600 --seeds 3 --out runs/compare-small
 """
@@ -28,7 +28,7 @@ from sa_lens.compare import (  # noqa: E402
 
 
 def small_grid(steps: int, stories: int, tokens: int) -> Grid:
-    """The grid `smoke` with larger models, longer training and fewer variants and columns."""
+    """The grid `smoke` with larger models, longer training, and fewer variants and columns."""
     small = GRIDS["smoke"]()
     run = dataclasses.replace(
         small.run,
@@ -55,19 +55,19 @@ def main(
     tokens: int = 10_000,
     device: str = "auto",
 ) -> None:
-    """Train a baseline, self-ablating models and controls on the same tokens, measure all, print verdicts.
+    """Train a baseline, self-ablating models and controls on the same tokens, measure all of them, and print verdicts.
 
     Args:
-        out: Folder of models, tables and figure; what is there already is not done again.
+        out: Folder for models, tables and figure; models and values that it contains are not made again.
         steps: Training steps of each model.
-        seeds: Seeds of each variant.
-        stories: Generated stories.
-        tokens: Validation tokens of each measurement.
-        device: Where to run.
+        seeds: Number of seeds of each variant.
+        stories: Number of generated stories.
+        tokens: Number of validation tokens of each measurement.
+        device: Device, such as cpu or cuda.
     """
     grid = small_grid(steps, stories, tokens)
     left = plan(grid, out, seeds=seeds, device=device)["seconds"].sum()
-    print(f"about {left / 60:.1f} minutes; after Ctrl-C the same command goes on")
+    print(f"about {left / 60:.1f} minutes; after Ctrl-C the same command continues")
     comparison = compare(grid, out, seeds=seeds, device=device)
     print(f"\nClaims against the dense baseline\n\n{verdict_text(comparison)}\n")
     for name in ("table.md", "summary.csv", "figure.html"):

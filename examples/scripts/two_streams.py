@@ -1,4 +1,4 @@
-"""Two streams, and where the answer comes from: notebook 01 as a script. Figures are HTML files that open from disk.
+"""Patch both streams of a self-ablating model (notebook 01 as a script). Figures are HTML files that open from disk.
 
 python examples/scripts/two_streams.py --run stories-local --out runs/patching
 """
@@ -29,10 +29,10 @@ def main(
 
     Args:
         run: Self-ablating model: a shipped one, a run folder or a Hub id.
-        out: Folder of the figures.
+        out: Folder for the figures.
         task: ioi, pronoun, object, repeated, or a JSON file.
-        words: Words of the prompts.
-        pairs: Prompts.
+        words: Vocabulary of the prompts.
+        pairs: Number of pairs.
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
 

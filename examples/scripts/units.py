@@ -1,4 +1,4 @@
-"""Units of a dense and a self-ablating model, at equal activity: notebook 03 as a script.
+"""Compare units of a dense and a self-ablating model at equal activity (notebook 03 as a script).
 
 python examples/scripts/units.py --run stories-local --baseline stories-dense --out runs/units
 """
@@ -28,15 +28,15 @@ def main(
     explained: int = 16,
     probe_tokens: int = 5000,
 ) -> None:
-    """Describe and compare all units, explain some, ask what the masks carry and how sparse the weights are.
+    """Describe and compare all units, explain some of them, and measure mask leakage and the sparsity of weights.
 
     Args:
         run: Self-ablating model: a shipped one, a run folder or a Hub id.
-        baseline: The dense model trained like it.
-        out: Folder of tables and figures.
-        tokens: Training tokens to calibrate on, and validation tokens to measure on.
-        explained: Units of the ablated stream to explain.
-        probe_tokens: Tokens of each half that the probes of the masks read.
+        baseline: Dense model with the same training.
+        out: Folder for tables and figures.
+        tokens: Number of training tokens to calibrate on, and of validation tokens to measure on.
+        explained: Number of units of the ablated stream to explain.
+        probe_tokens: Number of tokens in each half of the text that the probes of the masks read.
     """
     models = {
         name: sa.SelfAblatingTransformer.from_pretrained(folder)
@@ -62,10 +62,14 @@ def main(
     print("At equal layer and activity, self-ablating minus dense")
     print(written["matched"][["stream", "column", "difference", "low", "high"]].round(3).to_string(index=False))
 
-    found = units.explain(gated, text.validation, rules["self-ablating"]["ablated"], explained, n_tokens=tokens)
-    written["explanations"] = found.table
+    explanations = units.explain(gated, text.validation, rules["self-ablating"]["ablated"], explained, n_tokens=tokens)
+    written["explanations"] = explanations.table
     print("\nExplained units, ablated stream")
-    print(found.table[["layer", "site", "unit", "pattern", "text_f1", "list_text_f1"]].round(2).to_string(index=False))
+    print(
+        explanations.table[["layer", "site", "unit", "pattern", "text_f1", "list_text_f1"]]
+        .round(2)
+        .to_string(index=False)
+    )
 
     leak = units.leakage(gated, text.validation, n_tokens=min(tokens, 20_000), probe_tokens=probe_tokens)
     written["leakage"] = leak.losses
@@ -77,9 +81,9 @@ def main(
         table.to_csv(out / f"{name}.csv", index=False)
         print("wrote", out / f"{name}.csv")
     spread = {
-        f"{name}, {stream}": some.loc[some["live"], "effective_tokens"].dropna().to_numpy()
+        f"{name}, {stream}": group.loc[group["live"], "effective_tokens"].dropna().to_numpy()
         for name, table in tables.items()
-        for stream, some in table.groupby("stream", sort=False)
+        for stream, group in table.groupby("stream", sort=False)
     }
     counts = histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units")
     print("wrote", save(counts, out / "effective-tokens.html"))

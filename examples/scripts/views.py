@@ -1,4 +1,4 @@
-"""Every view of one text on both streams, as HTML files that open from disk: notebook 05 as a script.
+"""Save every view of a text on both streams as HTML files that open from disk (notebook 05 as a script).
 
 python examples/scripts/views.py --run stories-local --text "Lily and Tom went to the park."
 """
@@ -33,14 +33,14 @@ def main(
     layer: int = -1,
     dark: bool = False,
 ) -> None:
-    """Write every view of a text, and the records that they are drawn from.
+    """Save every view of a text, and the records from which the views are drawn.
 
     Args:
         run: Self-ablating model: a shipped one, a run folder or a Hub id.
-        out: Folder to write.
+        out: Folder for the files.
         text: The text.
-        layer: Layer of the attention patterns; negative: from the last.
-        dark: The dark look.
+        layer: Layer of the attention patterns; negative numbers count from the last.
+        dark: Use a dark background.
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
     raster = gate_raster(model, text)

@@ -1,4 +1,4 @@
-"""Gates on a model that exists, trained on one's own text, and a task of one's own: notebook 06 as a script.
+"""Put gates on a pretrained model, train them on your text, and study your task (notebook 06 as a script).
 
     python examples/scripts/your_own_model.py --base runs/dense --text stories.txt --task agreement.json --out runs/own
 
@@ -32,19 +32,19 @@ def main(
     pairs: int = 64,
     freeze: bool = True,
 ) -> None:
-    """Train gates on a model, then patch it and find a circuit in both streams.
+    """Train gates on a model, then patch it and find a circuit, in both streams.
 
     Args:
-        base: The model.
-        text: Text to train the gates on, as data.source.
-        out: Run folder to write.
+        base: Pretrained model.
+        text: Text to train the gates on; anything that data.source accepts.
+        out: Run folder for the trained model and the figures.
         task: ioi, pronoun, object, repeated, or a JSON file of pairs.
-        k_attn: Attention units that stay in a layer.
-        k_mlp: Neurons that stay in a layer.
+        k_attn: Number of attention units that a gate keeps.
+        k_mlp: Number of neurons that a gate keeps.
         steps: Optimizer steps.
         n_ctx: Length of the training sequences.
-        pairs: Prompts to find with, and as many to report on.
-        freeze: Train the gates alone.
+        pairs: Number of pairs to find circuits with; as many others to report on.
+        freeze: Train only the gates.
     """
     settings = sa.RunConfig(
         model=sa.ModelConfig(n_ctx=n_ctx),
@@ -61,9 +61,9 @@ def main(
     maps = [patch_map(patch(model, find, "resid_pre", stream=stream)) for stream in ("clean", "ablated")]
     print("wrote", save(side_by_side(maps, names=["clean", "ablated"]), out / "patching.html"))
     for stream in ("clean", "ablated"):
-        found = find_circuit(model, find, report, "acdc", stream=stream)
-        print(f"\n{found.summary()}")
-        print("wrote", save(found.circuit, out / f"circuit-{stream}.html"))
+        result = find_circuit(model, find, report, "acdc", stream=stream)
+        print(f"\n{result.summary()}")
+        print("wrote", save(result.circuit, out / f"circuit-{stream}.html"))
 
 
 if __name__ == "__main__":
