@@ -1,6 +1,6 @@
 """Makes the pictures of README and docs that show the shipped models of the generated stories.
 
-    python docs/pictures.py                 # all of them, five minutes of one core
+    python docs/pictures.py                 # all of them, two minutes of one core
     python docs/pictures.py views patching  # only these groups
 
 Needs Chromium. Prompts are drawn with seed 0. Each picture is 1,280 pixels wide and light.
