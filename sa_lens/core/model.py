@@ -27,7 +27,7 @@ from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
-from sa_lens.core.pass_hooks import Ablation, Hooks
+from sa_lens.core.pass_hooks import Ablation, Hooks, traces_paused
 from sa_lens.core.streams import (
     CleanPass,
     ablated_hooks,
@@ -307,7 +307,7 @@ class SelfAblatingTransformer(GatedTransformer):
             clean = self._clean_pass(tokens, kwargs, ablation, want_final=True)
             assert clean.resid_post is not None
             assert clean.final is not None
-            with self._streams.attach(silent=True):
+            with traces_paused(self), self._streams.attach(silent=True):
                 clean_logits = self.logits_from_final(clean.final)
             masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
             outputs: list[Tensor] = []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
@@ -134,6 +134,39 @@ def _apply(functions: Sequence[Callable[[Tensor], Tensor | None]], x: Tensor) ->
         written = function(x)
         x = x if written is None else written
     return x
+
+
+def running_traces(model: nn.Module) -> list[Any]:
+    """The traces of nnsight that follow the model in this moment.
+
+    nnsight 0.8 lists them at every module that it wraps, as `__nnsight__`. A trace has one request for each value and
+    serves it at the first visit of the module, which in `ablated()` would be that of the clean pass.
+
+    Raises:
+        ValueError: another version of nnsight, whose traces cannot be kept from the clean pass.
+    """
+    state = model.__dict__.get("__nnsight__")
+    try:
+        traces = [] if state is None else [reference() for reference, *_ in state.routes]
+        return [trace for trace in traces if trace is not None and trace.interleaving]
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            "this version of nnsight records its traces in an unknown way, so that they would show values of the clean "
+            "pass in the ablated stream: install nnsight>=0.8,<0.9"
+        ) from error
+
+
+@contextmanager
+def traces_paused(model: nn.Module) -> Iterator[None]:
+    """Within the context, traces of nnsight neither see nor edit what the model computes, like silent user hooks."""
+    traces = running_traces(model)
+    for trace in traces:
+        trace.interleaving = False
+    try:
+        yield
+    finally:
+        for trace in traces:
+            trace.interleaving = True
 
 
 @contextmanager

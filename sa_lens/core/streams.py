@@ -28,7 +28,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sa_lens.core.gate import Gate
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.pass_hooks import Ablation, AttachedHook, Hooks
+from sa_lens.core.pass_hooks import Ablation, AttachedHook, Hooks, running_traces, traces_paused
 
 
 @dataclass
@@ -99,7 +99,12 @@ def run_clean_pass(
             readers.append((block.attn.hook_v, record.values.append, False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
     edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
-    with model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
+    if ablation.masks == "live" and running_traces(model):
+        raise ValueError(
+            "masks='live' runs your edits in two passes, but a trace of nnsight follows a single pass: use "
+            "masks='frozen', or run_with_hooks in place of the trace"
+        )
+    with traces_paused(model), model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
