@@ -83,7 +83,7 @@ def test_a_model_equals_itself_and_bad_input_is_refused(gated, text, calibration
     assert (known.difference == 0).all()
     assert (known.low <= 0).all()
     assert (known.high >= 0).all()
-    with pytest.raises(ValueError, match="the table has no unit"):
+    with pytest.raises(ValueError, match="the table has no rows"):
         summary(table[:0])
     with pytest.raises(ValueError, match="have 1 and 2"):
         compare(table[table.layer == 0], table)
