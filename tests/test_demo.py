@@ -34,8 +34,7 @@ def tiny_shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shelf(tiny_shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny models take the place of the shipped ones, in the current folder and its sizes."""
     monkeypatch.setattr(catalogue, "SHIPPED", tiny_shelf)
-    for name in ("STORIES", "SHORT"):
-        monkeypatch.setattr(f"sa_lens.shipped.recipes.{name}", tiny("stories-local").run)
+    monkeypatch.setattr(pair, "SHORT", tiny("stories-local").run)
     monkeypatch.setattr(measuring, "PROMPTS", 20)
     monkeypatch.chdir(tmp_path)
     return tiny_shelf
