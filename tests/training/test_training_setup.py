@@ -12,6 +12,7 @@ from tiny_runs import MakeRun, same, weights
 
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import HookedTransformer, HookedTransformerConfig, SelfAblatingTransformer
+from sa_lens.core.base import TRANSFORMER_LENS
 from sa_lens.core.initial_model import initial_model
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import train
@@ -40,7 +41,11 @@ def pretrained(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> HookedTra
         assert (name, options) == ("gpt2", {"device": "cpu", "trust_remote_code": False})
         return model
 
-    monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", fetch)
+    if TRANSFORMER_LENS > 3:
+        # its bridge needs a configuration from the Hub
+        monkeypatch.setattr("sa_lens.core.initial_model._transformer_lens_model", lambda name, known: model)
+    else:
+        monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", fetch)
     return model
 
 
