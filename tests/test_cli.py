@@ -485,9 +485,14 @@ class TestCircuit:
                 os.kill(os.getpid(), number)
             return plainly(self, rows)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Recomputation, "try_removals", interrupted)
-            line = fails(command("part"), capsys, code=130)
+        # a process that runs in the background ignores Ctrl-C
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Recomputation, "try_removals", interrupted)
+                line = fails(command("part"), capsys, code=130)
+        finally:
+            signal.signal(signal.SIGINT, before)
         unfinished = tmp_path / "part" / "unfinished.json"
         assert re.search(rf"stopped after \d+ of \d+ edges; {unfinished} has .* same command and --resume", line)
         assert list(unfinished.parent.iterdir()) == [unfinished]
