@@ -23,7 +23,6 @@ from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.recorded_passes import last_logits
 from sa_lens.core import HookedTransformer
-from sa_lens.statistics import bootstrap_interval
 
 
 @pytest.fixture
@@ -50,20 +49,6 @@ def test_kl_by_hand():
     # 0.5 ln 2 + 0 + 0.25 ln 0.5
     assert kl(q.log(), p.log()).item() == pytest.approx(0.25 * math.log(2))
     assert kl(p.log() + 7, p.log()).item() == pytest.approx(0, abs=1e-7)
-
-
-def test_interval_covers_and_narrows():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 3
-    wide, narrow = bootstrap_interval(values[:25]), bootstrap_interval(values)
-    assert wide.low < wide.mean < wide.high
-    assert narrow.mean == pytest.approx(values.double().mean().item())
-    # a normal mean has standard error 1 / sqrt(n)
-    assert narrow.high - narrow.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
-    assert bootstrap_interval(values) == narrow
-    assert bootstrap_interval(values, seed=1) != narrow
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_interval(values, level=95)
 
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])

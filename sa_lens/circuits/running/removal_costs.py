@@ -1,7 +1,7 @@
 """The metric of a search from the final residual stream, for many rows at once; larger is worse.
 
-For KL the full vocabulary is needed for one number a prompt alone, the log of the sum of exponentials: with p of the
-clean prompt and logits y = n W_U + b_U of the normalised stream n,
+KL needs the full vocabulary only for one number per prompt, the log of the sum of exponentials (lse). With p the
+probabilities of the clean prompt and y = n W_U + b_U the logits of the normalised stream n,
 
     KL(p || q) = lse(y) - lse(y_clean) - (sum over tokens of p W_U) . (n - n_clean).
 """
