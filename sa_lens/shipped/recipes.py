@@ -33,7 +33,7 @@ STORIES = RunConfig(
 )
 
 SHORT = dataclasses.replace(STORIES, train=dataclasses.replace(STORIES.train, steps=6_500, dense_share=0.6))
-"""The same in less than half the steps, for `sa-lens demo --train`: six minutes of one core."""
+"""The same in less than half the steps, for `sa-lens demo --train`: seven to nine minutes of one core."""
 
 TINYSTORIES = RunConfig(
     model=ModelConfig(n_layers=4, d_model=128, n_heads=4, n_ctx=256, attn_scale=True, init="gpt2"),

@@ -169,7 +169,7 @@ def _check(model: Host, other: Host | None, classes: int, probe_tokens: int) -> 
         raise ValueError("other_seed must be a second model with gates, trained from another seed")
     shape, gates = (
         ("n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "attn_only"),
-        ("k_attn", "k_mlp", "kind", "attn_unit"),
+        ("scope", "k_attn", "k_mlp", "kind", "attn_unit"),
     )
     different = [n for n in shape if getattr(model.cfg, n) != getattr(other.cfg, n)]
     different += [n for n in gates if getattr(model.gates, n) != getattr(other.gates, n)]  # type: ignore[attr-defined]

@@ -366,8 +366,12 @@ def test_a_configuration_does_not_let_transformer_lens_run_code() -> None:
     )
     cfg.trust_remote_code = True
     assert sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=2, k_mlp=2)).cfg.trust_remote_code is False
-    if TRANSFORMER_LENS > 3:
-        return  # there its own loader is told to run no code
+
+
+@pytest.mark.skipif(TRANSFORMER_LENS > 3, reason="the loader of TransformerLens 4 is told to run no code itself")
+def test_a_model_that_needs_code_from_the_hub_is_refused() -> None:
+    import sa_lens as sa
+
     with pytest.raises(ValueError, match="with Python code from the Hub, which is never run here"):
         initial_model("microsoft/phi-2", sa.GateConfig())
 

@@ -296,6 +296,8 @@ def test_models_that_do_not_fit_are_refused():
         leakage(model, text(), other_seed=model, progress=False)
     with pytest.raises(ValueError, match="differs from the model in kind"):
         leakage(model, text(), other_seed=noisy(kind="soft"), progress=False)
+    with pytest.raises(ValueError, match="differs from the model in scope"):
+        leakage(noisy(scope="local"), text(), other_seed=noisy(scope="global"), progress=False)
     with pytest.raises(ValueError, match="classes=0"):
         leakage(model, text(), classes=0, progress=False)
 
