@@ -17,6 +17,9 @@ import sa_lens as sa
 from sa_lens import config
 
 SUBPACKAGES = ("circuits", "compare", "data", "report", "sae", "training", "units", "views")
+ROOT = Path(__file__).parent.parent
+TABLE = "| name | what it answers | cost |"
+"""The first row of every table of names."""
 
 
 def test_every_public_name_is_there_and_listed():
@@ -46,9 +49,16 @@ def test_every_public_name_of_the_subpackages_is_there():
 def test_the_docstring_has_a_table_of_every_public_name_in_the_order_of_the_face(name):
     package = importlib.import_module(f"sa_lens{name}")
     rows = [line for line in (package.__doc__ or "").splitlines() if line.startswith("|")]
-    assert rows[0] == "| name | what it answers | cost |"
+    assert rows[0] == TABLE
     names = [public for row in rows for public in re.findall(r"`(\w+)", row.split("|")[1])]
     assert names == [public for public in package.__all__ if public != "__version__"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_every_page_of_the_api_begins_with_a_table(page):
+    """The page's own, or the one in the docstring of a subpackage."""
+    _, first, *_ = filter(None, page.read_text(encoding="utf-8").splitlines())
+    assert first == TABLE or first.removeprefix("::: sa_lens.") in SUBPACKAGES
 
 
 def test_training_and_comparing_are_calls(tmp_path):
