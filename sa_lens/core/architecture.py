@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core.base import HookedTransformer, HookedTransformerConfig
 from sa_lens.core.coverage import Coverage
-from sa_lens.core.embedding import TiedUnembed
+from sa_lens.core.tied_embedding import TiedUnembed
 
 
 def hooked_config(

@@ -19,7 +19,7 @@ from transformer_lens.utilities import Slice
 from transformers import PreTrainedTokenizerBase
 
 from sa_lens.config import GateConfig, ModelConfig
-from sa_lens.core import architecture, embedding
+from sa_lens.core import architecture, tied_embedding
 from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
 from sa_lens.core.gate import Gate, belongs_to_gate
 from sa_lens.core.pass_hooks import StreamPoint, StreamState, user_hooks
@@ -78,7 +78,7 @@ class GatedTransformer(HookedTransformer):
         self.unembed_bias = own.unembed_bias if own is not None else True
         self.freeze_unused_biases()
         if self.cfg.tie_word_embeddings:
-            self.unembed = embedding.TiedUnembed(self.cfg, self.embed, self.unembed)
+            self.unembed = tied_embedding.TiedUnembed(self.cfg, self.embed, self.unembed)
         self.setup()
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None) -> None:
@@ -155,7 +155,7 @@ class GatedTransformer(HookedTransformer):
     @property
     def tied(self) -> bool:
         """Whether embedding and unembedding are one parameter."""
-        return isinstance(self.unembed, embedding.TiedUnembed)
+        return isinstance(self.unembed, tied_embedding.TiedUnembed)
 
     # -------------------------------------------------------------------------------------------------------- hooks
 
@@ -255,7 +255,7 @@ class GatedTransformer(HookedTransformer):
         """
         architecture.check_queries_and_keys(state_dict)
         if self.tied:
-            embedding.check_tied(state_dict, self.embed.W_E)
+            tied_embedding.check_tied(state_dict, self.embed.W_E)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._admit_filled_biases()
         return result
@@ -268,8 +268,8 @@ class GatedTransformer(HookedTransformer):
 
     def untie(self) -> None:
         """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
-        if isinstance(self.unembed, embedding.TiedUnembed):
-            self.unembed = embedding.untie(self.unembed)
+        if isinstance(self.unembed, tied_embedding.TiedUnembed):
+            self.unembed = tied_embedding.untie(self.unembed)
             self.cfg.tie_word_embeddings = False
             self.setup()
 

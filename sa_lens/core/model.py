@@ -20,7 +20,7 @@ from torch import Tensor
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from sa_lens.config import GateConfig, Masks, Which
-from sa_lens.core import architecture, embedding, reference, save_and_load
+from sa_lens.core import architecture, reference, save_and_load, tied_embedding
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
 from sa_lens.core.gate import belongs_to_gate
@@ -407,7 +407,7 @@ class SelfAblatingTransformer(GatedTransformer):
             raise ValueError(f"from_hooked takes a HookedTransformer or a TransformerBridge, not a {given}")
         cfg = architecture.actual_config(model)
         cfg.init_weights = False
-        cfg.tie_word_embeddings = embedding.agree(model) and bool(model.cfg.tie_word_embeddings)
+        cfg.tie_word_embeddings = tied_embedding.agree(model) and bool(model.cfg.tie_word_embeddings)
         cfg.tokenizer_name = None
         copied = cls(cfg, gates, seed=seed)
         copied.cfg.tokenizer_name = model.cfg.tokenizer_name
