@@ -106,9 +106,28 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_choice(name: str, value: object, annotation: Any) -> None:
+def check_choice(name: str, value: object, annotation: Any) -> None:
+    """Checks that the value of an argument is one that its `Literal` allows.
+
+    Raises:
+        ValueError: it is not.
+    """
     choices = typing.get_args(annotation)
     _check(value in choices, f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_whole(name: str, value: object, least: int, meaning: str = "") -> None:
+    """Checks that an argument is a whole number of at least `least`.
+
+    Args:
+        meaning: what the number counts, for the message.
+
+    Raises:
+        ValueError: it is not.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    ending = f": {meaning}" if meaning else ""
+    _check(whole, f"{name}={shown(value)} must be a whole number of at least {least}{ending}")
 
 
 def _check_fields(config: Any, prefix: str) -> None:
@@ -200,7 +219,7 @@ def convert(path: str, value: Any, hint: Any, *, base: Any = None) -> Any:
             return None
         return convert(path, value, next(a for a in args if a is not type(None)))
     if origin is Literal:
-        _check_choice(path, value, hint)
+        check_choice(path, value, hint)
         return value
     if origin in (tuple, list):
         many = origin is list or args[-1] is Ellipsis

@@ -31,6 +31,10 @@ class Interval(NamedTuple):
     high: float
     """Upper end."""
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The columns of a table that hold it: `name`, `name_low` and `name_high`."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def bootstrap_interval(
     values: Float[Tensor, " sample"] | Float[np.ndarray, " sample"],

@@ -73,7 +73,7 @@ def test_the_tour_shows_everything_and_says_what_to_do_next(
         "Pair accuracy",
         "A story of",
         "Circuits",
-        "masks alone",
+        "live masks",
         "Units",
         "Validation loss",
         "What was found",

@@ -53,19 +53,16 @@ def main(
     find, report = tasks.make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
     out.mkdir(parents=True, exist_ok=True)
 
-    # Frozen masks contain information about the clean prompt that no edge carries, live masks do not. ACDC and exact
-    # effects use frozen masks here, because they can then try many edges at once.
     results = {}
     for (name, stream), model in streams.items():
         exp = Experiment(model, find, stream=stream)
         judge = exp.on(report)
         for method in methods:
-            masks = "frozen" if method in ("acdc", "exact") else None
-            results[name, stream, method] = find_circuit(exp.usual(masks=masks), judge.usual(masks=masks), method)
+            results[name, stream, method] = find_circuit(exp, judge, method)
     table = circuit_table(results, ("model", "stream", "method"))
     table.to_csv(out / "circuits.csv", index=False)
-    shown = ["model", "stream", "masks", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "masks_alone"]
-    shown += ["edges_0.9", "cmd"]
+    shown = ["model", "stream", "masks", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "edges_0.9"]
+    shown += ["cmd"]
     print(table[shown].round(3).to_string(index=False))
 
     names = [f"{name}, {stream} stream" for name, stream in streams]

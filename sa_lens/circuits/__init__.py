@@ -21,7 +21,7 @@ and records; figures are in `sa_lens.views`. Costs are in passes over the prompt
 | `find_circuit`, `circuit_table` | which circuit does any of these methods find, judged on other prompts? several as a table | the method's, and about 40 passes |
 | `faithfulness` | how much of the behaviour do a ranking's edges carry, and how many does it need? | about 40 passes |
 | `MIB_SIZES` | the circuit sizes at which `faithfulness` measures, as shares of all edges | none |
-| `summary_table`, `curves_table`, `kl_at_sizes` | which ranking is the most faithful, overall and at each size? | none |
+| `summary_table`, `curves_table` | which ranking is the most faithful, overall and at each size? | none |
 | `GapTooSmall` | the error when clean prompts and the empty circuit score too much alike | |
 | `completeness`, `minimality` | is anything missing, is anything idle? | 1 or 2 passes per set |
 | `agreement`, `agreement_table` | do two circuits agree? | none |
@@ -31,52 +31,25 @@ and records; figures are in `sa_lens.views`. Costs are in passes over the prompt
 With live masks in the ablated stream `acdc` and `exact_effects` try edges one by one, not many at once.
 """  # noqa: E501
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sa_lens.circuits import tasks
-    from sa_lens.circuits.discovery.acdc import acdc, visiting_order
-    from sa_lens.circuits.discovery.eap import eap, eap_ig
-    from sa_lens.circuits.discovery.exact_effects import exact_effects
-    from sa_lens.circuits.discovery.gate_circuit import gate_circuit, gate_rankings, mask_shares
-    from sa_lens.circuits.discovery.relp import relp
-    from sa_lens.circuits.experiment import Experiment, skill
-    from sa_lens.circuits.find_and_judge import circuit_table, find_circuit
-    from sa_lens.circuits.graph import Circuit, Graph
-    from sa_lens.circuits.judging.agreement import agreement, agreement_table
-    from sa_lens.circuits.judging.circuit_metric import GapTooSmall
-    from sa_lens.circuits.judging.completeness import completeness, minimality
-    from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
-    from sa_lens.circuits.judging.faithfulness_curve import curves_table, kl_at_sizes, summary_table
-    from sa_lens.circuits.metrics import METRICS, Metric
-    from sa_lens.circuits.patching.activation_patching import patch
-    from sa_lens.circuits.patching.node_attribution import attribute_nodes
-    from sa_lens.circuits.running.circuit_by_hooks import run_circuit
-    from sa_lens.circuits.tasks.pairs import PromptPairs
-
-_HOMES = {
-    "tasks": ("tasks",),
-    "tasks.pairs": ("PromptPairs",),
-    "experiment": ("Experiment", "skill"),
-    "metrics": ("Metric", "METRICS"),
-    "patching.activation_patching": ("patch",),
-    "patching.node_attribution": ("attribute_nodes",),
-    "discovery.eap": ("eap", "eap_ig"),
-    "discovery.relp": ("relp",),
-    "discovery.exact_effects": ("exact_effects",),
-    "discovery.acdc": ("acdc", "visiting_order"),
-    "discovery.gate_circuit": ("gate_circuit", "mask_shares", "gate_rankings"),
-    "find_and_judge": ("find_circuit", "circuit_table"),
-    "judging.circuit_metric": ("GapTooSmall",),
-    "judging.faithfulness": ("faithfulness", "MIB_SIZES"),
-    "judging.faithfulness_curve": ("curves_table", "summary_table", "kl_at_sizes"),
-    "judging.completeness": ("completeness", "minimality"),
-    "judging.agreement": ("agreement", "agreement_table"),
-    "graph": ("Circuit", "Graph"),
-    "running.circuit_by_hooks": ("run_circuit",),
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+from sa_lens.circuits import tasks
+from sa_lens.circuits.discovery.acdc import acdc, visiting_order
+from sa_lens.circuits.discovery.eap import eap, eap_ig
+from sa_lens.circuits.discovery.exact_effects import exact_effects
+from sa_lens.circuits.discovery.gate_circuit import gate_circuit, gate_rankings, mask_shares
+from sa_lens.circuits.discovery.relp import relp
+from sa_lens.circuits.experiment import Experiment, skill
+from sa_lens.circuits.find_and_judge import circuit_table, find_circuit
+from sa_lens.circuits.graph import Circuit, Graph
+from sa_lens.circuits.judging.agreement import agreement, agreement_table
+from sa_lens.circuits.judging.circuit_metric import GapTooSmall
+from sa_lens.circuits.judging.completeness import completeness, minimality
+from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
+from sa_lens.circuits.judging.faithfulness_curve import curves_table, summary_table
+from sa_lens.circuits.metrics import METRICS, Metric
+from sa_lens.circuits.patching.activation_patching import patch
+from sa_lens.circuits.patching.node_attribution import attribute_nodes
+from sa_lens.circuits.running.circuit_by_hooks import run_circuit
+from sa_lens.circuits.tasks.pairs import PromptPairs
 
 __all__ = [  # noqa: RUF022 - in the order of the table
     "tasks",
@@ -102,7 +75,6 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "MIB_SIZES",
     "summary_table",
     "curves_table",
-    "kl_at_sizes",
     "GapTooSmall",
     "completeness",
     "minimality",
@@ -112,14 +84,3 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "Graph",
     "run_circuit",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sa_lens.circuits' has no attribute {name!r}")
-    module = import_module(f"sa_lens.circuits.{_HOME[name]}")
-    return module if name == "tasks" else getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)

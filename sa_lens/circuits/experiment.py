@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from sa_lens.circuits.graph import Graph, edge_hook_names
 from sa_lens.circuits.metrics import METRICS, SKILL_BAR, Metric
 from sa_lens.circuits.running.recorded_passes import PassesOfPairs, last_logits, passes_of_pairs
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Ablation, Masks, Stream
+from sa_lens.config import Ablation, Masks, Stream, check_choice
 from sa_lens.core.host import Host, in_stream, require_hooks, streams_of
 from sa_lens.core.last_position import why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
@@ -81,10 +81,9 @@ class Experiment:
     ) -> None:
         if device is not None:
             model.to(device)  # type: ignore[attr-defined]
-        if ablation not in get_args(Ablation):
-            raise ValueError(f"ablation={ablation!r} must be one of {', '.join(map(repr, get_args(Ablation)))}")
-        if masks not in (None, *get_args(Masks)):
-            raise ValueError(f"masks={masks!r} must be 'frozen' or 'live'")
+        check_choice("ablation", ablation, Ablation)
+        if masks is not None:
+            check_choice("masks", masks, Masks)
         if stream == "clean" and masks is not None:
             raise ValueError(f"masks={masks!r} needs stream='ablated': gates do not act in the clean stream")
         with in_stream(model, stream, position=-1):
@@ -217,8 +216,7 @@ class Experiment:
 
         row: dict[str, Any] = {"task": self.pairs.task, "stream": self.stream, "n": len(self.pairs)}
         for name in ("pair_accuracy", "top1_accuracy", "logit_difference"):
-            interval = bootstrap_interval(METRICS[name](self.logits(), self.pairs), seed=seed)
-            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row |= bootstrap_interval(METRICS[name](self.logits(), self.pairs), seed=seed).columns(name)
         row["able"] = row["pair_accuracy"] >= SKILL_BAR
         return pd.DataFrame([row])
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from sa_lens.circuits.discovery.acdc import ACDCResult, acdc
 from sa_lens.circuits.discovery.eap import eap, eap_ig
@@ -27,8 +27,9 @@ from sa_lens.circuits.judging.faithfulness import Order, faithfulness
 from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve
 from sa_lens.circuits.metrics import SKILL_BAR, kl
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Method
+from sa_lens.config import Method, check_choice
 from sa_lens.data.whole_files import staged_folder
+from sa_lens.statistics import Interval
 from sa_lens.stopping import Interrupted
 
 if TYPE_CHECKING:
@@ -76,14 +77,13 @@ class FoundCircuit:
             "edges": len(self.circuit),
             "connected": len(self.circuit.prune_dangling()),
         }
-        missing = (math.nan,) * 3
         point = self.own.points[0] if self.own is not None else None
         row |= {"f": point.f.mean if point else math.nan, "kl": point.kl.mean if point else math.nan}
         row["masks_alone"] = self.own.about["masks_alone"] if self.own is not None else math.nan
         row["edges_0.9"] = self.curve.edges_for(LEVEL).edges if self.curve is not None else math.nan
-        for name in ("cpr", "cmd"):
-            mean, low, high = getattr(self.curve, name) if self.curve is not None else missing
-            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        missing = Interval(math.nan, math.nan, math.nan)
+        cpr, cmd = (self.curve.cpr, self.curve.cmd) if self.curve is not None else (missing, missing)
+        row |= cpr.columns("cpr") | cmd.columns("cmd")
         return row | {"seconds": self.seconds, "warnings": "; ".join(self.warnings)}
 
     def summary(self) -> str:
@@ -159,8 +159,7 @@ def find_circuit(
             gates, `resume` for another method or of another search.
         Interrupted: Ctrl-C while ACDC searches, or while what it found is judged; its `result` can be resumed.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} is none of {', '.join(get_args(Method))}")
+    check_choice("method", method, Method)
     if method == "acdc" and edges is not None:
         raise ValueError(f"edges={edges} has no meaning for ACDC, whose size follows from tau: give tau, or a ranking")
     if method != "acdc" and resume is not None:

@@ -9,8 +9,9 @@ side.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -115,8 +116,16 @@ class Graph:
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """Inputs of all nodes that read, in the order of computation."""
-        inputs = [Input(node, port) for node in self.sources[1:] for port in (PORTS if node.kind == "head" else ("",))]
-        return (*inputs, Input(Node("logits")))
+        readers = (*self.sources[1:], Node("logits"))
+        return tuple(Input(node, port) for node in readers for port in (PORTS if node.kind == "head" else ("",)))
+
+    @cached_property
+    def inputs_of(self) -> dict[Node, list[int]]:
+        """Places in `inputs` of each node's own: three of a head, none of the embedding, one of others."""
+        own: dict[Node, list[int]] = {node: [] for node in (*self.sources, Node("logits"))}
+        for i, to in enumerate(self.inputs):
+            own[to.node].append(i)
+        return own
 
     @cached_property
     def n_sources(self) -> tuple[int, ...]:
@@ -180,10 +189,6 @@ class Graph:
         """The edge at a place."""
         return Edge(self.sources[source], *self.inputs[to])
 
-    def describe(self) -> dict[str, Any]:
-        """The arguments that rebuild this graph."""
-        return {name: getattr(self, name) for name in ("n_layers", "n_heads", "attn_only", "parallel")}
-
 
 def source_hooks(graph: Graph) -> list[str]:
     """Hook points at which sources write: the embedding, then attention units (`z`) and MLP of each layer."""
@@ -199,12 +204,12 @@ def input_hooks(graph: Graph) -> dict[str, list[int]]:
     """Hook points in which edges end, each with the inputs of the graph that it holds."""
     hooks: dict[str, list[int]] = {}
     for layer in range(graph.n_layers):
-        for port in PORTS:
-            heads = [graph.input_index[Input(Node("head", layer, h), port)] for h in range(graph.n_heads)]
-            hooks[f"blocks.{layer}.hook_{port}_input"] = heads
+        heads = [graph.inputs_of[Node("head", layer, head)] for head in range(graph.n_heads)]
+        for port, inputs in zip(PORTS, zip(*heads, strict=True), strict=True):
+            hooks[f"blocks.{layer}.hook_{port}_input"] = list(inputs)
         if not graph.attn_only:
-            hooks[f"blocks.{layer}.hook_mlp_in"] = [graph.input_index[Input(Node("mlp", layer))]]
-    hooks[f"blocks.{graph.n_layers - 1}.hook_resid_post"] = [graph.input_index[Input(Node("logits"))]]
+            hooks[f"blocks.{layer}.hook_mlp_in"] = graph.inputs_of[Node("mlp", layer)]
+    hooks[f"blocks.{graph.n_layers - 1}.hook_resid_post"] = graph.inputs_of[Node("logits")]
     return hooks
 
 
@@ -220,17 +225,13 @@ def parse_node(text: str) -> Node:
     Raises:
         ValueError: no such kind of name.
     """
-    try:
-        if text in ("embed", "logits"):
-            return Node(text)  # type: ignore[arg-type]
-        if text.startswith("m"):
-            return Node("mlp", int(text[1:]))
-        layer, head = text.split(".")
-        if layer.startswith("a") and head.startswith("h"):
-            return Node("head", int(layer[1:]), int(head[1:]))
-    except ValueError:
-        pass
-    raise ValueError(f"{text!r} names no node: use 'embed', 'a0.h1' (layer 0, head 1), 'm0' or 'logits'")
+    if text in ("embed", "logits"):
+        return Node(text)  # type: ignore[arg-type]
+    name = re.fullmatch(r"m(\d+)|a(\d+)\.h(\d+)", text)
+    if name is None:
+        raise ValueError(f"{text!r} names no node: use 'embed', 'a0.h1' (layer 0, head 1), 'm0' or 'logits'")
+    mlp, layer, head = name.groups()
+    return Node("mlp", int(mlp)) if mlp else Node("head", int(layer), int(head))
 
 
 def parse_edge(text: str) -> Edge:
@@ -246,9 +247,6 @@ def parse_edge(text: str) -> Edge:
         if to.endswith(f".{port}"):
             return Edge(parse_node(source), parse_node(to[:-2]), port)
     return Edge(parse_node(source), parse_node(to))
-
-
-_EDGE_COLUMNS = ("edge", "source", "destination", "port", "source_layer", "destination_layer", "score", "in_circuit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,9 +297,8 @@ class Circuit:
 
     @classmethod
     def full(cls, graph: Graph) -> Circuit:
-        """Every edge."""
-        scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
-        return cls(graph, graph.exists.clone(), scores)
+        """Every edge of a graph, without scores."""
+        return cls.of(graph, graph.edges)
 
     @classmethod
     def top(
@@ -338,6 +335,15 @@ class Circuit:
     def keep(self, n: int, *, absolute: bool = True) -> Circuit:
         """The n edges with the largest scores, which every edge of the graph must have; see `top`."""
         return Circuit.top(self.graph, self.scores, n, self.about, absolute=absolute)
+
+    def check_fits(self, graph: Graph) -> None:
+        """Checks that the circuit is one of a model with this graph.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.graph != graph:
+            raise ValueError(f"a circuit of {self.graph} does not fit this model, whose graph is {graph}")
 
     def __len__(self) -> int:
         return int(self.mask.sum())
@@ -401,16 +407,21 @@ class Circuit:
         """
         import pandas as pd
 
-        columns: dict[str, list[Any]] = {name: [] for name in _EDGE_COLUMNS}
-        for to, source in (self.graph.exists if every else self.mask).nonzero().tolist():
-            edge = self.graph.edge(to, source)
-            layer = edge.destination.layer if edge.destination.kind != "logits" else self.graph.n_layers
-            row = (str(edge), str(edge.source), str(edge.destination), edge.port, edge.source.layer, layer)
-            for name, value in zip(
-                columns, (*row, float(self.scores[to, source]), bool(self.mask[to, source])), strict=True
-            ):
-                columns[name].append(value)
-        return pd.DataFrame(columns)
+        places = (self.graph.exists if every else self.mask).nonzero().tolist()
+        edges = [self.graph.edge(to, source) for to, source in places]
+        to_layer = [e.destination.layer if e.destination.kind != "logits" else self.graph.n_layers for e in edges]
+        return pd.DataFrame(
+            {
+                "edge": [str(edge) for edge in edges],
+                "source": [str(edge.source) for edge in edges],
+                "destination": [str(edge.destination) for edge in edges],
+                "port": [edge.port for edge in edges],
+                "source_layer": [edge.source.layer for edge in edges],
+                "destination_layer": to_layer,
+                "score": [float(self.scores[to, source]) for to, source in places],
+                "in_circuit": [bool(self.mask[to, source]) for to, source in places],
+            }
+        )
 
     def node_table(self) -> pd.DataFrame:
         """One row per node: node, kind, layer, head, edges in and out, and the sums of their absolute scores.
@@ -420,22 +431,15 @@ class Circuit:
         import pandas as pd
 
         size = torch.where(self.mask, self.scores, 0.0).abs().nan_to_num(0.0)
-        into: dict[Node, list[int]] = {}
-        for i, to in enumerate(self.graph.inputs):
-            into.setdefault(to.node, []).append(i)
         rows = []
-        for node in (*self.graph.sources, Node("logits")):
-            ends, start = into.get(node, []), self.graph.source_index.get(node)
+        for start, (node, ends) in enumerate(self.graph.inputs_of.items()):
+            # the logits write nothing: the slice behind the last source is empty
+            out = slice(start, start + 1)
             rows.append(
                 {
-                    "node": str(node),
-                    "kind": node.kind,
-                    "layer": node.layer,
-                    "head": node.head,
-                    "edges_in": int(self.mask[ends].sum()),
-                    "edges_out": 0 if start is None else int(self.mask[:, start].sum()),
-                    "score_in": float(size[ends].sum()),
-                    "score_out": 0.0 if start is None else float(size[:, start].sum()),
+                    **{"node": str(node), **node._asdict()},
+                    **{"edges_in": int(self.mask[ends].sum()), "edges_out": int(self.mask[:, out].sum())},
+                    **{"score_in": float(size[ends].sum()), "score_out": float(size[:, out].sum())},
                 }
             )
         return pd.DataFrame(rows)
@@ -446,7 +450,7 @@ class Circuit:
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "graph": self.graph.describe(),
+            "graph": asdict(self.graph),
             "about": dict(self.about),
             "edges": [str(edge) for edge in self],
             "scores": {str(self.graph.edge(to, s)): float(self.scores[to, s]) for to, s in scored},

@@ -78,11 +78,11 @@ _THEMES: dict[str, tuple[Column, ...]] = {
     ),
     "Circuits by ACDC": (
         Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
-        Column("acdc_edges_0.003", "ACDC edges, tau 0.003", 0),
-        Column("acdc_edges_0.01", "ACDC edges, tau 0.01", 0, -1, _MORE_LOCAL, "acdc_edges", drawn=True),
-        Column("acdc_edges_0.03", "ACDC edges, tau 0.03", 0),
-        Column("acdc_edges_own", "ACDC edges, tau 1 % of own KL", 0, -1, _MORE_LOCAL, drawn=True),
-        Column("acdc_order_spread", "spread of ACDC edges over random orders (sd), tau 0.01", 1),
+        Column("acdc_edges_0.003", "ACDC edges, tau 0.003, frozen masks", 0),
+        Column("acdc_edges_0.01", "ACDC edges, tau 0.01, frozen masks", 0, -1, _MORE_LOCAL, "acdc_edges", drawn=True),
+        Column("acdc_edges_0.03", "ACDC edges, tau 0.03, frozen masks", 0),
+        Column("acdc_edges_own", "ACDC edges, tau 1 % of own KL, frozen masks", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("acdc_order_spread", "spread of ACDC edges over random orders (sd), tau 0.01, frozen masks", 1),
     ),
     "Faithfulness": (
         Column("edges_0.9", "edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),

@@ -102,7 +102,10 @@ class CircuitMeasurement(TaskMeasurement):
 
 @dataclass(frozen=True)
 class ACDC(CircuitMeasurement):
-    """Edges that ACDC keeps, by KL, at fixed thresholds and at 1 % of the model's own KL."""
+    """Edges that ACDC keeps, by KL, at fixed thresholds and at 1 % of the model's own KL.
+
+    In the ablated stream the masks are frozen, as in all published tables, and the labels of the columns say so.
+    """
 
     pairs: int = 64
     """Prompts of the search."""
@@ -128,7 +131,6 @@ class ACDC(CircuitMeasurement):
 
     def measure_stream(self, trained: TrainedModel, stream: Stream, prompts: Sequence[PromptPairs]) -> StreamResult:
         pairs, judged = prompts
-        # many edges can be tried at once with frozen masks
         exp = Experiment(trained.model, pairs, stream=stream, masks="frozen" if stream == "ablated" else None)
         divergence = float(kl(exp.logits("corrupt"), exp.logits()).double().mean())
         weak = self.too_weak(trained, judged, stream)

@@ -74,16 +74,14 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
     with clock.part("patching"):
         written = patching_figures(local, pairs, out, progress)
     with clock.part("circuits"):
-        experiments = {
-            "clean": Experiment(local, pairs),
-            # what frozen masks bring without any edge is told below
-            "ablated": Experiment(local, pairs, stream="ablated", masks="frozen"),
-        }
-        circuits = {stream: acdc(experiments[stream], TAU, progress=progress).circuit for stream in STREAMS}
+        circuits: dict[Stream, Circuit] = {}
+        shares: dict[Stream, float] = {}
+        for stream in STREAMS:
+            exp = Experiment(local, pairs, stream=stream)
+            circuits[stream] = acdc(exp, TAU, progress=progress).circuit
+            shares[stream] = faithfulness(exp, [circuits[stream]], progress=progress).points[0].f.mean
         written.append(circuit_figure(circuits, out))
-        judged = faithfulness(experiments["ablated"], [circuits["ablated"]], progress=progress)
-        masks_alone = judged.about["masks_alone"]
-    tell_circuits(circuits, masks_alone)
+    tell_circuits(circuits, shares)
 
     with clock.part("text"):
         data = text_of_run(LOCAL, local)
@@ -116,7 +114,7 @@ def tour(out: Path, clock: Clock, *, seed: int, device: str, progress: bool) -> 
         f"  {local.gates.k_attn} of {local.cfg.n_heads * local.cfg.d_head} attention units and {local.gates.k_mlp} of "
         f"{local.cfg.d_mlp} neurons per layer, in {ioi['ablated']:.0%}.\n"
         f"  Its circuit has {sizes['clean']} of {total} edges in the clean stream and {sizes['ablated']} in the "
-        f"ablated one,\n  where the clean prompt's masks alone carry {masks_alone:.0%} of the effect."
+        "ablated one."
     )
     print(f"\nWhere the time went\n{clock.table()}")
     print("\nFigures:", *(f"  {path}" for path in written), sep="\n")
@@ -151,13 +149,13 @@ def circuit_figure(circuits: dict[Stream, Circuit], out: Path) -> Path:
     return save(figure, out / "circuits.html")
 
 
-def tell_circuits(circuits: dict[Stream, Circuit], masks_alone: float) -> None:
-    """Prints the sizes of the circuits, and what the masks carry."""
+def tell_circuits(circuits: dict[Stream, Circuit], shares: dict[Stream, float]) -> None:
+    """Prints the sizes of the circuits, and the share of the effect that each carries."""
     print(f"\nCircuits of the indirect object (ACDC, tau {TAU} nats)")
     for stream, circuit in circuits.items():
-        masks = ", with the masks of the clean prompt" if stream == "ablated" else ""
-        print(f"  {stream:<8} stream: {len(circuit.prune_dangling())} of {len(circuit.graph)} edges{masks}")
-    print(f"  These masks alone, with no edge out of the embedding: {masks_alone:.0%} of the effect")
+        edges = f"{len(circuit.prune_dangling())} of {len(circuit.graph)} edges"
+        masks = "" if circuit.about["masks"] == "none" else f", {circuit.about['masks']} masks"
+        print(f"  {stream:<8} stream: {edges} carry {shares[stream]:.0%} of the effect{masks}")
 
 
 def tell_units(model: SelfAblatingTransformer, data: PreparedData, seed: int, progress: bool) -> None:

@@ -11,7 +11,7 @@ from sa_lens.circuits import Circuit, Experiment, Graph, PromptPairs, find_circu
 from sa_lens.circuits.find_and_judge import LEVEL, FoundCircuit
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.circuits.tasks import TASKS, make_unseen
-from sa_lens.config import Masks, Method, Stream
+from sa_lens.config import Method, Stream
 from sa_lens.report.contents import Ranking, TaskPage
 from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
@@ -151,12 +151,8 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
 
 
 def _find(find: Experiment, judge: Experiment, method: Method, seed: int) -> FoundCircuit:
-    # with frozen masks ACDC tries many edges at once
-    masks: Masks | None = "frozen" if method == "acdc" else None
     try:
-        return find_circuit(
-            find.usual(masks=masks), judge.usual(masks=masks), method, tau=TAU, seed=seed, progress=False
-        )
+        return find_circuit(find, judge, method, tau=TAU, seed=seed, progress=False)
     except Interrupted as stop:
         # a report keeps nothing that could be resumed
         raise KeyboardInterrupt from stop

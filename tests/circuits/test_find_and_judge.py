@@ -131,7 +131,7 @@ def test_table_names_its_parts() -> None:
 def test_bad_input() -> None:
     model = known_model({(1, 1): 3.0})
     find, report = halves()
-    with pytest.raises(ValueError, match="method='best' is none of acdc, eap"):
+    with pytest.raises(ValueError, match="method='best' is not one of 'acdc', 'eap'"):
         find_circuit(model, find, report, "best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="edges=3 has no meaning for ACDC"):
         find_circuit(model, find, report, "acdc", edges=3)

@@ -22,7 +22,6 @@ def table(what="resid_pre", *, rows, **settings):
                 "layer": layer,
                 "position": position,
                 "head": head,
-                "neuron": neuron,
                 "value": value,
                 "unit": None if neuron is None else f"L{layer}.mlp.{neuron}",
             }
@@ -31,7 +30,7 @@ def table(what="resid_pre", *, rows, **settings):
         columns=list(COLUMNS),
     ).assign(**settings)
     made["normalised"] = (made["value"] + 1) / 4
-    return made.astype({"head": "Int64", "channel": "Int64", "neuron": "Int64"})
+    return made.astype({"head": "Int64"})
 
 
 POSITIONS = [

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Edge, Graph
-from sa_lens.circuits.running.edge_removals import Recomputation, recomputation
+from sa_lens.circuits.running.edge_removals import Recomputation
 from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.removal_state import Row
 from sa_lens.circuits.tasks.pairs import PromptPairs
@@ -127,7 +127,7 @@ def acdc(
     """The circuit that ACDC leaves, with the rise of the metric at each edge.
 
     The usual metric is `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream.
-    With another metric the search limits how much worse its mean gets. Live masks need a pass for every edge.
+    With another metric the search limits how much worse its mean gets. With live masks every edge is tried alone.
 
     Args:
         tau: an edge stays if its removal makes the metric worse by tau or more; nats for `kl`.
@@ -162,13 +162,13 @@ def acdc(
     state = _resumed(graph, about, resume)
     why_not = _no_shortcuts(exp, places, tau)
     if why_not is not None:
-        log.warning("ACDC without shortcuts: %s", why_not)
+        log.info("ACDC without shortcuts: %s", why_not)
     search = _Search(graph, tau, state, progress)
     stop: KeyboardInterrupt | None = None
     with torch.inference_mode(), search.bar():
         try:
             if why_not is None:
-                engine = recomputation(exp, state.present)
+                engine = Recomputation(exp, state.present)
                 search.start(engine.value)
                 _by_blocks(search, places, engine)
             else:
@@ -335,8 +335,7 @@ def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> N
     graph = search.graph
     for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
         step = list(group)
-        nodes = sorted({graph.inputs[to].node for to, _ in step}, key=lambda node: node[1:])
-        live = set(engine.enter(nodes))
+        live = engine.enter(step)
         left = search.undecided(step)
         dead = [place for place in left if graph.inputs[place[0]].node not in live]
         engine.drop(dead)

@@ -24,7 +24,7 @@ Gradients are taken with respect to activations alone; parameters, their `requir
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -33,6 +33,7 @@ from sa_lens.circuits.discovery.gradients_by_hooks import scores_by_hooks
 from sa_lens.circuits.discovery.gradients_by_nodes import scores_by_nodes
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit
+from sa_lens.config import check_choice, check_whole
 from sa_lens.core.host import Hook
 
 Rule = Literal["left", "right", "midpoint"]
@@ -79,10 +80,8 @@ def eap_ig(exp: Experiment, *, steps: int = 5, rule: Rule = "left", progress: bo
     Source: Hanna et al., arXiv 2403.17806, and the authors' repository (`get_scores_eap_ig`; its scores of nodes take
     the points of `right`).
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be a whole number of at least 1; 5 is usual, more is slower")
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule={rule!r} must be one of {', '.join(map(repr, get_args(Rule)))}")
+    check_whole("steps", steps, 1, "5 is usual, more is slower")
+    check_choice("rule", rule, Rule)
     points = [(k + SHIFT[rule]) / steps for k in range(steps)]
     at_clean = "eap_ig(steps=1, rule='right')" if points == [1.0] else None
     exp.metric.require_gradient(exp.pairs, exp.model.cfg.d_vocab, at_clean)

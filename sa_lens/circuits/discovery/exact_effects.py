@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.running.edge_removals import recomputation
+from sa_lens.circuits.running.edge_removals import Recomputation
 from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.removal_state import Row
 
@@ -31,7 +31,7 @@ Effect = tuple[int, int, float]
 def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
     """Ranks every edge by how much worse the metric's mean gets when that edge alone is ablated; positive: it helps.
 
-    The metric needs no gradient. Live masks need a pass for every edge.
+    The metric needs no gradient. With live masks every edge is removed in a run of its own.
 
     Args:
         progress: show a progress bar if it takes more than a few seconds.
@@ -45,7 +45,7 @@ def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
     """
     graph, why_not = exp.graph, exp.why_not_in_part
     if why_not is not None:
-        log.warning("exact effects by a pass for each of %d edges: %s", len(graph), why_not)
+        log.info("exact effects by a run for each of %d edges: %s", len(graph), why_not)
     scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
     with torch.inference_mode():
         value, effects = _by_blocks(exp) if why_not is None else _by_passes(exp)
@@ -76,13 +76,13 @@ def _by_passes(exp: Experiment) -> tuple[float, Iterator[Effect]]:
 def _by_blocks(exp: Experiment) -> tuple[float, Iterator[Effect]]:
     """The same, step by step and block by block: each row of a block is a removal from the full graph."""
     graph, sign = exp.graph, exp.metric.sign
-    engine = recomputation(exp, graph.exists)
+    engine = Recomputation(exp, graph.exists)
 
     def effects() -> Iterator[Effect]:
         places = [tuple(place) for place in graph.exists.nonzero().tolist()[::-1]]
         for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
             step = list(group)
-            engine.enter(sorted({graph.inputs[to].node for to, _ in step}, key=lambda node: node[1:]))
+            engine.enter(step)
             for start in range(0, len(step), engine.largest_block):
                 rows = [Row(to, source, stays_out=False) for to, source in step[start : start + engine.largest_block]]
                 for row, cost in zip(rows, engine.try_removals(rows).costs, strict=True):

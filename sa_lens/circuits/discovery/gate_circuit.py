@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,8 +28,10 @@ from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Graph, Node
 from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.config import check_choice, check_whole
 from sa_lens.core.gate import top_k_mask
 from sa_lens.core.host import Host, at_least_float32, device_of, gate_hook_names, in_stream
+from sa_lens.core.unit import Unit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,22 +97,21 @@ class MaskShares:
         return Circuit(graph, graph.exists.clone(), scores, dict(self.about))
 
     def table(self) -> pd.DataFrame:
-        """One row per unit: kind (`attn` or `mlp`), layer, head, channel, neuron, stays (how often), and the settings.
+        """One row per unit: unit (such as `L1.mlp.17`), layer, site (`attn` or `mlp`), stays (how often), settings.
 
-        Where units are whole heads, `channel` is missing.
+        Where units are whole heads, they have the names of heads, such as `a0.h1`.
         """
         import pandas as pd
 
-        layers, heads, channels = self.attn.shape
-        attn = pd.MultiIndex.from_product([range(layers), range(heads), range(channels)], names=_ATTN).to_frame(False)
-        attn = attn.assign(kind="attn", stays=self.attn.flatten().numpy())
-        if channels == 1:
-            attn["channel"] = None
-        mlp = pd.MultiIndex.from_product([range(s) for s in self.mlp.shape], names=["layer", "neuron"]).to_frame(False)
-        mlp = mlp.assign(kind="mlp", stays=self.mlp.flatten().numpy())
-        columns = ["kind", "layer", "head", "channel", "neuron", "stays"]
-        both = pd.concat([attn.reindex(columns=columns), mlp.reindex(columns=columns)], ignore_index=True)
-        return both.astype(dict.fromkeys(("head", "channel", "neuron"), "Int64")).assign(**self.about)
+        by_head = self.attn.shape[-1] == 1
+        rows = []
+        for site, shares in (("attn", self.attn.flatten(1)), ("mlp", self.mlp)):
+            places = product(*map(range, shares.shape))
+            for (layer, index), stays in zip(places, shares.flatten().tolist(), strict=True):
+                head = by_head and site == "attn"
+                unit = Node("head", layer, index) if head else Unit(layer, site, index)  # type: ignore[arg-type]
+                rows.append({"unit": str(unit), "layer": layer, "site": site, "stays": stays})
+        return pd.DataFrame(rows).assign(**self.about)
 
     def node_table(self) -> pd.DataFrame:
         """One row per head or MLP: node, kind, layer, head, score, and the settings."""
@@ -118,9 +120,6 @@ class MaskShares:
         nodes = self.graph.sources[1:]
         rows = [{**n._asdict(), "node": str(n), "score": self.score(n), **self.about} for n in nodes]
         return pd.DataFrame(rows, columns=["node", "kind", "layer", "head", "score", *self.about])
-
-
-_ATTN = ["layer", "head", "channel"]
 
 
 @analysis
@@ -143,10 +142,9 @@ def mask_shares(
     Raises:
         ValueError: a model without gates, or an unknown choice.
     """
-    choices = (("variant", variant, Variant), ("masks_from", masks_from, MasksFrom), ("scale", scale, Scale))
-    for name, value, allowed in choices:
-        if value not in get_args(allowed):
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(allowed)))}")
+    check_choice("variant", variant, Variant)
+    check_choice("masks_from", masks_from, MasksFrom)
+    check_choice("scale", scale, Scale)
     model, pairs = exp.model, exp.pairs
     with in_stream(model, "ablated", position=-1):
         pass
@@ -214,8 +212,7 @@ def gate_rankings(
     Raises:
         ValueError: no draw, and what `mask_shares` raises.
     """
-    if draws < 1:
-        raise ValueError(f"draws={draws} must be at least 1")
+    check_whole("draws", draws, 1)
 
     def ranking(masks_from: MasksFrom, draw: int = 0, of: Experiment = exp) -> Circuit:
         return gate_circuit(of, variant=variant, scale=scale, masks_from=masks_from, seed=seed + draw)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
-from sa_lens.circuits.graph import PORTS, Graph, Input, Node
+from sa_lens.circuits.graph import PORTS, Graph, Node
 from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, written
 from sa_lens.core.last_position import Lane, Prompts, run_with_gradients
 from sa_lens.core.nodes import NodeFunctions
@@ -101,11 +101,10 @@ def _products(
     """Differences times the gradient at the inputs of these nodes, summed over rows and the residual stream."""
     _, layer, kind = reader
     if kind == "heads":
-        inputs = [
-            graph.input_index[Input(Node("head", layer, head), port)] for port in PORTS for head in range(graph.n_heads)
-        ]
+        heads = [graph.inputs_of[Node("head", layer, head)] for head in range(graph.n_heads)]
+        inputs = [of_head[port] for port in range(len(PORTS)) for of_head in heads]
     else:
-        inputs = [graph.input_index[Input(Node("logits") if kind == "logits" else Node("mlp", layer))]]
+        inputs = graph.inputs_of[Node("logits") if kind == "logits" else Node("mlp", layer)]
     n = graph.n_sources[inputs[0]]
     scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
     scores[inputs, :n] = (gradient.reshape(len(inputs), -1) @ sent[:n].flatten(1).T).double().cpu()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
-from sa_lens.circuits.graph import Circuit, Graph, Input, Node
+from sa_lens.circuits.graph import Circuit, Graph, Node
 from sa_lens.circuits.judging.circuit_metric import CircuitMetric
+from sa_lens.config import check_choice, check_whole
 from sa_lens.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def completeness(
     import pandas as pd
 
     for name, value, least in (("subsets", subsets, 0), ("steps", steps, 0), ("candidates", candidates, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        check_whole(name, value, least)
     elements = _elements(circuit, by, exp.graph)
     measure = CircuitMetric.of(exp)
     generator = torch.Generator().manual_seed(seed)
@@ -164,7 +164,7 @@ def minimality(
         rows.append(
             {
                 **{"element": element.name, "without": float(after.mean())},
-                **{"change": change.mean, "change_low": change.low, "change_high": change.high},
+                **change.columns("change"),
                 "normalised": change.mean / measure.gap,
                 **{"circuit_value": float(before.mean()), "by": by, "edges": len(circuit), **measure.about},
             }
@@ -176,10 +176,8 @@ def minimality(
 
 def _elements(circuit: Circuit, by: str, graph: Graph) -> list[_Element]:
     """What can be taken out of the circuit, in the order of computation."""
-    if by not in get_args(Elements):
-        raise ValueError(f"by={by!r} must be 'edges' or 'nodes'")
-    if circuit.graph != graph:
-        raise ValueError(f"a circuit of {circuit.graph} does not fit this model, whose graph is {graph}")
+    check_choice("by", by, Elements)
+    circuit.check_fits(graph)
     elements = []
     if by == "edges":
         for to, source in circuit.mask.nonzero().tolist():
@@ -197,10 +195,7 @@ def _edges_of(node: Node, graph: Graph) -> Bool[Tensor, "input source"]:
     """All edges into and out of a head or MLP."""
     mask = torch.zeros_like(graph.exists)
     mask[:, graph.source_index[node]] = True
-    for port in ("q", "k", "v", ""):
-        to = graph.input_index.get(Input(node, port))
-        if to is not None:
-            mask[to] = True
+    mask[graph.inputs_of[node]] = True
     return mask & graph.exists
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.judging.circuit_metric import CircuitMetric
 from sa_lens.circuits.judging.faithfulness_curve import FaithfulnessCurve, Needed, Point
 from sa_lens.circuits.metrics import SKILL_BAR
+from sa_lens.config import check_choice
 from sa_lens.statistics import LEVEL, Interval, percentile_interval, resampled_means
 
 RESAMPLES = 2000
@@ -63,7 +64,7 @@ def faithfulness(
     """Faithfulness of a ranking along its sizes, or of given circuits, with 95 % intervals over prompts.
 
     Runs of circuits are kept by the experiment, so that several rankings share what they have in common. Tables of
-    several curves: `curves_table`, `summary_table`, `kl_at_sizes`.
+    several curves: `curves_table`, `summary_table`.
 
     Args:
         ranking: a circuit whose every edge has a score: its largest n are run for each size. An `ACDCResult` or a
@@ -131,8 +132,7 @@ def _circuits(given: ACDCResult | Sequence[Circuit | ACDCResult]) -> list[Circui
 
 
 def _check_options(sizes: Sequence[int | float], order: str, levels: Sequence[float]) -> None:
-    if order not in get_args(Order):
-        raise ValueError(f"order={order!r} must be one of {', '.join(map(repr, get_args(Order)))}")
+    check_choice("order", order, Order)
     if not sizes:
         raise ValueError("sizes is empty: give shares in (0, 1] or counts of edges")
     for size in sizes:
@@ -156,8 +156,7 @@ def _check_ranking(ranking: RankingLike, graph: Graph, sizes: Sequence[int | flo
     if not circuits:
         raise ValueError("no circuit given")
     for circuit in circuits:
-        if circuit.graph != graph:
-            raise ValueError(f"a circuit of {circuit.graph} does not fit this model, whose graph is {graph}")
+        circuit.check_fits(graph)
         missing = int(circuit.scores[graph.exists].isnan().sum())
         if alone and missing:
             raise ValueError(

@@ -96,15 +96,8 @@ class FaithfulnessCurve:
         able = self.about["pair_accuracy"] >= SKILL_BAR
         rows = []
         for point in self.points:
-            row: dict[str, Any] = {
-                "order": point.order,
-                "share": point.share,
-                "edges": point.edges,
-                "connected": point.connected,
-            }
-            for name in ("value", "f", "kl"):
-                mean, low, high = getattr(point, name)
-                row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+            row: dict[str, Any] = {name: getattr(point, name) for name in ("order", "share", "edges", "connected")}
+            row |= point.value.columns("value") | point.f.columns("f") | point.kl.columns("kl")
             row |= {"cpr": self.cpr.mean, "cmd": self.cmd.mean, "gap": self.gap.mean, "able": able}
             rows.append(row | {name: self.about[name] for name in _SETTINGS})
         return pd.DataFrame(rows)
@@ -123,23 +116,6 @@ def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def kl_at_sizes(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
-    """KL at matched edge counts: one row per number of edges, one column per ranking, NaN where it was not measured.
-
-    Along absolute scores; where a curve has the signed order alone, along that.
-    """
-    import pandas as pd
-
-    columns = {}
-    for name, curve in curves.items():
-        orders = {point.order for point in curve.points}
-        chosen = "signed" if orders == {"signed"} else "absolute"
-        columns[name] = pd.Series(
-            {p.edges: p.kl.mean for p in curve.points if p.order in (chosen, "given")}, dtype=float
-        )
-    return pd.DataFrame(columns).sort_index().rename_axis("edges")
-
-
 def summary_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
     """One row per ranking: cpr and cmd with `_low` and `_high`, edges needed at each level, gap, pair_accuracy, able,
     settings and warnings."""
@@ -147,10 +123,7 @@ def summary_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
 
     rows = []
     for name, curve in curves.items():
-        row: dict[str, Any] = {"ranking": name}
-        for area in ("cpr", "cmd"):
-            mean, low, high = getattr(curve, area)
-            row |= {area: mean, f"{area}_low": low, f"{area}_high": high}
+        row: dict[str, Any] = {"ranking": name, **curve.cpr.columns("cpr"), **curve.cmd.columns("cmd")}
         for needed in curve.needed:
             row |= {f"edges_{needed.level:g}": needed.edges, f"connected_{needed.level:g}": needed.connected}
         row |= {"gap": curve.gap.mean, "able": curve.about["pair_accuracy"] >= SKILL_BAR}

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.metrics import logit_difference
 from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream
+from sa_lens.config import Stream, check_choice, check_whole
 from sa_lens.core.host import (
     Hook,
     Host,
@@ -48,8 +49,8 @@ class Kind(NamedTuple):
 
     hook: str
     """Hook point within a layer."""
-    unit: tuple[str, ...] = ()
-    """Columns that name the unit patched, for the axes after `batch pos`; empty: the whole activation."""
+    axes: tuple[str, ...] = ()
+    """What the axes after `batch pos` count, one unit being patched at a time; empty: the whole activation."""
     mask: bool = False
     """Whether it is a gate's mask, which acts at the metric position alone."""
     many: bool = False
@@ -78,7 +79,7 @@ TINY = 1e-9
 """Difference between clean and corrupt below which there is nothing to normalise by."""
 
 COLUMNS = (
-    *("task", "what", "layer", "head", "channel", "neuron", "unit", "position", "token", "value", "normalised"),
+    *("task", "what", "layer", "head", "unit", "position", "token", "value", "normalised"),
     *("clean", "corrupt", "n", "metric", "direction", "stream", "masks"),
 )
 
@@ -144,11 +145,10 @@ def patch(
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        One row per patch: `layer`; `head`, `channel`, `neuron`, `unit` where they apply; `position` (name, index, or
-        `all`) and
-        `token` (its text where all prompts share it); `value`, the mean metric; `normalised`, the share of the way from
-        the base prompt's value (0) to the other prompt's (1), NaN where the two do not differ; `clean` and `corrupt`,
-        the unpatched means; `n`; and the settings.
+        One row per patch: `layer`; `head` and `unit` (such as `L1.mlp.17`) where they apply; `position` (name, index,
+        or `all`) and `token` (its text where all prompts share it); `value`, the mean metric; `normalised`, the share
+        of the way from the base prompt's value (0) to the other prompt's (1), NaN where the two do not differ; `clean`
+        and `corrupt`, the unpatched means; `n`; and the settings.
 
     Raises:
         ValueError: an unknown choice, a position or layer that is not there, masks in the clean stream, a model without
@@ -156,9 +156,7 @@ def patch(
 
     Source: the definitions of `transformer_lens.patching`, which this agrees with.
     """
-    from tqdm.auto import tqdm
-
-    model, pairs, metric = exp.model, exp.pairs, exp.metric
+    model, pairs = exp.model, exp.pairs
     kind = _checked(exp, what, direction, top_n)
     hooks = kind_hooks(model, kind, _checked_layers(model, layers))
     places = _places(pairs, kind, what, positions)
@@ -166,73 +164,76 @@ def patch(
     runs = [_prepare(exp, group, rows, kind, list(hooks.values()), direction) for rows, group in pairs.by_length(size)]
     edits = _edits(model, runs, kind, hooks, places, top_n, exp.stream)
     totals = torch.zeros(len(edits), dtype=torch.float64)
-    copies = max(1, size // max(len(run.pairs) for run in runs))
     before = {"clean": 0.0, "corrupt": 0.0}
     with (
         torch.no_grad(),
-        tqdm(total=len(edits) * len(runs), desc=f"patching {what}", delay=3, disable=not progress) as bar,
+        tqdm(total=len(edits) * len(pairs), desc=f"patching {what}", delay=3, disable=not progress) as bar,
     ):
         for run in runs:
-
-            def total(logits: Tensor, run: _Run = run) -> float:
-                return float(metric(logits, run.pairs, run.clean).double().sum())
-
-            before["clean"] += total(run.clean)
-            before["corrupt"] += total(run.corrupt)
-            for start in range(0, len(edits), copies):
-                chunk = edits[start : start + copies]
-                indexed = [(edit.hook, _index(edit, run)) for edit in chunk]
-                logits = patched_logits(
-                    *(model, exp.stream, run.base, indexed, run.source, run.masks), clean_source=run.clean_source
-                )
-                for i, of_edit in enumerate(logits):
-                    totals[start + i] += total(of_edit)
-                bar.update(len(chunk))
+            for prompt, logits in (("clean", run.clean), ("corrupt", run.corrupt)):
+                before[prompt] += float(exp.metric(logits, run.pairs, run.clean).double().sum())
+            indexed = [(edit.hook, _index(edit, run)) for edit in edits]
+            totals += sum_metric_after(
+                *(exp, run.pairs, run.base, indexed, run.source, run.masks, bar),
+                clean_source=run.clean_source,
+                clean_logits=run.clean,
+            )
     n = len(pairs)
     clean, corrupt = before["clean"] / n, before["corrupt"] / n
     base, other = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-    settings = {"clean": clean, "corrupt": corrupt, "direction": direction, **exp.about, "what": what}
-    rows = [
-        {
-            **dict(zip(kind.unit, edit.unit, strict=True)),
-            **{"layer": edit.layer, "position": edit.place.label, "token": edit.place.token, "value": value},
-            "normalised": (value - base) / (other - base) if abs(other - base) > TINY else math.nan,
-            **settings,
-        }
-        for edit, value in zip(edits, (totals / n).tolist(), strict=True)
-    ]
-    return unit_table(model, rows, COLUMNS)
+    span = other - base
+    mean = (totals / n).tolist()
+    return unit_table(
+        model,
+        kind,
+        [(edit.layer, edit.unit) for edit in edits],
+        COLUMNS,
+        **{"position": [edit.place.label for edit in edits], "token": [edit.place.token for edit in edits]},
+        **{"value": mean, "normalised": [(x - base) / span if abs(span) > TINY else math.nan for x in mean]},
+        **{"clean": clean, "corrupt": corrupt, "direction": direction, **exp.about, "what": what},
+    )
 
 
-def unit_table(model: Host, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """A table of units, with the name of each; head, channel and neuron are missing where they do not apply."""
+def unit_table(
+    model: Host, kind: Kind, units: Sequence[tuple[int, tuple[int, ...]]], columns: Sequence[str], **values: Any
+) -> pd.DataFrame:
+    """A table with one row per patched unit or activation.
+
+    Args:
+        units: layer and index of each, the index along the axes of the kind.
+        columns: all columns, of which `layer`, `head` and `unit` are filled in here.
+        values: the other columns: a list with one value per row, or one value for all.
+    """
     import pandas as pd
 
-    rows = [row | {"unit": _name_of(model, row)} for row in map(dict, rows)]
-    return pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(("head", "channel", "neuron"), "Int64"))
+    of_mlp = kind.axes == ("neuron",)
+    # a gate that keeps whole heads has no masks of single channels
+    single = kind.many and (of_mlp or not kind.mask or model.gates.attn_unit == "channel")  # type: ignore[attr-defined]
 
+    def name(layer: int, index: tuple[int, ...]) -> str:
+        if of_mlp:
+            return str(Unit(layer, "mlp", index[0]))
+        return str(Unit(layer, "attn", index[0] * model.cfg.d_head + index[1]))
 
-def _name_of(model: Host, row: Mapping[str, Any]) -> str | None:
-    """Name of the unit of a row, such as `L1.mlp.17`; None for a head, a layer, or the mask of a whole head."""
-    if "neuron" in row:
-        return str(Unit(row["layer"], "mlp", row["neuron"]))
-    if "channel" not in row or (row["what"].startswith("mask") and model.gates.attn_unit == "head"):  # type: ignore[attr-defined]
-        return None
-    return str(Unit(row["layer"], "attn", row["head"] * model.cfg.d_head + row["channel"]))
+    rows = {
+        "layer": [layer for layer, _ in units],
+        "head": [index[0] if kind.axes[:1] == ("head",) else None for _, index in units],
+        "unit": [name(*unit) if single else None for unit in units],
+    }
+    return pd.DataFrame({**rows, **values}, columns=list(columns)).astype({"head": "Int64"})
 
 
 def _checked(exp: Experiment, what: str, direction: str, top_n: Any) -> Kind:
     if what not in KINDS:
         raise ValueError(f"what={what!r} is none of {', '.join(KINDS)}")
     kind = KINDS[what]
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction={direction!r} must be 'denoise' or 'noise'")
+    check_choice("direction", direction, Direction)
     if exp.stream == "clean" and kind.mask:
         raise ValueError(f"what={what!r} needs stream='ablated': gates do not act in the clean stream")
     if top_n is not None and not kind.many:
         raise ValueError(f"top_n={top_n!r} applies to kinds of many units only, not to what={what!r}")
-    if top_n not in (None, "all") and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-        raise ValueError(f"top_n={top_n!r} must be a number of units, at least 1, or 'all'")
+    if top_n not in (None, "all"):
+        check_whole("top_n", top_n, 1, "units to try, or 'all'")
     return kind
 
 
@@ -277,19 +278,14 @@ def _places(pairs: PromptPairs, kind: Kind, what: str, positions: Positions | No
         return [_Place("end", _shared_token(pairs, pairs.positions["end"]), None)]
     if positions is None:
         named = "named" if len(pairs.positions) > 1 else "each" if pairs.uniform else "all"
-        positions = "all" if kind.unit else named
+        positions = "all" if kind.axes else named
     if positions == "all":
         return [_Place("all", "", None)]
     shortest = int(pairs.lengths.min())
     if positions == "named":
         positions = list(pairs.positions)
     elif positions == "each":
-        if not pairs.uniform:
-            lengths = ", ".join(str(int(length)) for length in pairs.lengths.unique())
-            raise ValueError(
-                f"positions='each' needs prompts of one length, these have {lengths} tokens: use positions='named', "
-                "make the pairs with length=..., or take a group of pairs.by_length()"
-            )
+        pairs.require_one_length("positions='each'")
         positions = list(range(shortest))
     elif isinstance(positions, str):
         raise ValueError(f"positions={positions!r} must be 'named', 'each', 'all' or a list")
@@ -357,40 +353,49 @@ def _edits(
     units = [
         (layer, unit)
         for layer, hook in hooks.items()
-        for unit in product(*map(range, runs[0].source[hook].shape[2 : 2 + len(kind.unit)]))
+        for unit in product(*map(range, runs[0].source[hook].shape[2 : 2 + len(kind.axes)]))
     ]
     keep = len(units) if not kind.many or top_n == "all" else top_n or TOP_N
     if keep < len(units):
-        effects = torch.cat([effect.flatten() for effect in _first_order_effects(model, runs, hooks, stream)])
-        best = effects.abs().sort(descending=True, stable=True).indices[:keep].sort().values
+        sums = torch.zeros(len(units))
+        for run in runs:
+            # with frozen masks, whatever the patches will use: it only ranks
+            effects, _ = first_order_effects(
+                *(model, stream, run.base, run.masks, run.source, list(hooks.values())),
+                lambda logits, run=run: logit_difference(logits, run.pairs),  # type: ignore[misc]
+            )
+            sums += torch.cat([effect.sum((0, 1)).flatten().cpu() for effect in effects.values()])
+        best = sums.abs().sort(descending=True, stable=True).indices[:keep].sort().values
         units = [units[int(i)] for i in best]
     return [_Edit(layer, hooks[layer], unit, place) for layer, unit in units for place in places]
 
 
-def _first_order_effects(model: Host, runs: list[_Run], hooks: dict[int, str], stream: Stream) -> list[Tensor]:
-    """For each layer, gradient of the logit difference times (source - base), summed over pairs and positions.
+def first_order_effects(
+    model: Host,
+    stream: Stream,
+    tokens: Int[Tensor, "prompt pos"],
+    masks: Mapping[str, Tensor] | None,
+    source: Mapping[str, Tensor],
+    hooks: Sequence[str],
+    metric: Callable[[Float[Tensor, "prompt d_vocab"]], Float[Tensor, " prompt"]],
+) -> tuple[dict[str, Float[Tensor, "prompt pos *rest"]], float]:
+    """Gradient of the metric's sum times (source - value) at each hook point, by its name; and that sum."""
+    base: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
 
-    With frozen masks, whatever the patches will use: it only ranks.
-    """
-    totals: dict[str, Tensor] = {}
-    for run in runs:
-        base: dict[str, Tensor] = {}
-        leaves: dict[str, Tensor] = {}
+    def probe(x: Tensor, hook: Any) -> Tensor:
+        base[hook.name] = x.detach()
+        leaves[hook.name] = torch.zeros_like(x, requires_grad=True)
+        return x + leaves[hook.name]
 
-        def probe(x: Tensor, hook: Any, base: dict[str, Tensor] = base, leaves: dict[str, Tensor] = leaves) -> Tensor:
-            base[hook.name] = x.detach()
-            leaves[hook.name] = torch.zeros_like(x, requires_grad=True)
-            return x + leaves[hook.name]
-
-        with torch.enable_grad(), in_stream(model, stream, position=-1, masks=run.masks):
-            logits = run_to_last(model, run.base, [(hook, probe) for hook in hooks.values()])
-            score = logit_difference(logits, run.pairs).sum()
-        gradients = torch.autograd.grad(score, list(leaves.values()))
-        for name, gradient in zip(leaves, gradients, strict=True):
-            change = at_least_float32(run.source[name]) - at_least_float32(base[name])
-            effect = (at_least_float32(gradient) * change).sum((0, 1)).cpu()
-            totals[name] = totals.get(name, 0) + effect
-    return [totals[hook] for hook in hooks.values()]
+    with torch.enable_grad(), in_stream(model, stream, position=-1, masks=masks):
+        total = metric(run_to_last(model, tokens, [(hook, probe) for hook in hooks])).sum()
+    gradients = torch.autograd.grad(total, [leaves[hook] for hook in hooks])
+    effects = {
+        hook: at_least_float32(gradient) * (at_least_float32(source[hook]) - at_least_float32(base[hook]))
+        for hook, gradient in zip(hooks, gradients, strict=True)
+    }
+    return effects, float(total.detach().double())
 
 
 def _index(edit: _Edit, run: _Run) -> tuple[Any, ...]:
@@ -403,41 +408,48 @@ def _index(edit: _Edit, run: _Run) -> tuple[Any, ...]:
     return (torch.arange(group, device=position.device), position, *edit.unit)
 
 
-def patched_logits(
-    model: Host,
-    stream: Stream,
+def sum_metric_after(
+    exp: Experiment,
+    pairs: PromptPairs,
     tokens: Int[Tensor, "prompt pos"],
     edits: Sequence[tuple[str, tuple[Any, ...]]],
     source: Mapping[str, Tensor],
     masks: Mapping[str, Tensor] | None,
+    bar: tqdm[Any],
     *,
     clean_source: Mapping[str, Tensor] | None = None,
-) -> Float[Tensor, "edit prompt d_vocab"]:
-    """Logits at the end of the prompts under each edit alone, by one pass with a copy of the prompts per edit.
+    clean_logits: Tensor | None = None,
+) -> Float[Tensor, " edit"]:
+    """The metric's sum over prompts after each edit alone; a pass holds a copy of the prompts for each of its edits.
 
     Args:
         edits: (hook point, where to put the value in) of each.
         source: values to put in, by hook point.
         masks: given masks of the prompts; None: those that the gates choose.
+        bar: gets the number of prompts done.
         clean_source: values for the clean pass that live gates read.
     """
-    copies = len(edits)
 
-    def puts(values: Mapping[str, Tensor]) -> list[Hook]:
+    def put_in(chunk: Sequence[tuple[str, tuple[Any, ...]]], values: Mapping[str, Tensor]) -> list[Hook]:
         def put(x: Tensor, hook: Any) -> Tensor:
-            x = x.unflatten(0, (copies, len(tokens))).clone()
-            for copy, (name, where) in zip(x, edits, strict=True):
+            x = x.unflatten(0, (len(chunk), len(tokens))).clone()
+            for copy, (name, where) in zip(x, chunk, strict=True):
                 if name == hook.name:
                     copy[where] = values[name][where]
             return x.flatten(0, 1)
 
-        return [(name, put) for name in dict.fromkeys(name for name, _ in edits) if name in values]
+        return [(name, put) for name in dict.fromkeys(name for name, _ in chunk) if name in values]
 
-    def repeated(x: Tensor) -> Tensor:
-        return x.repeat(copies, *[1] * (x.ndim - 1))
-
-    given = {name: repeated(mask) for name, mask in masks.items()} if masks else None
-    # without given masks a clean pass precedes, in which clean_hooks alone fire: live gates read it
-    with in_stream(model, stream, position=-1, masks=given, clean_hooks=puts(clean_source or {})):
-        logits = run_to_last(model, repeated(tokens), puts(source))
-    return logits.unflatten(0, (copies, len(tokens)))
+    sums: list[float] = []
+    size = max(1, exp.light_batch_size // len(pairs))
+    for first in range(0, len(edits), size):
+        chunk = edits[first : first + size]
+        given = {name: torch.cat([mask] * len(chunk)) for name, mask in masks.items()} if masks else None
+        # without given masks a clean pass precedes, in which clean_hooks alone fire: live gates read it
+        in_clean_pass = put_in(chunk, clean_source or {})
+        with in_stream(exp.model, exp.stream, position=-1, masks=given, clean_hooks=in_clean_pass):
+            logits = run_to_last(exp.model, tokens.repeat(len(chunk), 1), put_in(chunk, source))
+        parts = logits.split(len(tokens))
+        sums += [float(exp.metric(part, pairs, clean_logits).double().sum()) for part in parts]
+        bar.update(len(chunk) * len(pairs))
+    return torch.tensor(sums, dtype=torch.float64)

@@ -20,9 +20,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
-from sa_lens.circuits.patching.activation_patching import KINDS, Kind, kind_hooks, patched_logits, unit_table
+from sa_lens.circuits.patching.activation_patching import (
+    KINDS,
+    Kind,
+    first_order_effects,
+    kind_hooks,
+    sum_metric_after,
+    unit_table,
+)
 from sa_lens.circuits.running.circuit_by_hooks import batches
-from sa_lens.core.host import Hook, at_least_float32, in_stream, run_to_last
+from sa_lens.config import check_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +43,7 @@ NODES: dict[str, Kind] = {
 """What can be attributed: heads and attention units (`z`), outputs of MLPs, neurons (`post`)."""
 
 COLUMNS = (
-    *("task", "what", "layer", "head", "channel", "neuron", "unit", "position", "estimate", "effect"),
+    *("task", "what", "layer", "head", "unit", "position", "estimate", "effect"),
     *("value", "n", "metric", "ablation", "stream", "masks"),
 )
 
@@ -71,10 +78,9 @@ def attribute_nodes(
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        One row per unit, in the order of layers, positions, units: `layer`; `head`, `channel`, `neuron`, `unit`
-        where they
-        apply; `position` (`all`, or counted from the start); `estimate`; `effect`, NaN where it was not asked for;
-        `value`, the metric of the unedited clean prompts; `n`; and the settings.
+        One row per unit, in the order of layers, positions, units: `layer`; `head` and `unit` (such as `L1.mlp.17`)
+        where they apply; `position` (`all`, or counted from the start); `estimate`; `effect`, NaN where it was not
+        asked for; `value`, the metric of the unedited clean prompts; `n`; and the settings.
 
     Raises:
         ValueError: an unknown choice, a metric without a gradient at the clean prompt, `masks="live"`, pairs of several
@@ -99,33 +105,29 @@ def attribute_nodes(
     if tried:
         patched = _metric_when_ablated(exp, hooks, [choices[i] for i in tried], by_position, progress)
         effects = dict(zip(tried, (patched - value).tolist(), strict=True))
-    settings = {**exp.about, "what": what, "value": value}
-    rows = [
-        {
-            **dict(zip(kind.unit, choice.unit, strict=True)),
-            **{"layer": choice.layer, "position": choice.place if by_position else "all"},
-            **{"estimate": float(flat[i]), "effect": effects.get(i, math.nan), **settings},
-        }
-        for i, choice in enumerate(choices)
-    ]
-    return unit_table(exp.model, rows, COLUMNS)
+    return unit_table(
+        exp.model,
+        kind,
+        [(choice.layer, choice.unit) for choice in choices],
+        COLUMNS,
+        position=[choice.place if by_position else "all" for choice in choices],
+        estimate=flat.tolist(),
+        effect=[effects.get(i, math.nan) for i in range(len(choices))],
+        **{**exp.about, "what": what, "value": value},
+    )
 
 
 def _checked(exp: Experiment, what: str, by_position: bool, exact: Any) -> Kind:
     if what not in NODES:
         raise ValueError(f"what={what!r} is none of {', '.join(NODES)}")
-    if exact != "all" and (isinstance(exact, bool) or not isinstance(exact, int) or exact < 0):
-        raise ValueError(f"exact={exact!r} must be a number of units, 0 or more, or 'all'")
+    if exact != "all":
+        check_whole("exact", exact, 0, "units to check, or 'all'")
     if exp.masks == "live":
         raise ValueError(
             "masks='live' has no first-order estimate for nodes: use masks='frozen', or patch(..., masks='live')"
         )
-    if by_position and not exp.pairs.uniform:
-        lengths = ", ".join(str(int(length)) for length in exp.pairs.lengths.unique())
-        raise ValueError(
-            f"by_position=True needs prompts of one length, these have {lengths} tokens: make the pairs with "
-            "length=..., or take a group of pairs.by_length()"
-        )
+    if by_position:
+        exp.pairs.require_one_length("by_position=True")
     return NODES[what]
 
 
@@ -136,26 +138,15 @@ def _estimates(
     totals: list[Any] = [0.0] * len(hooks)
     value = 0.0
     for batch in batches(exp, hooks):
-        values: dict[str, Tensor] = {}
-
-        def start(x: Tensor, hook: Any) -> Tensor:
-            return x.detach().clone().requires_grad_()
-
-        def keep(x: Tensor, hook: Any, values: dict[str, Tensor] = values) -> None:
-            values[hook.name] = x
-
-        passes: list[Hook] = [("blocks.0.hook_resid_pre", start), *((name, keep) for name in hooks)]
-        with torch.enable_grad():
-            with in_stream(exp.model, exp.stream, position=-1, masks=batch.masks):
-                logits = run_to_last(exp.model, batch.clean, passes)
-            score = exp.metric(logits, batch.pairs).sum()
-            gradients = torch.autograd.grad(score, [values[name] for name in hooks])
-        value += float(score.detach().double())
-        for layer, (name, gradient) in enumerate(zip(hooks, gradients, strict=True)):
-            change = at_least_float32(batch.carried[0][name]) - at_least_float32(values[name].detach())
-            product = (at_least_float32(gradient) * change).sum(0).double()
+        effects, total = first_order_effects(
+            *(exp.model, exp.stream, batch.clean, batch.masks, batch.carried[0], hooks),
+            lambda logits, batch=batch: exp.metric(logits, batch.pairs),  # type: ignore[misc]
+        )
+        value += total
+        for layer, effect in enumerate(effects.values()):
+            product = effect.sum(0).double()
             product = product if by_position else product.sum(0, keepdim=True)
-            inside = tuple(range(1 + len(kind.unit), product.ndim))
+            inside = tuple(range(1 + len(kind.axes), product.ndim))
             totals[layer] = totals[layer] + (product.sum(inside) if inside else product).cpu()
     n = len(exp.pairs)
     return [total / n for total in totals], value / n
@@ -164,7 +155,7 @@ def _estimates(
 def _metric_when_ablated(
     exp: Experiment, hooks: list[str], choices: list[_Choice], by_position: bool, progress: bool
 ) -> Float[Tensor, " choice"]:
-    """Mean metric with each choice ablated alone: passes with a copy of the prompts for each."""
+    """Mean metric with each choice ablated alone."""
     totals = torch.zeros(len(choices), dtype=torch.float64)
     edits = [
         (hooks[choice.layer], (slice(None), choice.place if by_position else slice(None), *choice.unit))
@@ -175,11 +166,5 @@ def _metric_when_ablated(
         tqdm(total=len(choices) * len(exp.pairs), desc="patching", delay=3, disable=not progress) as bar,
     ):
         for batch in batches(exp, hooks):
-            copies = max(1, exp.batch_size // len(batch.pairs))
-            for first in range(0, len(edits), copies):
-                chunk = edits[first : first + copies]
-                logits = patched_logits(exp.model, exp.stream, batch.clean, chunk, batch.carried[0], batch.masks)
-                for i, of_choice in enumerate(logits):
-                    totals[first + i] += float(exp.metric(of_choice, batch.pairs).double().sum())
-                bar.update(len(chunk) * len(batch.pairs))
+            totals += sum_metric_after(exp, batch.pairs, batch.clean, edits, batch.carried[0], batch.masks, bar)
     return totals / len(exp.pairs)

@@ -173,6 +173,5 @@ def run_circuit(exp: Experiment, circuit: Circuit) -> Float[Tensor, "pair d_voca
     Raises:
         ValueError: a circuit of another graph.
     """
-    if circuit.graph != exp.graph:
-        raise ValueError(f"a circuit of {circuit.graph} does not fit this model, whose graph is {exp.graph}")
+    circuit.check_fits(exp.graph)
     return CircuitRunner(exp)(circuit.mask)

@@ -16,95 +16,64 @@ A block of rows, each a removal on top of those before it, goes through these no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
-from sa_lens.circuits.graph import PORTS, Graph, Input, Node
-from sa_lens.circuits.metrics import METRICS
+from sa_lens.circuits.graph import Node
 from sa_lens.circuits.running.recorded_passes import Outputs, PassesOfPairs, outputs, residual_streams, written
-from sa_lens.circuits.running.removal_costs import Cost, KLCost, LogitsCost
-from sa_lens.circuits.running.removal_state import Block, Changed, Live, Recorded, Row, versions_by_row
-from sa_lens.core.nodes import NodeFunctions
+from sa_lens.circuits.running.removal_costs import cost_of
+from sa_lens.circuits.running.removal_state import Block, Changed, Live, Row, versions_by_row
 
 _BLOCK = 2**23
 """Numbers in one activation of a whole block."""
-
-
-def recomputation(exp: Experiment, present: Bool[Tensor, "input source"]) -> Recomputation:
-    """The part of the model above the edges that a search visits, at its top."""
-    functions = exp.nodes
-    order, recorded = _recorded(exp)
-    engine = Recomputation(exp.graph, functions, recorded, lambda final: final[:, 0, 0], present)
-    clean = functions.normalise(engine.final_clean())
-    cost: Cost = KLCost(functions.W_U, functions.b_U, clean)
-    if exp.metric is not METRICS["kl"]:
-        cost = LogitsCost(exp.metric, functions.W_U, functions.b_U, exp.pairs.subset(order), clean)
-    engine.cost = cost
-    return engine
-
-
-def _recorded(exp: Experiment) -> tuple[Tensor, Recorded]:
-    """What all sources write on both prompts, pairs ordered by length; and that order."""
-    graph, functions, batches = exp.graph, exp.nodes, exp.passes
-    gated = exp.stream == "ablated"
-
-    def by_source(batch: PassesOfPairs, by_lane: Outputs) -> Float[Tensor, "source pair pos d_model"]:
-        prompts = batch.prompts
-        x = prompts.embed.new_zeros(len(graph.sources), len(prompts.last), functions.length, prompts.embed.shape[-1])
-        for source, out in enumerate(by_lane["earlier"]):
-            x[source, prompts.prompt, prompts.pos] = written(graph, functions, source, out)
-        for source, out in enumerate(by_lane[exp.stream]):
-            x[source, torch.arange(len(out), device=out.device), prompts.last] = written(graph, functions, source, out)
-        return x
-
-    def by_layer(kind: int) -> Tensor:
-        layers = range(graph.n_layers)
-        return torch.stack([torch.cat([batch.clean.masks[i][kind] for batch in batches]) for i in layers])  # type: ignore[misc]
-
-    order = torch.cat([batch.rows for batch in batches])
-    return order, Recorded(
-        torch.cat([by_source(batch, outputs(batch.prompts, batch.clean)) for batch in batches], 1),
-        torch.cat([by_source(batch, batch.carried) for batch in batches], 1),
-        torch.stack(functions.b_O),
-        exp.pairs.lengths[order].to(functions.W_U.device) - 1,
-        by_layer(0) if gated else None,
-        by_layer(1) if gated and not graph.attn_only else None,
-    )
 
 
 class Recomputation:
     """The part of the model above the edges that are visited, and what removals there do to the metric.
 
     Args:
-        functions: the nodes of the model.
-        recorded: activations of whole passes.
-        cost: the metric of many rows from the normalised final residual stream `[row, pair, d_model]` at the metric
-            position; larger is worse.
         present: True for edges that are kept or not yet visited.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        functions: NodeFunctions,
-        recorded: Recorded,
-        cost: Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]],
-        present: Bool[Tensor, "input source"],
-    ) -> None:
-        self.graph, self.functions, self.cost = graph, functions, cost
+    def __init__(self, exp: Experiment, present: Bool[Tensor, "input source"]) -> None:
+        self.graph, self.functions, batches = exp.graph, exp.nodes, exp.passes
         self.present = present.clone()
-        self.carried, self.last = recorded.carried, recorded.last
-        self.mask_attn, self.mask_mlp = recorded.mask_attn, recorded.mask_mlp
-        self.difference = recorded.written - recorded.carried
-        self.uniform = bool((self.last == recorded.written.shape[2] - 1).all())
+        order = torch.cat([batch.rows for batch in batches])
+        self.last = exp.pairs.lengths[order].to(self.functions.W_U.device) - 1
+        """Metric position of each prompt. Pairs are ordered by length."""
+
+        def by_source(batch: PassesOfPairs, by_lane: Outputs) -> Float[Tensor, "source pair pos d_model"]:
+            prompts, embed = batch.prompts, batch.prompts.embed
+            x = embed.new_zeros(len(self.graph.sources), len(prompts.last), self.functions.length, embed.shape[-1])
+            every = torch.arange(len(prompts.last), device=embed.device)
+            for lane, pair, position in (
+                ("earlier", prompts.prompt, prompts.pos),
+                (exp.stream, every, prompts.last),
+            ):
+                for source, out in enumerate(by_lane[lane]):  # type: ignore[index]
+                    x[source, pair, position] = written(self.graph, self.functions, source, out)
+            return x
+
+        wrote = torch.cat([by_source(batch, outputs(batch.prompts, batch.clean)) for batch in batches], 1)
+        self.carried = torch.cat([by_source(batch, batch.carried) for batch in batches], 1)
+        self.masks: list[list[Tensor | None]] = [[None, None] for _ in range(self.graph.n_layers)]
+        """Masks of attention units and neurons at the metric position, by layer; None in the clean stream."""
+        if exp.stream == "ablated":
+            for layer, kinds in enumerate(self.masks):
+                for kind in range(1 if self.graph.attn_only else 2):
+                    kinds[kind] = torch.cat([batch.clean.masks[layer][kind] for batch in batches])  # type: ignore[misc]
+        self.difference = wrote - self.carried
+        self.uniform = bool((self.last == wrote.shape[2] - 1).all())
         self.at_last = self._last_of(self.difference)
         self.full_at, self.base_at = (
-            residual_streams(graph, list(x), list(recorded.attn_bias)) for x in (recorded.written, recorded.carried)
+            residual_streams(self.graph, list(x), self.functions.b_O) for x in (wrote, self.carried)
         )
+        clean = self.functions.normalise(self.final_clean())
+        self.cost = cost_of(exp.metric, self.functions, exp.pairs.subset(order), clean)
         self.above: list[Live] = []
         """Live nodes above the present step, in the order of computation."""
         self.here: dict[Node, Live] = {}
@@ -113,13 +82,14 @@ class Recomputation:
 
     # ------------------------------------------------------------------------------------------------------- steps
 
-    def enter(self, nodes: Sequence[Node]) -> list[Node]:
-        """Goes down to the nodes of the next step; returns those that are live.
+    def enter(self, places: Iterable[tuple[int, int]]) -> set[Node]:
+        """Goes down to the next step, whose edges (input, source) are given; returns its live nodes.
 
         Their edges are all present, but for those that an interrupted search removed before it was resumed. Computes
         the present values of all live nodes from scratch, the lowest first, so that rounding does not add up.
         """
         self.above = [*self.here.values(), *self.above]
+        nodes = sorted({self.graph.inputs[to].node for to, _ in places}, key=lambda node: node[1:])
         live = [item for node in nodes if (item := self._live(node)) is not None]
         self.here = {item.node: item for item in live}
         self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
@@ -135,7 +105,7 @@ class Recomputation:
                     x += self._sends(source, item, i)
                 item.x[i] = x
             self._compute(item)
-        return [item.node for item in live]
+        return set(self.here)
 
     def drop(self, places: Sequence[tuple[int, int]]) -> None:
         """Removes edges (input, source) into nodes that are not live."""
@@ -144,7 +114,7 @@ class Recomputation:
             self.present[to, source] = False
 
     def _live(self, node: Node) -> Live | None:
-        inputs = [self.graph.input_index[Input(node, port)] for port in (PORTS if node.kind == "head" else ("",))]
+        inputs = self.graph.inputs_of[node]
         if node.kind == "logits":
             return Live(node, -1, False, inputs)
         source = self.graph.source_index[node]
@@ -219,12 +189,13 @@ class Recomputation:
         return self.functions.mlp(item.node.layer, x, item.mask)
 
     def _mask(self, node: Node, everywhere: bool) -> Float[Tensor, "pair pos width"] | None:
+        mask = self.masks[node.layer][0 if node.kind == "head" else 1]
+        if mask is None:
+            return None
         if node.kind == "head":
-            mask = None if self.mask_attn is None else self.mask_attn[node.layer, :, node.head]
-        else:
-            mask = None if self.mask_mlp is None else self.mask_mlp[node.layer]
-        if mask is None or not everywhere:
-            return mask if mask is None else mask[:, None]
+            mask = mask[:, node.head]
+        if not everywhere:
+            return mask[:, None]
         full = mask.new_ones(len(mask), self.difference.shape[2], mask.shape[-1])
         full[torch.arange(len(mask), device=mask.device), self.last] = mask
         return full

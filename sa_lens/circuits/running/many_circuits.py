@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
-from sa_lens.circuits.graph import PORTS, Input, Node
+from sa_lens.circuits.graph import PORTS, Node
 from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
 from sa_lens.circuits.running.recorded_passes import PassesOfPairs, residual_streams, written
 from sa_lens.core.last_position import Lane, Prompts
@@ -207,7 +207,7 @@ class _Versions:
                 if lane == "ablated":
                     masks, moved = self._masks(node, versions, end)
                     changed |= moved
-                inputs = [graph.input_index[Input(node, port)] for port in (PORTS if node.kind == "head" else ("",))]
+                inputs = graph.inputs_of[node]
                 arriving = [sent(lane, to) for to in inputs]
                 changed |= any(arriving)
                 read = arriving[0]
@@ -332,7 +332,7 @@ class _Versions:
                 self._keep(key, change)
 
     def _mlps(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
-        to = self.graph.input_index[Input(Node("mlp", layer))]
+        to = self.graph.inputs_of[Node("mlp", layer)][0]
         for part in self._split(keys, self.base[lane][1].numel() * 4):
             masks = [self._mask(key, layer, 1) for key in part]
             mask = None if masks[0] is None else torch.stack(masks)  # type: ignore[arg-type]
@@ -347,7 +347,7 @@ class _Versions:
         return (self.masks[layer] if key.masks == _GIVEN else self.values[key.masks])[kind]
 
     def _gates(self, lane: str, layer: int, keys: Sequence[_Gates]) -> None:
-        to = self.graph.input_index[Input(Node("head", layer, 0), "q")]
+        to = self.graph.inputs_of[Node("head", layer, 0)][0]
         for key in keys:
             local = self._inputs("clean", to, [key.sent])[0]
             final = None if key.end is None else self.values[key.end]

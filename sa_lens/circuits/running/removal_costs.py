@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sa_lens.circuits.metrics import Metric
+from sa_lens.circuits.metrics import METRICS, Metric
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.core.nodes import NodeFunctions
 
 Cost = Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]]
 """The metric of each row, from the normalised final residual stream at the metric position; larger is worse."""
@@ -24,14 +25,20 @@ _CHUNK = 2**19
 """Logits held at once: few enough to stay in a processor's cache."""
 
 
-class KLCost:
-    """Mean KL(unedited clean prompt || row), nats, full vocabulary.
+def cost_of(metric: Metric, functions: NodeFunctions, pairs: PromptPairs, clean: Float[Tensor, "pair d_model"]) -> Cost:
+    """The metric as a cost.
 
     Args:
-        W_U: unembedding that reads the normalised stream.
-        b_U: its bias.
+        pairs: the pairs, in the order of the rows' prompts.
         clean: normalised final residual stream of the unedited clean prompts.
     """
+    if metric is METRICS["kl"]:
+        return KLCost(functions.W_U, functions.b_U, clean)
+    return LogitsCost(metric, functions.W_U, functions.b_U, pairs, clean)
+
+
+class KLCost:
+    """Mean KL(unedited clean prompt || row), nats, full vocabulary; arguments as in `cost_of`."""
 
     def __init__(
         self,
@@ -77,12 +84,7 @@ class KLCost:
 
 
 class LogitsCost:
-    """Any other metric, from all logits.
-
-    Args:
-        pairs: the pairs, in the order of the rows' prompts.
-        clean: normalised final residual stream of the unedited clean prompts.
-    """
+    """Any other metric, from all logits; arguments as in `cost_of`."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""What a search for circuits holds of a model: recorded activations, live nodes with their present values, and blocks
-of removals with what they change."""
+"""What a search for circuits holds of a model: live nodes with their present values, and blocks of removals with what
+they change."""
 
 from __future__ import annotations
 
@@ -7,27 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.circuits.graph import Node
-
-
-class Recorded(NamedTuple):
-    """What the search needs of whole passes; prompts of several lengths are padded on the right."""
-
-    written: Float[Tensor, "source pair pos d_model"]
-    """What each source writes on the clean prompt, in the stream."""
-    carried: Float[Tensor, "source pair pos d_model"]
-    """What an absent edge carries."""
-    attn_bias: Float[Tensor, "layer d_model"]
-    """Bias of each attention layer's output, which belongs to no source."""
-    last: Int[Tensor, " pair"]
-    """Metric position of each prompt."""
-    mask_attn: Float[Tensor, "layer pair head d_head"] | None
-    """Masks at the metric position; None in the clean stream."""
-    mask_mlp: Float[Tensor, "layer pair d_mlp"] | None
-    """The same of the neurons; None in the clean stream or without MLPs."""
 
 
 class Row(NamedTuple):

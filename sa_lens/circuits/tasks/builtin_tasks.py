@@ -11,11 +11,11 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from sa_lens.circuits.tasks import tinystories
 from sa_lens.circuits.tasks.pairs import MINIMUM, Draft, PromptPairs
-from sa_lens.config import NamePairs, Patterns, Words, shown
+from sa_lens.config import NamePairs, Patterns, Words, check_choice, check_whole, shown
 from sa_lens.data.whole_files import DamagedFile, check_object
 from sa_lens.data.whole_files import read_json as read_file
 
@@ -69,12 +69,9 @@ def _make(
     patterns: Patterns = "seen",
     length: int | None = None,
 ) -> PromptPairs:
-    if n < 1:
-        raise ValueError(f"n={n} pairs of {task}: ask for at least 1")
-    if words not in get_args(Words):
-        raise ValueError(f"words={words!r} must be 'tinystories' or 'stories' (the generated ones)")
-    if name_pairs not in get_args(NamePairs):
-        raise ValueError(f"name_pairs={name_pairs!r} must be 'any', 'held-out' or 'seen'")
+    check_whole("n", n, 1, f"pairs of {task}")
+    check_choice("words", words, Words)
+    check_choice("name_pairs", name_pairs, NamePairs)
     if names is not None:
         _check_names(names, tokenizer)
     if words == "tinystories" and (name_pairs, patterns) != ("any", "seen"):

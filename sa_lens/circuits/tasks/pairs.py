@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sa_lens.config import check_whole
 from sa_lens.data.tokenizers import boundary_tokens
 
 if TYPE_CHECKING:
@@ -253,6 +254,22 @@ class PromptPairs:
             for part in rows.split(at_most or len(rows)):
                 yield part, self.subset(part)
 
+    def require_one_length(self, setting: str) -> None:
+        """Checks that all prompts have the same length.
+
+        Args:
+            setting: the setting that needs it, for the message.
+
+        Raises:
+            ValueError: they have several.
+        """
+        if not self.uniform:
+            lengths = ", ".join(str(int(length)) for length in self.lengths.unique())
+            raise ValueError(
+                f"{setting} needs prompts of one length, these have {lengths} tokens: make the pairs with length=..., "
+                "or take a group of pairs.by_length()"
+            )
+
     def split(self, seed: int = 0, share: float = 0.5) -> tuple[PromptPairs, PromptPairs]:
         """Two disjoint random sets of pairs: one to find a circuit with, one to report on.
 
@@ -277,8 +294,7 @@ class PromptPairs:
         Raises:
             ValueError: a token beyond the vocabulary, a prompt longer than the context, or a batch_size below 1.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1: the prompts in one pass")
+        check_whole("batch_size", batch_size, 1, "the prompts in one pass")
         highest = max(int(t.max()) for t in (self.clean, self.corrupt, self.answers, self.wrong_answers))
         if highest >= cfg.d_vocab:
             raise ValueError(

@@ -86,7 +86,7 @@ def test_float32_on_prompts_of_several_lengths() -> None:
 
 def test_live_gates_take_a_pass_for_each_edge_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     model, pairs = gated(**DOUBLE), token_pairs(n=3)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         found = assert_same(model, pairs, "logit_difference", 1e-12, stream="ablated", masks="live")
     assert "live masks" in caplog.text
     assert "live masks" in found.about["shortcuts"]
@@ -118,7 +118,7 @@ def test_state_is_left_and_scores_may_be_written_to(tmp_path: Any) -> None:
     [
         ({"metric": "likelihood"}, "metric='likelihood' is none of"),
         ({"metric": lambda logits, pairs: kl(logits, logits * torch.nan)}, "gave values that are not finite"),
-        ({"ablation": "noise"}, "ablation='noise' must be one of"),
+        ({"ablation": "noise"}, "ablation='noise' is not one of"),
         ({"masks": "live"}, "needs stream='ablated'"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
     ],

@@ -81,9 +81,9 @@ def test_a_gate_set_by_hand() -> None:
     units = shares.table()
     assert len(units) == 2 * (24 + 32)
     stays = units[units["stays"] == 1]
-    assert stays[(stays["kind"] == "mlp") & (stays["layer"] == 0)]["neuron"].tolist() == [0, 5, 9]
-    attn = stays[(stays["kind"] == "attn") & (stays["layer"] == 0)]
-    assert attn[["head", "channel"]].values.tolist() == [[1, 0], [1, 1], [3, 2]]
+    assert stays.query("site == 'mlp' and layer == 0")["unit"].tolist() == ["L0.mlp.0", "L0.mlp.5", "L0.mlp.9"]
+    attn = stays.query("site == 'attn' and layer == 0")
+    assert attn["unit"].tolist() == [f"L0.attn.{head * model.cfg.d_head + i}" for head, i in ((1, 0), (1, 1), (3, 2))]
     assert (units["stays"].isin([0.0, 1.0])).all()
     assert set(units["variant"]) == {"metric_position"}
     nodes = shares.node_table().set_index("node")["score"]
@@ -110,7 +110,7 @@ def test_whole_heads_stay_or_go() -> None:
     found = mask_shares(by_heads(2), token_pairs(n=5))
     assert found.attn.shape == (2, 4, 1)
     assert found.attn.sum((1, 2)).tolist() == pytest.approx([2, 2])
-    assert found.table().query("kind == 'attn'")["channel"].isna().all()
+    assert found.table().query("site == 'attn'")["unit"].tolist()[:5] == ["a0.h0", "a0.h1", "a0.h2", "a0.h3", "a1.h0"]
 
 
 def test_soft_masks_count_with_their_value() -> None:
@@ -210,9 +210,9 @@ def test_the_rankings_to_compare() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "last"}, "variant='last' must be one of"),
-        ({"masks_from": "best"}, "masks_from='best' must be one of"),
-        ({"scale": "log"}, "scale='log' must be one of"),
+        ({"variant": "last"}, "variant='last' is not one of"),
+        ({"masks_from": "best"}, "masks_from='best' is not one of"),
+        ({"scale": "log"}, "scale='log' is not one of"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )

@@ -15,7 +15,7 @@ from sa_lens.circuits.discovery.acdc import acdc
 from sa_lens.circuits.graph import Circuit, Graph
 from sa_lens.circuits.judging.completeness import completeness, minimality
 from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
-from sa_lens.circuits.judging.faithfulness_curve import curves_table, kl_at_sizes, summary_table
+from sa_lens.circuits.judging.faithfulness_curve import curves_table, summary_table
 from sa_lens.circuits.metrics import METRICS, kl, logit_difference
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.circuits.running.recorded_passes import last_logits
@@ -243,7 +243,7 @@ def test_tables_of_several_rankings_at_matched_sizes() -> None:
     assert curves["known"] == faithfulness(model, pairs, scores, sizes=[4, 0.5, 1.0])
     table = curves_table(curves)
     assert table["ranking"].tolist() == ["known"] * 6 + ["random"] * 6 + ["acdc"]
-    wide = kl_at_sizes(curves)
+    wide = table.query("order != 'signed'").pivot_table("kl", "edges", "ranking")
     assert wide.index.tolist() == [4, 14, 29]
     assert wide.loc[4, "known"] == pytest.approx(0, abs=1e-6)
     assert wide.loc[4, "acdc"] == pytest.approx(0, abs=1e-6)
@@ -344,7 +344,7 @@ def test_a_gap_that_is_too_small_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "best"}, "must be one of 'mib'"),
+        ({"order": "best"}, "is not one of 'mib'"),
         ({"sizes": []}, "sizes is empty"),
         ({"sizes": [1.5]}, "floats in"),
         ({"sizes": [True]}, "floats in"),
@@ -354,7 +354,7 @@ def test_a_gap_that_is_too_small_is_refused() -> None:
         ({"metric": replace(METRICS["kl"], minimum_gap=0.0)}, "must be above 0"),
         ({"metric": "skill"}, "is none of"),
         ({"metric": lambda logits, pairs: logits}, "for 4 pairs: it must give one finite value for each"),
-        ({"ablation": "noise"}, "must be one of"),
+        ({"ablation": "noise"}, "is not one of"),
         ({"stream": "ablated"}, "needs gates"),
         ({"masks": "live"}, "gates do not act in the clean stream"),
     ],
@@ -377,7 +377,7 @@ def test_bad_circuits_are_refused() -> None:
     for call in (completeness, minimality):
         with pytest.raises(ValueError, match="no edges to take out"):
             call(model, pairs, Circuit.of(scores.graph))
-        with pytest.raises(ValueError, match="must be 'edges' or 'nodes'"):
+        with pytest.raises(ValueError, match=r"by='[a-z]+' is not one of 'edges', 'nodes'"):
             call(model, pairs, bare, by="heads")
         with pytest.raises(ValueError, match="does not fit"):
             call(model, pairs, Circuit.full(Graph(3, 2)))
@@ -387,5 +387,5 @@ def test_bad_circuits_are_refused() -> None:
 
 
 def test_tables_of_no_curve_are_empty() -> None:
-    for table in (curves_table, summary_table, kl_at_sizes):
+    for table in (curves_table, summary_table):
         assert len(table({})) == 0

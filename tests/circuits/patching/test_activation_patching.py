@@ -17,6 +17,7 @@ from sa_lens.circuits.patching.node_attribution import attribute_nodes
 from sa_lens.circuits.running.recorded_passes import last_logits
 from sa_lens.core.base import TRANSFORMER_LENS
 from sa_lens.core.host import in_stream
+from sa_lens.core.unit import Unit
 
 STREAMS = ["clean", "ablated"]
 
@@ -188,7 +189,16 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, masks,
     # the last row is at the end, where the masks act
     picked = table.iloc[sorted({*range(0, len(table), max(1, len(table) // 2)), len(table) - 1})]
     for _, row in picked.iterrows():
-        unit = tuple(int(row[name]) for name in KINDS[what].unit)
+        unit = ()
+        if KINDS[what].many:
+            named_unit = Unit.parse(row["unit"])
+            assert named_unit.layer == row["layer"]
+            unit = (named_unit.index,)
+            if named_unit.site == "attn":
+                unit = divmod(named_unit.index, model.cfg.d_head)
+                assert unit[0] == row["head"]
+        elif KINDS[what].axes:
+            unit = (int(row["head"]),)
         values = []
         for i in range(len(pairs)):
             named = row["position"] in pairs.positions and not KINDS[what].mask
@@ -262,7 +272,7 @@ def test_top_n_are_the_largest_first_order_effects(model, even_pairs):
     assert len(exact) == 2 * 24
     few = patch(model, even_pairs, "neurons", top_n=6)
     assert len(few) == 6
-    merged = few.merge(exact, on=["layer", "neuron"], suffixes=("", "_exact"))
+    merged = few.merge(exact, on=["unit", "layer"], suffixes=("", "_exact"))
     close(merged["value"], merged["value_exact"])
     # gradient times difference, by finite differences along the patch
     clean, corrupt = even_pairs.clean, even_pairs.corrupt
@@ -286,7 +296,7 @@ def test_top_n_are_the_largest_first_order_effects(model, even_pairs):
     finally:
         model.to(torch.float32)
     best = sorted(effects, key=effects.__getitem__, reverse=True)[:6]
-    assert sorted(best) == [(int(r["layer"]), int(r["neuron"])) for _, r in few.iterrows()]
+    assert [f"L{layer}.mlp.{neuron}" for layer, neuron in sorted(best)] == few["unit"].tolist()
 
 
 def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
@@ -371,7 +381,7 @@ def test_plain_model_has_no_ablated_stream(model, pairs):
         ({"layers": [0.5]}, "layer 0.5 is not there"),
         ({"layers": []}, "layers is empty"),
         ({"batch_size": -1}, "batch_size=-1 must be a whole number"),
-        ({"what": "neurons", "top_n": True}, "top_n=True must be a number of units"),
+        ({"what": "neurons", "top_n": True}, "top_n=True must be a whole number of at least ."),
     ],
 )
 def test_places_and_numbers_that_are_none_are_refused(model, even_pairs, options, message):

@@ -16,6 +16,7 @@ from sa_lens.circuits.metrics import logit_difference
 from sa_lens.circuits.patching.activation_patching import patch
 from sa_lens.circuits.patching.node_attribution import COLUMNS, NODES, attribute_nodes
 from sa_lens.core.host import in_stream
+from sa_lens.core.unit import Unit
 
 DOUBLE = {"dtype": torch.float64}
 QUIET = {"progress": False}
@@ -92,7 +93,7 @@ def test_effects_of_single_units_at_single_positions(stream: str) -> None:
 
                 def put(z: Any, hook: Any, carried: Any = carried, row: Any = row) -> Any:
                     z = z.clone()
-                    where = (0, row.position, row.head, row.channel)
+                    where = (0, row.position, row.head, Unit.parse(row.unit).index % model.cfg.d_head)
                     z[where] = carried[hook.name][where]
                     return z
 
@@ -100,7 +101,8 @@ def test_effects_of_single_units_at_single_positions(stream: str) -> None:
                 edited = model.run_with_hooks(one.clean, fwd_hooks=[(f"blocks.{row.layer}.attn.hook_z", put)])[:, -1]
             changes.append(float(logit_difference(edited, one) - logit_difference(base, one)))
         close(row.effect, sum(changes) / 2)
-        assert row.unit == f"L{row.layer}.attn.{row.head * model.cfg.d_head + row.channel}"
+        unit = Unit.parse(row.unit)
+        assert (unit.layer, unit.site, unit.index // model.cfg.d_head) == (row.layer, "attn", row.head)
 
 
 def test_exact_effects_go_to_the_largest_estimates() -> None:
@@ -130,12 +132,12 @@ def test_leaves_the_model_as_it_was(stream: str) -> None:
         ({"what": "edges"}, "what='edges' is none of heads, mlps, attn_units, neurons"),
         ({"metric": "kl"}, "metric='kl' has no gradient at the clean prompt"),
         ({"metric": "pair_accuracy"}, "'pair_accuracy' has no gradient"),
-        ({"exact": -1}, "exact=-1 must be a number of units"),
-        ({"exact": "some"}, "exact='some' must be a number of units"),
+        ({"exact": -1}, "exact=-1 must be a whole number of at least ."),
+        ({"exact": "some"}, "exact='some' must be a whole number of at least ."),
         ({"stream": "ablated", "masks": "live"}, r"masks='live' has no first-order estimate.*patch"),
         ({"by_position": True}, "by_position=True needs prompts of one length, these have 6, 7 tokens"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
-        ({"ablation": "noise"}, "ablation='noise' must be one of"),
+        ({"ablation": "noise"}, "ablation='noise' is not one of"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -102,10 +102,10 @@ def test_switches_are_put_back_also_after_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ablation": "noise"}, "must be one of"),
+        ({"ablation": "noise"}, "is not one of"),
         ({"stream": "both"}, "must be 'clean' or 'ablated'"),
         ({"masks": "live"}, "needs stream='ablated'"),
-        ({"stream": "ablated", "masks": "thawed"}, "must be 'frozen' or 'live'"),
+        ({"stream": "ablated", "masks": "thawed"}, "is not one of 'frozen', 'live'"),
     ],
 )
 def test_bad_choices_are_refused(arguments: dict, message: str) -> None:
