@@ -6,6 +6,7 @@ and the settings do as well: `eap(model, pairs, stream="ablated")` is `eap(Exper
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
@@ -200,6 +201,11 @@ class Experiment:
         if self.masks == "live":
             return "live masks depend on the whole residual stream, so every edge can change which units stay"
         return self.why_not_by_nodes
+
+    @property
+    def level_of_slow_runs(self) -> int:
+        """Level at which `why_not_in_part` is logged: with live masks, the default, it is no warning."""
+        return logging.INFO if self.masks == "live" else logging.WARNING
 
     # ----------------------------------------------------------------------------------------------------------- skill
 

@@ -162,7 +162,7 @@ def acdc(
     state = _resumed(graph, about, resume)
     why_not = _no_shortcuts(exp, places, tau)
     if why_not is not None:
-        log.info("ACDC without shortcuts: %s", why_not)
+        log.log(exp.level_of_slow_runs, "ACDC without shortcuts: %s", why_not)
     search = _Search(graph, tau, state, progress)
     stop: KeyboardInterrupt | None = None
     with torch.inference_mode(), search.bar():

@@ -45,7 +45,7 @@ def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
     """
     graph, why_not = exp.graph, exp.why_not_in_part
     if why_not is not None:
-        log.info("exact effects by a run for each of %d edges: %s", len(graph), why_not)
+        log.log(exp.level_of_slow_runs, "exact effects by a run for each of %d edges: %s", len(graph), why_not)
     scores = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
     with torch.inference_mode():
         value, effects = _by_blocks(exp) if why_not is None else _by_passes(exp)
