@@ -15,10 +15,8 @@ import html
 import json
 from dataclasses import asdict
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from sa_lens import views
 from sa_lens.data.whole_files import atomic_write
@@ -26,11 +24,12 @@ from sa_lens.places import output_file
 from sa_lens.report.contents import Report
 from sa_lens.report.packing import pack
 from sa_lens.views import records
-from sa_lens.views.html_page import compress, wrap_library
-from sa_lens.views.theme import DARK, FONT, LIGHT, Palette
+from sa_lens.views.html_page import compress, own_scripts, own_style, wrap_library
+from sa_lens.views.theme import DARK, FONT, LIGHT, css_variables
 
-_SCRIPTS = ("base", "colours", "charts", "texts", "overview", "stories", "graph", "circuits", "units", "sections")
-"""Parts of the page's script, in order."""
+_ASSETS = resources.files("sa_lens.report") / "assets"
+_SCRIPTS = ("base", "colours", "charts", "texts", "overview", "stories", "circuits", "units", "sections")
+"""Parts of the page's script, in order, after those that it shares with single views."""
 
 
 def read(path: str | Path) -> Report:
@@ -77,7 +76,7 @@ def _page(report: Report) -> bytes:
     packs = {name: json.dumps(part, separators=(",", ":"), allow_nan=False) for name, part in pack(report).items()}
     packs["palettes"] = json.dumps({"light": asdict(LIGHT), "dark": asdict(DARK), "font": FONT})
     # plotly's bundle of lines, bars and pies: a quarter of the whole
-    plotly = gzip.decompress((_assets() / "plotly-basic.min.js.gz").read_bytes()).decode()
+    plotly = gzip.decompress((_ASSETS / "plotly-basic.min.js.gz").read_bytes()).decode()
     packs["plotly"] = wrap_library("plotly", plotly, "window.Plotly")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = Template(_asset("report.html")).substitute(
@@ -97,30 +96,19 @@ def _page(report: Report) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-def _assets() -> Traversable:
-    return resources.files("sa_lens.report") / "assets"
-
-
 def _asset(name: str) -> str:
-    return (_assets() / name).read_text(encoding="utf-8")
+    return (_ASSETS / name).read_text(encoding="utf-8")
 
 
 def _script() -> str:
-    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    parts = "\n".join([own_scripts(), *(_asset(f"{name}.js") for name in _SCRIPTS)])
     return f'(() => {{\n"use strict";\n{parts}\n}})();'
 
 
 def _style() -> str:
+    light, dark = css_variables(LIGHT), css_variables(DARK)
     return (
-        f":root{{{_variables(LIGHT)}color-scheme:light;--font:{FONT}}}\n"
-        f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{_variables(DARK)}color-scheme:dark}}}}\n"
-        f":root[data-theme=dark]{{{_variables(DARK)}color-scheme:dark}}\n" + _asset("report.css")
+        f":root{{{light}color-scheme:light;--font:{FONT}}}\n"
+        f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}color-scheme:dark}}}}\n"
+        f":root[data-theme=dark]{{{dark}color-scheme:dark}}\n" + own_style() + _asset("report.css")
     )
-
-
-def _variables(palette: Palette) -> str:
-    """Colours as custom properties."""
-    named: dict[str, Any] = asdict(palette)
-    lines = {f"line-{i}": colour for i, colour in enumerate(named.pop("lines"))}
-    single = {name: colour for name, colour in named.items() if isinstance(colour, str)}
-    return "".join(f"--{name}:{colour};" for name, colour in (single | lines).items())

@@ -17,6 +17,7 @@ import webbrowser
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,10 @@ from sa_lens.views.records import Titled
 from sa_lens.views.theme import FONT, palette
 
 Library = Literal["circuitsvis", "plotly"]
+
+_ASSETS = resources.files("sa_lens.views") / "assets"
+_SCRIPTS = ("elements", "graph", "circuit_view")
+"""Parts of the script of our own, in order."""
 
 _LOADER = """<script>(function () {
 var page = window.saLens = window.saLens || {libraries: {}};
@@ -90,6 +95,16 @@ def escape_markup(text: str) -> str:
 def compress(text: str) -> str:
     """Compresses text into letters that HTML leaves alone; the same text gives the same letters."""
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def own_scripts() -> str:
+    """Returns the scripts of pages of our own, which the report shares."""
+    return "\n".join((_ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+
+
+def own_style() -> str:
+    """Returns the style sheet of what these scripts draw."""
+    return (_ASSETS / "circuit.css").read_text(encoding="utf-8")
 
 
 @cache

@@ -70,6 +70,14 @@ def palette(dark: bool = False) -> Palette:
     return DARK if dark else LIGHT
 
 
+def css_variables(colours: Palette) -> str:
+    """Returns the colours of a look as CSS custom properties, such as `--text`, and `--line-0` of the first curve."""
+    named = vars(colours)
+    single = {name: colour for name, colour in named.items() if isinstance(colour, str)}
+    lines = {f"line-{i}": colour for i, colour in enumerate(colours.lines)}
+    return "".join(f"--{name}:{colour};" for name, colour in (single | lines).items())
+
+
 def colour_scale(kind: Colours, dark: bool = False) -> list[tuple[float, str]]:
     """Returns a colour scale as plotly takes it: (place from 0 to 1, colour)."""
     return _stops(getattr(palette(dark), kind), 0, 1)

@@ -1,21 +1,4 @@
-// Elements, packs and figures: what every part of the page is made with.
-// Texts of the report become text nodes and attribute values, never markup.
-
-const SVG = "http://www.w3.org/2000/svg";
-
-function fill(made, properties, children) {
-  for (const [name, value] of Object.entries(properties || {})) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name === "style") for (const [key, part] of Object.entries(value)) made.style.setProperty(key, part);
-    else made.setAttribute(name, value === true ? "" : String(value));
-  }
-  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
-  return made;
-}
-
-const h = (tag, properties, ...children) => fill(document.createElement(tag), properties, children);
-const s = (tag, properties, ...children) => fill(document.createElementNS(SVG, tag), properties, children);
+// Packs and controls: what every part of the page is made with.
 
 // ---------------------------------------------------------------------------------------------------------- packs
 
@@ -57,31 +40,7 @@ function unitsThatStay({ units, counts, gaps, values }, known) {
   });
 }
 
-// -------------------------------------------------------------------------------------------------------- figures
-
-const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
-const count = (n) => n.toLocaleString("en");
-
-// A note as a sentence, to stand before another.
-const sentence = (note) => (note ? note[0].toUpperCase() + note.slice(1) + (/[.!?]$/.test(note) ? " " : ". ") : "");
-
-// A number as it is read: three significant digits.
-function figure3(value) {
-  if (value === null || value === undefined) return "n/a";
-  if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en");
-  return String(Number(value.toPrecision(3)));
-}
-
-// A share as per cent.
-function percent(share) {
-  if (share === null || share === undefined) return "n/a";
-  if (share > 0 && share < 0.0001) return "<0.01%";
-  return (share >= 0.0995 ? (100 * share).toFixed(0) : Number((100 * share).toPrecision(2))) + "%";
-}
-
 // --------------------------------------------------------------------------------------------------------- controls
-
-let labels = 0;
 
 // A control with its label.
 function field(label, control, kind = "") {
@@ -115,19 +74,6 @@ function block(title, how, ...content) {
     ...content,
   );
 }
-
-// Something wide that scrolls within the page, also by keyboard.
-const scroller = (label, ...content) => h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, ...content);
-
-// What makes an element answer a click, Enter and the space bar.
-const pressable = (press) => ({
-  onclick: press,
-  onkeydown: (event) => {
-    if (event.key !== "Enter" && event.key !== " ") return;
-    event.preventDefault();
-    press();
-  },
-});
 
 // A choice among the models, if there are several.
 const modelPicker = (label, chosen, change) =>

@@ -55,13 +55,6 @@ function showCircuits() {
   for (const panel of circuits.panels) panel.start?.();
 }
 
-// Sizes that the slider stops at: every one while they are few, then steps of about 4 per cent.
-function stops(n, chosen) {
-  const found = new Set([0, n, chosen]);
-  for (let size = 1; size < n; size = Math.max(size + 1, Math.round(size * 1.04))) found.add(size);
-  return [...found].filter((size) => size <= n).sort((a, b) => a - b);
-}
-
 function circuitPanel(model) {
   const task = taskOf(model);
   const heading = several() ? h("h3", { class: "panel-name" }, report.models[model].name) : h("div", {});
@@ -76,85 +69,19 @@ function circuitPanel(model) {
 }
 
 function rankingPanel(model, ranking, element) {
-  const { edges: all, scale, n_edges: whole } = ranking.circuit;
-  const total = all.length;
-  const sizes = stops(total, Math.min(ranking.chosen, total));
-  const output = h("output", { "aria-live": "polite" });
-  const id = "size-" + labels++;
-  const slider = h("input", { id, type: "range", min: 0, max: sizes.length - 1, step: 1, class: "size" });
-  const exact = h("input", { type: "number", min: 0, max: total, step: 1, "aria-label": "Number of edges, exactly" });
-  const back = h("button", { type: "button", class: "plain" }, `As found: ${count(ranking.chosen)}`);
-  const edges = h("div", {});
-  const shown = { n: 0 };
-  const graph = new Graph(ranking.circuit, () => listEdges());
-  const curve = ranking.curve ? chartFigure(ranking.curve, "How much of the model's effect the circuit keeps, by its number of edges; the vertical line is the size on the slider.", { height: 250, level: "h4" }) : null;
-
-  function show(n) {
-    shown.n = Math.max(0, Math.min(total, n));
-    slider.value = String(sizes.findLastIndex((size) => size <= shown.n));
-    slider.setAttribute("aria-valuetext", plural(shown.n, "edge"));
-    exact.value = String(shown.n);
-    graph.show(shown.n);
-    output.textContent = `${plural(shown.n, "edge")} of ${count(whole)} (${percent(shown.n / whole)})${faithfulnessWords(ranking.curve, shown.n)}`;
-    if (curve) curve.chart.mark(markAt(ranking.curve, shown.n));
-    listEdges();
-  }
-
-  function listEdges() {
-    const mine = all.slice(0, shown.n).map((edge, i) => [i, edge]).filter(([, edge]) => !graph.node || edge.source === graph.node || edge.destination === graph.node);
-    const some = mine.slice(0, 40);
-    const open = edges.querySelector("details")?.open || graph.node !== null;
-    const of = graph.node ? ` of ${nodeWords(graph.node)}` : "";
-    edges.replaceChildren(
-      h("details", { open },
-        h("summary", {}, `Edges${of} as a table`),
-        h("p", { class: "how" }, `Edges${of} in the order in which they join; score: ${scale}.${some.length < mine.length ? ` The first ${some.length} of ${count(mine.length)}.` : ""}`),
-        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${scale})`], some.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), { numeric: [true, false, false, false, true] })),
-      ),
-    );
-  }
-
-  const move = (n) => {
-    for (const panel of circuits.together ? circuits.panels : [{ show }]) panel.show?.(n);
-  };
-  let waiting = null;
-  slider.addEventListener("input", () => {
-    const n = sizes[Number(slider.value)];
-    if (waiting === null) requestAnimationFrame(() => {
-      move(waiting);
-      waiting = null;
-    });
-    waiting = n;
+  const { circuit, curve } = ranking;
+  const chart = curve ? chartFigure(curve, "How much of the model's effect the circuit keeps, by its number of edges; the vertical line is the size on the slider.", { height: 250, level: "h4" }) : null;
+  const view = new CircuitView(circuit, {
+    chosen: ranking.chosen,
+    words: (n) => faithfulnessWords(curve, n),
+    moved: (n) => {
+      for (const panel of circuits.together ? circuits.panels : [view]) panel.show?.(n);
+    },
+    shown: (n) => chart?.chart.mark(markAt(curve, n)),
   });
-  exact.addEventListener("change", () => move(Math.round(Number(exact.value)) || 0));
-  back.addEventListener("click", () => show(Math.min(ranking.chosen, total)));
-
-  element.append(
-    block(
-      `${ranking.method} circuit, ${ranking.stream} stream`,
-      [linked(model, sentence(ranking.circuit.note)), "Layers go upward; circles are heads, squares are MLPs. A wider line is a larger score; orange is positive, blue is negative. Click a node to see only its edges."],
-      h("div", { class: "slider-row controls" }, h("label", { for: id }, "Edges"), slider, exact, back),
-      h("p", { class: "size-words" }, output),
-      scroller("The circuit as a graph", graph.element),
-      graphLegend(ranking.circuit),
-      edges,
-    ),
-  );
-  if (curve) element.append(curve.figure);
-  return { element, show, start: () => show(Math.min(ranking.chosen, total)) };
-}
-
-function graphLegend({ edges, scale }) {
-  const sample = (kind, width) => s("svg", { width: 34, height: 10, "aria-hidden": "true" }, s("path", { d: "M2,5H32", class: `edge ${kind}`, "stroke-width": width }));
-  const scores = edges.map((edge) => edge.score).filter((score) => score !== null);
-  const largest = scores.length ? Math.max(...scores.map(Math.abs)) : null;
-  return h("p", { class: "graph-legend" },
-    h("span", {}, sample("positive", 3), " positive"),
-    scores.some((score) => score < 0) ? h("span", {}, sample("negative", 3), " negative") : null,
-    h("span", {}, sample("positive", 4.8), largest === null ? " no scores" : ` ${figure3(largest)}`),
-    h("span", {}, sample("positive", 0.8), " 0"),
-    h("span", { class: "faint" }, scale),
-  );
+  element.append(block(`${ranking.method} circuit, ${ranking.stream} stream`, [linked(model, sentence(circuit.note)), HOW_TO_READ], view.element));
+  if (chart) element.append(chart.figure);
+  return { element, show: (n) => view.show(n), start: () => view.show(view.chosen) };
 }
 
 // What was measured at the size nearest to that of the circuit shown, by ratio.

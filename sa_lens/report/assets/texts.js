@@ -75,16 +75,6 @@ const bar = (share, colour) => h("span", { class: "bar", "aria-hidden": "true" }
 
 // ---------------------------------------------------------------------------------------------------------- tables
 
-// A table: the first column names the rows, unless it holds numbers.
-function plainTable(columns, rows, { numeric = [], cell = (text) => text, name = null } = {}) {
-  const side = (i) => (numeric[i] ? "number" : null);
-  const data = (content, i) => (i === 0 && !numeric[0] ? h("th", { scope: "row" }, cell(content)) : h("td", { class: side(i) }, cell(content)));
-  return h("table", { class: name },
-    h("thead", {}, h("tr", {}, columns.map((head, i) => h("th", { scope: "col", class: side(i) }, head)))),
-    h("tbody", {}, rows.map((row) => h("tr", {}, row.map(data)))),
-  );
-}
-
 // A table of the report with its heading and how to read it.
 function tableBlock(record, how, { model = 0, title = record.title } = {}) {
   return block(

@@ -5,8 +5,9 @@ const NODE = 13;
 const LEFT = 62;
 
 // A node has one place whatever the size of the circuit, and the same in every model of one shape.
-function nodePlaces(circuit) {
-  const inner = Math.max(300, circuit.n_heads * 40);
+// wide: for a whole page instead of a column of it.
+function nodePlaces(circuit, wide) {
+  const inner = wide ? Math.max(620, circuit.n_heads * 46) : Math.max(300, circuit.n_heads * 40);
   const width = LEFT + inner + (circuit.attn_only ? 20 : 110);
   const height = (circuit.n_layers + 1) * ROW + 40;
   const y = (layer) => height - 20 - (layer + 1) * ROW + 12;
@@ -45,23 +46,20 @@ const portWords = { q: "query", k: "key", v: "value" };
 const edgeWords = (edge) => `${edge.source} → ${edge.destination}${edge.port ? "." + edge.port : ""}`;
 
 class Graph {
-  // picked: called with a node, or null.
-  constructor(circuit, picked) {
-    this.circuit = circuit;
-    this.n = 0;
-    this.node = null;
-    this.picked = picked;
-    this.layout = nodePlaces(circuit);
-    const scores = circuit.edges.map((edge) => Math.abs(edge.score ?? 0)).filter(Boolean).sort((a, b) => a - b);
+  // picked: called when a node is pinned or let go. beside: circuits whose lines are measured alike.
+  constructor(circuit, { picked = () => {}, beside = [circuit], wide = false } = {}) {
+    Object.assign(this, { circuit, picked, n: 0, node: null, touched: null, layout: nodePlaces(circuit, wide) });
+    this.scores = beside.flatMap(({ edges }) => edges.map((edge) => edge.score)).filter((score) => score !== null);
+    const sizes = this.scores.map(Math.abs).filter(Boolean).sort((a, b) => a - b);
     // spread by asinh, so that a few large scores leave the others apart
-    this.unit = scores.length ? scores[scores.length >> 1] : 1;
-    this.most = scores.length ? Math.asinh(scores[scores.length - 1] / this.unit) : 1;
+    this.unit = sizes.length ? sizes[sizes.length >> 1] : 1;
+    this.most = sizes.length ? Math.asinh(sizes[sizes.length - 1] / this.unit) : 1;
     this.lines = s("g", { class: "edges" });
     this.marks = s("g", { class: "nodes" });
     this.paths = [];
     this.nodes = new Map();
     const rows = Array.from({ length: circuit.n_layers }, (_, layer) => s("text", { x: 4, y: this.layout.y(layer) + 4, class: "row" }, `layer ${layer}`));
-    this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph" }, rows, this.lines, this.marks);
+    this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph", style: { "min-width": `${0.85 * this.layout.width}px` } }, rows, this.lines, this.marks);
     for (const [name, [x, y]] of this.layout.places) this.addNode(name, x, y);
   }
 
@@ -74,9 +72,13 @@ class Graph {
     const pick = () => {
       this.node = this.node === name ? null : name;
       this.light();
-      this.picked(this.node);
+      this.picked();
     };
-    const group = s("g", { class: "node", role: "button", tabindex: "-1", "data-node": name, "aria-pressed": "false", ...pressable(pick) },
+    const touch = (node) => () => {
+      this.touched = node;
+      this.light();
+    };
+    const group = s("g", { class: "node", role: "button", tabindex: "-1", "data-node": name, "aria-pressed": "false", ...pressable(pick), onpointerenter: touch(name), onpointerleave: touch(null) },
       shape,
       s("text", { x, y: y + 3.5 }, nodeLabel(name)),
       tip,
@@ -119,12 +121,25 @@ class Graph {
     this.light();
   }
 
-  // Leaves only the edges of the chosen node strong.
+  // Leaves only the edges of the node below the mouse strong, or else of the pinned one.
   light() {
+    const node = this.touched ?? this.node;
     this.paths.slice(0, this.n).forEach((path, i) => {
       const edge = this.circuit.edges[i];
-      path.classList.toggle("dim", this.node !== null && edge.source !== this.node && edge.destination !== this.node);
+      path.classList.toggle("dim", node !== null && edge.source !== node && edge.destination !== node);
     });
     for (const [name, { group }] of this.nodes) group.setAttribute("aria-pressed", String(name === this.node));
+  }
+
+  legend() {
+    const sample = (kind, width) => s("svg", { width: 34, height: 10, "aria-hidden": "true" }, s("path", { d: "M2,5H32", class: `edge ${kind}`, "stroke-width": width }));
+    const largest = this.scores.length ? Math.max(...this.scores.map(Math.abs)) : null;
+    return h("p", { class: "graph-legend" },
+      h("span", {}, sample("positive", 3), " positive"),
+      this.scores.some((score) => score < 0) ? h("span", {}, sample("negative", 3), " negative") : null,
+      h("span", {}, sample("positive", 4.8), largest === null ? " no scores" : ` ${figure3(largest)}`),
+      h("span", {}, sample("positive", 0.8), " 0"),
+      h("span", { class: "faint" }, this.circuit.scale),
+    );
   }
 }
