@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sa_lens.core.coverage import FEATURES, Coverage
 from sa_lens.core.host import Host, weight
+from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
 
 _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_attn_in")
 
@@ -122,11 +123,7 @@ class NodeFunctions:
 
     def normalise(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """LayerNorm or RMSNorm without weight and bias; `x` itself in a model without."""
-        kind = self.cfg.normalization_type
-        if kind is None:
-            return x
-        norm = F.layer_norm if kind.startswith("LN") else F.rms_norm
-        return norm(x, x.shape[-1:], eps=self.cfg.eps)
+        return normalise(x, self.cfg.normalization_type, self.cfg.eps)
 
     def logits(self, final: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Logits of the residual stream above the top layer."""
@@ -239,16 +236,14 @@ class NodeFunctions:
 
         b_in = weight(model, f"{mlp}.b_in").detach()
         W_out, b_out = (weight(model, f"{mlp}.{name}").detach() for name in ("W_out", "b_out"))
-        act = _block(model, layer).mlp.act_fn
-        if self.cfg.act_fn in ("gelu_new", "gelu_fast"):
-            act = _gelu_tanh
         gated = self.cfg.gated_mlp
         return _MLPWeights(
             into=read("W_in", None if gated else b_in),
             gate=read("W_gate") if gated else None,
             b_post=b_in if gated else None,
             out=(W_out.T.contiguous(), b_out),
-            act=act,
+            # the fused form of some, equal to TransformerLens's up to rounding
+            act=ACTIVATIONS.get(self.cfg.act_fn, _block(model, layer).mlp.act_fn),
         )
 
     def _causal(self, model: Host, layer: int) -> Bool[Tensor, "query key"]:
@@ -293,11 +288,6 @@ def gate_masks(
         scores = None if gate is None else gate.project(local[:, None], None if final is None else final[:, None])
         masks.append(None if gate is None else gate.select(scores)[:, 0].to(local.dtype))
     return masks[0], masks[1]
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    """The fused form of `gelu_new`, equal to it up to rounding."""
-    return F.gelu(x, approximate="tanh")
 
 
 def _block(model: Host, layer: int) -> Any:

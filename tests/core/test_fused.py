@@ -133,6 +133,52 @@ def test_shapes(changes: dict[str, object], scope: str) -> None:
     assert_same(model, LOSS, *batch(shape))
 
 
+ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 4}
+GROUPED = {**ROTARY, "n_key_value_heads": 2, "normalization_type": "RMS", "final_rms": True}
+LLAMA = {**GROUPED, "gated_mlp": True, "act_fn": "silu"}
+LAYERS = {"use_local_attn": True, "attn_types": ["global", "local"], "window_size": 3}
+OTHERS: dict[str, dict[str, object]] = {
+    "GPT-Neo": {**LAYERS, "use_attn_scale": False, "act_fn": "gelu_new"},
+    "GPT-J": {**ROTARY, "rotary_adjacent_pairs": True, "parallel_attn_mlp": True, "act_fn": "gelu_new"},
+    "Pythia": {**ROTARY, "rotary_dim": 2, "parallel_attn_mlp": True},
+    "Phi": {**ROTARY, "rotary_dim": 2, "rotary_adjacent_pairs": True, "parallel_attn_mlp": True},
+    "Llama": LLAMA,
+    "Llama, tied": {**LLAMA, "tie_word_embeddings": True},
+    "Mistral": {**LLAMA, **LAYERS, "attn_types": ["local", "local"]},
+    "two bases": {**LLAMA, **LAYERS, "rotary_base_local": 100},
+    "StarCoder": {**ROTARY, "n_key_value_heads": 1},
+    "Gemma's MLP": {"gated_mlp": True, "act_fn": "gelu_pytorch_tanh", "normalization_type": "RMSPre"},
+    "gated with relu": {"gated_mlp": True, "act_fn": "relu2"},
+    "SoLU": {"act_fn": "solu"},
+    "scaled positions": {**ROTARY, "rotary_scaling_factor": 4.0, "attn_only": True},
+}
+"""Architectures that set several features together."""
+
+
+def other(changes: dict[str, object], gates: GateConfig, dtype: torch.dtype = torch.float64) -> SelfAblatingTransformer:
+    """A small model of another architecture in which no weight is zero or one."""
+    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 4, "d_mlp": 24, "n_ctx": 12, "d_vocab": 31}
+    cfg = HookedTransformerConfig(**{**sizes, "act_fn": "gelu", "device": "cpu", "seed": 0, **changes})
+    model = SelfAblatingTransformer(cfg, gates)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.to(dtype, print_details=False)
+
+
+@pytest.mark.parametrize(
+    ("scope", "kind"), [("none", "hard"), ("local", "hard"), ("global", "hard"), ("both", "soft")], ids=str
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name: str, scope: str, kind: str) -> None:
+    model = other(OTHERS[name], dataclasses.replace(GATES, scope=scope, kind=kind))
+    assert_same(model, LOSS, *batch())
+    model.freeze_base()
+    if scope != "none":
+        assert_same(model, LOSS, *batch())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -282,8 +328,9 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
-def test_under_torch_compile() -> None:
-    model = build()
+@pytest.mark.parametrize("name", ["GPT-2", "Mistral"])
+def test_under_torch_compile(name: str) -> None:
+    model = build() if name == "GPT-2" else other(OTHERS[name], GATES)
     tokens, targets = batch()
     eager, eager_grads = gradients(model, LOSS, tokens, targets, path="fused")
     model.zero_grad()
@@ -297,36 +344,21 @@ def test_under_torch_compile() -> None:
             assert relative(parameter.grad, eager_grads[name]) <= 1e-8, name
 
 
-def rotary() -> SelfAblatingTransformer:
-    cfg = HookedTransformerConfig(
-        n_layers=1,
-        d_model=16,
-        d_head=4,
-        n_ctx=12,
-        d_vocab=31,
-        act_fn="gelu",
-        device="cpu",
-        positional_embedding_type="rotary",
-        rotary_dim=4,
-    )
-    return SelfAblatingTransformer(cfg, GATES)
-
-
 def test_falls_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    model = rotary()
+    model = other({"positional_embedding_type": "alibi"}, GATES, torch.float32)
     with caplog.at_level(logging.WARNING, logger="sa_lens.core.losses"):
         loss = TwoStreamLoss(model, LOSS)
         for _ in range(2):
             found = loss(*batch())
-    assert [record.getMessage() for record in caplog.records if "rotary" in record.getMessage()] == [
-        "training takes the slower hooked path, because the fused one does not cover positions of type 'rotary'"
+    assert [record.getMessage() for record in caplog.records if "alibi" in record.getMessage()] == [
+        "training takes the slower hooked path, because the fused one does not cover positions of type 'alibi'"
     ]
     assert torch.equal(found.total, TwoStreamLoss(model, LOSS, path="hooked")(*batch()).total)
 
 
 def test_refuses_what_it_cannot_honour() -> None:
-    with pytest.raises(ValueError, match="path='fused' cannot run this model: positions of type 'rotary'"):
-        TwoStreamLoss(rotary(), LOSS, path="fused")
+    with pytest.raises(ValueError, match="path='fused' cannot run this model: a soft cap on logits"):
+        TwoStreamLoss(other({"output_logits_soft_cap": 2.0}, GATES), LOSS, path="fused")
     with pytest.raises(ValueError, match="checkpoint_activations=True needs the fused path"):
         TwoStreamLoss(build(), LOSS, path="hooked", checkpoint_activations=True)
     with pytest.raises(ValueError, match="path='quick' must be"):

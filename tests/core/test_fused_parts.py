@@ -14,7 +14,7 @@ from torch import Tensor
 from sa_lens.config import GateConfig
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import hard_mask, largest, mask_of, masked_units
-from sa_lens.core.fused.two_stream_attention import stream_attention
+from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gate import gate_mask, top_k_mask
 
 
@@ -34,12 +34,36 @@ def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor])
         assert float((a - b).norm()) <= 1e-8 * float(b.norm())
 
 
+def turned(x: Tensor, rotary: Rotary | None) -> Tensor:
+    """Queries or keys `[..., pos, head, d_head]` with each pair turned as a complex number."""
+    if rotary is None:
+        return x
+    n = rotary.cos.shape[1]
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if rotary.adjacent else (slice(n), slice(n, 2 * n))
+    pairs = torch.complex(x[..., first], x[..., second]) * torch.complex(rotary.cos, rotary.sin)[:, None]
+    leading = torch.stack([pairs.real, pairs.imag], -1 if rotary.adjacent else -2).flatten(-2)
+    return torch.cat([leading, x[..., 2 * n :]], -1)
+
+
 def attention_with_all_scores(
-    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor | None,
+    own_v: Tensor | None,
+    scale: float,
+    *,
+    window: int | None = None,
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """Each stream's full score matrix; the ablated one is over earlier clean keys and its own."""
     length = q.shape[2]
+    each = [None if x is None else x.repeat_interleave(q.shape[3] // x.shape[2], 2) for x in (k, v, own_k, own_v)]
+    k, v, own_k, own_v = turned(each[0], rotary), each[1], own_k if own_k is None else turned(each[2], rotary), each[3]
+    q = turned(q, rotary)
     earlier = torch.ones(length, length, dtype=torch.bool).tril(-1)
+    if window is not None:
+        earlier = earlier.triu(1 - window)
     out = []
     for stream, queries in enumerate(q):
         ablated = own_k is not None and stream == len(q) - 1
@@ -64,6 +88,44 @@ def test_attention(streams: str, length: int) -> None:
         assert_same_gradients(
             stream_attention(q, k, v, *own, scale), attention_with_all_scores(q, k, v, *own, scale), inputs
         )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("window", [None, 1, 3, 64, 100])
+@pytest.mark.parametrize("streams", ["clean", "both"])
+def test_attention_of_groups_within_a_window(streams: str, window: int | None, groups: int) -> None:
+    length = 130
+    q = random(1 if streams == "clean" else 2, 1, length, 6, 4)
+    k, v, *own = (random(1, length, groups, 4, seed=i) for i in range(1, 5))
+    own = [None, None] if streams == "clean" else own
+    inputs = [x for x in (q, k, v, *own) if x is not None]
+    found = stream_attention(q, k, v, *own, 0.4, window=window)
+    assert_same_gradients(found, attention_with_all_scores(q, k, v, *own, 0.4, window=window), inputs)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_attention_with_rotary_positions(adjacent: bool, pairs: int, groups: int) -> None:
+    length = 70
+    angles = random(length, pairs, seed=5, grad=False)
+    rotary = Rotary(angles.cos(), angles.sin(), adjacent)
+    q, (k, v, own_k, own_v) = random(2, 2, length, 3, 6), (random(2, length, groups, 6, seed=i) for i in range(1, 5))
+    kept = [x.detach().clone() for x in (q, k, v, own_k, own_v)]
+    found = stream_attention(q, k, v, own_k, own_v, 1.0, rotary=rotary)
+    expected = attention_with_all_scores(q, k, v, own_k, own_v, 1.0, rotary=rotary)
+    assert_same_gradients(found, expected, [q, k, v, own_k, own_v])
+    assert all(torch.equal(x, before) for x, before in zip((q, k, v, own_k, own_v), kept, strict=True))
+
+
+def test_attention_leaves_inputs_that_are_contiguous_by_head_as_they_are() -> None:
+    """One prompt and one head: the copies that are turned in place would share their memory."""
+    rotary = Rotary(torch.zeros(3, 2), torch.ones(3, 2), adjacent=False)
+    q, k, v = (random(*shape, 1, 3, 1, 4, grad=False) for shape in ((1,), (), ()))
+    kept = q.clone(), k.clone()
+    stream_attention(q, k, v, None, None, 1.0, rotary=rotary)
+    assert torch.equal(q, kept[0])
+    assert torch.equal(k, kept[1])
 
 
 def test_attention_in_bfloat16_is_as_good_as_its_inputs() -> None:

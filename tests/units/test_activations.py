@@ -128,6 +128,19 @@ def test_bad_input_is_refused_at_once(gated, planted, text, tmp_path, word_token
 )
 def test_without_hooks_the_values_are_the_same(gates, streams, text):
     cfg = sa.ModelConfig(n_layers=3, d_model=16, n_heads=2, d_mlp=20, n_ctx=16, d_vocab=24, init="gpt2")
+    assert_same_values(cfg, gates, streams, text)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_without_hooks_the_values_of_a_llama_are_the_same(scope, text):
+    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 4, "d_mlp": 20, "n_ctx": 16, "d_vocab": 24}
+    positions = {"positional_embedding_type": "rotary", "rotary_dim": 4, "n_key_value_heads": 2}
+    mlps = {"normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu"}
+    cfg = sa.HookedTransformerConfig(**sizes, **positions, **mlps, device="cpu")
+    assert_same_values(cfg, sa.GateConfig(scope=scope, k_attn=6, k_mlp=7), ("clean", "ablated"), text)
+
+
+def assert_same_values(cfg, gates, streams, text):
     model = sa.SelfAblatingTransformer(cfg, gates, seed=2, device="cpu").requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():

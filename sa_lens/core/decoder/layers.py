@@ -19,28 +19,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _solu(x: Tensor) -> Tensor:
-    return x * x.softmax(-1)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "solu": _solu,
-    "solu_ln": _solu,
-}
-"""Activations by name. `solu_ln` is followed by a norm, which is part of the MLP."""
+from sa_lens.core.norms_and_activations import ACTIVATIONS
 
 
 def parameter(cfg: HookedTransformerConfig, *shape: int, fill: float | None = None) -> nn.Parameter:

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from sa_lens.config import LossConfig
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
-from sa_lens.core.fused.supported_architectures import ACTIVATIONS
-from sa_lens.core.fused.two_stream_attention import stream_attention
+from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.loss_terms import reconstruction_loss
+from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
 
 
 class StreamLosses(NamedTuple):
@@ -53,7 +53,7 @@ def fused_loss(
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
     passes = Passes(model, dtype, recompute and torch.is_grad_enabled())
-    embedded = F.embedding(tokens, model.embed.W_E) + model.pos_embed.W_pos[: tokens.shape[1]]
+    embedded = passes.embed(tokens)
     if clean_alone or not model.gates.gated:
         outputs = passes.clean(embedded)
         return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
@@ -74,8 +74,9 @@ class _Clean(NamedTuple):
     """What the ablated stream needs of a clean layer."""
 
     resid_pre: Float[Tensor, "stream batch pos d_model"]
-    k: Float[Tensor, "batch pos head d_head"]
-    v: Float[Tensor, "batch pos head d_head"]
+    k: Float[Tensor, "batch pos kv_head d_head"]
+    """Before any rotation."""
+    v: Float[Tensor, "batch pos kv_head d_head"]
 
 
 class Passes:
@@ -89,6 +90,13 @@ class Passes:
         self.qkv_bias = model.qkv_bias
 
     # ------------------------------------------------------------------------------------------------------ streams
+
+    def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """What enters the first layer."""
+        embedded = F.embedding(tokens, self.model.embed.W_E)
+        if self.cfg.positional_embedding_type == "rotary":
+            return embedded
+        return embedded + self.model.pos_embed.W_pos[: tokens.shape[1]]
 
     def clean(self, embedded: Tensor) -> list[Float[Tensor, "1 batch pos d_model"]]:
         """Each layer's output and the final normalised one, of the clean stream alone."""
@@ -133,20 +141,20 @@ class Passes:
 
     def _clean_layer(self, block: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._qkv(block, resid)
-        z = stream_attention(q, k[0], v[0], None, None, 1 / block.attn.attn_scale)
+        z = self._attend(block.attn, q, k[0], v[0], None, None)
         return self._rest(block, resid, z, None, None), k[0], v[0]
 
     def _joint_layer(self, block: Any, resid: Tensor) -> Tensor:
         q, k, v = self._qkv(block, resid)
         (k_clean, k_own), (v_clean, v_own) = k.unbind(0), v.unbind(0)
-        z = stream_attention(q, k_clean, v_clean, k_own, v_own, 1 / block.attn.attn_scale)
+        z = self._attend(block.attn, q, k_clean, v_clean, k_own, v_own)
         return self._rest(block, resid, z, resid[0], None)
 
     def _ablated_layer(
         self, block: Any, resid: Tensor, clean_pre: Tensor, k: Tensor, v: Tensor, final: Tensor
     ) -> Tensor:
         q, own_k, own_v = self._qkv(block, resid)
-        z = stream_attention(q, k, v, own_k[0], own_v[0], 1 / block.attn.attn_scale)
+        z = self._attend(block.attn, q, k, v, own_k[0], own_v[0])
         return self._rest(block, resid, z, clean_pre[0], final[0])
 
     def mask_units(
@@ -165,10 +173,32 @@ class Passes:
 
     def _qkv(self, block: Any, resid: Tensor) -> tuple[Tensor, ...]:
         attn = block.attn
-        weight = torch.stack([attn.W_Q, attn.W_K, attn.W_V]).permute(2, 0, 1, 3).flatten(1)
-        bias = torch.stack([attn.b_Q, attn.b_K, attn.b_V]).flatten() if self.qkv_bias else None
+        # grouped keys and values are not repeated for the heads that share them
+        shared = "" if self.cfg.n_key_value_heads is None else "_"
+        weights = [attn.W_Q, getattr(attn, f"{shared}W_K"), getattr(attn, f"{shared}W_V")]
+        biases = [attn.b_Q, getattr(attn, f"{shared}b_K"), getattr(attn, f"{shared}b_V")]
+        weight = torch.cat([w.to(self.dtype) for w in weights]).transpose(0, 1).flatten(1)
+        bias = torch.cat(biases).flatten() if self.qkv_bias else None
         qkv = self.linear(self.normalise(block.ln1, resid), weight, bias)
-        return qkv.unflatten(-1, (3, self.cfg.n_heads, self.cfg.d_head)).unbind(3)
+        return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(w) for w in weights], dim=-2)
+
+    def _attend(
+        self, attn: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None
+    ) -> Float[Tensor, "stream batch pos head d_head"]:
+        """`z` of a layer, with its scale, its window and its rotary positions."""
+        window = self.cfg.window_size if attn.attn_type == "local" else None
+        rotary = self._rotary(attn, q) if self.cfg.positional_embedding_type == "rotary" else None
+        return stream_attention(q, k, v, own_k, own_v, 1 / attn.attn_scale, window=window, rotary=rotary)
+
+    def _rotary(self, attn: Any, q: Float[Tensor, "stream batch pos head d_head"]) -> Rotary:
+        """The rotation of a layer, read off what it makes of the first dimension of each pair."""
+        assert self.cfg.rotary_dim is not None
+        adjacent, n = bool(self.cfg.rotary_adjacent_pairs), self.cfg.rotary_dim // 2
+        first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if adjacent else (slice(n), slice(n, 2 * n))
+        probe = torch.zeros(1, q.shape[2], 1, self.cfg.d_head, dtype=self.cfg.dtype, device=q.device)
+        probe[..., first] = 1
+        turned = attn.apply_rotary(probe)[0, :, 0]
+        return Rotary(turned[:, first], turned[:, second], adjacent)
 
     def _rest(self, block: Any, resid: Tensor, z: Tensor, local: Tensor | None, final: Tensor | None) -> Tensor:
         """The layer from `z` on."""
@@ -178,9 +208,17 @@ class Passes:
         if self.cfg.attn_only:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
-        pre = self.linear(self.normalise(block.ln2, reads), block.mlp.W_in, block.mlp.b_in)
-        post = self.mask_units(block, "mlp", ACTIVATIONS[str(self.cfg.act_fn)](pre), local, final)
+        neurons = self._neurons(block.mlp, self.normalise(block.ln2, reads))
+        post = self.mask_units(block, "mlp", neurons, local, final)
         return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
+
+    def _neurons(self, mlp: Any, x: Tensor) -> Tensor:
+        """The neurons of an MLP, before any mask."""
+        act = ACTIVATIONS[str(self.cfg.act_fn)]
+        if not self.cfg.gated_mlp:
+            return act(self.linear(x, mlp.W_in, mlp.b_in))
+        gate, into = self.linear(x, mlp.W_gate, None), self.linear(x, mlp.W_in, None)
+        return torch.addcmul(mlp.b_in.to(self.dtype), act(gate), into)
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
@@ -200,13 +238,9 @@ class Passes:
 
     def normalise(self, norm: Any, x: Tensor) -> Tensor:
         """What the model's normalisation module computes."""
-        kind, eps = self.cfg.normalization_type, self.cfg.eps
-        if kind is None:
-            return x
-        weight = norm.w if kind in ("LN", "RMS") else None
-        if kind in ("LN", "LNPre"):
-            return F.layer_norm(x, x.shape[-1:], weight, norm.b if kind == "LN" else None, eps)
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        kind = self.cfg.normalization_type
+        weight, bias = norm.w if kind in ("LN", "RMS") else None, norm.b if kind == "LN" else None
+        return normalise(x, kind, self.cfg.eps, weight, bias)
 
     def cross_entropy(self, final: Tensor, tokens: Tensor, targets: Tensor | None) -> Tensor:
         """Mean cross-entropy of a stream's final output."""

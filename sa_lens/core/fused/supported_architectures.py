@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from sa_lens.core.coverage import Coverage
 from sa_lens.core.gated import GatedTransformer
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from sa_lens.core.norms_and_activations import ACTIVATIONS
 
 _COVERAGE = Coverage(
-    features={"an attention scale that falls with the layer", "attention and MLP in parallel", "no MLPs"},
+    features={
+        "windowed attention",
+        "grouped keys and values",
+        "an attention scale that falls with the layer",
+        "attention and MLP in parallel",
+        "no MLPs",
+        "a gated MLP",
+    },
+    positions={"standard", "rotary"},
     activations=ACTIVATIONS.keys(),
     dtypes={torch.float32, torch.float64},
 )

@@ -2,9 +2,10 @@
 
 Query t of the clean stream sees the clean keys 0..t. Query t of the ablated stream sees the clean keys 0..t-1 and its
 own, so its scores have the shape of the clean stream's with the own score on the diagonal: one causal softmax serves
-both. The streams' queries are interleaved, so that one matrix product serves both too, and go through in blocks of
-queries: a block needs the keys up to its last position only, and its scores stay in the cache. The backward
-pass computes the scores again.
+both. All queries that share keys, those of both streams and of all heads of a group, are interleaved (axis `row`), so
+that one matrix product serves them all. They go through in blocks of positions: a block needs the keys up to its last
+position only, and no further back than the window, and its scores stay in the cache. The backward pass computes the
+scores again.
 
 Products whose result is as narrow as a head are written transposed, `[head, d_head, row or key]`: matrix libraries are
 several times faster at wide results.
@@ -12,6 +13,7 @@ several times faster at wide results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,110 +28,156 @@ BLOCK_ELEMENTS = 1 << 19
 """Scores that a block of queries may hold, over all its heads."""
 
 
+class Rotary(NamedTuple):
+    """The rotation of queries and keys by their positions: the pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
+
+    cos: Float[Tensor, "pos pair"]
+    sin: Float[Tensor, "pos pair"]
+    adjacent: bool
+    """Whether pairs are neighbouring dimensions (GPT-J), or the first of each half (GPT-NeoX, Llama)."""
+
+    def turn_(self, x: Float[Tensor, "any row pos d_head"], *, back: bool = False) -> None:
+        """Turns the leading dimensions in place; `back`: the other way round, as gradients are."""
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        n = cos.shape[-1]
+        a, b = (x[..., : 2 * n : 2], x[..., 1 : 2 * n : 2]) if self.adjacent else (x[..., :n], x[..., n : 2 * n])
+        sign, before = -1 if back else 1, a.clone()
+        a.mul_(cos).addcmul_(b, sin, value=-sign)
+        b.mul_(cos).addcmul_(before, sin, value=sign)
+
+
 def stream_attention(
     q: Float[Tensor, "stream batch pos head d_head"],
-    k: Float[Tensor, "batch pos head d_head"],
-    v: Float[Tensor, "batch pos head d_head"],
-    own_k: Float[Tensor, "batch pos head d_head"] | None,
-    own_v: Float[Tensor, "batch pos head d_head"] | None,
+    k: Float[Tensor, "batch pos kv_head d_head"],
+    v: Float[Tensor, "batch pos kv_head d_head"],
+    own_k: Float[Tensor, "batch pos kv_head d_head"] | None,
+    own_v: Float[Tensor, "batch pos kv_head d_head"] | None,
     scale: float,
+    *,
+    window: int | None = None,
+    rotary: Rotary | None = None,
 ) -> Float[Tensor, "stream batch pos head d_head"]:
     """`z` of the streams whose queries are given; with `own_k` and `own_v`, the last one is the ablated stream.
 
     Scores and softmax are float32 or wider; the products with the pattern are in the inputs' precision.
 
     Args:
-        k: clean keys.
+        k: clean keys; each serves `head / kv_head` neighbouring heads.
         v: clean values.
         own_k: keys of the ablated stream; None: no ablated stream.
         own_v: values of the ablated stream.
         scale: what the scores are multiplied by.
+        window: number of last positions that a query sees, its own included; None: all.
+        rotary: of queries and keys; None: they stay as they are.
     """
-    return _StreamAttention.apply(q, k, v, own_k, own_v, scale)
+    return _StreamAttention.apply(q, k, v, own_k, own_v, scale, window, rotary)
 
 
 class _Inputs(NamedTuple):
     """Queries, keys and values by head, contiguous, in float32 or wider."""
 
-    q: Float[Tensor, "batch_head pos stream d_head"]
-    """Scaled."""
+    q: Float[Tensor, "batch_head pos row d_head"]
+    """Scaled and turned; rows are (stream, head of the group)."""
     k: Float[Tensor, "batch_head d_head pos"]
     v: Float[Tensor, "batch_head d_head pos"]
     own_k: Float[Tensor, "batch_head d_head pos"] | None
     own_v: Float[Tensor, "batch_head d_head pos"] | None
+    own_rows: int
+    """Number of rows of the ablated stream, the last ones."""
+    window: int
 
 
 class _Block(NamedTuple):
-    """Which heads and which queries."""
+    """Heads of keys, positions of queries, and the keys that these see."""
 
     heads: slice
     queries: slice
+    keys: slice
 
 
 class _StreamAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        own_k: Tensor | None,
+        own_v: Tensor | None,
+        scale: float,
+        window: int | None,
+        rotary: Rotary | None,
     ) -> Tensor:
-        ctx.scale = scale
+        ctx.options = scale, window, rotary
         ctx.save_for_backward(q, k, v, own_k, own_v)
-        x = _by_head(q, k, v, own_k, own_v, scale)
-        streams = q.shape[0]
+        x = _by_head(q, k, v, own_k, own_v, *ctx.options)
         narrow_v = x.v.to(q.dtype)
-        z = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
+        z = _columns_of_rows(x)
         narrowed = _Narrowed(x, q.dtype)
         for block, pattern in _patterns(x):
-            heads, queries = block
-            part = torch.bmm(narrow_v[heads, :, : queries.stop], narrowed(pattern).transpose(1, 2))
-            part = z[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
+            heads, queries, keys = block
+            part = torch.bmm(narrow_v[heads, :, keys], narrowed(pattern).transpose(1, 2))
+            part = z[heads, :, queries].copy_(part.view_as(z[heads, :, queries]))
             if x.own_v is not None:
-                own = _own_entries(pattern, streams)[:, None]
-                part[..., -1].addcmul_(own, x.own_v[heads, :, queries] - x.v[heads, :, queries])
+                own = _own_entries(pattern, x).transpose(1, 2)[:, None]
+                difference = x.own_v[heads, :, queries] - x.v[heads, :, queries]
+                part[..., -x.own_rows :].addcmul_(own, difference[..., None])
         return _by_stream(z, q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, own_k, own_v = ctx.saved_tensors
-        dtype, streams = q.dtype, q.shape[0]
-        x = _by_head(q, k, v, own_k, own_v, ctx.scale)
-        grad = _rows(grads[0], x.q.dtype)
+        _, _, rotary = ctx.options
+        dtype = q.dtype
+        x = _by_head(q, k, v, own_k, own_v, *ctx.options)
+        grad = _rows(grads[0], k.shape[2], x.q.dtype)
         narrow_k, narrow_q, narrow_grad = x.k.to(dtype), x.q.to(dtype), grad.to(dtype)
-        grad_q = x.q.new_empty(x.q.shape[0], x.q.shape[3], x.q.shape[1], streams)
-        grad_k, grad_v = torch.zeros_like(x.k), torch.zeros_like(x.v)
+        grad_q = _columns_of_rows(x)
+        wants_clean = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.v)) if wants_clean else (None, None)
         own_grads = None if x.own_k is None else (torch.empty_like(x.k), torch.empty_like(x.v))
         narrowed, buffer = _Narrowed(x, dtype), x.q.new_empty(_block_elements(x))
         for block, pattern in _patterns(x):
-            heads, queries = block
-            seen = queries.stop
+            heads, queries, keys = block
             grad_pattern = buffer[: pattern.numel()].view_as(pattern)
-            torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, :seen], out=grad_pattern)
+            torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, keys], out=grad_pattern)
             if x.own_v is not None:
-                grad_own = grad[heads, queries, -1].transpose(1, 2)
-                _own_entries(grad_pattern, streams).copy_((grad_own * x.own_v[heads, :, queries]).sum(1))
+                grad_own = _own_rows(grad, block, x)
+                _own_entries(grad_pattern, x).copy_((grad_own * x.own_v[heads, None, :, queries]).sum(2))
             grad_scores = _softmax_backward_(grad_pattern, pattern)
             own_scores = None
             if own_grads is not None:
-                own_entries, own_scores = _own_entries(pattern, streams), _own_entries(grad_scores, streams)
-                torch.mul(own_entries[:, None], grad_own, out=own_grads[1][heads, :, queries])
+                own_entries, own_scores = _own_entries(pattern, x), _own_entries(grad_scores, x)
+                torch.sum(own_entries[:, :, None] * grad_own, 1, out=own_grads[1][heads, :, queries])
                 own_entries.zero_()
-                own_entries, own_scores = own_scores, own_scores.clone()[:, None]
+                own_entries, own_scores = own_scores, own_scores.clone()
                 own_entries.zero_()
-                own_q = x.q[heads, queries, -1].transpose(1, 2)
-                torch.mul(own_scores, own_q, out=own_grads[0][heads, :, queries])
+                own_q = _own_rows(x.q, block, x)
+                torch.sum(own_scores[:, :, None] * own_q, 1, out=own_grads[0][heads, :, queries])
             narrow_scores = narrowed(grad_scores)
-            part = torch.bmm(narrow_k[heads, :, :seen], narrow_scores.transpose(1, 2))
-            part = grad_q[heads, :, queries].copy_(part.view(part.shape[0], part.shape[1], -1, streams))
+            part = torch.bmm(narrow_k[heads, :, keys], narrow_scores.transpose(1, 2))
+            part = grad_q[heads, :, queries].copy_(part.view_as(grad_q[heads, :, queries]))
             if own_scores is not None and x.own_k is not None:
-                part[..., -1].addcmul_(own_scores, x.own_k[heads, :, queries])
-            grad_k[heads, :, :seen] += torch.bmm(narrow_q[heads, queries].flatten(1, 2).transpose(1, 2), narrow_scores)
-            by_column = narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2)
-            grad_v[heads, :, :seen] += torch.bmm(by_column, narrowed(pattern))
+                own_scores = own_scores.transpose(1, 2)[:, None]
+                part[..., -x.own_rows :].addcmul_(own_scores, x.own_k[heads, :, queries, None])
+            if grad_k is not None and grad_v is not None:
+                by_column = narrow_q[heads, queries].flatten(1, 2).transpose(1, 2)
+                grad_k[heads, :, keys] += torch.bmm(by_column, narrow_scores)
+                by_column = narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2)
+                grad_v[heads, :, keys] += torch.bmm(by_column, narrowed(pattern))
 
-        def back(x: Tensor) -> Tensor:
+        def back(x: Tensor | None, *, turned: bool = False) -> Tensor | None:
+            if x is None:
+                return None
+            if turned and rotary is not None:
+                rotary.turn_(x.transpose(1, 2), back=True)
             return x.unflatten(0, (q.shape[1], -1)).permute(0, 3, 1, 2).to(dtype)
 
-        own = (None, None) if own_grads is None else tuple(back(x) for x in own_grads)
-        return _by_stream(grad_q.mul_(ctx.scale), q), back(grad_k), back(grad_v), *own, None
+        if rotary is not None:
+            rotary.turn_(grad_q.permute(0, 3, 2, 1), back=True)
+        own_grad_k, own_grad_v = (None, None) if own_grads is None else own_grads
+        to_keys_and_values = back(grad_k, turned=True), back(grad_v), back(own_grad_k, turned=True), back(own_grad_v)
+        return _by_stream(grad_q.mul_(ctx.options[0]), q), *to_keys_and_values, None, None, None
 
 
 class _Narrowed:
@@ -148,65 +196,106 @@ def _softmax_backward_(grad: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _rows(
-    x: Float[Tensor, "stream batch pos head d_head"], dtype: torch.dtype
-) -> Float[Tensor, "batch_head pos stream d_head"]:
-    return x.permute(1, 3, 2, 0, 4).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+    x: Float[Tensor, "stream batch pos head d_head"], groups: int, dtype: torch.dtype
+) -> Float[Tensor, "batch_head pos row d_head"]:
+    """A copy, by heads of keys."""
+    by_head = x.unflatten(3, (groups, -1)).permute(1, 3, 2, 0, 4, 5)
+    return by_head.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(3, 4).flatten(0, 1)
+
+
+def _columns_of_rows(x: _Inputs) -> Float[Tensor, "batch_head d_head pos row"]:
+    """Memory for a result that is shaped as the queries."""
+    heads, length, rows, d_head = x.q.shape
+    return x.q.new_empty(heads, d_head, length, rows)
 
 
 def _by_stream(
-    x: Float[Tensor, "batch_head d_head pos stream"], like: Float[Tensor, "stream batch pos head d_head"]
+    x: Float[Tensor, "batch_head d_head pos row"], like: Float[Tensor, "stream batch pos head d_head"]
 ) -> Float[Tensor, "stream batch pos head d_head"]:
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return out.copy_(x.unflatten(0, (like.shape[1], -1)).permute(4, 0, 3, 1, 2))
+    by_group = x.unflatten(3, (like.shape[0], -1)).unflatten(0, (like.shape[1], -1)).permute(4, 0, 3, 1, 5, 2)
+    out.view(by_group.shape).copy_(by_group)
+    return out
 
 
-def _by_head(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float) -> _Inputs:
+def _by_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: Tensor | None,
+    own_v: Tensor | None,
+    scale: float,
+    window: int | None,
+    rotary: Rotary | None,
+) -> _Inputs:
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
-    columns = [
-        None if x is None else x.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-        for x in (k, v, own_k, own_v)
-    ]
-    rows = _rows(q, dtype)
-    return _Inputs(rows * scale if scale != 1 else rows, *columns)  # type: ignore[arg-type]
+
+    def columns(x: Tensor | None, *, turned: bool = False) -> Any:
+        if x is None:
+            return None
+        by_head = x.permute(0, 2, 3, 1).to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
+        if turned and rotary is not None:
+            rotary.turn_(by_head.transpose(1, 2))
+        return by_head
+
+    rows = _rows(q, k.shape[2], dtype).mul_(scale)
+    if rotary is not None:
+        rotary.turn_(rows.transpose(1, 2))
+    keys_and_values = columns(k, turned=True), columns(v), columns(own_k, turned=True), columns(own_v)
+    return _Inputs(rows, *keys_and_values, q.shape[3] // k.shape[2], q.shape[2] if window is None else window)
 
 
-def _block_shape(x: _Inputs) -> tuple[int, int]:
-    """Positions and heads of a block."""
-    n_heads, length, streams, _ = x.q.shape
+def _block_shape(x: _Inputs) -> tuple[int, int, int]:
+    """Heads, positions and keys of the largest block."""
+    n_heads, length, rows, _ = x.q.shape
     size = min(BLOCK, length)
-    return size, max(1, min(n_heads, BLOCK_ELEMENTS // (size * streams * length)))
+    width = min(length, size + x.window - 1)
+    return max(1, min(n_heads, BLOCK_ELEMENTS // (size * rows * width))), size, width
 
 
 def _block_elements(x: _Inputs) -> int:
     """Scores of the largest block."""
-    size, group = _block_shape(x)
-    return group * size * x.q.shape[2] * x.q.shape[1]
+    return math.prod(_block_shape(x)) * x.q.shape[2]
 
 
-def _patterns(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head row key"]]]:
+def _patterns(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head query_row key"]]]:
     """The attention pattern of each block; it is overwritten by the next."""
-    n_heads, length, streams, _ = x.q.shape
-    size, group = _block_shape(x)
-    future = x.q.new_full((size, size), float("-inf")).triu_(1)[:, None]
+    n_heads, length, rows, _ = x.q.shape
+    group, size, _ = _block_shape(x)
+    unseen = x.q.new_full((size, size), float("-inf")).triu_(1)[:, None]
     buffer = x.q.new_empty(_block_elements(x))
     for first_head in range(0, n_heads, group):
         heads = slice(first_head, min(first_head + group, n_heads))
         for start in range(0, length, size):
             queries = slice(start, min(start + size, length))
-            n, seen = queries.stop - start, queries.stop
+            keys = slice(max(0, start - x.window + 1), queries.stop)
+            block, n = _Block(heads, queries, keys), queries.stop - start
             q = x.q[heads, queries].flatten(1, 2)
-            shape = (q.shape[0], n * streams, seen)
-            scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-            torch.bmm(q, x.k[heads, :, :seen], out=scores)
-            scores.view(shape[0], n, streams, seen)[..., start:].add_(future[:n, :, :n])
+            shape = (q.shape[0], n * rows, keys.stop - keys.start)
+            scores = buffer[: math.prod(shape)].view(shape)
+            torch.bmm(q, x.k[heads, :, keys], out=scores)
+            by_position = scores.view(shape[0], n, rows, shape[2])
+            by_position[..., -n:].add_(unseen[:n, :, :n])
+            if x.window < queries.stop:
+                past = scores.new_full((n, shape[2]), float("-inf")).tril_(start - keys.start - x.window)
+                by_position.add_(past[:, None])
             if x.own_k is not None:
-                own = (x.q[heads, queries, -1].transpose(1, 2) * x.own_k[heads, :, queries]).sum(1)
-                _own_entries(scores, streams).copy_(own)
-            yield _Block(heads, queries), torch.softmax(scores, -1, out=scores)
+                own = (_own_rows(x.q, block, x) * x.own_k[heads, None, :, queries]).sum(2)
+                _own_entries(scores, x).copy_(own)
+            yield block, torch.softmax(scores, -1, out=scores)
 
 
-def _own_entries(block: Float[Tensor, "batch_head row key"], streams: int) -> Float[Tensor, "batch_head pos"]:
-    """Entries of the ablated stream, the last one, whose key is the query's own position; a view."""
-    by_position = block.view(block.shape[0], -1, streams, block.shape[-1])
+def _own_rows(
+    rows: Float[Tensor, "batch_head pos row d_head"], block: _Block, x: _Inputs
+) -> Float[Tensor, "batch_head own_row d_head pos"]:
+    """Rows of the ablated stream in a block; a view."""
+    return rows[block.heads, block.queries, -x.own_rows :].permute(0, 2, 3, 1)
+
+
+def _own_entries(
+    block: Float[Tensor, "batch_head query_row key"], x: _Inputs
+) -> Float[Tensor, "batch_head own_row pos"]:
+    """Entries of the ablated stream whose key is the query's own position; a view."""
+    by_position = block.view(block.shape[0], -1, x.q.shape[2], block.shape[-1])
     n = by_position.shape[1]
-    return by_position[:, :, -1, block.shape[-1] - n :].diagonal(dim1=1, dim2=2)
+    return by_position[:, :, -x.own_rows :, block.shape[-1] - n :].diagonal(dim1=1, dim2=3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -46,7 +45,7 @@ def fused_units(model: GatedTransformer, tokens: Int[Tensor, "batch pos"], strea
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
     reader = _Reader(model)
-    embedded = F.embedding(tokens, model.embed.W_E) + model.pos_embed.W_pos[: tokens.shape[1]]
+    embedded = reader.embed(tokens)
     if stream == "clean":
         reader.clean(embedded)
     elif model.gates.reads_global:
