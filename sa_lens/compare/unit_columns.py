@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sa_lens.compare.measurement import Measurement, Result, TrainedModel, Values
@@ -42,15 +42,16 @@ class Units(Measurement):
     def measure(self, trained: TrainedModel) -> Result:
         calibration, text = trained.texts(self.calibration, self.tokens)
 
-        def tables(model: SelfAblatingTransformer, streams: tuple[Stream, ...]) -> dict[float, pd.DataFrame]:
+        def describe(model: SelfAblatingTransformer, streams: tuple[Stream, ...]) -> dict[float, pd.DataFrame]:
             thresholds = calibrate(model, calibration, streams, progress=False)
             options: dict[str, Any] = {"sample_tokens": 2, "coactivation_tokens": 0, "progress": False}
-            return {
-                share: specialization(model, text, thresholds, streams, share=share, **options).table
-                for share in MATCHED
-            }
+            tables = {}
+            for share in MATCHED:
+                rules = {stream: replace(rule, share=share) for stream, rule in thresholds.items()}
+                tables[share] = specialization(model, text, rules, streams, **options).table
+            return tables
 
-        ours = tables(trained.model, trained.streams)
+        ours = describe(trained.model, trained.streams)
         values, notes = trained.no_values(self.columns), []
         for stream in trained.streams:
             table = ours[SHARE][ours[SHARE]["stream"] == stream]
@@ -61,7 +62,7 @@ class Units(Measurement):
         if trained.baseline is None:
             same: Values = {name: {"clean": 0.0} for name in MATCHED.values()}
             return Result(values | same | {"share_matched": {"clean": 1.0}})
-        reference = tables(trained.baseline, ("clean",))
+        reference = describe(trained.baseline, ("clean",))
         for stream in trained.streams:
             for share, name in MATCHED.items():
                 options: dict[str, Any] = {"streams": ("clean", stream), "resamples": 1}

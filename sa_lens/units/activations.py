@@ -89,7 +89,6 @@ def stream_units(
     *,
     sublayers: Sequence[Sublayer] | None = None,
     n_tokens: int | None = None,
-    tokens_at_once: int | None = None,
     progress: bool = True,
     name: str = "units",
 ) -> Iterator[UnitBatch]:
@@ -103,7 +102,6 @@ def stream_units(
         streams: one stream or several. The ablated stream is read at all positions at once.
         sublayers: sublayers whose units are read; None reads all.
         n_tokens: largest number of tokens to read; None reads all.
-        tokens_at_once: tokens per batch, of at least one block; None: 1,024 on a CPU and 32,768 elsewhere.
         progress: whether to show a progress bar.
         name: title of the progress bar.
 
@@ -127,7 +125,7 @@ def stream_units(
     blocks = text_blocks(model, text, n_tokens)
     if isinstance(blocks, HeldUnits):
         return blocks.again(chosen, sublayers)
-    tokens_at_once = tokens_at_once or TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
+    tokens_at_once = TOKENS_AT_ONCE["cpu" if device_of(model).type == "cpu" else "other"]
     return _batches(model, blocks, chosen, sublayers, max(1, tokens_at_once // blocks.length), progress, name)
 
 

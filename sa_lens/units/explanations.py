@@ -24,7 +24,7 @@ from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import bootstrap_interval, pearson
 from sa_lens.units.activations import stream_units, text_blocks
 from sa_lens.units.contexts import ANY, Asking, Context, ContextTrie, Fill, Guess, answer, prune, substitute
-from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
+from sa_lens.units.firing import Thresholds, unit_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,12 +87,10 @@ def explain(
     thresholds: Thresholds,
     units: int | Sequence[Unit] | Literal["all"] = 32,
     *,
-    tokenizer: Any = None,
     n_tokens: int | None = 60_000,
     snippets: int = 24,
     context: int = 12,
     substitutes: int = 6,
-    share: float = SHARE,
     seed: int = 0,
     progress: bool = True,
 ) -> Explanations:
@@ -108,12 +106,10 @@ def explain(
         text: a text other than the calibration text.
         thresholds: firing thresholds of one stream, from `calibrate`.
         units: number of live units, drawn evenly from the sublayers; or a list of units; or `all`.
-        tokenizer: tokenizer that spells the patterns; None takes the model's. Without one, patterns show token ids.
         n_tokens: largest number of tokens to use, for both halves together; None uses all.
         snippets: largest number of snippets per unit in each half.
         context: largest length of a context in tokens, with the activating one.
         substitutes: number of likely tokens that are tried at each place; 0 tries none.
-        share: firing level as a share of the 99.9th percentile.
         seed: seed of the choice of units, snippets and substitutes.
         progress: whether to show progress bars.
 
@@ -139,10 +135,9 @@ def explain(
     from tqdm.auto import tqdm
 
     blocks = text_blocks(model, text, n_tokens)
-    _check(model, blocks, thresholds, snippets, context, substitutes, share)
+    _check(model, blocks, thresholds, snippets, context, substitutes)
     rng = np.random.default_rng(seed)
     chosen = _chosen(model, thresholds, units, rng)
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
     tokens = blocks.rows(0, len(blocks)).cpu().numpy()
     rows, explanations = [], []
     before = min((context + 1) // 2, model.cfg.n_ctx - context)
@@ -151,11 +146,11 @@ def explain(
             group = chosen[start : start + UNITS_AT_ONCE]
             jobs: list[tuple[Unit, Asking[tuple[dict[str, Any], Explanation]]]] = []
             for unit, scores in _scores(model, blocks, thresholds.stream, group, progress):
-                level = float(thresholds.levels(unit.sublayer, share)[unit.index])
+                level = float(thresholds.levels(unit.sublayer)[unit.index])
                 half = scores.numpy().astype(np.float64)
                 job = _Job(model, thresholds.stream, unit, level, tokens, half, snippets, context, substitutes)
                 draws = np.random.default_rng([seed, unit.layer, unit.site == "mlp", unit.index])
-                jobs.append((unit, job.run(draws, before, tokenizer)))
+                jobs.append((unit, job.run(draws, before)))
             for first in range(0, len(jobs), JOBS_AT_ONCE):
                 together = jobs[first : first + JOBS_AT_ONCE]
                 for row, explanation in answer(model, thresholds.stream, together, before + context):
@@ -167,7 +162,7 @@ def explain(
 
 
 def _check(
-    model: Host, blocks: TextBlocks, thresholds: Thresholds, snippets: int, context: int, substitutes: int, share: float
+    model: Host, blocks: TextBlocks, thresholds: Thresholds, snippets: int, context: int, substitutes: int
 ) -> None:
     if len(blocks) < 4:
         raise ValueError(f"the text has {len(blocks)} blocks of {blocks.length} tokens: at least 4 are needed")
@@ -176,7 +171,6 @@ def _check(
         raise ValueError(f"snippets={snippets} must be at least 2 and substitutes={substitutes} at least 0")
     if not 1 <= context <= blocks.length:
         raise ValueError(f"context={context} must be from 1 to the {blocks.length} tokens of a block")
-    check_share(share)
 
 
 def _chosen(
@@ -241,7 +235,7 @@ class _Job(NamedTuple):
     context: int
     substitutes: int
 
-    def run(self, rng: np.random.Generator, before: int, tokenizer: Any) -> Asking[tuple[dict[str, Any], Explanation]]:
+    def run(self, rng: np.random.Generator, before: int) -> Asking[tuple[dict[str, Any], Explanation]]:
         half = len(self.tokens) // 2
         tokens, scores = self.tokens[half:], self.scores[half:]
         fires = self.scores > self.level
@@ -262,7 +256,7 @@ class _Job(NamedTuple):
             "patterns": len(trie),
             "kept": sum(context is not None for context in contexts) / len(contexts) if contexts else math.nan,
             "explained": any(pattern.activation > self.level for pattern in trie.patterns()),
-            "pattern": readable(trie, self.level, tokenizer),
+            "pattern": readable(trie, self.level, self.model.tokenizer),
         }
         for prefix, predicted in (("", trie.predict(tokens)), ("list_", predict_from_list(words, tokens))):
             judged = judge(predicted, scores, self.level, tested, silent, self.context)

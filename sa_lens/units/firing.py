@@ -25,17 +25,11 @@ from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
 QUANTILE = 0.999
 """Quantile of a unit's scores that the rule takes as its peak."""
 SHARE = 0.5
-"""A unit fires above this share of its peak."""
+"""A unit usually fires above this share of its peak."""
 OTHER_SHARES = (0.3, 0.7)
-"""Further shares at which results are given."""
+"""Further shares for which `specialization` gives firing rates."""
 DEAD_BELOW = 1e-4
 """A unit whose percentile is below this share of its layer's root mean square is dead."""
-
-
-def check_share(share: float) -> None:
-    """Raises ValueError if a firing level is not a share of the percentile."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} of the percentile must be above 0 and at most 1; the rule's is {SHARE}")
 
 
 def unit_scores(place: Sublayer | Unit, values: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
@@ -57,6 +51,12 @@ class Thresholds:
     """Number of tokens of the calibration text."""
     model: str | None = None
     """Fingerprint of the calibrated model; None allows any model of this shape."""
+    share: float = SHARE
+    """A unit fires if its score exceeds this share of its percentile; above 0 and at most 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} of the percentile must be above 0 and at most 1; {SHARE} is usual")
 
     def check_model(self, model: Host) -> None:
         """Raises ValueError if these are the thresholds of another model."""
@@ -71,20 +71,13 @@ class Thresholds:
         peaks = self.peaks[sublayer]
         return (peaks >= DEAD_BELOW * self.rms[sublayer]) & (peaks > 0)
 
-    def levels(self, sublayer: Sublayer, share: float = SHARE) -> Float[Tensor, " unit"]:
-        """Returns the score above which each unit fires; it is infinite for dead units.
+    def levels(self, sublayer: Sublayer) -> Float[Tensor, " unit"]:
+        """Returns the score above which each unit fires; it is infinite for dead units."""
+        return torch.where(self.live(sublayer), self.share * self.peaks[sublayer], math.inf)
 
-        Raises:
-            ValueError: a share outside (0, 1].
-        """
-        check_share(share)
-        return torch.where(self.live(sublayer), share * self.peaks[sublayer], math.inf)
-
-    def fires(
-        self, sublayer: Sublayer, values: Float[Tensor, "... unit"], share: float = SHARE
-    ) -> Bool[Tensor, "... unit"]:
+    def fires(self, sublayer: Sublayer, values: Float[Tensor, "... unit"]) -> Bool[Tensor, "... unit"]:
         """Returns where each unit of the sublayer fires."""
-        return unit_scores(sublayer, values) > self.levels(sublayer, share).to(values.device)
+        return unit_scores(sublayer, values) > self.levels(sublayer).to(values.device)
 
 
 def calibrate(
@@ -92,6 +85,7 @@ def calibrate(
     text: TokenFile | Tensor | TextBlocks,
     streams: Stream | Sequence[Stream] = "clean",
     *,
+    share: float = SHARE,
     n_tokens: int | None = 250_000,
     progress: bool = True,
 ) -> dict[Stream, Thresholds]:
@@ -102,13 +96,16 @@ def calibrate(
     Args:
         text: calibration text; use the same text for all models that you compare.
         streams: one stream or several.
+        share: a unit fires if its score exceeds this share of its percentile; above 0 and at most 1. Half is a
+            convention.
         n_tokens: largest number of tokens to read; None reads all. With fewer than 1,000 tokens, the percentile is
             interpolated between the two largest scores.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: an unknown stream, or a text that does not fit the model.
+        ValueError: an unknown stream, a share outside (0, 1], or a text that does not fit the model.
     """
+    Thresholds("clean", {}, {}, 0, share=share)  # checks the share before the text is read
     blocks = text_blocks(model, text, n_tokens)
     chosen = chosen_streams(model, streams)
     rank = (blocks.n_tokens - 1) * QUANTILE
@@ -132,5 +129,5 @@ def calibrate(
             peak = torch.lerp(top[:, -1], above, rank - math.floor(rank))
             peaks[sublayer] = peak.to(largest[stream, sublayer].dtype)
             rms[sublayer] = math.sqrt(squares[stream, sublayer] / (blocks.n_tokens * count))
-        rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens, fingerprint_of(model, stream))
+        rules[stream] = Thresholds(stream, peaks, rms, blocks.n_tokens, fingerprint_of(model, stream), share)
     return rules

@@ -23,7 +23,7 @@ from sa_lens.data.stories import LABELS, Story, generate
 from sa_lens.data.tokenizers import boundary_tokens
 from sa_lens.statistics import auroc, effective_number
 from sa_lens.units.activations import chosen_streams, stream_units, text_blocks
-from sa_lens.units.firing import SHARE, Thresholds, check_share, unit_scores
+from sa_lens.units.firing import Thresholds, unit_scores
 from sa_lens.units.unit_tables import rules_for
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ def selectivity(
     calibration: TokenFile | Tensor | Mapping[Stream, Thresholds],
     streams: Stream | Sequence[Stream] | None = None,
     *,
-    share: float = SHARE,
     min_tokens: int = 30,
     sample_tokens: int = 16_384,
     progress: bool = True,
@@ -127,15 +126,13 @@ def selectivity(
         text: labelled text from `label_stories`.
         calibration: another text, or thresholds from `calibrate`.
         streams: streams to read; None reads all that the model has.
-        share: firing level as a share of the 99.9th percentile.
         min_tokens: smallest number of tokens that a label must have in each half.
         sample_tokens: tokens of each half whose values are kept for AUROC (4 bytes per token, unit and stream).
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: an unknown stream, a text of one block, no label with enough tokens, or a share outside (0, 1].
+        ValueError: an unknown stream, a text of one block, or no label with enough tokens.
     """
-    check_share(share)
     if sample_tokens < 2 or min_tokens < 1:
         raise ValueError(f"sample_tokens={sample_tokens} must be at least 2 and min_tokens={min_tokens} at least 1")
     chosen = chosen_streams(model, streams)
@@ -147,7 +144,7 @@ def selectivity(
     kept = _frequent(text, half, min_tokens)
     rules = rules_for(model, calibration, chosen, progress)
     choice, held_out = (
-        _count(model, text, part, kept, rules, chosen, share, sample_tokens, progress)
+        _count(model, text, part, kept, rules, chosen, sample_tokens, progress)
         for part in (slice(0, half), slice(half, None))
     )
     return _tabulate(choice, held_out, rules, [text.names[i] for i in kept.tolist()])
@@ -183,7 +180,6 @@ def _count(
     kept: Int[Tensor, " label"],
     rules: Mapping[Stream, Thresholds],
     streams: Sequence[Stream],
-    share: float,
     sample_tokens: int,
     progress: bool,
 ) -> _Half:
@@ -213,7 +209,7 @@ def _count(
         member = member.to(device)
         for stream, sublayer in keys:
             scores = unit_scores(sublayer, batch.values[stream][sublayer].flatten(0, 1).float())
-            fired = torch.gt(scores, rules[stream].levels(sublayer, share).to(device), out=torch.empty_like(scores))
+            fired = torch.gt(scores, rules[stream].levels(sublayer).to(device), out=torch.empty_like(scores))
             together[stream, sublayer] += member.T @ fired
             sample[stream, sublayer][low:high] = scores[rows.to(device)]
     areas = {key: auroc(sample.pop(key), members.to(device)) for key in keys}

@@ -7,7 +7,6 @@ explains its tables.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,18 +16,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sa_lens.config import check_whole
 from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, weight
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import Interval, bootstrap_interval
 from sa_lens.units.activations import text_blocks
+from sa_lens.units.probes import fit_probe, predict_from_counts
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-PROBE_STEPS, PATIENCE = 3000, 3
-"""Largest number of batches on which a probe is trained, and of evaluations without improvement before it stops."""
+PROBE_CLASSES = 100
+"""Number of frequent next tokens that the probes distinguish; all other tokens form one more class."""
 
 TOKENS_AT_ONCE = 4096
 """Tokens per batch."""
@@ -83,7 +84,6 @@ def leakage(
     other_seed: Host | None = None,
     n_tokens: int | None = 20_000,
     per_layer: bool = False,
-    classes: int = 100,
     probe_tokens: int = 10_000,
     seed: int = 0,
     progress: bool = True,
@@ -100,7 +100,6 @@ def leakage(
             `other_seed` and the probe `mask_other_seed`; None leaves them out.
         n_tokens: largest number of tokens to read, for both halves together; None reads all.
         per_layer: also changes one layer at a time, at several times the cost.
-        classes: number of frequent next tokens that the probes distinguish; all other tokens form one more class.
         probe_tokens: largest number of tokens of each half that the probes read; 0 trains no probes.
         seed: seed of the permutations, the choice of other occurrences, the probes and the intervals.
         progress: whether to show progress bars.
@@ -112,7 +111,8 @@ def leakage(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    _check(model, other_seed, classes, probe_tokens)
+    _check(model, other_seed)
+    check_whole("probe_tokens", probe_tokens, 0)
     blocks = text_blocks(model, text, n_tokens)
     if len(blocks) < 4 or blocks.length < 2:
         raise ValueError(f"the text has {len(blocks)} blocks of {blocks.length} tokens: at least 4 of 2 are needed")
@@ -154,15 +154,13 @@ def leakage(
     losses = pd.DataFrame(rows)
     probes = pd.DataFrame()
     if probe_tokens:
-        probes = _probes(model, fit, held_out, fit_masks, masks, other_seed, classes, probe_tokens, seed, progress)
+        probes = _probes(model, fit, held_out, fit_masks, masks, other_seed, probe_tokens, seed, progress)
     return Leakage(losses, probes, _summary(nats, (shuffled >= 0)[:, :-1], probes))
 
 
-def _check(model: Host, other: Host | None, classes: int, probe_tokens: int) -> None:
+def _check(model: Host, other: Host | None) -> None:
     if not has_ablated_stream(model):
         raise ValueError(f"leakage needs gates, but this {type(model).__name__} has none: there is no mask to read")
-    if classes < 1 or probe_tokens < 0:
-        raise ValueError(f"classes={classes} must be at least 1 and probe_tokens={probe_tokens} at least 0")
     if other is None:
         return
     if other is model or not has_ablated_stream(other):
@@ -318,7 +316,6 @@ def _probes(
     fit_masks: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     other: Host | None,
-    classes: int,
     limit: int,
     seed: int,
     progress: bool,
@@ -333,7 +330,7 @@ def _probes(
     ]
     if min(int(half.where.sum()) for half in halves) < 2:
         raise ValueError("too few tokens occur twice in each half of the text for the probes: give more text")
-    labels = _labels([half.tokens[:, 1:][half.where] for half in halves], classes)
+    labels = _labels([half.tokens[:, 1:][half.where] for half in halves])
     current = [half.tokens[:, :-1][half.where] for half in halves]
     where = halves[0].where
     sequences = torch.arange(len(where), device=where.device)[:, None].expand_as(where)[where]
@@ -415,10 +412,10 @@ def _residuals(model: Host, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tens
     return [torch.cat(parts[name]) for name in names]
 
 
-def _labels(next_tokens: Sequence[Int[Tensor, " token"]], classes: int) -> list[Int[Tensor, " token"]]:
+def _labels(next_tokens: Sequence[Int[Tensor, " token"]]) -> list[Int[Tensor, " token"]]:
     """Numbers the most frequent next tokens of the first half from 1; all other tokens get 0."""
     values, counts = next_tokens[0].unique(return_counts=True)
-    frequent = values[counts.argsort(descending=True, stable=True)[:classes]]
+    frequent = values[counts.argsort(descending=True, stable=True)[:PROBE_CLASSES]]
     matches = [tokens[:, None] == frequent for tokens in next_tokens]
     return [match.int().argmax(-1) + match.any(-1) for match in matches]
 
@@ -501,77 +498,3 @@ def text_batches(model: Host, tokens: Int[Tensor, "batch pos"]) -> Sequence[Tens
     """Splits the sequences into batches, limited by their tokens and by their logits."""
     at_once = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.cfg.d_vocab)
     return tokens.split(max(1, at_once // tokens.shape[1]))
-
-
-def predict_from_counts(
-    tokens: list[Int[Tensor, " token"]], labels: list[Int[Tensor, " token"]]
-) -> Float[Tensor, "test classes"]:
-    """Returns log-probabilities of the labels of the second half, given the token, from counts in the first half.
-
-    The probability of label y after token x is `(n(x, y) + a p(y)) / (n(x) + a)`. The strength a of the smoothing is
-    the one that predicts the tokens of the first half best when each is left out in turn.
-    """
-    n_classes, n_tokens = (int(max(half.max() for half in halves)) + 1 for halves in (labels, tokens))
-    pairs = torch.zeros(n_tokens, n_classes, dtype=torch.float64, device=labels[0].device)
-    pairs.index_put_((tokens[0], labels[0]), torch.ones_like(labels[0], dtype=torch.float64), accumulate=True)
-    # each class is counted once more, so that no probability is zero
-    frequency = (pairs.sum(0) + 1) / (len(labels[0]) + n_classes)
-
-    def left_out_likelihood(strength: float) -> float:
-        others = pairs[tokens[0], labels[0]] - 1 + strength * frequency[labels[0]]
-        return float((others / (pairs[tokens[0]].sum(-1) - 1 + strength)).log().mean())
-
-    strength = max((1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0), key=left_out_likelihood)
-    counts = pairs[tokens[1]]
-    return ((counts + strength * frequency) / (counts.sum(-1, keepdim=True) + strength)).log()
-
-
-def fit_probe(
-    train: Float[Tensor, "token feature"],
-    labels: Int[Tensor, " token"],
-    test: Float[Tensor, "test feature"],
-    *,
-    groups: Int[Tensor, " token"],
-    seed: int = 0,
-) -> Float[Tensor, "test classes"]:
-    """Returns the log-probabilities that a multinomial logistic regression gives to the classes on the test features.
-
-    AdamW with a small weight decay starts at zero weights and takes at most `PROBE_STEPS` batches of 256 tokens. The
-    loss on the last fifth of the groups is evaluated every 50 batches, or after every pass over the tokens if that is
-    more. Training stops after more than `PATIENCE` evaluations without improvement and keeps the best weights. Features
-    are centred and divided by their standard deviation on the training tokens (by at least a tenth of the typical one,
-    so that noise of a nearly constant unit is not amplified).
-
-    Args:
-        groups: sequence of each training token; all tokens of a sequence are either trained on or evaluated.
-    """
-    centre, deviation = train.mean(0), train.std(0, correction=0)
-    scale = deviation.clamp(min=0.1 * float(deviation.square().mean().sqrt()) + 1e-12)
-    train, test = (train - centre) / scale, (test - centre) / scale
-    evaluated = groups > groups.min() + (groups.max() - groups.min()) * 0.8
-    trained = (~evaluated).nonzero()[:, 0] if bool(evaluated.any() & ~evaluated.all()) else torch.arange(len(labels))
-    n_classes = int(labels.max()) + 1
-    frequency = (torch.bincount(labels, minlength=n_classes) + 1.0) / (len(labels) + n_classes)
-    weights = torch.zeros(train.shape[1], n_classes, device=train.device, requires_grad=True)
-    bias = frequency.log().to(train).requires_grad_()
-    adam = torch.optim.AdamW([weights, bias], lr=2e-3, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    best, best_loss, waited = [weights.detach().clone(), bias.detach().clone()], float("inf"), 0
-    evaluated = evaluated if bool(evaluated.any()) else torch.ones_like(evaluated)
-    batches = max(1, math.ceil(len(trained) / 256))
-    passes = max(1, math.ceil(50 / batches))
-    with torch.enable_grad():
-        for _ in range(max(1, PROBE_STEPS // (passes * batches))):
-            with torch.no_grad():
-                loss = float(torch.nn.functional.cross_entropy(train[evaluated] @ weights + bias, labels[evaluated]))
-            waited = 0 if loss < best_loss else waited + 1
-            if waited == 0:
-                best_loss, best = loss, [weights.detach().clone(), bias.detach().clone()]
-            if waited > PATIENCE:
-                break
-            for _ in range(passes):
-                for batch in trained[torch.randperm(len(trained), generator=generator).to(trained.device)].split(256):
-                    adam.zero_grad()
-                    torch.nn.functional.cross_entropy(train[batch] @ weights + bias, labels[batch]).backward()
-                    adam.step()
-    return (test @ best[0] + best[1]).log_softmax(-1)

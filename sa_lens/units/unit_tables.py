@@ -2,21 +2,21 @@
 
 `specialization` counts the tokens of the text, then runs the model over it once, in memory that does not grow with the
 text. Rates, effective numbers, kurtosis, Hoyer and positions are exact. The Gini coefficient and co-activation come
-from an evenly spaced sample of `sample_tokens` and `coactivation_tokens` tokens. All tokens but the `distinct_tokens`
+from an evenly spaced sample of `sample_tokens` and `coactivation_tokens` tokens. All tokens but the `DISTINCT_TOKENS`
 most frequent share one counter, so that effective numbers are lower bounds on texts with more different tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.config import Stream
+from sa_lens.config import Stream, check_whole
 from sa_lens.core.host import Host, device_of, fingerprint_of
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
@@ -24,7 +24,7 @@ from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.stories.words import KIND_OF, NAMES, PART_OF_SPEECH
 from sa_lens.statistics import effective_number, gini, hoyer_from_sums
 from sa_lens.units.activations import UnitBatch, chosen_streams, stream_units, text_blocks
-from sa_lens.units.firing import OTHER_SHARES, SHARE, Thresholds, calibrate, check_share, unit_scores
+from sa_lens.units.firing import OTHER_SHARES, Thresholds, calibrate, unit_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +38,15 @@ EXACT_IN_FLOAT32 = 2**24
 
 POSITION_BINS = 16
 """Equal parts of a block in which positions are counted."""
+
+DISTINCT_TOKENS = 8192
+"""Number of tokens that have their own counter (4 bytes per token, unit and stream)."""
+
+COACTIVATION_UNITS = 4096
+"""Largest number of units of a layer whose pairs are counted, chosen at even distances."""
+
+PARTNERS = 5
+"""Number of most co-active units that the table names for each unit."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,10 @@ def specialization(
     calibration: TokenFile | Tensor | Mapping[Stream, Thresholds],
     streams: Stream | Sequence[Stream] | None = None,
     *,
-    share: float = SHARE,
     n_tokens: int | None = None,
     classes: TokenClasses | None = None,
-    n_partners: int = 5,
     sample_tokens: int = 8192,
     coactivation_tokens: int = 500_000,
-    coactivation_units: int = 4096,
-    distinct_tokens: int = 8192,
     progress: bool = True,
 ) -> Specialization:
     """Describes every unit of a model on a text: firing, tokens, word classes, values, positions, co-activation.
@@ -91,26 +96,17 @@ def specialization(
         text: a token file, blocks `[block pos]`, or `TextBlocks`.
         calibration: another text on which the firing thresholds are determined, or thresholds from `calibrate`.
         streams: streams to read; None reads all that the model has.
-        share: firing level as a share of the 99.9th percentile.
         n_tokens: largest number of tokens to read; None reads all.
         classes: word classes of the tokens; None takes `word_classes` of the model's tokenizer if it has one.
-        n_partners: number of most co-active units that the table names for each unit.
         sample_tokens: tokens whose values are kept for the Gini coefficient (4 bytes per token, unit and stream).
         coactivation_tokens: tokens on which pairs are counted, in whole batches at even distances; 0 counts none.
-        coactivation_units: largest number of units of a layer whose pairs are counted, chosen at even distances.
-        distinct_tokens: number of tokens that have their own counter (4 bytes per token, unit and stream).
         progress: whether to show progress bars.
 
     Raises:
-        ValueError: an unknown stream, a text with only one distinct token or without a whole block, a share outside
-            (0, 1], or a setting that is too small.
+        ValueError: an unknown stream, a text with only one distinct token or without a whole block, or sample_tokens
+            below 1.
     """
-    check_share(share)
-    settings = {"sample_tokens": sample_tokens, "distinct_tokens": distinct_tokens, "n_partners": n_partners}
-    for name, value in {**settings, "coactivation_units": coactivation_units}.items():
-        least = 2 if name == "coactivation_units" else 1
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    check_whole("sample_tokens", sample_tokens, 1)
     chosen = chosen_streams(model, streams)
     blocks = text_blocks(model, text, n_tokens)
     frequencies = token_frequencies(blocks, model.cfg.d_vocab)
@@ -122,13 +118,13 @@ def specialization(
             f"classes covers {len(classes.of_token):,} tokens, fewer than the model's {model.cfg.d_vocab:,}"
         )
     rules = rules_for(model, calibration, chosen, progress)
-    vocabulary = _Vocabulary.of(frequencies, distinct_tokens, device_of(model))
+    vocabulary = _Vocabulary.of(frequencies, device_of(model))
     tallies = {
-        (stream, sublayer): _SublayerTally(sublayer, n, rules[stream], share, vocabulary, blocks, sample_tokens)
+        (stream, sublayer): _SublayerTally(sublayer, n, rules[stream], vocabulary, blocks, sample_tokens)
         for stream in chosen
         for sublayer, n in unit_counts(model).items()
     }
-    coactivations = _coactivations(model, chosen, coactivation_units) if coactivation_tokens else {}
+    coactivations = _coactivations(model, chosen) if coactivation_tokens else {}
     pairs_seen = 0
     for batch in batches:
         n = batch.tokens.numel()
@@ -141,11 +137,12 @@ def specialization(
                 if (stream, layer) in coactivations:
                     coactivations[stream, layer].add(torch.cat([fired[s] for s in fired if s.layer == layer], 1))
     parts = [tally.columns(stream, vocabulary, classes) for (stream, _), tally in tallies.items()]
-    table = _table(parts, coactivations, n_partners)
+    table = _table(parts, coactivations)
+    rule = rules[chosen[0]]
     table.attrs = {
-        "share": share,
+        "share": rule.share,
         "n_tokens": blocks.n_tokens,
-        "n_calibration_tokens": next(iter(rules.values())).n_tokens,
+        "n_calibration_tokens": rule.n_tokens,
         "n_coactivation_tokens": pairs_seen if coactivations else 0,
         "n_sample_tokens": min(sample_tokens, blocks.n_tokens),
         "share_of_other_tokens": float(frequencies[vocabulary.slot_of.cpu() == len(vocabulary.tokens)].sum())
@@ -204,9 +201,9 @@ class _Vocabulary:
     exact: bool
 
     @classmethod
-    def of(cls, frequencies: Int[Tensor, " d_vocab"], limit: int, device: torch.device) -> _Vocabulary:
+    def of(cls, frequencies: Int[Tensor, " d_vocab"], device: torch.device) -> _Vocabulary:
         order = frequencies.argsort(descending=True, stable=True)
-        tokens = order[: min(limit, int((frequencies > 0).sum()))]
+        tokens = order[: min(DISTINCT_TOKENS, int((frequencies > 0).sum()))]
         slot_of = torch.full((len(frequencies),), len(tokens))
         slot_of[tokens] = torch.arange(len(tokens))
         other = int(frequencies.sum() - frequencies[tokens].sum())
@@ -222,15 +219,14 @@ class _SublayerTally:
         sublayer: Sublayer,
         n_units: int,
         rule: Thresholds,
-        share: float,
         vocabulary: _Vocabulary,
         blocks: TextBlocks,
         sample: int,
     ) -> None:
         device = vocabulary.slot_of.device
         self.sublayer, self.rule, self.blocks = sublayer, rule, blocks
-        self.threshold = rule.levels(sublayer, share).to(device)
-        self.levels = {share: rule.levels(sublayer, share).to(device) for share in OTHER_SHARES}
+        self.threshold = rule.levels(sublayer).to(device)
+        self.levels = {share: replace(rule, share=share).levels(sublayer).to(device) for share in OTHER_SHARES}
         self.rates = {share: torch.zeros(n_units, dtype=torch.float64, device=device) for share in OTHER_SHARES}
         self.kept: Tensor | None = None
         self.moments = Moments()
@@ -309,21 +305,19 @@ def _by_class(
     return summed.index_add_(0, of_slot, counts)
 
 
-def _coactivations(model: Host, streams: Sequence[Stream], most: int) -> dict[tuple[Stream, int], CoActivation]:
+def _coactivations(model: Host, streams: Sequence[Stream]) -> dict[tuple[Stream, int], CoActivation]:
     counts, device = unit_counts(model), device_of(model)
     coactivations = {}
     for stream in streams:
         for layer in range(model.cfg.n_layers):
             n = sum(counts[sublayer] for sublayer in counts if sublayer.layer == layer)
-            units = torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).long().to(device)
+            units = torch.linspace(0, n - 1, min(n, COACTIVATION_UNITS), dtype=torch.float64).long().to(device)
             names = [str(Unit(*s, index)) for s, n in counts.items() if s.layer == layer for index in range(n)]
             coactivations[stream, layer] = CoActivation(units, [names[unit] for unit in units.tolist()])
     return coactivations
 
 
-def _table(
-    parts: Sequence[dict[str, Any]], coactivations: Mapping[tuple[Stream, int], CoActivation], n_partners: int
-) -> pd.DataFrame:
+def _table(parts: Sequence[dict[str, Any]], coactivations: Mapping[tuple[Stream, int], CoActivation]) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
@@ -332,7 +326,7 @@ def _table(
     for (stream, layer), record in coactivations.items():
         of_layer = (table["stream"] == stream) & (table["layer"] == layer)
         rows = table.index[of_layer][record.units.cpu().numpy()]
-        values, places = (x.tolist() for x in record.partners(n_partners))
+        values, places = (x.tolist() for x in record.partners(PARTNERS))
         partners = [
             tuple((record.names[place], value) for place, value in zip(p, v, strict=True) if value > 0)
             for p, v in zip(places, values, strict=True)

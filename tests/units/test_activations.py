@@ -10,7 +10,7 @@ from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.tokens import write_tokens
-from sa_lens.units.activations import read_by_hooks, read_units, stream_units
+from sa_lens.units.activations import TOKENS_AT_ONCE, read_by_hooks, read_units, stream_units
 
 
 def gathered(model, text, streams, **options):
@@ -26,12 +26,13 @@ def gathered(model, text, streams, **options):
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 10_000])
-def test_values_and_masks_are_those_of_the_hooks(gated, text, at_once):
+def test_values_and_masks_are_those_of_the_hooks(gated, text, at_once, monkeypatch):
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", at_once)
     with torch.no_grad():
         _, clean = gated.run_with_cache(text)
         with gated.ablated():
             _, ablated = gated.run_with_cache(text)
-    tokens, values, masks = gathered(gated, text, ("clean", "ablated"), tokens_at_once=at_once)
+    tokens, values, masks = gathered(gated, text, ("clean", "ablated"))
     assert torch.equal(tokens, text)
     for sublayer, n in unit_counts(gated).items():
         for stream, cache in (("clean", clean), ("ablated", ablated)):

@@ -281,7 +281,6 @@ def test_correlation_of_constants():
         ({"snippets": 1}, "snippets=1"),
         ({"substitutes": -1}, "substitutes=-1"),
         ({"context": 40}, "context=40"),
-        ({"share": 0.0}, "share=0.0"),
         ({"n_tokens": 40}, "1 blocks"),
     ],
 )

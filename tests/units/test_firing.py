@@ -40,10 +40,13 @@ def test_units_fire_above_half_their_percentile():
     # levels 1, 2, never, never; equal is not above
     fires = rule.fires(sublayer, torch.tensor([[1.0, 2.1, 9.0, 9.0], [1.1, -5.0, 0.0, 0.0]]))
     assert fires.tolist() == [[False, True, False, False], [True, False, False, False]]
-    assert rule.fires(sublayer, torch.tensor([0.7, 0.0, 0.0, 0.0]), 0.3).tolist() == [True, False, False, False]
+    low = dataclasses.replace(rule, share=0.3)
+    assert low.fires(sublayer, torch.tensor([0.7, 0.0, 0.0, 0.0])).tolist() == [True, False, False, False]
     assert rule.fires(heads, torch.tensor([[-1.5], [0.9]])).tolist() == [[True], [False]]
-    with pytest.raises(ValueError, match="share=0"):
-        rule.levels(sublayer, 0)
+    with pytest.raises(ValueError, match=r"share=0 .* above 0"):
+        dataclasses.replace(rule, share=0)
+    with pytest.raises(ValueError, match=r"share=1\.2 .* at most 1"):
+        calibrate(None, None, share=1.2)  # refused before the model and the text are read, which are none here
 
 
 def test_a_silent_unit_is_dead_and_a_rare_one_below_the_percentile_too(planted, even_text):

@@ -1,5 +1,7 @@
 """Planted units are described as they were planted; every figure agrees with the whole array at once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from scipy import stats
 
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.statistics import gini, hoyer
+from sa_lens.units import unit_tables
 from sa_lens.units.activations import TOKENS_AT_ONCE
 from sa_lens.units.firing import calibrate
 from sa_lens.units.unit_tables import CoActivation, Moments, TokenClasses, TokenTally, specialization, word_classes
@@ -49,12 +52,11 @@ def test_a_pair_that_fires_together(described):
 
 def test_another_share_of_the_percentile(gated, text, calibration):
     usual = specialization(gated, text, calibration, progress=False).table
-    low = specialization(gated, text, calibration, share=0.3, progress=False).table
+    rules = calibrate(gated, calibration, ("clean", "ablated"), share=0.3, progress=False)
+    low = specialization(gated, text, rules, progress=False).table
     assert low.firing_rate.equals(usual["firing_rate_0.3"])
     assert (low.effective_tokens > usual.effective_tokens).any()
-    # refused before the calibration text is read, which is none here
-    with pytest.raises(ValueError, match=r"share=0 .* must be above 0"):
-        specialization(gated, text, None, share=0, progress=False)
+    assert low.attrs["share"] == 0.3
 
 
 def test_a_dead_neuron(described):
@@ -94,7 +96,8 @@ def test_every_figure_agrees_with_the_whole_array(gated, text, calibration):
             fired = rules[stream].fires(sublayer, x).numpy()
             for share in (0.3, 0.7):
                 np.testing.assert_allclose(
-                    some[f"firing_rate_{share}"], rules[stream].fires(sublayer, x, share).double().mean(0)
+                    some[f"firing_rate_{share}"],
+                    dataclasses.replace(rules[stream], share=share).fires(sublayer, x).double().mean(0),
                 )
             if stream == "ablated":
                 np.testing.assert_allclose(some.mask_rate, cache[sublayer.mask_hook].flatten(2).double().mean((0, 1)))
@@ -140,11 +143,10 @@ def test_batches_do_not_change_the_table(gated, text, calibration, monkeypatch):
         np.testing.assert_allclose(whole[name], single[name], rtol=1e-4, atol=1e-5)
 
 
-def test_bounds_keep_what_they_say(gated, text, calibration):
-    record = specialization(
-        gated, text, calibration, "clean", distinct_tokens=5, coactivation_tokens=64, coactivation_units=7,
-        sample_tokens=20, n_partners=2, progress=False,
-    )  # fmt: skip
+def test_bounds_keep_what_they_say(gated, text, calibration, monkeypatch):
+    for name, value in {"DISTINCT_TOKENS": 5, "COACTIVATION_UNITS": 7, "PARTNERS": 2}.items():
+        monkeypatch.setattr(unit_tables, name, value)
+    record = specialization(gated, text, calibration, "clean", coactivation_tokens=64, sample_tokens=20, progress=False)
     frequencies = torch.bincount(text.flatten(), minlength=24)
     top = frequencies.argsort(descending=True, stable=True)[:5]
     share = 1 - float(frequencies[top].sum()) / text.numel()
