@@ -159,16 +159,8 @@ def test_blocks_of_a_file_follow_each_other(model, token_file, tokens):
 
 def batches(model, tokens, start=0, seed=0, batch_tokens=48, buffer_tokens=100):
     blocks = text_of(tokens, model)
-    return ActivationBatches(
-        model,
-        blocks,
-        "hook_embed",
-        "clean",
-        batch_tokens=batch_tokens,
-        buffer_tokens=buffer_tokens,
-        seed=seed,
-        start=start,
-    )
+    sizes = SAESettings(batch_tokens=batch_tokens, buffer_tokens=buffer_tokens)
+    return ActivationBatches(model, blocks, "hook_embed", "clean", sizes, seed=seed, start=start)
 
 
 def test_a_buffer_serves_each_activation_once(model, tokens):
@@ -310,9 +302,10 @@ def test_a_training_that_died_goes_on_from_its_last_checkpoint(model, tokens, tm
         return original(trainer, batch)
 
     with monkeypatch.context() as patched:
+        patched.setattr("sa_lens.sae.train.CHECKPOINT_STEPS", 4)
         patched.setattr(sae_lens.SAETrainer, "step", failing)
         with pytest.raises(RuntimeError, match="power cut"):
-            train_sae(model, "hook_embed", tokens, output=tmp_path / "sae", checkpoint_every=4, **SMALL)
+            train_sae(model, "hook_embed", tokens, output=tmp_path / "sae", **SMALL)
     assert [path.name for path in (tmp_path / "sae" / "checkpoint").iterdir()] == ["step-8"]
     resumed = train_sae(model, "hook_embed", tokens, output=tmp_path / "sae", resume=True, **SMALL)
     assert same_weights(whole, resumed)
@@ -357,11 +350,12 @@ def test_an_identity_has_ce_score_one(model, tokens, hook, width, reshape, strea
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 @pytest.mark.parametrize("batch", [7, 24])
-def test_figures_agree_with_a_slow_twin(model, tokens, stream, batch):
+def test_figures_agree_with_a_slow_twin(model, tokens, stream, batch, monkeypatch):
     """Everything by hand: plain hooks, one block at a time, special tokens neither replaced nor counted."""
     hook, ignore = "blocks.0.hook_mlp_out", [3, 7]
     sae = random_sae(16, hook, stream)
-    found = evaluate_sae(model, sae, tokens, batch=batch, ignore=ignore, progress=False)
+    monkeypatch.setattr("sa_lens.sae.evaluate.BLOCKS_AT_ONCE", batch)
+    found = evaluate_sae(model, sae, tokens, ignore=ignore, progress=False)
 
     losses = {"ce": [], "ce_sae": [], "ce_zero": []}
     inputs, outputs, latents = [], [], []
@@ -580,8 +574,9 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_checkpoints(model, tokens, tm
     with monkeypatch.context() as patched:
         owner = sae_lens.SAETrainer if failing == "save_trainer_state" else sae_lens.StandardTrainingSAE
         patched.setattr(owner, failing, full)
+        patched.setattr("sa_lens.sae.train.CHECKPOINT_STEPS", 5)
         with pytest.raises(OSError, match=f"cannot write the SAE in {tmp_path / 'sae'}: no room\\.") as told:
-            train_sae(model, HOOK, tokens, output=tmp_path / "sae", checkpoint_every=5, **SMALL)
+            train_sae(model, HOOK, tokens, output=tmp_path / "sae", **SMALL)
     kept = tmp_path / "sae" / "checkpoint" / "step-10"
     assert (f"{kept} is kept" in str(told.value)) == (failing == "save_inference_model")
     assert {path.name for path in (tmp_path / "sae").iterdir()} == {"training.json", "checkpoint"}
@@ -632,7 +627,6 @@ def test_a_hook_without_effect_has_no_ce_score(tokens):
         ({"buffer_tokens": 3}, "at least one batch"),
         ({"width": 3}, "'width' is not a setting"),
         ({"seed": -1}, "seed=-1"),
-        ({"checkpoint_every": 0}, "checkpoint_every=0"),
         ({"batch_tokens": 10_000, "buffer_tokens": 10_000}, "fewer than one batch"),
         ({"architecture": "topk"}, "training configuration of SAELens"),
     ],
@@ -691,7 +685,6 @@ def test_bad_evaluation_arguments_are_named(model, tokens, tmp_path):
     for arguments, message in (
         ({"hook": "blocks.0.mlp.hook_post"}, "16 dimensions, but .* holds 24"),
         ({"n_tokens": 0}, "n_tokens=0"),
-        ({"batch": 0}, "batch=0"),
         ({"ignore": range(VOCAB)}, "every token"),
     ):
         with pytest.raises(ValueError, match=message):

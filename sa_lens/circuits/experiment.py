@@ -36,7 +36,7 @@ T = TypeVar("T")
 MEMORY = 2**29
 """Bytes of recorded passes that an experiment keeps; larger ones are recorded anew for each analysis."""
 
-SETTINGS = ("stream", "metric", "ablation", "masks", "batch_size", "device")
+SETTINGS = ("stream", "metric", "ablation", "masks", "batch_size", "seed", "device")
 
 
 class Experiment:
@@ -61,6 +61,7 @@ class Experiment:
             form (`relp`, `attribute_nodes`). Every result names the masks.
         batch_size: prompts run at once, four times as many where nothing but a few activations is kept. Memory grows
             with it.
+        seed: seed of all that is drawn at random: bootstrap samples, random sets of edges, random masks.
         device: where to put the model; None: where it is.
 
     Raises:
@@ -78,6 +79,7 @@ class Experiment:
         ablation: Ablation = "resample",
         masks: Masks | None = None,
         batch_size: int = 64,
+        seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
         if device is not None:
@@ -95,9 +97,10 @@ class Experiment:
         self.metric = Metric.named("logit_difference" if metric is None else metric)
         self.ablation: Ablation = ablation
         self.masks: Literal["none", "frozen", "live"] = "none" if stream == "clean" else masks or "live"
-        self.batch_size = batch_size
+        self.batch_size, self.seed = batch_size, seed
         self._settings: dict[str, Any] = {
-            **{"stream": stream, "metric": metric, "ablation": ablation, "masks": masks, "batch_size": batch_size}
+            **{"stream": stream, "metric": metric, "ablation": ablation, "masks": masks},
+            **{"batch_size": batch_size, "seed": seed},
         }
         self._records: dict[Any, Any] = {}
 
@@ -209,11 +212,8 @@ class Experiment:
 
     # ----------------------------------------------------------------------------------------------------------- skill
 
-    def skill(self, seed: int = 0) -> pd.DataFrame:
+    def skill(self) -> pd.DataFrame:
         """How well the stream does the task: pair and top-1 accuracy and logit difference with 95 % intervals.
-
-        Args:
-            seed: of the bootstrap.
 
         Returns:
             One row: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least 0.8.
@@ -222,7 +222,7 @@ class Experiment:
 
         row: dict[str, Any] = {"task": self.pairs.task, "stream": self.stream, "n": len(self.pairs)}
         for name in ("pair_accuracy", "top1_accuracy", "logit_difference"):
-            row |= bootstrap_interval(METRICS[name](self.logits(), self.pairs), seed=seed).columns(name)
+            row |= bootstrap_interval(METRICS[name](self.logits(), self.pairs), seed=self.seed).columns(name)
         row["able"] = row["pair_accuracy"] >= SKILL_BAR
         return pd.DataFrame([row])
 
@@ -232,11 +232,11 @@ def skill(model: Host, pairs: PromptPairs, stream: Stream | None = None, *, seed
 
     Args:
         stream: one stream; None: every one that the model has.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     import pandas as pd
 
-    tables = [Experiment(model, pairs, stream=chosen).skill(seed) for chosen in streams_of(model, stream)]
+    tables = [Experiment(model, pairs, stream=chosen, seed=seed).skill() for chosen in streams_of(model, stream)]
     return pd.concat(tables, ignore_index=True)
 
 

@@ -139,7 +139,6 @@ def find_circuit(
     edges: int | None = None,
     resume: Circuit | None = None,
     progress: bool = True,
-    seed: int = 0,
 ) -> FoundCircuit:
     """Finds a circuit with the pairs of the experiment and judges it on others.
 
@@ -152,7 +151,6 @@ def find_circuit(
             experiment.
         resume: the circuit of an interrupted search by ACDC, to go on with.
         progress: show progress bars for what takes more than a few seconds.
-        seed: of the bootstrap.
 
     Raises:
         ValueError: an unknown method, edges given for ACDC, pairs in both sets, a gate circuit of a model without
@@ -182,7 +180,7 @@ def find_circuit(
     with _kept_if_stopped(result):
         circuit, warnings = ranking, []
         order: Order = "mib" if result is None else "signed"
-        judged: dict[str, Any] = {"seed": seed, "order": order, "progress": progress}
+        judged: dict[str, Any] = {"order": order, "progress": progress}
         if result is None:
             try:
                 if edges is None:
@@ -191,7 +189,7 @@ def find_circuit(
                 edges = 0
                 warnings.append(f"no faithful size was found: {error}")
             circuit = ranking.keep(edges)
-        ability = {str(k): v for k, v in judge.skill(seed).to_dict("records")[0].items()}
+        ability = {str(k): v for k, v in judge.skill().to_dict("records")[0].items()}
         if not ability["able"]:
             warnings.append(
                 f"the {exp.stream} stream does not do {judge.pairs.task}: pair accuracy "

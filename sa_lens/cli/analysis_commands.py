@@ -86,7 +86,7 @@ def circuit(
         raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
     both = make_unseen(task, model.tokenizer, 2 * pairs, seed, words=words)
     find, report = both.split(seed)
-    exp = Experiment(model, find, stream=stream, ablation=ablation, masks=masks)
+    exp = Experiment(model, find, stream=stream, ablation=ablation, masks=masks, seed=seed)
     try:
         judged = find_circuit(
             exp,
@@ -96,7 +96,6 @@ def circuit(
             edges=edges,
             resume=Circuit.load(unfinished) if resume else None,
             progress=not json,
-            seed=seed,
         )
     except Interrupted as stop:
         folder.mkdir(parents=True, exist_ok=True)

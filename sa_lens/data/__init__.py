@@ -8,13 +8,13 @@
 | `TextBlocks`, `validation_blocks` | blocks of tokens of a text, for analyses and for the validation loss | |
 | `load_tokenizer`, `train_bpe` | a tokenizer from a folder; a new one trained on a text | |
 | `boundary_tokens`, `Boundaries` | the tokens at the beginning and the end of every text | |
-| `training_loader`, `BlockOrder` | batches for training, addressed by step | |
+| `training_loader`, `ProcessPositions`, `BlockOrder` | batches for training, addressed by step | |
 | `open_source`, `Source` | documents of a file, a folder or a dataset on the Hub | |
 | `DamagedFile`, `HubUnreachable` | errors | |
 """
 
 from sa_lens.data import stories
-from sa_lens.data.batches import BlockOrder, training_loader
+from sa_lens.data.batches import BlockOrder, ProcessPositions, training_loader
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.data.hub import HubUnreachable
 from sa_lens.data.preparation import PreparedData, prepare
@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "boundary_tokens",
     "Boundaries",
     "training_loader",
+    "ProcessPositions",
     "BlockOrder",
     "open_source",
     "Source",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,37 +66,36 @@ class BlockDataset(Dataset[tuple[Tensor, Tensor]]):
         return block[:-1], block[1:]
 
 
+@dataclass(frozen=True)
 class ProcessPositions(Sampler[list[int]]):
-    """The positions of one process, a list a micro-batch.
+    """The positions that one process reads, as one list per micro-batch.
 
-    Step s of the run uses positions `s * batch_size` to `(s + 1) * batch_size - 1`, cut into `accumulate`
-    micro-batches; process `rank` takes the `rank`-th contiguous share of each. What a step reads is thus
-    the same for any number of processes.
+    Step s of the run reads positions `s * batch_size` to `(s + 1) * batch_size - 1`, cut into `accumulate`
+    micro-batches; process `rank` takes the `rank`-th contiguous share of each. So a step reads the same blocks with any
+    number of processes.
     """
 
-    def __init__(
-        self,
-        start_step: int,
-        stop_step: int,
-        batch_size: int,
-        *,
-        accumulate: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size % (accumulate * world_size) != 0:
+    start_step: int
+    """First step."""
+    stop_step: int
+    """Step to stop before."""
+    batch_size: int
+    """Sequences per optimizer step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    rank: int = 0
+    """Index of this process."""
+    world_size: int = 1
+    """Number of processes."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.accumulate * self.world_size) != 0:
             raise ValueError(
-                f"train.batch_size={batch_size} is not a multiple of train.accumulate={accumulate} times {world_size} "
-                "processes"
+                f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate} times "
+                f"{self.world_size} processes"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must be from 0 to {world_size - 1}")
-        self.start_step = start_step
-        self.stop_step = stop_step
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.rank = rank
-        self.world_size = world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} must be from 0 to {self.world_size - 1}")
 
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step) * self.accumulate
@@ -112,39 +112,26 @@ class ProcessPositions(Sampler[list[int]]):
 def training_loader(
     file: TokenFile,
     n_ctx: int,
+    positions: ProcessPositions,
     *,
     seed: int,
-    batch_size: int,
-    start_step: int,
-    stop_step: int,
-    accumulate: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Micro-batches `(tokens, targets)` of this process, both `batch pos`, `accumulate` of them a step.
+    """Micro-batches `(tokens, targets)` of one process, both `batch pos`, for the steps that `positions` names.
 
-    It is a pure function of its arguments: begun again at a later step it goes on with the same blocks, whatever the
-    number of workers, and it draws nothing from torch's global random state. It is sharded already, so Accelerate must
-    not shard it again.
+    The batches depend only on the arguments: started at a later step, the loader continues with the same blocks,
+    whatever the number of workers. It draws nothing from torch's global random state. It is sharded already, so
+    Accelerate must not shard it again.
 
     Args:
         file: training tokens.
+        positions: steps, batch size, and which process reads.
         seed: seed of the order.
-        batch_size: sequences an optimizer step, over all processes.
-        start_step: first step.
-        stop_step: step to stop before.
-        accumulate: micro-batches a step.
-        rank: this process.
-        world_size: all processes.
-        workers: data-loading processes.
-        pin_memory: page-locked memory, for copies to a GPU.
+        workers: number of data-loading processes.
+        pin_memory: whether to use page-locked memory, for copies to a GPU.
     """
     dataset = BlockDataset(file, n_ctx, BlockOrder(file.n_blocks(n_ctx), seed))
-    positions = ProcessPositions(
-        start_step, stop_step, batch_size, accumulate=accumulate, rank=rank, world_size=world_size
-    )
     return DataLoader(
         dataset,
         batch_sampler=positions,

@@ -32,7 +32,10 @@ FORMAT = 2
 REMEDY = "delete it and the file beside it, they will be made again"
 
 CHARACTERS = 2**20
-"""Characters encoded at a time, at most: they take about 160 bytes each meanwhile."""
+"""Largest number of characters that are encoded together; each takes about 160 bytes meanwhile."""
+
+PARTS = 1000
+"""Largest number of documents, or pieces of long ones, that are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,6 @@ def write_tokens(
     total: int | None = None,
     progress: bool = True,
     form: str | None = None,
-    batch: int = 1000,
 ) -> TokenFile:
     """Encodes documents, each between its boundary tokens, into a token file.
 
@@ -188,7 +190,6 @@ def write_tokens(
         name: what the text is, for messages and the progress bar.
         total: number of documents if known, for the progress bar.
         form: how the documents were told apart, to be recorded.
-        batch: documents encoded at a time, at most.
 
     Raises:
         ValueError: no text, a token beyond the vocabulary, or a tokenizer without begin- and end-of-text token.
@@ -203,7 +204,7 @@ def write_tokens(
         temporary.open("wb") as out,
         tqdm(total=total, desc=f"{name} tokens", unit=" documents", disable=not progress) as bar,
     ):
-        for parts in _batches(_split_documents(texts, tokenizer), batch):
+        for parts in _batches(_split_documents(texts, tokenizer)):
             encoded = _encode(tokenizer, [part.text for part in parts])
             rows = [
                 np.array([*boundary.before * part.first, *ids, *boundary.after * part.last], dtype=np.int64)
@@ -268,12 +269,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return encoded["input_ids"]
 
 
-def _batches(parts: Iterable[_Part], size: int) -> Iterator[list[_Part]]:
-    """Batches of at most `size` parts and, but for a single longer part, `CHARACTERS` characters."""
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Batches of at most `PARTS` parts and, unless a single part is longer, `CHARACTERS` characters."""
     batch: list[_Part] = []
     room = CHARACTERS
     for part in parts:
-        if batch and (len(batch) == size or len(part.text) > room):
+        if batch and (len(batch) == PARTS or len(part.text) > room):
             yield batch
             batch, room = [], CHARACTERS
         batch.append(part)

@@ -138,10 +138,10 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
                     "it cannot do the task, and a circuit for it would explain nothing."
                 )
                 continue
-            find = Experiment(subject.model, prompts.find, stream=stream)
+            find = Experiment(subject.model, prompts.find, stream=stream, seed=seed)
             judge = find.on(prompts.report)
             for method in _methods(stream) if n_edges else ():
-                result = _find(find, judge, method, seed)
+                result = _find(find, judge, method)
                 rankings.append(ranking(result, method, stream, title, len(prompts.find), len(prompts.report)))
                 needed = result.curve.edges_for(LEVEL).edges if result.curve is not None else None
                 cells[NEEDED][f"{title}, {stream}, {METHODS[method]}"] = format_cell(needed, ",")
@@ -150,9 +150,9 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
     return TaskPage(title, _about(prompts), table, tuple(rankings), " ".join(notes)), cells
 
 
-def _find(find: Experiment, judge: Experiment, method: Method, seed: int) -> FoundCircuit:
+def _find(find: Experiment, judge: Experiment, method: Method) -> FoundCircuit:
     try:
-        return find_circuit(find, judge, method, tau=TAU, seed=seed, progress=False)
+        return find_circuit(find, judge, method, tau=TAU, progress=False)
     except Interrupted as stop:
         # a report keeps nothing that could be resumed
         raise KeyboardInterrupt from stop

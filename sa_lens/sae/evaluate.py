@@ -15,11 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.config import Stream
+from sa_lens.config import Stream, check_whole
 from sa_lens.core.host import Hook, Host, at_least_float32, device_of, in_stream
 from sa_lens.data.blocks import Text
 from sa_lens.sae.hook_activations import hook_width, import_sae_lens, text_of
 from sa_lens.sae.train import FINISHED, load_sae, newest_checkpoint
+
+BLOCKS_AT_ONCE, LOGITS_AT_ONCE = 8, 2**25
+"""Largest number of blocks in one pass, and of logits in each of the three sets that are in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,6 @@ def evaluate_sae(
     hook: str | None = None,
     stream: Stream | None = None,
     n_tokens: int = 100_000,
-    batch: int = 8,
     ignore: Collection[int] = (),
     scaler: Any = None,
     progress: bool = True,
@@ -83,7 +85,6 @@ def evaluate_sae(
         hook: hook point; None takes it from the metadata of the SAE.
         stream: clean or ablated; None takes it from the metadata of the SAE, or clean if they name none.
         n_tokens: largest number of tokens, in whole blocks from the beginning of the text; at least one block is read.
-        batch: number of blocks that run together. Three sets of logits are in memory at a time.
         ignore: tokens, such as begin-of-text, whose activations are neither replaced nor counted.
         scaler: SAELens's `ActivationScaler` for an SAE whose scale is not folded into its weights; None loads the one
             in the folder of the SAE. `ActivationScaler()` evaluates such an SAE without a scale.
@@ -102,9 +103,7 @@ def evaluate_sae(
     sae_lens = import_sae_lens()
     from sae_lens.evals import EvalConfig
 
-    for name, value in (("n_tokens", n_tokens), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_whole("n_tokens", n_tokens, 1)
     if isinstance(sae, (str, Path)):
         scaler = scaler or _scaler_beside(Path(sae))
         sae = load_sae(Path(sae), model)
@@ -122,6 +121,7 @@ def evaluate_sae(
     text = blocks.rows(0, max(1, n_tokens // blocks.length))
     if ignore and bool(np.isin(text.cpu().numpy(), list(ignore)).all()):
         raise ValueError("every token of the text is ignored")
+    batch = max(1, min(BLOCKS_AT_ONCE, LOGITS_AT_ONCE // (blocks.length * model.cfg.d_vocab)))
     passes = math.ceil(len(text) / batch)
     with in_stream(model, chosen), _hook_named(sae, hook):
         try:

@@ -17,6 +17,7 @@ from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.host import Host, device_of, in_stream, require_hooks
 from sa_lens.data import BlockOrder
 from sa_lens.data.blocks import Text, TextBlocks
+from sa_lens.sae.settings import SAESettings
 from sa_lens.stopping import StopRequest
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
@@ -119,6 +120,7 @@ class ActivationBatches(Iterator[Tensor]):
     step s continues exactly as the whole one.
 
     Args:
+        settings: how many activations a batch has, and how many are shuffled together.
         start: step of the first batch.
         request: checked between two passes of the model; `Interrupted` is raised if a stop was requested.
     """
@@ -131,20 +133,19 @@ class ActivationBatches(Iterator[Tensor]):
         blocks: TextBlocks,
         hook: str,
         stream: Stream,
+        settings: SAESettings,
         *,
-        batch_tokens: int,
-        buffer_tokens: int,
         seed: int,
         start: int = 0,
         request: StopRequest | None = None,
     ) -> None:
         self.model, self.blocks, self.hook, self.stream = model, blocks, hook, stream
-        self.batch_tokens, self.seed, self.step = batch_tokens, seed, start
+        self.batch_tokens, self.seed, self.step = settings.batch_tokens, seed, start
         self.request = request or StopRequest()
         self.order = BlockOrder(len(blocks), seed)
-        least = -(-batch_tokens // blocks.length)
-        self.blocks_per_buffer = max(least, min(len(blocks), buffer_tokens // blocks.length))
-        self.batches_per_buffer = self.blocks_per_buffer * blocks.length // batch_tokens
+        least = -(-self.batch_tokens // blocks.length)
+        self.blocks_per_buffer = max(least, min(len(blocks), settings.buffer_tokens // blocks.length))
+        self.batches_per_buffer = self.blocks_per_buffer * blocks.length // self.batch_tokens
         self._filled: int | None = None
 
     def __next__(self) -> Float[Tensor, "batch_tokens width"]:

@@ -26,6 +26,8 @@ from sa_lens.sae.settings import SAESettings, resolve
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 
 TRAINING, CHECKPOINT, FINISHED = "training.json", "checkpoint", "cfg.json"
+CHECKPOINT_STEPS = 1000
+"""Steps between checkpoints in the output folder."""
 NORM_BATCHES = 100
 """Largest number of batches from which the mean norm of the activations is estimated."""
 
@@ -41,7 +43,6 @@ def train_sae(
     output: str | Path | None = None,
     resume: bool = False,
     architecture: Any = None,
-    checkpoint_every: int = 1000,
     progress: bool = True,
     **changes: Any,
 ) -> Any:
@@ -62,7 +63,6 @@ def train_sae(
         resume: whether to continue from the checkpoint in `output` if there is one; a finished SAE is only loaded.
         architecture: a training configuration of SAELens, such as `TopKTrainingSAEConfig`, instead of the standard SAE;
             `expansion`, `d_sae`, `l1_coefficient`, `l1_warm_up` and `normalize` then have no effect.
-        checkpoint_every: number of steps between checkpoints in `output`.
         progress: whether to show a progress bar.
         changes: settings that differ from the preset; see `SAESettings`.
 
@@ -85,8 +85,6 @@ def train_sae(
     settings = resolve(preset, changes)
     if seed < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
     folder = None if output is None else output_folder(output)
     d_in = hook_width(model, hook, stream)
     blocks = text_of(tokens, model, settings.batch_tokens)
@@ -112,17 +110,7 @@ def train_sae(
     with stop_requests() as request:
 
         def batches(start: int = 0) -> ActivationBatches:
-            return ActivationBatches(
-                model,
-                blocks,
-                hook,
-                stream,
-                batch_tokens=settings.batch_tokens,
-                buffer_tokens=settings.buffer_tokens,
-                seed=seed,
-                start=start,
-                request=request,
-            )
+            return ActivationBatches(model, blocks, hook, stream, settings, seed=seed, start=start, request=request)
 
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -138,7 +126,7 @@ def train_sae(
             scaler = trainer.activation_scaler
             if cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is None:
                 scaler.scaling_factor = _norm_scale(batches(), settings.steps, d_in)
-            _fit(trainer, settings.steps, folder, checkpoint_every, progress, request)
+            _fit(trainer, settings.steps, folder, progress, request)
         except Interrupted as stop:
             step, kept = trainer.n_training_steps, "its state is not saved, because output is None"
             if folder is not None:
@@ -150,9 +138,7 @@ def train_sae(
     return _finish(trainer, folder, model)
 
 
-def _fit(
-    trainer: Any, steps: int, folder: Path | None, checkpoint_every: int, progress: bool, request: StopRequest
-) -> None:
+def _fit(trainer: Any, steps: int, folder: Path | None, progress: bool, request: StopRequest) -> None:
     """Runs the training loop of SAELens's trainer step by step, so that it can stop between two steps."""
     from tqdm.auto import tqdm
 
@@ -166,7 +152,7 @@ def _fit(
             if progress and trainer.n_training_steps % 50 == 0:
                 l0 = (out.feature_acts != 0).float().sum(-1).mean()
                 bar.set_postfix_str(f"loss {out.loss.item():.3g}, L0 {l0.item():.1f}", refresh=False)
-            if folder is not None and trainer.n_training_steps % checkpoint_every == 0:
+            if folder is not None and trainer.n_training_steps % CHECKPOINT_STEPS == 0:
                 _save_checkpoint(trainer, folder)
 
 

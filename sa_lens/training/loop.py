@@ -18,7 +18,7 @@ from torch import Tensor
 from sa_lens.config import RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer, save_and_load
 from sa_lens.core.save_and_load import complete_steps
-from sa_lens.data import training_loader, validation_blocks
+from sa_lens.data import ProcessPositions, training_loader, validation_blocks
 from sa_lens.launching import check_processes
 from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
@@ -228,20 +228,14 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
 
 def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's micro-batches from where the run stands, on its device."""
-    device = accelerator.device
-    loader = training_loader(
-        setup.data.train,
-        run.model.n_ctx,
-        seed=run.train.seed,
-        batch_size=run.train.batch_size,
-        start_step=setup.state.step,
-        stop_step=run.train.steps,
-        accumulate=micro_batches(run, accelerator.num_processes),
+    device, processes = accelerator.device, accelerator.num_processes
+    positions = ProcessPositions(
+        *(setup.state.step, run.train.steps, run.train.batch_size, micro_batches(run, processes)),
         rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        workers=run.train.workers,
-        pin_memory=device.type == "cuda",
+        world_size=processes,
     )
+    options: dict[str, Any] = {"workers": run.train.workers, "pin_memory": device.type == "cuda"}
+    loader = training_loader(setup.data.train, run.model.n_ctx, positions, seed=run.train.seed, **options)
     for tokens, targets in loader:
         yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa_lens.data import BlockOrder, TokenFile, load_tokenizer, training_loader
-from sa_lens.data.batches import BlockDataset, ProcessPositions
+from sa_lens.data import BlockOrder, ProcessPositions, TokenFile, load_tokenizer, training_loader
+from sa_lens.data.batches import BlockDataset
 from sa_lens.data.tokens import write_tokens
 
 
@@ -61,9 +61,8 @@ def test_targets_are_the_next_tokens(tokens: TokenFile) -> None:
 
 def test_two_processes_read_what_one_reads(tokens: TokenFile) -> None:
     def steps(**options: int) -> list[torch.Tensor]:
-        return [
-            batch for batch, _ in training_loader(tokens, 8, seed=0, batch_size=8, start_step=0, stop_step=5, **options)
-        ]
+        positions = ProcessPositions(0, 5, batch_size=8, **options)
+        return [batch for batch, _ in training_loader(tokens, 8, positions, seed=0)]
 
     alone = steps(accumulate=2)
     shared = [steps(accumulate=2, rank=rank, world_size=2) for rank in range(2)]
@@ -76,7 +75,7 @@ def test_two_processes_read_what_one_reads(tokens: TokenFile) -> None:
 
 def test_a_run_begun_later_goes_on_with_the_same_blocks(tokens: TokenFile) -> None:
     def steps(start: int) -> list[torch.Tensor]:
-        loader = training_loader(tokens, 8, seed=5, batch_size=4, start_step=start, stop_step=6)
+        loader = training_loader(tokens, 8, ProcessPositions(start, 6, batch_size=4), seed=5)
         return [torch.stack(pair) for pair in loader]
 
     assert len(steps(0)) == 6
@@ -89,7 +88,7 @@ def test_workers_change_neither_the_batches_nor_the_random_state(tokens: TokenFi
     plain, worked = (
         [
             torch.stack(pair)
-            for pair in training_loader(tokens, 8, seed=5, batch_size=4, start_step=0, stop_step=7, workers=workers)
+            for pair in training_loader(tokens, 8, ProcessPositions(0, 7, batch_size=4), seed=5, workers=workers)
         ]
         for workers in (0, 2)
     )

@@ -98,10 +98,13 @@ def test_where_nothing_can_be_cut_the_text_stays_whole() -> None:
     assert list(long_documents.split_document("ab " * 900, sign)) == [("ab " * 900, True)]
 
 
-def test_long_documents_on_disk_are_those_in_one_piece(bpe_folder: Path, tmp_path: Path) -> None:
+def test_long_documents_on_disk_are_those_in_one_piece(
+    bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sa_lens.data.tokens.PARTS", 3)
     documents = [prose(3000, 1), "short", prose(1500, 2)]
     tokenizer = load_tokenizer(bpe_folder)
-    file = write_tokens(tmp_path / "a.bin", documents, tokenizer, name="test", progress=False, batch=3)
+    file = write_tokens(tmp_path / "a.bin", documents, tokenizer, name="test", progress=False)
     row = [token for text in documents for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     assert file.tokens.tolist() == row
     assert file.n_documents == 3

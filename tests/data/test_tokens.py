@@ -13,8 +13,9 @@ from sa_lens.data.tokens import write_tokens
 
 
 @pytest.fixture
-def tokens(tmp_path: Path, stories: list[str], bpe_folder: Path) -> TokenFile:
-    return write_tokens(tmp_path / "a.bin", stories, load_tokenizer(bpe_folder), name="test", progress=False, batch=7)
+def tokens(tmp_path: Path, stories: list[str], bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> TokenFile:
+    monkeypatch.setattr("sa_lens.data.tokens.PARTS", 7)
+    return write_tokens(tmp_path / "a.bin", stories, load_tokenizer(bpe_folder), name="test", progress=False)
 
 
 def test_a_file_is_each_document_and_an_end_of_text_token(
@@ -135,14 +136,20 @@ def test_a_header_that_is_no_header_is_refused(tokens: TokenFile, content: str) 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_half_way_leaves_nothing(
-    failure: type[BaseException], tmp_path: Path, stories: list[str], bpe_folder: Path
+    failure: type[BaseException],
+    tmp_path: Path,
+    stories: list[str],
+    bpe_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sa_lens.data.tokens.PARTS", 7)
+
     def breaking() -> Iterator[str]:
         yield from stories[:50]
         raise failure("the source broke")
 
     with pytest.raises(failure, match="the source broke"):
-        write_tokens(tmp_path / "x.bin", breaking(), load_tokenizer(bpe_folder), name="test", progress=False, batch=7)
+        write_tokens(tmp_path / "x.bin", breaking(), load_tokenizer(bpe_folder), name="test", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -129,7 +129,6 @@ def mask_shares(
     variant: Variant = "metric_position",
     masks_from: MasksFrom = "gate",
     scale: Scale = "share",
-    seed: int = 0,
 ) -> MaskShares:
     """How often each unit stays on the clean prompts. The experiment's stream, masks and ablation do not matter.
 
@@ -137,7 +136,6 @@ def mask_shares(
         variant: where masks are read; see `Variant`.
         masks_from: the gates', or a comparison; see `MasksFrom`.
         scale: of the nodes' scores; see `Scale`.
-        seed: of what is drawn at random.
 
     Raises:
         ValueError: a model without gates, or an unknown choice.
@@ -148,7 +146,7 @@ def mask_shares(
     model, pairs = exp.model, exp.pairs
     with in_stream(model, "ablated", position=-1):
         pass
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(exp.seed)
     read: Callable[[Int[Tensor, "pair pos"]], dict[str, Tensor]]
     match masks_from:
         case "random":
@@ -167,7 +165,7 @@ def mask_shares(
         [total / len(pairs) for name, total in totals.items() if kind in name] for kind in ("attn_gate", "mlp_gate")
     )
     about: dict[str, Any] = {"method": "gate", "variant": variant, "masks_from": masks_from, "scale": scale}
-    about |= {"task": pairs.task, "n": len(pairs)} | ({"seed": seed} if masks_from in _DRAWN else {})
+    about |= {"task": pairs.task, "n": len(pairs)} | ({"seed": exp.seed} if masks_from in _DRAWN else {})
     neurons = torch.stack(mlp) if mlp else torch.empty(0, 1, dtype=torch.float64)
     shares = MaskShares(exp.graph, torch.stack(attn), neurons, scale, about)
     return _shuffle_units(shares, generator) if masks_from == "shuffled_units" else shares
@@ -180,14 +178,13 @@ def gate_circuit(
     variant: Variant = "metric_position",
     masks_from: MasksFrom = "gate",
     scale: Scale = "share",
-    seed: int = 0,
 ) -> Circuit:
     """Ranks every edge by how many units of its two nodes the gates keep on the clean prompts.
 
     Arguments and errors as in `mask_shares`. Many edges score alike; `keep` then takes those first in the graph's
     order.
     """
-    return mask_shares(exp, variant=variant, masks_from=masks_from, scale=scale, seed=seed).circuit()
+    return mask_shares(exp, variant=variant, masks_from=masks_from, scale=scale).circuit()
 
 
 @analysis
@@ -198,7 +195,6 @@ def gate_rankings(
     scale: Scale = "share",
     other: PromptPairs | None = None,
     draws: int = 3,
-    seed: int = 0,
 ) -> dict[str, Circuit]:
     """The gate's ranking and those it has to beat, by name, for `faithfulness` and `agreement_table`.
 
@@ -207,19 +203,20 @@ def gate_rankings(
 
     Args:
         other: pairs of another task.
-        draws: draws of each random ranking, with seeds `seed`, `seed + 1`, ...
+        draws: draws of each random ranking, with the experiment's seed, that seed + 1, ...
 
     Raises:
         ValueError: no draw, and what `mask_shares` raises.
     """
     check_whole("draws", draws, 1)
 
-    def ranking(masks_from: MasksFrom, draw: int = 0, of: Experiment = exp) -> Circuit:
-        return gate_circuit(of, variant=variant, scale=scale, masks_from=masks_from, seed=seed + draw)
+    def ranking(masks_from: MasksFrom, draw: int = 0, pairs: PromptPairs = exp.pairs) -> Circuit:
+        drawn = exp.replace(pairs=pairs, seed=exp.seed + draw)
+        return gate_circuit(drawn, variant=variant, scale=scale, masks_from=masks_from)
 
     rankings = {"gate": ranking("gate")}
     if other is not None:
-        rankings["other prompts"] = ranking("gate", of=exp.on(other))
+        rankings["other prompts"] = ranking("gate", pairs=other)
     else:
         rankings["shuffled text"] = ranking("shuffled_text")
     rankings["top activation"] = ranking("top_activation")

@@ -67,15 +67,13 @@ def agreement(ranking: Circuit, reference: Circuit, *, absolute: bool = True) ->
     )
 
 
-def agreement_table(
-    rankings: Mapping[str, Circuit], references: Mapping[str, Circuit], *, absolute: bool = True
-) -> pd.DataFrame:
-    """One row for each ranking and reference: their names and the fields of `Agreement`."""
+def agreement_table(rankings: Mapping[str, Circuit], references: Mapping[str, Circuit]) -> pd.DataFrame:
+    """Compares every ranking with every reference: one row each, with their names and the fields of `Agreement`."""
     import pandas as pd
 
     return pd.DataFrame(
         [
-            {"ranking": name, "reference": other, **agreement(ranking, reference, absolute=absolute)._asdict()}
+            {"ranking": name, "reference": other, **agreement(ranking, reference)._asdict()}
             for name, ranking in rankings.items()
             for other, reference in references.items()
         ]

@@ -53,7 +53,6 @@ def completeness(
     subsets: int = 10,
     steps: int = 5,
     candidates: int = 10,
-    seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """How far circuit and model differ when the same elements of the circuit are taken out of both.
@@ -65,7 +64,6 @@ def completeness(
             circuit and model differ most is taken in. Its row holds the worst set on the way. This costs up to
             2 * steps * candidates runs. 0: no search.
         candidates: elements tried at each step.
-        seed: of the random choices; same seed, same sets.
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
@@ -82,7 +80,7 @@ def completeness(
         check_whole(name, value, least)
     elements = _elements(circuit, by, exp.graph)
     measure = CircuitMetric.of(exp)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(exp.seed)
     whole = measure.graph.exists
 
     def values(chosen: tuple[int, ...]) -> tuple[float, float]:
@@ -134,14 +132,11 @@ def completeness(
 
 
 @analysis
-def minimality(
-    exp: Experiment, circuit: Circuit, *, by: Elements = "edges", seed: int = 0, progress: bool = True
-) -> pd.DataFrame:
+def minimality(exp: Experiment, circuit: Circuit, *, by: Elements = "edges", progress: bool = True) -> pd.DataFrame:
     """What each element of a circuit adds to it: one run per element.
 
     Args:
         by: elements; see `Elements`.
-        seed: of the bootstrap.
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
@@ -160,7 +155,7 @@ def minimality(
     rows = []
     for element in tqdm(elements, desc="minimality", delay=3, disable=not progress):
         after = measure(circuit.mask & ~element.mask).value
-        change = bootstrap_interval(before - after, seed=seed)
+        change = bootstrap_interval(before - after, seed=exp.seed)
         rows.append(
             {
                 **{"element": element.name, "without": float(after.mean())},

@@ -58,7 +58,6 @@ def faithfulness(
     order: Order = "mib",
     levels: Sequence[float] = (0.9,),
     prune: bool = False,
-    seed: int = 0,
     progress: bool = True,
 ) -> FaithfulnessCurve:
     """Faithfulness of a ranking along its sizes, or of given circuits, with 95 % intervals over prompts.
@@ -76,7 +75,6 @@ def faithfulness(
         prune: leave out edges on no path from the embedding to the logits before running, as MIB does. This changes
             nothing in the clean stream with `resample`. In the ablated stream with frozen masks such edges do work:
             their nodes are under the masks of the clean prompt, and so write something else than in the corrupt run.
-        seed: of the bootstrap.
         progress: show a progress bar if it takes more than a few seconds.
 
     Raises:
@@ -88,7 +86,7 @@ def faithfulness(
     measure = CircuitMetric.of(exp)
     about: dict[str, Any] = {**measure.about, "prune": prune, "pair_accuracy": measure.accuracy}
     about["masks_alone"] = _masks_alone(measure) if exp.masks == "frozen" else math.nan
-    about |= {"level": LEVEL, "resamples": RESAMPLES, "seed": seed}
+    about |= {"level": LEVEL, "resamples": RESAMPLES, "seed": exp.seed}
     if isinstance(ranking, Circuit):
         about |= {"order": order, "ranking": dict(ranking.about)}
         chosen = _along(ranking, sizes, order)
@@ -101,7 +99,7 @@ def faithfulness(
     measured = measure.each([circuit.mask for circuit in run], progress=progress)
     needed = _needed(measure, ranking, levels, order != "signed", prune) if isinstance(ranking, Circuit) else ()
     columns = [measure.clean, measure.empty, *(m.value for m in measured), *(m.kl for m in measured)]
-    means = _resampled(torch.stack(columns, -1).numpy(), seed)
+    means = _resampled(torch.stack(columns, -1).numpy(), exp.seed)
     clean, empty = means[:, 0], means[:, 1]
     value, divergence = means[:, 2 : 2 + len(chosen)], means[:, 2 + len(chosen) :]
     with np.errstate(divide="ignore", invalid="ignore"):
