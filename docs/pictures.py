@@ -109,9 +109,8 @@ def task_circuits(camera: Camera, dense: Any, local: Any) -> None:
         drawn[f"{name}, {stream} stream"] = circuits.acdc(exp, TAU, progress=False).circuit
         curve = circuits.faithfulness(exp.on(judge), circuits.eap_ig(exp, progress=False), progress=False)
         curves[f"{name}, {stream}"] = curve.table().query("order == 'absolute'").drop(columns=["order", "stream"])
-    figure = views.side_by_side(list(drawn.values()), f"ACDC at tau {TAU}: IOI", names=list(drawn))
-    figure.for_each_annotation(lambda note: note.update(text=note.text.replace("; ", "<br>")))
-    camera.figure("circuits-stories", figure, height=500)
+    page = views.side_by_side(list(drawn.values()), f"ACDC at tau {TAU}: IOI", names=list(drawn))
+    camera.text("circuits-stories", page)
     chart = views.faithfulness_chart(curves, title="Edges needed: IOI, ranked by EAP-IG")
     camera.figure("faithfulness-stories", chart, height=620)
 

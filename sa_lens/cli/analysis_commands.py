@@ -107,7 +107,7 @@ def circuit(
         ) from stop
     judged.save(folder)
     unfinished.unlink(missing_ok=True)
-    figures: dict[str, Any] = {"circuit": judged.circuit}
+    figures: dict[str, Any] = {"circuit": judged}
     if judged.curve is not None:
         figures["faithfulness"] = faithfulness_chart({f"{method}, {stream} stream": judged.curve.table()})
     for name, figure in figures.items():

@@ -186,6 +186,7 @@ def ranking(result: FoundCircuit, method: Method, stream: Stream, task: str, n_f
         n_edges=len(graph),
         edges=tuple(edges),
         scale=SCALES[method],
+        warnings=result.warnings,
     )
     return Ranking(METHODS[method], stream, circuit, chosen=len(result.circuit), curve=_curve(result, method))
 
@@ -218,7 +219,7 @@ def _note(result: FoundCircuit, method: Method, n_find: int, n_report: int, show
         )
     if shown < len(result.ranking.graph):
         parts.append(f"Shown are the first {shown:,} of {len(result.ranking.graph):,} edges")
-    return ". ".join([*parts, *result.warnings]) + "."
+    return ". ".join(parts) + "."
 
 
 def _curve(result: FoundCircuit, method: Method) -> Curves | None:

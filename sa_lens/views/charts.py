@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, streams_of
 from sa_lens.core.unit import Unit, checked_unit
@@ -21,7 +20,7 @@ from sa_lens.units import stream_units
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.records import Bars, Curves, Histogram, Level, Line, Series, number
 from sa_lens.views.theme import escape, fade, label_axis, lay_out, palette
-from sa_lens.views.wording import TASKS, metric_words
+from sa_lens.views.wording import TASKS, mask_warnings, metric_words, skill_warnings
 
 WIDTH = 860
 """Pixels of a chart."""
@@ -115,7 +114,8 @@ def faithfulness_chart(
     Args:
         curves: tables with one row per size: `edges`, `share`, `f`, `kl`, and perhaps intervals `f_low`, `f_high`. A
             table may hold several curves, told apart by its columns `ranking`, `method`, `order` and `stream`
-            (`sa_lens.circuits.curves_table` makes such a table); a mapping names each table.
+            (`sa_lens.circuits.curves_table` makes such a table); a mapping names each table. Warnings are those of the
+            column `warnings`, or follow from `pair_accuracy` and `masks`.
         x: number of edges, or their share of all, on a log axis (sizes of 0 have no place on it).
         y: faithfulness f (0: as the empty circuit, 1: as the full model), or KL from the full model in nats.
         title: heading; None: what is shown.
@@ -127,7 +127,8 @@ def faithfulness_chart(
     if x not in ("edges", "share") or y not in ("f", "kl"):
         raise ValueError(f"x={x!r} must be 'edges' or 'share', y={y!r} 'f' or 'kl'")
     tables = dict(curves) if isinstance(curves, Mapping) else {"": curves}
-    lines = []
+    lines: list[Line] = []
+    warned: dict[str, list[str]] = {}
     for label, table in tables.items():
         missing = [column for column in (x, y) if column not in table]
         if missing or not len(table):
@@ -141,12 +142,15 @@ def faithfulness_chart(
             named = dict(zip(by, keys, strict=True))
             stream = str(named.pop("stream", ""))
             parts = [label, *(str(value) for column, value in named.items() if column in several)]
+            name = ", ".join(part for part in parts if part)
+            for warning in _curve_warnings(rows, stream):
+                warned.setdefault(warning, []).append(", ".join(part for part in (name, stream) if part))
             rows = rows[rows[x] > 0].sort_values(x)
             ends = [f"{y}_low", f"{y}_high"]
             low, high = [tuple(map(number, rows[end])) for end in ends] if set(ends) <= {*rows} else ((), ())
             lines.append(
                 Line(
-                    ", ".join(part for part in parts if part),
+                    name,
                     stream,
                     tuple(map(float, rows[x])),
                     tuple(map(number, rows[y])),
@@ -165,11 +169,23 @@ def faithfulness_chart(
         tuple(lines),
         x_scale="log",
         levels=(Level(0.9, "f = 0.9"), Level(1.0, "full model")) if y == "f" else (),
+        warnings=tuple(
+            warning if len(names) == len(lines) else f"{'; '.join(names)}: {warning}"
+            for warning, names in warned.items()
+        ),
     )
 
 
+def _curve_warnings(rows: pd.DataFrame, stream: str) -> list[str]:
+    """The warnings of a curve's analysis, or those that its skill and its masks give."""
+    if "warnings" in rows:
+        return [warning for warning in rows["warnings"].unique() if warning]
+    accuracy = float(rows["pair_accuracy"].min()) if "pair_accuracy" in rows else None
+    return skill_warnings(accuracy) + mask_warnings(stream, rows["masks"].iloc[0] if "masks" in rows else None)
+
+
 def _curve_note(tables: Iterable[pd.DataFrame]) -> str:
-    """What all tables agree on, and the skill of the models, with a warning where it is low."""
+    """What all tables agree on, and the skill of the models."""
 
     def values(column: str) -> list[Any]:
         return list(dict.fromkeys(value for table in tables if column in table for value in table[column]))
@@ -181,8 +197,6 @@ def _curve_note(tables: Iterable[pd.DataFrame]) -> str:
     parts += [f"{', '.join(map(str, values('n')))} pairs"] * bool(values("n"))
     if accuracies := values("pair_accuracy"):
         parts.append("pair accuracy " + ", ".join(f"{accuracy:.2f}" for accuracy in accuracies))
-        if min(accuracies) < SKILL_BAR:
-            parts.append(f"below {SKILL_BAR:g} a model cannot do the task, and its curve means little")
     return "; ".join(parts)
 
 

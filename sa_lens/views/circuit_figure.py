@@ -1,26 +1,25 @@
 """Circuits as figures: nodes by layer upward, edges in the colour of their scores.
 
 The record holds names and scores; places, curves and colours are made when it is drawn, so that one record serves any
-size of figure. Edges are grouped by colour into a handful of traces: a browser draws 2,000 of them as fast as 80.
+size of figure. On a page, the script that the report uses draws it, with a slider for the number of edges. Images are
+drawn by plotly, whose edges are grouped by colour into a handful of traces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
+from sa_lens.circuits.find_and_judge import FoundCircuit
 from sa_lens.circuits.graph import Circuit
-from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.views.circuit_layout import Places, ScoreScale, arc, places_of
-from sa_lens.views.drawing import Panels, register_panels, register_result
+from sa_lens.views.drawing import Panels, PanelScript, register_panels, register_result
 from sa_lens.views.records import CircuitEdge, CircuitMap, number
 from sa_lens.views.theme import Palette, colour_bar, escape, label_axis, palette
-from sa_lens.views.wording import METHODS, TASKS, metric_words
-
-if TYPE_CHECKING:
-    import pandas as pd
+from sa_lens.views.wording import METHODS, TASKS, mask_warnings, metric_words, skill_warnings
 
 MOST_EDGES = 5000
 """Edges that a record holds unless told otherwise."""
@@ -29,7 +28,7 @@ _FOR_HOVER = 300
 
 
 def circuit_map(
-    circuit: Circuit,
+    circuit: Circuit | FoundCircuit,
     *,
     skill: pd.DataFrame | float | None = None,
     title: str | None = None,
@@ -37,9 +36,12 @@ def circuit_map(
 ) -> CircuitMap:
     """Returns a circuit with its settings and the model's skill in words, ready to be drawn.
 
+    Warnings are those of the analysis. Where there are none, a pair accuracy below 0.8 and frozen masks give one.
+
     Args:
+        circuit: a circuit, or what `sa_lens.circuits.find_circuit` found, which knows skill and warnings.
         skill: how well the model does the task: the table of `sa_lens.circuits.skill`, of which the row of
-            the circuit's stream counts, or the pair accuracy from 0 to 1. Below 0.8 the note carries a warning.
+            the circuit's stream counts, or the pair accuracy from 0 to 1.
         title: heading; None: task, stream, method and number of edges, as `circuit.about` has them.
         most: edges to show; of a larger circuit those with the largest absolute scores, and the note says so.
 
@@ -48,6 +50,10 @@ def circuit_map(
     """
     if most < 1:
         raise ValueError(f"most={most} edges: show at least 1")
+    warnings: list[str] = []
+    if isinstance(circuit, FoundCircuit):
+        skill = pd.DataFrame([circuit.skill]) if skill is None else skill
+        warnings, circuit = [*circuit.warnings], circuit.circuit
     about = circuit.about
     edges = [
         CircuitEdge(str(edge.source), str(edge.destination), edge.port, number(circuit.score(edge))) for edge in circuit
@@ -57,7 +63,9 @@ def circuit_map(
         edges = sorted(edges, key=lambda edge: abs(edge.score or 0), reverse=True)[:most]
     graph = circuit.graph
     heads = {end for edge in edges for end in (edge.source, edge.destination) if ".h" in end}
-    notes = [_method_note(about), _skill_note(about, skill)]
+    accuracy, words = _skill(about, skill)
+    warnings = warnings or skill_warnings(accuracy) + mask_warnings(about.get("stream"), about.get("masks"))
+    notes = [_method_note(about), words]
     notes.append(f"{n:,} of {len(graph):,} edges, {len(heads)} of {graph.n_layers * graph.n_heads} heads")
     if n > most:
         notes.append(f"shown are the {most:,} with the largest scores")
@@ -70,10 +78,12 @@ def circuit_map(
         n_edges=len(graph),
         edges=tuple(edges),
         scale=_scale(about),
+        warnings=tuple(warnings),
     )
 
 
 register_result(Circuit, circuit_map)
+register_result(FoundCircuit, circuit_map)
 
 
 def _title(about: Mapping[str, Any], n: int) -> str:
@@ -96,9 +106,10 @@ def _method_note(about: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _skill_note(about: Mapping[str, Any], skill: pd.DataFrame | float | None) -> str:
+def _skill(about: Mapping[str, Any], skill: pd.DataFrame | float | None) -> tuple[float | None, str]:
+    """Pair accuracy, as a number and in words."""
     if skill is None:
-        return ""
+        return None, ""
     if isinstance(skill, int | float):
         accuracy, interval = float(skill), ""
     else:
@@ -109,10 +120,7 @@ def _skill_note(about: Mapping[str, Any], skill: pd.DataFrame | float | None) ->
         row = rows.iloc[0]
         accuracy = float(row["pair_accuracy"])
         interval = f" ({row['pair_accuracy_low']:.2f} to {row['pair_accuracy_high']:.2f})"
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"skill={accuracy} must be a pair accuracy from 0 to 1")
-    warning = "" if accuracy >= SKILL_BAR else f", below {SKILL_BAR:g}: the model cannot do this task"
-    return f"pair accuracy {accuracy:.2f}{interval}{warning}"
+    return accuracy, f"pair accuracy {accuracy:.2f}{interval}"
 
 
 def _scale(about: Mapping[str, Any]) -> str:
@@ -218,12 +226,6 @@ def _node_trace(record: CircuitMap, places: Places, colours: Palette) -> go.Scat
 
 def _circuits(records: Sequence[CircuitMap], dark: bool) -> Panels:
     first = records[0]
-    for record in records:
-        if (record.n_layers, record.n_heads) != (first.n_layers, first.n_heads):
-            raise ValueError(
-                f"side_by_side needs transformers of one shape, but {record.n_layers} layers of {record.n_heads} heads "
-                f"are not {first.n_layers} of {first.n_heads}"
-            )
     known = [edge.score for record in records for edge in record.edges if edge.score is not None]
     places, scores = places_of(records), ScoreScale(known, dark)
     layers = [f"layer {layer}" for layer in range(first.n_layers)]
@@ -243,4 +245,17 @@ def _circuits(records: Sequence[CircuitMap], dark: bool) -> Panels:
     return Panels(traces, axes, places.width + 50, beside=140, gap=50, height=places.height + 20, layout=layout)
 
 
-register_panels(CircuitMap, _circuits)
+def _contents(records: Sequence[CircuitMap]) -> list[dict[str, Any]]:
+    """Circuits for the script, the edges with the largest scores first."""
+    first = records[0]
+    for record in records:
+        if (record.n_layers, record.n_heads) != (first.n_layers, first.n_heads):
+            raise ValueError(
+                f"side_by_side needs transformers of one shape, but {record.n_layers} layers of {record.n_heads} heads "
+                f"are not {first.n_layers} of {first.n_heads}"
+            )
+    edges = [sorted(record.edges, key=lambda edge: abs(edge.score or 0), reverse=True) for record in records]
+    return [{**vars(record), "edges": [*map(vars, own)]} for record, own in zip(records, edges, strict=True)]
+
+
+register_panels(CircuitMap, _circuits, PanelScript("circuitPanels", _contents))

@@ -18,9 +18,9 @@ from plotly.subplots import make_subplots
 
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
-from sa_lens.views.html_page import Picture, component
+from sa_lens.views.html_page import Page, Picture, component, own_style
 from sa_lens.views.records import Titled, to_json
-from sa_lens.views.theme import lay_out, palette, wrap
+from sa_lens.views.theme import lay_out, palette, small_print, wrap
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 _USUAL = {"plotly_mimetype", "notebook", "jupyterlab", "vscode", "colab", "kaggle", "notebook_connected"}
@@ -102,7 +102,7 @@ class Figure(Picture, go.Figure):
 
 @singledispatch
 def draw(shown: object, *, dark: bool = False) -> Any:
-    """Draws a record, and returns the picture: a plotly figure, or a page of HTML for texts and tables.
+    """Draws a record, and returns the picture: a plotly figure, or a page of HTML for texts, tables and circuits.
 
     Either shows itself as the last line of a notebook's cell, and can be changed before it is saved.
 
@@ -183,12 +183,60 @@ class Panels:
     """Other settings of the figure."""
 
 
-_panels: dict[type, Callable[[Sequence[Any], bool], Panels]] = {}
+class PanelPage(Page):
+    """Records next to one another, drawn by our own script; `figure` draws the same with plotly, for images.
+
+    Args:
+        records: what to show; the title of the first is the heading.
+        names: a name above each.
+        script: what draws them.
+        figure: the plotly figure.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        names: Sequence[str],
+        script: PanelScript,
+        figure: Callable[[], Figure],
+        dark: bool,
+    ) -> None:
+        self.figure = figure
+        head, panels = _head(records), []
+        for name, record, content in zip(names, records, script.contents(records), strict=True):
+            note, warnings = _rest(record, head)
+            panels.append({"name": name, "note": note, "warnings": warnings, "content": content})
+        body = f"<style>{own_style()}</style>" + component("sa_lens", script.name, {"panels": panels})
+        super().__init__(head, lambda: body, dark=dark, libraries=("sa_lens",))
+
+    def save(self, path: str | Path, *, scale: float = 2) -> Path:
+        """Writes the page as `.html`, or the plotly figure as an image; see `Figure.save`."""
+        return super().save(path) if Path(path).suffix == ".html" else self.figure().save(path, scale=scale)
 
 
-def register_panels(kind: type, make: Callable[[Sequence[Any], bool], Panels]) -> None:
-    """Registers how records of a kind are drawn, alone by `draw` or next to one another by `side_by_side`."""
-    _panels[kind] = make
+@dataclass(frozen=True)
+class PanelScript:
+    """What draws records of one kind on a page."""
+
+    name: str
+    """Name of the script's function."""
+    contents: Callable[[Sequence[Any]], list[dict[str, Any]]]
+    """What it draws each of the records from."""
+
+
+_panels: dict[type, tuple[Callable[[Sequence[Any], bool], Panels], PanelScript | None]] = {}
+
+
+def register_panels(
+    kind: type, make: Callable[[Sequence[Any], bool], Panels], script: PanelScript | None = None
+) -> None:
+    """Registers how records of a kind are drawn, alone by `draw` or next to one another by `side_by_side`.
+
+    Args:
+        make: draws them with plotly.
+        script: draws them on a page instead, and leaves images to plotly.
+    """
+    _panels[kind] = make, script
     draw.register(kind, partial(_draw_panels, names=("",)))
 
 
@@ -204,15 +252,35 @@ def register_result(kind: type, make: Callable[..., Any]) -> None:
     draw.register(kind, lambda shown, *, dark=False, **options: draw(make(shown, **options), dark=dark))
 
 
-def _draw_panels(*records: Any, names: Sequence[str], dark: bool = False, title: str = "") -> Figure:
-    panels = _panels[type(records[0])](records, dark)
-    n = len(records)
+def _draw_panels(*records: Any, names: Sequence[str], dark: bool = False, title: str = "") -> Any:
+    make, script = _panels[type(records[0])]
+    titled = [replace(record, title=title or record.title) for record in records]
+
+    def figure() -> Figure:
+        return _plot_panels(titled, names, make(titled, dark), dark)
+
+    return figure() if script is None else PanelPage(titled, names, script, figure, dark)
+
+
+def _head(records: Sequence[Any]) -> Any:
+    """The first record, with a note and warnings only where they are those of all."""
+    first, *others = records
+    note = first.note if all(record.note == first.note for record in others) else ""
+    warnings = tuple(warning for warning in first.warnings if all(warning in record.warnings for record in others))
+    return replace(first, note=note, warnings=warnings)
+
+
+def _rest(record: Any, head: Any) -> tuple[str, list[str]]:
+    """The note and the warnings of a record that its heading does not have."""
+    warnings = [warning for warning in record.warnings if warning not in head.warnings]
+    return "" if record.note == head.note else record.note, warnings
+
+
+def _plot_panels(records: Sequence[Any], names: Sequence[str], panels: Panels, dark: bool) -> Figure:
+    n, head = len(records), _head(records)
     width = panels.beside + panels.width * n
-    notes = list(dict.fromkeys(record.note for record in records))
-    small = f"<br><span style='font-size:11px;color:{palette(dark).faint}'>"
     captions = [
-        f"<b>{wrap(name, panels.width - 20)}</b>"
-        + (f"{small}{wrap(record.note, panels.width - 20, 6)}</span>" if len(notes) > 1 else "")
+        f"<b>{wrap(name, panels.width - 20)}</b>{small_print(*_rest(record, head), panels.width - 20, dark, size=11)}"
         for name, record in zip(names, records, strict=True)
         if n > 1
     ]
@@ -230,16 +298,16 @@ def _draw_panels(*records: Any, names: Sequence[str], dark: bool = False, title:
         figure.update_xaxes(x, row=1, col=column)
         figure.update_yaxes(y, row=1, col=column)
     above = 20 + 17 * max(caption.count("<br>") for caption in captions) if captions else 0
-    head = replace(records[0], title=title or records[0].title, note=notes[0] if len(notes) == 1 else "")
     return lay_out(figure, head, width, above + panels.height, dark, above=above, **panels.layout)
 
 
 def side_by_side(
     shown: Sequence[Any], title: str = "", *, names: Sequence[str] | None = None, dark: bool = False
-) -> Figure:
+) -> Any:
     """Draws heat maps or circuits next to one another on one colour scale, such as one for each stream or model.
 
-    A node of a circuit has the same place in each.
+    Heat maps become a plotly figure. Circuits become a page whose sliders move together and on which a node has the
+    same place in each; its method `figure` draws them with plotly.
 
     Args:
         shown: records of heat maps, or tables of patches; or circuits, or records of them.

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from sa_lens.views.drawing import Panels, register_panels, register_result
 from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
 from sa_lens.views.theme import colour_bar, colour_scale, escape, label_axis
-from sa_lens.views.wording import TASKS
+from sa_lens.views.wording import TASKS, skill_warnings
 
 WHAT = {
     "resid_pre": "residual stream",
@@ -35,17 +35,24 @@ _SEVERAL = 1000
 """Pixels that heat maps beside one another share, if their columns are then wide enough."""
 
 
-def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None = None) -> HeatMap | Bars:
+def patch_map(
+    table: pd.DataFrame, value: str = "normalised", title: str | None = None, *, skill: float | None = None
+) -> HeatMap | Bars:
     """Returns a table of patches as a heat map of layers by positions or heads, or as bars of single units.
+
+    A warning stands in the figure where the model does not prefer the answer on the clean prompt, where its skill is
+    below 0.8, and where masks are frozen.
 
     Args:
         table: from `sa_lens.circuits.patch`: one kind, stream and direction; or several kinds whose rows are whole
             layers (masks of attention and MLP), which become columns.
         value: column to show: `normalised` or `value`.
         title: heading; None: made of the table's settings.
+        skill: the model's pair accuracy at the task, from 0 to 1, where it is known.
 
     Raises:
-        ValueError: an empty table, several settings in one table, or more dimensions than a heat map has.
+        ValueError: a skill outside 0 to 1, an empty table, several settings in one table, or more dimensions than a
+            heat map has.
     """
     if value not in ("normalised", "value"):
         raise ValueError(f"value={value!r} must be 'normalised' or 'value'")
@@ -63,7 +70,8 @@ def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None 
     if table["unit"].notna().any():
         table = table.sort_values(value, key=abs, ascending=False, kind="stable")
         labels = tuple(_unit_label(row) for _, row in table.iterrows())
-        return Bars(title, _note(row, value), labels, tuple(map(number, table[value])), scale)
+        bars = tuple(map(number, table[value]))
+        return Bars(title, _note(row, value), labels, bars, scale, warnings=_warnings(row, skill))
     columns = [name for name in ("what", "position", "head") if table[name].nunique(dropna=True) > 1]
     if len(columns) > 1:
         raise ValueError(
@@ -82,6 +90,7 @@ def patch_map(table: pd.DataFrame, value: str = "normalised", title: str | None 
         y=Axis("layer", tuple(map(str, layers))),
         values=numbers(cells.to_numpy(dtype=float, na_value=float("nan"))),
         scale=scale,
+        warnings=_warnings(row, skill),
     )
 
 
@@ -103,6 +112,21 @@ def _note(row: pd.Series, value: str) -> str:
     }[row["direction"]]
     ends = f"{metric} {row['clean']:.2f} clean, {row['corrupt']:.2f} corrupt"
     return f"{how}{one if value == 'normalised' else ''}; {ends}; {row['n']} {'pair' if row['n'] == 1 else 'pairs'}"
+
+
+def _warnings(row: pd.Series, skill: float | None) -> tuple[str, ...]:
+    warnings = skill_warnings(skill)
+    if row["metric"] == "logit_difference" and row["clean"] <= 0 and not warnings:
+        warnings.append(
+            f"the logit difference of the clean prompt is {row['clean']:.2f}: the model does not prefer the answer, so "
+            "what is shown explains little"
+        )
+    if row["stream"] == "ablated" and row["masks"] == "frozen":
+        warnings.append(
+            f"the frozen masks stay those of the unedited {'corrupt' if row['direction'] == 'denoise' else 'clean'} "
+            "prompt, whatever is patched"
+        )
+    return tuple(warnings)
 
 
 def _unit_label(row: pd.Series) -> str:

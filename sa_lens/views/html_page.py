@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
 from sa_lens.views.records import Titled
-from sa_lens.views.theme import FONT, palette
+from sa_lens.views.theme import FONT, css_variables, palette
 
-Library = Literal["circuitsvis", "plotly"]
+Library = Literal["circuitsvis", "plotly", "sa_lens"]
 
 _ASSETS = resources.files("sa_lens.views") / "assets"
-_SCRIPTS = ("elements", "graph", "circuit_view")
+_SCRIPTS = ("elements", "graph", "circuit_view", "circuit_panels")
 """Parts of the script of our own, in order."""
 
 _LOADER = """<script>(function () {
@@ -114,6 +114,8 @@ def library_source(library: Library) -> str:
         from plotly.offline import get_plotlyjs
 
         return wrap_library(library, get_plotlyjs(), "window.Plotly")
+    if library == "sa_lens":
+        return wrap_library(library, own_scripts(), "{render, circuitPanels}")
     import circuitsvis
 
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
@@ -277,9 +279,9 @@ class Picture:
 
 
 class _Scripts(Picture):
-    """Both libraries' scripts."""
+    """All libraries' scripts."""
 
-    libraries = ("circuitsvis", "plotly")
+    libraries = get_args(Library)
 
     def fragment(self) -> str:
         return "<p style='font-size:12px'>The scripts of sa_lens's views are on this page.</p>"
@@ -313,10 +315,14 @@ class Page(Picture):
         self.record, self.body, self.dark, self.libraries = record, body, dark, libraries
 
     def fragment(self) -> str:
+        warnings = [
+            f"<p class='warning'>Warning: {html.escape(warning)}</p>"
+            for warning in getattr(self.record, "warnings", ())
+        ]
         note = f"<p class='note'>{html.escape(self.record.note)}</p>" if self.record.note else ""
         return (
             f"{_style(self.dark)}<div class='sa-lens {'sa-lens-dark' if self.dark else 'sa-lens-light'}'>"
-            f"<h3>{html.escape(self.record.title)}</h3>{note}{self.body()}</div>"
+            f"<h3>{html.escape(self.record.title)}</h3>{''.join(warnings)}{note}{self.body()}</div>"
         )
 
     def _write(self, path: Path, title: str, background: str) -> None:
@@ -328,11 +334,12 @@ def _style(dark: bool) -> str:
     c = palette(dark)
     look = "sa-lens-dark" if dark else "sa-lens-light"
     return (
-        f"<style>.{look}{{font:14px/1.5 {FONT};color:{c.text};background:{c.background};padding:14px 20px;"
-        "max-width:1100px;overflow-x:auto}"
+        f"<style>.{look}{{{css_variables(c)}font:14px/1.5 {FONT};color:{c.text};background:{c.background};"
+        "padding:14px 20px;max-width:1100px;overflow-x:auto}"
         f".{look} h3{{font-size:17px;margin:0 0 2px;color:{c.text}}}"
         f".{look} .sa-lens-box h3{{font-size:14px;color:inherit}}"
         f".{look} .note{{font-size:12px;color:{c.faint};margin:0 0 10px}}"
+        f".{look} .warning{{font-size:13px;color:{c.warning};border-left:3px solid;padding-left:8px;margin:4px 0 6px}}"
         f".{look} .sa-lens-missing{{border:1px dashed {c.faint};padding:10px;color:{c.faint}}}"
         f".{look} table{{border-collapse:collapse;font-size:13px;color:{c.text};font-variant-numeric:tabular-nums}}"
         f".{look} th{{text-align:left;color:{c.faint};font-weight:600;position:sticky;top:0;background:{c.background}}}"

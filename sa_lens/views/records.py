@@ -10,7 +10,7 @@ import json
 import math
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +31,14 @@ class Titled:
     """Heading."""
     note: str
     """A line below the heading: what the numbers mean, and what they were measured on."""
+
+
+@dataclass(frozen=True)
+class OfAnalysis(Titled):
+    """What every record of the result of an analysis begins with."""
+
+    warnings: tuple[str, ...] = field(default=(), kw_only=True)
+    """What speaks against trusting the numbers; stands below the heading of every picture."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class HeatMap(Titled):
+class HeatMap(OfAnalysis):
     """A table of numbers shown as colours; the first row is drawn at the bottom."""
 
     x: Axis
@@ -223,7 +231,7 @@ class HeatMap(Titled):
 
 
 @dataclass(frozen=True)
-class Bars(Titled):
+class Bars(OfAnalysis):
     """Numbers with names, the first at the top."""
 
     labels: tuple[str, ...]
@@ -272,7 +280,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Curves(Titled):
+class Curves(OfAnalysis):
     """Curves over one axis."""
 
     x_title: str
@@ -330,7 +338,7 @@ class CircuitEdge:
 
 
 @dataclass(frozen=True)
-class CircuitMap(Titled):
+class CircuitMap(OfAnalysis):
     """A circuit: nodes by layer, and the edges between them."""
 
     n_layers: int

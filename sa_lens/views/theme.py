@@ -34,6 +34,8 @@ class Palette:
     """Of curves, in turn: Okabe and Ito's, in an order that keeps neighbours apart."""
     positive: str
     negative: str
+    warning: str
+    """Text of warnings."""
     diverging: tuple[str, ...]
     """From negative over zero to positive: blue, background, orange."""
     sequential: tuple[str, ...]
@@ -48,6 +50,7 @@ LIGHT = Palette(
     lines=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444"),
     positive="#c85a0c",
     negative="#1f6db3",
+    warning="#9a3f00",
     diverging=("#08306b", "#2171b5", "#85b8dc", "#f7f7f5", "#fdb777", "#d9650f", "#7a2f00"),
     sequential=("#f7f7f5", "#c9ddee", "#85b8dc", "#2f7fbd", "#0b4a8f", "#06264f"),
 )
@@ -59,6 +62,7 @@ DARK = Palette(
     lines=("#56b4e9", "#e69f00", "#2fc79a", "#e3a0c5", "#8fb8ff", "#ff8c42", "#c5cad1"),
     positive="#f2913d",
     negative="#58a6e0",
+    warning="#ffb070",
     diverging=("#c3e1fa", "#58a6e0", "#255a88", "#20242b", "#8a4a12", "#f2913d", "#ffdcb5"),
     sequential=("#20242b", "#1f4a70", "#2f7fbd", "#6db6ea", "#b9dcf7", "#f2f8fd"),
 )
@@ -174,20 +178,27 @@ def wrap(text: str, width: float, letter: float = 6.6) -> str:
     return "<br>".join(map(escape, lines))
 
 
-def heading(title: str, note: str, width: float, dark: bool = False) -> tuple[dict[str, str], int]:
-    """Returns plotly's title (the heading, and the note below it in small print), and its height in pixels.
+def heading(
+    title: str, note: str, width: float, dark: bool = False, warnings: Sequence[str] = ()
+) -> tuple[dict[str, str], int]:
+    """Returns plotly's title (heading, and below it warnings and note in small print), and its height in pixels.
 
     Args:
         width: of the figure, in pixels.
     """
-    large = wrap(title, width - 40, letter=10.4)
-    room = 40 + 22 * (1 + large.count("<br>"))
-    if not note:
-        return {"text": f"<b>{large}</b>"}, room
-    small = wrap(note, width - 40)
-    style = f"font-size:12px;color:{palette(dark).faint}"
-    # plotly spaces the lines of the note by the size of the heading
-    return {"text": f"<b>{large}</b><br><span style='{style}'>{small}</span>"}, room + 22 * (1 + small.count("<br>"))
+    text = f"<b>{wrap(title, width - 40, letter=10.4)}</b>" + small_print(note, warnings, width - 40, dark)
+    # plotly spaces the lines of small print by the size of the heading
+    return {"text": text}, 40 + 22 * (1 + text.count("<br>"))
+
+
+def small_print(note: str, warnings: Sequence[str], width: float, dark: bool = False, size: int = 12) -> str:
+    """Returns warnings and a note as lines below a heading, each in its colour, in plotly's markup."""
+    look = palette(dark)
+    lines = [(f"Warning: {warning}", look.warning) for warning in warnings] + [(note, look.faint)] * bool(note)
+    return "".join(
+        f"<br><span style='font-size:{size}px;color:{colour}'>{wrap(line, width, 0.55 * size)}</span>"
+        for line, colour in lines
+    )
 
 
 def lay_out(
@@ -201,7 +212,7 @@ def lay_out(
         bottom: pixels below the axes, part of the height.
         layout: plotly's other settings.
     """
-    title, room = heading(record.title, record.note, width, dark)
+    title, room = heading(record.title, record.note, width, dark, getattr(record, "warnings", ()))
     margin = {"t": room + above, "b": bottom}
     size = {"width": width, "height": room + height}
     return figure.update_layout(template=template(dark), title=title, margin=margin, **size, **layout)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.core.host import Host, device_of
 from sa_lens.data.tokenizers import boundary_tokens
 
@@ -34,6 +35,32 @@ _METRICS = {
 def metric_words(name: str) -> str:
     """Returns a metric in words, with its unit where it has one."""
     return _METRICS.get(name, name.replace("_", " "))
+
+
+def skill_warnings(accuracy: float | None) -> list[str]:
+    """A warning where the pair accuracy says that the model does not do the task; none where nothing is known.
+
+    Raises:
+        ValueError: no share from 0 to 1.
+    """
+    if accuracy is not None and not 0 <= accuracy <= 1:
+        raise ValueError(f"skill={accuracy} must be a pair accuracy from 0 to 1")
+    if accuracy is None or accuracy >= SKILL_BAR:
+        return []
+    return [
+        f"pair accuracy {accuracy:.2f} is below {SKILL_BAR:g}: the model cannot do this task, so what is shown "
+        "explains little"
+    ]
+
+
+def mask_warnings(stream: object, masks: object) -> list[str]:
+    """A warning about frozen masks in a circuit of the ablated stream."""
+    if stream != "ablated" or masks != "frozen":
+        return []
+    return [
+        "the frozen masks of the clean prompt bring a part of the answer, which no edge has to carry; live masks bring "
+        "nothing"
+    ]
 
 
 def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor, "1 pos"], tuple[str, ...]]:

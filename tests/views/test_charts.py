@@ -147,9 +147,24 @@ def test_curves_of_both_orders_and_the_note_of_their_table():
     )
     record = faithfulness_chart(table)
     assert [line.name for line in record.lines] == ["eap, absolute", "eap, signed"]
-    assert record.note.startswith("IOI; logit difference; resample ablation; 64 pairs; pair accuracy 0.70; below 0.8")
+    assert record.note == "IOI; logit difference; resample ablation; 64 pairs; pair accuracy 0.70"
+    assert [warning.split(":")[0] for warning in record.warnings] == ["pair accuracy 0.70 is below 0.8"]
+    assert "Warning: pair accuracy 0.70" in draw(record).layout.title.text
     assert faithfulness_chart(table[table.order == "signed"]).lines[0].name == "eap"
     assert faithfulness_chart(table, note="mine").note == "mine"
+
+
+def test_warnings_of_the_analysis_name_their_curve():
+    tables = {
+        "EAP": curve(stream="clean", pair_accuracy=0.5, warnings=""),
+        "gate": curve(stream="ablated", pair_accuracy=0.9, masks="frozen", warnings="f is unstable"),
+    }
+    assert faithfulness_chart(tables).warnings == ("gate, ablated: f is unstable",), "what the analysis says counts"
+    silent = {name: table.drop(columns="warnings") for name, table in tables.items()}
+    first, second = faithfulness_chart(silent).warnings
+    assert first.startswith("EAP, clean: pair accuracy 0.50 is below 0.8")
+    assert second.startswith("gate, ablated: the frozen masks of the clean prompt")
+    assert faithfulness_chart({"EAP": curve()}).warnings == ()
 
 
 def test_counts():

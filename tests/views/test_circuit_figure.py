@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
+from sa_lens.circuits.find_and_judge import FoundCircuit
 from sa_lens.circuits.graph import Circuit, Graph
-from sa_lens.views import circuit_map, draw, side_by_side
+from sa_lens.views import circuit_map, draw, save, side_by_side
 from sa_lens.views.circuit_layout import BINS, ScoreScale, arc, places_of
 from sa_lens.views.records import CircuitEdge, CircuitMap, from_json, to_json
 from sa_lens.views.theme import palette
@@ -54,8 +55,17 @@ def test_title_and_note_say_what_it_is(circuit):
     assert record.scale == "rise of KL, nats"
     for part in ("tau 0.01", "frozen masks", "resample ablation", "128 pairs", "pair accuracy 0.93", "2 of 6 heads"):
         assert part in record.note
-    assert "cannot" not in record.note
-    assert "below 0.8: the model cannot do this task" in circuit_map(circuit, skill=0.6).note
+    assert record.warnings == (
+        "the frozen masks of the clean prompt bring a part of the answer, which no edge has to carry; live masks bring "
+        "nothing",
+    )
+    low = circuit_map(circuit, skill=0.6)
+    assert low.warnings[0].startswith("pair accuracy 0.60 is below 0.8: the model cannot do this task")
+    assert from_json(to_json(low)) == low
+    for text in (draw(low).fragment(), draw(low).figure().layout.title.text.replace("<br>", " ")):
+        assert "Warning: pair accuracy 0.60 is below 0.8" in text
+    clean = Circuit.of(Graph(2, 3), EDGES, {**ABOUT, "stream": "clean", "masks": "none"})
+    assert circuit_map(clean, skill=0.8).warnings == ()
     assert circuit_map(circuit, title="Mine").title == "Mine"
     table = pd.DataFrame(
         {
@@ -73,7 +83,7 @@ def test_title_and_note_say_what_it_is(circuit):
 
 
 def test_figure_has_a_node_for_each_used_node_and_a_line_for_each_edge(circuit):
-    figure = draw(circuit, skill=0.9)
+    figure = draw(circuit, skill=0.9).figure()
     (nodes,) = traces(figure, "nodes")
     assert list(nodes.text) == ["embed", "0.1", "m0", "1.0", "logits"]
     assert strokes(figure) == len(EDGES)
@@ -117,7 +127,7 @@ def test_rows_are_ordered_to_cross_less():
 
 @pytest.mark.parametrize(("n", "signed"), [(80, False), (2000, True)])
 def test_few_traces_at_any_size(n, signed):
-    figure = draw(random_circuit(n, signed=signed))
+    figure = draw(random_circuit(n, signed=signed)).figure()
     assert strokes(figure) == n
     assert len(traces(figure, "edges")) <= (2 if signed else 1) * BINS
     assert len(figure.data) <= 2 * BINS + 2
@@ -146,12 +156,12 @@ def test_lines_have_the_colour_of_the_bar():
 
 @pytest.mark.parametrize("edges", [(), {"embed->logits": 0.0}, {"embed->logits": 0.3}, {"embed->logits": -0.3}])
 def test_circuits_of_no_or_one_edge_can_be_drawn(edges):
-    figure = draw(Circuit.of(Graph(1, 2), edges))
+    figure = draw(Circuit.of(Graph(1, 2), edges)).figure()
     assert strokes(figure) == len(edges)
 
 
 def test_edges_without_scores_are_grey():
-    figure = draw(Circuit.of(Graph(2, 3), list(EDGES)))
+    figure = draw(Circuit.of(Graph(2, 3), list(EDGES))).figure()
     (lines,) = traces(figure, "edges")
     assert lines.line.color == palette().faint
     assert "no score" in traces(figure, "edge values")[0].text[0]
@@ -169,7 +179,7 @@ def test_large_circuits_show_their_largest_edges():
 
 def test_side_by_side_keeps_places_and_colours(circuit):
     other = Circuit.of(Graph(2, 3), {"a0.h2->logits": 3.0, "embed->a0.h1.q": 0.2}, ABOUT)
-    figure = side_by_side([circuit, other], "Two", names=["one", "other"])
+    figure = side_by_side([circuit, other], "Two", names=["one", "other"]).figure()
     left, right = (dict(zip(t.text, zip(t.x, t.y, strict=True), strict=True)) for t in traces(figure, "nodes"))
     assert set(left) & set(right) == {"embed", "0.1", "logits"}
     assert all(left[node] == right[node] for node in set(left) & set(right))
@@ -183,8 +193,71 @@ def test_side_by_side_keeps_places_and_colours(circuit):
         side_by_side([circuit])
 
 
+def test_what_was_found_brings_its_skill_and_its_warnings(circuit):
+    skill = {"stream": "ablated", "pair_accuracy": 0.4, "pair_accuracy_low": 0.3, "pair_accuracy_high": 0.5}
+    found = FoundCircuit(circuit, circuit, skill, 1.0, None, None, 1.0, {}, warnings=("no faithfulness: too small",))
+    record = circuit_map(found)
+    assert record.edges == circuit_map(circuit).edges
+    assert "pair accuracy 0.40 (0.30 to 0.50)" in record.note
+    assert record.warnings == ("no faithfulness: too small",)
+    assert "no faithfulness" in draw(found).fragment()
+
+
+def test_a_slider_and_pinned_nodes_on_a_page(circuit, browser, tmp_path):
+    opened = browser.open(save(circuit, tmp_path / "circuit.html"), viewport={"width": 390, "height": 800})
+    page = opened.page
+    strong = page.locator("g.edges path:not(.dim)")
+    assert page.locator("g.edges path").count() == len(EDGES)
+    page.get_by_role("slider").press("Home")
+    page.wait_for_function("document.querySelectorAll('g.edges path').length === 0")
+    page.get_by_label("Number of edges, exactly").fill("2")
+    page.get_by_label("Number of edges, exactly").press("Enter")
+    # the two largest scores, the largest above
+    tips = page.locator("g.edges path title").evaluate_all("titles => titles.map((title) => title.textContent)")
+    assert [tip.split("\n")[0] for tip in tips] == ["embed → a0.h1.q", "a1.h0 → logits"]
+    page.get_by_role("button", name="As found: 5").click()
+    node = page.locator("[data-node='a0.h1']")
+    node.press("Enter")
+    assert strong.count() == 2, "the two edges of the pinned head"
+    assert page.locator("details[open] tbody tr").count() == 2
+    node.press("Enter")
+    assert strong.count() == len(EDGES)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert opened.clean()
+    page.close()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_sliders_of_two_circuits_move_together(circuit, browser, tmp_path, together):
+    other = Circuit.of(Graph(2, 3), {"a0.h2->logits": 3.0, "embed->a0.h1.q": 0.2}, ABOUT)
+    path = save(side_by_side([circuit, other], names=["one", "other"], dark=True), tmp_path / "two.html")
+    opened = browser.open(path, viewport={"width": 1280, "height": 800})
+    page = opened.page
+    assert page.locator("h4").all_inner_texts() == ["one", "other"]
+    assert page.locator(".warning").count() == 1, "what holds for both stands once"
+    page.get_by_label("All sliders together").set_checked(together)
+    page.get_by_label("Number of edges, exactly").first.fill("1")
+    page.get_by_label("Number of edges, exactly").first.press("Enter")
+    counts = [page.locator("section").nth(i).locator("g.edges path").count() for i in range(2)]
+    assert counts == ([1, 1] if together else [1, 2])
+    # the largest of all scores has the widest line in both
+    legends = page.locator(".graph-legend").all_inner_texts()
+    assert all("3" in legend for legend in legends)
+    assert opened.clean()
+    page.close()
+
+
+def test_images_are_drawn_by_plotly(circuit, tmp_path):
+    page = draw(circuit)
+    with pytest.raises(ValueError, match=r"saved as \.html, \.png"):
+        save(page, tmp_path / "circuit.gif")
+    assert page.figure().layout.title.text.startswith("<b>IOI, ablated stream, ACDC, 5 edges")
+
+
 def test_markup_in_a_record_stays_text():
     record = CircuitMap("<script>x</script>", "<b>", 1, 1, False, 5, (CircuitEdge("embed", "logits", "", 1.0),), "<i>")
-    text = draw(record).to_json()
+    page = draw(record)
+    text = page.figure().to_json()
     assert "<script>" not in text.replace("\\u003c", "<")
-    assert "&lt;i&gt;" in draw(record).data[-2].text[0]
+    assert "&lt;i&gt;" in page.figure().data[-2].text[0]
+    assert "<script>x" not in page.fragment()

@@ -51,6 +51,25 @@ def test_record_of_positions():
     assert patch_map(table(rows=POSITIONS), title="Mine").title == "Mine"
 
 
+def test_warnings_stand_below_the_title():
+    assert patch_map(table(rows=POSITIONS), skill=0.8).warnings == ()
+    low = patch_map(table(rows=POSITIONS), skill=0.5)
+    assert low.warnings[0].startswith("pair accuracy 0.50 is below 0.8")
+    assert "Warning: pair accuracy 0.50" in draw(low).layout.title.text
+    wrong = patch_map(table(rows=POSITIONS, clean=-0.5))
+    assert wrong.warnings[0].startswith("the logit difference of the clean prompt is -0.50")
+    frozen = {"stream": "ablated", "masks": "frozen"}
+    for direction, prompt in (("denoise", "corrupt"), ("noise", "clean")):
+        (warning,) = patch_map(table(rows=POSITIONS, direction=direction, **frozen)).warnings
+        assert f"those of the unedited {prompt} prompt" in warning
+    # below the panel that it is about, where others have none
+    figure = side_by_side([table(rows=POSITIONS), table(rows=POSITIONS, **frozen)])
+    texts = [annotation.text.replace("<br>", " ") for annotation in figure.layout.annotations[:2]]
+    assert ["Warning: the frozen masks" in text for text in texts] == [False, True]
+    with pytest.raises(ValueError, match="skill=93 must be a pair accuracy"):
+        patch_map(table(rows=POSITIONS), skill=93)
+
+
 def test_record_keeps_the_order_of_the_table_and_names_tokens():
     rows = [(0, at, None, None, at) for at in (2, 10, 0)]
     record = patch_map(table(rows=rows).assign(token=[" went", " to", "<|endoftext|>"]))

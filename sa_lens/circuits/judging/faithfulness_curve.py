@@ -90,7 +90,7 @@ class FaithfulnessCurve:
 
     def table(self) -> pd.DataFrame:
         """One row per point: order, share, edges, connected, then value, f and kl with `_low` and `_high`, then cpr,
-        cmd, gap, pair_accuracy, able, and the settings."""
+        cmd, gap, pair_accuracy, able, the settings, and warnings."""
         import pandas as pd
 
         able = self.about["pair_accuracy"] >= SKILL_BAR
@@ -99,7 +99,8 @@ class FaithfulnessCurve:
             row: dict[str, Any] = {name: getattr(point, name) for name in ("order", "share", "edges", "connected")}
             row |= point.value.columns("value") | point.f.columns("f") | point.kl.columns("kl")
             row |= {"cpr": self.cpr.mean, "cmd": self.cmd.mean, "gap": self.gap.mean, "able": able}
-            rows.append(row | {name: self.about[name] for name in _SETTINGS})
+            settings = {name: self.about[name] for name in _SETTINGS}
+            rows.append(row | settings | {"warnings": "; ".join(self.warnings)})
         return pd.DataFrame(rows)
 
 

@@ -55,11 +55,6 @@ function picker(label, options, chosen, change) {
   return field(label, select);
 }
 
-function tick(label, checked, change) {
-  const box = h("input", { type: "checkbox", checked, onchange: () => change(box.checked) });
-  return h("label", { class: "tick controls" }, box, label);
-}
-
 function searchBox(label, placeholder, change) {
   const box = h("input", { type: "search", placeholder, autocomplete: "off", spellcheck: "false", oninput: () => change(box.value) });
   return field(label, box, "search");

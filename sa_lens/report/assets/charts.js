@@ -206,6 +206,7 @@ function chartFigure(record, how, { histogram = false, height = 300, title = rec
   );
   const figure = h("figure", { class: "block" },
     h("figcaption", {}, h(level, {}, title), h("p", { class: "how" }, sentence(record.note), how)),
+    warningsOf(record),
     chart.box,
     numbers,
   );

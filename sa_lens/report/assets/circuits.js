@@ -79,7 +79,7 @@ function rankingPanel(model, ranking, element) {
     },
     shown: (n) => chart?.chart.mark(markAt(curve, n)),
   });
-  element.append(block(`${ranking.method} circuit, ${ranking.stream} stream`, [linked(model, sentence(circuit.note)), HOW_TO_READ], view.element));
+  element.append(block(`${ranking.method} circuit, ${ranking.stream} stream`, [linked(model, sentence(circuit.note)), HOW_TO_READ], warningsOf(circuit), view.element));
   if (chart) element.append(chart.figure);
   return { element, show: (n) => view.show(n), start: () => view.show(view.chosen) };
 }

@@ -61,11 +61,12 @@ class CircuitView {
     const open = this.edges.querySelector("details")?.open || node !== null;
     const of = node ? ` of ${nodeWords(node)}` : "";
     const { scale } = this.circuit;
+    const named = scale.startsWith("score") ? scale : `score: ${scale}`;
     this.edges.replaceChildren(
       h("details", { open },
         h("summary", {}, `Edges${of} as a table`),
-        h("p", { class: "how" }, `Edges${of} in the order in which they join; score: ${scale}.${first.length < listed.length ? ` The first ${first.length} of ${count(listed.length)}.` : ""}`),
-        scroller("Edges", plainTable(["place", "from", "to", "arrives as", `score (${scale})`], first.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), { numeric: [true, false, false, false, true] })),
+        h("p", { class: "how" }, `Edges${of} in the order in which they join; ${named}.${first.length < listed.length ? ` The first ${first.length} of ${count(listed.length)}.` : ""}`),
+        scroller("Edges", plainTable(["place", "from", "to", "arrives as", named], first.map(([i, edge]) => [String(i + 1), edge.source, edge.destination, portWords[edge.port] || "input", figure3(edge.score)]), { numeric: [true, false, false, false, true] })),
       ),
     );
   }

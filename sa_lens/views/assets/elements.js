@@ -57,6 +57,14 @@ const pressable = (press) => ({
   },
 });
 
+function tick(label, checked, change) {
+  const box = h("input", { type: "checkbox", checked, onchange: () => change(box.checked) });
+  return h("label", { class: "tick controls" }, box, label);
+}
+
+// What speaks against trusting a record's numbers.
+const warningsOf = ({ warnings = [] }) => warnings.map((warning) => h("p", { class: "warning" }, `Warning: ${warning}`));
+
 // A table: the first column names the rows, unless it holds numbers.
 function plainTable(columns, rows, { numeric = [], cell = (text) => text, name = null } = {}) {
   const side = (i) => (numeric[i] ? "number" : null);
