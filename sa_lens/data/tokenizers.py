@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token of a trained tokenizer: begin, end, unknown and padding at once, with id 0."""
+
+UNFINISHED = "\ufffd"
+"""What a tokenizer writes for bytes that are not a whole character."""
+PART_OF_CHARACTER = re.compile("<0x[0-9A-F]{2}>")
+"""How `token_text` writes such a byte."""
 
 LOCAL_TOKENIZER = "name a tokenizer folder in data.tokenizer, or let `bpe` train one on the text"
 
@@ -66,6 +72,30 @@ def boundary_tokens(tokenizer: Any) -> Boundaries:
             "begin-of-text token; name one as eos_token in its tokenizer_config.json, or set tokenizer.eos_token"
         )
     return Boundaries(int(end if begin is None else begin), int(begin if end is None else end))
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Returns a token as text; bytes of an incomplete character as `<0xE2>`. Without a tokenizer it is the number."""
+    if tokenizer is None:
+        return str(token)
+    text = str(tokenizer.decode([token]))
+    if UNFINISHED not in text:
+        return text
+    piece = tokenizer.convert_ids_to_tokens(token)
+    letters = byte_letters()
+    if not letters.keys() >= set(piece):
+        # tokenizers that fall back to bytes write such a token as <0xE2> themselves
+        return piece if PART_OF_CHARACTER.fullmatch(piece) else text
+    whole = bytes(letters[letter] for letter in piece).decode(errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", whole)
+
+
+@cache
+def byte_letters() -> dict[str, int]:
+    """Returns the byte that each letter stands for in the vocabulary of GPT-2 and of all byte-level tokenizers."""
+    same = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in same]
+    return {chr(byte): byte for byte in same} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

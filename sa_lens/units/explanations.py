@@ -21,6 +21,7 @@ from sa_lens.core.host import Host
 from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
+from sa_lens.data.tokenizers import token_text
 from sa_lens.statistics import bootstrap_interval, pearson
 from sa_lens.units.activations import stream_units, text_blocks
 from sa_lens.units.contexts import ANY, Asking, Context, ContextTrie, Fill, Guess, answer, prune, substitute
@@ -357,7 +358,7 @@ def readable(trie: ContextTrie, level: float, tokenizer: Any = None) -> str:
     def spell(token: int) -> str:
         if token == ANY:
             return "_"
-        return str(token) if tokenizer is None else tokenizer.decode([token]).replace("\n", "\\n")
+        return token_text(tokenizer, token).replace("\n", "\\n")
 
     groups: dict[tuple[int, ...], list[tuple[int, float]]] = {}
     for pattern in trie.patterns():

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from sa_lens.views.drawing import Panels, register_panels, register_result
 from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
-from sa_lens.views.theme import colour_bar, colour_scale, escape, label_axis
+from sa_lens.views.theme import colour_at, colour_bar, colour_scale, escape, label_axis, write_on
 from sa_lens.views.wording import TASKS, skill_warnings
 
 WHAT = {
@@ -157,18 +157,30 @@ def _limits(records: Sequence[HeatMap]) -> tuple[float, float]:
 
 def _trace(record: HeatMap, limits: tuple[float, float], dark: bool, cell: int) -> go.Heatmap:
     columns, rows = len(record.x.labels), len(record.y.labels)
+    scale = colour_scale(record.colours, dark)
+    low, high = limits
+    written = columns * rows <= MOST_NUMBERS and cell > 1.3 * _NARROW
     return go.Heatmap(
         z=[list(row) for row in record.values],
         x=list(range(columns)),
         y=list(range(rows)),
         customdata=[[(escape(y), escape(x)) for x in record.x.labels] for y in record.y.labels],
-        colorscale=colour_scale(record.colours, dark),
-        zmin=limits[0],
-        zmax=limits[1],
+        colorscale=scale,
+        zmin=low,
+        zmax=high,
         zmid=0 if record.colours == "diverging" else None,
         xgap=1.5,
         ygap=1.5,
-        texttemplate="%{z:.2f}" if columns * rows <= MOST_NUMBERS and cell > 1.3 * _NARROW else None,
+        text=[
+            [
+                "" if value is None else write_on(colour_at(scale, (value - low) / (high - low or 1)), f"{value:.2f}")
+                for value in row
+            ]
+            for row in record.values
+        ]
+        if written
+        else None,
+        texttemplate="%{text}" if written else None,
         textfont={"size": 11},
         hoverongaps=False,
         hovertemplate=(

@@ -14,11 +14,22 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, in_stream, streams_of
+from sa_lens.data.tokenizers import token_text
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.html_page import Page
 from sa_lens.views.records import Guess, LensStream, LogitLens, Predictions, StreamPredictions, short
-from sa_lens.views.theme import colour_at, colour_bar, colour_scale, escape, ink_on, label_axis, lay_out, palette
-from sa_lens.views.wording import read_text, short_label, token_text, visible
+from sa_lens.views.theme import (
+    colour_at,
+    colour_bar,
+    colour_scale,
+    escape,
+    ink_on,
+    label_axis,
+    lay_out,
+    palette,
+    write_on,
+)
+from sa_lens.views.wording import read_text, short_label, visible
 
 MOST_TEXTS = 700
 """Up to this many cells of a logit lens, each shows its token."""
@@ -49,7 +60,10 @@ def predictions(
             StreamPredictions(
                 stream=of_stream,
                 top=tuple(
-                    tuple(Guess(token_text(model, token), short(value)) for token, value in zip(*row, strict=True))
+                    tuple(
+                        Guess(token_text(model.tokenizer, token), short(value))
+                        for token, value in zip(*row, strict=True)
+                    )
                     for row in zip(best, values, strict=True)
                 ),
                 actual=_actual(log_p, tokens),
@@ -110,7 +124,6 @@ def _guess(guess: Guess, following: str | None, dark: bool) -> str:
 
 _STYLE = (
     ".sa-lens-guess{display:inline-block;padding:0 5px;margin:1px 0;border-radius:3px;border:1px solid transparent}"
-    ".sa-lens-guess small{opacity:0.75}"
     ".sa-lens-right-guess{font-weight:700;border-color:currentColor}"
     "@media print{.sa-lens-guess{print-color-adjust:exact;-webkit-print-color-adjust:exact}}"
 )
@@ -143,7 +156,7 @@ def logit_lens(model: Host, text: str | Int[Tensor, " pos"], *, stream: Stream |
         streams.append(
             LensStream(
                 stream=of_stream,
-                top=tuple(tuple(token_text(model, token) for token in row.indices.tolist()) for row in best),
+                top=tuple(tuple(token_text(model.tokenizer, token) for token in row.indices.tolist()) for row in best),
                 log_probability=tuple(tuple(map(short, row.values.tolist())) for row in best),
                 actual=tuple(_actual(row, tokens) for row in rows),
             )
@@ -169,6 +182,9 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
     n, rows, panels = len(record.tokens), len(record.layers), len(record.streams)
     cell = 62 if n <= 24 else 46
     each = 34 * rows + 60
+    scale = colour_scale("sequential", dark)
+    # just below 0 where every token is certain
+    lowest = min(-1e-9, *(value for of_stream in record.streams for row in of_stream.log_probability for value in row))
     figure = make_subplots(
         rows=panels,
         cols=1,
@@ -184,7 +200,13 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
                 z=[list(row) for row in of_stream.log_probability],
                 x=list(range(n)),
                 y=list(range(rows)),
-                text=[[escape(short_label(token, 9 if cell > 50 else 6)) for token in row] for row in of_stream.top],
+                text=[
+                    [
+                        write_on(colour_at(scale, 1 - value / lowest), short_label(token, 9 if cell > 50 else 6))
+                        for token, value in zip(*row, strict=True)
+                    ]
+                    for row in zip(of_stream.top, of_stream.log_probability, strict=True)
+                ],
                 texttemplate="%{text}" if n * rows <= MOST_TEXTS else None,
                 textfont={"size": 11},
                 customdata=[[_hover(record, of_stream, row, place) for place in range(n)] for row in range(rows)],
@@ -201,9 +223,8 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
     tokens = [short_label(token, 9) for token in record.tokens]
     figure.update_xaxes(label_axis(tokens, tickangle=-60, showticklabels=False))
     figure.update_xaxes(title={"text": "token read"}, showticklabels=True, row=panels, col=1)
-    lowest = min(value for of_stream in record.streams for row in of_stream.log_probability for value in row)
     bar = colour_bar("log-probability, nats", dark, len=0.6)
-    colours = {"colorscale": colour_scale("sequential", dark), "cmin": lowest, "cmax": 0, "colorbar": bar}
+    colours = {"colorscale": scale, "cmin": lowest, "cmax": 0, "colorbar": bar}
     width = int(min(1800, max(620, 190 + cell * n)))
     return lay_out(figure, record, width, 130 + panels * each, dark, above=20, bottom=110, coloraxis=colours)
 

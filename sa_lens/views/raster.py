@@ -12,11 +12,12 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, has_ablated_stream, weight
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
+from sa_lens.data.tokenizers import token_text
 from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.records import GateRaster, LiveUnit, short
 from sa_lens.views.theme import colour_bar, escape, label_axis, lay_out, palette, strong_scale
-from sa_lens.views.wording import read_text, short_label, token_text
+from sa_lens.views.wording import read_text, short_label
 
 WIDEST = 1500
 """Pixels of the widest raster."""
@@ -97,7 +98,7 @@ def promoted_tokens(model: Host, sublayer: Sublayer, units: list[int], top: int)
         unembed = weight(model, "unembed.W_U").float()
         logits = directions @ (unembed - unembed.mean(-1, keepdim=True))
         best = logits.topk(min(top, logits.shape[-1])).indices.tolist()
-    return [tuple(token_text(model, token) for token in row) for row in best]
+    return [tuple(token_text(model.tokenizer, token) for token in row) for row in best]
 
 
 @draw.register

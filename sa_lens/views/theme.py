@@ -121,11 +121,26 @@ def fade(colour: str, opacity: float) -> str:
     return f"rgba({','.join(map(str, _channels(colour)))},{opacity})"
 
 
+def contrast(first: str, second: str) -> float:
+    """Returns the contrast of two colours, from 1 to 21, as the Web Content Accessibility Guidelines define it."""
+    low, high = sorted(map(_luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    shares = (channel / 255 for channel in _channels(colour))
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 def ink_on(colour: str) -> str:
-    """Returns black or white, whichever reads better on a colour."""
-    red, green, blue = ((channel / 255) ** 2.2 for channel in _channels(colour))
-    # equal contrast with both at this luminance, by the formula of the Web Content Accessibility Guidelines
-    return "#101317" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
+    """Returns black or white, whichever reads better on a colour: the contrast is always more than 4.5."""
+    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, colour))
+
+
+def write_on(colour: str, text: str) -> str:
+    """Returns text for a cell of a heat map of that colour, as plotly takes it; its own choice of ink reads badly."""
+    return f"<span style='color:{ink_on(colour)}'>{escape(text)}</span>"
 
 
 @cache

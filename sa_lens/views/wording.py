@@ -11,10 +11,7 @@ from torch import Tensor
 
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.core.host import Host, device_of
-from sa_lens.data.tokenizers import boundary_tokens
-
-UNFINISHED = "\ufffd"
-"""Stands for bytes that are no whole character."""
+from sa_lens.data.tokenizers import PART_OF_CHARACTER, UNFINISHED, boundary_tokens, token_text
 
 TASKS = {"ioi": "IOI", "pronoun": "Pronoun gender", "object": "Object recall", "repeated": "Repeated name"}
 """Names of tasks in figures."""
@@ -90,21 +87,16 @@ def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor,
 
 
 def token_texts(model: Host, tokens: Sequence[int]) -> tuple[str, ...]:
-    """Returns the text of each token; a character of several tokens stands at its last, � at those before."""
-    texts = [token_text(model, token) for token in tokens]
+    """Returns the text of each token; a character of several tokens stands at its last, its bytes at those before."""
+    texts = [token_text(model.tokenizer, token) for token in tokens]
     start = 0
     for i, text in enumerate(texts):
-        if UNFINISHED not in text:
+        if not PART_OF_CHARACTER.search(text):
             start = i + 1
         elif i > start and UNFINISHED not in (whole := str(model.tokenizer.decode(list(tokens[start : i + 1])))):
             texts[i] = whole
             start = i + 1
     return tuple(texts)
-
-
-def token_text(model: Host, token: int) -> str:
-    """Returns a token as text; its number where there is no tokenizer."""
-    return str(token) if model.tokenizer is None else str(model.tokenizer.decode([token]))
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

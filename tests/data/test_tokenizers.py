@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sa_lens.config import DataConfig
@@ -18,9 +19,11 @@ from sa_lens.data import load_tokenizer, prepare
 from sa_lens.data.tokenizers import (
     END_OF_TEXT,
     boundary_tokens,
+    byte_letters,
     fetch_tokenizer,
     prompt_tokenizer,
     read_words,
+    token_text,
     tokenizer_fingerprint,
     train_bpe,
 )
@@ -41,6 +44,29 @@ def tokenizer(bpe_folder: Path) -> PreTrainedTokenizerBase:
 @example(text=f"a{END_OF_TEXT} Tim{END_OF_TEXT}")
 def test_every_text_comes_back(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_text_of_a_token_shows_bytes_of_characters(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "Lily said “漢😀 é”\n\ufffd \x00 <0x41>"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    shown = [token_text(tokenizer, token) for token in tokens]
+    assert "<0xE2>" in shown
+    assert " said" in shown
+    assert "\ufffd" not in "".join(shown)
+    # oracle: the bytes that are shown, with the characters between them, are those of the text
+    parts = re.split("<0x([0-9A-F]{2})>", "".join(shown).replace("<0x41>", "<&0x41>"))
+    whole = b"".join(bytes.fromhex(x) if i % 2 else x.encode() for i, x in enumerate(parts))
+    assert whole == text.replace("<0x41>", "<&0x41>").encode()
+    assert token_text(None, 17) == "17"
+
+
+def test_byte_letters_are_those_of_byte_level_tokenizers() -> None:
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert set(byte_letters()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(byte_letters().values()) == list(range(256))
+    for character in map(chr, (*range(0x800), 0x2028, 0x1F600)):
+        [(letters, _)] = split.pre_tokenize_str(character)
+        assert bytes(byte_letters()[letter] for letter in letters) == character.encode()
 
 
 def test_kept_words_are_one_token_as_whole_words_only(tokenizer: PreTrainedTokenizerBase) -> None:

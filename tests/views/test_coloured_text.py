@@ -95,11 +95,15 @@ def test_a_character_of_several_tokens_stands_at_the_last():
         def decode(self, tokens):
             return bytes(tokens).decode(errors="replace")
 
+        def convert_ids_to_tokens(self, token):
+            return f"<0x{token:02X}>"
+
     class Model:
         tokenizer = Bytes()
 
-    assert token_texts(Model(), Bytes().encode("a😀é!")) == ("a", "�", "�", "�", "😀", "�", "é", "!")
-    assert token_texts(Model(), [0xF0, 0x41]) == ("�", "A")
+    parts = ("<0xF0>", "<0x9F>", "<0x98>")
+    assert token_texts(Model(), Bytes().encode("a😀é!")) == ("a", *parts, "😀", "<0xC3>", "é", "!")
+    assert token_texts(Model(), [0xF0, 0x41]) == ("<0xF0>", "A")
 
 
 def test_refusals(model):

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sa_lens.config import check_whole
-from sa_lens.data.tokenizers import boundary_tokens
+from sa_lens.data.tokenizers import boundary_tokens, token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,8 +106,7 @@ class PromptPairs:
         prompts = [
             [row[len(row) - n :] for row, n in zip(side.tolist(), sizes.tolist(), strict=False)] for side in sides
         ]
-        text: Any = str if tokenizer is None else lambda token: tokenizer.decode([token])
-        texts = [tuple("".join(map(text, prompt)) if tokenizer else "" for prompt in side) for side in prompts]
+        texts = [tuple(tokenizer.decode(prompt) if tokenizer else "" for prompt in side) for side in prompts]
         named = {name: torch.as_tensor(offset) for name, offset in (positions or {}).items()}
         return cls(
             task=task,
@@ -119,7 +118,7 @@ class PromptPairs:
             positions={**named, "end": torch.full_like(sizes, -1)},
             clean_texts=texts[0],
             corrupt_texts=texts[1],
-            token_texts=tuple(tuple(map(text, prompt)) for prompt in prompts[0]),
+            token_texts=tuple(tuple(token_text(tokenizer, token) for token in prompt) for prompt in prompts[0]),
         )
 
     @classmethod

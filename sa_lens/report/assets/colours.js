@@ -54,10 +54,10 @@ function colourAt(row, at) {
   return "#" + low.map((part, j) => Math.round(part + (high[j] - part) * (place - i)).toString(16).padStart(2, "0")).join("");
 }
 
-// Black or white, whichever reads better: equal contrast at this luminance.
+// Black or white, whichever reads better: their contrasts with a colour of this luminance are equal, more than 4.5.
 function inkOn(colour) {
-  const [red, green, blue] = parts(colour).map((part) => (part / 255) ** 2.2);
-  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#101317" : "#ffffff";
+  const [red, green, blue] = parts(colour).map((part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.17913 ? "#000000" : "#ffffff";
 }
 
 // From the numbers of a track to colours: diverging ones centred at 0.
