@@ -2,7 +2,7 @@
 
 const SECTIONS = [
   { name: "overview", title: "Overview", draw: drawOverview, wanted: () => true },
-  { name: "stories", title: "Story explorer", draw: drawStories, wanted: () => report.models.some((model) => model.titles.length) },
+  { name: "stories", title: "Stories", draw: drawStories, wanted: () => report.models.some((model) => model.titles.length), shown: revealToken },
   { name: "circuits", title: "Circuits", draw: drawCircuits, wanted: () => report.models.some((model) => model.tasks.length) },
   { name: "units", title: "Units", draw: drawUnits, wanted: () => report.models.some((model) => model.units.length) },
   { name: "comparison", title: "Comparison", draw: drawComparison, wanted: () => report.comparison.length > 0 },
@@ -53,8 +53,9 @@ async function go(first) {
   }
   await drawn(name);
   if (open) await open();
-  if (mine !== asked || first) return;
   const section = sections.get(name);
+  section.shown?.();
+  if (mine !== asked || first) return;
   const target = (focus && section.element.querySelector(focus)) || section.heading;
   target.focus({ preventScroll: Boolean(target === section.heading) });
   if (target === section.heading || focus === ".unit-name") window.scrollTo(0, 0);
@@ -103,13 +104,13 @@ async function start() {
   table.model = explorer.model = 0;
   const main = document.getElementById("content");
   const nav = document.querySelector("nav");
-  for (const { name, title, draw, wanted: has } of SECTIONS) {
+  for (const { name, title, draw, shown, wanted: has } of SECTIONS) {
     if (!has()) continue;
     const heading = h("h2", { id: `heading-${name}`, tabindex: "-1" }, title);
     const body = h("div", {});
     const element = h("section", { id: `section-${name}`, class: "section off", "aria-labelledby": `heading-${name}` }, heading, body);
     const link = h("a", { href: `#${name}` }, title);
-    sections.set(name, { element, heading, body, link, draw });
+    sections.set(name, { element, heading, body, link, draw, shown });
     main.append(element);
     nav.append(link);
   }

@@ -11,7 +11,7 @@ async function drawStories(into) {
   chooser?.setAttribute("data-role", "story-model");
   explorer.parts = { list, state, text, details, chooser: chooser?.querySelector("select") };
   into.append(
-    h("p", { class: "how" }, "Choose a story, then a token: click it, or move with the arrow keys. What happens at that token is shown beside the story, or below it on a narrow screen."),
+    h("p", { class: "how" }, "A story opens at the token after which the streams disagree most. Choose another: click it, or move with the arrow keys. What happens at that token is shown beside the story, or below it on a narrow screen."),
     h("div", { class: "bar-of-controls controls" },
       chooser,
       searchBox("Search stories", "a word of the story", (value) => {
@@ -50,10 +50,20 @@ async function openStory(change) {
   explorer.data = stories[explorer.story];
   if (before !== explorer.story && !("token" in change)) explorer.token = null;
   const n = explorer.data.tokens.length;
-  explorer.token = explorer.token === null ? Math.floor(n / 3) : Math.max(0, Math.min(n - 1, explorer.token));
+  explorer.token = explorer.token === null ? tellingToken(explorer.data) : Math.max(0, Math.min(n - 1, explorer.token));
   if (explorer.head && !explorer.data.looks.some((looks) => headName(looks) === explorer.head)) explorer.head = null;
   listStories();
   showStory();
+}
+
+// The difference of the streams' losses; the loss of a model with one stream.
+const lossTrack = ({ tracks }) => tracks.find((track) => track.scale === "nats" && track.colours === "diverging") ?? tracks.find((track) => track.scale === "nats");
+const shownTrack = (data) => data.tracks.find((track) => track.name === explorer.track) ?? lossTrack(data) ?? data.tracks[0];
+
+// The token after which the streams disagree most about what comes next; with one stream, the one before the largest loss.
+function tellingToken(data) {
+  const sizes = (lossTrack(data)?.values ?? []).map((value) => Math.abs(value ?? 0));
+  return Math.max(0, sizes.indexOf(Math.max(...sizes)) - 1);
 }
 
 const storyAddress = (model, story, token) => `#stories/${encodeURIComponent(report.models[model].name)}/${story + 1}/${token}`;
@@ -62,7 +72,7 @@ function listStories() {
   const { list, state } = explorer.parts;
   const query = explorer.query.trim().toLowerCase();
   storiesOfModel(explorer.model).then((stories) => {
-    const matching = stories.map((_, i) => i).filter((i) => !query || (stories[i].title + "\n" + stories[i].tokens.join("")).toLowerCase().includes(query));
+    const matching = stories.map((_, i) => i).filter((i) => !query || (stories[i].title + "\n" + wholeText(stories[i].tokens)).toLowerCase().includes(query));
     const focused = list.contains(document.activeElement);
     list.replaceChildren(
       ...matching.map((i) => {
@@ -84,7 +94,6 @@ function listStories() {
 function showStory() {
   const { text } = explorer.parts;
   const { data } = explorer;
-  if (!data.tracks.some((track) => track.name === explorer.track)) explorer.track = data.tracks[0]?.name ?? null;
   const tokens = h("div", { class: "tokens", role: "listbox", "aria-label": "Tokens of the story", "aria-orientation": "horizontal" });
   data.tokens.forEach((token, i) => tokens.append(...runningToken(token, { role: "option", "data-token": i, tabindex: "-1", "aria-selected": "false" })));
   explorer.tokens = [...tokens.querySelectorAll("[data-token]")];
@@ -96,13 +105,14 @@ function showStory() {
   explorer.legend = h("div", { class: "legends" });
   text.replaceChildren(
     h("h3", {}, h("bdi", {}, data.title)),
-    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), explorer.track, colourBy) : null,
+    data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), shownTrack(data).name, colourBy) : null,
     explorer.legend,
     h("p", { class: "how" }, `Each token in the colour of ${data.tracks.length ? "the chosen number" : "nothing: this story has no numbers"}; tokens without a number have no colour. ${sentence(data.note)}`),
     tokens,
   );
   colourStory();
   chooseToken(explorer.token, false);
+  revealToken();
 }
 
 function colourBy(track) {
@@ -111,7 +121,7 @@ function colourBy(track) {
 }
 
 function colourStory() {
-  const track = explorer.data.tracks.find((one) => one.name === explorer.track);
+  const track = shownTrack(explorer.data);
   explorer.legend.replaceChildren();
   if (!track) return;
   const scale = scaleOf(track.values, track.colours);
@@ -154,11 +164,19 @@ function chooseToken(i, byHand) {
   const element = explorer.tokens[i];
   element.setAttribute("aria-selected", "true");
   element.setAttribute("tabindex", "0");
+  explorer.tokens.forEach((token, place) => token.classList.toggle("next", place === i + 1));
   if (byHand) {
     element.focus({ preventScroll: false });
     history.replaceState(null, "", storyAddress(explorer.model, explorer.story, i));
   }
   showToken();
+}
+
+// Scrolls the story to the chosen token where it has a window of its own, as on a phone.
+function revealToken() {
+  const token = explorer.tokens?.[explorer.token];
+  const box = token?.parentElement;
+  if (box) box.scrollTop += token.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 2;
 }
 
 // ------------------------------------------------------------------------------------------------- one of its tokens
@@ -188,9 +206,10 @@ function predictionsBlock(data, at) {
   const streams = data.predictions.map(({ stream, top, actual }) => {
     const guesses = [...top[at]];
     if (next !== undefined && actual[at] !== null && !guesses.some((guess) => guess.token === next)) guesses.push({ token: next, log_probability: actual[at] });
-    return shareList(`${stream} stream`, stream, guesses.map(({ token, log_probability: log }) => ({ token, share: Math.exp(log), tip: `log-probability ${figure3(log)} nats`, right: token === next })));
+    const loss = actual[at] === null ? "" : `, loss ${figure3(-actual[at])} nats`;
+    return shareList(`${stream} stream${loss}`, stream, guesses.map(({ token, log_probability: log }) => ({ token, share: Math.exp(log), tip: `log-probability ${figure3(log)} nats`, right: token === next })));
   });
-  return part("What comes next", "Probability of the likeliest next tokens in each stream, per cent; the frame marks the token that actually comes next.", h("div", { class: "streams predictions" }, streams));
+  return part("What comes next", "Probability of the likeliest next tokens in each stream, per cent; the frame marks the token that actually comes next, which is underlined in the story.", h("div", { class: "streams predictions" }, streams));
 }
 
 const part = (title, how, ...content) => h("section", { class: "part" }, h("h4", {}, title), h("p", { class: "how" }, how), ...content);

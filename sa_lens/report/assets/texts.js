@@ -26,11 +26,15 @@ function linked(model, text) {
 
 // ---------------------------------------------------------------------------------------------------------- tokens
 
-// A token's text with signs for what cannot be seen: line breaks, tabs, spaces that stand alone.
+// A text without the bytes that stand for the first parts of a character; the character stands at its last token.
+const wholeText = (tokens) => tokens.join("").replaceAll(/<0x[0-9A-F]{2}>/g, "");
+
+// A token's text with signs for what cannot be seen: line breaks, tabs, spaces that stand alone, parts of characters.
 function visibleToken(token) {
   if (token === "") return [h("span", { class: "sign" }, "∅")];
   const lonely = token.trim() === "";
-  return [...token.matchAll(/\n|\t| |[^\n\t ]+/g)].map(([piece]) => {
+  return [...token.matchAll(/\n|\t| |<0x[0-9A-F]{2}>|[^\n\t <]+|</g)].map(([piece]) => {
+    if (/^<0x/.test(piece)) return h("span", { class: "sign" }, piece);
     if (piece === "\n") return h("span", { class: "sign" }, "↵");
     if (piece === "\t") return h("span", { class: "sign" }, "⇥");
     if (piece === " " && lonely) return h("span", { class: "sign" }, "␣");
