@@ -128,16 +128,11 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
     else:
         skills = skill(subject.model, prompts.report, seed=seed)
         table = _skill_table(skills)
-        for row, stream, able, share in zip(
-            table.rows, skills["stream"], skills["able"], skills["pair_accuracy"], strict=True
-        ):
+        for row, stream in zip(table.rows, skills["stream"], strict=True):
             cells[SKILL][f"{title}, {stream}"] = row[1]
-            if not able:
-                notes.append(
-                    f"No circuit of the {stream} stream: its pair accuracy of {share:.0%} is below {SKILL_BAR:.0%}, so "
-                    "it cannot do the task, and a circuit for it would explain nothing."
-                )
-                continue
+        if not skills["able"].all():
+            notes.append(_unable(skills[~skills["able"]]))
+        for stream in skills[skills["able"]]["stream"]:
             find = Experiment(subject.model, prompts.find, stream=stream, seed=seed)
             judge = find.on(prompts.report)
             for method in _methods(stream) if n_edges else ():
@@ -148,6 +143,16 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
                 if method == "acdc":
                     cells[KEPT][f"{title}, {stream}"] = f"{len(result.circuit):,}"
     return TaskPage(title, _about(prompts), table, tuple(rankings), " ".join(notes)), cells
+
+
+def _unable(rows: Any) -> str:
+    """Says which streams cannot do the task, in one line of the page."""
+    streams = " and ".join(f"the {stream} stream" for stream in rows["stream"])
+    shares = " and ".join(f"{share:.0%}" for share in rows["pair_accuracy"])
+    return (
+        f"No circuit, as {streams} cannot do this task: pair accuracy {shares}, and below {SKILL_BAR:.0%} a circuit "
+        "explains nothing."
+    )
 
 
 def _find(find: Experiment, judge: Experiment, method: Method) -> FoundCircuit:

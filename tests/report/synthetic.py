@@ -39,7 +39,7 @@ from sa_lens.views.records import (
 
 EVIL = (
     "<|end|>", "<script>", "document.title='owned'", "</script>", "<img src=x onerror=alert(1)>", '"', "'", "&lt;", "`",
-    "\n", " ", "\t", "", "😀", " שלום", " עולם", " مرحبا", "\ud83d", "${x}", " --", "<b>", "\u202e", "end",
+    "\n", " ", "\t", "", "😀", " שלום", " עולם", " مرحبا", "\ud83d", "${x}", " --", "<b>", "\u202e", "<0xE2>", "end",
 )  # fmt: skip
 """Tokens that a careless page would take for markup or break on."""
 CALM = "<|end|> Once upon a time there was a cat . The cat saw Tom and Anna .\n Tom gave the ball to Anna ."
@@ -219,7 +219,7 @@ def model_page(name: str, streams: tuple[str, ...], seed: int) -> ModelPage:
             TaskPage("IOI", "Tom and Anna ... gave to: Anna", skill,
                      tuple(ranking(rng, *one) for one in methods), ""),
             TaskPage("Pronoun gender", "Anna said that: she", skill,
-                     (ranking(rng, "ACDC", "clean"),), "No circuit of the ablated stream: it cannot do the task."),
+                     (ranking(rng, "ACDC", "clean"),), "No circuit, as the ablated stream cannot do this task."),
         ),
         units=tuple(
             UnitPage(unit, layer, site, index, (" cat", "</td>"), unit_streams(rng, streams, place))

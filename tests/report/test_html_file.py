@@ -8,6 +8,7 @@ import pytest
 from synthetic import EVIL, report, single_report, story_tokens, unit_names
 
 from sa_lens.report import save
+from sa_lens.views.theme import contrast
 
 PHONE = {"width": 390, "height": 844}
 SECTIONS = ("overview", "stories", "circuits", "units", "comparison")
@@ -120,7 +121,7 @@ def test_every_section_has_drawn(visit):
 
 def test_one_model_without_comparison(visit, tmp_path):
     page = visit(whole=True, file=save(single_report(), tmp_path / "one.html"))
-    assert texts(page, "nav a") == ["Overview", "Story explorer", "Circuits", "Units"]
+    assert texts(page, "nav a") == ["Overview", "Stories", "Circuits", "Units"]
     assert page.locator("[data-role=story-model]").count() == 0
     assert page.locator("#section-circuits svg.graph").count() == 1
 
@@ -186,13 +187,52 @@ def test_tracks_colour_tokens(visit):
     before = tokens.evaluate_all(colour)
     assert before[0] == ""
     assert len(set(before)) > 10
-    page.get_by_label("Colour by").select_option("ablated minus clean loss")
+    page.get_by_label("Colour by").select_option("loss, ablated")
     after = tokens.evaluate_all(colour)
     assert after != before
     page.get_by_role("button", name="Dark look").click()
     assert tokens.evaluate_all(colour) not in (before, after)
     page.get_by_label("Colour by").select_option("L1.mlp.3, clean")
     assert page.locator(".legend-name a").get_attribute("href") == "#unit/gated%2Fone/L1.mlp.3"
+
+
+def test_a_story_opens_where_the_streams_disagree_most(visit):
+    page = visit("stories")
+    for i, story in enumerate(report().models[0].stories):
+        page.locator(".story-list [role=option]").nth(i).click()
+        [difference] = [track for track in story.tracks.tracks if track.name == "ablated minus clean loss"]
+        largest = max(range(1, len(story.tokens)), key=lambda at: abs(difference.values[at]))
+        assert page.get_by_label("Colour by").input_value() == difference.name
+        assert page.locator(".story-details h3").inner_text().startswith(f"Token {largest - 1}:")
+        assert page.locator(".token.next").get_attribute("data-token") == str(largest)
+    page.locator("[data-role=story-model] select").select_option("1")
+    page.wait_for_selector("text=This model has no gates")
+    [loss] = report().models[1].stories[2].tracks.tracks
+    assert page.get_by_label("Colour by").input_value() == loss.name == "loss, clean"
+    page.locator(".story-list [role=option]").first.click()
+    loss = report().models[1].stories[0].tracks.tracks[0].values
+    largest = max(range(1, len(loss)), key=lambda at: loss[at])
+    assert page.locator(".story-details h3").inner_text().startswith(f"Token {largest - 1}:")
+
+
+def hexadecimal(colour):
+    """`rgb(255, 0, 16)` as `#ff0010`."""
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour))
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+def test_every_text_on_a_colour_can_be_read(visit, look):
+    page = visit("stories", whole=True, color_scheme=look)
+    painted = """() => [...document.querySelectorAll('.section:not(.off) .token')]
+        .filter((token) => token.style.backgroundColor)
+        .map((token) => [getComputedStyle(token).backgroundColor, getComputedStyle(token).color])"""
+    seen = set()
+    for address in ("stories/gated%2Fone/1", "stories/gated%2Fone/2", "unit/gated%2Fone/L1.mlp.4"):
+        page.evaluate("address => { location.hash = address }", address)
+        page.wait_for_selector(f"#section-{section_of(address)}:not(.off) .token")
+        seen |= {tuple(map(hexadecimal, pair)) for pair in page.evaluate(painted)}
+    assert len(seen) > 40
+    assert min(contrast(*pair) for pair in seen) >= 4.5
 
 
 def test_heads_light_what_they_attend_to(visit):
@@ -295,10 +335,25 @@ def test_tasks_methods_and_streams_are_picked(visit):
     page.locator("#section-circuits").get_by_label("Stream", exact=True).select_option("ablated")
     titles = texts(page, ".panel h3")
     assert "EAP-IG circuit, ablated stream" in titles
-    assert "No circuit by EAP-IG in the ablated stream of this model." in page.locator(".panel").nth(1).inner_text()
+    assert texts(page, "#section-circuits .boxed") == ["plain has no ablated stream."]
+    assert page.locator("svg.graph").count() == 1
     page.get_by_label("Task", exact=True).select_option("Pronoun gender")
-    assert "it cannot do the task" in page.locator(".panel").first.inner_text()
+    assert "cannot do this task" in page.locator(".panel").first.inner_text()
     assert page.locator("svg.graph").count() == 2
+
+
+def test_a_task_that_no_model_can_do_takes_one_line_each(visit, tmp_path):
+    note = "No circuit, as the clean stream cannot do this task: pair accuracy 51%."
+    whole = report()
+    models = tuple(replace(m, tasks=(replace(m.tasks[0], rankings=(), note=note), m.tasks[1])) for m in whole.models)
+    page = visit("circuits", file=save(replace(whole, models=models), tmp_path / "unable.html"))
+    assert page.get_by_label("Task", exact=True).input_value() == "Pronoun gender"
+    page.get_by_label("Task", exact=True).select_option("IOI")
+    lines = page.locator("#section-circuits .boxed")
+    assert lines.all_inner_texts() == [f"gated/one: {note}", f"plain: {note}"]
+    assert all(line["height"] < 40 for line in (line.bounding_box() for line in lines.all()))
+    assert page.locator(".panel").count() == 0
+    assert page.locator("#section-circuits").bounding_box()["height"] < 400
 
 
 # ------------------------------------------------------------------------------------------------------------ units
@@ -361,6 +416,16 @@ def test_search_and_filters_narrow_the_table(visit):
     assert rows.count() == sum(place % 3 == 0 for place in places)
 
 
+def test_the_notation_of_explanations_is_explained(visit):
+    page = visit("units")
+    assert "any one token" in page.locator(".unit-table .explanation-legend").inner_text()
+    page.evaluate("location.hash = '#unit/gated%2Fone/L0.attn.0'")
+    assert "any one token" in page.locator(".unit-page .explanation-legend").inner_text()
+    page.evaluate("location.hash = '#unit/gated%2Fone/L0.attn.1'")
+    page.wait_for_selector(".unit-name:has-text('L0.attn.1')")
+    assert page.locator(".unit-page .explanation-legend").count() == 0
+
+
 def test_pages_of_the_table_turn(visit):
     page = visit("units")
     first = texts(page, "#section-units tbody th")
@@ -419,12 +484,49 @@ def test_a_deep_link_opens_a_unit(browser, path):
 # --------------------------------------------------------------------------------------------------- phone and paper
 
 
-def test_a_phone_scrolls_one_way_only(visit):
-    page = visit(viewport=PHONE, whole=True)
+# texts smaller than 11 pixels on the screen, in a picture that is scaled too; boxes with something hidden at the right
+SMALL_OR_CUT = """() => {
+    const found = new Set();
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement;
+        const range = document.createRange();
+        range.selectNodeContents(walker.currentNode);
+        if (!walker.currentNode.data.trim() || !range.getBoundingClientRect().width) continue;
+        const box = element.ownerSVGElement?.viewBox.baseVal;
+        const scale = box?.width ? element.ownerSVGElement.getBoundingClientRect().width / box.width : 1;
+        const size = scale * parseFloat(getComputedStyle(element).fontSize);
+        if (size < 11) found.add(`${size.toFixed(1)}: ${element.textContent.slice(0, 30)}`);
+    }
+    for (const box of document.querySelectorAll('.scroll, nav, table, td, .tokens'))
+        if (box.clientWidth && box.scrollWidth > box.clientWidth + 1) found.add(`cut: ${box.textContent.slice(0, 60)}`);
+    return [...found];
+}"""
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+def test_a_phone_shows_all_of_it_and_scrolls_one_way_only(visit, look):
+    page = visit(viewport=PHONE, whole=True, color_scheme=look)
     for address in (*SECTIONS, "unit/gated%2Fone/L0.attn.0", "stories/gated%2Fone/2/4"):
         page.evaluate("address => { location.hash = address }", address)
         page.wait_for_selector(f"#section-{section_of(address)}[data-drawn]:not(.off)")
+        page.evaluate("scrollTo(0, 1e6)")
+        for chart in page.locator(".section:not(.off) .chart").all():
+            chart.scroll_into_view_if_needed()
+            wait(chart).to_have_attribute("data-drawn", "")
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], address
+        assert page.evaluate(SMALL_OR_CUT) == [], address
+        # every section is in reach, also from the end of a long one
+        for link in page.locator("nav a").all():
+            place = link.bounding_box()
+            assert 0 <= place["x"] < place["x"] + place["width"] <= PHONE["width"]
+            assert 0 <= place["y"] < PHONE["height"] / 4
+
+
+def test_a_phone_shows_the_chosen_token_in_its_story(visit):
+    page = visit("stories/gated%2Fone/3/26", viewport={"width": 390, "height": 300})
+    window, token = (page.locator(place).bounding_box() for place in (".tokens", ".tokens [aria-selected=true]"))
+    assert window["y"] <= token["y"] < token["y"] + token["height"] <= window["y"] + window["height"]
 
 
 def test_paper_shows_all_sections_and_no_controls(visit):

@@ -125,7 +125,7 @@ def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_r
     assert {unit.site for unit in page.units} == {"attn"}
     assert "no MLP" in page.overview.facts[0].value
     assert page.tasks[0].rankings == ()
-    assert "cannot do the task" in page.tasks[0].note
+    assert "cannot do this task" in page.tasks[0].note
 
 
 def test_one_bar_tells_the_phase_and_an_interrupt_leaves_no_file(

@@ -70,6 +70,9 @@ function block(title, how, ...content) {
   );
 }
 
+// Whether the page is as narrow as its style sheet has it for phones.
+const phone = window.matchMedia("(max-width: 520px)");
+
 // A choice among the models, if there are several.
 const modelPicker = (label, chosen, change) =>
   report.models.length > 1 ? picker(label, report.models.map((model, i) => [i, model.name]), chosen, (value) => change(Number(value))) : null;

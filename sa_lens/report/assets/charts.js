@@ -134,11 +134,15 @@ function curveData(record) {
   }
   const dotted = { color: c.faint, width: 1, dash: "dot" };
   const shapes = record.levels.map(({ value }) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: dotted }));
+  // the label of the highest level stands above its line, those of others below
+  const highest = Math.max(...record.levels.map(({ value }) => value));
   const annotations = record.levels.map(({ value, label }) => ({
-    ...{ xref: "paper", x: 1, xanchor: "right", y: value, yanchor: "bottom" },
+    ...{ xref: "paper", x: 1, xanchor: "right", y: value, yanchor: value === highest ? "bottom" : "top" },
     ...{ text: inert(label), showarrow: false, font: { size: 11, color: c.faint } },
   }));
-  const log = { type: "log", dtick: decades(record) < 3 ? "D2" : 1 };
+  // plotly's own labels between the powers of ten are tiny
+  const tickvals = [...Array(10).keys()].flatMap((power) => [1, 2, 5].map((first) => first * 10 ** power));
+  const log = { type: "log", ...(decades(record) < 3 ? { tickvals, ticktext: tickvals.map((value) => figure3(value)) } : { dtick: 1 }) };
   const xaxis = { title: record.x_title, ...(record.x_scale === "log" ? log : { rangemode: "tozero" }) };
   return { data, layout: { shapes, annotations, showlegend: record.lines.length > 1, xaxis, yaxis: { title: record.y_title } } };
 }

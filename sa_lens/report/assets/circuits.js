@@ -11,9 +11,10 @@ function drawCircuits(into) {
   circuits.task = tasks.find((name) => report.models.some((model) => model.tasks.some((task) => task.task === name && task.rankings.length))) || tasks[0];
   const controls = h("div", { class: "bar-of-controls controls" });
   const about = h("div", {});
+  const none = h("div", {});
   const panels = h("div", { class: "columns panels" });
-  circuits.parts = { controls, about, panels };
-  into.append(h("p", { class: "how" }, "A circuit is a set of edges between the parts of a transformer. Move the slider to change its size: the most important edges come first."), controls, about, panels);
+  circuits.parts = { controls, about, none, panels };
+  into.append(h("p", { class: "how" }, "A circuit is a set of edges between the parts of a transformer. Move the slider to change its size: the most important edges come first."), controls, about, none, panels);
   showCircuits();
 }
 
@@ -46,41 +47,53 @@ function showCircuits() {
     choice("method", "Method", methods),
     choice("stream", "Stream", streams),
     ...sides,
-    several() ? tick("Both sliders together", circuits.together, (on) => (circuits.together = on)) : "",
+    shownModels().filter(rankingOf).length > 1 ? tick("Both sliders together", circuits.together, (on) => (circuits.together = on)) : "",
   );
   const abouts = [...new Set(shownModels().map((model) => taskOf(model)?.about).filter(Boolean))];
   circuits.parts.about.replaceChildren(block(circuits.task, null, abouts.map((about) => h("p", { class: "about-task" }, about))));
-  circuits.panels = shownModels().map((model) => circuitPanel(model));
+  const [able, unable] = [true, false].map((has) => shownModels().filter((model) => Boolean(rankingOf(model)) === has));
+  circuits.parts.none.replaceChildren(...unable.map((model) => h("p", { class: "note boxed" }, whyNone(model))));
+  circuits.panels = able.map((model) => rankingPanel(model, able.length === 1));
   circuits.parts.panels.replaceChildren(...circuits.panels.map((panel) => panel.element));
   for (const panel of circuits.panels) panel.start?.();
 }
 
-function circuitPanel(model) {
+const rankingOf = (model) => taskOf(model)?.rankings.find((one) => one.method === circuits.method && one.stream === circuits.stream);
+
+// Why a model has no circuit to show.
+function whyNone(model) {
+  const { name, streams } = report.models[model];
   const task = taskOf(model);
-  const heading = several() ? h("h3", { class: "panel-name" }, report.models[model].name) : h("div", {});
-  const panel = (...content) => ({ element: h("div", { class: "panel" }, heading, ...content) });
-  if (!task) return panel(h("p", { class: "note" }, `No task ${circuits.task} for this model.`));
-  const how = "How often, and by how much, each stream prefers the right answer; a circuit means something only if the model can do the task.";
-  const skill = [tableBlock(task.skill, how, { model }), task.note ? h("p", { class: "note boxed" }, task.note) : h("div", {})];
-  const ranking = task.rankings.find((one) => one.method === circuits.method && one.stream === circuits.stream);
-  if (ranking) return rankingPanel(model, ranking, panel(skill).element);
-  const missing = circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of this model.` : "No circuit was looked for.";
-  return panel(skill, circuits.method || !task.note ? h("p", { class: "note boxed" }, missing) : null);
+  if (!task) return `No task ${circuits.task} for ${name}.`;
+  if (circuits.stream && !streams.includes(circuits.stream)) return `${name} has no ${circuits.stream} stream.`;
+  if (task.note) return several() ? `${name}: ${task.note}` : task.note;
+  return circuits.method ? `No circuit by ${circuits.method} in the ${circuits.stream} stream of ${name}.` : `No circuit was looked for in ${name}.`;
 }
 
-function rankingPanel(model, ranking, element) {
+// alone: with the whole page to itself.
+function rankingPanel(model, alone) {
+  const task = taskOf(model);
+  const ranking = rankingOf(model);
   const { circuit, curve } = ranking;
   const chart = curve ? chartFigure(curve, "How much of the model's effect the circuit keeps, by its number of edges; the vertical line is the size on the slider.", { height: 250, level: "h4" }) : null;
   const view = new CircuitView(circuit, {
     chosen: ranking.chosen,
+    wide: alone && !phone.matches,
+    narrow: phone.matches,
     words: (n) => faithfulnessWords(curve, n),
     moved: (n) => {
       for (const panel of circuits.together ? circuits.panels : [view]) panel.show?.(n);
     },
     shown: (n) => chart?.chart.mark(markAt(curve, n)),
   });
-  element.append(block(`${ranking.method} circuit, ${ranking.stream} stream`, [linked(model, sentence(circuit.note)), HOW_TO_READ], warningsOf(circuit), view.element));
-  if (chart) element.append(chart.figure);
+  const how = "How often, and by how much, each stream prefers the right answer; a circuit means something only if the model can do the task.";
+  const element = h("div", { class: "panel" },
+    several() ? h("h3", { class: "panel-name" }, report.models[model].name) : h("div", {}),
+    tableBlock(task.skill, how, { model }),
+    task.note ? h("p", { class: "note boxed" }, task.note) : h("div", {}),
+    block(`${ranking.method} circuit, ${ranking.stream} stream`, [linked(model, sentence(circuit.note)), HOW_TO_READ], warningsOf(circuit), view.element),
+    chart?.figure,
+  );
   return { element, show: (n) => view.show(n), start: () => view.show(view.chosen) };
 }
 

@@ -21,7 +21,7 @@ function factsBlock(models) {
   return block(
     several() ? "The models" : "The model",
     several() ? "One column per model; the last column says what a figure means." : "Each figure of the model with its meaning.",
-    scroller("Facts", plainTable(["figure", ...heads, "meaning"], rows, { name: "facts" })),
+    scroller("Facts", plainTable(["figure", ...heads, "meaning"], rows, { name: "facts cards" })),
   );
 }
 

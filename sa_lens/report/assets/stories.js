@@ -318,7 +318,7 @@ function staysBlock(data, at) {
         : null,
     );
   });
-  return part("Units that stay", `Units that the gates keep at this token, the largest values first (${data.gates.scale}); each name leads to the unit's page.`, h("div", { class: "stays" }, blocks.length ? blocks : h("p", { class: "note" }, "No unit stays at this token.")));
+  return part("Units that stay", `Units that the gates keep at this token, the largest values first (${data.gates.scale}); what a unit fires on follows the tokens that it promotes, and its name leads to its page.`, h("div", { class: "stays" }, blocks.length ? blocks : h("p", { class: "note" }, "No unit stays at this token.")));
 }
 
 function unitRow({ unit, value }, most) {

@@ -23,6 +23,13 @@ const COLUMNS = [
   { key: "values", head: "values", title: "how often values of each size occur, smallest left, on a log axis", cell: (row) => spark(row) },
 ];
 
+// How to read an explanation, whose patterns `readable` of sa_lens.units spells.
+const explanationLegend = () =>
+  h("p", { class: "how explanation-legend" },
+    "How to read an explanation: ", h("code", {}, " gave it[ to| back]"), " fires at “ to” or “ back” after “ gave it”; ",
+    h("code", {}, "_"), " is any one token, ", h("code", {}, "…"), " more tokens than are listed, and a semicolon divides patterns.",
+  );
+
 function drawUnits(into) {
   const controls = h("div", { class: "bar-of-controls controls" });
   const state = h("p", { class: "note", role: "status" });
@@ -114,9 +121,9 @@ function drawRows() {
     return h("th", { scope: "col", "aria-sort": sorted, class: column.number ? "number" : null, title: column.title }, h("button", { type: "button", class: "sort", "data-sort": column.key, onclick: () => sortBy(column) }, column.head + arrow(column)));
   });
   const rows = shown.map((row) =>
-    h("tr", { "data-unit": row.unit.name }, columns.map((column, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: column.number ? "number" : column.wide ? "wide" : column.tokens ? "tokens-cell" : null }, column.cell(row)))),
+    h("tr", { "data-unit": row.unit.name }, columns.map((column, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: column.number ? "number" : column.wide ? "wide" : column.tokens ? "tokens-cell" : null, "data-head": column.head }, column.cell(row)))),
   );
-  body.replaceChildren(scroller("Table of units", h("table", { class: "units" }, h("caption", {}, "One row per unit, shares in per cent of tokens. Choose a heading to sort by it, a name to see the unit."), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))));
+  body.replaceChildren(table.filled.has("explanation") ? explanationLegend() : "", scroller("Table of units", h("table", { class: "units cards" }, h("caption", {}, "One row per unit, shares in per cent of tokens. Choose a heading to sort by it, a name to see the unit."), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows))));
   const turn = (words, page) => h("button", { type: "button", disabled: page < 0 || page >= pages || page === table.page, onclick: () => {
     table.page = page;
     drawRows();
@@ -172,6 +179,7 @@ async function openUnit(model, id) {
     h("p", { class: "unit-nav controls" }, backToAll(), step("← unit before", at - 1), step("unit after →", at + 1), at >= 0 ? h("span", { class: "faint" }, `${count(at + 1)} of ${count(table.rows.length)} in the table`) : null),
     h("h3", { tabindex: "-1", class: "unit-name" }, unit.name, several() ? h("span", { class: "faint" }, ` of ${report.models[model].name}`) : null),
     h("p", {}, `${siteWords[unit.site]} ${unit.index} of layer ${unit.layer}${unit.place ? ` (${unit.place})` : ""}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),
+    unit.streams.some((stream) => stream.explanation) ? explanationLegend() : null,
     h("div", { class: "columns unit-streams" }, unit.streams.map((stream, i) => unitStream(stream, details[i]))),
     h("div", { class: "unit-stories" }),
   );

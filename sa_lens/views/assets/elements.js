@@ -68,7 +68,7 @@ const warningsOf = ({ warnings = [] }) => warnings.map((warning) => h("p", { cla
 // A table: the first column names the rows, unless it holds numbers.
 function plainTable(columns, rows, { numeric = [], cell = (text) => text, name = null } = {}) {
   const side = (i) => (numeric[i] ? "number" : null);
-  const data = (content, i) => (i === 0 && !numeric[0] ? h("th", { scope: "row" }, cell(content)) : h("td", { class: side(i) }, cell(content)));
+  const data = (content, i) => (i === 0 && !numeric[0] ? h("th", { scope: "row" }, cell(content)) : h("td", { class: side(i), "data-head": columns[i] }, cell(content)));
   return h("table", { class: name },
     h("thead", {}, h("tr", {}, columns.map((head, i) => h("th", { scope: "col", class: side(i) }, head)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map(data)))),

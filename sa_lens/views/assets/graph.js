@@ -5,9 +5,9 @@ const NODE = 13;
 const LEFT = 62;
 
 // A node has one place whatever the size of the circuit, and the same in every model of one shape.
-// wide: for a whole page instead of a column of it.
-function nodePlaces(circuit, wide) {
-  const inner = wide ? Math.max(620, circuit.n_heads * 46) : Math.max(300, circuit.n_heads * 40);
+// wide: for a whole page instead of a column of it. narrow: for a phone.
+function nodePlaces(circuit, { wide, narrow }) {
+  const inner = Math.max(wide ? 620 : narrow ? 170 : 300, circuit.n_heads * (wide ? 46 : 40));
   const width = LEFT + inner + (circuit.attn_only ? 20 : 110);
   const height = (circuit.n_layers + 1) * ROW + 40;
   const y = (layer) => height - 20 - (layer + 1) * ROW + 12;
@@ -47,8 +47,8 @@ const edgeWords = (edge) => `${edge.source} → ${edge.destination}${edge.port ?
 
 class Graph {
   // picked: called when a node is pinned or let go. beside: circuits whose lines are measured alike.
-  constructor(circuit, { picked = () => {}, beside = [circuit], wide = false } = {}) {
-    Object.assign(this, { circuit, picked, n: 0, node: null, touched: null, layout: nodePlaces(circuit, wide) });
+  constructor(circuit, { picked = () => {}, beside = [circuit], wide = false, narrow = false } = {}) {
+    Object.assign(this, { circuit, picked, n: 0, node: null, touched: null, layout: nodePlaces(circuit, { wide, narrow }) });
     this.scores = beside.flatMap(({ edges }) => edges.map((edge) => edge.score)).filter((score) => score !== null);
     const sizes = this.scores.map(Math.abs).filter(Boolean).sort((a, b) => a - b);
     // spread by asinh, so that a few large scores leave the others apart
@@ -59,7 +59,7 @@ class Graph {
     this.paths = [];
     this.nodes = new Map();
     const rows = Array.from({ length: circuit.n_layers }, (_, layer) => s("text", { x: 4, y: this.layout.y(layer) + 4, class: "row" }, `layer ${layer}`));
-    this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph", style: { "min-width": `${0.85 * this.layout.width}px` } }, rows, this.lines, this.marks);
+    this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph", style: { "min-width": `${0.9 * this.layout.width}px` } }, rows, this.lines, this.marks);
     for (const [name, [x, y]] of this.layout.places) this.addNode(name, x, y);
   }
 
