@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sa_lens.cli import main
+from sa_lens.data.tokenizers import PART_OF_CHARACTER
 from sa_lens.report import Report, make_report, making, read, save, unit_pages
 from sa_lens.report.contents import ModelPage
 from sa_lens.report.making import Phases
@@ -24,7 +25,7 @@ STRANGE = (
 
 def words(page: ModelPage) -> list[str]:
     """The stories of a model without their begin-of-text tokens, and without what stands for parts of a character."""
-    return ["".join(story.tokens[1:]).replace("\ufffd", "") for story in page.stories]
+    return [PART_OF_CHARACTER.sub("", "".join(story.tokens[1:])) for story in page.stories]
 
 
 def test_every_model_shows_the_same_stories_and_tasks(report: Report) -> None:

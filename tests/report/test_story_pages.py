@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sa_lens.data.tokenizers import token_text
 from sa_lens.report import Report
 from sa_lens.report.story_pages import title_of
 from sa_lens.report.subjects import Subject
@@ -31,7 +32,7 @@ def test_predictions_are_the_log_softmax_of_each_stream(report: Report, gated: S
     for one, log_p in zip(page.predictions.streams, (clean, ablated), strict=True):
         for at in range(tokens.shape[1]):
             best = log_p[at].topk(5)
-            assert [guess.token for guess in one.top[at]] == [gated.tokenizer.decode([i]) for i in best.indices]
+            assert [guess.token for guess in one.top[at]] == [token_text(gated.tokenizer, int(i)) for i in best.indices]
             assert all(close(g.log_probability, float(v)) for g, v in zip(one.top[at], best.values, strict=True))
         for at in range(tokens.shape[1] - 1):
             assert close(one.actual[at], float(log_p[at, tokens[0, at + 1]]))

@@ -106,7 +106,7 @@ class PromptPairs:
         prompts = [
             [row[len(row) - n :] for row, n in zip(side.tolist(), sizes.tolist(), strict=False)] for side in sides
         ]
-        texts = [tuple(tokenizer.decode(prompt) if tokenizer else "" for prompt in side) for side in prompts]
+        texts = [tuple(str(tokenizer.decode(prompt)) if tokenizer else "" for prompt in side) for side in prompts]
         named = {name: torch.as_tensor(offset) for name, offset in (positions or {}).items()}
         return cls(
             task=task,
