@@ -377,7 +377,8 @@ class DataConfig:
     stories_seed: int = 0
     """Seed of the generated stories and of the validation split."""
     tokenizer: str = "bpe"
-    """`bpe` (a byte-level BPE trained on the source), a tokenizer folder, or a Hub id."""
+    """`bpe` (a byte-level BPE trained on the source; with `train.init`, that model's), a tokenizer folder, a GGUF file,
+    or a Hub id."""
     vocab_size: int = 4096
     """Vocabulary of a trained BPE."""
     keep_whole: str | None = None
@@ -438,8 +439,8 @@ class TrainConfig:
     freeze: Freeze = "none"
     """`base`: train only the gates of a frozen model; `none`: train everything."""
     init: str | None = None
-    """Start from this model instead of random weights: a run folder, a shipped model, a Hub id, or a TransformerLens
-    model name."""
+    """Start from this model instead of random weights: a run folder, a shipped model, a folder or GGUF file of a model
+    of Hugging Face's `transformers`, a Hub id of a model that sa_lens saved, or a TransformerLens model name."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     eval_tokens: int = 100_000

@@ -33,7 +33,8 @@ class TrainOptions:
     resume: bool = False
     """Go on with the run in the folder, bit for bit."""
     init: str | None = None
-    """Start from this run folder, shipped model, Hub id or TransformerLens model (train.init)."""
+    """Start from this run folder, shipped model, Hugging Face folder, GGUF file, Hub id or TransformerLens model
+    (train.init)."""
     device: Device = "auto"
     """Where to train."""
 

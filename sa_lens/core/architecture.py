@@ -84,14 +84,23 @@ def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
         reason = _GATES.reason_against(cfg)
         if reason is not None:
             raise ValueError(f"no gates on this model, which has {reason}")
-        n_attn = cfg.n_heads * (cfg.d_head if gates.attn_unit == "channel" else 1)
-        limits = [("k_attn", gates.k_attn, n_attn)]
-        if not cfg.attn_only:
-            assert cfg.d_mlp is not None
-            limits.append(("k_mlp", gates.k_mlp, cfg.d_mlp))
-        for name, k, n in limits:
-            if k > n:
-                raise ValueError(f"gates.{name}={k} is more than the {n} units of a layer: choose from 1 to {n}")
+        assert cfg.attn_only or cfg.d_mlp is not None
+        check_units(gates, cfg.n_heads, cfg.d_head, None if cfg.attn_only else cfg.d_mlp)
+
+
+def check_units(gates: GateConfig, n_heads: int, d_head: int, d_mlp: int | None) -> None:
+    """Refuses gates that keep more units than a layer has.
+
+    Args:
+        d_mlp: neurons of a layer; None: no MLPs.
+
+    Raises:
+        ValueError: with the number of units.
+    """
+    n_attn = n_heads * (d_head if gates.attn_unit == "channel" else 1)
+    for name, k, n in (("k_attn", gates.k_attn, n_attn), ("k_mlp", gates.k_mlp, d_mlp)):
+        if gates.gated and n is not None and k > n:
+            raise ValueError(f"gates.{name}={k} is more than the {n} units of a layer: choose from 1 to {n}")
 
 
 def actual_config(model: HookedTransformer) -> HookedTransformerConfig:

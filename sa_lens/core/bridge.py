@@ -39,8 +39,11 @@ def is_bridge(model: object) -> bool:
 
 
 @torch.no_grad()
-def hooked_from_bridge(bridge: Any) -> HookedTransformer:
+def hooked_from_bridge(bridge: Any, *, longest: int = LONGEST) -> HookedTransformer:
     """The bridge's transformer as a plain HookedTransformer with a copy of the weights.
+
+    Args:
+        longest: context, in tokens, to which a model without learned positions is cut.
 
     Raises:
         ValueError: an architecture that HookedTransformer does not express, with the reason; or logits that differ by
@@ -54,8 +57,8 @@ def hooked_from_bridge(bridge: Any) -> HookedTransformer:
         )
     settings = bridge.original_model.config.to_dict() if hasattr(bridge.original_model, "config") else {}
     try:
-        weights = _weights(bridge)
-        model = hooked_transformer(_config(bridge.cfg, settings, weights))
+        weights = _weights(bridge, settings)
+        model = hooked_transformer(_config(bridge.cfg, settings, weights, longest))
         missing, unknown = model.load_state_dict(weights, strict=False)
         missing = [key for key in missing if key in dict(model.named_parameters())]
         if missing or unknown:
@@ -68,9 +71,9 @@ def hooked_from_bridge(bridge: Any) -> HookedTransformer:
     return model
 
 
-def _weights(bridge: Any) -> dict[str, Tensor]:
-    """State dict of a HookedTransformer."""
-    weights = {key: value.detach().clone() for key, value in bridge.tl_parameters().items()}
+def _weights(bridge: Any, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """State dict of a HookedTransformer; some of its tensors are the bridge's own."""
+    weights: dict[str, Tensor] = {key: value.detach() for key, value in bridge.tl_parameters().items()}
     groups = bridge.cfg.n_key_value_heads
     for layer in range(bridge.cfg.n_layers):
         block = f"blocks.{layer}"
@@ -88,17 +91,22 @@ def _weights(bridge: Any) -> dict[str, Tensor]:
     elif bridge.cfg.positional_embedding_type == "rotary":
         weights.pop("pos_embed.W_pos", None)
     if hasattr(bridge, "embed_ln"):
-        norm = bridge.embed_ln
-        weights |= {"embed.ln.w": norm.weight.detach().clone(), "embed.ln.b": norm.bias.detach().clone()}
+        weights |= {"embed.ln.w": bridge.embed_ln.weight.detach(), "embed.ln.b": bridge.embed_ln.bias.detach()}
+    if settings.get("model_type") == "gemma":
+        # it multiplies by 1 + w, and the embedding by sqrt(d_model)
+        weights |= {key: w + 1 for key, w in weights.items() if key.endswith((".ln1.w", ".ln2.w", "ln_final.w"))}
+        weights["embed.W_E"] = weights["embed.W_E"] * bridge.cfg.d_model**0.5
     return weights
 
 
-def _config(cfg: Any, settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> HookedTransformerConfig:
+def _config(
+    cfg: Any, settings: Mapping[str, Any], weights: Mapping[str, Tensor], longest: int
+) -> HookedTransformerConfig:
     """The configuration of a bridge whose Hugging Face settings and weights are given."""
     n_ctx = cfg.n_ctx
-    if cfg.positional_embedding_type != "standard" and n_ctx > LONGEST:
-        log.warning("the model's context of %d tokens is cut to %d", n_ctx, LONGEST)
-        n_ctx = LONGEST
+    if cfg.positional_embedding_type != "standard" and n_ctx > longest:
+        log.warning("the model's context of %d tokens is cut to %d", n_ctx, longest)
+        n_ctx = longest
     norm = "RMS" if cfg.normalization_type.startswith("RMS") else "LN"
     copied = {field: getattr(cfg, field) for field in _COPIED if hasattr(cfg, field)}
     if settings.get("model_type") == "bloom":  # its bridge does not name the activation

@@ -9,20 +9,22 @@ from sa_lens.config import GateConfig
 from sa_lens.core.base import TRANSFORMER_LENS, HookedTransformer, deprecation_ignored, official_name
 from sa_lens.core.bridge import hooked_from_bridge
 from sa_lens.core.gate import belongs_to_gate
+from sa_lens.core.hugging_face import is_hugging_face
 from sa_lens.core.model import SelfAblatingTransformer
 
 
-def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> SelfAblatingTransformer:
+def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0, n_ctx: int = 1) -> SelfAblatingTransformer:
     """A model on the CPU with the weights of another model and the given gates.
 
     Gate weights are kept if the other model has gates of the same scope, units and scores (k, surrogate and temperature
     may differ); otherwise the gates are fresh.
 
     Args:
-        name: a run folder, the name of a shipped model, a Hub id of a model that sa_lens saved, or a name that
-            TransformerLens knows (its weights are taken unprocessed).
+        name: a run folder, the name of a shipped model, a folder or GGUF file of a model of `transformers`, a Hub id of
+            a model that sa_lens saved, or a name that TransformerLens knows (its weights are taken unprocessed).
         gates: the gates of the returned model.
         seed: seed of fresh gates.
+        n_ctx: length of the sequences to be run, for a folder or GGUF file.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -30,6 +32,8 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0) -> Self
             not fit.
     """
     local = shipped_folder(name) is not None or Path(name).exists()
+    if local and shipped_folder(name) is None and is_hugging_face(name):
+        return SelfAblatingTransformer.from_hugging_face(name, gates, n_ctx=n_ctx, seed=seed)
     known = None if local else official_name(str(name))
     base = (
         SelfAblatingTransformer.from_pretrained(name, device="cpu")

@@ -25,6 +25,7 @@ from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
 from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.gated import GatedTransformer
+from sa_lens.core.hugging_face import hooked_from_files, read_files
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.pass_hooks import Ablation, Hooks, traces_paused
@@ -419,6 +420,31 @@ class SelfAblatingTransformer(GatedTransformer):
             copied.qkv_bias, copied.unembed_bias = model.qkv_bias, model.unembed_bias
             copied.freeze_unused_biases()
         return copied
+
+    @classmethod
+    def from_hugging_face(
+        cls, folder: str | Path, gates: GateConfig | None = None, *, n_ctx: int = 1, seed: int = 0
+    ) -> SelfAblatingTransformer:
+        """Puts fresh gates on a model of `transformers` in a local folder or GGUF file, with its tokenizer, offline.
+
+        The logits are compared with those of `transformers` on random tokens. The model is on the CPU, in float32.
+
+        Args:
+            folder: the folder, with `config.json`, weights and tokenizer; or a `.gguf` file (`pip install
+                'sa-lens[gguf]'`), whose weights are turned into float32.
+            gates: the gates; default: local, k = 8.
+            n_ctx: length of the sequences to be run. The context of a model without learned positions is cut to 2,048
+                tokens, or to this if it is longer.
+            seed: seed of the gates' initial weights.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: an architecture that gates do not fit, quantized or damaged weights, a model that needs Python
+                code of its own, or a context that is too short.
+        """
+        files, gates = read_files(folder), gates if gates is not None else GateConfig()
+        architecture.check_units(gates, files.n_heads, files.d_head, files.d_mlp)
+        return cls.from_hooked(hooked_from_files(files, n_ctx=n_ctx), gates, seed=seed)
 
     def to_hooked_transformer(self) -> HookedTransformer:
         """A plain HookedTransformer with a copy of the clean stream's weights and no gates."""

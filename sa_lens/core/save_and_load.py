@@ -254,8 +254,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, remedy=REMEDY)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(
-            f"{path} was not written by sa_lens. A Hugging Face model goes through TransformerLens first: "
-            "SelfAblatingTransformer.from_hooked(TransformerBridge.boot_transformers(name), GateConfig(...))"
+            f"{path} was not written by sa_lens. Gates on a Hugging Face model: "
+            f"SelfAblatingTransformer.from_hugging_face({str(folder)!r}, GateConfig(...)), or "
+            f"sa-lens train --init {folder}"
         )
     version = config.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:

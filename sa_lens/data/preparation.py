@@ -35,7 +35,7 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer that made them."""
     tokenizer_folder: Path
-    """A full Hugging Face folder of it."""
+    """A full Hugging Face folder of it, or a GGUF file."""
 
     @property
     def d_vocab(self) -> int:

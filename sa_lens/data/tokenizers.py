@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -131,8 +132,28 @@ def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether the path is a GGUF file, which holds a model and its tokenizer."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def files_of(path: Path) -> dict[str, Any]:
+    """Arguments by which `from_pretrained` of `transformers` reads a local folder or GGUF file, and nothing else.
+
+    Raises:
+        ValueError: a GGUF file, and the package that reads it is not installed.
+    """
+    # The absolute path becomes `name_or_path`, by which it is named in messages.
+    path = path.resolve()
+    if not is_gguf(path):
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{path.name} is a GGUF file, which needs the package gguf: pip install 'sa-lens[gguf]'")
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer of a local folder. Python code in the folder is never run.
+    """The Hugging Face tokenizer of a local folder or GGUF file. Python code in the folder is never run.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -141,11 +162,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = local_path(folder, "the name of the tokenizer folder").resolve()
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(folder):
         raise FileNotFoundError(f"no tokenizer folder {folder}")
+    files = files_of(folder)
     try:
-        # The absolute path becomes `name_or_path`, by which it is named in messages.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**files, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -158,7 +179,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def fetch_tokenizer(name: str, cache: Path) -> Path:
-    """The folder of a tokenizer named by folder or Hub id; one from the Hub is saved in the cache first.
+    """Where a tokenizer is that is named by folder, GGUF file or Hub id; one from the Hub is saved in the cache first.
 
     Raises:
         FileNotFoundError: `name` looks like a path and there is no such folder.
@@ -166,7 +187,7 @@ def fetch_tokenizer(name: str, cache: Path) -> Path:
         ValueError: the Hub has no such tokenizer.
     """
     path = local_path(name, "data.tokenizer")
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path.resolve()
     if path.is_file():
         raise ValueError(f"data.tokenizer={name!r} is a file; name the folder that holds tokenizer.json")

@@ -16,6 +16,7 @@ from sa_lens.config import DataConfig, ModelConfig, RunConfig, to_dict, write_ya
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss, architecture, save_and_load
 from sa_lens.core.initial_model import initial_model
 from sa_lens.data import PreparedData, prepare
+from sa_lens.data.tokenizers import is_gguf
 from sa_lens.data.whole_files import atomic_write, remove_leftovers
 from sa_lens.training import checkpoints, run_folder, run_text
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
@@ -179,7 +180,7 @@ def load_text_and_model(run: RunConfig, *, progress: bool) -> tuple[PreparedData
             default_padding_side="right",
         )
         return data, model
-    model = initial_model(run.train.init, run.gates, seed=run.train.seed)
+    model = initial_model(run.train.init, run.gates, seed=run.train.seed, n_ctx=run.model.n_ctx)
     if run.model.n_ctx > model.cfg.n_ctx:
         raise ValueError(
             f"model.n_ctx={run.model.n_ctx} is more than the {model.cfg.n_ctx} positions of {run.train.init}: "
@@ -206,7 +207,7 @@ def data_config(run: RunConfig, model: SelfAblatingTransformer) -> DataConfig:
     if run.train.init is None or run.data.tokenizer != "bpe":
         return run.data
     base = folder_of(run.train.init)
-    folder = base if base.is_dir() else getattr(model.tokenizer, "name_or_path", None)
+    folder = base if base.is_dir() or is_gguf(base) else getattr(model.tokenizer, "name_or_path", None)
     if not folder:
         raise ValueError(f"train.init={run.train.init!r} brings no tokenizer: name it in data.tokenizer")
     return dataclasses.replace(run.data, tokenizer=str(folder))

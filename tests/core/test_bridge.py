@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3": ("Llama", {**GROUPED, "rope_parameters": LLAMA3}),
     "Qwen2": ("Qwen2", GROUPED),
     "Mistral": ("Mistral", {**GROUPED, "sliding_window": 5}),
+    "Gemma": ("Gemma", {**GROUPED, "head_dim": 12}),
     "Phi": ("Phi", {**SIZES, "max_position_embeddings": 48}),
     "StableLM": ("StableLm", {**GROUPED, "num_key_value_heads": 4}),
     "BLOOM": ("Bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 4}),
@@ -110,7 +111,8 @@ def test_the_logits_are_those_of_the_bridge(boot_family: Boot, family: str) -> N
     if family != "BLOOM":
         fused, hooked = (sa.TwoStreamLoss(model, path=path)(tokens) for path in ("fused", "hooked"))
         torch.testing.assert_close(torch.stack(fused[:3]), torch.stack(hooked[:3]), rtol=1e-5, atol=1e-5)
-    assert model.tied == bool(bridge.cfg.tie_word_embeddings)
+    # Gemma's embedding is the unembedding times sqrt(d_model)
+    assert model.tied == (bool(bridge.cfg.tie_word_embeddings) and family != "Gemma")
     assert model.to_str_tokens("cab", prepend_bos=True) == ["<|endoftext|>", "c", "a", "b"]
 
 
@@ -133,7 +135,7 @@ def test_a_processed_bridge_is_taken_as_it_is(boot_family: Boot) -> None:
     ("kind", "settings", "reason"),
     [
         ("Qwen3", {**GROUPED, "head_dim": 8}, r"logits that differ from the bridge's by .* and at most 0\.0001"),
-        ("Gemma", {**GROUPED, "head_dim": 8}, "has a part that HookedTransformer does not"),
+        ("Granite", {**GROUPED, "residual_multiplier": 0.5}, "has a part that HookedTransformer does not"),
         (
             "Llama",
             {**GROUPED, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},

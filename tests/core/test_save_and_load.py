@@ -446,7 +446,7 @@ def test_a_config_that_is_not_text_is_refused(saved):
 @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"model_type": "gpt2"}'])
 def test_a_foreign_config_is_refused_with_the_way_to_load_it(saved, text):
     (saved / "config.json").write_text(text)
-    refused(saved, r"not written by sa_lens.*from_hooked\(TransformerBridge")
+    refused(saved, r"not written by sa_lens.*from_hugging_face\(")
 
 
 @pytest.mark.parametrize("key", ["version", "dtype", "gates", "model", "qkv_bias", "unembed_bias"])

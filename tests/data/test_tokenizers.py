@@ -285,7 +285,9 @@ def test_python_in_a_tokenizers_folder_is_never_run(bpe_folder: Path, tmp_path: 
 
 def test_trust_is_refused_at_every_call_of_the_package() -> None:
     """Every call that may load code from a folder or the Hub says that it must not."""
-    calls = re.compile(r"(?:Auto\w+\.from_pretrained|from_pretrained_no_processing|load_dataset(?:_builder)?)\(")
+    calls = re.compile(
+        r"(?:Auto\w+\.from_(?:pretrained|config)|from_pretrained_no_processing|load_dataset(?:_builder)?)\("
+    )
     found = 0
     for file in (Path(__file__).parents[2] / "sa_lens").rglob("*.py"):
         text = file.read_text(encoding="utf-8")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import MakeRun, same, weights
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import HookedTransformer, HookedTransformerConfig, SelfAblatingTransformer
@@ -57,6 +60,34 @@ def test_a_transformer_lens_model(make_run: MakeRun, tmp_path: Path, pretrained:
     assert found.evaluation.ablated_loss is not None
     # its tokenizer reads the text, and stays with the run
     assert found.model.tokenizer.get_vocab() == pretrained.tokenizer.get_vocab()
+
+
+@pytest.fixture
+def hugging_face(data: PreparedData, tmp_path: Path) -> Path:
+    """A folder with a small random Llama of `transformers` and a tokenizer."""
+    cfg = LlamaConfig(
+        **{"vocab_size": data.d_vocab, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 12},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32},
+    )
+    LlamaForCausalLM(cfg).save_pretrained(tmp_path / "llama")
+    data.tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_hugging_face_folder(make_run: MakeRun, tmp_path: Path, hugging_face: Path) -> None:
+    run = shaped(make_run(GateConfig(k_attn=2, k_mlp=2), init=str(hugging_face), freeze="base", steps=2))
+    trained = train(run, tmp_path / "run", progress=False)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(hugging_face)(tokens).logits.log_softmax(-1)
+        assert (trained.model(tokens).log_softmax(-1) - expected).abs().max() < 1e-4
+    assert trained.evaluation.ablated_loss is not None
+    # its tokenizer reads the text, and stays with the run, which no longer needs the folder
+    vocabulary = trained.model.tokenizer.get_vocab()
+    assert vocabulary == AutoTokenizer.from_pretrained(hugging_face).get_vocab()
+    shutil.rmtree(hugging_face)
+    again = SelfAblatingTransformer.from_pretrained(tmp_path / "run")
+    assert again.tokenizer.get_vocab() == vocabulary
 
 
 def test_blocks_may_be_shorter_than_the_models_context_but_not_longer(
