@@ -111,19 +111,19 @@ def read_files(name: str | Path) -> ModelFiles:
             f"the weights in {path} are quantized ({config.quantization_config['quant_method']}): take a folder of the "
             "same model that is not"
         )
-    architecture = (getattr(config, "architectures", None) or [None])[0]
-    if architecture not in ARCHITECTURES and type(config) in AutoModelForCausalLM._model_mapping:
-        # a folder of a model without head, or without the entry, is loaded as the class for its type
-        architecture = AutoModelForCausalLM._model_mapping[type(config)].__name__
-    if architecture not in ARCHITECTURES:
+    empty = None
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        with _named(path), torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    architecture = type(empty).__name__
+    if empty is None or architecture not in ARCHITECTURES:
+        given = architecture if empty is not None else f"model of type {config.model_type}, which is no language model"
         raise ValueError(
-            f"the model in {path} is a {architecture or config.model_type}. Supported are "
+            f"the model in {path} is a {given}. Supported are "
             f"{', '.join(ARCHITECTURES)}. If you can make a HookedTransformer of it yourself, put gates on that with "
             "SelfAblatingTransformer.from_hooked(model, GateConfig(...)), save the result with save_pretrained(FOLDER) "
             "and start from that folder"
         )
-    with _named(path), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     d_model, n_heads = config.hidden_size, config.num_attention_heads
     d_mlp = next(
         size
@@ -165,8 +165,9 @@ def hooked_from_files(files: ModelFiles, *, n_ctx: int) -> HookedTransformer:
     from transformer_lens.model_bridge import TransformerBridge
 
     context = files.context(n_ctx)
+    loaded: Any = None
     with _named(files.path):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             **files_of(files.path),
             trust_remote_code=False,
             config=files.config,
@@ -174,9 +175,10 @@ def hooked_from_files(files: ModelFiles, *, n_ctx: int) -> HookedTransformer:
             attn_implementation="eager",
             output_loading_info=True,
         )
-    if found["missing_keys"]:
+    model, report = loaded
+    if report["missing_keys"]:
         raise ValueError(
-            f"{files.path} lacks weights of a {files.architecture}, such as {sorted(found['missing_keys'])[0]}: it may "
+            f"{files.path} lacks weights of a {files.architecture}, such as {sorted(report['missing_keys'])[0]}: it may "
             "hold a model without its output layer; save it with AutoModelForCausalLM"
         )
     model.config.architectures = [files.architecture]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from small_models import random_tokens
 from test_bridge import FAMILIES, GPT2, GROUPED, SIZES, make_hf
 from test_export import letters  # noqa: F401
@@ -99,12 +100,13 @@ def test_the_context_is_long_enough_for_the_sequences(
         ("Qwen3", {**GROUPED, "head_dim": 8}, r"is a Qwen3ForCausalLM\. Supported are .*LlamaForCausalLM.*from_hooked"),
         ("Gemma2", {**GROUPED, "head_dim": 8}, r"is a Gemma2ForCausalLM"),
         ("Persimmon", {**SIZES, "max_position_embeddings": 48}, "is a PersimmonForCausalLM"),
+        ("ViT", {}, "is a model of type vit, which is no language model"),
     ],
 )
 def test_an_architecture_is_refused_before_weights_are_read(
     folder: Path, kind: str, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_hf(kind, settings).save_pretrained(folder)
+    getattr(transformers, f"{kind}Config")(**settings).save_pretrained(folder)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(ValueError, match=reason):
         sa.SelfAblatingTransformer.from_hugging_face(folder, GATES)
