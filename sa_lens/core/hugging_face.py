@@ -178,7 +178,7 @@ def hooked_from_files(files: ModelFiles, *, n_ctx: int) -> HookedTransformer:
     model, report = loaded
     if report["missing_keys"]:
         raise ValueError(
-            f"{files.path} lacks weights of a {files.architecture}, such as {sorted(report['missing_keys'])[0]}: it may "
+            f"{files.path} lacks weights of a {files.architecture}, such as {min(report['missing_keys'])}: it may "
             "hold a model without its output layer; save it with AutoModelForCausalLM"
         )
     model.config.architectures = [files.architecture]
