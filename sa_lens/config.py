@@ -57,6 +57,30 @@ gradients, `exact` by the effect of removing each edge alone, `gate` by the mode
 Ablation = Literal["resample", "zero", "mean"]
 """What an edge outside the circuit carries: its source's activation on the corrupt prompt; zero; or the mean of the
 activations on the corrupt prompts of the same length, position by position."""
+PatchKind = Literal[
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "heads",
+    "q",
+    "k",
+    "v",
+    "pattern",
+    "neurons",
+    "mask_attn",
+    "mask_mlp",
+    "mask_heads",
+    "mask_attn_units",
+    "mask_mlp_units",
+]
+"""What can be patched: the residual stream before, in and after a layer; outputs of attention and MLP; of single heads
+the output (`z`), queries, keys, values or attention pattern; neurons; and masks of the gates."""
+NodeKind = Literal["heads", "mlps", "attn_units", "neurons"]
+"""What can be attributed: heads, outputs of MLPs, attention units, neurons."""
+Direction = Literal["denoise", "noise"]
+"""`denoise`: values of the clean prompt put into the run of the corrupt one. `noise`: the other way round."""
 MetricName = Literal[
     "logit_difference", "pair_accuracy", "top1_accuracy", "answer_rank", "answer_log_probability", "kl"
 ]
@@ -114,6 +138,38 @@ def check_choice(name: str, value: object, annotation: Any) -> None:
     """
     choices = typing.get_args(annotation)
     _check(value in choices, f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}")
+
+
+_HOOK_KINDS = {
+    **{"z": "heads", "post": "neurons", "mlp_post": "neurons", "mlp_out": "mlps"},
+    **{"query": "q", "key": "k", "value": "v", "attn": "pattern"},
+    **{"attn_gate.mask": "mask_attn", "mlp_gate.mask": "mask_mlp"},
+}
+"""Other names of kinds: those of TransformerLens's `ActivationCache`, `utils.get_act_name` and hook points."""
+
+
+def kind_of(what: str, kinds: Any) -> tuple[str, int | None]:
+    """The kind of activation that a name means, and the layer if the name has one.
+
+    Args:
+        what: a kind, or TransformerLens's name of it: `z`, `hook_z`, `attn.hook_z` or `blocks.0.attn.hook_z`.
+        kinds: the `Literal` of the kinds, `PatchKind` or `NodeKind`.
+
+    Raises:
+        ValueError: no such kind, with the nearest one.
+    """
+    known = typing.get_args(kinds)
+    name = re.fullmatch(r"(?:blocks\.(?P<layer>\d+)\.)?(?P<rest>.*)", str(what), re.DOTALL)
+    assert name is not None, "it matches every text"
+    short = name["rest"].replace("hook_", "")
+    for candidate in (short, short.removeprefix("attn.").removeprefix("mlp.")):
+        for kind in (candidate, _HOOK_KINDS.get(candidate, candidate)):
+            if kind in known:
+                return kind, None if name["layer"] is None else int(name["layer"])
+    names = {**{kind: kind for kind in known}, **{other: kind for other, kind in _HOOK_KINDS.items() if kind in known}}
+    near = difflib.get_close_matches(short, names, n=1, cutoff=0.55)
+    meant = f"; perhaps you meant {names[near[0]]}" if near else ""
+    raise ValueError(f"what={shown(what)} is none of {', '.join(known)}{meant}")
 
 
 def check_whole(name: str, value: object, least: int, meaning: str = "") -> None:

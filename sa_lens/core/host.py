@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.config import Masks, Stream
+from sa_lens.config import Masks, Stream, suggestion
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 """(name of a hook point, function of the activation and `hook=`)."""
@@ -100,11 +100,12 @@ def require_hooks(model: Host, names: Iterable[str]) -> None:
     """Checks that the model has these hook points.
 
     Raises:
-        ValueError: a hook point is missing; the message names the first.
+        ValueError: a hook point is missing; the message names the first, and the nearest that the model has.
     """
     for name in names:
         if name not in model.hook_dict:
-            raise ValueError(f"this {type(model).__name__} has no hook point {name!r}; see model.hook_dict")
+            near = suggestion(name, model.hook_dict)
+            raise ValueError(f"this {type(model).__name__} has no hook point {name!r}; see model.hook_dict{near}")
 
 
 def weight(model: Host, name: str) -> Tensor:

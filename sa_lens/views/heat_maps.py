@@ -1,4 +1,4 @@
-"""Tables of patches as heat maps, or as bars of single units."""
+"""Tables of patches and of attribution as heat maps, or as bars of single units."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ from sa_lens.views.wording import TASKS, skill_warnings
 
 WHAT = {
     "resid_pre": "residual stream",
+    "resid_mid": "residual stream after attention",
+    "resid_post": "residual stream after each layer",
     "attn_out": "attention outputs",
     "mlp_out": "MLP outputs",
     "heads": "heads",
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "pattern": "attention patterns",
     "neurons": "neurons",
+    "mlps": "MLPs",
+    "attn_units": "attention units",
     "mask_attn": "attention masks",
     "mask_mlp": "MLP masks",
     "mask_heads": "masks of heads",
     "mask_attn_units": "masks of attention units",
     "mask_mlp_units": "masks of neurons",
 }
-"""Words for what was patched."""
+"""Words for what was patched or attributed."""
 
 MOST_NUMBERS = 80
 """Up to this many cells, each shows its number."""
@@ -36,17 +44,20 @@ _SEVERAL = 1000
 
 
 def patch_map(
-    table: pd.DataFrame, value: str = "normalised", title: str | None = None, *, skill: float | None = None
+    table: pd.DataFrame, value: str | None = None, title: str | None = None, *, skill: float | None = None
 ) -> HeatMap | Bars:
-    """Returns a table of patches as a heat map of layers by positions or heads, or as bars of single units.
+    """Returns a table of patches or of attribution as a heat map, or as bars of single units.
+
+    Rows of a heat map are layers; columns are positions or heads. If both vary, there is a row for each head.
 
     A warning stands in the figure where the model does not prefer the answer on the clean prompt, where its skill is
     below 0.8, and where masks are frozen.
 
     Args:
-        table: from `sa_lens.circuits.patch`: one kind, stream and direction; or several kinds whose rows are whole
-            layers (masks of attention and MLP), which become columns.
-        value: column to show: `normalised` or `value`.
+        table: from `sa_lens.circuits.patch` or `attribute_nodes`: one kind, stream and direction; or several kinds
+            whose rows are whole layers (masks of attention and MLP), which become columns.
+        value: column to show: `normalised` (default) or `value` of patches, `estimate` (default) or `effect` of
+            attribution. Rows without a value, such as units whose effect was not measured, are left out of bars.
         title: heading; None: made of the table's settings.
         skill: the model's pair accuracy at the task, from 0 to 1, where it is known.
 
@@ -54,25 +65,33 @@ def patch_map(
         ValueError: a skill outside 0 to 1, an empty table, several settings in one table, or more dimensions than a
             heat map has.
     """
-    if value not in ("normalised", "value"):
-        raise ValueError(f"value={value!r} must be 'normalised' or 'value'")
+    values = ("estimate", "effect") if "estimate" in table else ("normalised", "value")
+    value = values[0] if value is None else value
+    if value not in values:
+        raise ValueError(f"value={value!r} must be {' or '.join(map(repr, values))}")
     if not len(table):
         raise ValueError("the table of patches is empty: there is nothing to show")
-    for setting in ("task", "stream", "masks", "direction", "metric", "n"):
-        values = table[setting].unique()
-        if len(values) > 1:
+    for setting in ("task", "stream", "masks", "direction", "ablation", "metric", "n"):
+        several = table[setting].unique() if setting in table else ()
+        if len(several) > 1:
             raise ValueError(
-                f"the table mixes {setting} {', '.join(map(str, values))}: show one at a time, or use side_by_side"
+                f"the table mixes {setting} {', '.join(map(str, several))}: show one at a time, or use side_by_side"
             )
     row = table.iloc[0]
-    title = title if title is not None else _title(table)
-    scale = "share of the effect" if value == "normalised" else f"{row['metric']}".replace("_", " ")
+    title = title if title is not None else _title(table, value)
+    scale = _scale(row, value)
     if table["unit"].notna().any():
-        table = table.sort_values(value, key=abs, ascending=False, kind="stable")
+        table = table.dropna(subset=value).sort_values(value, key=abs, ascending=False, kind="stable")
         labels = tuple(_unit_label(row) for _, row in table.iterrows())
         bars = tuple(map(number, table[value]))
         return Bars(title, _note(row, value), labels, bars, scale, warnings=_warnings(row, skill))
     columns = [name for name in ("what", "position", "head") if table[name].nunique(dropna=True) > 1]
+    rows = "layer"
+    if columns == ["position", "head"]:
+        columns, rows = ["position"], "layer.head"
+        table = table.assign(
+            **{rows: [f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]}
+        )
     if len(columns) > 1:
         raise ValueError(
             f"the table has several values of {' and '.join(columns)} for each layer, a heat map shows one of them: "
@@ -80,14 +99,14 @@ def patch_map(
         )
     column = columns[0] if columns else "position"
     across = table[column].unique()
-    layers = sorted(int(layer) for layer in table["layer"].unique())
-    cells = table.pivot(index="layer", columns=column, values=value).reindex(index=layers, columns=list(across))
-    tokens = dict(zip(table[column], table["token"], strict=True)) if column == "position" else {}
+    down = sorted(table["layer"].unique()) if rows == "layer" else list(table[rows].unique())
+    cells = table.pivot(index=rows, columns=column, values=value).reindex(index=down, columns=list(across))
+    tokens = dict(zip(table[column], table["token"], strict=True)) if column == "position" and "token" in table else {}
     return HeatMap(
         title=title,
         note=_note(row, value),
         x=Axis({"what": "patched"}.get(column, column), tuple(_label(x, tokens.get(x, ""), column) for x in across)),
-        y=Axis("layer", tuple(map(str, layers))),
+        y=Axis(rows, tuple(map(str, down))),
         values=numbers(cells.to_numpy(dtype=float, na_value=float("nan"))),
         scale=scale,
         warnings=_warnings(row, skill),
@@ -97,35 +116,44 @@ def patch_map(
 register_result(pd.DataFrame, patch_map)
 
 
-def _title(table: pd.DataFrame) -> str:
+def _title(table: pd.DataFrame, value: str) -> str:
     row = table.iloc[0]
     kinds = " and ".join(WHAT.get(what, what) for what in table["what"].unique())
     masks = f", {row['masks']} masks" if row["stream"] == "ablated" else ""
-    return f"{TASKS.get(row['task'], row['task'])}: {kinds}, {row['stream']} stream{masks}"
+    how = {"effect": ", exact effect", "estimate": ", estimate by gradient"}.get(value, "")
+    return f"{TASKS.get(row['task'], row['task'])}: {kinds}{how}, {row['stream']} stream{masks}"
+
+
+def _scale(row: pd.Series, value: str) -> str:
+    metric = str(row["metric"]).replace("_", " ")
+    return {"normalised": "share of the effect", "value": metric}.get(value, f"change of the {metric}")
 
 
 def _note(row: pd.Series, value: str) -> str:
     metric = str(row["metric"]).replace("_", " ")
+    pairs = f"{row['n']} {'pair' if row['n'] == 1 else 'pairs'}"
+    if value in ("estimate", "effect"):
+        alone = f"change of the {metric} when it alone is ablated ({row['ablation']}; negative: it helps)"
+        return f"{alone}; {metric} {row['value']:.2f} before; {pairs}"
     how, one = {
         "denoise": ("values of the clean prompt put into the corrupt run", " (1: all restored)"),
         "noise": ("values of the corrupt prompt put into the clean run", " (1: all lost)"),
     }[row["direction"]]
     ends = f"{metric} {row['clean']:.2f} clean, {row['corrupt']:.2f} corrupt"
-    return f"{how}{one if value == 'normalised' else ''}; {ends}; {row['n']} {'pair' if row['n'] == 1 else 'pairs'}"
+    return f"{how}{one if value == 'normalised' else ''}; {ends}; {pairs}"
 
 
 def _warnings(row: pd.Series, skill: float | None) -> tuple[str, ...]:
     warnings = skill_warnings(skill)
-    if row["metric"] == "logit_difference" and row["clean"] <= 0 and not warnings:
+    clean = row["clean"] if "clean" in row else row["value"]
+    if row["metric"] == "logit_difference" and clean <= 0 and not warnings:
         warnings.append(
-            f"the logit difference of the clean prompt is {row['clean']:.2f}: the model does not prefer the answer, so "
+            f"the logit difference of the clean prompt is {clean:.2f}: the model does not prefer the answer, so "
             "what is shown explains little"
         )
     if row["stream"] == "ablated" and row["masks"] == "frozen":
-        warnings.append(
-            f"the frozen masks stay those of the unedited {'corrupt' if row['direction'] == 'denoise' else 'clean'} "
-            "prompt, whatever is patched"
-        )
+        prompt = "corrupt" if row.get("direction") == "denoise" else "clean"
+        warnings.append(f"the frozen masks stay those of the unedited {prompt} prompt, whatever is patched")
     return tuple(warnings)
 
 

@@ -86,6 +86,43 @@ def test_record_of_heads_and_of_layers():
     assert record.x.labels == ("attention masks", "MLP masks")
 
 
+def test_heads_at_positions_are_rows():
+    rows = [(layer, at, head, None, layer + 2 * head + at) for layer in (0, 10) for head in (0, 1) for at in (3, 5)]
+    record = patch_map(table("heads", rows=rows).assign(token=" a"), "value")
+    assert record.x == Axis("position", ("3 a", "5 a"))
+    assert record.y == Axis("layer.head", ("0.0", "0.1", "10.0", "10.1"))
+    assert record.values == ((3, 5), (5, 7), (13, 15), (15, 17))
+
+
+def attribution(what, rows):
+    """A table of attribution; each row is (layer, head, neuron, estimate, effect)."""
+    common = {
+        **{"task": "ioi", "what": what, "position": "all", "value": 2.5, "n": 1, "metric": "logit_difference"},
+        **{"ablation": "resample", "stream": "ablated", "masks": "frozen"},
+    }
+    names = ("layer", "head", "unit", "estimate", "effect")
+    return pd.DataFrame([{**common, **dict(zip(names, row, strict=True))} for row in rows])
+
+
+def test_record_of_attribution():
+    heads = attribution("heads", [(layer, head, None, layer + head, -head) for layer in (0, 1) for head in (0, 1)])
+    record = patch_map(heads)
+    assert record.values == ((0, 1), (1, 2))
+    assert record.title == "IOI: heads, estimate by gradient, ablated stream, frozen masks"
+    assert record.note == (
+        "change of the logit difference when it alone is ablated (resample; negative: it helps); "
+        "logit difference 2.50 before; 1 pair"
+    )
+    exact = patch_map(heads, "effect")
+    assert exact.values == ((0, -1), (0, -1))
+    assert record.scale == exact.scale == "change of the logit difference"
+    with pytest.raises(ValueError, match="value='normalised' must be 'estimate' or 'effect'"):
+        patch_map(heads, "normalised")
+    units = attribution("neurons", [(0, None, "L0.mlp.3", 2.0, None), (1, None, "L1.mlp.4", -3.0, -1.0)])
+    assert patch_map(units).labels == ("L1.mlp.4", "L0.mlp.3")
+    assert patch_map(units, "effect").labels == ("L1.mlp.4",), "the other effect was not measured"
+
+
 def test_record_of_units_is_bars_by_size():
     record = patch_map(table("neurons", rows=[(0, "all", None, 7, 0), (1, "all", None, 3, -9), (1, "IO", None, 4, 2)]))
     assert record == Bars(
@@ -103,8 +140,8 @@ def test_record_of_units_is_bars_by_size():
         (table(rows=[]), "empty"),
         (pd.concat([table(rows=POSITIONS), table(rows=POSITIONS, stream="ablated")]), "mixes stream clean, ablated"),
         (
-            table("heads", rows=[(0, at, h, None, 1) for at in ("IO", "end") for h in (0, 1)]),
-            r"table\.position == 'IO'",
+            pd.concat([table(what, rows=POSITIONS) for what in ("attn_out", "mlp_out")]),
+            r"choose one what, such as table\[table\.what == 'attn_out'\]",
         ),
     ],
 )

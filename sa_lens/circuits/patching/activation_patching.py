@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.metrics import logit_difference
 from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Stream, check_choice, check_whole
+from sa_lens.config import Direction, PatchKind, Stream, check_choice, check_whole, kind_of
 from sa_lens.core.host import (
     Hook,
     Host,
@@ -40,7 +40,6 @@ from sa_lens.core.unit import Unit
 if TYPE_CHECKING:
     import pandas as pd
 
-Direction = Literal["denoise", "noise"]
 Positions = Literal["named", "each", "all"] | Sequence[str | int]
 
 
@@ -55,13 +54,26 @@ class Kind(NamedTuple):
     """Whether it is a gate's mask, which acts at the metric position alone."""
     many: bool = False
     """Whether there are so many units that only the most promising are tried."""
+    by_query: bool = False
+    """Whether its axes are `batch head query key`, not `batch pos head ...`; a position is then that of the query."""
+
+    @property
+    def unit_axis(self) -> int:
+        """The axis of an activation at which those of single units begin."""
+        return 1 if self.by_query else 2
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[PatchKind, Kind] = {
     "resid_pre": Kind("hook_resid_pre"),
+    "resid_mid": Kind("hook_resid_mid"),
+    "resid_post": Kind("hook_resid_post"),
     "attn_out": Kind("hook_attn_out"),
     "mlp_out": Kind("hook_mlp_out"),
     "heads": Kind("attn.hook_z", ("head",)),
+    "q": Kind("attn.hook_q", ("head",)),
+    "k": Kind("attn.hook_k", ("head",)),
+    "v": Kind("attn.hook_v", ("head",)),
+    "pattern": Kind("attn.hook_pattern", ("head",), by_query=True),
     "neurons": Kind("mlp.hook_post", ("neuron",), many=True),
     "mask_attn": Kind("attn_gate.hook_mask", mask=True),
     "mask_mlp": Kind("mlp_gate.hook_mask", mask=True),
@@ -69,8 +81,9 @@ KINDS: dict[str, Kind] = {
     "mask_attn_units": Kind("attn_gate.hook_mask", ("head", "channel"), mask=True, many=True),
     "mask_mlp_units": Kind("mlp_gate.hook_mask", ("neuron",), mask=True, many=True),
 }
-"""What can be patched: the residual stream entering a layer, outputs of attention and MLP, heads (`z`), neurons
-(`post`), and masks of the gates: of a whole layer, of a head, or unit by unit."""
+"""What can be patched: the residual stream entering a layer, between attention and MLP, and leaving it; outputs of
+attention and MLP; heads (`z`), their queries, keys, values (of grouped heads one per group) and attention patterns;
+neurons (`post`); and masks of the gates: of a whole layer, of a head, or unit by unit."""
 
 TOP_N = 64
 """Units tried by default where there are many."""
@@ -94,6 +107,7 @@ class _Place(NamedTuple):
 
 
 class _Edit(NamedTuple):
+    kind: Kind
     layer: int
     hook: str
     unit: tuple[int, ...]
@@ -133,12 +147,15 @@ def patch(
     information flows between positions as in any transformer. The experiment's ablation does not matter.
 
     Args:
-        what: one of `KINDS`; masks can be patched in the ablated stream alone.
+        what: one of `KINDS`, or TransformerLens's name of it, such as `z`, `hook_post` or `blocks.0.attn.hook_q`, which
+            chooses the layer too; masks can be patched in the ablated stream alone.
         direction: `denoise`: the corrupt prompt runs, with values of the clean one. `noise`: the other way round.
-        positions: `named`: each named position of the pairs. `each`: every position in turn (pairs of one length).
-            `all`: all positions at once. Or a list of names and of whole numbers (from the end if negative). Default:
-            for residual stream, attention and MLP outputs `named` where the pairs have names, else `each`; otherwise
-            `all`.
+        positions: `each`: every position in turn (pairs of one length). `named`: each named position of the pairs.
+            `all`: all positions at once. Or a list of names and of whole numbers (from the end if negative). Patterns
+            are patched at positions of the query. Default: `all` for heads, their parts and neurons. For the residual
+            stream and outputs of attention and MLP, `each` if all prompts are of one form: there is one pair, or the
+            prompts have one length and at least half of their tokens in common. Otherwise `named` where the pairs have
+            names, and `all` where they have none.
         layers: layers to patch; None: all.
         top_n: for kinds of many units, how many to try (default 64, `all` for all): those with the largest first-order
             effect (gradient times difference, over all positions) on the logit difference.
@@ -157,6 +174,7 @@ def patch(
     Source: the definitions of `transformer_lens.patching`, which this agrees with.
     """
     model, pairs = exp.model, exp.pairs
+    what, layers = _kind_and_layers(what, layers)
     kind = _checked(exp, what, direction, top_n)
     hooks = kind_hooks(model, kind, _checked_layers(model, layers))
     places = _places(pairs, kind, what, positions)
@@ -223,9 +241,17 @@ def unit_table(
     return pd.DataFrame({**rows, **values}, columns=list(columns)).astype({"head": "Int64"})
 
 
-def _checked(exp: Experiment, what: str, direction: str, top_n: Any) -> Kind:
-    if what not in KINDS:
-        raise ValueError(f"what={what!r} is none of {', '.join(KINDS)}")
+def _kind_and_layers(what: str, layers: Sequence[int] | None) -> tuple[PatchKind, Sequence[int] | None]:
+    """The kind that a name means, and the layers, which a hook point's full name chooses."""
+    kind, layer = kind_of(what, PatchKind)
+    if layer is not None:
+        if layers is not None and [*layers] != [layer]:
+            raise ValueError(f"what={what!r} names layer {layer}, but layers={[*layers]}: give one of the two")
+        layers = [layer]
+    return cast(PatchKind, kind), layers
+
+
+def _checked(exp: Experiment, what: PatchKind, direction: str, top_n: Any) -> Kind:
     kind = KINDS[what]
     check_choice("direction", direction, Direction)
     if exp.stream == "clean" and kind.mask:
@@ -277,8 +303,8 @@ def _places(pairs: PromptPairs, kind: Kind, what: str, positions: Positions | No
             raise ValueError(f"positions do not apply to what={what!r}: masks act at the last position alone")
         return [_Place("end", _shared_token(pairs, pairs.positions["end"]), None)]
     if positions is None:
-        named = "named" if len(pairs.positions) > 1 else "each" if pairs.uniform else "all"
-        positions = "all" if kind.axes else named
+        named = "named" if len(pairs.positions) > 1 else "all"
+        positions = "all" if kind.axes else "each" if _of_one_form(pairs) else named
     if positions == "all":
         return [_Place("all", "", None)]
     shortest = int(pairs.lengths.min())
@@ -308,6 +334,14 @@ def _places(pairs: PromptPairs, kind: Kind, what: str, positions: Positions | No
     if not places:
         raise ValueError("positions: give at least one")
     return places
+
+
+def _of_one_form(pairs: PromptPairs) -> bool:
+    """Whether a position means the same in all prompts: one pair, or one length and half of the tokens in common."""
+    if not pairs.uniform:
+        return False
+    shared = (pairs.clean == pairs.clean[:1]).all(0)
+    return 2 * int(shared.sum()) >= len(shared)
 
 
 def _shared_token(pairs: PromptPairs, offset: Int[Tensor, " pair"]) -> str:
@@ -353,7 +387,7 @@ def _edits(
     units = [
         (layer, unit)
         for layer, hook in hooks.items()
-        for unit in product(*map(range, runs[0].source[hook].shape[2 : 2 + len(kind.axes)]))
+        for unit in product(*map(range, runs[0].source[hook].shape[kind.unit_axis :][: len(kind.axes)]))
     ]
     keep = len(units) if not kind.many or top_n == "all" else top_n or TOP_N
     if keep < len(units):
@@ -367,7 +401,7 @@ def _edits(
             sums += torch.cat([effect.sum((0, 1)).flatten().cpu() for effect in effects.values()])
         best = sums.abs().sort(descending=True, stable=True).indices[:keep].sort().values
         units = [units[int(i)] for i in best]
-    return [_Edit(layer, hooks[layer], unit, place) for layer, unit in units for place in places]
+    return [_Edit(kind, layer, hooks[layer], unit, place) for layer, unit in units for place in places]
 
 
 def first_order_effects(
@@ -399,13 +433,15 @@ def first_order_effects(
 
 
 def _index(edit: _Edit, run: _Run) -> tuple[Any, ...]:
-    """Where in an activation `[prompt, pos, ...]` an edit puts its value."""
+    """Where in an activation `[prompt, pos, ...]`, or `[prompt, head, query, key]`, an edit puts its value."""
     offset = edit.place.offset
-    if offset is None:
-        return (slice(None), slice(None), *edit.unit)
-    group, length = run.base.shape
-    position = (offset[run.rows] + length).to(run.base.device)
-    return (torch.arange(group, device=position.device), position, *edit.unit)
+    prompts: Any = slice(None)
+    position: Any = slice(None)
+    if offset is not None:
+        group, length = run.base.shape
+        position = (offset[run.rows] + length).to(run.base.device)
+        prompts = torch.arange(group, device=position.device)
+    return (prompts, *edit.unit, position) if edit.kind.by_query else (prompts, position, *edit.unit)
 
 
 def sum_metric_after(

@@ -12,7 +12,7 @@ that is ablated by `resample` carries what it has on the corrupt prompt, behind 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -29,12 +29,12 @@ from sa_lens.circuits.patching.activation_patching import (
     unit_table,
 )
 from sa_lens.circuits.running.circuit_by_hooks import batches
-from sa_lens.config import check_whole
+from sa_lens.config import NodeKind, check_whole, kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NODES: dict[str, Kind] = {
+NODES: dict[NodeKind, Kind] = {
     "heads": KINDS["heads"],
     "mlps": KINDS["mlp_out"],
     "attn_units": Kind("attn.hook_z", ("head", "channel"), many=True),
@@ -72,7 +72,8 @@ def attribute_nodes(
     Masks are always frozen: gates that choose again have no first-order estimate here.
 
     Args:
-        what: one of `NODES`: `heads`, `mlps`, `attn_units` or `neurons`.
+        what: one of `NODES`: `heads`, `mlps`, `attn_units` or `neurons`; or TransformerLens's name of heads, MLPs or
+            neurons: `z`, `mlp_out`, `post`.
         by_position: one row for each position instead of all positions at once; needs pairs of one length.
         exact: how many of the largest estimates (absolute values) to check by patching; `all`: every one.
         progress: show a progress bar if it takes more than a few seconds.
@@ -89,7 +90,7 @@ def attribute_nodes(
     Source: attribution patching, as in Syed et al., arXiv 2310.10348, section 2.
     """
     exp = exp.usual(masks="frozen")
-    kind = _checked(exp, what, by_position, exact)
+    what, kind = _checked(exp, what, by_position, exact)
     exp.metric.require_gradient(exp.pairs, exp.model.cfg.d_vocab, "attribute_nodes")
     hooks = list(kind_hooks(exp.model, kind, range(exp.model.cfg.n_layers)).values())
     estimates, value = _estimates(exp, kind, hooks, by_position)
@@ -117,9 +118,10 @@ def attribute_nodes(
     )
 
 
-def _checked(exp: Experiment, what: str, by_position: bool, exact: Any) -> Kind:
-    if what not in NODES:
-        raise ValueError(f"what={what!r} is none of {', '.join(NODES)}")
+def _checked(exp: Experiment, what: str, by_position: bool, exact: Any) -> tuple[NodeKind, Kind]:
+    name, layer = kind_of(what, NodeKind)
+    if layer is not None:
+        raise ValueError(f"what={what!r} names layer {layer}, but all layers are attributed: give {name!r}")
     if exact != "all":
         check_whole("exact", exact, 0, "units to check, or 'all'")
     if exp.masks == "live":
@@ -128,7 +130,8 @@ def _checked(exp: Experiment, what: str, by_position: bool, exact: Any) -> Kind:
         )
     if by_position:
         exp.pairs.require_one_length("by_position=True")
-    return NODES[what]
+    kind = cast(NodeKind, name)
+    return kind, NODES[kind]
 
 
 def _estimates(

@@ -1,7 +1,7 @@
 """Patching agrees with `transformer_lens.patching`, and with loops that patch one thing in one prompt at a time."""
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ import torch
 from micro import plain, token_pairs
 from transformer_lens import patching as tl
 
-from sa_lens.circuits import tasks
+from sa_lens.circuits import PromptPairs, tasks
 from sa_lens.circuits.metrics import kl, logit_difference
 from sa_lens.circuits.patching.activation_patching import COLUMNS, KINDS, patch
 from sa_lens.circuits.patching.node_attribution import attribute_nodes
@@ -20,6 +20,12 @@ from sa_lens.core.host import in_stream
 from sa_lens.core.unit import Unit
 
 STREAMS = ["clean", "ablated"]
+RESID_POST = {
+    "patch_setter": tl.layer_pos_patch_setter,
+    "activation_name": "resid_post",
+    "index_axis_names": ("layer", "pos"),
+}
+"""`transformer_lens.patching` has no function of its own for the residual stream that leaves a layer."""
 
 
 def close(found, expected, tolerance=2e-5):
@@ -31,16 +37,25 @@ def close(found, expected, tolerance=2e-5):
     ("what", "theirs"),
     [
         ("resid_pre", tl.get_act_patch_resid_pre),
+        ("resid_mid", tl.get_act_patch_resid_mid),
+        ("resid_post", partial(tl.generic_activation_patch, **RESID_POST)),
         ("attn_out", tl.get_act_patch_attn_out),
         ("mlp_out", tl.get_act_patch_mlp_out),
         ("heads", tl.get_act_patch_attn_head_out_all_pos),
+        ("z", tl.get_act_patch_attn_head_out_by_pos),
+        ("q", tl.get_act_patch_attn_head_q_all_pos),
+        ("k", tl.get_act_patch_attn_head_k_by_pos),
+        ("value", tl.get_act_patch_attn_head_v_all_pos),
+        ("hook_pattern", tl.get_act_patch_attn_head_pattern_all_pos),
+        ("pattern", tl.get_act_patch_attn_head_pattern_by_pos),
     ],
 )
 def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
     def metric(logits):
         return logit_difference(logits[:, -1], even_pairs).mean()
 
-    positions = "all" if what == "heads" else "each"
+    axes = theirs.keywords["index_axis_names"]
+    positions = "each" if {"pos", "dest_pos"} & {*axes} else "all"
     for direction in ("denoise", "noise"):
         clean, corrupt = even_pairs.clean, even_pairs.corrupt
         source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
@@ -49,7 +64,49 @@ def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
             expected = theirs(model, base, cache, metric)
         masks = "frozen" if stream == "ablated" else None
         table = patch(model, even_pairs, what, stream=stream, masks=masks, direction=direction, positions=positions)
+        if axes == ("layer", "pos", "head"):
+            # rows are in the order of layers, heads, positions
+            expected = expected.transpose(1, 2)
         close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
+
+
+def test_grouped_keys_agree_with_transformer_lens():
+    model, pairs = plain(n_heads=4, n_key_value_heads=2), token_pairs(3)
+    _, cache = model.run_with_cache(pairs.clean)
+    for what, theirs in (
+        ("k", tl.get_act_patch_attn_head_k_all_pos),
+        ("v", tl.get_act_patch_attn_head_v_all_pos),
+        ("q", tl.get_act_patch_attn_head_q_all_pos),
+    ):
+        expected = theirs(model, pairs.corrupt, cache, lambda logits: logit_difference(logits[:, -1], pairs).mean())
+        table = patch(model, pairs, what, progress=False)
+        assert table["head"].nunique() == expected.shape[1] == (4 if what == "q" else 2)
+        close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(
+            ("z", "heads"),
+            ("hook_z", "heads"),
+            ("attn.hook_z", "heads"),
+            ("post", "neurons"),
+            ("mlp.hook_post", "neurons"),
+        ),
+        *(("hook_resid_mid", "resid_mid"), ("query", "q"), ("attn", "pattern"), ("attn_gate.hook_mask", "mask_attn")),
+    ],
+)
+def test_names_of_transformer_lens_are_understood(name, kind, model, pairs):
+    stream = "ablated" if kind.startswith("mask") else "clean"
+    expected = patch(model, pairs, kind, stream=stream, layers=[1], progress=False)
+    assert expected["what"].unique() == [kind]
+    pd.testing.assert_frame_equal(patch(model, pairs, name, stream=stream, layers=[1], progress=False), expected)
+    if "hook" in name:
+        full = model.hook_dict and next(hook for hook in model.hook_dict if hook.endswith(name) and ".1." in hook)
+        pd.testing.assert_frame_equal(patch(model, pairs, full, stream=stream, progress=False), expected)
+        with pytest.raises(ValueError, match=r"names layer 1, but layers=\[0\]"):
+            patch(model, pairs, full, layers=[0], stream=stream)
 
 
 GATED = {"attn_gate": "attn.hook_z", "mlp_gate": "mlp.hook_post"}
@@ -204,7 +261,7 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, masks,
             named = row["position"] in pairs.positions and not KINDS[what].mask
             where = int(pairs.positions[row["position"]][i]) if named else slice(None)
             hook_name = f"blocks.{row['layer']}.{KINDS[what].hook}"
-            index = (slice(None), where, *unit)
+            index = (slice(None), *unit, where) if KINDS[what].by_query else (slice(None), where, *unit)
             pair = pairs.subset([i])
             values.append(
                 by_loop(model, pair, alone[i], hook_name, index, stream, direction, masks or "frozen", metric)
@@ -305,7 +362,7 @@ def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
     # a token is named where all prompts have the same one: names differ, and so do these prompts' last words
     assert named["token"].tolist() == [""] * 8
     alike = tasks.ioi(tokenizer, 6, seed=1, words="stories", templates=["go-give-9"])
-    assert patch(model, alike, "resid_pre")["token"].tolist() == ["", "", "", " to"] * 2
+    assert patch(model, alike, "resid_pre", positions="named")["token"].tolist() == ["", "", "", " to"] * 2
     each = patch(model, even_pairs, "resid_pre", positions="each")
     assert each["position"].tolist() == list(range(17)) * 2
     assert each["token"][0] == "<|endoftext|>"
@@ -315,6 +372,20 @@ def test_positions_and_their_tokens(model, tokenizer, pairs, even_pairs):
     heads = patch(model, even_pairs, "heads", positions="named")
     assert len(heads) == 2 * 4 * 4
     assert patch(model, even_pairs, "heads")["position"].unique() == ["all"]
+
+
+def test_every_token_is_a_column_where_all_prompts_are_of_one_form(model, tokenizer, pairs):
+    """By default. 8 tokens that agree in 4, and in 3; one pair; several lengths; and heads, which are patched whole."""
+    prompt = torch.arange(8)
+    for shared, expected in ((4, [*range(8)]), (3, ["start", "end"])):
+        clean = torch.stack([prompt, torch.cat([prompt[:shared], prompt[shared:] + 20])])
+        made = PromptPairs.from_tokens(clean, clean + 1, [1, 1], [2, 2], positions={"start": [-8, -8]})
+        assert patch(model, made, "attn_out", layers=[0])["position"].tolist() == expected
+        assert patch(model, made.subset([1]), layers=[0])["position"].tolist() == [*range(8)]
+        assert patch(model, made, "heads", layers=[0])["position"].unique() == ["all"]
+    assert patch(model, pairs, layers=[0])["position"].tolist() == ["IO", "S1", "S2", "end"]
+    without_names = replace(pairs, positions={"end": pairs.positions["end"]})
+    assert patch(model, without_names, layers=[0])["position"].tolist() == ["all"]
 
 
 def test_a_function_as_metric_and_progress(model, even_pairs):
@@ -344,7 +415,10 @@ def test_gradients_and_hooks_are_left_as_found(model, pairs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"what": "residual"}, "what='residual' is none of resid_pre"),
+        ({"what": "residual"}, "what='residual' is none of resid_pre, .*; perhaps you meant resid_pre"),
+        ({"what": "blocks.1.hook_mlp_ou"}, "perhaps you meant mlp_out"),
+        ({"what": "head"}, "perhaps you meant heads"),
+        ({"what": "hook_posts"}, "perhaps you meant neurons"),
         ({"what": "mask_attn"}, "needs stream='ablated'"),
         ({"masks": "live"}, "masks='live' needs stream='ablated'"),
         ({"masks": "melted", "stream": "ablated"}, "masks='melted'"),
