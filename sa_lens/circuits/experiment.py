@@ -1,7 +1,8 @@
 """`Experiment`: a model and pairs of prompts, with all settings that an analysis of circuits needs.
 
-Every function of `sa_lens.circuits` that analyses a model takes an experiment. For a single call the model, the pairs
-and the settings do as well: `eap(model, pairs, stream="ablated")` is `eap(Experiment(model, pairs, stream="ablated"))`.
+Every function of `sa_lens.circuits` that analyses a model takes an experiment. For a single call you can also give the
+model, the pairs and the settings: `eap(model, pairs, stream="ablated")` means `eap(Experiment(model, pairs,
+stream="ablated"))`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
 
 MEMORY = 2**29
-"""Bytes of recorded passes that an experiment keeps; larger ones are recorded anew for each analysis."""
+"""Largest size in bytes of the recorded passes that an experiment keeps; larger ones are recorded for each analysis."""
 
 SETTINGS = ("stream", "metric", "ablation", "masks", "batch_size", "seed", "device")
 
@@ -42,31 +43,31 @@ SETTINGS = ("stream", "metric", "ablation", "masks", "batch_size", "seed", "devi
 class Experiment:
     """A model, pairs of prompts, and how they are run and measured.
 
-    What analyses share is recorded when it is first needed: logits of the unedited prompts, what every node writes on
-    both prompts, masks, and the metric of circuits that were run. The model must not change in between; `release()`
-    forgets the records.
+    What several analyses need is recorded when it is first used: logits of the unedited prompts, what every node writes
+    on both prompts, masks, and the metric of circuits that were run. The model must not change in the meantime;
+    `release()` deletes the records.
 
     Args:
         model: any model with TransformerLens's hook points.
         pairs: pairs of clean and corrupt prompts.
         stream: `clean`, or the `ablated` one of a model with gates, as in `model.ablated(position=-1)`.
         metric: name of a metric in `METRICS`, a `Metric`, or a function of the logits at the last position and the
-            pairs that returns one value per pair, better when larger. None: the usual one of each method, which is
-            `kl` for ACDC and `logit_difference` for all others.
+            pairs that returns one value per pair, where larger is better. None takes the usual metric of each method:
+            `kl` for ACDC, `logit_difference` for all others.
         ablation: what an ablated edge or unit carries; see `sa_lens.config.Ablation`. Biases of attention outputs
-            belong to no node and always stay.
+            belong to no node and are never ablated.
         masks: in the ablated stream, `live`: the gates choose again under the same edits, from a clean pass with the
             clean stream's own values. `frozen`: the masks of the unedited prompt stay; they name the units that this
-            prompt needs, which no edge then has to carry. None: `live`, and `frozen` for methods that have no other
-            form (`relp`, `attribute_nodes`). Every result names the masks.
-        batch_size: prompts run at once, four times as many where nothing but a few activations is kept. Memory grows
-            with it.
+            prompt needs, which no edge then has to carry. None takes `live`, except for methods that only have the
+            frozen form (`relp`, `attribute_nodes`). Every result names its masks.
+        batch_size: number of prompts in one pass, four times as many where only a few activations are kept. Memory
+            grows with it.
         seed: seed of all that is drawn at random: bootstrap samples, random sets of edges, random masks.
-        device: where to put the model; None: where it is.
+        device: device to move the model to; None leaves it where it is.
 
     Raises:
-        ValueError: an unknown choice, masks in the clean stream, the ablated stream of a model without gates, or pairs
-            that do not fit the model.
+        ValueError: a choice is unknown, masks are given for the clean stream, the ablated stream is asked of a model
+            without gates, or the pairs do not fit the model.
     """
 
     def __init__(
@@ -109,16 +110,16 @@ class Experiment:
         return f"<Experiment {type(self.model).__name__}, {settings}>"
 
     def on(self, pairs: PromptPairs) -> Experiment:
-        """The same experiment on other pairs, such as those that a circuit is judged on."""
+        """Returns the same experiment on other pairs, such as those that a circuit is judged on."""
         return self.replace(pairs=pairs)
 
     def replace(self, **changes: Any) -> Experiment:
-        """The same experiment with another `model`, other `pairs` or other settings."""
+        """Returns the same experiment with another `model`, other `pairs` or other settings."""
         model, pairs = changes.pop("model", self.model), changes.pop("pairs", self.pairs)
         return Experiment(model, pairs, **{**self._settings, **changes})
 
     def usual(self, *, metric: str | None = None, masks: Masks | None = None) -> Experiment:
-        """The experiment with a method's own choices where none was made; it shares all records."""
+        """Returns the experiment with a method's usual settings where the user gave none; both share all records."""
         usual = {"metric": metric, "masks": masks if self.stream == "ablated" else None}
         changes = {name: value for name, value in usual.items() if value and self._settings[name] is None}
         if not changes:
@@ -129,7 +130,7 @@ class Experiment:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Task, number of pairs and settings, as tables and files carry them."""
+        """Task, number of pairs and settings, which tables and files contain."""
         return {
             **{"task": self.pairs.task, "n": len(self.pairs), "metric": self.metric.name},
             **{"stream": self.stream, "masks": self.masks, "ablation": self.ablation},
@@ -140,20 +141,20 @@ class Experiment:
         """The model's graph of nodes and edges.
 
         Raises:
-            ValueError: an architecture in which outputs of nodes do not simply add up, or without the hook points.
+            ValueError: in this architecture the outputs of nodes do not simply add up, or hook points are missing.
         """
         require_hooks(self.model, edge_hook_names(self.model))
         return Graph.from_model(self.model)
 
     @property
     def light_batch_size(self) -> int:
-        """Prompts run at once in passes of which little is kept."""
+        """Number of prompts in one pass if only a few of its activations are kept."""
         return 4 * self.batch_size
 
     # --------------------------------------------------------------------------------------------------------- records
 
     def record(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` returns, made once and kept until `release()`."""
+        """Returns what `make` returned at the first call with this key; the record is kept until `release()`."""
         if key not in self._records:
             # outside of inference mode, so that passes with gradients can use it too
             with torch.inference_mode(False), torch.no_grad():
@@ -161,18 +162,18 @@ class Experiment:
         return cast(T, self._records[key])
 
     def release(self) -> None:
-        """Forgets all that was recorded."""
+        """Deletes all records."""
         self._records.clear()
 
     def logits(self, prompt: Literal["clean", "corrupt"] = "clean") -> Float[Tensor, "pair d_vocab"]:
-        """Logits at the end of each unedited prompt."""
+        """Returns the logits at the end of each unedited prompt."""
         size = self.light_batch_size
         return self.record(
             f"{prompt} logits", lambda: last_logits(self.model, self.pairs, self.stream, prompt, batch_size=size)
         )
 
     def values(self, logits: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
-        """The metric of each pair, in float64 on the CPU."""
+        """Returns the metric of each pair, in float64 on the CPU."""
         clean = self.logits() if self.metric.needs_clean_logits else None
         return self.metric(logits, self.pairs, clean).detach().double().cpu()
 
@@ -195,28 +196,29 @@ class Experiment:
 
     @property
     def why_not_by_nodes(self) -> str | None:
-        """Why every pass has to be one of the whole model under hooks; None if nodes can be run one by one."""
+        """Why every pass must run the whole model under hooks; None if nodes can be run one by one."""
         return why_not_by_nodes(self.model)
 
     @property
     def why_not_in_part(self) -> str | None:
-        """Why a removed edge needs a pass of its own; None if many can be tried at once."""
+        """Why each removed edge needs a pass of its own; None if many can be tried at once."""
         if self.masks == "live":
             return "live masks depend on the whole residual stream, so every edge can change which units stay"
         return self.why_not_by_nodes
 
     @property
     def level_of_slow_runs(self) -> int:
-        """Level at which `why_not_in_part` is logged: with live masks, the default, it is no warning."""
+        """Level at which `why_not_in_part` is logged; with live masks, which are the default, it is not a warning."""
         return logging.INFO if self.masks == "live" else logging.WARNING
 
     # ----------------------------------------------------------------------------------------------------------- skill
 
     def skill(self) -> pd.DataFrame:
-        """How well the stream does the task: pair and top-1 accuracy and logit difference with 95 % intervals.
+        """Measures how well the stream does the task: accuracies and logit difference with 95 % intervals.
 
         Returns:
-            One row: task, stream, n, each metric with `_low` and `_high`, and `able`: pair accuracy of at least 0.8.
+            One row: task, stream, n, then pair accuracy, top-1 accuracy and logit difference, each with `_low` and
+            `_high`, and `able`, which is True for a pair accuracy of at least 0.8.
         """
         import pandas as pd
 
@@ -228,10 +230,10 @@ class Experiment:
 
 
 def skill(model: Host, pairs: PromptPairs, stream: Stream | None = None, *, seed: int = 0) -> pd.DataFrame:
-    """How well the model does the task: one row of `Experiment.skill` per stream.
+    """Measures how well the model does the task: one row of `Experiment.skill` per stream.
 
     Args:
-        stream: one stream; None: every one that the model has.
+        stream: one stream; None takes all streams that the model has.
         seed: seed of the bootstrap.
     """
     import pandas as pd
@@ -241,7 +243,7 @@ def skill(model: Host, pairs: PromptPairs, stream: Stream | None = None, *, seed
 
 
 class Analysis(Protocol[P, R_co]):
-    """A function of an experiment, or of a model and pairs with the experiment's settings as keywords."""
+    """A function that takes an experiment, or a model and pairs with the experiment's settings as keywords."""
 
     __name__: str
 
@@ -253,7 +255,7 @@ class Analysis(Protocol[P, R_co]):
 
 
 def analysis(function: Callable[Concatenate[Experiment, P], R]) -> Analysis[P, R]:
-    """Lets a function of an experiment take a model, pairs and settings in its place."""
+    """Lets a function that takes an experiment also take a model, pairs and settings."""
 
     @wraps(function)
     def call(exp: Any, *args: Any, **options: Any) -> R:

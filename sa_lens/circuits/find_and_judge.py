@@ -1,4 +1,4 @@
-"""A circuit found by any method and judged on other pairs: what the command line and the comparisons of models run.
+"""`find_circuit` finds a circuit by any method and judges it on other pairs, for the command line and comparisons.
 
 Every method gives a ranking of all edges. ACDC decides on a set as well; a ranking alone is cut at the fewest edges
 that are faithful on the pairs it was made with. Skill, faithfulness and the metrics of the circuit are those of pairs
@@ -41,31 +41,31 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class FoundCircuit:
-    """A circuit, the ranking behind it, and how it does on pairs that it was not found with."""
+    """A circuit with its ranking, judged on pairs other than those of the search; from `find_circuit`."""
 
     circuit: Circuit
-    """ACDC: the edges kept. Other methods: the edges asked for, or the fewest tried with f >= 0.9 on the pairs of the
-    search."""
+    """The edges that ACDC keeps. For other methods: as many edges as asked for, or the smallest tried number that gives
+    f >= 0.9 on the pairs of the search."""
     ranking: Circuit
-    """Every edge with its score."""
+    """All edges with their scores."""
     skill: Mapping[str, Any]
     """The row of `Experiment.skill`."""
     corrupt_kl: float
     """KL(clean prompt || corrupt prompt) of the model itself, nats, mean over pairs: the scale of ACDC's tau."""
     curve: FaithfulnessCurve | None
-    """Faithfulness of the ranking along its sizes; None where clean and corrupt prompts score too much alike."""
+    """Faithfulness of the ranking by size; None if clean and corrupt prompts have almost the same score."""
     own: FaithfulnessCurve | None
     """Faithfulness of the circuit itself."""
     seconds: float
-    """Time of ACDC's search, or of ranking all edges."""
+    """Seconds that ACDC's search took, or the ranking of all edges."""
     choices: Mapping[str, Any]
-    """What was chosen: `masks` (`none` in the clean stream), `ablation`, `tau` of ACDC, `steps` of EAP-IG; empty where
-    the method has none."""
+    """Settings of the search: `masks` (`none` in the clean stream), `ablation`, `tau` of ACDC, `steps` of EAP-IG; empty
+    if the method has no such setting."""
     warnings: tuple[str, ...] = field(default=())
-    """What speaks against trusting this circuit."""
+    """Reasons not to trust this circuit."""
 
     def row(self) -> dict[str, Any]:
-        """The figures of one line of a table: skill, edges, faithfulness, areas, edges needed, time."""
+        """Returns a row of a table: skill, edges, faithfulness, areas, edges needed and seconds."""
         about = self.circuit.about
         row: dict[str, Any] = {
             "task": self.skill["task"],
@@ -87,7 +87,7 @@ class FoundCircuit:
         return row | {"seconds": self.seconds, "warnings": "; ".join(self.warnings)}
 
     def summary(self) -> str:
-        """Skill, circuit and faithfulness in words, then warnings."""
+        """Returns skill, circuit and faithfulness as text, followed by the warnings."""
         row, about = self.row(), self.circuit.about
         skilled = self.skill
 
@@ -140,22 +140,23 @@ def find_circuit(
     resume: Circuit | None = None,
     progress: bool = True,
 ) -> FoundCircuit:
-    """Finds a circuit with the pairs of the experiment and judges it on others.
+    """Finds a circuit on the pairs of the experiment and judges it on other pairs.
 
     Args:
         report: pairs to judge on, none of which is in the experiment; or an experiment on them (`exp.on(pairs)`), which
             keeps its runs for the next method.
-        method: how to find it. ACDC decides edge by edge; the others rank all edges.
-        tau: ACDC's threshold; other methods do not use it.
-        edges: size of the circuit of a method that only ranks; None: the fewest tried with f >= 0.9 on the pairs of the
-            experiment.
-        resume: the circuit of an interrupted search by ACDC, to go on with.
-        progress: show progress bars for what takes more than a few seconds.
+        method: ACDC decides edge by edge; the other methods rank all edges.
+        tau: threshold of ACDC; other methods do not use it.
+        edges: size of the circuit for methods that rank; None takes the smallest tried size with f >= 0.9 on the pairs
+            of the experiment.
+        resume: the circuit of an interrupted search by ACDC, which is continued.
+        progress: whether to show progress bars for what takes more than a few seconds.
 
     Raises:
-        ValueError: an unknown method, edges given for ACDC, pairs in both sets, a gate circuit of a model without
-            gates, `resume` for another method or of another search.
-        Interrupted: Ctrl-C while ACDC searches, or while what it found is judged; its `result` can be resumed.
+        ValueError: the method is unknown, `edges` is given for ACDC, a pair is in both sets, the gate circuit is asked
+            of a model without gates, or `resume` belongs to another method or search.
+        Interrupted: Ctrl-C during ACDC's search, or while its circuit is judged; the exception's `result` can be
+            resumed.
     """
     check_choice("method", method, Method)
     if method == "acdc" and edges is not None:
@@ -217,7 +218,7 @@ def _rank(exp: Experiment, method: Method, progress: bool) -> Circuit:
 
 @contextmanager
 def _kept_if_stopped(result: ACDCResult | None) -> Iterator[None]:
-    """Ctrl-C within the context does not lose a finished search: it can be resumed, and then only has to be judged."""
+    """Keeps a finished search if Ctrl-C interrupts the context; after `resume` the circuit only has to be judged."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -236,13 +237,13 @@ def _prompts(pairs: PromptPairs) -> set[tuple[int, ...]]:
 
 
 def circuit_table(circuits: Mapping[Any, FoundCircuit], names: Sequence[str] = ("model",)) -> pd.DataFrame:
-    """A table with one row per circuit.
+    """Returns a table with one row per circuit.
 
     Args:
-        names: of the parts of the keys, as first columns.
+        names: names of the parts of the keys, which are the first columns.
 
     Raises:
-        ValueError: another number of names than the keys have parts.
+        ValueError: the number of names is not the number of parts of the keys.
     """
     import pandas as pd
 

@@ -26,7 +26,7 @@ from sa_lens.core.nodes import why_not_additive
 from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, read_json
 
 FORMAT, VERSION = "sa_lens circuit", 1
-"""What files of circuits say of themselves."""
+"""Format and version that files of circuits name."""
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """An edge, written `a0.h3->a1.h2.q`: what a source adds to one input of a destination."""
+    """An edge, written `a0.h3->a1.h2.q`: the contribution of a source to one input of a destination."""
 
     source: Node
     destination: Node
@@ -67,7 +67,7 @@ class Edge(NamedTuple):
 
 
 class Input(NamedTuple):
-    """An input of a node: where edges end."""
+    """An input of a node, at which edges end."""
 
     node: Node
     port: Port = ""
@@ -78,7 +78,7 @@ class Graph:
     """All nodes and edges of a transformer of one shape.
 
     Sources and inputs are in the order of computation: layer by layer, heads by index, `q`, `k`, `v` of a head
-    together. The edges into an input come from a first part of the sources, so a pair (input, source) names an edge.
+    together. An edge is named by its place (input, source), a pair of indices.
     """
 
     n_layers: int
@@ -86,16 +86,16 @@ class Graph:
     n_heads: int
     """Heads of a layer. Where heads share keys and values, each has an input of its own for them."""
     attn_only: bool = False
-    """No MLPs."""
+    """Whether the model has no MLPs."""
     parallel: bool = False
-    """Attention and MLP of a layer read the same input, so there are no edges between them."""
+    """Whether attention and MLP of a layer read the same input, so that there are no edges between them."""
 
     @classmethod
     def from_model(cls, model: Host) -> Graph:
-        """The graph of a model.
+        """Returns the graph of a model.
 
         Raises:
-            ValueError: an architecture in which outputs of heads and MLPs do not simply add up.
+            ValueError: in this architecture the outputs of heads and MLPs do not simply add up.
         """
         reason = why_not_additive(model)
         if reason is not None:
@@ -105,7 +105,7 @@ class Graph:
 
     @cached_property
     def sources(self) -> tuple[Node, ...]:
-        """Nodes that write, in the order of computation."""
+        """Nodes that write to the residual stream, in the order of computation."""
         nodes = [Node("embed")]
         for layer in range(self.n_layers):
             nodes += [Node("head", layer, head) for head in range(self.n_heads)]
@@ -115,13 +115,13 @@ class Graph:
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
-        """Inputs of all nodes that read, in the order of computation."""
+        """Inputs of all nodes, in the order of computation."""
         readers = (*self.sources[1:], Node("logits"))
         return tuple(Input(node, port) for node in readers for port in (PORTS if node.kind == "head" else ("",)))
 
     @cached_property
     def inputs_of(self) -> dict[Node, list[int]]:
-        """Places in `inputs` of each node's own: three of a head, none of the embedding, one of others."""
+        """Indices in `inputs` of the inputs of each node: three for a head, none for the embedding, one for others."""
         own: dict[Node, list[int]] = {node: [] for node in (*self.sources, Node("logits"))}
         for i, to in enumerate(self.inputs):
             own[to.node].append(i)
@@ -129,11 +129,11 @@ class Graph:
 
     @cached_property
     def n_sources(self) -> tuple[int, ...]:
-        """Number of edges into each input, which come from the first sources."""
+        """Number of edges into each input; they come from the first so many sources."""
         return tuple(self.sources_before(i.node) for i in self.inputs)
 
     def sources_before(self, node: Node) -> int:
-        """Number of sources that are computed before the node."""
+        """Returns the number of sources that are computed before the node."""
         a_layer = self.n_heads + (not self.attn_only)
         match node.kind:
             case "embed":
@@ -146,12 +146,12 @@ class Graph:
 
     @cached_property
     def source_index(self) -> dict[Node, int]:
-        """Place of each source in `sources`."""
+        """Index of each source in `sources`."""
         return {node: i for i, node in enumerate(self.sources)}
 
     @cached_property
     def input_index(self) -> dict[Input, int]:
-        """Place of each input in `inputs`."""
+        """Index of each input in `inputs`."""
         return {node: i for i, node in enumerate(self.inputs)}
 
     @cached_property
@@ -163,17 +163,17 @@ class Graph:
 
     @cached_property
     def exists(self) -> Bool[Tensor, "input source"]:
-        """True where there is an edge."""
+        """Matrix that is True where there is an edge."""
         return torch.arange(len(self.sources)) < torch.tensor(self.n_sources)[:, None]
 
     def __len__(self) -> int:
         return sum(self.n_sources)
 
     def place(self, edge: Edge | str) -> tuple[int, int]:
-        """(input, source) of an edge, given as such or as text.
+        """Returns the place (input, source) of an edge, which may be given as text.
 
         Raises:
-            ValueError: no such edge in this graph.
+            ValueError: the graph has no such edge.
         """
         edge = parse_edge(edge) if isinstance(edge, str) else edge
         to = self.input_index.get(Input(edge.destination, edge.port))
@@ -186,12 +186,12 @@ class Graph:
         return to, source
 
     def edge(self, to: int, source: int) -> Edge:
-        """The edge at a place."""
+        """Returns the edge at a place (input, source)."""
         return Edge(self.sources[source], *self.inputs[to])
 
 
 def source_hooks(graph: Graph) -> list[str]:
-    """Hook points at which sources write: the embedding, then attention units (`z`) and MLP of each layer."""
+    """Returns the hook points at which sources write: the embedding, then `z` and the MLP of each layer."""
     names = ["blocks.0.hook_resid_pre"]
     for layer in range(graph.n_layers):
         names.append(f"blocks.{layer}.attn.hook_z")
@@ -201,7 +201,7 @@ def source_hooks(graph: Graph) -> list[str]:
 
 
 def input_hooks(graph: Graph) -> dict[str, list[int]]:
-    """Hook points in which edges end, each with the inputs of the graph that it holds."""
+    """Returns the hook points at which edges end, each with the indices of its inputs."""
     hooks: dict[str, list[int]] = {}
     for layer in range(graph.n_layers):
         heads = [graph.inputs_of[Node("head", layer, head)] for head in range(graph.n_heads)]
@@ -214,16 +214,16 @@ def input_hooks(graph: Graph) -> dict[str, list[int]]:
 
 
 def edge_hook_names(model: Host) -> list[str]:
-    """Hook points that runs of circuits read or edit."""
+    """Returns the hook points that runs of circuits read or edit."""
     graph = Graph(model.cfg.n_layers, model.cfg.n_heads, bool(model.cfg.attn_only))
     return [*source_hooks(graph), *input_hooks(graph)]
 
 
 def parse_node(text: str) -> Node:
-    """The node of a name such as `a2.h5`.
+    """Reads a node from a name such as `a2.h5`.
 
     Raises:
-        ValueError: no such kind of name.
+        ValueError: the text is not the name of a node.
     """
     if text in ("embed", "logits"):
         return Node(text)  # type: ignore[arg-type]
@@ -235,10 +235,10 @@ def parse_node(text: str) -> Node:
 
 
 def parse_edge(text: str) -> Edge:
-    """The edge of a name such as `a0.h3->a1.h2.q`.
+    """Reads an edge from a name such as `a0.h3->a1.h2.q`.
 
     Raises:
-        ValueError: no such kind of name.
+        ValueError: the text is not the name of an edge.
     """
     source, arrow, to = text.partition("->")
     if not arrow:
@@ -251,16 +251,16 @@ def parse_edge(text: str) -> Edge:
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """A set of edges of a graph, and a score for any edge that has one, inside the set or not."""
+    """A set of edges of a graph; any edge, inside the set or not, may have a score."""
 
     graph: Graph
     """The graph that the edges belong to."""
     mask: Bool[Tensor, "input source"]
     """True for the edges of the circuit; inputs and sources as in the graph."""
     scores: Float[Tensor, "input source"]
-    """Score of each edge in float64; NaN where there is none."""
+    """Score of each edge in float64; NaN for edges without a score."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """How it was found: method, stream, masks, ablation, metric and the like; plain values that JSON can hold."""
+    """Settings of the search: method, stream, masks, ablation, metric, ...; plain values that JSON can hold."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.graph.exists.shape)
@@ -281,10 +281,10 @@ class Circuit:
         edges: Iterable[Edge | str] | Mapping[Edge | str, float] = (),
         about: Mapping[str, Any] | None = None,
     ) -> Circuit:
-        """The circuit of the given edges; with a mapping, their scores.
+        """Makes a circuit of the given edges; a mapping also gives their scores.
 
         Raises:
-            ValueError: an edge that the graph does not have.
+            ValueError: the graph does not have one of the edges.
         """
         mask = torch.zeros_like(graph.exists)
         scores = torch.full(mask.shape, torch.nan, dtype=torch.float64)
@@ -297,7 +297,7 @@ class Circuit:
 
     @classmethod
     def full(cls, graph: Graph) -> Circuit:
-        """Every edge of a graph, without scores."""
+        """Makes the circuit of all edges of a graph, without scores."""
         return cls.of(graph, graph.edges)
 
     @classmethod
@@ -310,14 +310,14 @@ class Circuit:
         *,
         absolute: bool = True,
     ) -> Circuit:
-        """The n edges with the largest scores; among equals, those first in the order of the graph.
+        """Makes the circuit of the n edges with the largest scores; among equal scores the order of the graph decides.
 
         Args:
             scores: a score for every edge; entries that are no edge are ignored.
-            absolute: compare absolute values.
+            absolute: whether to compare absolute values.
 
         Raises:
-            ValueError: n outside the graph's number of edges, or an edge without a score.
+            ValueError: n is larger than the number of edges, or an edge has no score.
         """
         if not 0 <= n <= len(graph):
             raise ValueError(f"n={n} edges: choose from 0 to the graph's {len(graph)}")
@@ -333,14 +333,14 @@ class Circuit:
         return cls(graph, mask, scores, dict(about or {}))
 
     def keep(self, n: int, *, absolute: bool = True) -> Circuit:
-        """The n edges with the largest scores, which every edge of the graph must have; see `top`."""
+        """Makes the circuit of the n edges with the largest scores; all edges must have scores. See `top`."""
         return Circuit.top(self.graph, self.scores, n, self.about, absolute=absolute)
 
     def check_fits(self, graph: Graph) -> None:
-        """Checks that the circuit is one of a model with this graph.
+        """Checks that the circuit belongs to a model with this graph.
 
         Raises:
-            ValueError: it is not.
+            ValueError: it belongs to another graph.
         """
         if self.graph != graph:
             raise ValueError(f"a circuit of {self.graph} does not fit this model, whose graph is {graph}")
@@ -356,23 +356,23 @@ class Circuit:
         return isinstance(edge, tuple | str) and bool(self.mask[self.graph.place(edge)])  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
-        """Whether graph and edges are the same; scores may differ."""
+        """Returns whether graph and edges are the same; scores may differ."""
         return isinstance(other, Circuit) and self.graph == other.graph and bool(torch.equal(self.mask, other.mask))
 
     __hash__ = None  # type: ignore[assignment]
 
     def score(self, edge: Edge | str) -> float:
-        """Score of an edge; NaN if it has none."""
+        """Returns the score of an edge, or NaN if it has none."""
         return float(self.scores[self.graph.place(edge)])
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """Nodes at either end of an edge of the circuit, in the order of computation."""
+        """Nodes at which an edge of the circuit begins or ends, in the order of computation."""
         ends = {node for edge in self for node in edge[:2]}
         return tuple(node for node in (*self.graph.sources, Node("logits")) if node in ends)
 
     def prune_dangling(self) -> Circuit:
-        """Without the edges that are on no path from the embedding to the logits."""
+        """Returns the circuit without the edges that are on no path from the embedding to the logits."""
         graph, mask = self.graph, self.mask.clone()
         reached = {Node("embed")}
         for i, to in enumerate(graph.inputs):
@@ -389,10 +389,10 @@ class Circuit:
         return replace(self, mask=mask)
 
     def jaccard(self, other: Circuit) -> float:
-        """Edges in both over edges in either; 1 for two empty circuits.
+        """Returns the number of edges in both circuits over that in either; 1 if both are empty.
 
         Raises:
-            ValueError: circuits of different graphs.
+            ValueError: the circuits belong to different graphs.
         """
         if self.graph != other.graph:
             raise ValueError(f"circuits of different graphs have no overlap: {self.graph} and {other.graph}")
@@ -400,10 +400,12 @@ class Circuit:
         return int((self.mask & other.mask).sum()) / either if either else 1.0
 
     def table(self, every: bool = False) -> pd.DataFrame:
-        """One row per edge: edge, source, destination, port, source_layer, destination_layer, score, in_circuit.
+        """Returns one row per edge.
+
+        Its columns are edge, source, destination, port, source_layer, destination_layer, score and in_circuit.
 
         Args:
-            every: also the edges outside the circuit.
+            every: whether to include the edges outside the circuit.
         """
         import pandas as pd
 
@@ -424,7 +426,7 @@ class Circuit:
         )
 
     def node_table(self) -> pd.DataFrame:
-        """One row per node: node, kind, layer, head, edges in and out, and the sums of their absolute scores.
+        """Returns one row per node: node, kind, layer, head, edges in and out, and the sums of their absolute scores.
 
         Edges without a score add nothing to `score_in` and `score_out`.
         """
@@ -445,7 +447,7 @@ class Circuit:
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the circuit as JSON: graph, how it was found, its edges and every score."""
+        """Writes the circuit as JSON: graph, settings of the search, edges and all scores."""
         scored = (self.graph.exists & ~self.scores.isnan()).nonzero().tolist()
         content = {
             "format": FORMAT,
@@ -464,8 +466,8 @@ class Circuit:
         """Reads a circuit from JSON.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a circuit.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file holds no circuit.
         """
         path, remedy = Path(path), "find the circuit again, or take the file from a copy"
         content = read_json(path, remedy=remedy)

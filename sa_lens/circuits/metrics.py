@@ -1,4 +1,4 @@
-"""Metrics: one number per prompt from the logits at its last position.
+"""Metrics, which turn the logits at the last position into one number per prompt.
 
 Values are computed in float32 or wider, whatever the precision of the model; means over prompts are the caller's. All
 metrics except accuracies and rank are differentiable.
@@ -18,40 +18,43 @@ from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.host import at_least_float32
 
 SKILL_BAR = 0.8
-"""Pair accuracy below which a circuit for the task explains little, because the model does not do the task."""
+"""Smallest pair accuracy at which the model counts as able to do the task."""
 
 
 def logit_difference(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """Logit of the answer minus logit of the wrong answer."""
+    """Returns the logit of the answer minus the logit of the wrong answer."""
     return _pick(logits, pairs.answers) - _pick(logits, pairs.wrong_answers)
 
 
 def pair_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """1 where the answer's logit is above the wrong answer's, else 0; a tie is wrong."""
+    """Returns 1 where the answer's logit is above the wrong answer's, and 0 elsewhere; a tie counts as wrong."""
     difference = logit_difference(logits, pairs)
     return (difference > 0).to(difference.dtype)
 
 
 def top1_accuracy(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """1 where the answer's logit is above that of every other token, else 0; a tie is wrong."""
+    """Returns 1 where the answer's logit is above that of every other token, and 0 elsewhere; a tie counts as wrong."""
     rank = answer_rank(logits, pairs)
     return (rank == 0).to(rank.dtype)
 
 
 def answer_rank(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """Number of other tokens whose logit is not below the answer's; 0 is best."""
+    """Returns the number of other tokens whose logit is not below the answer's; 0 is best."""
     answer = _pick(logits, pairs.answers)
     return (at_least_float32(logits) >= answer[:, None]).sum(-1).to(answer.dtype) - 1
 
 
 def answer_log_probability(logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """Log-probability of the answer, in nats."""
+    """Returns the log-probability of the answer, in nats."""
     return _pick(at_least_float32(logits).log_softmax(-1), pairs.answers)
 
 
 def kl(logits: Float[Tensor, "pair d_vocab"], reference: Float[Tensor, "pair d_vocab"]) -> Float[Tensor, " pair"]:
-    """KL(p || q) over the full vocabulary, in nats: p of the reference logits (of the unedited clean prompt, in the
-    same stream), q of `logits`."""
+    """Returns KL(p || q) over the full vocabulary, in nats.
+
+    p are the probabilities of the reference logits (of the unedited clean prompt, in the same stream), q those of
+    `logits`.
+    """
     p, q = at_least_float32(reference.to(logits.device)).log_softmax(-1), at_least_float32(logits).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
@@ -62,7 +65,7 @@ def _pick(x: Float[Tensor, "pair d_vocab"], tokens: Int[Tensor, " pair"]) -> Flo
 
 @dataclass(frozen=True)
 class Metric:
-    """A quantity at the end of each prompt, and which direction is better."""
+    """A quantity at the end of each prompt, and whether larger or smaller is better."""
 
     name: str
     """Name in tables and files."""
@@ -75,14 +78,14 @@ class Metric:
     """Whether the function compares with the unedited clean prompts. Such a metric is best at the clean prompt, so it
     has no gradient there."""
     minimum_gap: float = 0.1
-    """Smallest difference between the clean prompts and the empty circuit that faithfulness is computed from."""
+    """Smallest difference between the clean prompts and the empty circuit for which faithfulness is computed."""
 
     @classmethod
     def named(cls, metric: str | Metric | Callable[..., Any]) -> Metric:
-        """The metric of a name in `METRICS`, or of a function of logits and pairs whose larger values are better.
+        """Returns the metric of this name, or makes one of a function of logits and pairs (larger is better).
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: the name is not in `METRICS`.
         """
         if isinstance(metric, Metric):
             return metric
@@ -100,13 +103,13 @@ class Metric:
     def __call__(
         self, logits: Float[Tensor, "pair d_vocab"], pairs: PromptPairs, clean_logits: Tensor | None = None
     ) -> Float[Tensor, " pair"]:
-        """The value of each pair, in float32 or wider.
+        """Returns the value of each pair, in float32 or wider.
 
         Args:
-            clean_logits: of the unedited clean prompts; only needed with `needs_clean_logits`.
+            clean_logits: logits of the unedited clean prompts; only needed with `needs_clean_logits`.
 
         Raises:
-            ValueError: no clean logits where they are needed, or a function that does not give one finite value per
+            ValueError: clean logits are needed but not given, or the function does not return one finite value per
                 pair.
         """
         if self.needs_clean_logits and clean_logits is None:
@@ -132,10 +135,10 @@ class Metric:
         """Checks that the metric has a gradient.
 
         Args:
-            at_clean_prompt_for: the method that needs the gradient at the clean prompt; None: it is taken elsewhere.
+            at_clean_prompt_for: method that needs the gradient at the clean prompt; None if it is needed elsewhere.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the metric has no gradient.
         """
         if at_clean_prompt_for and self.needs_clean_logits:
             raise ValueError(
@@ -166,4 +169,4 @@ METRICS: dict[str, Metric] = {
         needs_clean_logits=True,
     ),
 }
-"""Metrics by name. `kl` is KL(unedited clean prompt || edited prompt) in the same stream."""
+"""All metrics by name. `kl` is KL(unedited clean prompt || edited prompt) in the same stream."""

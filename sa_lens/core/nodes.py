@@ -82,6 +82,10 @@ def why_not_single_nodes(model: Host) -> str | None:
     return None if reason is None else f"no exact recomputation of single nodes for {reason}"
 
 
+_FUSED_GELU = ("gelu_new", "gelu_fast")
+"""Activations that torch computes in one operation, and TransformerLens in several."""
+
+
 class _MLPWeights(NamedTuple):
     into: tuple[Tensor, Tensor]
     gate: tuple[Tensor, Tensor] | None
@@ -242,8 +246,8 @@ class NodeFunctions:
             gate=read("W_gate") if gated else None,
             b_post=b_in if gated else None,
             out=(W_out.T.contiguous(), b_out),
-            # the fused form of some, equal to TransformerLens's up to rounding
-            act=ACTIVATIONS.get(self.cfg.act_fn, _block(model, layer).mlp.act_fn),
+            # the fused form of GELU equals TransformerLens's up to rounding; other activations are the module's own
+            act=ACTIVATIONS[self.cfg.act_fn] if self.cfg.act_fn in _FUSED_GELU else _block(model, layer).mlp.act_fn,
         )
 
     def _causal(self, model: Host, layer: int) -> Bool[Tensor, "query key"]:

@@ -1,4 +1,4 @@
-"""ACDC: removes every edge whose removal raises the metric by less than tau, one after the other.
+"""ACDC visits the edges one after the other and removes each whose removal raises the metric by less than tau.
 
 The decisions are those of the plain sequential algorithm:
 
@@ -9,8 +9,8 @@ The decisions are those of the plain sequential algorithm:
 
 The order, unless one is given, is the exact reverse of the order of computation: logits first, then layer by layer from
 the last, the MLP before the heads, heads from the last index, inputs `v`, `k`, `q`, and for each input its sources from
-the last to the embedding. What makes it fast is in `edge_removals`: edges that can change nothing are removed without
-running anything, others are tried in blocks on the part of the model that they can change.
+the last to the embedding. It is fast because of `edge_removals`: edges that can change nothing are removed without a
+run, and the others are tried in blocks on the part of the model that they can change.
 
 Source: Conmy et al., arXiv 2304.14997, algorithm 1.
 """
@@ -44,10 +44,10 @@ from sa_lens.stopping import Interrupted
 log = logging.getLogger(__name__)
 
 AMBIGUOUS = 1e-6
-"""A rise of the metric closer than this to tau may come out otherwise under another rounding of float32."""
+"""If the rise of the metric is closer than this to tau, the decision may depend on the rounding of float32."""
 
 SAME = 1e-4
-"""Relative difference up to which the metric of the full graph counts as that of the search that is resumed."""
+"""Largest relative difference between the full graph's metric now and in the search that is resumed."""
 
 Place = tuple[int, int]
 """(input, source) of an edge."""
@@ -55,25 +55,25 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class ACDCResult:
-    """What ACDC found, and how."""
+    """The circuit that ACDC finds, with counts of its decisions."""
 
     circuit: Circuit
-    """Edges kept or, in the result of an interrupted search, not yet visited. Scores: rise of the metric when the
-    edge was visited; 0 if it could change nothing; NaN if not yet visited."""
+    """Kept edges, and after an interruption those that are not visited yet. An edge's score is the rise of the metric
+    when it was visited, 0 if it could change nothing, and NaN if it has not been visited."""
     start: float
-    """Metric of the full graph; larger is worse (metrics that are better when larger come negated)."""
+    """Metric of the full graph; larger is worse (a metric that is better when larger has the opposite sign here)."""
     value: float
     """Metric of the circuit."""
     ambiguous: int
-    """Decisions whose rise was within 1e-6 of tau: another rounding might turn them round."""
+    """Number of decisions whose rise was within 1e-6 of tau, so that other rounding might reverse them."""
     tried: int
-    """Removals for which the metric was computed."""
+    """Number of removals for which the metric was computed."""
     untouched: int
-    """Edges removed without running anything, since no present way led from them to the logits."""
+    """Number of edges removed without a run, because no path of remaining edges led from them to the logits."""
     complete: bool
     """Whether every edge was visited; False only in the result of an interrupted search."""
     shortcuts: str
-    """`on`, or why every edge had to be tried by a run of its own."""
+    """`on`, or the reason why every edge needed a run of its own."""
     seconds: float
     """Time this call took."""
 
@@ -82,12 +82,12 @@ class ACDCResult:
 
     @property
     def visited(self) -> int:
-        """Edges that are decided."""
+        """Number of visited edges."""
         return self.tried + self.untouched
 
 
 class _State(NamedTuple):
-    """All that is decided so far; replaced as a whole, so that an interruption finds one state or the next."""
+    """The decisions so far. The state is replaced as a whole, so that an interruption never sees half of an update."""
 
     present: Bool[Tensor, "input source"]
     rises: Float[Tensor, "input source"]
@@ -102,8 +102,8 @@ def visiting_order(graph: Graph, seed: int | None = None) -> list[Edge]:
     """The order in which ACDC visits the edges.
 
     Args:
-        seed: None: the exact reverse of the order of computation. A number: edges into one step (the heads of a layer,
-            an MLP, the logits) in a random order of their own.
+        seed: None gives the exact reverse of the order of computation. A number shuffles the edges that enter one step
+            (the heads of a layer, an MLP, the logits).
     """
     if seed is None:
         return list(reversed(graph.edges))
@@ -124,23 +124,23 @@ def acdc(
     resume: ACDCResult | Circuit | None = None,
     progress: bool = True,
 ) -> ACDCResult:
-    """The circuit that ACDC leaves, with the rise of the metric at each edge.
+    """Finds a circuit by ACDC: removes each edge whose removal makes the metric worse by less than tau.
 
     The usual metric is `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream.
-    With another metric the search limits how much worse its mean gets. With live masks every edge is tried alone.
+    With another metric, tau limits how much worse its mean gets. With live masks every edge is tried alone.
 
     Args:
         tau: an edge stays if its removal makes the metric worse by tau or more; nats for `kl`.
-        order: all edges, in the order in which to visit them; None: `visiting_order(graph)`. An order that visits a
-            destination before a later step's switches the shortcuts off, and says so.
-        resume: the result of an interrupted search, or its circuit as read from disk: same weights, prompts and
-            arguments.
-        progress: show a bar with the edges left and the time left.
+        order: all edges, in the order in which they are visited; None takes `visiting_order(graph)`. If an order visits
+            a destination before one of a later step, the search does without shortcuts and a warning says so.
+        resume: the result of an interrupted search, or its circuit read from disk. Weights, prompts and arguments must
+            be the same.
+        progress: whether to show a bar with the remaining edges and time.
 
     Raises:
-        ValueError: tau below 0, an order that is not all edges once, a resumed result of another search, a metric that
-            is not finite.
-        Interrupted: Ctrl-C; its `result` can be resumed.
+        ValueError: tau is below 0, the order does not name every edge once, `resume` belongs to another search, or the
+            metric is not finite.
+        Interrupted: Ctrl-C stopped the search; the exception's `result` can be resumed.
     """
     began = time.perf_counter()
     if not (tau >= 0 and math.isfinite(tau)):
@@ -159,8 +159,8 @@ def acdc(
         "order": "reverse" if order is None else hashlib.sha256(repr(places).encode()).hexdigest()[:16],
         **{"weights": fingerprint_of(exp.model, exp.stream), "prompts": _hash_of_prompts(exp.pairs)},
     }
-    state = _resumed(graph, about, resume)
-    why_not = _no_shortcuts(exp, places, tau)
+    state = _initial_state(graph, about, resume)
+    why_not = _why_no_shortcuts(exp, places, tau)
     if why_not is not None:
         log.log(exp.level_of_slow_runs, "ACDC without shortcuts: %s", why_not)
     search = _Search(graph, tau, state, progress)
@@ -197,8 +197,8 @@ def acdc(
     return result
 
 
-def _no_shortcuts(exp: Experiment, places: list[Place], tau: float) -> str | None:
-    """Why every edge has to be tried by a run of its own; None if not."""
+def _why_no_shortcuts(exp: Experiment, places: list[Place], tau: float) -> str | None:
+    """Returns why every edge needs a run of its own, or None if none does."""
     steps = [exp.graph.n_sources[to] for to, _ in places]
     if any(later > earlier for earlier, later in pairwise(steps)):
         return "the order visits a destination before one of a later step"
@@ -216,7 +216,7 @@ def _hash_of_prompts(pairs: PromptPairs) -> str:
     return hash_of((name, getattr(pairs, name).long()) for name in names)
 
 
-def _resumed(graph: Graph, about: dict[str, Any], resume: ACDCResult | Circuit | None) -> _State:
+def _initial_state(graph: Graph, about: dict[str, Any], resume: ACDCResult | Circuit | None) -> _State:
     if resume is None:
         rises = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
         return _State(graph.exists.clone(), rises)
@@ -240,7 +240,7 @@ def _resumed(graph: Graph, about: dict[str, Any], resume: ACDCResult | Circuit |
 
 
 class _Search:
-    """The decisions so far, and the bar that shows them."""
+    """The decisions of a search so far, and the progress bar that shows them."""
 
     def __init__(self, graph: Graph, tau: float, state: _State, progress: bool) -> None:
         self.graph, self.tau, self.state, self.progress = graph, tau, state, progress
@@ -260,10 +260,10 @@ class _Search:
         return int((self.state.present & ~self.state.rises.isnan()).sum())
 
     def start(self, value: Callable[[], float]) -> None:
-        """Takes the metric of the full graph, or checks that a resumed search has the same.
+        """Records the metric of the full graph, or checks that it is the same as in the search that is resumed.
 
         Raises:
-            ValueError: a metric that is not finite, or another one than that of the resumed search.
+            ValueError: the metric is not finite, or differs from that of the resumed search.
         """
         start, before = value(), self.state.start
         _check_finite(start)
@@ -275,13 +275,13 @@ class _Search:
                 "Give the same metric, or start anew"
             )
 
-    def undecided(self, places: Sequence[Place]) -> list[Place]:
-        """Those edges that are not visited yet, in order."""
+    def select_undecided(self, places: Sequence[Place]) -> list[Place]:
+        """Returns the edges that are not visited yet, in order."""
         rises = self.state.rises
         return [place for place in places if math.isnan(rises[place])]
 
     def commit(self, places: Sequence[Place], rises: Sequence[float], removed: Sequence[bool], value: float) -> None:
-        """Records decisions on tried edges."""
+        """Records the decisions on edges whose removal was tried."""
         near = sum(abs(rise - self.tau) <= AMBIGUOUS for rise in rises)
         self._record(places, rises, removed, value, ambiguous=near, tried=len(places))
 
@@ -318,9 +318,9 @@ def _check_finite(value: float) -> None:
 
 
 def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], float]) -> None:
-    """The plain algorithm, by a run of the circuit for each edge."""
+    """Runs the plain algorithm, with one run of the circuit per edge."""
     search.start(lambda: cost(search.graph.exists))
-    for place in search.undecided(places):
+    for place in search.select_undecided(places):
         mask = search.state.present.clone()
         mask[place] = False
         new = cost(mask)
@@ -331,12 +331,12 @@ def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], f
 
 
 def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> None:
-    """The same decisions, step by step and block by block."""
+    """Makes the same decisions step by step, for blocks of edges at once."""
     graph = search.graph
     for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
         step = list(group)
         live = engine.enter(step)
-        left = search.undecided(step)
+        left = search.select_undecided(step)
         dead = [place for place in left if graph.inputs[place[0]].node not in live]
         engine.drop(dead)
         search.discard(dead)
@@ -344,10 +344,11 @@ def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> N
 
 
 def _decide(search: _Search, queue: list[Place], engine: Recomputation) -> None:
-    """Decides on live edges of one step.
+    """Decides on the live edges of one step.
 
-    A block guesses which of its edges go; each row stands on the guesses before it, so its decision is the sequential
-    one as long as these were right. After the first wrong guess the rows behind it only serve as guesses.
+    A block guesses which of its edges are removed. Each row builds on the guesses before it, so its decision is that of
+    the sequential algorithm as long as these guesses were right. Rows after the first wrong guess only serve as new
+    guesses.
     """
     stays: set[Place] = set()
     size, largest = 8, engine.largest_block

@@ -1,22 +1,19 @@
 """EAP and EAP-IG: estimates of the effect of every edge from a few passes with gradients.
 
-Both give a `Circuit` of every edge whose score is
-
-    an estimate of how much worse the metric's mean gets when that edge alone is ablated,
-
-the quantity that `exact_effects` computes: metric(full graph) - metric(without the edge), and the opposite for metrics
-that are worse when larger. So an edge that helps has a positive score, as in ACDC. The score is a sum over positions
-and a mean over pairs of
+Both return a `Circuit` of all edges. The score of an edge estimates how much worse the mean metric gets when this edge
+alone is ablated, which `exact_effects` computes: metric(full graph) - metric(without the edge), with the opposite sign
+for metrics that are worse when larger. So an edge that helps has a positive score, as in ACDC. The score is a sum over
+positions and a mean over pairs of
 
     (what its source writes on the clean prompt - what the ablated edge carries) . d metric / d input of its destination
 
-(the opposite for `kl`), and the methods differ in where that derivative is taken. With `.keep(n)` the n edges of the
-largest absolute score make a circuit.
+(with the opposite sign for `kl`). The methods differ in the point at which this derivative is taken. `.keep(n)` makes a
+circuit of the n edges with the largest absolute scores.
 
 In the ablated stream the derivative is that of the pass of `model.ablated(position=-1)`. Frozen masks are constants.
-With live masks an edge also changes the clean pass that the gates read, and the derivative goes on through the gates'
-surrogate weights, as it does in training: a hard mask itself has derivative 0 almost everywhere, so this is a guess at
-what its flips will do.
+With live masks an edge also changes the clean pass that the gates read, and the derivative passes through the gates'
+surrogate weights, as in training. Because a hard mask has the derivative 0 almost everywhere, this only approximates
+the effect of units that enter or leave the mask.
 
 Gradients are taken with respect to activations alone; parameters, their `requires_grad` and `.grad` are not touched.
 """
@@ -37,24 +34,26 @@ from sa_lens.config import check_choice, check_whole
 from sa_lens.core.host import Hook
 
 Rule = Literal["left", "right", "midpoint"]
-"""Points of EAP-IG, with k / steps the share of the way from the ablated to the clean embedding: `left` k = 0, ...,
-steps - 1 (the ablated end, not the clean one); `right` k = 1, ..., steps; `midpoint` k = 1/2, 3/2, ..., steps - 1/2."""
+"""Points of EAP-IG, at the share k / steps of the line from the ablated to the clean embedding. `left`: k = 0, ...,
+steps - 1 (with the ablated end, without the clean one); `right`: k = 1, ..., steps; `midpoint`: k = 1/2, 3/2, ...,
+steps - 1/2."""
 
 SHIFT: dict[Rule, float] = {"left": 0.0, "right": 1.0, "midpoint": 0.5}
 
 
 @analysis
 def eap(exp: Experiment, *, progress: bool = True) -> Circuit:
-    """Edge attribution patching: estimates every edge's effect from the derivative at the clean prompt.
+    """Estimates the effect of every edge by edge attribution patching: from the derivative at the clean prompt.
 
     Args:
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        Every edge with its score; `about` holds the settings, `value` there is the metric of the full graph.
+        A circuit of all edges with their scores. Its `about` holds the settings, and as `value` the metric of the full
+        graph.
 
     Raises:
-        ValueError: a metric without a gradient at the clean prompt, such as `kl`.
+        ValueError: the metric has no gradient at the clean prompt, as is the case for `kl`.
 
     Source: Syed et al., arXiv 2310.10348.
     """
@@ -64,15 +63,15 @@ def eap(exp: Experiment, *, progress: bool = True) -> Circuit:
 
 @analysis
 def eap_ig(exp: Experiment, *, steps: int = 5, rule: Rule = "left", progress: bool = True) -> Circuit:
-    """Edge attribution patching with integrated gradients: the mean derivative along a line of embeddings.
+    """Estimates the effect of every edge by integrated gradients: the mean derivative along a line of embeddings.
 
-    The line leads from the embedding that an ablated edge carries (with `resample` that of the corrupt prompt) to the
-    clean prompt's; the rest of the pass is the model's own. What the derivative is multiplied with stays that of EAP.
-    `kl` has a gradient along this line.
+    The line leads from the embedding that an ablated edge carries (with `resample` that of the corrupt prompt) to that
+    of the clean prompt. The rest of each pass is the model's own, and the derivative is multiplied by the same
+    difference as in EAP. `kl` has a gradient along this line.
 
     Args:
-        steps: points on the line, at least 1.
-        rule: which points; see `Rule`. `left` is what the authors' code takes for edges.
+        steps: number of points on the line, at least 1.
+        rule: which points; see `Rule`. The authors' code uses `left` for edges.
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns, Raises: as `eap`.
@@ -98,7 +97,7 @@ def estimate_effects(
     *,
     progress: bool,
 ) -> Circuit:
-    """Every edge with its score, the derivative being the mean of those at these points of the line of embeddings.
+    """Scores every edge with the mean derivative over points of the line of embeddings.
 
     Args:
         options: further settings of the method, for `about`.

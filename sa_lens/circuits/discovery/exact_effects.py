@@ -1,9 +1,9 @@
-"""The exact effect of each single edge: what attribution estimates, at a pass of the model above it for each edge.
+"""The exact effect of each single edge, which attribution methods estimate; each edge costs part of a pass.
 
-An edge's score says how much worse the metric's mean over pairs gets when the edge alone carries what an ablated edge
-does: metric(full graph) - metric(full graph without that edge), and the opposite for metrics that are worse when larger
-(`kl`, `answer_rank`). `CircuitRunner` without the edge is the definition. Where `edge_removals` can recompute single
-nodes, many edges go at once through the part of the model that they change.
+An edge's score says how much worse the mean metric over pairs gets when this edge alone is ablated: metric(full graph)
+- metric(full graph without the edge), with the opposite sign for metrics that are worse when larger (`kl`,
+`answer_rank`). The definition is a run of `CircuitRunner` without the edge. Where `edge_removals` can recompute single
+nodes, the part of the model that many edges change is run for all of them at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Effect = tuple[int, int, float]
 
 @analysis
 def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
-    """Ranks every edge by how much worse the metric's mean gets when that edge alone is ablated; positive: it helps.
+    """Ranks all edges by how much worse the mean metric gets when each is ablated alone; edges that help score above 0.
 
     The metric needs no gradient. With live masks every edge is removed in a run of its own.
 
@@ -37,11 +37,11 @@ def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
         progress: show a progress bar if it takes more than a few seconds.
 
     Returns:
-        Every edge with its score; in `about`, `value` is the metric of the full graph and `shortcuts` is `on`, or says
-        why each edge took a pass of its own.
+        A circuit of all edges with their scores. In its `about`, `value` is the metric of the full graph, and
+        `shortcuts` is `on` or says why each edge needed a pass of its own.
 
     Raises:
-        ValueError: a metric that is not finite.
+        ValueError: the metric is not finite.
     """
     graph, why_not = exp.graph, exp.why_not_in_part
     if why_not is not None:
@@ -61,7 +61,7 @@ def exact_effects(exp: Experiment, *, progress: bool = True) -> Circuit:
 
 
 def _by_passes(exp: Experiment) -> tuple[float, Iterator[Effect]]:
-    """By the definition."""
+    """Runs the model once per edge, as in the definition."""
     graph, circuits = exp.graph, CircuitLogits(exp)
 
     def effects() -> Iterator[Effect]:
@@ -74,7 +74,7 @@ def _by_passes(exp: Experiment) -> tuple[float, Iterator[Effect]]:
 
 
 def _by_blocks(exp: Experiment) -> tuple[float, Iterator[Effect]]:
-    """The same, step by step and block by block: each row of a block is a removal from the full graph."""
+    """Returns the same as `_by_passes`, for blocks of edges; each row is a removal from the full graph."""
     graph, sign = exp.graph, exp.metric.sign
     engine = Recomputation(exp, graph.exists)
 

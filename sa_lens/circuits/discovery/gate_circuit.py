@@ -53,30 +53,31 @@ _DRAWN = ("shuffled_text", "random", "shuffled_units")
 
 @dataclass(frozen=True, eq=False)
 class MaskShares:
-    """How often each unit stays."""
+    """How often the gates keep each unit, from `mask_shares`."""
 
     graph: Graph
     """The model's graph."""
     attn: Float[Tensor, "layer head d_head"]
-    """Share of prompts (or of tokens) in which a channel stays, float64; the last axis is 1 where units are heads."""
+    """Share of prompts (or tokens) at which each attention unit is kept, in float64; the last axis is 1 if units are
+    heads."""
     mlp: Float[Tensor, "layer d_mlp"]
-    """The same of the neurons; no layer in an attention-only model."""
+    """The same for neurons; there are no layers in an attention-only model."""
     scale: Scale = "share"
-    """What `score` gives; `attn` and `mlp` are shares in either case."""
+    """Scale of the scores; `attn` and `mlp` are shares in either case."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Method, variant, masks_from, scale, task, number of prompts, seed."""
 
     @cached_property
     def heads(self) -> Float[Tensor, "layer head"]:
         """Scores of the heads."""
-        return self._scaled(self.attn.mean(-1))
+        return self._scale_shares(self.attn.mean(-1))
 
     @cached_property
     def mlps(self) -> Float[Tensor, " layer"]:
         """Scores of the MLPs."""
-        return self._scaled(self.mlp.mean(-1, keepdim=True))[:, 0]
+        return self._scale_shares(self.mlp.mean(-1, keepdim=True))[:, 0]
 
-    def _scaled(self, share: Float[Tensor, "layer node"]) -> Float[Tensor, "layer node"]:
+    def _scale_shares(self, share: Float[Tensor, "layer node"]) -> Float[Tensor, "layer node"]:
         return share if self.scale == "share" else share / share.mean(-1, keepdim=True)
 
     def score(self, node: Node) -> float:
@@ -89,7 +90,7 @@ class MaskShares:
         return 1.0
 
     def circuit(self) -> Circuit:
-        """A ranking: all edges, each with the product of its nodes' scores."""
+        """Returns a ranking of all edges; an edge's score is the product of the scores of its two nodes."""
         graph = self.graph
         sources = torch.tensor([self.score(node) for node in graph.sources], dtype=torch.float64)
         inputs = torch.tensor([self.score(to.node) for to in graph.inputs], dtype=torch.float64)
@@ -97,7 +98,7 @@ class MaskShares:
         return Circuit(graph, graph.exists.clone(), scores, dict(self.about))
 
     def table(self) -> pd.DataFrame:
-        """One row per unit: unit (such as `L1.mlp.17`), layer, site (`attn` or `mlp`), stays (how often), settings.
+        """Returns one row per unit: unit (such as `L1.mlp.17`), layer, site (`attn` or `mlp`), stays, and the settings.
 
         Where units are whole heads, they have the names of heads, such as `a0.h1`.
         """
@@ -114,7 +115,7 @@ class MaskShares:
         return pd.DataFrame(rows).assign(**self.about)
 
     def node_table(self) -> pd.DataFrame:
-        """One row per head or MLP: node, kind, layer, head, score, and the settings."""
+        """Returns one row per head or MLP: node, kind, layer, head, score, and the settings."""
         import pandas as pd
 
         nodes = self.graph.sources[1:]
@@ -130,15 +131,17 @@ def mask_shares(
     masks_from: MasksFrom = "gate",
     scale: Scale = "share",
 ) -> MaskShares:
-    """How often each unit stays on the clean prompts. The experiment's stream, masks and ablation do not matter.
+    """Counts how often the gates keep each unit on the clean prompts.
+
+    The experiment's stream, masks and ablation have no effect.
 
     Args:
         variant: where masks are read; see `Variant`.
-        masks_from: the gates', or a comparison; see `MasksFrom`.
-        scale: of the nodes' scores; see `Scale`.
+        masks_from: the gates' own masks, or those of a control; see `MasksFrom`.
+        scale: scale of the nodes' scores; see `Scale`.
 
     Raises:
-        ValueError: a model without gates, or an unknown choice.
+        ValueError: the model has no gates, or a choice is unknown.
     """
     check_choice("variant", variant, Variant)
     check_choice("masks_from", masks_from, MasksFrom)
@@ -181,8 +184,8 @@ def gate_circuit(
 ) -> Circuit:
     """Ranks every edge by how many units of its two nodes the gates keep on the clean prompts.
 
-    Arguments and errors as in `mask_shares`. Many edges score alike; `keep` then takes those first in the graph's
-    order.
+    Arguments and errors as in `mask_shares`. Many edges have equal scores; of these, `keep` takes the first in
+    the graph's order.
     """
     return mask_shares(exp, variant=variant, masks_from=masks_from, scale=scale).circuit()
 
@@ -196,17 +199,17 @@ def gate_rankings(
     other: PromptPairs | None = None,
     draws: int = 3,
 ) -> dict[str, Circuit]:
-    """The gate's ranking and those it has to beat, by name, for `faithfulness` and `agreement_table`.
+    """Returns the gates' ranking and rankings of controls by name, for `faithfulness` and `agreement_table`.
 
     Names: `gate`; `other prompts` (masks of the other pairs, or without any `shuffled text`); `top activation`;
     `random 0`, `shuffled units 0`, ... for each draw.
 
     Args:
         other: pairs of another task.
-        draws: draws of each random ranking, with the experiment's seed, that seed + 1, ...
+        draws: number of draws of each random ranking, with the experiment's seed, seed + 1, ...
 
     Raises:
-        ValueError: no draw, and what `mask_shares` raises.
+        ValueError: draws is below 1, and what `mask_shares` raises.
     """
     check_whole("draws", draws, 1)
 
@@ -229,7 +232,7 @@ def gate_rankings(
 def _prompts(
     pairs: PromptPairs, batch_size: int, shuffle: torch.Generator | None
 ) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Clean prompts of one length at a time."""
+    """Yields batches of clean prompts, each of one length."""
     for _, group in pairs.by_length():
         tokens = group.clean
         if shuffle is not None:
@@ -239,7 +242,7 @@ def _prompts(
 
 
 def _gate_masks(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The gates' own masks at all positions, by hook name."""
+    """Returns a function that reads the gates' own masks at all positions, by hook name."""
     names = gate_hook_names(model)
 
     def read(tokens: Tensor) -> dict[str, Tensor]:
@@ -249,27 +252,27 @@ def _gate_masks(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
     return read
 
 
-def _kept(model: Host, name: str) -> int:
-    """Units that the gate of a hook name keeps."""
+def _k_of(model: Host, name: str) -> int:
+    """Returns how many units the gate of a hook name keeps."""
     gates = model.gates  # type: ignore[attr-defined]
     return int(gates.k_attn if "attn_gate" in name else gates.k_mlp)
 
 
 def _random_masks(model: Host, generator: torch.Generator) -> Callable[[Tensor], dict[str, Tensor]]:
-    """As many units as the gate keeps, at random for each token and layer; the same whatever the batches."""
+    """Returns a function that draws as many units as the gates keep, for each token and layer, whatever the batches."""
     own = _gate_masks(model)
 
     def read(tokens: Tensor) -> dict[str, Tensor]:
         shapes = {name: mask.shape[1:] for name, mask in own(tokens[:1]).items()}
         drawn = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in tokens]
         stacked = {name: torch.stack([prompt[name] for prompt in drawn]) for name in shapes}
-        return {name: top_k_mask(x.flatten(2), _kept(model, name)).reshape(x.shape) for name, x in stacked.items()}
+        return {name: top_k_mask(x.flatten(2), _k_of(model, name)).reshape(x.shape) for name, x in stacked.items()}
 
     return read
 
 
 def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
-    """As many units as the gate keeps, those with the largest absolute values in the clean stream."""
+    """Returns a function that takes as many units as the gates keep, those with the largest absolute clean values."""
     by_head = model.gates.attn_unit == "head"  # type: ignore[attr-defined]
     values_of = {
         name: name.replace("attn_gate.hook_mask", "attn.hook_z").replace("mlp_gate.hook_mask", "mlp.hook_post")
@@ -284,14 +287,14 @@ def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
             size = at_least_float32(values[point]).abs()
             if by_head and "attn_gate" in name:
                 size = size.norm(dim=-1, keepdim=True)
-            masks[name] = top_k_mask(size.flatten(2), _kept(model, name)).reshape(size.shape)
+            masks[name] = top_k_mask(size.flatten(2), _k_of(model, name)).reshape(size.shape)
         return masks
 
     return read
 
 
 def _shuffle_units(shares: MaskShares, generator: torch.Generator) -> MaskShares:
-    """The shares of each layer, dealt to its units in random order."""
+    """Returns the shares of each layer, assigned to its units in random order."""
 
     def shuffle(x: Tensor) -> Tensor:
         flat = x.flatten(1)

@@ -1,4 +1,4 @@
-"""Scores of all edges by passes of the whole model with gradients, under hooks; for any model with hook points."""
+"""Scores of all edges from passes of the whole model with gradients, under hooks; for any model with hook points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sa_lens.core.nodes import split_inputs
 def scores_by_hooks(
     exp: Experiment, points: Sequence[float], rules: Sequence[Hook], done: Callable[[int], object]
 ) -> tuple[Float[Tensor, "input source"], float]:
-    """What `gradients_by_nodes.scores_by_nodes` gives, of any model with hook points.
+    """Returns what `gradients_by_nodes.scores_by_nodes` returns, for any model with hook points.
 
     Args:
         rules: further hooks of the passes.
@@ -66,7 +66,7 @@ _EMBED = "blocks.0.hook_resid_pre"
 
 
 class _EdgePass:
-    """Hooks that keep what each source writes in one pass, and the inputs in which edges end.
+    """Hooks that record what each source writes in one pass, and the inputs at which edges end.
 
     Args:
         embed: what the embedding is set to; None: the prompt's own.
@@ -98,7 +98,7 @@ class _EdgePass:
 def _run(
     exp: Experiment, batch: Batch, rules: Sequence[Hook] = (), embed: Tensor | None = None
 ) -> tuple[Float[Tensor, "pair d_vocab"], list[_EdgePass]]:
-    """Logits of a pass, and the records: of the pass itself, then with live masks of the clean pass.
+    """Returns the logits of a pass, and the records of the pass and, with live masks, of its clean pass.
 
     Args:
         rules: further hooks of the pass itself.
@@ -118,7 +118,7 @@ def _run(
 def _differences(
     model: Host, graph: Graph, carried: Activations, written: Activations
 ) -> Float[Tensor, "source pair pos d_model"]:
-    """What ablated edges carry minus what the sources wrote."""
+    """Returns what ablated edges carry minus what the sources wrote."""
     parts = []
     for name in source_hooks(graph):
         change = at_least_float32(carried[name]) - at_least_float32(written[name])
@@ -133,7 +133,7 @@ def _differences(
 def _products(
     graph: Graph, sent: Float[Tensor, "source pair pos d_model"], gradients: dict[str, Tensor]
 ) -> Float[Tensor, "input source"]:
-    """Each edge's difference times the gradient at its input, summed over pairs, positions and the residual stream."""
+    """Returns each edge's difference times the gradient at its input, summed over pairs, positions and d_model."""
     scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
     flat = sent.flatten(1)
     for name, inputs in input_hooks(graph).items():

@@ -1,4 +1,4 @@
-"""Scores of all edges by passes with gradients, node by node: what `gradients_by_hooks` gives, without them.
+"""Scores of all edges from passes with gradients, node by node; they equal those of `gradients_by_hooks`.
 
 Prompts of all lengths run together, and only from the first position on at which an absent edge may carry something
 else; for models whose nodes can be run one by one (`last_position.why_not_by_nodes`).
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import PORTS, Graph, Node
-from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, written
+from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, write_to_stream
 from sa_lens.core.last_position import Lane, Prompts, run_with_gradients
 from sa_lens.core.nodes import NodeFunctions
 
@@ -26,8 +26,9 @@ Reader = tuple[Lane, int, Literal["heads", "mlp", "logits"]]
 def scores_by_nodes(
     exp: Experiment, points: Sequence[float], done: Callable[[int], object]
 ) -> tuple[Float[Tensor, "input source"], float]:
-    """Each edge's difference times the derivative at its input, and the metric; sums over pairs, and over points of
-    the line from the ablated to the clean embedding.
+    """Returns each edge's difference times the derivative at its input, and the metric, as sums over pairs and points.
+
+    The points lie on the line from the ablated to the clean embedding.
 
     Args:
         done: called with the number of passes that have just been done.
@@ -68,7 +69,7 @@ def scores_by_nodes(
 
 
 class _Inputs:
-    """The inputs of a pass in which edges end."""
+    """Records the inputs of a pass at which edges end."""
 
     def __init__(self, n_heads: int) -> None:
         self.n_heads = n_heads
@@ -83,7 +84,7 @@ class _Inputs:
 def _differences(
     graph: Graph, functions: NodeFunctions, batch: PassesOfPairs
 ) -> dict[Lane, Float[Tensor, "source row d_model"]]:
-    """What ablated edges carry minus what the sources wrote, at the positions that are run."""
+    """Returns what ablated edges carry minus what the sources wrote, at the positions that are run."""
     kept = batch.prompts.pos >= batch.first[batch.prompts.prompt]
     wrote = outputs(batch.prompts, batch.clean)
     differences = {}
@@ -91,14 +92,16 @@ def _differences(
         parts = [x - y for x, y in zip(carried, wrote[lane], strict=True)]
         if lane == "earlier":
             parts = [x[kept] for x in parts]
-        differences[lane] = torch.stack([written(graph, functions, source, x) for source, x in enumerate(parts)])
+        differences[lane] = torch.stack(
+            [write_to_stream(graph, functions, source, x) for source, x in enumerate(parts)]
+        )
     return differences
 
 
 def _products(
     graph: Graph, reader: Reader, sent: Float[Tensor, "source row d_model"], gradient: Tensor
 ) -> Float[Tensor, "input source"]:
-    """Differences times the gradient at the inputs of these nodes, summed over rows and the residual stream."""
+    """Returns differences times the gradient at the inputs of these nodes, summed over rows and d_model."""
     _, layer, kind = reader
     if kind == "heads":
         heads = [graph.inputs_of[Node("head", layer, head)] for head in range(graph.n_heads)]

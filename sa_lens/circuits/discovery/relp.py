@@ -21,7 +21,7 @@ from sa_lens.core.host import Hook, Host, require_hooks, weight
 
 @analysis
 def relp(exp: Experiment, *, fix_attention: bool = False, progress: bool = True) -> Circuit:
-    """Relevance patching: estimates every edge's effect as EAP does, with propagation rules in place of the derivative.
+    """Estimates the effect of every edge by relevance patching: EAP with propagation rules in place of the derivative.
 
     The denominator of every LayerNorm is a constant (LN-rule), a neuron is its input times the constant ratio of output
     to input (identity rule), and of a product of two neurons each gets half (half rule). Masks are always frozen: gates
@@ -45,7 +45,7 @@ def relp(exp: Experiment, *, fix_attention: bool = False, progress: bool = True)
 
 
 def propagation_rules(model: Host, stream: Stream, fix_attention: bool = False) -> list[Hook]:
-    """Hooks that make one pass obey the rules.
+    """Returns hooks under which one pass follows the propagation rules.
 
     Denominators of LayerNorms are constants. A neuron is its input times the constant ratio of output to input; with a
     gated MLP, whose neuron is a product of two factors, each factor passes on half. A gate's mask, a constant, stays
@@ -74,7 +74,7 @@ def _constant(x: Tensor, hook: Any) -> Tensor:
 
 
 class _Neurons:
-    """The rules of one MLP's neurons."""
+    """Applies the rules to the neurons of one MLP."""
 
     def __init__(self, model: Host, layer: int, stream: Stream) -> None:
         mlp, gate = f"blocks.{layer}.mlp", f"blocks.{layer}.mlp_gate.hook_in"
@@ -98,7 +98,7 @@ class _Neurons:
         self.seen.append(x)
 
     def _share(self, x: Float[Tensor, "pair pos d_mlp"], hook: Any) -> Float[Tensor, "pair pos d_mlp"]:
-        """The same value, linear in each factor with the ratio of the product to that factor."""
+        """Returns the same value, made linear in each factor with the ratio of the product to that factor."""
         product = x.detach() if self.bias is None else x.detach() - self.bias
         out = x.detach()
         for factor in self.seen:

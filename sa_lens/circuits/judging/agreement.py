@@ -1,4 +1,4 @@
-"""How well a ranking of edges agrees with a reference circuit found in another way."""
+"""How well a ranking of edges agrees with a reference circuit from another method."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 
 class Agreement(NamedTuple):
-    """Agreement of a ranking with a reference; edges of equal score count as in a random order among them."""
+    """Agreement of a ranking with a reference circuit; edges of equal score count as if in random order."""
 
     auroc: float
-    """Chance that an edge of the reference circuit outranks one outside it, ties half; NaN if the reference holds no
-    edge or every edge."""
+    """Probability that an edge of the reference circuit has a larger score than one outside it, where ties count half;
+    NaN if the reference has no edges or all edges."""
     precision: float
-    """Expected share of the reference's edges among as many of the ranking's largest; NaN as above."""
+    """Expected share of reference edges among the same number of edges with the largest scores; NaN as above."""
     base_rate: float
-    """The precision of a ranking at random: the reference's share of all edges."""
+    """Precision of a random ranking: the share of all edges that are in the reference."""
     spearman: float
-    """Rank correlation with the reference's scores, over the edges that have one; NaN with fewer than two, or where
-    either side does not vary."""
+    """Rank correlation with the reference's scores, over the edges that have one; NaN for fewer than two edges, or if
+    either side is constant."""
     edges: int
-    """Edges of the reference."""
+    """Number of edges of the reference."""
     scored: int
-    """Edges with a score in the reference."""
+    """Number of edges with a score in the reference."""
 
 
 def agreement(ranking: Circuit, reference: Circuit, *, absolute: bool = True) -> Agreement:
-    """AUROC, precision and Spearman's correlation of a ranking against a reference.
+    """Compares a ranking with a reference circuit: AUROC, precision and Spearman's correlation.
 
     Args:
-        ranking: a circuit whose every edge has a score; its own set of edges does not matter.
-        reference: the circuit to find. A ranking becomes one by `reference.keep(n)`.
-        absolute: compare absolute values of the scores, on both sides.
+        ranking: a circuit whose edges all have a score; its own set of edges has no effect.
+        reference: the circuit to compare with; `ranking.keep(n)` makes one of a ranking.
+        absolute: whether to compare absolute values of the scores, on both sides.
 
     Raises:
-        ValueError: different graphs, or an edge without a score in the ranking.
+        ValueError: the graphs differ, or an edge of the ranking has no score.
     """
     if ranking.graph != reference.graph:
         raise ValueError(f"circuits of different graphs cannot be compared: {ranking.graph} and {reference.graph}")
@@ -81,7 +81,7 @@ def agreement_table(rankings: Mapping[str, Circuit], references: Mapping[str, Ci
 
 
 def _precision(scores: Float[Tensor, " edge"], wanted: Bool[Tensor, " edge"]) -> float:
-    """Edges tied at the cut each count with the share of them that still fits in."""
+    """Returns the expected precision; edges tied at the cut count with the share of them that is taken."""
     n = int(wanted.sum())
     if not 0 < n < len(wanted):
         return math.nan

@@ -1,4 +1,4 @@
-"""The metric of many circuits on the same pairs, prompt by prompt, and the gap that shares of it are taken of."""
+"""The metric of many circuits on the same pairs, prompt by prompt, and the gap by which faithfulness divides."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sa_lens.circuits.metrics import kl, pair_accuracy
 from sa_lens.circuits.running.many_circuits import CircuitLogits
 
 _TOGETHER = 16
-"""Circuits that run together, which share what they have in common."""
+"""Largest number of circuits that run together and share the nodes that they have in common."""
 
 
 class GapTooSmall(ValueError):
-    """Clean and empty runs score too much alike to take shares of their difference."""
+    """The clean prompts and the empty circuit have almost the same score, so that faithfulness is not defined."""
 
 
 class Measured(NamedTuple):
-    """A circuit's run, prompt by prompt, in float64."""
+    """The results of a run of a circuit, prompt by prompt, in float64."""
 
     value: Float[Tensor, " pair"]
     """The metric."""
@@ -32,9 +32,9 @@ class Measured(NamedTuple):
 
 
 class CircuitMetric:
-    """The metric of circuits of an experiment; each circuit is run once, however often it is asked for.
+    """Measures circuits of an experiment; each circuit runs once, however often it is measured.
 
-    `CircuitMetric.of(exp)` is the one that all analyses of the experiment share.
+    All analyses of an experiment share the object that `CircuitMetric.of(exp)` returns.
     """
 
     def __init__(self, exp: Experiment) -> None:
@@ -47,10 +47,10 @@ class CircuitMetric:
 
     @classmethod
     def of(cls, exp: Experiment) -> CircuitMetric:
-        """The metric of circuits that the experiment keeps.
+        """Returns the object that the experiment keeps.
 
         Raises:
-            GapTooSmall: |m(clean) - m(empty)| below the metric's `minimum_gap`.
+            GapTooSmall: |m(clean) - m(empty)| is below the metric's `minimum_gap`.
         """
         metric = exp.metric
         if not metric.minimum_gap > 0:
@@ -60,7 +60,7 @@ class CircuitMetric:
             raise GapTooSmall(
                 f"{metric.name} is {float(measure.clean.mean()):.4g} on the clean prompts and "
                 f"{float(measure.empty.mean()):.4g} for the empty circuit: a difference of {abs(measure.gap):.3g}, "
-                f"below minimum_gap={metric.minimum_gap:g}, is too small to take shares of. Choose a task that the "
+                f"below minimum_gap={metric.minimum_gap:g}, is too small to divide by. Choose a task that the "
                 "model can do, another metric (such as 'kl') or more pairs, or give a Metric with a lower minimum_gap "
                 "if its unit is small"
             )
@@ -73,18 +73,18 @@ class CircuitMetric:
 
     @property
     def gap(self) -> float:
-        """m(clean) - m(empty)."""
+        """Mean metric of the clean prompts minus that of the empty circuit."""
         return float(self.clean.mean() - self.empty.mean())
 
     def __call__(self, mask: Bool[Tensor, "input source"]) -> Measured:
-        """The run of the circuit with these edges."""
+        """Measures the circuit with these edges."""
         return self.each([mask])[0]
 
     def each(self, masks: Sequence[Bool[Tensor, "input source"]], *, progress: bool = False) -> list[Measured]:
-        """The run of each circuit; those that are new run together.
+        """Measures several circuits; those that were not measured before run together.
 
         Args:
-            progress: a progress bar, where it takes more than a few seconds.
+            progress: whether to show a progress bar if it takes more than a few seconds.
         """
         keys = [mask[self.graph.exists].numpy().tobytes() for mask in masks]
         new = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self._seen}
@@ -97,7 +97,7 @@ class CircuitMetric:
         return [self._seen[key] for key in keys]
 
     def f(self, mask: Bool[Tensor, "input source"]) -> float:
-        """Faithfulness of the circuit with these edges."""
+        """Returns the faithfulness of the circuit with these edges."""
         return float(self(mask).value.mean() - self.empty.mean()) / self.gap
 
     def _measured(self, logits: Float[Tensor, "pair d_vocab"]) -> Measured:

@@ -1,13 +1,13 @@
-"""Whether a circuit holds all that matters and nothing else: completeness and minimality.
+"""Completeness and minimality: does a circuit hold all edges that matter, and no others?
 
 Let F be the mean metric over the prompts, C the circuit, M the whole model.
 
-- Completeness: with any part K taken out, circuit and model should still agree, |F(C without K) - F(M without K)|
-  small. A backup that the circuit lacks shows up once K holds what it backs up.
-- Minimality: each edge (or node) of the circuit should matter, F(C) - F(C without it) not small.
+- Completeness: when any part K is removed from both, circuit and model should still agree, so that
+  |F(C without K) - F(M without K)| is small. A backup that the circuit lacks shows once K holds what it replaces.
+- Minimality: each edge (or node) of the circuit should matter, so that F(C) - F(C without it) is not small.
 
-Source: Wang et al., arXiv 2211.00593, section 4. Differs: minimality takes each element out of the whole circuit rather
-than out of one chosen by hand, and elements may be edges.
+Source: Wang et al., arXiv 2211.00593, section 4. Differs: minimality removes each element from the whole circuit
+instead of from one chosen by hand, and elements may be edges.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Elements = Literal["edges", "nodes"]
-"""What is taken out: edges one by one, or heads and MLPs with all their edges."""
+"""What is removed: single edges, or heads and MLPs with all their edges."""
 
 
 class _Element(NamedTuple):
     name: str
     mask: Bool[Tensor, "input source"]
-    """The edges that go with it, in the whole graph."""
+    """The edges that are removed with it, in the whole graph."""
 
 
 SHARE = 0.5
-"""Chance of each element of the circuit to be in a random set."""
+"""Probability with which each element of the circuit is in a random set."""
 
 
 @analysis
@@ -55,24 +55,24 @@ def completeness(
     candidates: int = 10,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """How far circuit and model differ when the same elements of the circuit are taken out of both.
+    """Measures how much circuit and model differ when the same elements of the circuit are removed from both.
 
     Args:
-        by: elements; see `Elements`.
-        subsets: random sets K, each element of the circuit in it with probability 0.5.
-        steps: of a greedy search for a bad K: at each step, of `candidates` random further elements the one after which
-            circuit and model differ most is taken in. Its row holds the worst set on the way. This costs up to
-            2 * steps * candidates runs. 0: no search.
-        candidates: elements tried at each step.
-        progress: show a progress bar if it takes more than a few seconds.
+        by: what an element is; see `Elements`.
+        subsets: number of random sets K; each element of the circuit is in K with probability 0.5.
+        steps: number of steps of a greedy search for a bad K. Each step tries `candidates` random elements and adds the
+            one after which circuit and model differ most. The row holds the worst of these sets. The search costs up to
+            2 * steps * candidates runs; 0 leaves it out.
+        candidates: number of elements that are tried at each step.
+        progress: whether to show a progress bar if it takes more than a few seconds.
 
     Returns:
         One row per set: how (`none` for the empty K, `random`, `greedy`), removed (number of elements), circuit_value
-        F(C without K), model_value F(M without K), incompleteness (absolute difference), normalised (over
-        |m(clean) - m(empty)|), elements (their names), and the settings.
+        F(C without K), model_value F(M without K), incompleteness (their absolute difference), normalised (the
+        difference over |m(clean) - m(empty)|), elements (their names), and the settings.
 
     Raises:
-        ValueError: an empty circuit, an option out of range, and what `faithfulness` raises.
+        ValueError: the circuit is empty, an option is out of range, and what `faithfulness` raises.
     """
     import pandas as pd
 
@@ -87,7 +87,7 @@ def completeness(
         out = _union([elements[i] for i in chosen], whole)
         return tuple(float(measure(mask & ~out).value.mean()) for mask in (circuit.mask, whole))  # type: ignore
 
-    def apart(chosen: tuple[int, ...]) -> float:
+    def difference(chosen: tuple[int, ...]) -> float:
         in_circuit, in_model = values(chosen)
         return abs(in_circuit - in_model)
 
@@ -99,7 +99,7 @@ def completeness(
             tried = free[torch.randperm(len(free), generator=generator)[:candidates]].tolist()
             sizes = []
             for i in tried:
-                sizes.append(apart((*taken, i)))
+                sizes.append(difference((*taken, i)))
                 bar.update()
             taken = (*taken, tried[max(range(len(tried)), key=sizes.__getitem__)])
             if max(sizes) > worst_by:
@@ -133,19 +133,19 @@ def completeness(
 
 @analysis
 def minimality(exp: Experiment, circuit: Circuit, *, by: Elements = "edges", progress: bool = True) -> pd.DataFrame:
-    """What each element of a circuit adds to it: one run per element.
+    """Measures how much each element contributes to a circuit, with one run per element.
 
     Args:
-        by: elements; see `Elements`.
-        progress: show a progress bar if it takes more than a few seconds.
+        by: what an element is; see `Elements`.
+        progress: whether to show a progress bar if it takes more than a few seconds.
 
     Returns:
         One row per element, largest effect first: element, without (F of the circuit without it), change (F of the
-        circuit minus that) with its 95 % interval over prompts `_low` and `_high`, normalised (change over
-        m(clean) - m(empty), so positive ones help), circuit_value, and the settings.
+        circuit minus `without`) with its 95 % interval over prompts `_low` and `_high`, normalised (change over
+        m(clean) - m(empty), so that elements that help have positive values), circuit_value, and the settings.
 
     Raises:
-        ValueError: an empty circuit, an unknown choice, and what `faithfulness` raises.
+        ValueError: the circuit is empty, a choice is unknown, and what `faithfulness` raises.
     """
     import pandas as pd
 
@@ -170,7 +170,7 @@ def minimality(exp: Experiment, circuit: Circuit, *, by: Elements = "edges", pro
 
 
 def _elements(circuit: Circuit, by: str, graph: Graph) -> list[_Element]:
-    """What can be taken out of the circuit, in the order of computation."""
+    """Returns the elements of the circuit in the order of computation."""
     check_choice("by", by, Elements)
     circuit.check_fits(graph)
     elements = []
@@ -187,7 +187,7 @@ def _elements(circuit: Circuit, by: str, graph: Graph) -> list[_Element]:
 
 
 def _edges_of(node: Node, graph: Graph) -> Bool[Tensor, "input source"]:
-    """All edges into and out of a head or MLP."""
+    """Returns all edges into and out of a head or MLP."""
     mask = torch.zeros_like(graph.exists)
     mask[:, graph.source_index[node]] = True
     mask[graph.inputs_of[node]] = True

@@ -1,12 +1,12 @@
-"""How much of a model's behaviour a circuit carries: faithfulness curves, their areas, and edges needed.
+"""Faithfulness: how much of a model's behaviour a circuit carries, and how many edges a ranking needs.
 
 With m the mean metric over the prompts of a circuit's run, of the unedited clean prompts, and of the empty circuit,
 
     f(circuit) = (m(circuit) - m(empty)) / (m(clean) - m(empty)).
 
-With `ablation="resample"` the empty circuit's run is that of the corrupt prompts. The areas are those of the
-Mechanistic Interpretability Benchmark (MIB): f at ten shares of the edges, trapezoids over the shares as they stand,
-from 0.001 to 1. CPR is the area under f (at most 0.999 where f never exceeds 1), CMD that of |1 - f| (0 is best).
+With `ablation="resample"` the empty circuit runs the corrupt prompts. The areas are those of the Mechanistic
+Interpretability Benchmark (MIB): f at ten shares of the edges from 0.001 to 1, integrated by trapezoids over the
+shares. CPR is the area under f (at most 0.999 if f never exceeds 1), CMD the area under |1 - f| (0 is best).
 
 Source: Mueller et al., arXiv 2504.13151, section 3; sizes, rounding, pruning and the rule of areas are those of the
 code of its circuit track.
@@ -37,15 +37,15 @@ MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all edges at which MIB measures f."""
 
 MASKS_BRING = 0.05
-"""f of frozen masks alone from which a warning says so."""
+"""A warning is given if frozen masks alone reach this f."""
 
 Order = Literal["mib", "absolute", "signed"]
-"""Which edges of a ranking come first: those with the largest score (`signed`: harmful edges come last), or with the
-largest absolute score (`absolute`: strong edges come first, whatever they do). `mib`: both, CPR from the signed order
-and CMD from the absolute one, as MIB publishes them."""
+"""Which edges of a ranking come first. `signed`: those with the largest score, so that harmful edges come last.
+`absolute`: those with the largest absolute score. `mib`: both orders, with CPR from the signed one and CMD from the
+absolute one, as MIB publishes them."""
 
 RankingLike = Circuit | ACDCResult | Sequence[Circuit | ACDCResult]
-"""A ranking (a circuit whose every edge has a score), or circuits to be measured as they are: an `ACDCResult`, or a
+"""A ranking (a circuit whose edges all have scores), or circuits that are measured as they are: an `ACDCResult`, or a
 sequence of circuits."""
 
 
@@ -60,25 +60,27 @@ def faithfulness(
     prune: bool = False,
     progress: bool = True,
 ) -> FaithfulnessCurve:
-    """Faithfulness of a ranking along its sizes, or of given circuits, with 95 % intervals over prompts.
+    """Measures the faithfulness of a ranking at several sizes, or of given circuits, with 95 % intervals over prompts.
 
-    Runs of circuits are kept by the experiment, so that several rankings share what they have in common. Tables of
-    several curves: `curves_table`, `summary_table`.
+    The experiment keeps the runs of circuits, so that several rankings share them. `curves_table` and `summary_table`
+    make tables of several curves.
 
     Args:
-        ranking: a circuit whose every edge has a score: its largest n are run for each size. An `ACDCResult` or a
-            sequence of circuits: each is run as it is, and `sizes`, `order` and `levels` mean nothing.
-        sizes: floats in (0, 1] are shares of all edges, rounded down, and make up the areas; whole numbers are counts
-            of edges, measured beside them.
-        order: which edges come first; see `Order`. Where no score is negative all are the same.
-        levels: values of f, below 1, to search the edges needed for: along absolute scores unless `order="signed"`.
-        prune: leave out edges on no path from the embedding to the logits before running, as MIB does. This changes
-            nothing in the clean stream with `resample`. In the ablated stream with frozen masks such edges do work:
-            their nodes are under the masks of the clean prompt, and so write something else than in the corrupt run.
-        progress: show a progress bar if it takes more than a few seconds.
+        ranking: a circuit whose edges all have scores; for each size n its n largest edges run. Or an `ACDCResult` or a
+            sequence of circuits, which run as they are; `sizes`, `order` and `levels` then have no effect.
+        sizes: floats in (0, 1] are shares of all edges, rounded down, from which the areas are computed; whole numbers
+            are numbers of edges, which are measured in addition.
+        order: which edges come first; see `Order`. All orders are the same if no score is negative.
+        levels: values of f below 1; for each, the number of edges needed is searched, by absolute scores unless
+            `order="signed"`.
+        prune: whether to leave out edges that are on no path from the embedding to the logits, as MIB does. In the
+            clean stream with `resample` this changes nothing. In the ablated stream with frozen masks such edges have
+            an effect: the masks of the clean prompt act on their nodes, which so write other values than in the run of
+            the corrupt prompt.
+        progress: whether to show a progress bar if it takes more than a few seconds.
 
     Raises:
-        ValueError: an edge without a score, sizes or levels out of range, an unknown choice, or a gap below the
+        ValueError: an edge has no score, a size or level is out of range, a choice is unknown, or the gap is below the
             metric's `minimum_gap`.
     """
     _check_options(sizes, order, levels)
@@ -89,7 +91,7 @@ def faithfulness(
     about |= {"level": LEVEL, "resamples": RESAMPLES, "seed": exp.seed}
     if isinstance(ranking, Circuit):
         about |= {"order": order, "ranking": dict(ranking.about)}
-        chosen = _along(ranking, sizes, order)
+        chosen = _cut_ranking(ranking, sizes, order)
     else:
         circuits = _circuits(ranking)
         about |= {"order": "given", "ranking": [dict(c.about) for c in circuits]}
@@ -97,9 +99,11 @@ def faithfulness(
     pruned = [size.circuit.prune_dangling() for size in chosen]
     run = pruned if prune else [size.circuit for size in chosen]
     measured = measure.each([circuit.mask for circuit in run], progress=progress)
-    needed = _needed(measure, ranking, levels, order != "signed", prune) if isinstance(ranking, Circuit) else ()
+    needed = (
+        _search_edges_needed(measure, ranking, levels, order != "signed", prune) if isinstance(ranking, Circuit) else ()
+    )
     columns = [measure.clean, measure.empty, *(m.value for m in measured), *(m.kl for m in measured)]
-    means = _resampled(torch.stack(columns, -1).numpy(), exp.seed)
+    means = _resample(torch.stack(columns, -1).numpy(), exp.seed)
     clean, empty = means[:, 0], means[:, 1]
     value, divergence = means[:, 2 : 2 + len(chosen)], means[:, 2 + len(chosen) :]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -145,7 +149,7 @@ def _check_options(sizes: Sequence[int | float], order: str, levels: Sequence[fl
 
 
 def _check_ranking(ranking: RankingLike, graph: Graph, sizes: Sequence[int | float]) -> None:
-    """Checks that circuits fit the model, and that a ranking ranks."""
+    """Checks that the circuits fit the model, and that every edge of a ranking has a score."""
     alone = isinstance(ranking, Circuit)
     too_large = [size for size in sizes if isinstance(size, int) and size > len(graph)]
     if alone and too_large:
@@ -170,8 +174,8 @@ class _Size(NamedTuple):
     circuit: Circuit
 
 
-def _along(ranking: Circuit, sizes: Sequence[int | float], order: Order) -> list[_Size]:
-    """The circuits of a ranking at all sizes."""
+def _cut_ranking(ranking: Circuit, sizes: Sequence[int | float], order: Order) -> list[_Size]:
+    """Returns the circuits of a ranking at all sizes."""
     total = len(ranking.graph)
     asked = [
         (size, size / total, False) if isinstance(size, int) else (int(size * total), size, True) for size in sizes
@@ -184,7 +188,7 @@ def _along(ranking: Circuit, sizes: Sequence[int | float], order: Order) -> list
     ]
 
 
-def _needed(
+def _search_edges_needed(
     measure: CircuitMetric, ranking: Circuit, levels: Sequence[float], absolute: bool, prune: bool
 ) -> tuple[Needed, ...]:
     total = len(ranking.graph)
@@ -216,27 +220,27 @@ def _needed(
     return tuple(needed)
 
 
-def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
-    """Means over prompts: row 0 of the prompts themselves, further rows of their bootstrap samples."""
+def _resample(values: np.ndarray, seed: int) -> np.ndarray:
+    """Returns means over the prompts (row 0) and over their bootstrap samples (further rows)."""
     draws = resampled_means(values, RESAMPLES, np.random.default_rng(seed))
     return np.concatenate([values.mean(0, keepdims=True), draws])
 
 
 def _interval(means: np.ndarray) -> Interval:
-    """From the value itself and its resamples."""
+    """Returns the interval of a value (row 0) from its bootstrap samples (further rows)."""
     low, high = percentile_interval(means[1:, None])
     return Interval(float(means[0]), float(low[0]), float(high[0]))
 
 
 def _area(shares: Sequence[float], y: np.ndarray) -> np.ndarray:
-    """Trapezoids over the shares, for each row; NaN with fewer than two."""
+    """Returns the area under each row by trapezoids over the shares, or NaN for fewer than two shares."""
     if len(shares) < 2:
         return np.full(len(y), math.nan)
     return ((y[:, 1:] + y[:, :-1]) / 2) @ np.diff(shares)
 
 
 def _masks_alone(measure: CircuitMetric) -> float:
-    """f of all edges but those out of the embedding: no edge brings a token, so it is what frozen masks bring."""
+    """Returns f of all edges but those out of the embedding: without tokens, only frozen masks carry information."""
     mask = measure.graph.exists.clone()
     mask[:, 0] = False
     return measure.f(mask)
@@ -246,8 +250,8 @@ def _warnings(task: str, accuracy: float, gap: Interval, masks_alone: float) -> 
     warnings = []
     if masks_alone >= MASKS_BRING:
         warnings.append(
-            f"without any edge out of the embedding f is {masks_alone:.2f}: the frozen masks of the clean prompt bring "
-            "that much of the answer themselves, which no edge has to carry; masks='live' brings nothing"
+            f"without any edge out of the embedding f is {masks_alone:.2f}: the frozen masks of the clean prompt carry "
+            "this share of the answer, which no edge then has to carry; with masks='live' they carry nothing"
         )
     if accuracy < SKILL_BAR:
         warnings.append(
@@ -256,7 +260,7 @@ def _warnings(task: str, accuracy: float, gap: Interval, masks_alone: float) -> 
         )
     if gap.low <= 0 <= gap.high:
         warnings.append(
-            f"the gap of {gap.mean:.3g} between clean and empty is not told apart from 0 (interval {gap.low:.3g} to "
-            f"{gap.high:.3g}), so f is unstable"
+            f"the gap of {gap.mean:.3g} between the clean prompts and the empty circuit may be 0 (interval "
+            f"{gap.low:.3g} to {gap.high:.3g}), so f is unstable"
         )
     return tuple(warnings)

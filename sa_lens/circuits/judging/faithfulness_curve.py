@@ -1,4 +1,4 @@
-"""Faithfulness curves as records, and their tables."""
+"""Records and tables of faithfulness curves."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Point(NamedTuple):
     """One size of a curve."""
 
     order: str
-    """`absolute` or `signed` scores, or `given` for circuits measured as they are."""
+    """`absolute` or `signed` scores, or `given` for circuits that were measured as they are."""
     share: float
-    """Share of all edges, as asked for."""
+    """Share of all edges that was asked for."""
     area: bool
-    """Whether the areas use this point: sizes given as shares do, counts do not."""
+    """Whether the areas use this point; they use sizes given as shares, not as numbers of edges."""
     edges: int
-    """Edges chosen."""
+    """Number of edges."""
     connected: int
-    """Those of them on a path from the embedding to the logits."""
+    """Number of these edges that are on a path from the embedding to the logits."""
     value: Interval
     """The metric."""
     f: Interval
@@ -35,50 +35,50 @@ class Point(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Edges that a ranking needs for some faithfulness."""
+    """How many edges of a ranking are needed for a given faithfulness."""
 
     level: float
     """The faithfulness asked for."""
     edges: int
-    """Smallest size tried with f >= level: sizes 1, 2, 4, ... up to the first that reaches it, then halving of the
-    interval between that and the one before. f need not rise with size, so a smaller size may reach it unnoticed."""
+    """Smallest tried number of edges with f >= level. The search tries 1, 2, 4, ... until f reaches the level, and then
+    halves the interval between the last two sizes. Because f may fall with size, a smaller size may reach it too."""
     connected: int
-    """Those edges on a path from the embedding to the logits."""
+    """Number of these edges that are on a path from the embedding to the logits."""
     f: float
-    """Faithfulness at that size; far above 1 it says that the circuit overshoots."""
+    """Faithfulness at this size; a value far above 1 means that the circuit exceeds the model."""
     tried: int
-    """Sizes tried."""
+    """Number of sizes that were tried."""
 
 
 @dataclass(frozen=True)
 class FaithfulnessCurve:
-    """Faithfulness of a ranking along its sizes. Intervals: percentiles of a bootstrap over prompts."""
+    """Faithfulness of a ranking at several sizes; intervals are percentiles of a bootstrap over prompts."""
 
     points: tuple[Point, ...]
-    """By order, then by number of edges."""
+    """Points of the curve, by order and number of edges."""
     clean: Interval
     """The metric on the clean prompts."""
     empty: Interval
     """The metric of the empty circuit."""
     gap: Interval
-    """clean - empty."""
+    """`clean` minus `empty`."""
     cpr: Interval
-    """Area under f over the shares; NaN with fewer than two."""
+    """Area under f over the shares; NaN for fewer than two shares."""
     cmd: Interval
-    """Area under |1 - f| over the shares; NaN with fewer than two."""
+    """Area under |1 - f| over the shares; NaN for fewer than two shares."""
     needed: tuple[Needed, ...]
-    """Edges needed at each level that was asked for."""
+    """Edges needed for each level that was asked for."""
     warnings: tuple[str, ...]
-    """What speaks against trusting these figures; empty if nothing does."""
+    """Reasons not to trust these figures."""
     about: Mapping[str, Any]
     """Task, number of prompts, metric, stream, masks, ablation, order, pruning, pair accuracy on the clean prompts,
-    bootstrap, and how the ranking was found."""
+    settings of the bootstrap and of the ranking."""
 
     def edges_for(self, level: float = 0.9) -> Needed:
-        """Edges needed for f >= level.
+        """Returns how many edges are needed for f >= level.
 
         Raises:
-            ValueError: a level that was not searched for.
+            ValueError: `faithfulness` did not search for this level.
         """
         for needed in self.needed:
             if needed.level == level:
@@ -89,8 +89,11 @@ class FaithfulnessCurve:
         )
 
     def table(self) -> pd.DataFrame:
-        """One row per point: order, share, edges, connected, then value, f and kl with `_low` and `_high`, then cpr,
-        cmd, gap, pair_accuracy, able, the settings, and warnings."""
+        """Returns one row per point.
+
+        Its columns are order, share, edges, connected; value, f and kl, each with `_low` and `_high`; cpr, cmd, gap,
+        pair_accuracy, able, the settings, and warnings.
+        """
         import pandas as pd
 
         able = self.about["pair_accuracy"] >= SKILL_BAR
@@ -108,7 +111,7 @@ _SETTINGS = ("pair_accuracy", "task", "n", "metric", "stream", "masks", "ablatio
 
 
 def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
-    """The rows of all curves, with a first column `ranking`."""
+    """Returns the rows of all curves, with a first column `ranking`."""
     import pandas as pd
 
     tables = [curve.table() for curve in curves.values()]
@@ -118,8 +121,8 @@ def curves_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
 
 
 def summary_table(curves: Mapping[str, FaithfulnessCurve]) -> pd.DataFrame:
-    """One row per ranking: cpr and cmd with `_low` and `_high`, edges needed at each level, gap, pair_accuracy, able,
-    settings and warnings."""
+    """Returns one row per ranking: cpr and cmd with `_low` and `_high`, edges needed for each level, gap,
+    pair_accuracy, able, settings and warnings."""
     import pandas as pd
 
     rows = []

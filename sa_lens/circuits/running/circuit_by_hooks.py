@@ -1,13 +1,13 @@
 """Runs of a circuit under hooks: edges outside it carry activations of the corrupt prompt, zeros or means.
 
-These whole passes are the definition that every fast path agrees with. The input of every destination is that of an
-ordinary pass plus, for each edge outside the circuit, (what the edge carries instead - what its source writes in this
-very pass). So every node is computed once, on its own inputs.
+These whole passes define a run of a circuit; every fast path agrees with them. The input of every destination is that
+of an ordinary pass plus, for each edge outside the circuit, (what the edge carries instead - what its source writes in
+the same pass). So every node is computed once, from its own inputs.
 
 In the ablated stream this is the pass of `model.ablated(position=-1)`. Frozen masks are those of the unedited clean
-prompt. Live gates read the residual stream of a clean pass under the same edits (with the clean stream's own corrupt,
-zero or mean activations); a gate is no destination, it always reads all of its stream. The corrupt prompt's own run has
-its own masks in either case.
+prompt. Live gates read the residual stream of a clean pass under the same edits (with the corrupt, zero or mean
+activations of the clean stream). A gate is not a destination: it always reads its whole stream. Runs of the corrupt
+prompt have their own masks in either case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Activations = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Pairs of one length with what their passes need."""
+    """Pairs of one length, with all that their passes need."""
 
     rows: Int[Tensor, " pair"]
     """Place of each pair among all."""
@@ -43,12 +43,12 @@ class Batch(NamedTuple):
     masks: Activations | None
     """Masks of the unedited clean prompts, if masks are frozen."""
     carried: list[Activations]
-    """What is carried when ablated, one row per prompt or one for all: in the stream and, with live masks, in the clean
-    pass."""
+    """Activations that ablated edges carry, one row per prompt or one for all: those of the stream, and with live
+    masks those of the clean pass."""
 
 
 def batches(exp: Experiment, names: Iterable[str]) -> Iterator[Batch]:
-    """The pairs in batches of one length.
+    """Yields the pairs in batches of one length.
 
     Args:
         names: hook points at which `carried` is recorded.
@@ -71,14 +71,14 @@ def _carried(exp: Experiment, corrupt: Int[Tensor, "pair pos"], names: list[str]
     carried = []
     for stream in (exp.stream, "clean") if exp.masks == "live" else (exp.stream,):
         with torch.no_grad(), in_stream(exp.model, stream, position=-1):
-            carried.append(_when_ablated(exp.model, corrupt, names, exp.ablation, exp.batch_size))
+            carried.append(_ablation_values(exp.model, corrupt, names, exp.ablation, exp.batch_size))
     return carried
 
 
-def _when_ablated(
+def _ablation_values(
     model: Host, corrupt: Int[Tensor, "pair pos"], names: list[str], ablation: Ablation, batch_size: int
 ) -> Activations:
-    """What is carried when ablated, in the stream that is chosen."""
+    """Returns the activations that ablated edges carry, in the current stream."""
     # for zeros one prompt shows the shapes
     parts = corrupt[:1].split(1) if ablation == "zero" else corrupt.split(batch_size)
     runs = [record(model, part.to(device_of(model)), names)[1] for part in parts]
@@ -89,11 +89,11 @@ def _when_ablated(
 
 
 class EdgeHooks:
-    """Hooks that make one pass run a circuit.
+    """Makes the hooks under which one pass runs a circuit.
 
     Args:
         outside: True for the edges outside the circuit.
-        carried: what those carry.
+        carried: activations that these edges carry.
     """
 
     def __init__(self, model: Host, graph: Graph, outside: Bool[Tensor, "input source"], carried: Activations) -> None:
@@ -105,7 +105,7 @@ class EdgeHooks:
         """(carried - written in this pass) of the sources so far, `[source, pair, pos, d_model]`."""
 
     def hooks(self) -> list[Hook]:
-        """The hooks, in TransformerLens's form."""
+        """Returns the hooks as pairs of name and function."""
         edits = {name: self._edit(inputs) for name, inputs in input_hooks(self.graph).items()}
         return [*((name, self._wrote) for name in source_hooks(self.graph)), *edits.items()]
 
@@ -135,7 +135,7 @@ class EdgeHooks:
 
 
 class CircuitRunner:
-    """Runs many circuits of an experiment; what edges outside a circuit carry is computed once."""
+    """Runs many circuits of an experiment; the activations that ablated edges carry are computed once."""
 
     def __init__(self, exp: Experiment) -> None:
         self.exp, self.graph = exp, exp.graph
@@ -143,7 +143,7 @@ class CircuitRunner:
             self._batches = list(batches(exp, source_hooks(self.graph)))
 
     def __call__(self, mask: Bool[Tensor, "input source"]) -> Float[Tensor, "pair d_vocab"]:
-        """Logits at the end of each clean prompt, for the circuit with these edges."""
+        """Returns the logits at the end of each clean prompt, for the circuit with these edges."""
         outside = self.graph.exists & ~mask
         logits, rows = [], []
         with torch.no_grad(), split_inputs(self.exp.model):
@@ -165,13 +165,13 @@ class CircuitRunner:
 
 @analysis
 def run_circuit(exp: Experiment, circuit: Circuit) -> Float[Tensor, "pair d_vocab"]:
-    """Logits at the end of the clean prompts when only the circuit's edges carry them.
+    """Runs a circuit: returns the logits at the end of the clean prompts when only its edges carry them.
 
-    The full circuit gives the unedited run of the clean prompts; with `resample` the empty one gives that of the
-    corrupt prompts. Without gradients; the model's switches are left as they were.
+    The full circuit gives the logits of the unedited clean prompts; with `resample` the empty circuit gives those of
+    the corrupt prompts. There are no gradients, and the model's settings stay as they were.
 
     Raises:
-        ValueError: a circuit of another graph.
+        ValueError: the circuit belongs to another graph.
     """
     circuit.check_fits(exp.graph)
     return CircuitRunner(exp)(circuit.mask)

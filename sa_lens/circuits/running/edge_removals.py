@@ -1,4 +1,4 @@
-"""The metric after each of many removals of edges, recomputing only what a removal can change.
+"""The metric after each of many removals of edges; only what a removal can change is computed again.
 
 Edges are visited from the last layer to the first, and every input is
 
@@ -7,11 +7,11 @@ Edges are visited from the last layer to the first, and every input is
 where *present* means kept or not yet visited. Three facts make this cheap and exact:
 
 - below the layer that is visited every edge is present, so all sources there write what they write on the clean prompt;
-- a node with no present way to the logits changes nothing; a node that only feeds the metric position (no key or value
-  above it) matters at that position alone;
-- a removal at one node reaches only the nodes above it to which present edges lead.
+- a node without a path of present edges to the logits has no effect, and a node that only feeds the metric position
+  (no key or value above it) has an effect at that position only;
+- a removal at one node affects only the nodes above it to which present edges lead.
 
-A block of rows, each a removal on top of those before it, goes through these nodes at once.
+These nodes are computed for a whole block of rows at once; each row is a removal in addition to those before it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Node
-from sa_lens.circuits.running.recorded_passes import Outputs, PassesOfPairs, outputs, residual_streams, written
+from sa_lens.circuits.running.recorded_passes import Outputs, PassesOfPairs, outputs, residual_streams, write_to_stream
 from sa_lens.circuits.running.removal_costs import cost_of
 from sa_lens.circuits.running.removal_state import Block, Changed, Live, Row, versions_by_row
 
 _BLOCK = 2**23
-"""Numbers in one activation of a whole block."""
+"""Largest number of entries in one activation of a whole block."""
 
 
 class Recomputation:
-    """The part of the model above the edges that are visited, and what removals there do to the metric.
+    """Computes the metric after removals, on the part of the model above the edges that are visited.
 
     Args:
         present: True for edges that are kept or not yet visited.
@@ -55,7 +55,7 @@ class Recomputation:
                 (exp.stream, every, prompts.last),
             ):
                 for source, out in enumerate(by_lane[lane]):  # type: ignore[index]
-                    x[source, pair, position] = written(self.graph, self.functions, source, out)
+                    x[source, pair, position] = write_to_stream(self.graph, self.functions, source, out)
             return x
 
         wrote = torch.cat([by_source(batch, outputs(batch.prompts, batch.clean)) for batch in batches], 1)
@@ -85,8 +85,8 @@ class Recomputation:
     def enter(self, places: Iterable[tuple[int, int]]) -> set[Node]:
         """Goes down to the next step, whose edges (input, source) are given; returns its live nodes.
 
-        Their edges are all present, but for those that an interrupted search removed before it was resumed. Computes
-        the present values of all live nodes from scratch, the lowest first, so that rounding does not add up.
+        Their edges are all present, except those that an interrupted search removed before it was resumed. The present
+        values of all live nodes are computed from scratch, the lowest first, so that rounding does not accumulate.
         """
         self.above = [*self.here.values(), *self.above]
         nodes = sorted({self.graph.inputs[to].node for to, _ in places}, key=lambda node: node[1:])
@@ -95,14 +95,14 @@ class Recomputation:
         self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
         for item in live:
             entering = self.full_at[self.graph.sources_before(item.node)]
-            item.x = [self._where(item, i, entering) - self._gone(item, i) for i in range(len(item.inputs))]
+            item.x = [self._where(item, i, entering) - self._removed_part(item, i) for i in range(len(item.inputs))]
             self._compute(item)
         for item in self.above:
             entering = self.base_at[self.graph.sources_before(item.node)]
             for i, to in enumerate(item.inputs):
                 x = self._where(item, i, entering).clone()
                 for source in self.present[to].nonzero()[:, 0].tolist():
-                    x += self._sends(source, item, i)
+                    x += self._contribution(source, item, i)
                 item.x[i] = x
             self._compute(item)
         return set(self.here)
@@ -133,24 +133,24 @@ class Recomputation:
         return x.gather(-2, index)
 
     def _wide(self, item: Live, i: int) -> bool:
-        """Whether input i matters at all positions."""
+        """Returns whether input i has an effect at all positions."""
         return item.everywhere or (item.node.kind == "head" and i > 0)
 
     def _where(self, item: Live, i: int, x: Tensor) -> Tensor:
-        """`x` at the positions where input i matters."""
+        """Returns `x` at the positions at which input i has an effect."""
         return x if self._wide(item, i) or x.shape[-2] == 1 else self._last_of(x)
 
     def _differences(self, item: Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
         return self.difference if self._wide(item, i) else self.at_last
 
-    def _gone(self, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
-        """What removed edges took from an input of a node of the present step; 0 if none is removed."""
+    def _removed_part(self, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+        """Returns what removed edges took from an input of a node of the present step; 0 if none is removed."""
         to = item.inputs[i]
-        gone = self.graph.exists[to] & ~self.present[to]
-        return self._differences(item, i)[gone.to(self.difference.device)].sum(0)
+        removed = self.graph.exists[to] & ~self.present[to]
+        return self._differences(item, i)[removed.to(self.difference.device)].sum(0)
 
-    def _sends(self, source: int, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
-        """What a present edge adds to the base of an input."""
+    def _contribution(self, source: int, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+        """Returns what a present edge adds to the base of an input."""
         sender = self.by_source.get(source)
         if sender is None:
             return self._differences(item, i)[source]
@@ -160,13 +160,13 @@ class Recomputation:
         return written - self._where(item, i, self.carried[source])
 
     def _write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
-        """What values (or changes) of `out` add to the residual stream."""
+        """Returns what values (or changes) of `out` add to the residual stream."""
         if item.node.kind == "head":
             return torch.matmul(out, self.functions.W_O[item.node.layer][item.node.head])
         return out
 
     def _compute(self, item: Live) -> None:
-        """Present values of a node from its inputs."""
+        """Computes the present values of a node from its inputs."""
         if item.node.kind == "head":
             item.qkv = [self._project(item, i, item.x[i]) for i in range(3)]
             item.out = self._z(item, item.qkv)
@@ -203,23 +203,23 @@ class Recomputation:
     # ------------------------------------------------------------------------------------------------------- blocks
 
     def value(self) -> float:
-        """The metric of the full graph."""
+        """Returns the metric of the full graph."""
         return float(self.cost(self.functions.normalise(self.final_clean()[None]))[0])
 
     def final_clean(self) -> Float[Tensor, "pair d_model"]:
-        """Final residual stream of the unedited clean prompts at the metric position."""
+        """Returns the final residual stream of the unedited clean prompts at the metric position."""
         return self._last_of(self.full_at[len(self.graph.sources)])[:, 0]
 
     @property
     def largest_block(self) -> int:
-        """Rows of a block that fit a fair share of memory."""
+        """Largest number of rows in a block, limited by memory."""
         return max(4, min(16, _BLOCK // self.difference[0].numel()))
 
     def _logits(self) -> Live:
         return next(item for item in (*self.here.values(), *self.above) if item.node.kind == "logits")
 
     def try_removals(self, rows: Sequence[Row]) -> Block:
-        """The metric after each removal of a block, on top of those rows before it that stay out.
+        """Returns the metric after each removal of a block, in addition to the earlier rows that stay out.
 
         Args:
             rows: edges into live nodes of the present step.
@@ -247,7 +247,7 @@ class Recomputation:
         return block
 
     def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
-        """What removals of a node's own edges change at it."""
+        """Returns what removals of a node's own edges change at this node."""
         result = Changed({}, {}, {}, None)
         for i, to in enumerate(item.inputs):
             mine = [r for r in own if rows[r].to == to]
@@ -270,7 +270,7 @@ class Recomputation:
         return result._replace(out=change)
 
     def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
-        """An input after each of its own removals, on top of those before it that stay out."""
+        """Returns an input after each of its own removals, in addition to those before it that stay out."""
         n = len(rows)
         x, differences = item.x[i], self._differences(item, i)
         sources = [row.source for row in rows]
@@ -287,7 +287,7 @@ class Recomputation:
         return torch.addmm(x.reshape(1, -1), taken, sent.reshape(n, -1), alpha=-1).view(n, *x.shape)
 
     def _pick(self, change: Changed, i: int, present: Tensor, own: list[int]) -> Tensor:
-        """Query, key or value of each of a node's own rows."""
+        """Returns the query, key or value in each of a node's own rows."""
         if i not in change.qkv:
             return present
         index = [change.version[i][r] for r in own]
@@ -296,11 +296,11 @@ class Recomputation:
         return torch.cat([present[None], change.qkv[i]])[torch.tensor(index, device=present.device)]
 
     def _follow(self, item: Live, changed: dict[Node, Changed]) -> Changed | None:
-        """What the changes so far do to a node above; None if none of them reaches it."""
+        """Returns what the changes so far do to a node above, or None if none of them reaches it."""
         result = Changed({}, {}, {}, None)
         inputs: dict[int, Tensor] = {}
         for i in range(len(item.inputs)):
-            arriving = self._arriving(item, i, changed, slice(None))
+            arriving = self._incoming_change(item, i, changed, slice(None))
             if arriving is not None:
                 inputs[i] = arriving
         if not inputs:
@@ -315,10 +315,10 @@ class Recomputation:
         qkv = [result.qkv.get(i, item.qkv[i]) for i in range(3)]
         return result._replace(out=self._z(item, qkv).sub_(item.out))
 
-    def _arriving(
+    def _incoming_change(
         self, item: Live, i: int, changed: dict[Node, Changed], rows: slice
     ) -> Float[Tensor, "row pair pos d_model"] | None:
-        """Change of an input through present edges; None if there is none. The caller may write into it."""
+        """Returns the change of an input through present edges, which the caller may overwrite, or None without any."""
         present = self.present[item.inputs[i]]
         z, W, total = [], [], None
         for node, change in changed.items():
@@ -357,7 +357,7 @@ class Recomputation:
                     if version:
                         updates.append((item, i, change.x[i][version - 1]))
                 elif item.node not in self.here:
-                    arriving = self._arriving(item, i, block.changed, row)
+                    arriving = self._incoming_change(item, i, block.changed, row)
                     if arriving is not None:
                         updates.append((item, i, item.x[i] + arriving[0]))
             for i, values in change.qkv.items():

@@ -1,19 +1,20 @@
-"""Runs of many circuits on the same prompts, in which a node is computed once for each different input that it gets.
+"""Runs of many circuits on the same prompts; a node is computed once for each different input that it gets.
 
 A run of a circuit is a pass in which every input is
 
     base + sum over the circuit's edges of (what the source writes in this run - what an absent edge carries)
 
-with `base` what absent edges carry from all sources, plus biases. So what a node writes depends on the edges below it
-alone. A *version* of a node is what it writes for one choice of those edges: circuits that agree below a node share its
-version, and a version is computed only if a way leads from it to the logits of a circuit that is asked for.
+where `base` is what absent edges carry from all sources, plus biases. So what a node writes depends only on the edges
+below it. A *version* of a node is what it writes for one choice of these edges. Circuits that agree below a node share
+its version, and a version is computed only if a path leads from it to the logits of a circuit that is asked for.
 
-A pass is cut in lanes. `earlier` holds all positions before the metric position, which are the same in both streams,
-except those at which nothing can change because both prompts still agree. `clean` and `ablated` are the metric position
-in each stream. With live gates a pass has all three lanes: the gates of the ablated lane read the clean one.
+A pass is divided into lanes. `earlier` holds the positions before the metric position, which are the same in both
+streams, without those at which nothing can change because both prompts still agree. `clean` and `ablated` are the
+metric position in each stream. With live gates a pass has all three lanes, because the gates of the ablated lane read
+the clean one.
 
-`CircuitRunner`, which runs whole passes under hooks, is the definition, and runs the models for which the two might not
-agree.
+`CircuitRunner`, which runs whole passes under hooks, is the definition. It also runs the models for which both might
+differ.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from torch import Tensor
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import PORTS, Node
 from sa_lens.circuits.running.circuit_by_hooks import CircuitRunner
-from sa_lens.circuits.running.recorded_passes import PassesOfPairs, residual_streams, written
+from sa_lens.circuits.running.recorded_passes import PassesOfPairs, residual_streams, write_to_stream
 from sa_lens.core.last_position import Lane, Prompts
 from sa_lens.core.nodes import gate_masks
 
 MEMORY = 2**28
-"""Bytes of versions that are held."""
+"""Largest size in bytes of the versions that are kept."""
 _BLOCK = 2**21
-"""Numbers in the inputs that are made at once."""
+"""Largest number of entries in the inputs that are computed together."""
 
 _LANES: dict[str, tuple[Lane, ...]] = {"none": ("clean",), "frozen": ("ablated",), "live": ("clean", "ablated")}
-"""Lanes of the metric position, by masks; the last one is that of the logits."""
+"""Lanes of the metric position, by masks; the logits come from the last one."""
 
 
 class CircuitLogits:
-    """Logits of circuits of an experiment, by versions where the model allows it and by whole passes elsewhere."""
+    """Computes logits of circuits of an experiment, by versions if the model allows it, otherwise by whole passes."""
 
     def __init__(self, exp: Experiment) -> None:
         self.exp, self.graph = exp, exp.graph
@@ -56,7 +57,7 @@ class CircuitLogits:
             self._parts = [(batch.rows, _Versions(exp, batch)) for batch in exp.passes]
 
     def __call__(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
-        """Logits at the end of each clean prompt, for each circuit."""
+        """Returns the logits at the end of each clean prompt, for each circuit."""
         if self._run is not None:
             return [self._run(mask) for mask in masks]
         order = torch.cat([rows for rows, _ in self._parts]).argsort()
@@ -65,7 +66,7 @@ class CircuitLogits:
         return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*by_part, strict=True)]
 
     def value(self, mask: Bool[Tensor, "input source"]) -> float:
-        """Mean metric of the circuit with these edges."""
+        """Returns the mean metric of the circuit with these edges."""
         return float(self.exp.values(self([mask])[0]).mean())
 
 
@@ -79,7 +80,7 @@ class _Port(NamedTuple):
     to: int
     """Input of the graph."""
     sent: tuple[int, ...]
-    """Versions of the sources of its present edges, without those that write what absent edges carry."""
+    """Versions of the sources of its present edges, except sources that write what absent edges carry."""
 
 
 class _Output(NamedTuple):
@@ -89,10 +90,10 @@ class _Output(NamedTuple):
     source: int
     """Place among the sources of the graph."""
     read: tuple[int, ...]
-    """A head: its query, key and value and, at the metric position, its earlier keys and values. An MLP: versions of
-    the sources of its present edges."""
+    """For a head, its query, key and value and, at the metric position, its earlier keys and values. For an MLP, the
+    versions of the sources of its present edges."""
     masks: int | None
-    """Version of the masks of its layer; `_GIVEN`: those that were given; None: none."""
+    """Version of the masks of its layer; `_GIVEN` for given masks; None for no masks."""
 
 
 class _Gates(NamedTuple):
@@ -102,7 +103,7 @@ class _Gates(NamedTuple):
     sent: tuple[int, ...]
     """Versions of all sources below the layer, in the clean lane."""
     end: int | None
-    """Version of the end of the clean lane, for gates that read it."""
+    """Version of the end of the clean lane, for gates that read it; else None."""
 
 
 class _End(NamedTuple):
@@ -162,12 +163,12 @@ class _Versions:
         return version
 
     def _streams(self, carried: Sequence[Tensor]) -> dict[int, Float[Tensor, "row d_model"]]:
-        """The residual stream of what absent edges carry after the first n sources, for every n."""
-        by_source = [written(self.graph, self.functions, source, x) for source, x in enumerate(carried)]
+        """Returns the residual stream of what absent edges carry after the first n sources, for every n."""
+        by_source = [write_to_stream(self.graph, self.functions, source, x) for source, x in enumerate(carried)]
         return residual_streams(self.graph, by_source, self.functions.b_O)
 
     def _before(self, layer: int, streams: Mapping[int, Tensor], prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Keys, before any rotation, and values `[head, pair, pos, d_head]` of what absent edges carry."""
+        """Returns keys (before any rotation) and values `[head, pair, pos, d_head]` of what absent edges carry."""
         _, k, v = self.functions.project_all(layer, streams[self.graph.sources_before(Node("head", layer, 0))])
         padded = k.new_zeros(2, len(k), len(prompts.last), self.functions.length, k.shape[-1])
         padded[0][:, prompts.prompt, prompts.pos], padded[1][:, prompts.prompt, prompts.pos] = k, v
@@ -176,7 +177,7 @@ class _Versions:
     # ---------------------------------------------------------------------------------------------------- what to run
 
     def logits(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
-        """Logits of the circuits with these edges."""
+        """Returns the logits of the circuits with these edges."""
         logits = []
         for first in range(0, len(masks), self.at_once):
             if self.held > MEMORY:
@@ -189,7 +190,7 @@ class _Versions:
         return logits
 
     def _trace(self, mask: Bool[Tensor, "input source"]) -> int:
-        """The version of the logits of a circuit; nothing is computed."""
+        """Returns the version of the logits of a circuit, without computing it."""
         graph = self.graph
         present = [row.nonzero()[:, 0].tolist() for row in mask]
         versions: dict[Lane, list[int | None]] = {lane: [version] for lane, version in self.embed.items()}
@@ -227,7 +228,7 @@ class _Versions:
         return self._id(_End(lane, sent(lane, -1)))
 
     def _masks(self, node: Node, versions: Mapping[Lane, Sequence[int | None]], end: int | None) -> tuple[int, bool]:
-        """Version of the masks of a node's layer, and whether they may differ from those of what is carried."""
+        """Returns the version of the masks of a node's layer, and whether they may differ from those carried."""
         if not self.live:
             return _GIVEN, True
         gates = self.model.gates  # type: ignore[attr-defined]
@@ -240,7 +241,7 @@ class _Versions:
     # ------------------------------------------------------------------------------------------------------ computation
 
     def _compute(self, ends: Sequence[int]) -> None:
-        """Fills in these versions and all that they need, the lowest first."""
+        """Computes these versions and all versions that they need, the lowest first."""
         missing: set[int] = set()
         waiting = [end for end in ends if end not in self.values]
         while waiting:
@@ -262,7 +263,7 @@ class _Versions:
         return key.sent
 
     def _stage(self, key: _Key) -> tuple[int, int, int, str]:
-        """When to compute a version: the clean lane before the gates that read it, those before the ablated lane."""
+        """Returns the order of computation: the clean lane, then the gates that read it, then the ablated lane."""
         match key:
             case _Port():
                 return 2 * (key.lane == "ablated"), self.graph.inputs[key.to].node.layer, 0, key.lane
@@ -274,7 +275,7 @@ class _Versions:
         return 2 * (key.lane == "ablated"), self.graph.n_layers, 4, key.lane
 
     def _inputs(self, lane: Lane, to: int, sent: Sequence[tuple[int, ...]]) -> Float[Tensor, "version row d_model"]:
-        """Inputs of one step, `to` being one of them, from the versions that are sent to each."""
+        """Returns the inputs of one step from the versions that are sent to each; `to` is one of these inputs."""
         base = self.base[lane][self.graph.n_sources[to]]
         different = {v: i for i, v in enumerate(dict.fromkeys(v for versions in sent for v in versions))}
         if not different:
@@ -286,7 +287,7 @@ class _Versions:
         return torch.addmm(base.reshape(1, -1), taken, changes).view(len(sent), *base.shape)
 
     def _split(self, keys: Sequence[Any], numbers: int) -> Iterator[Sequence[Any]]:
-        """The keys in parts of which each needs no more than a block of numbers."""
+        """Yields the keys in parts, each with at most `_BLOCK` entries."""
         count = max(1, _BLOCK // max(1, numbers))
         for first in range(0, len(keys), count):
             yield keys[first : first + count]
@@ -341,7 +342,7 @@ class _Versions:
                 self._keep(key, change)
 
     def _mask(self, key: _Output, layer: int, kind: int) -> Tensor | None:
-        """Mask of the attention units (0) or neurons (1) of a layer."""
+        """Returns the mask of the attention units (0) or neurons (1) of a layer."""
         if key.masks is None:
             return None
         return (self.masks[layer] if key.masks == _GIVEN else self.values[key.masks])[kind]

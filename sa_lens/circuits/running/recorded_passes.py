@@ -1,7 +1,7 @@
 """Unedited passes of pairs: logits at the end of each prompt, and what every source writes on both prompts.
 
-`record` runs whole passes under hooks and works for every model. `passes_of_pairs` runs nodes one by one, all prompt
-lengths together, for the models whose nodes can be run so.
+`record` runs whole passes under hooks and works for every model. `passes_of_pairs` runs nodes one by one, with prompts
+of all lengths together, for models whose nodes can be run like this.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sa_lens.core.last_position import Lane, LastPass, Prompts, embed_prompts, r
 from sa_lens.core.nodes import NodeFunctions
 
 Outputs = dict[Lane, list[Float[Tensor, "row width"]]]
-"""What each source gives by lane, in the order of the graph: `z` of a head, what the embedding and MLPs write."""
+"""The output of each source by lane, in the order of the graph: `z` of a head, what the embedding and MLPs write."""
 
 
 def record(
     model: Host, tokens: Int[Tensor, "pair pos"], names: Iterable[str]
 ) -> tuple[Float[Tensor, "pair d_vocab"], dict[str, Tensor]]:
-    """Logits at the last position of an unedited pass of the chosen stream, and its activations by hook name."""
+    """Returns the logits at the end of an unedited pass of the current stream, and its activations by hook name."""
     activations: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
@@ -45,13 +45,13 @@ def last_logits(
     *,
     batch_size: int = 256,
 ) -> Float[Tensor, "pair d_vocab"]:
-    """Logits at the end of each prompt, without gradients.
+    """Returns the logits at the end of each prompt, without gradients.
 
-    In the ablated stream the masks act at the last position, which is that stream there.
+    In the ablated stream the masks act at the last position.
 
     Args:
         prompt: the `clean` or the `corrupt` prompts.
-        batch_size: prompts run at once.
+        batch_size: number of prompts in one pass.
     """
     pairs.check_fits(model.cfg, batch_size)
     parts, rows = [], []
@@ -73,7 +73,7 @@ def last_logits(
 def prompts_in_batches(
     model: Host, pairs: PromptPairs, prompt: Literal["clean", "corrupt"], batch_size: int
 ) -> Iterator[tuple[Int[Tensor, " pair"], Prompts]]:
-    """Places of pairs, ordered by length, and their clean or corrupt prompts."""
+    """Yields indices of pairs, ordered by length, and their clean or corrupt prompts."""
     for rows in pairs.lengths.argsort(stable=True).split(batch_size):
         groups = [group for _, group in pairs.subset(rows).by_length()]
         tokens = [group.clean if prompt == "clean" else group.corrupt for group in groups]
@@ -84,21 +84,21 @@ class PassesOfPairs(NamedTuple):
     """Unedited passes of a batch of pairs."""
 
     rows: Int[Tensor, " pair"]
-    """Place of each pair among all."""
+    """Index of each pair among all pairs."""
     prompts: Prompts
     """The clean prompts."""
     first: Int[Tensor, " pair"]
-    """First position at which an absent edge may carry something else than a present one."""
+    """First position at which absent and present edges may carry different values."""
     clean: LastPass
     """The pass of the clean prompts."""
     carried: Outputs
-    """What absent edges carry."""
+    """Values that absent edges carry."""
 
 
 def passes_of_pairs(
     model: Host, functions: NodeFunctions, pairs: PromptPairs, ablation: Ablation, stream: Stream, batch_size: int
 ) -> list[PassesOfPairs]:
-    """Passes of all pairs, which are ordered by length and cut in batches."""
+    """Returns the passes of all pairs, ordered by length, in batches."""
     batches = []
     ablated = stream == "ablated"
     sides = (prompts_in_batches(model, pairs, side, batch_size) for side in ("clean", "corrupt"))
@@ -136,7 +136,7 @@ def passes_of_pairs(
 
 
 def _first_difference(pairs: PromptPairs) -> Int[Tensor, " pair"]:
-    """First position at which the two prompts of each pair differ."""
+    """Returns the first position at which the two prompts of each pair differ."""
     padding = int(pairs.lengths.max()) - pairs.lengths
     return (pairs.clean != pairs.corrupt).float().argmax(1) - padding
 
@@ -148,14 +148,14 @@ def _length_and_position(prompts: Prompts, lane: Lane) -> Int[Tensor, "row 2"]:
 
 
 def _means(x: Float[Tensor, "row width"], key: Int[Tensor, "row 2"]) -> Float[Tensor, "row width"]:
-    """Each row's mean over the rows with the same key."""
+    """Returns, for each row, the mean over the rows with the same key."""
     _, group, counts = key.unique(dim=0, return_inverse=True, return_counts=True)
     sums = x.new_zeros(len(counts), x.shape[1]).index_add_(0, group, x)
     return (sums / counts[:, None])[group]
 
 
 def outputs(prompts: Prompts, run: LastPass) -> Outputs:
-    """What each source gives in a pass; the earlier lane ends below the top layer."""
+    """Returns the output of each source in a pass; the earlier lane ends below the top layer."""
     by_source: Outputs = {}
     for lane, z in run.z.items():
         by_source[lane] = [prompts.rows(lane, prompts.embed)]
@@ -165,8 +165,8 @@ def outputs(prompts: Prompts, run: LastPass) -> Outputs:
     return by_source
 
 
-def written(graph: Graph, functions: NodeFunctions, source: int, out: Float[Tensor, "... width"]) -> Tensor:
-    """What a source writes into the residual stream, given its output."""
+def write_to_stream(graph: Graph, functions: NodeFunctions, source: int, out: Float[Tensor, "... width"]) -> Tensor:
+    """Returns what a source writes to the residual stream, given its output."""
     node = graph.sources[source]
     return out @ functions.W_O[node.layer][node.head] if node.kind == "head" else out
 
@@ -174,11 +174,11 @@ def written(graph: Graph, functions: NodeFunctions, source: int, out: Float[Tens
 def residual_streams(
     graph: Graph, by_source: Sequence[Float[Tensor, "... d_model"]], b_O: Sequence[Float[Tensor, " d_model"]]
 ) -> dict[int, Float[Tensor, "... d_model"]]:
-    """The residual stream after the first n sources, for every n at which a node reads it.
+    """Returns the residual stream after the first n sources, for every n at which a node reads it.
 
     Args:
-        by_source: what each source writes; if it holds only the first sources, the streams above them are left out.
-        b_O: bias of each attention layer's output, which belongs to no source.
+        by_source: what each source writes; if only the first sources are given, the streams above them are left out.
+        b_O: output bias of each attention layer, which belongs to no source.
     """
     streams: dict[int, Tensor] = {}
     total = torch.zeros_like(by_source[0])

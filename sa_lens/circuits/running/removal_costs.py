@@ -1,4 +1,4 @@
-"""The metric of a search from the final residual stream, for many rows at once; larger is worse.
+"""The cost that a search minimises: the metric from the final residual stream, for many rows; larger is worse.
 
 KL needs the full vocabulary only for one number per prompt, the log of the sum of exponentials (lse). With p the
 probabilities of the clean prompt and y = n W_U + b_U the logits of the normalised stream n,
@@ -19,14 +19,14 @@ from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.nodes import NodeFunctions
 
 Cost = Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]]
-"""The metric of each row, from the normalised final residual stream at the metric position; larger is worse."""
+"""Cost of each row from the normalised final residual stream at the metric position; larger is worse."""
 
 _CHUNK = 2**19
-"""Logits held at once: few enough to stay in a processor's cache."""
+"""Largest number of logits in memory at a time, so that they stay in a processor's cache."""
 
 
 def cost_of(metric: Metric, functions: NodeFunctions, pairs: PromptPairs, clean: Float[Tensor, "pair d_model"]) -> Cost:
-    """The metric as a cost.
+    """Returns the metric as a cost.
 
     Args:
         pairs: the pairs, in the order of the rows' prompts.
@@ -38,7 +38,7 @@ def cost_of(metric: Metric, functions: NodeFunctions, pairs: PromptPairs, clean:
 
 
 class KLCost:
-    """Mean KL(unedited clean prompt || row), nats, full vocabulary; arguments as in `cost_of`."""
+    """Computes the mean KL(unedited clean prompt || row) in nats over the full vocabulary; see `cost_of`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class KLCost:
         return (self.lse_minus_clean(final) - drift).mean(-1)
 
     def lse_minus_clean(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, "row pair"]:
-        """lse(y) - lse(y_clean) of each row and prompt, in float64."""
+        """Returns lse(y) - lse(y_clean) of each row and prompt, in float64."""
         flat = final.flatten(0, 1)
         shift = self.lse.to(flat.dtype).repeat(len(final))[:, None]
         rows = max(1, _CHUNK // self.parts[0][0].shape[1])
@@ -72,7 +72,7 @@ class KLCost:
         return (logs + rounded).view(final.shape[:2])
 
     def _log_sum_exp(self, x: Float[Tensor, "row d_model"], shift: Float[Tensor, "row 1"]) -> Float[Tensor, " row"]:
-        """lse(y - shift) of each row, in float64."""
+        """Returns lse(y - shift) of each row, in float64."""
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for W, b in self.parts:
             total += torch.addmm(b - shift, x, W).exp_().sum(-1)
@@ -84,7 +84,7 @@ class KLCost:
 
 
 class LogitsCost:
-    """Any other metric, from all logits; arguments as in `cost_of`."""
+    """Computes any other metric from all logits; see `cost_of`."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""What a search for circuits holds of a model: live nodes with their present values, and blocks of removals with what
-they change."""
+"""The state of a search for circuits: live nodes with their present values, and blocks of removals."""
 
 from __future__ import annotations
 
@@ -26,21 +25,21 @@ class Row(NamedTuple):
 
 @dataclass
 class Live:
-    """A node from which a present way leads to the logits, and its present values."""
+    """A node with a path of present edges to the logits, and its present values."""
 
     node: Node
     source: int
-    """Its place among the sources; -1 for the logits."""
+    """Index of the node among the sources; -1 for the logits."""
     everywhere: bool
-    """Whether it matters at all positions, or at the metric position alone."""
+    """Whether it has an effect at all positions, or only at the metric position."""
     inputs: list[int]
-    """Its inputs: three of a head, one of others."""
+    """Indices of its inputs: three for a head, one for others."""
     x: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)
     """Present value of each input."""
     qkv: list[Float[Tensor, "pair pos d_head"]] = field(default_factory=list)
     """Present query, key and value of a head."""
     mask: Float[Tensor, "pair pos width"] | None = None
-    """The gate's mask of its units: as given at the metric position, ones elsewhere; None in the clean stream."""
+    """Mask of its units: as given at the metric position, ones elsewhere; None in the clean stream."""
     out: Tensor | None = None
     """`z` of a head `[pair, pos, d_head]`, output of an MLP `[pair, pos, d_model]`."""
 
@@ -49,14 +48,14 @@ class Changed(NamedTuple):
     """What a block changes at one node; the first axis is the row."""
 
     x: dict[int, Float[Tensor, "version pair pos d_model"]]
-    """Inputs of a node whose own edges are removed, one a version."""
+    """Inputs of a node whose own edges are removed, with one version per removal."""
     qkv: dict[int, Tensor]
     """Changed queries (0), keys (1) and values (2)."""
     version: dict[int, list[int]]
-    """The version of each entry of `x` that each row has, 0 being the present value. Where an input is missing, each
-    row has its own."""
+    """For each entry of `x`, the version that each row has; 0 is the present value. If an input is missing, each row
+    has its own version."""
     out: Float[Tensor, "row pair pos ..."] | None
-    """Change of `out`."""
+    """The change of `out`."""
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Block:
 
 
 def versions_by_row(rows: Sequence[Row], own: list[int]) -> list[int]:
-    """For each row of a block, 1 + the place among `own` of the one whose state it has; 0: the present state."""
+    """Returns the state of each row: 1 + the index in `own` of the last removal that acts on it, 0 without any."""
     versions, staying, mine = [], 0, {r: n + 1 for n, r in enumerate(own)}
     for r, row in enumerate(rows):
         version = mine.get(r, staying)

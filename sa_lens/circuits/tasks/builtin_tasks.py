@@ -1,8 +1,8 @@
 """Tasks as pairs of prompts: indirect objects, pronouns, objects and names to recall, and any JSON of pairs.
 
 The words are those of TinyStories, or of the generated stories that sa_lens trains on by default (`words="stories"`),
-whose prompts are cut from the very sentences that those stories are made of. Each task makes different clean prompts
-until as many pairs as asked are usable with the tokenizer; what was left out is in `pairs.report()`.
+whose prompts come from the sentence patterns of these stories. Each task makes different clean prompts until enough
+pairs can be used with the tokenizer; `pairs.report()` says which were left out.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ class Options(TypedDict, total=False):
     words: Words
     """Words and sentences of `tinystories` (default), or of the generated `stories`."""
     names: Sequence[str] | None
-    """The names come from these; default: those of the words that are single tokens."""
+    """Names to draw from; default: all names of these words that are single tokens."""
     templates: Sequence[str] | None
-    """`tinystories`: format strings (see the module of that name). `stories`: beginnings of names of
+    """For `tinystories`, format strings (see the module of that name). For `stories`, the first parts of names of
     `sa_lens.data.stories.prompt_templates`, such as `go-give`."""
     name_pairs: NamePairs
-    """Only with `stories`: two names that never meet in a story (`held-out`), that may (`seen`), or `any`."""
+    """Only for `stories`: pairs of names that never occur together in a story (`held-out`), other pairs (`seen`), or
+    `any`."""
     patterns: Patterns
-    """Only with `stories`: sentences as stories have them (`seen`), or with one at least that no story has
-    (`held-out`)."""
+    """Only for `stories`: sentences of patterns that occur in stories (`seen`), or prompts with at least one sentence
+    of a pattern that occurs in none (`held-out`)."""
     length: int | None
-    """Only prompts of so many tokens, the begin-of-text token included; None: all."""
+    """Number of tokens of each prompt, with the begin-of-text token; None allows all lengths."""
 
 
 _MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]] = {
@@ -51,9 +52,9 @@ _MARKS: dict[str, Callable[[str, str], tuple[tuple[str, str | None, int], ...]]]
     "repeated": lambda answer, wrong: (("A1", wrong, 0), ("B1", answer, 0), ("A2", wrong, -1)),
 }
 _PROMPT = {"clean": str, "corrupt": str, "answers": list, "wrong_answers": list}
-"""What a prompt in a JSON file holds."""
+"""Keys of a prompt in a JSON file."""
 _TRIES = 30
-"""Drafts made for each pair asked before giving up; ten times as many where the length is prescribed."""
+"""Largest number of drafts per pair; ten times as many if the length is prescribed."""
 
 
 def _make(
@@ -90,7 +91,10 @@ def _make(
 
 def _check_names(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
     if len(set(names)) < 5 or len(set(names)) < len(names):
-        raise ValueError(f"names={list(names)}: give at least five different names, two and three to corrupt with")
+        raise ValueError(
+            f"names={list(names)}: give at least five different names; a pair needs two for the clean prompt and three "
+            "for the corrupt one"
+        )
     for name in names:
         if not _is_single_token(tokenizer, name):
             pieces = [tokenizer.decode([i]) for i in tokenizer.encode(f" {name}", add_special_tokens=False)]
@@ -116,8 +120,8 @@ def _from_tinystories(
         if len(names) < 5:
             cut = next(name for name in tinystories.NAMES if name not in names)
             raise ValueError(
-                f"only {len(names)} names are single tokens of this tokenizer (not, for one, {cut!r}), five are needed:"
-                " train one that keeps them whole (data.keep_whole), or give your own names"
+                f"only {len(names)} names are single tokens of this tokenizer ({cut!r}, for example, is not), but five "
+                "are needed: train a tokenizer that keeps them whole (data.keep_whole), or give your own names"
             )
     genders = {name: gender for name, gender in genders.items() if name in names}
     templates = tinystories.TEMPLATES[task] if templates is None else templates
@@ -173,20 +177,21 @@ def _from_stories(
 
 
 def ioi(tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]) -> PromptPairs:
-    """Indirect object: "One day, Lily and Tom went to the park. Tom gave a ball to" -> " Lily", not " Tom".
+    """Makes pairs of indirect object identification.
 
+    For example, "One day, Lily and Tom went to the park. Tom gave a ball to" has the answer " Lily", not " Tom".
     The giver is the first named (BABA) or the second (ABBA), equally often. The corrupt prompt has three other names
     (ABC). Named positions: IO and S1 (first mention of the answer and of the giver), S2 (last mention of the giver),
     end.
 
     Args:
-        tokenizer: the model's.
-        n: pairs.
-        seed: same seed, same pairs.
+        tokenizer: the model's tokenizer.
+        n: number of pairs.
+        seed: seed of the pairs.
         options: see `Options`.
 
     Raises:
-        ValueError: a given name that is not a single token, a bad template, or fewer than n usable pairs.
+        ValueError: a given name is not a single token, a template is wrong, or fewer than n pairs can be used.
 
     Source: arXiv 2211.00593, sections 2 and 3.
     """
@@ -196,8 +201,9 @@ def ioi(tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **optio
 def pronoun_gender(
     tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]
 ) -> PromptPairs:
-    """Gender of a pronoun: "One day, Lily went to the park. Lily was happy because" -> " she", not " he".
+    """Makes pairs about the gender of a pronoun.
 
+    For example, "One day, Lily went to the park. Lily was happy because" has the answer " she", not " he".
     The corrupt prompt names people of the other gender. Named positions: name (its last mention), end. Arguments and
     errors as in `ioi`.
     """
@@ -207,10 +213,11 @@ def pronoun_gender(
 def object_recall(
     tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]
 ) -> PromptPairs:
-    """An object named before: "... Tom gave a ball to Lily. Lily thanked Tom for the" -> " ball", not " kite".
+    """Makes pairs about an object that was named before.
 
-    The corrupt prompt has another object in its place. The wrong answer is that one, or, where the prompt names two
-    objects, the other one. Named positions: object, end. Arguments and errors as in `ioi`.
+    For example, "... Tom gave a ball to Lily. Lily thanked Tom for the" has the answer " ball", not " kite".
+    The corrupt prompt has another object in its place. The wrong answer is this object, or, if the clean prompt names
+    two objects, the second of them. Named positions: object, end. Arguments and errors as in `ioi`.
     """
     return _make("object", tokenizer, n, seed, **_without_names(options))
 
@@ -218,8 +225,9 @@ def object_recall(
 def repeated_name(
     tokenizer: PreTrainedTokenizerBase, n: int = 256, seed: int = 0, **options: Unpack[Options]
 ) -> PromptPairs:
-    """Induction: "... two friends named Lily and Tom. One day, Lily and" -> " Tom", not " Lily".
+    """Makes pairs about a repeated name (induction).
 
+    For example, "... two friends named Lily and Tom. One day, Lily and" has the answer " Tom", not " Lily".
     The corrupt prompt has three other names. Named positions: A1, B1, A2, end. Arguments and errors as in `ioi`.
     """
     return _make("repeated", tokenizer, n, seed, **options)
@@ -233,18 +241,19 @@ def _without_names(options: Options) -> Options:
 
 
 def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: int = MINIMUM) -> PromptPairs:
-    """Pairs from a JSON file: `{"prompts": [{"clean", "corrupt", "answers": [one], "wrong_answers": [one]}, ...]}`.
+    """Reads pairs from a JSON file.
 
-    Answers carry their leading space. Other keys (such as `word_idxs`) are left aside: positions are found in each
-    prompt. Named positions, where every prompt has them: IO (first mention of the answer), S1 and S2 (first and last
-    of the wrong answer), end.
+    Its form is `{"prompts": [{"clean", "corrupt", "answers": [one], "wrong_answers": [one]}, ...]}`.
+    Answers include their leading space. Other keys (such as `word_idxs`) are ignored, because positions are determined
+    for each prompt. Named positions that every prompt has: IO (first mention of the answer), S1 and S2 (first and last
+    mention of the wrong answer), end.
 
     Args:
-        minimum: fewest usable pairs to be content with.
+        minimum: smallest number of usable pairs.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another form, or too few usable pairs.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has another form, or too few pairs can be used.
 
     Source: the format of github.com/UFO-101/auto-circuit.
     """
@@ -275,7 +284,7 @@ TASKS: dict[str, Callable[..., PromptPairs]] = {
     "object": object_recall,
     "repeated": repeated_name,
 }
-"""Tasks by name; all take `(tokenizer, n, seed, words=, templates=, length=)`."""
+"""All tasks by name; they take `(tokenizer, n, seed, words=, templates=, length=)`."""
 
 
 def make(
@@ -287,13 +296,13 @@ def make(
     words: Words = "tinystories",
     **options: Any,
 ) -> PromptPairs:
-    """The pairs of a task by name, or of a JSON file by path (n of them, chosen by seed).
+    """Makes the pairs of a task by its name, or reads n pairs from a JSON file by its path, chosen by the seed.
 
     Args:
         options: further options of the task.
 
     Raises:
-        ValueError: an unknown task, or what the task raises.
+        ValueError: the task is unknown, and what the task raises.
     """
     if task in TASKS:
         return TASKS[task](tokenizer, n, seed, words=words, **options)
@@ -313,9 +322,9 @@ def make_unseen(
     *,
     words: Words = "tinystories",
 ) -> PromptPairs:
-    """As `make`, with what training cannot have shown: IOI on generated stories takes names that never meet in one.
+    """Makes pairs that training cannot have shown: for IOI on generated stories, names never occur together in one.
 
-    Other tasks and words have no record of what training showed, and are those of `make`.
+    For other tasks and words this is not recorded, so they are those of `make`.
 
     Raises:
         ValueError: as `make`.

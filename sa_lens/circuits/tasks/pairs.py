@@ -1,9 +1,9 @@
 """`PromptPairs`: pairs of prompts whose tokens align, with a right and a wrong next token.
 
-Prompts of several lengths are stored side by side, padded on the left, but padding never reaches a model: everything
-that runs goes through `by_length()`, whose groups hold prompts of one length and no padding. So no attention mask is
-needed, results equal those of the prompts one by one, and the last position is -1 for all. Named positions count from
-the end (-1 is the last) and hold with and without padding.
+Prompts of several lengths are stored in one tensor, padded on the left, but padding never reaches a model:
+`by_length()` yields groups of prompts of one length without padding. So no attention mask is needed, results equal
+those of the prompts one by one, and the last position is -1 for all. Named positions count from the end (-1 is the
+last), so that they are valid with and without padding.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MINIMUM = 64
-"""Pairs below which a task is refused unless the caller says otherwise: shares and means of fewer say little."""
+"""Smallest number of pairs of a task unless the caller allows fewer; means over fewer pairs are uncertain."""
 
 
 class Draft(NamedTuple):
-    """A pair of prompts as text, not yet checked against a tokenizer."""
+    """A pair of prompts as text, before it is checked with a tokenizer."""
 
     clean: str
     corrupt: str
     answer: str
     """Right next word after the clean prompt, with its leading space."""
     wrong_answer: str
-    """Word that the right one is compared with."""
+    """Word with which the right one is compared."""
     marks: tuple[tuple[str, str | None, int], ...] = ()
-    """Positions worth a name, as (name, word, index): the mention of that index of the word in the clean prompt, or,
-    where word is None, of the tokens in which the two prompts differ."""
+    """Named positions as (name, word, index): the mention with this index of the word in the clean prompt, or, if word
+    is None, the token with this index among those in which the two prompts differ."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PromptPairs:
-    """Clean and corrupt prompts, equal in length within a pair, with answers that are single tokens.
+    """Pairs of a clean and a corrupt prompt of equal length, with answers that are single tokens.
 
     The metric position is the last one, -1.
     """
@@ -59,9 +59,9 @@ class PromptPairs:
     wrong_answers: Int[Tensor, " pair"]
     """Token that the answer is compared with."""
     lengths: Int[Tensor, " pair"]
-    """Tokens of each prompt, begin-of-text included, padding not."""
+    """Number of tokens of each prompt, with begin-of-text and without padding."""
     positions: Mapping[str, Int[Tensor, " pair"]]
-    """Named positions, counted from the end; `end` is -1. Only names that every pair has."""
+    """Named positions that every pair has, counted from the end; `end` is -1."""
     clean_texts: tuple[str, ...]
     """Clean prompts as text."""
     corrupt_texts: tuple[str, ...]
@@ -69,7 +69,7 @@ class PromptPairs:
     token_texts: tuple[tuple[str, ...], ...]
     """Each token of the clean prompts as text."""
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Pairs left out when these were made, by reason."""
+    """Number of pairs that were left out when these were made, by reason."""
 
     @classmethod
     def from_tokens(
@@ -84,20 +84,21 @@ class PromptPairs:
         task: str = "tokens",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> PromptPairs:
-        """Pairs of your own tokens.
+        """Makes pairs of your own tokens.
 
         Args:
             clean: tensor of clean prompts, padded on the left if they differ in length, or a list of lists of tokens.
             corrupt: corrupt prompts, aligned token by token with the clean ones.
             answers: token that should follow each clean prompt.
             wrong_answers: token that the answer is compared with.
-            lengths: tokens of each prompt without padding; None: tensors hold no padding, lists have their own length.
+            lengths: number of tokens of each prompt without padding; None if tensors hold no padding or lists are
+                given.
             positions: named positions, counted from the end; `end` is always there.
             task: name in tables and files.
-            tokenizer: turns tokens into the texts of figures; None: they show numbers.
+            tokenizer: tokenizer that spells the tokens in figures; without one they show numbers.
 
         Raises:
-            ValueError: prompts that do not align, or numbers that are no tokens.
+            ValueError: prompts do not align, or numbers are no tokens.
         """
         if lengths is None:
             lengths = [len(prompt) for prompt in clean]
@@ -132,21 +133,21 @@ class PromptPairs:
         wanted: int | None = None,
         length: int | None = None,
     ) -> PromptPairs:
-        """Pairs of your own texts: those whose two prompts align and whose answers are single tokens.
+        """Makes pairs of your own texts: those whose two prompts align and whose answers are single tokens.
 
-        A begin-of-text token is put before each prompt. No clean prompt is used twice. What was left out, and why, is
-        in `.dropped` and `.report()`.
+        A begin-of-text token is put before each prompt. No clean prompt is used twice. `.dropped` and `.report()` say
+        which pairs were left out, and why.
 
         Args:
             drafts: (clean prompt, corrupt prompt, answer, wrong answer), answers with their leading space; or `Draft`s.
             task: name in tables and files.
-            minimum: fewest pairs to be content with.
-            wanted: stop when so many are kept; None: take all drafts.
-            length: keep only prompts of so many tokens, the begin-of-text token included; None: all.
+            minimum: smallest number of pairs.
+            wanted: number of pairs after which no more drafts are read; None reads all drafts.
+            length: number of tokens of each prompt, with the begin-of-text token; None allows all lengths.
 
         Raises:
-            ValueError: fewer pairs than `minimum`, with the reasons and an offending word of each; or a tokenizer
-                without begin- and end-of-text token.
+            ValueError: there are fewer pairs than `minimum` (the message gives the reasons with an example each), or
+                the tokenizer has neither a begin- nor an end-of-text token.
         """
         encoder = _Encoder(tokenizer)
         rows: dict[str, _Row] = {}
@@ -217,13 +218,13 @@ class PromptPairs:
         return f"<PromptPairs {self.report()}>"
 
     def report(self) -> str:
-        """How many pairs were kept and why others were not."""
+        """Says how many pairs were kept, and why others were left out."""
         offered = len(self) + sum(self.dropped.values())
         reasons = "".join(f"; {count} dropped: {reason}" for reason, count in self.dropped.items())
         return f"{self.task}: kept {len(self)} of {offered} pairs{reasons}"
 
     def subset(self, rows: Sequence[int] | Int[Tensor, " chosen"]) -> PromptPairs:
-        """The chosen pairs, in that order, padded no more than they need."""
+        """Returns the chosen pairs in the given order, with no more padding than they need."""
         index = torch.as_tensor(rows, dtype=torch.long).reshape(-1)
         if not len(index):
             raise ValueError(f"no pair of {self.task} chosen: a set of pairs holds at least one")
@@ -243,10 +244,10 @@ class PromptPairs:
         )
 
     def by_length(self, at_most: int | None = None) -> Iterator[tuple[Int[Tensor, " group"], PromptPairs]]:
-        """Groups of pairs of one length, shortest first, each with its rows in this set.
+        """Yields groups of pairs of one length, shortest first, each with the indices of its pairs.
 
         Args:
-            at_most: largest number of pairs in a group; None: no limit.
+            at_most: largest number of pairs in a group; None sets no limit.
         """
         for length in self.lengths.unique(sorted=True):
             rows = (self.lengths == length).nonzero()[:, 0]
@@ -257,10 +258,10 @@ class PromptPairs:
         """Checks that all prompts have the same length.
 
         Args:
-            setting: the setting that needs it, for the message.
+            setting: setting that needs it, for the message.
 
         Raises:
-            ValueError: they have several.
+            ValueError: the prompts have several lengths.
         """
         if not self.uniform:
             lengths = ", ".join(str(int(length)) for length in self.lengths.unique())
@@ -270,13 +271,13 @@ class PromptPairs:
             )
 
     def split(self, seed: int = 0, share: float = 0.5) -> tuple[PromptPairs, PromptPairs]:
-        """Two disjoint random sets of pairs: one to find a circuit with, one to report on.
+        """Splits the pairs at random into two sets: one to find a circuit on, one to report on.
 
         Args:
-            share: part of the pairs that the first set gets.
+            share: share of the pairs in the first set.
 
         Raises:
-            ValueError: share outside (0, 1), or too few pairs for two sets.
+            ValueError: share is outside (0, 1), or there are too few pairs for two sets.
         """
         first = round(share * len(self))
         if not 0 < share < 1 or not 0 < first < len(self):
@@ -288,10 +289,10 @@ class PromptPairs:
         """Checks that a model can read these pairs.
 
         Args:
-            cfg: the model's, with `d_vocab` and `n_ctx`.
+            cfg: configuration of the model, with `d_vocab` and `n_ctx`.
 
         Raises:
-            ValueError: a token beyond the vocabulary, a prompt longer than the context, or a batch_size below 1.
+            ValueError: a token is beyond the vocabulary, a prompt is longer than the context, or batch_size is below 1.
         """
         check_whole("batch_size", batch_size, 1, "the prompts in one pass")
         highest = max(int(t.max()) for t in (self.clean, self.corrupt, self.answers, self.wrong_answers))
@@ -306,7 +307,7 @@ class PromptPairs:
 
 
 class _Encoder:
-    """Turns drafts into rows of tokens, and says why one cannot be used."""
+    """Encodes the texts of drafts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -317,7 +318,7 @@ class _Encoder:
         return list(ids)
 
     def next_token(self, prompt: str, prompt_ids: list[int], word: str) -> int | None:
-        """The single token that `word` is after the prompt; None if it is more, or unknown."""
+        """Returns the token of `word` after the prompt, or None if it is not a single known token."""
         ids = self(prompt + word)
         if ids[:-1] != prompt_ids or ids[-1] == self.tokenizer.unk_token_id:
             return None
@@ -337,7 +338,7 @@ class _Row(NamedTuple):
 
 
 def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[str, str]:
-    """The row of a draft, or the reason why there is none and an example."""
+    """Returns the row of a draft, or the reason why it cannot be used with an example."""
     clean, corrupt = encoder(draft.clean), encoder(draft.corrupt)
     if len(clean) != len(corrupt):
         return (
@@ -371,6 +372,6 @@ def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[st
 
 
 def _pad_left(prompts: list[list[int]]) -> Int[Tensor, "prompt pos"]:
-    """Prompts side by side; padding repeats the first token and never enters a model."""
+    """Stacks prompts, padded on the left with their first token; padding never enters a model."""
     longest = max(map(len, prompts))
     return torch.tensor([prompt[:1] * (longest - len(prompt)) + prompt for prompt in prompts])

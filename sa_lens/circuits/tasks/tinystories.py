@@ -1,8 +1,8 @@
 """Prompts in the words of TinyStories, from templates.
 
 A template is a format string with the slots {first} and {second} (the two names in order of mention), {subject} (the
-one of them who acts), {other}, {place}, {object} (with its article: "a ball") and {noun} (without). Names never begin a
-prompt, so that they are the tokens with a leading space that the answers are.
+one of them who acts), {other}, {place}, {object} (with its article: "a ball") and {noun} (without). A prompt never
+begins with a name, so that names have a leading space like the answers.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def check_template(task: str, template: str) -> None:
     """Checks the slots of a template.
 
     Raises:
-        ValueError: a slot that is unknown or missing.
+        ValueError: a slot is unknown or missing.
     """
     slots = set(re.findall(r"\{(.*?)\}", template))
     unknown, missing = sorted(slots - set(_SLOTS)), sorted(_NEEDED[task] - slots)
@@ -91,7 +91,7 @@ def check_template(task: str, template: str) -> None:
 def drafts(
     task: str, seed: int, names: Sequence[str], templates: Sequence[str], tries: int, genders: Mapping[str, str]
 ) -> Iterator[Draft]:
-    """Drafts of a task, templates in turn and both orders of the names equally often.
+    """Yields drafts of a task that use the templates in turn and both orders of the names equally often.
 
     The corrupt prompt has other names (in object recall another object), none of which is in the clean one.
 
