@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 IMPORTED = ("sa_lens.training", "sa_lens.core.fused", "sa_lens.circuits", "sa_lens.units", "sa_lens.sae", "accelerate")
 """What the server imports, with all that these import. Without plotly, which asks at its import whether a kernel
@@ -24,15 +25,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 def start(function: Callable[..., object], *arguments: Any) -> Any:
     """Starts `function` in a child with one thread; returns the process."""
     CONTEXT.set_forkserver_preload([*IMPORTED, "tokenizers", "ipykernel.kernelapp"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
+    # the server reads both when it imports torch and tqdm; a notebook's own TQDM_DISABLE would come too late
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}):
         process = CONTEXT.Process(target=function, args=arguments)
         process.start()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
     return process
 
 

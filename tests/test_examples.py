@@ -34,6 +34,8 @@ def test_notebook_runs(path, executed):
     notebook = executed(path)
     shown = outputs(notebook)
     assert not [output for output in shown if output.output_type == "error"]
+    # progress bars and warnings would stand in red
+    assert not [output.text for output in shown if output.get("name") == "stderr"]
     kinds = {kind for output in shown for kind in output.get("data", {})}
     assert "application/vnd.plotly.v1+json" in kinds or any("plotly" in str(output) for output in shown)
     if path.stem in SHOWS_CIRCUITSVIS:
@@ -47,25 +49,39 @@ def test_notebook_names_no_machine(path):
         assert f"{folder}/" not in text
 
 
+DRAWN = {"01_two_streams": 4, "05_views": 9}
+"""Pictures of a notebook that a script draws, at least; pictures that are plain HTML need none."""
+CUT = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flatMap((output) => {
+    const right = output.getBoundingClientRect().left + output.clientWidth + 1;
+    const beyond = (element) => element.getBoundingClientRect().right > right;
+    const wide = [...output.querySelectorAll('table, svg, p, section, .sa-lens, .sa-lens-box')].filter(beyond);
+    if (output.scrollWidth > output.clientWidth + 1) wide.push(output);
+    return wide.slice(0, 1).map((element) => `${element.tagName} ${element.className.baseVal ?? element.className}: `
+        + `${element.getBoundingClientRect().right} > ${right}, ${element.textContent.slice(0, 80)}`);
+})"""
+"""The first thing of each output that is beyond its right edge, so that the output has to scroll."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "views"), [("01_two_streams", 4), ("05_views", 9)])
-def test_a_notebook_as_html(name, views, browser, executed, tmp_path):
-    """`views`: pictures that a script draws; pictures that are plain HTML need none."""
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_as_html(path, browser, executed, tmp_path):
     from nbconvert import HTMLExporter
 
-    notebook = executed(ROOT / "examples" / f"{name}.ipynb")
-    text, _ = HTMLExporter(**NO_SCRIPTS_OF_OTHERS).from_notebook_node(notebook)
-    path = tmp_path / f"{name}.html"
-    path.write_text(text, encoding="utf-8")
-    opened = browser.open(path)
-    for library in ("plotly", "circuitsvis"):
-        assert opened.page.locator(f"script[data-sa-lens-library={library}]").count() == 1
+    text, _ = HTMLExporter(**NO_SCRIPTS_OF_OTHERS).from_notebook_node(executed(path))
+    page = tmp_path / f"{path.stem}.html"
+    page.write_text(text, encoding="utf-8")
+    opened = browser.open(page, viewport={"width": 1280, "height": 900})
+    if path.stem in SHOWS_CIRCUITSVIS:
+        for library in ("plotly", "circuitsvis"):
+            assert opened.page.locator(f"script[data-sa-lens-library={library}]").count() == 1
     opened.page.wait_for_function("document.querySelectorAll('.sa-lens-view:not([data-drawn])').length === 0")
-    assert opened.page.locator(".sa-lens-view[data-drawn]").count() >= views
+    assert opened.page.locator(".sa-lens-view[data-drawn]").count() >= DRAWN.get(path.stem, 1)
     for plot in opened.page.locator(".sa-lens-view[data-library=plotly]").all():
         plot.locator(".main-svg").first.wait_for(state="attached")
     for other in opened.page.locator(".sa-lens-view[data-library=circuitsvis]").all():
         other.locator("canvas, select, span").first.wait_for(state="attached")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 1280
+    assert opened.page.evaluate(CUT) == []
     assert opened.clean()
     opened.page.close()
 
