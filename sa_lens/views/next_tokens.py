@@ -180,7 +180,8 @@ def _read_at_the_end(
 def _(record: LogitLens, *, dark: bool = False) -> Figure:
     """Draws one panel per stream, tokens across, layers upward."""
     n, rows, panels = len(record.tokens), len(record.layers), len(record.streams)
-    cell = 62 if n <= 24 else 46
+    # up to 25 tokens fit across the page of a notebook
+    cell = max(36, min(62, 920 // n))
     each = 34 * rows + 60
     scale = colour_scale("sequential", dark)
     # just below 0 where every token is certain
@@ -202,7 +203,7 @@ def _(record: LogitLens, *, dark: bool = False) -> Figure:
                 y=list(range(rows)),
                 text=[
                     [
-                        write_on(colour_at(scale, 1 - value / lowest), short_label(token, 9 if cell > 50 else 6))
+                        write_on(colour_at(scale, 1 - value / lowest), short_label(token, cell // 7))
                         for token, value in zip(*row, strict=True)
                     ]
                     for row in zip(of_stream.top, of_stream.log_probability, strict=True)
