@@ -52,7 +52,7 @@ class Overview:
 
 @dataclass(frozen=True)
 class Looks:
-    """Where one head looks in one stream: at each token, the earlier tokens with the largest shares."""
+    """The attention of one head in one stream: at each token, the earlier tokens that get the largest shares."""
 
     stream: str
     """`clean` or `ablated`."""
@@ -93,7 +93,7 @@ class Snippet:
     values: tuple[float, ...]
     """The unit's value at each token."""
     focus: int
-    """Which of the tokens it was drawn for."""
+    """Index of the token that the snippet was chosen for."""
     kind: str
     """`top`: among the largest values. `sample`: from one of the quantiles of all values."""
 
@@ -113,17 +113,17 @@ class UnitStream:
     effective_tokens: float | None
     """Effective number of different tokens that it fires on."""
     label: str
-    """The label that its firing tells best, chosen on other stories; empty: none, or a text without labels."""
+    """The label that its firing predicts best, chosen on other stories; empty if there is none, as without labels."""
     label_f1: float | None
     """F1 of that label on stories that it was not chosen on."""
     explanation: str = ""
-    """Main patterns that it fires on; empty: none, or it was not explained."""
+    """Main patterns that it fires on; empty if there are none or the unit was not explained."""
     explanation_f1: float | None = None
     """F1 of the explanation on text that it was not made from."""
     histogram: Histogram | None = None
-    """Its values; None: without details, or in the ablated stream it never stays."""
+    """Its values; None if the unit has no details, or if the ablated stream never keeps it."""
     snippets: tuple[Snippet, ...] = ()
-    """Top-activating snippets, then a sample."""
+    """The snippets with the largest values, then a sample of all."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Ranking:
     circuit: CircuitMap
     """Its edges, the most important first; the note says how they were found."""
     chosen: int
-    """How many of them the method's own rule keeps, where the slider starts."""
+    """Number of edges that the method's own rule keeps, at which the slider starts."""
     curve: Curves | None
     """Faithfulness by number of edges; None where it is not defined."""
 
@@ -175,12 +175,12 @@ class TaskPage:
     rankings: tuple[Ranking, ...]
     """One per method and stream; empty if no stream can do the task."""
     note: str
-    """Why there is no circuit of a stream; empty: there is one of each."""
+    """Why a stream has no circuit; empty if each stream has one."""
 
 
 @dataclass(frozen=True)
 class ModelPage:
-    """All about one model."""
+    """Everything that the report shows of one model."""
 
     name: str
     """Name of its run, by which it is picked."""
@@ -193,7 +193,7 @@ class ModelPage:
     units: tuple[UnitPage, ...]
     """Every unit that is live in a stream or that a story mentions; `units_note` counts them."""
     units_note: str
-    """On how much text the units were measured, and how many of how many are shown."""
+    """How much text the units were measured on, and how many of them are shown."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,6 @@ class Report:
     models: tuple[ModelPage, ...]
     """At least one."""
     training: Curves | None
-    """Losses over training of the runs that kept them; None if none did."""
+    """Losses during training, of the runs that recorded them; None if no run did."""
     comparison: tuple[Table, ...]
     """Tables with a column for each model; empty for one model."""

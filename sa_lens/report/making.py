@@ -1,4 +1,4 @@
-"""Makes a report of runs: loads the models, looks at each, and sets them side by side."""
+"""Makes a report of runs: loads the models, measures each, and compares them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHERS = ("object", "pronoun", "repeated")
 SECONDS = {"losses": 3.6, "stories": 0.5, "thresholds": 0.9, "units": 1.1, "closer look": 4.8, "labels": 1.9}
 """Seconds of processor time of each phase, per stream: means over the two shipped models of the stories."""
 TASK_SECONDS = 1.9
-"""The same of a task."""
+"""Seconds of processor time of a task, per stream."""
 
 
 def make_report(
@@ -96,7 +96,7 @@ def make_report(
 
 
 def _prompts(subjects: Sequence[Subject], tasks: Sequence[str] | None, seed: int) -> list[list[Prompts]]:
-    """The prompts of each model, task by task; without a choice, those tasks that some stream can do."""
+    """Returns the prompts of each model, task by task; if no tasks are chosen, of the tasks that a stream can do."""
     names = list(dict.fromkeys(tasks)) if tasks is not None else [ALWAYS, *OTHERS]
     made = [[prompts_for(subject, task, seed) for task in names] for subject in subjects]
     kept = [
@@ -170,7 +170,7 @@ class Phases:
         self.bar.refresh()
 
     def end(self) -> None:
-        """Fills the bar."""
+        """Fills the bar to its end."""
         self._fill(len(self.seconds))
 
     def _fill(self, place: int) -> None:
@@ -178,5 +178,5 @@ class Phases:
         self.current = place
 
     def close(self) -> None:
-        """Leaves the bar as it is, whatever has been done."""
+        """Closes the bar and leaves on it what has been done."""
         self.bar.close()

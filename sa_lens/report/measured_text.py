@@ -116,7 +116,7 @@ def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
 
 
 def _read_documents(text: str, column: str) -> tuple[str, ...]:
-    """The documents of a named text, as many as are needed at most."""
+    """Returns the documents of a named text, no more than are needed."""
     source = open_source(text, column=column, progress=False)
     documents, room = [], CHARACTERS * (HELD_OUT + CALIBRATION)
     for document in source.read():
@@ -130,7 +130,7 @@ def _read_documents(text: str, column: str) -> tuple[str, ...]:
 
 
 def _split(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The first part of a text to calibrate on, the rest to measure on."""
+    """Divides a text: the first part is for calibration, the rest for measuring."""
     if len(documents) == 1:
         whole = documents[0]
         at = _seam(whole, len(whole) * CALIBRATION // (HELD_OUT + CALIBRATION))
@@ -144,7 +144,7 @@ def _split(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...]:
-    """The documents at the beginning of a token file, the last one whole."""
+    """Returns the documents at the beginning of a token file, the last of them whole."""
     count = int((file.tokens[: n_tokens - 1] == file.end_token_id).sum()) + 1
     documents = itertools.islice(file.documents(tokenizer), count)
     return tuple(document for document in documents if document.strip())
@@ -154,7 +154,7 @@ def _documents(file: TokenFile, tokenizer: Any, n_tokens: int) -> tuple[str, ...
 
 
 def _stories(documents: Iterable[str], subjects: Sequence[Subject], n_stories: int) -> tuple[str, ...]:
-    """Documents that every model can read, spread evenly; if too few are short enough, the beginnings of others."""
+    """Returns documents that every model can read, spread evenly; if too few are short enough, beginnings of others."""
     different = [document.strip() for document in dict.fromkeys(documents) if document.strip()]
     whole = [document for document in different if _fits(document, subjects)]
     chosen = _pick_evenly(whole, n_stories)
@@ -173,14 +173,14 @@ def _pick_evenly(items: Sequence[str], count: int) -> list[str]:
 
 
 def _fits(text: str, subjects: Sequence[Subject]) -> bool:
-    """Whether every model reads the text whole."""
+    """Returns whether every model can read the whole text at once."""
     return all(
         len(encode_text(subject.tokenizer, text)) <= min(STORY_TOKENS, subject.model.cfg.n_ctx) for subject in subjects
     )
 
 
 def _cut(text: str, subjects: Sequence[Subject]) -> str:
-    """The longest beginning that every model can read, ending with a whole word if there are words."""
+    """Returns the longest beginning that every model can read, up to the end of a word if there are words."""
     low, high = 0, len(text)
     while high - low > 1:
         middle = (low + high) // 2
@@ -189,5 +189,5 @@ def _cut(text: str, subjects: Sequence[Subject]) -> str:
 
 
 def _seam(text: str, at: int) -> int:
-    """The end of the last word before a place; the place itself in a text without spaces."""
+    """Returns the end of the last word before a place; in a text without spaces, the place itself."""
     return next((i for i in range(at, max(0, at - 40), -1) if text[i : i + 1].isspace()), at)

@@ -167,7 +167,7 @@ def training_of(subjects: Sequence[Subject]) -> Curves | None:
 
 
 def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample]:
-    """A text from its beginning, and the first words of two stories continued, by each stream."""
+    """Returns what each stream writes: a text from its beginning, and two stories after their first words."""
     prompts = ["", *dict.fromkeys(" ".join(story.split()[:PROMPT_WORDS]) for story in stories)][:3]
     room = subject.model.cfg.n_ctx - 1
     samples = []

@@ -25,7 +25,7 @@ DETAILS = ("histogram", "snippets")
 
 
 def pack(report: Report) -> dict[str, Any]:
-    """The parts of a report by name, as values for JSON.
+    """Returns the parts of a report by name, as values for JSON.
 
     `front` holds what the page shows first, and every unit without its snippets and histogram; `stories-0` and
     `units-0` hold the stories and the rest of the units of model 0, and so on.
@@ -89,7 +89,7 @@ def _unit_details(unit: UnitPage) -> list[dict[str, Any]]:
 
 
 def _snippet(snippet: Snippet) -> dict[str, Any]:
-    """A snippet with its values in whole steps of its largest."""
+    """Returns a snippet whose values are whole hundredths of its largest."""
     most = max((abs(value) for value in snippet.values if math.isfinite(value)), default=0.0)
     steps = [round(STEPS * value / most) if most and math.isfinite(value) else 0 for value in snippet.values]
     value = to_plain(snippet.values[snippet.focus]) if snippet.values else None
@@ -97,7 +97,7 @@ def _snippet(snippet: Snippet) -> dict[str, Any]:
 
 
 def _stories(model: ModelPage) -> dict[str, Any]:
-    """Stories, and the units that their gates keep, in columns and told once."""
+    """Returns the stories, and each unit that their gates keep once, in columns."""
     rasters = [story.gates.units for story in model.stories if story.gates is not None]
     units = {(u.name, u.layer, u.site, u.promotes): None for raster in rasters for u in raster}
     place = {unit: i for i, unit in enumerate(units)}
@@ -110,7 +110,7 @@ def _stories(model: ModelPage) -> dict[str, Any]:
 
 
 def _story(story: StoryPage, place: dict[tuple[Any, ...], int]) -> dict[str, Any]:
-    """A story, its tokens told once.
+    """Returns a story in which its tokens occur once.
 
     Args:
         place: of each unit among those of all stories.
@@ -128,7 +128,7 @@ def _story(story: StoryPage, place: dict[tuple[Any, ...], int]) -> dict[str, Any
 
 
 def _gates(gates: GateRaster, place: dict[tuple[Any, ...], int]) -> dict[str, Any]:
-    """Units that stay, in columns: `counts` says at how many positions each does, `gaps` how far these lie apart."""
+    """Returns the units that stay, in columns: `counts` is the number of positions of each, `gaps` their distances."""
     gaps = [
         [position - before for before, position in zip((0, *unit.positions), unit.positions, strict=False)]
         for unit in gates.units
@@ -144,7 +144,7 @@ def _gates(gates: GateRaster, place: dict[tuple[Any, ...], int]) -> dict[str, An
 
 
 def _looks(looks: Looks) -> dict[str, Any]:
-    """Attention in columns, one for the most attended positions, one for the next, and so on, which compress better.
+    """Returns attention in columns, which compress better: the most attended positions, the next ones, and so on.
 
     `back`: how many tokens back; `percent`: shares. None where a token attends to fewer.
     """

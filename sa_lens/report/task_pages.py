@@ -37,7 +37,7 @@ ABOUT = {
 }
 """What each task asks."""
 CHOSEN: tuple[Method, ...] = ("acdc", "eap-ig", "gate")
-"""Methods by which circuits are found; the gate's own is one of the ablated stream alone."""
+"""Methods that find circuits; only the ablated stream has a circuit of the gates."""
 SCALES: dict[Method, str] = {
     "acdc": "rise of KL when the edge goes, nats",
     "eap-ig": "share in the logit difference",

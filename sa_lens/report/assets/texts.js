@@ -69,7 +69,7 @@ function snippetText(snippet, most) {
     painted.push([made[1], most ? value / most : 0, snippet.steps[i] !== 0]);
     run.append(...(i ? made : made.slice(1)));
   });
-  const colour = () => painted.forEach(([element, value, some]) => paint(element, scale, some ? value : null));
+  const colour = () => painted.forEach(([element, value, known]) => paint(element, scale, known ? value : null));
   colour();
   return { run, colour };
 }

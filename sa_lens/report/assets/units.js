@@ -150,13 +150,13 @@ function spark(row) {
 }
 
 async function unitDetails(model) {
-  const found = await pack(`units-${model}`);
+  const details = await pack(`units-${model}`);
   table.details = table.details || {};
   if (!table.details[model]) {
-    table.details[model] = found;
+    table.details[model] = details;
     if (model === table.model && table.parts) drawRows();
   }
-  return found;
+  return details;
 }
 
 // ------------------------------------------------------------------------------------------------------- one unit
@@ -183,7 +183,7 @@ async function openUnit(model, id) {
     h("div", { class: "columns unit-streams" }, unit.streams.map((stream, i) => unitStream(stream, details[i]))),
     h("div", { class: "unit-stories" }),
   );
-  storiesOf(model, unit).then((found) => one.querySelector(".unit-stories")?.replaceChildren(found));
+  storiesOf(model, unit).then((list) => one.querySelector(".unit-stories")?.replaceChildren(list));
 }
 
 const backToAll = () => h("a", { href: `#units/${encodeURIComponent(report.models[table.model].name)}` }, "All units");
@@ -225,16 +225,16 @@ function snippetsBlock(title, how, snippets) {
 // Where in the stories of this report a gate keeps the unit.
 async function storiesOf(model, unit) {
   const stories = await storiesOfModel(model);
-  const found = [];
+  const mentions = [];
   stories.forEach((story, i) => {
     const one = story.gates?.units.find((live) => live.name === unit.name);
     if (!one) return;
     const best = one.values.reduce((best, value, j) => (Math.abs(value) > Math.abs(one.values[best]) ? j : best), 0);
-    found.push({ i, title: story.title, n: one.positions.length, at: one.positions[best], token: story.tokens[one.positions[best]], value: one.values[best] });
+    mentions.push({ i, title: story.title, n: one.positions.length, at: one.positions[best], token: story.tokens[one.positions[best]], value: one.values[best] });
   });
-  if (!found.length) return h("span", {});
-  found.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-  const rows = found.slice(0, 12).map((one) => [h("a", { href: storyAddress(model, one.i, one.at) }, h("bdi", {}, one.title)), count(one.n), tokenLabel(one.token), figure3(one.value)]);
+  if (!mentions.length) return h("span", {});
+  mentions.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const rows = mentions.slice(0, 12).map(({ i, at, title, n, token, value }) => [h("a", { href: storyAddress(model, i, at) }, h("bdi", {}, title)), count(n), tokenLabel(token), figure3(value)]);
   return block(
     "In the stories of this report",
     "Stories in which the gate keeps this unit, at how many tokens, and where its value is largest; the link opens the story at that token.",
