@@ -118,7 +118,7 @@ class Experiment:
         model, pairs = changes.pop("model", self.model), changes.pop("pairs", self.pairs)
         return Experiment(model, pairs, **{**self._settings, **changes})
 
-    def usual(self, *, metric: str | None = None, masks: Masks | None = None) -> Experiment:
+    def fill_in(self, *, metric: str | None = None, masks: Masks | None = None) -> Experiment:
         """Returns the experiment with a method's usual settings where the user gave none; both share all records."""
         usual = {"metric": metric, "masks": masks if self.stream == "ablated" else None}
         changes = {name: value for name, value in usual.items() if value and self._settings[name] is None}

@@ -171,14 +171,14 @@ def find_circuit(
             "it was found with. Make both by pairs.split(seed)"
         )
     if method == "relp":
-        exp, judge = exp.usual(masks="frozen"), judge.usual(masks="frozen")
+        exp, judge = exp.fill_in(masks="frozen"), judge.fill_in(masks="frozen")
     began = time.perf_counter()
     result: ACDCResult | None = None
     if method == "acdc":
         result = acdc(exp, tau, resume=resume, progress=progress)
     ranking = result.circuit if result is not None else _rank(exp, method, progress)
     seconds = time.perf_counter() - began
-    with _kept_if_stopped(result):
+    with _keep_if_stopped(result):
         circuit, warnings = ranking, []
         order: Order = "mib" if result is None else "signed"
         judged: dict[str, Any] = {"order": order, "progress": progress}
@@ -217,7 +217,7 @@ def _rank(exp: Experiment, method: Method, progress: bool) -> Circuit:
 
 
 @contextmanager
-def _kept_if_stopped(result: ACDCResult | None) -> Iterator[None]:
+def _keep_if_stopped(result: ACDCResult | None) -> Iterator[None]:
     """Keeps a finished search if Ctrl-C interrupts the context; after `resume` the circuit only has to be judged."""
     try:
         yield

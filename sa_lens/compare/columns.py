@@ -1,4 +1,4 @@
-"""The columns of the table: labels, the direction that the paper claims for each, and the paper's published figures.
+"""The columns of the table: labels, the direction that the paper claims, and the paper's published figures.
 
 The directions of the claims are stated here and nowhere else. They are those of the paper (arXiv 2505.00509, abstract
 and section 4), carried over to the columns that measure the same thing under like conditions.
@@ -134,8 +134,8 @@ COLUMNS: dict[str, Column] = {
 """Columns by name, in the order of the tables."""
 
 
-def in_order(places: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Pairs of task and column, each once, in the order of the tables: theme, then task, then column.
+def sort_columns(places: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Sorts pairs of task and column in the order of the tables: theme, then task, then column; each appears once.
 
     Columns that are not in `COLUMNS` come last.
     """
@@ -150,17 +150,17 @@ def in_order(places: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def column_named(name: str) -> Column:
-    """The column of this name; one without label and claim where `COLUMNS` does not have it."""
+    """Returns the column of this name; one without label and claim if `COLUMNS` does not have it."""
     return COLUMNS.get(name) or Column(name, name, 3)
 
 
-def with_task(title: str, task: str) -> str:
-    """The title of a table or panel with the task that it is about."""
+def task_title(title: str, task: str) -> str:
+    """Returns the title of a table or panel with the name of its task."""
     return f"{title}: {TASKS.get(task, task)}" if task else title
 
 
 def claimed_direction(task: str, name: str) -> int:
-    """Direction that is claimed of a column in a task; 0: there is no claim."""
+    """Returns the direction that is claimed for a column in a task, or 0 without a claim."""
     column = column_named(name)
     return column.direction if task in column.tasks else 0
 
@@ -171,7 +171,7 @@ def claims_of(stream: str) -> list[tuple[str, str]]:
     """
     streams = {"ablated"} if stream == "ablated" else {"clean", WEIGHTS}
     claims = [column for column in COLUMNS.values() if column.direction and streams & {*column.streams}]
-    return in_order((task, column.name) for column in claims for task in column.tasks)
+    return sort_columns((task, column.name) for column in claims for task in column.tasks)
 
 
 PAPER: dict[str, dict[str, float]] = {
@@ -189,5 +189,5 @@ PAPER: dict[str, dict[str, float]] = {
 
 
 def published_value(variant: str, task: str, name: str) -> float | None:
-    """The paper's figure for a column of a variant; None where it has none. The paper's task is IOI."""
+    """Returns the paper's figure for a column of a variant, or None. The paper's task is IOI."""
     return PAPER.get(variant, {}).get(column_named(name).paper) if task in ("", "ioi") else None

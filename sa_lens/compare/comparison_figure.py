@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sa_lens.compare.columns import OTHER, WEIGHTS, column_named, in_order, with_task
+from sa_lens.compare.columns import OTHER, WEIGHTS, column_named, sort_columns, task_title
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.verdicts import Comparison
 from sa_lens.views import Figure, draw
@@ -47,7 +47,7 @@ def figure(comparison: Comparison, columns: Sequence[str] | None = None, *, dark
     """
     table = comparison.summary()
     table = table[table["n"] > 0]
-    places = in_order(zip(table["task"], table["column"], strict=True))
+    places = sort_columns(zip(table["task"], table["column"], strict=True))
     drawn = [place for place in places if column_named(place[1]).drawn or column_named(place[1]).theme == OTHER]
     chosen = (drawn or places) if columns is None else [place for place in places if place[1] in columns]
     unknown = {*(columns or ())} - {name for _, name in places}
@@ -62,7 +62,9 @@ def figure(comparison: Comparison, columns: Sequence[str] | None = None, *, dark
         shared_yaxes=True,
         horizontal_spacing=0.03,
         vertical_spacing=min(0.9 / rows, 60 / (height * rows)),
-        subplot_titles=[wrap(with_task(column_named(name).label, task), 0.9 * WIDTH / ACROSS) for task, name in chosen],
+        subplot_titles=[
+            wrap(task_title(column_named(name).label, task), 0.9 * WIDTH / ACROSS) for task, name in chosen
+        ],
     )
     named: set[str] = set()
     for i, (task, name) in enumerate(chosen):
@@ -88,7 +90,7 @@ def figure(comparison: Comparison, columns: Sequence[str] | None = None, *, dark
 
 
 def _edges(means: pd.DataFrame) -> tuple[float, float]:
-    """Ends of the axis: round all means but outliers, and round their intervals as far as these leave means apart."""
+    """Returns the ends of the axis: all means except outliers are inside, and their intervals if possible."""
     lower, upper = means["mean"].quantile([0.25, 0.75])
     reach = FENCE * (upper - lower) or math.inf
     inner = means[means["mean"].between(lower - reach, upper + reach)]
@@ -101,7 +103,7 @@ def _edges(means: pd.DataFrame) -> tuple[float, float]:
 
 
 def _dots(means: pd.DataFrame, stream: str, edges: tuple[float, float], dark: bool) -> Iterator[go.Scatter]:
-    """The means of a stream within the panel with their intervals; an arrow and a number for each mean beyond it."""
+    """Adds the means of a stream with their intervals, and an arrow with a number for each mean outside the panel."""
     if means["mean"].isna().all():
         return
     colour, shift, symbol = _STREAMS[stream]

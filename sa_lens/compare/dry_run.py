@@ -1,4 +1,4 @@
-"""What a comparison still has to do: models, tokens, estimated hours, and what is on disk already.
+"""The remaining work of a comparison: models, tokens, estimated hours, and what is already on disk.
 
 Times of finished models in the same folder count for models of the same variant. All other times are estimated from a
 few timed steps of a model of the grid's shape on this machine.
@@ -31,7 +31,7 @@ OF_UNKNOWN_TOKENIZER = 50_257
 
 
 def plan_table(folders: Sequence[ModelFolder], device: str) -> pd.DataFrame:
-    """One row per thing to do: variant, seed, what (`training` or a measurement), status, tokens, seconds left.
+    """Returns one row per piece of work: variant, seed, what, status, tokens, seconds left.
 
     Status: `done`, `to do`, `step N of M`, or why it is not available. Tokens are those of training.
     """
@@ -78,14 +78,14 @@ def _measuring_seconds(folder: ModelFolder, measurement: Measurement, device: st
 
 
 def _of_steps(grid: Grid, variant: Variant, device: str) -> StepTimes:
-    """Times of steps, which do not depend on whether the gates' scores are learned."""
+    """Returns the fields on which the times of steps depend; learned and random scores take equally long."""
     return timed_steps(
         dataclasses.replace(grid.run, gates=dataclasses.replace(variant.gates, scores="learned")), device
     )
 
 
 class StepTimes(NamedTuple):
-    """Seconds of one training step, data loading left out, and of a forward pass."""
+    """Seconds of one training step, without data loading, and of one forward pass."""
 
     full: float
     """A step that trains all streams of the model."""
@@ -97,7 +97,7 @@ class StepTimes(NamedTuple):
 
 @cache
 def timed_steps(run: RunConfig, device: str) -> StepTimes:
-    """Times a few steps of a model of the run's shape."""
+    """Measures the time of a few steps of a model of the run's shape."""
     d_vocab = run.model.d_vocab or (run.data.vocab_size if run.data.tokenizer == "bpe" else OF_UNKNOWN_TOKENIZER)
     shape = dataclasses.replace(run.model, d_vocab=d_vocab)
     model = SelfAblatingTransformer(shape, run.gates, seed=0, device=device)
@@ -124,7 +124,7 @@ def timed_steps(run: RunConfig, device: str) -> StepTimes:
 
 
 def _seconds(action: Any, device: str) -> float:
-    """Mean seconds of an action; the first call does not count."""
+    """Returns the mean seconds of an action; the first call does not count."""
 
     def repeat(times: int) -> float:
         start = time.perf_counter()
@@ -139,7 +139,7 @@ def _seconds(action: Any, device: str) -> float:
 
 
 def plan_text(plan: pd.DataFrame) -> str:
-    """The plan as text: one line per variant, then the time of training and of each measurement."""
+    """Returns the plan as text: one line per variant, then the time of training and of each measurement."""
     lines = [f"{'variant':<16}{'seeds':>6}{'tokens':>16}{'done':>10}{'left':>12}"]
     for variant, rows in plan.groupby("variant", sort=False):
         done, left = f"{(rows['status'] == 'done').sum()}/{len(rows)}", duration(rows["seconds"].sum())
@@ -153,7 +153,7 @@ def plan_text(plan: pd.DataFrame) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 45 s, 12 min, 3.5 h, 2.1 days."""
+    """Formats seconds as text: 45 s, 12 min, 3.5 h, 2.1 days."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.1f} {name}" if name == "h" else f"{seconds / unit:.0f} {name}"

@@ -1,4 +1,4 @@
-"""Grids: which models are trained, on what, and what is measured on them.
+"""Grids: which models are trained, on which text, and what is measured on them.
 
 Every model of a grid sees the same tokens in the same order for the same number of steps. The seed sets the initial
 weights and the order of the tokens; all variants of a seed share the order and the initial weights of the plain
@@ -32,7 +32,7 @@ Training = Literal["whole", "gates", "none"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to build or train the model: a row of the table."""
+    """One way to build or train the model; it has a row in the table."""
 
     name: str
     """Its name. The paper's published figures belong to names such as `baseline` and `local-8`."""
@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """Models to train and what to measure on them."""
+    """The models to train, and the measurements to make on them."""
 
     name: str
     """Name of the grid."""
@@ -65,7 +65,7 @@ class Grid:
             raise ValueError(f"variants {names}: names must differ, and the first must be {BASELINE!r}")
 
     def config(self, variant: Variant, seed: int, baseline: str | None = None) -> RunConfig:
-        """The run of a variant with a seed.
+        """Returns the run of a variant with a seed.
 
         Args:
             baseline: folder of the trained baseline of the same seed, for a variant that trains gates on it.
@@ -84,8 +84,8 @@ class Grid:
         return dataclasses.replace(self.run, model=shape, gates=variant.gates, train=train)
 
 
-def learned(ks: Sequence[int], gates: GateConfig) -> tuple[Variant, ...]:
-    """Variants with local and with global gates that keep k attention units and k neurons, for each k."""
+def learned_variants(ks: Sequence[int], gates: GateConfig) -> tuple[Variant, ...]:
+    """Returns variants with local and with global gates that keep k attention units and k neurons, for each k."""
     return tuple(
         Variant(f"{scope}-{k}", dataclasses.replace(gates, scope=scope, k_attn=k, k_mlp=k))
         for scope in ("local", "global")
@@ -106,12 +106,12 @@ def controls(k: int, gates: GateConfig) -> tuple[Variant, ...]:
 
 
 def baseline() -> Variant:
-    """The dense transformer."""
+    """Returns the dense transformer."""
     return Variant(BASELINE, GateConfig(scope="none"))
 
 
-def of_both_tasks(skill: Skill, acdc: ACDC, faithfulness: Faithfulness) -> tuple[Measurement, ...]:
-    """The measurements for IOI and for object recall, the latter without the spread of ACDC over orders."""
+def task_measurements(skill: Skill, acdc: ACDC, faithfulness: Faithfulness) -> tuple[Measurement, ...]:
+    """Returns the measurements for IOI and for object recall, the latter without the spread of ACDC over orders."""
     other = (skill, dataclasses.replace(acdc, orders=0), faithfulness)
     return skill, acdc, faithfulness, *(dataclasses.replace(measurement, task="object") for measurement in other)
 
@@ -141,11 +141,11 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         name=name,
         about=about,
         run=run,
-        variants=(baseline(), *learned((2, 8), gates), *controls(8, gates)),
+        variants=(baseline(), *learned_variants((2, 8), gates), *controls(8, gates)),
         measurements=(
             Losses(tokens=60_000),
             Weights(),
-            *of_both_tasks(Skill(), ACDC(), Faithfulness(pairs=64)),
+            *task_measurements(Skill(), ACDC(), Faithfulness(pairs=64)),
             Units(),
             Labels(),
             Explanations(units=24, tokens=30_000),
@@ -157,13 +157,13 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
 
 
 def laptop() -> Grid:
-    """A small model on generated stories."""
+    """Returns the grid of a small model on generated stories."""
     stories = DataConfig(source="stories", n_stories=20_000, vocab_size=1024, validation_fraction=0.05)
     return _laptop(stories, 4_600, "laptop", "generated stories, 9 variants, 5 seeds; three hours on two cores", 5)
 
 
 def laptop_tinystories() -> Grid:
-    """The same model on real text; name it with `text=`."""
+    """Returns the grid of the same model on real text, which `text=` names."""
     text = DataConfig(
         source="roneneldan/TinyStories",
         streaming=True,
@@ -175,24 +175,24 @@ def laptop_tinystories() -> Grid:
 
 
 def paper() -> Grid:
-    """The paper's nine models at full size."""
+    """Returns the grid of the paper's nine models at full size."""
     preset = PRESETS["paper-2024-10"]
     measurements = (
         Losses(tokens=500_000),
         Weights(),
-        *of_both_tasks(Skill(), ACDC(), Faithfulness()),
+        *task_measurements(Skill(), ACDC(), Faithfulness()),
         Units(tokens=500_000, calibration=250_000),
         Labels(),
         Explanations(units=256, tokens=200_000, calibration=250_000),
         Leakage(tokens=50_000, probe_tokens=10_000),
         SAE(SAE_PRESETS["paper"], tokens=200_000),
     )
-    variants = (baseline(), *learned((8, 4, 2, 1), preset.gates))
+    variants = (baseline(), *learned_variants((8, 4, 2, 1), preset.gates))
     return Grid("paper", "the paper's nine models at full size; for GPUs", preset, variants, measurements, (0,))
 
 
 def smoke() -> Grid:
-    """Models of a few steps, in seconds: to see that everything runs."""
+    """Returns a grid of tiny models that runs in seconds, to see that everything works."""
     gates = GateConfig(temperature=0.1)
     run = RunConfig(
         model=ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=48, init="gpt2", attn_scale=True),
@@ -206,11 +206,11 @@ def smoke() -> Grid:
         name="smoke",
         about="models of six steps, to see that everything runs",
         run=run,
-        variants=(baseline(), *learned((4,), gates), *controls(4, gates)),
+        variants=(baseline(), *learned_variants((4,), gates), *controls(4, gates)),
         measurements=(
             Losses(tokens=256),
             Weights(),
-            *of_both_tasks(
+            *task_measurements(
                 Skill(pairs=16),
                 ACDC(pairs=8, orders=2, bar=0.0, skill_pairs=16),
                 Faithfulness(pairs=16, steps=1, bar=0.0, skill_pairs=16),
@@ -230,7 +230,7 @@ GRIDS = {"laptop": laptop, "laptop-tinystories": laptop_tinystories, "paper": pa
 
 
 def grid_named(grid: str | Grid) -> Grid:
-    """A grid by name, or the one given.
+    """Returns a grid by its name, or the given grid.
 
     Raises:
         ValueError: an unknown name.
@@ -242,7 +242,7 @@ def grid_named(grid: str | Grid) -> Grid:
     return GRIDS[grid]()
 
 
-def with_choices(
+def apply_choices(
     grid: Grid,
     *,
     seeds: int | Sequence[int] | None = None,
@@ -250,7 +250,7 @@ def with_choices(
     text: str | None = None,
     validation: str | None = None,
 ) -> Grid:
-    """The grid with other seeds, fewer measurements or another text; the arguments are those of `compare`.
+    """Returns the grid with other seeds, fewer measurements or another text; arguments as in `compare`.
 
     Raises:
         ValueError: bad seeds, an unknown measurement, or validation without text.
@@ -277,8 +277,8 @@ def with_choices(
     return grid
 
 
-def with_whole_names(grid: Grid, path: Path) -> Grid:
-    """The grid with a tokenizer that keeps the names of the prompts whole, where it trains one on real text.
+def keep_names_whole(grid: Grid, path: Path) -> Grid:
+    """Returns the grid with a tokenizer that keeps the names of the prompts whole, if it trains one on real text.
 
     Args:
         path: file of the names, one per line, which `write_names` writes.

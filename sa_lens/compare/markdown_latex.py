@@ -1,4 +1,4 @@
-"""The tables of a comparison in print, as DataFrames, Markdown and LaTeX, with the paper's published figures.
+"""The tables of a comparison as DataFrames, Markdown and LaTeX, with the paper's published figures.
 
 A row is a variant in a stream, and a table holds the columns of one theme and task, so that nine variants fit a page.
 """
@@ -17,9 +17,9 @@ from sa_lens.compare.columns import (
     claimed_direction,
     claims_of,
     column_named,
-    in_order,
     published_value,
-    with_task,
+    sort_columns,
+    task_title,
 )
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.verdicts import Comparison
@@ -46,14 +46,14 @@ PAPER_TABLE = "The paper's columns"
 
 
 def tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
-    """Means over seeds, by title: one table per theme and task, one row per variant and stream.
+    """Returns means over seeds by title: one table per theme and task, with one row per variant and stream.
 
     The first table, where there is anything to show in it, has the paper's columns, with its published figures below
     ours.
     """
     rows = _rows(comparison.summary())
     cells = {place: _mean(row, len(comparison.seeds)) for place, row in rows.items()}
-    of_paper = [place for place in in_order(key[:2] for key in rows) if column_named(place[1]).paper]
+    of_paper = [place for place in sort_columns(key[:2] for key in rows) if column_named(place[1]).paper]
     published = {
         (task, name, PAPER_ROW, variant): f"{value:g}"
         for task, name in of_paper
@@ -68,7 +68,7 @@ def tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
 
 
 def difference_tables(comparison: Comparison, against: str = BASELINE) -> dict[str, pd.DataFrame]:
-    """Differences from another variant, by title: as `tables`, for the columns that have a claim.
+    """Returns differences from another variant by title: as `tables`, for the columns that have a claim.
 
     A cell is the mean paired difference, its 95 % interval, the corrected p and the verdict.
 
@@ -84,7 +84,7 @@ def difference_tables(comparison: Comparison, against: str = BASELINE) -> dict[s
 
 
 def verdict_table(comparison: Comparison, against: str = BASELINE) -> pd.DataFrame:
-    """Verdicts: one row per claim on a column in a stream, one column per variant; n/a: there is no value.
+    """Returns verdicts: one row per claim on a column in a stream, one column per variant; n/a without a value.
 
     Raises:
         ValueError: `against` is no variant.
@@ -109,7 +109,7 @@ def verdict_table(comparison: Comparison, against: str = BASELINE) -> pd.DataFra
 
 
 def verdict_text(comparison: Comparison) -> str:
-    """Verdicts as text: under each claim one line per column and stream."""
+    """Returns verdicts as text: under each claim, one line per column and stream."""
     table, lines = verdict_table(comparison), []
     variants = [*table.columns[4:]]
     labels = [", ".join(filter(None, row)) for row in table[["task", "column", "stream"]].to_numpy().tolist()]
@@ -134,13 +134,13 @@ def _rows(summary: pd.DataFrame) -> dict[Place, dict[Any, Any]]:
 
 def _tables_by_theme(comparison: Comparison, cells: Mapping[Place, str]) -> dict[str, pd.DataFrame]:
     themes: dict[str, list[tuple[str, str]]] = {}
-    for task, name in in_order(place[:2] for place in cells):
-        themes.setdefault(with_task(column_named(name).theme, task), []).append((task, name))
+    for task, name in sort_columns(place[:2] for place in cells):
+        themes.setdefault(task_title(column_named(name).theme, task), []).append((task, name))
     return {title: _table(comparison, cells, columns) for title, columns in themes.items()}
 
 
 def _table(comparison: Comparison, cells: Mapping[Place, str], columns: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """The columns as a table; values of weights stand with the clean stream where that has a row."""
+    """Returns the columns as a table; values of weights are in the row of the clean stream if there is one."""
     import pandas as pd
 
     labels = {place: column_named(place[1]).label for place in columns}
@@ -190,12 +190,12 @@ def _verdict(row: Mapping[Any, Any]) -> str:
 
 
 def _once(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The table with equal values of a column shown in the first of their rows alone."""
+    """Returns the table with repeated values of a column shown only in the first of their rows."""
     return table.assign(**{column: table[column].where(table[column] != table[column].shift(), "")})
 
 
 def markdown(comparison: Comparison) -> str:
-    """Verdicts, tables, differences and notes as Markdown."""
+    """Returns verdicts, tables, differences and notes as Markdown."""
     parts = [
         f"# Comparison {comparison.name}",
         _about(comparison),
@@ -236,7 +236,7 @@ def _markdown_table(table: pd.DataFrame) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """Verdicts by claim, tables and differences as LaTeX, each in a `table`; needs the packages booktabs and array."""
+    """Returns verdicts, tables and differences as LaTeX tables; they need the packages booktabs and array."""
     made = []
     for claim, table in verdict_table(comparison).groupby("claim", sort=False):
         short = table.drop(columns="claim").replace({"undecided": UNDECIDED})
@@ -250,7 +250,7 @@ def latex(comparison: Comparison) -> str:
 
 
 def _latex_table(table: pd.DataFrame, caption: str, wide: list[float] | None = None) -> str:
-    """A table as wide as a page: columns of text break their lines.
+    """Returns a table of the page's width, in which columns of text break their lines.
 
     Args:
         wide: shares of the width for the first columns, the others having 1; None: two narrow columns come first.

@@ -1,4 +1,4 @@
-"""What a measurement is, what it is given, and what it returns."""
+"""What a measurement is, its input and its result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Values = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class Result:
-    """What a measurement returns for one model."""
+    """The result of a measurement on one model."""
 
     values: Values
     """By column and stream; the stream of columns about the weights is the empty string."""
@@ -62,15 +62,15 @@ class TrainedModel:
 
     @property
     def words(self) -> Words:
-        """Vocabulary of the prompts: that of the text the model was trained on."""
+        """Vocabulary of the prompts, which is that of the text on which the model was trained."""
         return "stories" if self.run.data.source == "stories" else "tinystories"
 
     def no_values(self, columns: Sequence[str]) -> Values:
-        """The columns, in every stream of the model, still without values."""
+        """Returns the columns in every stream of the model, without values."""
         return {column: dict.fromkeys(self.streams) for column in columns}
 
     def texts(self, calibration: int, tokens: int) -> tuple[Int[Tensor, "block pos"], Int[Tensor, "block pos"]]:
-        """Blocks of the validation text to calibrate on, and other blocks to measure on.
+        """Returns blocks of the validation text for calibration, and other blocks for measurement.
 
         A text that is too short for both is divided in the same proportion.
 
@@ -95,7 +95,7 @@ def check_validation(data: PreparedData, n_ctx: int) -> None:
 
 
 class Measurement(ABC):
-    """Columns that are measured together: a frozen dataclass whose fields are its settings."""
+    """Columns that are measured together; its fields are the settings."""
 
     name: ClassVar[str]
     """Name of the kind of measurement."""
@@ -115,7 +115,7 @@ class Measurement(ABC):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """All that its values depend on, apart from model and text."""
+        """Everything on which its values depend, except model and text."""
         settings = dataclasses.asdict(self)  # type: ignore[call-overload]
         settings.pop("task", None)  # part of the label
         return {"group": self.label, "version": self.version, "settings": settings}
@@ -126,8 +126,8 @@ class Measurement(ABC):
 
     @abstractmethod
     def work(self, run: RunConfig) -> float:
-        """Cost for one model, roughly, in tokens of a forward pass of its clean stream."""
+        """Returns the approximate cost for one model, in tokens of a forward pass of its clean stream."""
 
     def missing(self) -> str | None:
-        """Why it cannot be measured on this machine; None if it can."""
+        """Returns why it cannot be measured on this machine, or None."""
         return None

@@ -1,4 +1,4 @@
-"""Measurements of a model as a whole: losses, sparsity of the weights, sparse autoencoders."""
+"""Measurements of whole models: losses, sparsity of the weights, sparse autoencoders."""
 
 from __future__ import annotations
 
@@ -119,5 +119,5 @@ class SAE(Measurement):
 
 
 def sae_hook(n_layers: int) -> str:
-    """Hook of the output of the MLP three quarters of the way up: layer 6 of 8, as in the paper."""
+    """Returns the hook of the MLP output three quarters of the way up: layer 6 of 8, as in the paper."""
     return f"blocks.{min(n_layers - 1, round(0.75 * n_layers))}.hook_mlp_out"

@@ -1,4 +1,4 @@
-"""The models of a comparison on disk, and what was measured on them; both are found again by what went into them.
+"""The models of a comparison on disk with their measurements; both are identified by everything they depend on.
 
     OUT/models/NAME-seedN-KEY/run/               the training run, resumable
     OUT/models/NAME-seedN-KEY/final/             the model after its last step
@@ -51,12 +51,12 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        """Variant and seed, for people."""
+        """Variant and seed, as text."""
         return f"{self.variant.name}, seed {self.seed}"
 
     @property
     def baseline(self) -> ModelFolder | None:
-        """The dense baseline of the same seed; None where this is the baseline."""
+        """The dense baseline with the same seed; None if this is the baseline."""
         if self.variant.name == BASELINE:
             return None
         return dataclasses.replace(self, variant=self.grid.variants[0])
@@ -69,7 +69,7 @@ class ModelFolder:
 
     @property
     def key(self) -> str:
-        """Hash of everything that the model depends on: files by content, the baseline by its own key."""
+        """Hash of everything on which the model depends: files by content, the baseline by its own key."""
         base = self.baseline if self.variant.training == "gates" else None
         values = to_dict(self.grid.config(self.variant, self.seed, base.key if base is not None else None))
         for section, names in _NO_CONSEQUENCE.items():
@@ -97,7 +97,7 @@ class ModelFolder:
         return self.path / "final"
 
     def trained(self) -> dict[str, Any] | None:
-        """The record of the finished model: hashes of its weights and of both texts, seconds; None if not finished.
+        """Returns the record of the finished model (hashes of weights and texts, seconds), or None.
 
         Raises:
             ValueError: `final` holds other weights than were recorded.
@@ -112,7 +112,7 @@ class ModelFolder:
         return record
 
     def steps_done(self) -> int:
-        """Steps of the training run that are safe on disk."""
+        """Returns how many steps of the training run are saved on disk."""
         steps = complete_steps(self.run) if self.run.is_dir() else []
         return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
@@ -123,7 +123,7 @@ class ModelFolder:
         return record
 
     def result_file(self, measurement: Measurement, trained: dict[str, Any]) -> Path:
-        """Where the values of a measurement are; `trained` is the record of the model."""
+        """Returns the file with the values of a measurement; `trained` is the record of the model."""
         inputs = {**measurement.inputs, "weights": trained["weights"], "text": trained["text"]}
         base = self.baseline
         if measurement.against_baseline and base is not None:
@@ -131,13 +131,13 @@ class ModelFolder:
         return self.path / f"{measurement.label}-{key_of([FORMAT, inputs])[:10]}.json"
 
     def record_of(self, measurement: Measurement) -> dict[str, Any] | None:
-        """The file of a measurement's values, with its seconds."""
+        """Returns the file of a measurement's values, with its seconds."""
         trained = self.trained()
         keys = {"values": dict, "notes": list, "seconds": float}
         return None if trained is None else _read_record(self.result_file(measurement, trained), keys)
 
     def result(self, measurement: Measurement) -> Result | None:
-        """The values of a measurement; None if it was not made with these settings on this model."""
+        """Returns the values of a measurement, or None if it was not made with these settings on this model."""
         record = self.record_of(measurement)
         if record is None:
             return None
@@ -165,8 +165,8 @@ class ModelFolder:
         _write_record(self.result_file(measurement, trained), {**record, "seconds": seconds})
 
     @contextmanager
-    def held(self) -> Iterator[bool]:
-        """Holds the folder against other processes; yields False if one of them works on it."""
+    def hold(self) -> Iterator[bool]:
+        """Locks the folder against other processes; yields False if one of them works on it."""
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -183,12 +183,12 @@ class ModelFolder:
 
 
 def model_folders(grid: Grid, out: Path) -> list[ModelFolder]:
-    """All models of a grid, seed by seed, each seed's baseline first."""
+    """Returns all models of a grid, seed by seed, with the baseline first."""
     return [ModelFolder(grid, variant, seed, out) for seed in grid.seeds for variant in grid.variants]
 
 
 def _content(path: Path) -> str:
-    """Fingerprint of a file or folder; a file is read again only if its size or time of change differs."""
+    """Returns the fingerprint of a file or folder; unchanged files (size and time) are not read again."""
     if not path.is_file():
         return fingerprint(path)
     state = path.stat()
@@ -201,7 +201,7 @@ def _of_file(path: Path, size: int, changed: int) -> str:
 
 
 def _read_record(path: Path, keys: Mapping[str, type | UnionType]) -> dict[str, Any] | None:
-    """The content of a JSON file with these keys among others; None if there is no file."""
+    """Returns the content of a JSON file with at least these keys, or None if it does not exist."""
     if not path.is_file():
         return None
     record: dict[str, Any] = read_json(path, remedy=AGAIN, keys=keys, other_keys=True)

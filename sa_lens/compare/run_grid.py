@@ -1,4 +1,4 @@
-"""`compare` trains and measures a grid and writes its table; `plan` says what is still to do.
+"""`compare` trains and measures a grid and writes its table; `plan` lists the remaining work.
 
 Models are trained and measured one after the other. What is on disk is not done again, and several processes may work
 on one folder.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_lens.compare.dry_run import plan_table
-from sa_lens.compare.grids import Grid, grid_named, with_choices, with_whole_names, write_names
+from sa_lens.compare.grids import Grid, apply_choices, grid_named, keep_names_whole, write_names
 from sa_lens.compare.markdown_latex import write
 from sa_lens.compare.measurement import TrainedModel, check_validation
 from sa_lens.compare.model_folder import ModelFolder, model_folders
@@ -109,8 +109,8 @@ def plan(
 
 
 def _folders(grid: str | Grid, out: Path, device: str, choices: Mapping[str, Any]) -> list[ModelFolder]:
-    """The models of the grid as the user has chosen it."""
-    grid = with_whole_names(with_choices(grid_named(grid), **choices), out / NAMES_FILE)
+    """Returns the models of the grid with the user's choices."""
+    grid = keep_names_whole(apply_choices(grid_named(grid), **choices), out / NAMES_FILE)
     check_device(device)
     return model_folders(grid, out)
 
@@ -121,7 +121,7 @@ def _train_and_measure_all(folders: Sequence[ModelFolder], data: PreparedData, d
     while waiting:
         later = []
         for folder in waiting:
-            with folder.held() as ours:
+            with folder.hold() as ours:
                 if not ours or (folder.baseline is not None and folder.baseline.trained() is None):
                     later.append(folder)
                     continue

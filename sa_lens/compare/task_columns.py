@@ -1,4 +1,4 @@
-"""Measurements of a task: skill, and the circuits that ACDC and EAP-IG find.
+"""Measurements of a task: the model's skill, and the circuits that ACDC and EAP-IG find.
 
 A stream below 80 % pair accuracy has no value in the columns of circuits: the model cannot do the task, so that a
 circuit for it explains nothing.
@@ -55,11 +55,11 @@ class TaskMeasurement(Measurement):
         return Result(values, tuple(notes))
 
     def prompts(self, trained: TrainedModel, n: int) -> PromptPairs:
-        """Pairs of the task; IOI on generated stories with names that never occur together in one."""
+        """Returns pairs of the task; IOI on generated stories uses names that never occur together in one."""
         return make_unseen(self.task, trained.data.tokenizer, n, 0, words=trained.words)
 
     def prompt_counts(self) -> tuple[int, ...]:
-        """Numbers of pairs, one for each of the prompt sets that `measure_stream` gets."""
+        """Returns the sizes of the prompt sets that `measure_stream` gets."""
         return (self.pairs,)
 
     @abstractmethod
@@ -94,7 +94,7 @@ class CircuitMeasurement(TaskMeasurement):
     """Prompts that pair accuracy is judged on: those of `Skill`, so that all circuits are of the same models."""
 
     def too_weak(self, trained: TrainedModel, pairs: PromptPairs, stream: Stream) -> str:
-        """Why a circuit of this stream would explain nothing; empty if the stream does the task."""
+        """Returns why a circuit of this stream would explain nothing; empty if the stream does the task."""
         accuracy = skill(trained.model, pairs, stream)["pair_accuracy"].item()
         weak = f"the {stream} stream has {accuracy:.1%} pair accuracy, below {self.bar:.0%}: no circuit"
         return weak if accuracy < self.bar else ""
@@ -151,7 +151,7 @@ class ACDC(CircuitMeasurement):
 
 @dataclass(frozen=True)
 class Faithfulness(CircuitMeasurement):
-    """Faithfulness of the ranking by EAP-IG on other prompts than those that made it.
+    """Faithfulness of the ranking by EAP-IG on prompts other than those of the ranking.
 
     In the ablated stream the masks are live: the gates choose under the same edits, so that everything a circuit knows
     comes through its edges. Beside it stands what frozen masks, those of the clean prompt, bring without any edge.

@@ -1,4 +1,4 @@
-"""Measurements of units: which are live, what they stand for, how well they are explained, what the masks carry."""
+"""Measurements of units: which are live, which labels they follow, how well they are explained, what masks carry."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATCHED = {SHARE: "effective_tokens_matched"} | {share: f"effective_tokens_match
 
 @dataclass(frozen=True)
 class Units(Measurement):
-    """Live units, how often they fire and on how many tokens; the last also against the baseline, like for like."""
+    """Live units, how often and on how many tokens they fire, also compared with the baseline at equal activity."""
 
     tokens: int = 40_000
     """Tokens of the validation text to measure on."""
@@ -79,7 +79,7 @@ class Units(Measurement):
 
 @dataclass(frozen=True)
 class Labels(Measurement):
-    """Share of the labels of generated stories for which some unit stands, chosen and scored on different stories."""
+    """Share of the labels of generated stories that some unit follows, chosen and scored on different stories."""
 
     stories: int = 600
     """Stories, of another seed than those that the model was trained on."""
@@ -108,7 +108,7 @@ class Labels(Measurement):
 
 @dataclass(frozen=True)
 class Explanations(Measurement):
-    """How well tries of contexts predict firing on text they have not seen, beside lists of tokens."""
+    """How well tries of contexts predict firing on held-out text, compared with lists of tokens."""
 
     units: int = 32
     """Live units that are explained, drawn evenly over sites."""
@@ -137,7 +137,7 @@ class Explanations(Measurement):
 
 @dataclass(frozen=True)
 class Leakage(Measurement):
-    """What the masks tell of the next token; the ablated stream alone."""
+    """What the masks of the ablated stream tell about the next token."""
 
     tokens: int = 20_000
     """Tokens of the validation text."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from sa_lens.compare.columns import WEIGHTS, claimed_direction, claims_of, column_named, in_order
+from sa_lens.compare.columns import WEIGHTS, claimed_direction, claims_of, column_named, sort_columns
 from sa_lens.compare.grids import BASELINE
 from sa_lens.compare.model_folder import ModelFolder
 from sa_lens.statistics import LEVEL, Interval, t_interval
@@ -30,7 +30,7 @@ Verdict = Literal["holds", "fails", "undecided"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The values of a comparison; `summary` decides on them, `write` makes files of them."""
+    """The values of a comparison; `summary` decides on the claims, `write` writes the files."""
 
     name: str
     """Name of the grid."""
@@ -47,7 +47,7 @@ class Comparison:
     """Measurements of models that are still to do."""
 
     def summary(self, against: str = BASELINE) -> pd.DataFrame:
-        """Means over seeds, paired differences and verdicts.
+        """Returns means over seeds, paired differences and verdicts.
 
         The ablated stream of a gated model is compared with the clean stream of the dense baseline, which has no other.
         Against a gated variant, each stream is compared with the same stream.
@@ -78,7 +78,7 @@ class Comparison:
             if variant != against:
                 _decide(of_variant)
             rows += of_variant
-        order = in_order((task, column) for _, task, column, _ in by_seed)
+        order = sort_columns((task, column) for _, task, column, _ in by_seed)
         rows.sort(key=lambda row: (self.variants.index(row["variant"]), order.index((row["task"], row["column"]))))
         return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -93,7 +93,7 @@ _COLUMNS = [
 
 
 def _row(by_seed: dict[_Key, pd.Series], key: _Key, against: str) -> dict[str, Any]:
-    """A row of the summary, without its verdict."""
+    """Returns a row of the summary without its verdict."""
     (variant, task, column, stream), own = key, by_seed[key]
     row: dict[str, Any] = {"variant": variant, "task": task, "column": column, "stream": stream, "n": int(own.count())}
     row |= t_interval(own.tolist())._asdict()
@@ -107,7 +107,7 @@ def _row(by_seed: dict[_Key, pd.Series], key: _Key, against: str) -> dict[str, A
 
 
 def _decide(rows: list[dict[str, Any]]) -> None:
-    """Fills in corrected p-values and verdicts of one variant, family by family."""
+    """Adds corrected p-values and verdicts of one variant, family by family."""
     for streams in (("clean", WEIGHTS), ("ablated",)):
         claims = [row for row in rows if row["direction"] and row["stream"] in streams]
         adjusted = holm([row["p"] for row in claims], len(claims_of(streams[0])))
@@ -133,7 +133,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Difference of values that belong together by seed; pairs with a NaN are left out.
+    """Returns the mean difference of values that are paired by seed; pairs with a NaN are left out.
 
     Differences that are all equal have no test, or p = 1 if they are all 0: counts of edges may differ by the same
     number in every seed, which is no certainty.
@@ -176,7 +176,7 @@ def holm(p: Sequence[float], family: int | None = None) -> list[float]:
 
 
 def verdict(difference: float, adjusted_p: float, direction: int) -> Verdict:
-    """Verdict on a claim.
+    """Returns the verdict on a claim.
 
     Args:
         difference: mean paired difference, variant minus reference.
@@ -194,7 +194,7 @@ def verdict(difference: float, adjusted_p: float, direction: int) -> Verdict:
 
 
 def collect(folders: Sequence[ModelFolder]) -> Comparison:
-    """The values of all models of a grid that are on disk."""
+    """Collects the values of all models of a grid that are on disk."""
     import pandas as pd
 
     values, notes, unfinished, grid = [], [], 0, folders[0].grid

@@ -1,4 +1,4 @@
-"""What the transformer under the gates may look like: configurations, their limits, initial and processed weights."""
+"""The transformer under the gates: its configuration, supported shapes, initial weights and weight processing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sa_lens.core.tied_embedding import TiedUnembed
 def hooked_config(
     cfg: ModelConfig, *, tokenizer: Any = None, device: str | torch.device | None = None
 ) -> HookedTransformerConfig:
-    """TransformerLens's configuration of a `ModelConfig`.
+    """Returns TransformerLens's configuration of a `ModelConfig`.
 
     Raises:
         ValueError: no vocabulary size, neither in the configuration nor from a tokenizer.
@@ -75,7 +75,7 @@ _GATES = Coverage(
 
 
 def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
-    """Refuses what the ablated stream would not be exact for, and gates that do not fit.
+    """Refuses models for which the ablated stream would not be exact, and gates that do not fit the model.
 
     Raises:
         ValueError: with the reason.
@@ -104,7 +104,7 @@ def check_units(gates: GateConfig, n_heads: int, d_head: int, d_mlp: int | None)
 
 
 def actual_config(model: HookedTransformer) -> HookedTransformerConfig:
-    """A copy of the model's configuration in which dtype, device, sizes and tying are those of its parameters.
+    """Returns a copy of the model's configuration with the dtype, device, sizes and tying of its parameters.
 
     `model.cfg` may say otherwise: torch's `half()` and `double()`, for one, do not change that of a HookedTransformer.
     """
@@ -119,7 +119,7 @@ def actual_config(model: HookedTransformer) -> HookedTransformerConfig:
 
 
 def check_weights(weights: Mapping[str, Tensor], dtype: torch.dtype, refusal: str) -> None:
-    """Checks that weights are finite numbers of one floating type.
+    """Checks that weights are finite numbers of one floating-point type.
 
     Args:
         refusal: what the message begins with.
@@ -152,7 +152,7 @@ def check_queries_and_keys(state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def initialise_as_reference(model: nn.Module, generator: torch.Generator) -> None:
-    """Initial weights as the paper's code draws them.
+    """Draws initial weights in the same way as the paper's code.
 
     Matrices and the biases that go with them uniform in +-1/sqrt(fan_in), the embedding with fan_in d_model,
     positions N(0, 1), LayerNorm 1 and 0; biases of query, key, value and logits zero.
@@ -180,7 +180,7 @@ def inexact_processing(
     fold_value_biases: bool,
     refactor_factored_attn_matrices: bool,
 ) -> dict[str, str]:
-    """The options of weight processing that would change a stream of a gated model, each with the reason."""
+    """Returns the options of weight processing that would change a stream of a gated model, each with the reason."""
 
     def nonzero(*leaves: str) -> bool:
         return any(bool(value.any()) for name, value in state.items() if name.endswith(leaves))

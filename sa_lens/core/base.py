@@ -1,4 +1,4 @@
-"""The transformer under the gates: TransformerLens's `HookedTransformer` where it has one, else sa_lens's own decoder.
+"""The class under the gates: TransformerLens's `HookedTransformer` if it has one, else sa_lens's own decoder.
 
 TransformerLens 4 removed `HookedTransformer`. Everything else in `core` imports the class, its configuration and its
 parts from here, and so runs on both versions.
@@ -29,28 +29,28 @@ __all__ = [
     "HookedTransformer",
     "HookedTransformerConfig",
     "Unembed",
-    "deprecation_ignored",
     "hooked_transformer",
+    "ignore_deprecation",
     "official_name",
 ]
 
 
 @contextmanager
-def deprecation_ignored() -> Iterator[None]:
-    """A context without TransformerLens 3's warning that `HookedTransformer` will go."""
+def ignore_deprecation() -> Iterator[None]:
+    """Suppresses TransformerLens 3's warning that `HookedTransformer` will be removed, within the context."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
         yield
 
 
 def hooked_transformer(cfg: HookedTransformerConfig, **arguments: Any) -> HookedTransformer:
-    """A plain `HookedTransformer` without gates."""
-    with deprecation_ignored():
+    """Makes a plain `HookedTransformer` without gates."""
+    with ignore_deprecation():
         return HookedTransformer(cfg, **arguments)
 
 
 def official_name(name: str) -> str | None:
-    """The Hub id of a model that TransformerLens knows by this name; None if it knows none."""
+    """Returns the Hub id of a model that TransformerLens knows by this name, or None."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         home = "loading_from_pretrained" if TRANSFORMER_LENS < 4 else "supported_models"

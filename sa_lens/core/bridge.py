@@ -1,4 +1,4 @@
-"""A `TransformerBridge` as input: its transformer as a `HookedTransformer` with the same logits.
+"""Conversion of a `TransformerBridge` into a `HookedTransformer` with the same logits.
 
 The bridge of TransformerLens wraps a model of `transformers`. Its weights come from the bridge in TransformerLens's
 names and shapes; facts that its configuration lacks, such as windows of attention, come from the Hugging Face one. What
@@ -34,13 +34,13 @@ _COPIED = (
 
 
 def is_bridge(model: object) -> bool:
-    """Whether the object is a TransformerBridge."""
+    """Returns whether the object is a TransformerBridge."""
     return any(cls.__name__ == "TransformerBridge" for cls in type(model).__mro__)
 
 
 @torch.no_grad()
 def hooked_from_bridge(bridge: Any, *, longest: int = LONGEST) -> HookedTransformer:
-    """The bridge's transformer as a plain HookedTransformer with a copy of the weights.
+    """Returns the bridge's transformer as a plain HookedTransformer with a copy of the weights.
 
     Args:
         longest: context, in tokens, to which a model without learned positions is cut.
@@ -72,7 +72,7 @@ def hooked_from_bridge(bridge: Any, *, longest: int = LONGEST) -> HookedTransfor
 
 
 def _weights(bridge: Any, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """State dict of a HookedTransformer; some of its tensors are the bridge's own."""
+    """Returns the state dict of a HookedTransformer."""
     weights: dict[str, Tensor] = {key: value.detach() for key, value in bridge.tl_parameters().items()}
     groups = bridge.cfg.n_key_value_heads
     for layer in range(bridge.cfg.n_layers):
@@ -102,7 +102,7 @@ def _weights(bridge: Any, settings: Mapping[str, Any]) -> dict[str, Tensor]:
 def _config(
     cfg: Any, settings: Mapping[str, Any], weights: Mapping[str, Tensor], longest: int
 ) -> HookedTransformerConfig:
-    """The configuration of a bridge whose Hugging Face settings and weights are given."""
+    """Returns the configuration of a bridge from its Hugging Face settings and weights."""
     n_ctx = cfg.n_ctx
     if cfg.positional_embedding_type != "standard" and n_ctx > longest:
         log.warning("the model's context of %d tokens is cut to %d", n_ctx, longest)
@@ -130,7 +130,7 @@ def _config(
 
 
 def _rotary(cfg: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of rotary positions."""
+    """Returns the configuration's fields about rotary positions."""
     if cfg.positional_embedding_type != "rotary":
         return {}
     rope = {**settings, **(settings.get("rope_parameters") or settings.get("rope_scaling") or {})}
@@ -157,7 +157,7 @@ def _rotary(cfg: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windows(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of local attention, empty if every layer sees all earlier positions."""
+    """Returns the configuration's fields about local attention, empty if every layer sees all earlier positions."""
     window = settings.get("sliding_window")
     if settings.get("model_type") == "gpt_neo":
         window, kinds = settings["window_size"], settings["attention_layers"]
@@ -171,7 +171,7 @@ def _windows(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_logits(bridge: Any, model: HookedTransformer, name: str) -> None:
-    """Compares the logits of both on random tokens, beyond a window of attention where that is short.
+    """Compares the logits of both models on random tokens, also beyond a short window of attention.
 
     Raises:
         ValueError: the largest difference is above the tolerance.

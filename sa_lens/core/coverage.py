@@ -1,4 +1,4 @@
-"""Which architectures a way of running or writing a model covers, and the reason that it gives for the others.
+"""Which architectures a path (a way to run or write a model) covers, and why it refuses the others.
 
 `FEATURES` names once what sets an architecture apart from GPT-2's. Each path (gates, fused passes, single nodes, a
 file format) declares a `Coverage` beside its code: the features and choices that it is exact for.
@@ -44,7 +44,7 @@ FEATURES: dict[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True)
 class Coverage:
-    """The architectures that a path is exact for: GPT-2's, with the features and choices that it names."""
+    """The architectures for which a path is exact: that of GPT-2, with the features and choices named here."""
 
     features: Set[str] = frozenset()
     """Names from `FEATURES`."""
@@ -65,7 +65,7 @@ class Coverage:
             raise ValueError(f"unknown features of an architecture: {sorted(unknown)}")
 
     def reason_against(self, cfg: Any, dtype: torch.dtype | None = None) -> str | None:
-        """The first thing about an architecture that the path does not cover; None if it is exact for it.
+        """Returns the first feature of an architecture that the path does not cover, or None if it is exact.
 
         Args:
             cfg: a TransformerLens configuration.

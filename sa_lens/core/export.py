@@ -1,4 +1,4 @@
-"""Models in formats that other programs read. The gates stay behind unless the format has a place for them."""
+"""Export of models to formats of other programs, without the gates unless the format has a place for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sa_lens.core.save_and_load import (
     CONFIG,
     WEIGHTS,
     describe,
-    failures_named,
+    name_failed_writes,
     save_tokenizer,
     write_weights,
 )
@@ -45,7 +45,7 @@ def to_hooked(model: SelfAblatingTransformer, folder: str | Path) -> str:
     described = describe(model)
     cfg = described["model"] | {"tie_word_embeddings": False, "init_weights": False}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()}
-    with failures_named(folder), staged_folder(folder, last=CONFIG) as temporary:
+    with name_failed_writes(folder), staged_folder(folder, last=CONFIG) as temporary:
         write_weights(weights, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(json.dumps(cfg, indent=2), encoding="utf-8")
         if model.tokenizer is not None:
@@ -77,7 +77,7 @@ def to_reference(model: SelfAblatingTransformer, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     torch.save(state, content)
-    with failures_named(path):
+    with name_failed_writes(path):
         atomic_write(path, content.getvalue())
     return path
 
@@ -127,7 +127,7 @@ def to_hf(model: SelfAblatingTransformer, folder: str | Path) -> Path:
     torch.nn.Module.to(hf, cfg.dtype)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     hf.load_state_dict(_gpt2_state(model, state), strict=True)
-    with failures_named(folder), staged_folder(folder, last=CONFIG) as temporary:
+    with name_failed_writes(folder), staged_folder(folder, last=CONFIG) as temporary:
         hf.save_pretrained(temporary)
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)

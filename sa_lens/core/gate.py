@@ -26,12 +26,12 @@ LARGEST = 1e12
 
 
 def belongs_to_gate(name: str) -> bool:
-    """Whether a parameter or hook point is a gate's; `mlp.W_gate`, a weight of a gated MLP, is not."""
+    """Returns whether a parameter or hook point belongs to a gate; `mlp.W_gate`, a weight of a gated MLP, does not."""
     return "_gate." in name
 
 
 def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... unit"]:
-    """True for the k largest scores of each row; among equal scores the lowest unit index wins.
+    """Returns True for the k largest scores of each row; among equal scores the lowest unit index wins.
 
     Exactly k entries of every row are True, whatever the ties.
     """
@@ -43,7 +43,7 @@ def top_k_mask(scores: Float[Tensor, "... unit"], k: int) -> Bool[Tensor, "... u
 
 
 def with_nan_rows(mask: Float[Tensor, "... unit"], scores: Float[Tensor, "... unit"]) -> Float[Tensor, "... unit"]:
-    """The mask with NaN in every row that has a NaN score, which the comparisons of a top-k would lose."""
+    """Returns the mask with NaN in every row that has a NaN score, which the comparisons of a top-k would hide."""
     return mask.masked_fill(scores.amax(-1, keepdim=True).isnan(), math.nan)
 
 
@@ -53,7 +53,7 @@ def surrogate_weights(
     surrogate: Surrogate = "sigmoid",
     temperature: float = 1.0,
 ) -> Float[Tensor, "... unit"]:
-    """Soft weights around the threshold between the k-th and the next score.
+    """Returns the surrogate: soft weights around the threshold between the k-th and the next score.
 
     With threshold g = (s_(k) + s_(k+1)) / 2 and width D = s_(k) - s_(k+1), both differentiated through:
 
@@ -81,7 +81,7 @@ def surrogate_weights(
 
 
 def gate_mask(scores: Float[Tensor, "... unit"], k: int, cfg: GateConfig) -> Float[Tensor, "... unit"]:
-    """The mask of a gate: 0/1 with the surrogate's gradient (`hard`), or the surrogate weights (`soft`).
+    """Returns the mask of a gate: 0/1 with the surrogate's gradient (`hard`), or the surrogate weights (`soft`).
 
     `scores` must be float32 or wider. A row with a NaN score has a mask of NaN.
     """
@@ -152,7 +152,7 @@ class Gate(nn.Module):
     def project(
         self, local: Float[Tensor, "batch pos d_model"] | None, final: Float[Tensor, "batch pos d_model"] | None
     ) -> Float[Tensor, "batch pos ..."]:
-        """Scores before the top-k, shaped as units, in float32 or wider whatever autocast says.
+        """Returns the scores before the top-k, in the shape of the units and in float32 or wider, even under autocast.
 
         Args:
             local: clean residual stream entering the layer; needed if the scope is local or both.
@@ -170,7 +170,7 @@ class Gate(nn.Module):
         return scores.unflatten(-1, self.unit_shape)
 
     def select(self, scores: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos ..."]:
-        """The mask for scores that are shaped as units."""
+        """Returns the mask for scores in the shape of the units."""
         flat = at_least_float32(scores).flatten(2)
         return gate_mask(flat, self.k, self.cfg).unflatten(-1, self.unit_shape)
 
@@ -181,7 +181,7 @@ class Gate(nn.Module):
         mask: Float[Tensor, "batch pos ..."] | None = None,
         where: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos ..."]:
-        """Masks the units `x`, firing the gate's hooks.
+        """Multiplies the units `x` by their mask; the gate's hooks fire.
 
         Args:
             x: values of the units.

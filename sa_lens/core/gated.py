@@ -1,4 +1,4 @@
-"""`GatedTransformer`: a HookedTransformer with top-k gates in its layers, and what its weights may undergo.
+"""`GatedTransformer`: a HookedTransformer with top-k gates in its layers, and the processing of its weights.
 
 Construction, tokenizer, hook points, tied embeddings, biases that the model does not have, loading and processing of
 weights. What the gates do when the model runs is in `model.py`.
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sa_lens.config import GateConfig, ModelConfig
 from sa_lens.core import architecture, tied_embedding
-from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, deprecation_ignored
+from sa_lens.core.base import HookedTransformer, HookedTransformerConfig, ignore_deprecation
 from sa_lens.core.gate import Gate, belongs_to_gate
 from sa_lens.core.pass_hooks import StreamPoint, StreamState, user_hooks
 from sa_lens.data.tokenizers import prompt_tokenizer
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class GatedTransformer(HookedTransformer):
-    """A HookedTransformer with gates in its layers; see `SelfAblatingTransformer`, the class to use."""
+    """A HookedTransformer with gates in its layers; use the class `SelfAblatingTransformer`."""
 
     gates: GateConfig
 
@@ -59,7 +59,7 @@ class GatedTransformer(HookedTransformer):
         seed = next(s for s in (seed, tl_cfg.seed, 0) if s is not None)
         tl_cfg.seed = None
         gpus = [torch.device(str(tl_cfg.device))] if "cuda" in str(tl_cfg.device) else []
-        with torch.random.fork_rng(devices=gpus), deprecation_ignored():
+        with torch.random.fork_rng(devices=gpus), ignore_deprecation():
             # torch.manual_seed would also seed GPUs that this model is not on
             torch.default_generator.manual_seed(seed)
             for gpu in gpus:
@@ -82,7 +82,7 @@ class GatedTransformer(HookedTransformer):
         self.setup()
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None) -> None:
-        """As in TransformerLens, for any Hugging Face tokenizer, also one that was never on disk.
+        """Sets the tokenizer as TransformerLens does, also for a tokenizer that was never saved to disk.
 
         The model keeps a copy that puts one token before a text: the one before the documents of a training text, see
         `boundary_tokens`. It never reads the tokenizer from its folder again, so that no code there is run.
@@ -126,7 +126,7 @@ class GatedTransformer(HookedTransformer):
             self.get_parameter(name).requires_grad_(False)
 
     def _admit_filled_biases(self) -> None:
-        """Makes biases the model's own that it did not have and that weight processing has filled."""
+        """Makes biases trainable that the model did not have and that weight processing has filled."""
         unused = self.zero_biases
         filled = {name.rsplit(".", 1)[-1] for name in unused if bool(self.get_parameter(name).any())}
         self.qkv_bias = self.qkv_bias or bool(filled - {"b_U"})
@@ -143,7 +143,7 @@ class GatedTransformer(HookedTransformer):
         return [name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in unused]
 
     def setup(self) -> None:
-        """As in TransformerLens, after which the hook points know about the streams."""
+        """Sets up the hook points as TransformerLens does, and connects them to the streams."""
         super().setup()
         if "_streams" not in self.__dict__:
             return
@@ -167,7 +167,7 @@ class GatedTransformer(HookedTransformer):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[GatedTransformer]:
-        """As in TransformerLens, but while the context lasts the hooks fire in passes of this thread alone."""
+        """Adds hooks as TransformerLens does; within the context they fire only in passes of this thread."""
         given: list[Any] = [(name, function, "fwd") for name, function in fwd_hooks]
         given += [(name, function, "bwd") for name, function in bwd_hooks]
         with self._streams.lock:
@@ -190,7 +190,7 @@ class GatedTransformer(HookedTransformer):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """As in TransformerLens, with `pos_slice` on the axis of positions at every hook point, those of gates too.
+        """Returns hooks as TransformerLens does, with `pos_slice` on the axis of positions at every hook point.
 
         TransformerLens knows the axis by the names of a few hooks; at others it would cut the axis of heads.
         """
@@ -211,14 +211,14 @@ class GatedTransformer(HookedTransformer):
     # ------------------------------------------------------------------------------------------------------ weights
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the gates, for an optimizer; empty without gates.
+        """Returns the parameters of the gates, for an optimizer; empty without gates.
 
         Do not look for "gate" in the names of parameters: `mlp.W_gate` is a weight of a gated MLP, as in Llama.
         """
         return [parameter for name, parameter in self.named_parameters() if belongs_to_gate(name)]
 
     def base_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the transformer under the gates, including biases that stay zero (`zero_biases`)."""
+        """Returns the parameters of the transformer under the gates, with biases that stay zero (`zero_biases`)."""
         return [parameter for name, parameter in self.named_parameters() if not belongs_to_gate(name)]
 
     def freeze_base(self, frozen: bool = True) -> Self:
@@ -235,7 +235,7 @@ class GatedTransformer(HookedTransformer):
         return self
 
     def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Loads everything but the gates.
+        """Loads all weights except those of the gates.
 
         Raises:
             ValueError: a missing or unknown weight.
@@ -261,13 +261,13 @@ class GatedTransformer(HookedTransformer):
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
+        """Moves or casts the model as torch does for `to`, `half`, `double`, `cuda`, ...; the configuration follows."""
         moved = super()._apply(fn, recurse)
         self.cfg.dtype, self.cfg.device = self.W_E.dtype, str(self.W_E.device)
         return moved
 
     def untie(self) -> None:
-        """Gives the unembedding a parameter of its own, equal to the transposed embedding."""
+        """Gives the unembedding its own parameter, equal to the transposed embedding."""
         if isinstance(self.unembed, tied_embedding.TiedUnembed):
             self.unembed = tied_embedding.untie(self.unembed)
             self.cfg.tie_word_embeddings = False
@@ -314,7 +314,7 @@ class GatedTransformer(HookedTransformer):
         fold_value_biases: bool = True,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """As in TransformerLens. On a gated model `fold_ln` and `center_unembed` keep both streams as they are.
+        """Loads and processes weights as TransformerLens does, by the options that keep both streams exact.
 
         Gates that the state does not hold stay this model's own.
 

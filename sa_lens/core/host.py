@@ -1,4 +1,4 @@
-"""What analyses ask of a model, and the choice of its stream.
+"""The interface through which analyses use a model, and the choice of its stream.
 
 Circuits, units and views use a model through `Host` and the functions here alone, so that a model of another class can
 take the place of `HookedTransformer` without a change to them.
@@ -34,23 +34,23 @@ class Host(Protocol):
     """Hugging Face tokenizer, or None."""
 
     def __call__(self, input: Any, **kwargs: Any) -> Any:
-        """Logits `[batch pos d_vocab]` of tokens or text."""
+        """Returns the logits `[batch pos d_vocab]` of tokens or text."""
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Logits and the cached activations."""
+        """Returns logits and recorded activations."""
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """Logits under `fwd_hooks`."""
+        """Returns the logits under `fwd_hooks`."""
 
 
 def has_ablated_stream(model: Host) -> bool:
-    """Whether the model has gates, and so an ablated stream."""
+    """Returns whether the model has gates, and therefore an ablated stream."""
     gates = getattr(model, "gates", None)
     return gates is not None and bool(gates.gated)
 
 
 def streams_of(model: Host, stream: Stream | None = None) -> tuple[Stream, ...]:
-    """The streams that the model has; with `stream`, that one alone."""
+    """Returns the streams that the model has, or only the given one."""
     if stream is not None:
         return (stream,)
     return ("clean", "ablated") if has_ablated_stream(model) else ("clean",)
@@ -64,7 +64,7 @@ def in_stream(
     masks: Masks | Mapping[str, Tensor] | None = None,
     clean_hooks: Sequence[Any] = (),
 ) -> AbstractContextManager[Any]:
-    """A context in which the model runs the stream.
+    """Runs the model in the given stream, within the context.
 
     Args:
         position: where the masks act in the ablated stream; None: at all positions. See `model.ablated`.
@@ -90,7 +90,7 @@ def in_stream(
 
 
 def gate_hook_names(model: Host, what: Literal["in", "scores", "mask"] = "mask") -> list[str]:
-    """Names of one hook point of every gate, layer by layer, attention first; empty without gates."""
+    """Returns the names of one hook point of every gate, layer by layer, attention first; empty without gates."""
     kinds = [f"{gate}.hook_{what}" for gate in ("attn_gate", "mlp_gate")]
     names = [f"blocks.{layer}.{kind}" for layer in range(model.cfg.n_layers) for kind in kinds]
     return [name for name in names if name in model.hook_dict]
@@ -109,7 +109,7 @@ def require_hooks(model: Host, names: Iterable[str]) -> None:
 
 
 def weight(model: Host, name: str) -> Tensor:
-    """A weight by its TransformerLens name, such as `blocks.0.attn.W_O`; grouped keys and values come repeated.
+    """Returns a weight by its TransformerLens name, such as `blocks.0.attn.W_O`; grouped keys and values are repeated.
 
     Raises:
         ValueError: no such weight.
@@ -133,7 +133,7 @@ _SETTINGS_OF_THE_COMPUTATION = (
 
 
 def fingerprint_of(model: Host, stream: Stream = "ablated") -> str:
-    """Hash of all that decides what the model computes in a stream: weights, their precision, settings and gates.
+    """Returns a hash of all that determines a stream's results: weights, their precision, settings and gates.
 
     Results that are kept to be resumed or reused carry this hash, and are refused for a model with another hash.
     """
@@ -144,7 +144,7 @@ def fingerprint_of(model: Host, stream: Stream = "ablated") -> str:
 
 
 def hash_of(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
-    """A short hash of a text, and of names, shapes, precisions and every number of tensors."""
+    """Returns a short hash of a text, and of names, shapes, precisions and all numbers of tensors."""
     digest = hashlib.sha256(about.encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -154,19 +154,19 @@ def hash_of(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
 
 
 def device_of(model: Host) -> torch.device:
-    """The device on which the model takes its tokens."""
+    """Returns the device on which the model takes its tokens."""
     return weight(model, "embed.W_E").device
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 if its type is narrower, else unchanged; losses, scores and figures are computed from this."""
+    """Returns `x` in float32 if its type is narrower, else unchanged; losses, scores and figures use it."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def run_to_last(
     model: Host, tokens: Int[Tensor, "batch pos"], fwd_hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Logits at the last position in float32 or wider, without unembedding the others.
+    """Returns the logits at the last position in float32 or wider; other positions are not unembedded.
 
     With a large vocabulary, unembedding takes most of the time and memory of a short prompt. Do not use it with
     `masks="live"`, whose clean pass runs these hooks too and would lose the other positions.

@@ -1,4 +1,4 @@
-"""The model that a training run starts from, when it does not start from random weights."""
+"""The model from which a training run starts, if it does not start from random weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sa_lens.catalogue import shipped_folder
 from sa_lens.config import GateConfig
-from sa_lens.core.base import TRANSFORMER_LENS, HookedTransformer, deprecation_ignored, official_name
+from sa_lens.core.base import TRANSFORMER_LENS, HookedTransformer, ignore_deprecation, official_name
 from sa_lens.core.bridge import hooked_from_bridge
 from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.hugging_face import is_hugging_face
@@ -14,7 +14,7 @@ from sa_lens.core.model import SelfAblatingTransformer
 
 
 def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0, n_ctx: int = 1) -> SelfAblatingTransformer:
-    """A model on the CPU with the weights of another model and the given gates.
+    """Returns a model on the CPU with the weights of another model and the given gates.
 
     Gate weights are kept if the other model has gates of the same scope, units and scores (k, surrogate and temperature
     may differ); otherwise the gates are fresh.
@@ -50,7 +50,7 @@ def initial_model(name: str | Path, gates: GateConfig, *, seed: int = 0, n_ctx: 
 
 
 def _transformer_lens_model(name: str, known: str) -> HookedTransformer:
-    """The unprocessed model that TransformerLens loads by this name; `known` is its Hub id."""
+    """Returns the unprocessed model that TransformerLens loads by this name; `known` is its Hub id."""
     if TRANSFORMER_LENS >= 4:
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -62,5 +62,5 @@ def _transformer_lens_model(name: str, known: str) -> HookedTransformer:
             f"TransformerLens loads {name!r} with Python code from the Hub, which is never run here; load it "
             "yourself and pass it to SelfAblatingTransformer.from_hooked(model, GateConfig(...))"
         )
-    with deprecation_ignored():
+    with ignore_deprecation():
         return HookedTransformer.from_pretrained_no_processing(name, device="cpu", trust_remote_code=False)

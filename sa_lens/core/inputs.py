@@ -1,4 +1,4 @@
-"""Text and tokens on their way into a model."""
+"""Conversion of text and tokens into the input of a model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sa_lens.core.base import HookedTransformer
 
 
 def is_recorded() -> bool:
-    """Whether torch is recording a program, in which nothing can depend on the values of tensors."""
+    """Returns whether torch is recording a program, in which nothing may depend on the values of tensors."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return capturing or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def check_tokens(tokens: Int[Tensor, "*shape"], d_vocab: int) -> None:
-    """Checks that every token is in the vocabulary; torch would count negative ones from its end.
+    """Checks that every token is in the vocabulary; torch would count negative tokens from its end.
 
     Raises:
         ValueError: a token below 0 or beyond the vocabulary. A program that torch records is not checked.
@@ -33,7 +33,7 @@ def check_tokens(tokens: Int[Tensor, "*shape"], d_vocab: int) -> None:
 
 
 def padding_mask(lengths: Sequence[int], length: int, left: bool) -> Int[Tensor, "batch pos"]:
-    """1 for the tokens of prompts of these lengths, 0 for their padding to one length."""
+    """Returns 1 for the tokens of prompts of these lengths and 0 for their padding to one length."""
     place = torch.arange(length)
     size = torch.tensor(lengths)[:, None]
     return (place >= length - size if left else place < size).long()
@@ -46,7 +46,7 @@ def tokens_and_padding(
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Tokens on the model's device, their attention mask, and the mask that a pass needs; see `run_streams`.
+    """Returns tokens on the model's device, their attention mask, and the mask that a pass needs; see `run_streams`.
 
     The last is None where padding is on the right, since no token attends to later positions.
     """

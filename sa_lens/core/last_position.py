@@ -34,7 +34,7 @@ gives what is read in its place: for heads one input for each port and head, `[p
 
 
 def why_not_by_nodes(model: Host) -> str | None:
-    """Why a pass by nodes would differ from a pass of the model; None if both are the same."""
+    """Returns why a pass by nodes would differ from a pass of the model, or None if both are the same."""
     if has_user_hooks(model):  # type: ignore[arg-type]
         return "hooks are attached to this model, which only a pass of the whole model runs"
     return why_not_single_nodes(model)
@@ -54,7 +54,7 @@ class Prompts(NamedTuple):
 
     @classmethod
     def of(cls, embed: Tensor, last: Tensor, first: Tensor | None = None) -> Prompts:
-        """The prompts, with the earlier positions from `first` on; None: from the beginning."""
+        """Returns the prompts with the earlier positions from `first` on; None starts at the beginning."""
         places = torch.arange(embed.shape[1], device=embed.device)
         before = places < last[:, None]
         if first is not None:
@@ -62,14 +62,14 @@ class Prompts(NamedTuple):
         return cls(embed, last, *before.nonzero(as_tuple=True))
 
     def rows(self, lane: Lane, x: Float[Tensor, "... prompt pos width"]) -> Float[Tensor, "... row width"]:
-        """The rows of a lane."""
+        """Returns the rows of a lane."""
         if lane == "earlier":
             return x[..., self.prompt, self.pos, :]
         return x[..., torch.arange(len(self.last), device=x.device), self.last, :]
 
 
 def embed_prompts(model: Host, tokens: Sequence[Int[Tensor, "prompt pos"]]) -> tuple[Tensor, Tensor]:
-    """Embedding plus position of groups of prompts, each of one length, padded on the right; and last positions."""
+    """Returns the embeddings (with positions) of groups of prompts, padded on the right, and their last positions."""
     longest = max(group.shape[1] for group in tokens)
     parts, last = [], []
     with torch.no_grad(), in_stream(model, "clean"):
@@ -81,7 +81,7 @@ def embed_prompts(model: Host, tokens: Sequence[Int[Tensor, "prompt pos"]]) -> t
 
 
 class LastPass(NamedTuple):
-    """What a pass up to the last positions gives, layer by layer. In the top layer the earlier lane is left out."""
+    """Results of a pass up to the last positions, layer by layer. The earlier lane has no top layer."""
 
     z: dict[Lane, list[Float[Tensor, "row head d_head"]]]
     """Attention units, after the masks in the ablated lane."""
@@ -126,7 +126,7 @@ def run_with_gradients(
     before: Sequence[KeysAndValues],
     masks: Sequence[LayerMasks] | None = None,
 ) -> LastPass:
-    """Runs prompts of which some earlier positions are known, without turning gradients off.
+    """Runs prompts of which some earlier positions are known, and records gradients.
 
     Args:
         prompts: with those earlier positions that are to be run.
@@ -200,7 +200,7 @@ class _Run:
         return padded
 
     def _at_last(self, lane: Lane, layer: int, x: Float[Tensor, "prompt d_model"], masks: LayerMasks) -> Tensor:
-        """A layer at the last position, whose query attends to the earlier lane and to itself."""
+        """Computes a layer at the last position, whose query attends to the earlier lane and to itself."""
         last = self.prompts.last
         own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
         q, own_k = (self.functions.rotate(layer, port, own[port][:, :, None], last) for port in (0, 1))
@@ -213,7 +213,7 @@ class _Run:
     def _rest(
         self, lane: Lane, layer: int, x: Tensor, z: Float[Tensor, "row head d_head"], masks: LayerMasks
     ) -> Tensor:
-        """A layer from its attention units on."""
+        """Computes the rest of a layer from its attention units."""
         cfg = self.functions.cfg
         z = z if masks[0] is None else z * masks[0]
         self.result.z[lane].append(z)

@@ -16,7 +16,7 @@ def cross_entropy(
     targets: Int[Tensor, "batch pos"] | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats per predicted token, in float32 or wider.
+    """Returns the mean cross-entropy in nats per predicted token, in float32 or wider.
 
     Without targets the next token is predicted (T - 1 predictions); pairs that touch padding are left out.
     """
@@ -36,7 +36,7 @@ def reconstruction_loss(
     ablated: list[Float[Tensor, "batch pos d_model"]],
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, ""]:
-    """R: mean over the given outputs of the mean squared difference between the L2-normalised vectors.
+    """Returns R: the mean over the given outputs of the mean squared difference between L2-normalised vectors.
 
     Padding is left out.
     """

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class LossTerms(NamedTuple):
-    """Terms of the loss; a term that the model or the coefficients leave out is None."""
+    """The terms of the loss; a term that the model or the coefficients leave out is None."""
 
     total: Float[Tensor, ""]
     """What is minimised."""
@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
 
 
 class TwoStreamLoss(nn.Module):
-    """Tokens in, loss terms out.
+    """The two-stream loss as a module that maps tokens to loss terms.
 
     The fused path computes the same function as the hooked one, on the same parameters, without hooks. Wrap this
     module, not the model, in DDP, FSDP (as one unit) or `torch.compile`.
@@ -95,7 +95,7 @@ class TwoStreamLoss(nn.Module):
         *,
         clean_alone: bool = False,
     ) -> LossTerms:
-        """Terms of the loss on a batch.
+        """Returns the terms of the loss on a batch.
 
         Args:
             targets: the token to predict at each position, -100 where none is; None: the next token of `tokens`,
@@ -146,7 +146,7 @@ def hooked_loss(
     tokens: Int[Tensor, "batch pos"],
     targets: Int[Tensor, "batch pos"] | None,
 ) -> LossTerms:
-    """The loss by hooks, on the model's own modules: the definition that faster paths must agree with."""
+    """Returns the loss by hooks on the model's own modules, which is the definition for faster paths."""
     both = model.run_both_passes(tokens)
     clean = cross_entropy(both.clean_logits, tokens, targets)
     if both.ablated_logits is None:
@@ -159,7 +159,7 @@ def hooked_loss(
 def clean_loss(
     model: SelfAblatingTransformer, tokens: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"] | None
 ) -> LossTerms:
-    """The loss of the clean stream alone, by hooks."""
+    """Returns the loss of the clean stream alone, by hooks."""
     with model.clean():
         clean = cross_entropy(model(tokens), tokens, targets)
     return LossTerms(clean, clean, None, None)
@@ -168,7 +168,7 @@ def clean_loss(
 def combine(
     cfg: LossConfig, clean: Float[Tensor, ""], ablated: Float[Tensor, ""], reconstruction: Float[Tensor, ""] | None
 ) -> LossTerms:
-    """The weighted sum of the terms of a gated model."""
+    """Returns the weighted sum of the terms of a gated model."""
     total = cfg.clean * clean + cfg.ablated * ablated
     if reconstruction is not None:
         total = total + cfg.reconstruction * reconstruction

@@ -28,7 +28,7 @@ from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.hugging_face import hooked_from_files, read_files
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
-from sa_lens.core.pass_hooks import Ablation, Hooks, traces_paused
+from sa_lens.core.pass_hooks import Ablation, Hooks, pause_traces
 from sa_lens.core.streams import (
     CleanPass,
     ablated_hooks,
@@ -81,7 +81,7 @@ class Streams(NamedTuple):
 
 
 class BothPasses(NamedTuple):
-    """A clean and an ablated pass; the ablated parts are None or empty without gates."""
+    """Results of a clean and an ablated pass; without gates, those of the ablated pass are None or empty."""
 
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     ablated_logits: Float[Tensor, "batch pos d_vocab"] | None
@@ -121,7 +121,7 @@ class SelfAblatingTransformer(GatedTransformer):
         masks: Masks | Mapping[str, Tensor] = "frozen",
         clean_hooks: Hooks = (),
     ) -> Iterator[SelfAblatingTransformer]:
-        """Inside the context, this model and thread run the ablated stream.
+        """Runs this model in the ablated stream, within the context and this thread.
 
         Without a position, all positions are ablated at once: each attends to the clean keys and values of earlier
         ones, so an edit at a position changes the logits there alone. With a position, the pass is an ordinary one in
@@ -158,7 +158,7 @@ class SelfAblatingTransformer(GatedTransformer):
 
     @contextmanager
     def clean(self) -> Iterator[SelfAblatingTransformer]:
-        """Inside the context, this model and thread run the clean stream, also within `ablated()`."""
+        """Runs this model in the clean stream, within the context and this thread, also inside `ablated()`."""
         with self._streams.enter(None):
             yield self
 
@@ -190,7 +190,7 @@ class SelfAblatingTransformer(GatedTransformer):
 
     @torch.compiler.disable
     def forward(self, input: Any, return_type: Any = "logits", *args: Any, **kwargs: Any) -> Any:
-        """As `HookedTransformer.forward`, on the stream that this thread has chosen.
+        """Runs the stream that this thread has chosen; arguments as in `HookedTransformer.forward`.
 
         In the ablated stream `start_at_layer` must be None or 0; all else is as in TransformerLens. `torch.compile`
         leaves this method as it is, because the stream is chosen when it runs; to compile training, wrap
@@ -261,7 +261,7 @@ class SelfAblatingTransformer(GatedTransformer):
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> Streams:
-        """Both streams of the same tokens in one record.
+        """Runs both streams on the same tokens and returns one record.
 
         The caller's hooks fire in the ablated pass alone, as in `ablated()`; without gates, in the clean one.
 
@@ -298,7 +298,7 @@ class SelfAblatingTransformer(GatedTransformer):
     def run_both_passes(
         self, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None
     ) -> BothPasses:
-        """A clean and an ablated pass by hooks, with everything that the loss terms need."""
+        """Runs a clean and an ablated pass by hooks, with everything that the loss terms need."""
         kwargs: dict[str, Any] = {"attention_mask": attention_mask}
         self._streams.threads.add(threading.get_ident())
         with self.clean(), self._streams.attach():
@@ -308,7 +308,7 @@ class SelfAblatingTransformer(GatedTransformer):
             clean = self._clean_pass(tokens, kwargs, ablation, want_final=True)
             assert clean.resid_post is not None
             assert clean.final is not None
-            with traces_paused(self), self._streams.attach(silent=True):
+            with pause_traces(self), self._streams.attach(silent=True):
                 clean_logits = self.logits_from_final(clean.final)
             masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
             outputs: list[Tensor] = []
@@ -329,7 +329,7 @@ class SelfAblatingTransformer(GatedTransformer):
         )
 
     def record_masks(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, list[Float[Tensor, "batch pos ..."]]]:
-        """Masks by kind of gate (`attn_gate`, `mlp_gate`), one tensor per layer, at half the cost of both passes.
+        """Returns masks by kind of gate (`attn_gate`, `mlp_gate`), one per layer, at half the cost of both passes.
 
         Gates read the clean stream alone, so a clean pass gives them. No hook of the user fires.
 
@@ -346,12 +346,12 @@ class SelfAblatingTransformer(GatedTransformer):
         return masks
 
     def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits from the final LayerNorm's output."""
+        """Returns the logits from the output of the final LayerNorm."""
         return apply_softcap(self.unembed(final), self.cfg.output_logits_soft_cap)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `HookedTransformer.generate`, from the stream that this thread has chosen; train or eval mode is kept."""
-        with self._mode_kept():
+        """Generates text from the stream that this thread has chosen; arguments as in `HookedTransformer.generate`."""
+        with self._keep_mode():
             return super().generate(*args, **kwargs)
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:  # type: ignore[override]
@@ -363,7 +363,7 @@ class SelfAblatingTransformer(GatedTransformer):
         parts = super().generate_stream(*args, **kwargs)
 
         def stream() -> Iterator[Any]:
-            with self._mode_kept():
+            with self._keep_mode():
                 while True:
                     with self._streams.enter(chosen):
                         part = next(parts, _END)
@@ -374,7 +374,7 @@ class SelfAblatingTransformer(GatedTransformer):
         return stream()
 
     @contextmanager
-    def _mode_kept(self) -> Iterator[None]:
+    def _keep_mode(self) -> Iterator[None]:
         training = {module: module.training for module in self.modules()}
         try:
             yield
@@ -447,7 +447,7 @@ class SelfAblatingTransformer(GatedTransformer):
         return cls.from_hooked(hooked_from_files(files, n_ctx=n_ctx), gates, seed=seed)
 
     def to_hooked_transformer(self) -> HookedTransformer:
-        """A plain HookedTransformer with a copy of the clean stream's weights and no gates."""
+        """Returns a plain HookedTransformer with a copy of the clean stream's weights and no gates."""
         cfg = architecture.actual_config(self)
         cfg.init_weights = False
         cfg.tie_word_embeddings = False
@@ -491,7 +491,7 @@ class SelfAblatingTransformer(GatedTransformer):
     def from_reference(
         cls, source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16
     ) -> SelfAblatingTransformer:
-        """Loads weights of the paper's code. See `reference.load`."""
+        """Loads weights of the paper's code; see `reference.load`."""
         return reference.load(cls, source, gates, n_heads)
 
 

@@ -1,4 +1,4 @@
-"""What each node of the computational graph computes, as plain functions of weights, with any number of leading axes.
+"""The nodes of the computational graph as plain functions of weights, with any number of leading axes.
 
 A pass of the whole model under hooks is the definition; these functions give one head or one MLP alone, for searches
 that need it thousands of times. LayerNorm's weight and bias and the attention scale are folded into the matrices, in
@@ -27,7 +27,7 @@ _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_at
 
 @contextmanager
 def split_inputs(model: Host) -> Iterator[None]:
-    """Within the context queries, keys and values of every head and every MLP have an input of their own to edit.
+    """Gives queries, keys and values of every head, and every MLP, an input of their own to edit, within the context.
 
     Grouped keys and values are repeated for each head that shares them. The model's switches are restored afterwards,
     also after an exception.
@@ -72,12 +72,12 @@ _SINGLE_NODES = Coverage(
 
 
 def why_not_additive(model: Host) -> str | None:
-    """Why the outputs of heads and MLPs do not simply add up in the residual stream; None if they do."""
+    """Returns why the outputs of heads and MLPs do not simply add up in the residual stream, or None if they do."""
     return _ADDITIVE.reason_against(model.cfg)
 
 
 def why_not_single_nodes(model: Host) -> str | None:
-    """Why `NodeFunctions` would not be exact for this model; None if it is."""
+    """Returns why `NodeFunctions` would not be exact for this model, or None if it is exact."""
     reason = _SINGLE_NODES.reason_against(model.cfg, weight(model, "embed.W_E").dtype)
     return None if reason is None else f"no exact recomputation of single nodes for {reason}"
 
@@ -126,17 +126,17 @@ class NodeFunctions:
         """Unembedding with the final LayerNorm's weight and bias folded in."""
 
     def normalise(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """LayerNorm or RMSNorm without weight and bias; `x` itself in a model without."""
+        """Applies LayerNorm or RMSNorm without weight and bias; returns `x` itself in a model without norms."""
         return normalise(x, self.cfg.normalization_type, self.cfg.eps)
 
     def logits(self, final: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """Logits of the residual stream above the top layer."""
+        """Returns the logits of the residual stream above the top layer."""
         return self.normalise(final) @ self.W_U + self.b_U
 
     def project(
         self, layer: int, port: int, head: int, x: Float[Tensor, "... pos d_model"], position: Tensor | None = None
     ) -> Float[Tensor, "... pos d_head"]:
-        """Query (port 0), key (1) or value (2) of a head from its input in the residual stream.
+        """Returns the query (port 0), key (1) or value (2) of a head from its input in the residual stream.
 
         Args:
             position: for rotary models, that of each prompt's only row; None: positions 0, 1, ...
@@ -147,7 +147,7 @@ class NodeFunctions:
     def project_each(
         self, layer: int, ports: Sequence[int], heads: Sequence[int], x: Float[Tensor, "any row d_model"]
     ) -> Float[Tensor, "any row d_head"]:
-        """The same for one port and head per entry of the first axis, at any rows, before any rotation."""
+        """Returns the same for one port and head per entry of the first axis, at any rows, before any rotation."""
         chosen = torch.tensor(ports), torch.tensor(heads)
         W, b = self.W_qkv[layer][chosen], self.b_qkv[layer][chosen]
         return torch.baddbmm(b[:, None], self.normalise(x), W)
@@ -155,7 +155,7 @@ class NodeFunctions:
     def project_all(
         self, layer: int, x: Float[Tensor, "row d_model"] | Float[Tensor, "port head row d_model"], first: int = 0
     ) -> Float[Tensor, "port head row d_head"]:
-        """Queries, keys and values of all heads of a layer from one input or one for each, before any rotation.
+        """Returns queries, keys and values of all heads of a layer from one or three inputs, before any rotation.
 
         Args:
             first: first port to compute.
@@ -169,7 +169,7 @@ class NodeFunctions:
     def rotate(
         self, layer: int, port: int, y: Float[Tensor, "... pos d_head"], position: Tensor | None = None
     ) -> Float[Tensor, "... pos d_head"]:
-        """Queries (port 0) or keys (1) turned by their positions in a rotary model; anything else as it is.
+        """Rotates queries (port 0) or keys (1) by their positions in a rotary model; else returns them unchanged.
 
         Args:
             position: that of each prompt's only row; None: positions 0, 1, ...
@@ -185,7 +185,7 @@ class NodeFunctions:
         v: Float[Tensor, "... pos d_head"],
         position: Tensor | None = None,
     ) -> Float[Tensor, "... query d_head"]:
-        """A head's `z`, before any mask.
+        """Returns a head's `z` before any mask.
 
         Args:
             position: that of each prompt's only query; None: queries at all positions.
@@ -199,12 +199,12 @@ class NodeFunctions:
     def mlp(
         self, layer: int, x: Float[Tensor, "... pos d_model"], mask: Float[Tensor, "prompt pos d_mlp"] | None
     ) -> Float[Tensor, "... pos d_model"]:
-        """An MLP's output from its input in the residual stream, its neurons times the mask."""
+        """Returns an MLP's output from its input in the residual stream, with its neurons times the mask."""
         post = self.neurons(layer, x)
         return self.mlp_output(layer, post if mask is None else post * mask)
 
     def neurons(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_mlp"]:
-        """An MLP's neurons, before any mask."""
+        """Returns an MLP's neurons before any mask."""
         weights = self._mlps[layer]
         normed = self.normalise(x)
         post = F.linear(normed, *weights.into)
@@ -212,11 +212,11 @@ class NodeFunctions:
         return post if weights.b_post is None else post + weights.b_post
 
     def mlp_output(self, layer: int, post: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
-        """What an MLP writes, given its neurons."""
+        """Returns what an MLP writes, given its neurons."""
         return F.linear(post, *self._mlps[layer].out)
 
     def _fold(self, model: Host, ln: str, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Matrix `... d_model out` and bias that read the bare normalised stream."""
+        """Returns matrix `... d_model out` and bias that read the normalised stream without its weight and bias."""
         kind = self.cfg.normalization_type
         if kind not in ("LN", "RMS"):
             return W, b
@@ -251,7 +251,7 @@ class NodeFunctions:
         )
 
     def _causal(self, model: Host, layer: int) -> Bool[Tensor, "query key"]:
-        """True where a query may not look."""
+        """Returns True where a query may not attend."""
         attn = _block(model, layer).attn
         allowed = attn._make_causal_mask(self.length, self.length, 0, self.W_O[layer].device)
         return ~allowed[0, 0]
@@ -277,7 +277,7 @@ class NodeFunctions:
 def gate_masks(
     model: Host, layer: int, local: Float[Tensor, "prompt d_model"], final: Float[Tensor, "prompt d_model"] | None
 ) -> tuple[Float[Tensor, "prompt head width"] | None, Float[Tensor, "prompt d_mlp"] | None]:
-    """Masks of a layer's attention units and neurons at one position of each prompt; None where there is no gate.
+    """Returns the masks of a layer's attention units and neurons at one position of each prompt; None without a gate.
 
     Args:
         local: clean residual stream that enters the layer.

@@ -1,4 +1,4 @@
-"""What a pass runs at the hook points of a model: hooks of its stream, and hooks of the user, for each thread apart."""
+"""The hooks of a pass, by thread: those of its stream and those of the user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AttachedHook = tuple[HookPoint, Callable[[Tensor], Tensor | None], bool]
 
 @dataclass(frozen=True)
 class Ablation:
-    """What `model.ablated(...)` was asked for; see there."""
+    """The arguments of `model.ablated(...)`; see there."""
 
     position: int | Sequence[int] | Tensor | None = None
     masks: Masks | Mapping[str, Tensor] = "frozen"
@@ -36,7 +36,7 @@ class Ablation:
 
 
 class _PassHooks:
-    """What one pass runs at hook points beside the user's hooks, by identity of the point."""
+    """The hooks of one pass besides those of the user, by identity of the hook point."""
 
     def __init__(self, hooks: Sequence[AttachedHook], silent: bool) -> None:
         self.silent = silent
@@ -52,7 +52,7 @@ class _PassHooks:
 
 
 class _ThreadState(threading.local):
-    """What one thread does on one model."""
+    """The state of one thread on one model."""
 
     pass_hooks: _PassHooks | None = None
     """What its current pass does at the hook points."""
@@ -63,7 +63,7 @@ class _ThreadState(threading.local):
 
 
 class StreamState:
-    """Which stream each thread runs on one model, and what its pass does at the hook points.
+    """The stream that each thread runs on one model, and the hooks of its pass.
 
     Nothing of it is shared between threads, and no lock is held while a pass runs. Copies of a model start with a fresh
     state on the clean stream.
@@ -78,7 +78,7 @@ class StreamState:
 
     @property
     def current(self) -> Ablation | None:
-        """The innermost context of this thread; None: the clean stream."""
+        """The innermost context of this thread; None stands for the clean stream."""
         stack = self.of_thread.stack
         return stack[-1] if stack else None
 
@@ -94,7 +94,7 @@ class StreamState:
 
     @contextmanager
     def attach(self, hooks: Sequence[AttachedHook] = (), *, silent: bool = False) -> Iterator[None]:
-        """Within the context, passes of this thread run these hooks, and no others of an outer pass.
+        """Lets passes of this thread run these hooks, and no others of an outer pass, within the context.
 
         Args:
             silent: no hook of the user fires.
@@ -114,7 +114,7 @@ class StreamState:
 
 
 class StreamPoint(HookPoint):
-    """A hook point that also runs what a pass of the current thread attaches to it; see `StreamState.attach`."""
+    """A hook point that also runs the hooks that a pass of the current thread attaches; see `StreamState.attach`."""
 
     streams: StreamState
 
@@ -137,7 +137,7 @@ def _apply(functions: Sequence[Callable[[Tensor], Tensor | None]], x: Tensor) ->
 
 
 def running_traces(model: nn.Module) -> list[Any]:
-    """The traces of nnsight that follow the model in this moment.
+    """Returns the traces of nnsight that currently follow the model.
 
     nnsight 0.8 lists them at every module that it wraps, as `__nnsight__`. A trace has one request for each value and
     serves it at the first visit of the module, which in `ablated()` would be that of the clean pass.
@@ -157,8 +157,8 @@ def running_traces(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def traces_paused(model: nn.Module) -> Iterator[None]:
-    """Within the context, traces of nnsight neither see nor edit what the model computes, like silent user hooks."""
+def pause_traces(model: nn.Module) -> Iterator[None]:
+    """Hides what the model computes from traces of nnsight, like from silent user hooks, within the context."""
     traces = running_traces(model)
     for trace in traces:
         trace.interleaving = False
@@ -177,7 +177,7 @@ def user_hooks(
     *,
     remove: bool,
 ) -> Iterator[None]:
-    """Attaches hooks of the user that fire, while the context lasts, in passes of this thread alone.
+    """Attaches hooks of the user that fire only in passes of this thread, within the context.
 
     Args:
         hooks: (name or filter of names, function, direction), as TransformerLens takes them.

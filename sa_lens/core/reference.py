@@ -1,4 +1,4 @@
-"""Weights of the paper's own code, in and out (a GPT-Neo with ablation heads; arXiv 2505.00509)."""
+"""Reading and writing the weights of the paper's own code (a GPT-Neo with ablation heads; arXiv 2505.00509)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NO_WEIGHT = re.compile(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bia
 
 
 def _names(n_layers: int) -> dict[str, tuple[str, str]]:
-    """For each of the reference's names, ours and the rearrangement from ours to theirs; global gates left out."""
+    """Returns, for each name of the reference, ours and the rearrangement to theirs, without global gates."""
     names = {
         "transformer.wte.weight": ("embed.W_E", _SAME),
         "transformer.wpe.weight": ("pos_embed.W_pos", _SAME),
@@ -60,7 +60,7 @@ def _names(n_layers: int) -> dict[str, tuple[str, str]]:
 
 
 def load(cls: type[Model], source: str | Path | Mapping[str, Tensor], gates: GateConfig, n_heads: int = 16) -> Model:
-    """A model with the weights of the reference; sizes and scope come from the shapes, the dtype is kept.
+    """Loads a model from weights of the reference; sizes and scope come from the shapes, the dtype is kept.
 
     Args:
         source: a file that `torch.load(weights_only=True)` reads, or the state dict itself. A dict that holds the
@@ -95,7 +95,7 @@ def load(cls: type[Model], source: str | Path | Mapping[str, Tensor], gates: Gat
 
 
 def save(model: GatedTransformer) -> dict[str, Tensor]:
-    """The model's weights under the reference's names.
+    """Writes the model's weights under the reference's names.
 
     Raises:
         ValueError: an architecture, or a nonzero bias, that the reference does not have.

@@ -1,4 +1,4 @@
-"""Models on disk: `config.json`, `model.safetensors` and the tokenizer in one folder. No pickle is ever read.
+"""Saving and loading models: `config.json`, `model.safetensors` and the tokenizer in one folder, without pickle.
 
 A key that `config.json` lacks is never filled with a default, so that a folder holds the same model in every version of
 sa_lens. The key `version` names the format. This sa_lens reads version 1, the format of 0.1; files written during the
@@ -77,8 +77,8 @@ _LATER_KEYS: dict[str, Any] = {
 
 
 @contextmanager
-def failures_named(path: Path) -> Iterator[None]:
-    """Makes every failed write within the context an OSError whose message holds `path`.
+def name_failed_writes(path: Path) -> Iterator[None]:
+    """Turns every failed write within the context into an OSError whose message contains `path`.
 
     Full disks come as errors without a name, and from safetensors and the tokenizers library as errors of their own.
     """
@@ -100,17 +100,17 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: a full disk or a folder that cannot be written.
     """
-    with failures_named(path):
+    with name_failed_writes(path):
         save_file(dict(weights), path, metadata={"format": "pt"})
 
 
 def weights_of(model: GatedTransformer) -> dict[str, Tensor]:
-    """The model's parameters by name, contiguous on the CPU; a tied unembedding is not among them."""
+    """Returns the model's parameters by name, contiguous on the CPU, without a tied unembedding."""
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
 def describe(model: GatedTransformer) -> dict[str, Any]:
-    """What `config.json` holds: everything needed to rebuild the model without its weights.
+    """Returns the content of `config.json`: all that is needed to rebuild the model without its weights.
 
     Raises:
         ValueError: a field of the model's configuration that JSON cannot express.
@@ -136,7 +136,7 @@ def describe(model: GatedTransformer) -> dict[str, Any]:
 
 
 def check_description(model: GatedTransformer, described: Mapping[str, Any]) -> None:
-    """Checks that a model built from its description is this one, weights aside.
+    """Checks that a model built from its description equals this one except for the weights.
 
     Raises:
         ValueError: a parameter or a setting of a module that the description gets wrong.
@@ -185,7 +185,7 @@ def save(model: GatedTransformer, folder: str | Path, extra: Mapping[str, Any] |
     folder, weights, described = Path(folder), weights_of(model), describe(model)
     check_description(model, described)
     architecture.check_weights(weights, model.W_E.dtype, "the model cannot be saved")
-    with failures_named(folder), staged_folder(folder, last=CONFIG) as temporary:
+    with name_failed_writes(folder), staged_folder(folder, last=CONFIG) as temporary:
         if model.tokenizer is not None:
             save_tokenizer(model.tokenizer, temporary)
         write_weights(weights, temporary / WEIGHTS)
@@ -242,7 +242,7 @@ def load(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model folder's `config.json`.
+    """Reads the `config.json` of a model folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -288,7 +288,7 @@ def build(
     *,
     device: str | torch.device | None = None,
 ) -> Model:
-    """The model that a `config.json` describes, with weights still to be loaded, and its tokenizer if there is one.
+    """Builds the model that a `config.json` describes, without its weights, and loads its tokenizer if it has one.
 
     Raises:
         ValueError: a description that makes no model, or a damaged tokenizer.
@@ -328,7 +328,7 @@ def _described_model(cls: type[Model], config: Mapping[str, Any], device: str | 
 
 
 def _checked_shape(shape: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a HookedTransformerConfig from a file, complete and of the right types.
+    """Returns the fields of a HookedTransformerConfig from a file after checks of their names and types.
 
     Raises:
         ValueError: the first fault.
@@ -370,7 +370,7 @@ def _tokenizer_of(folder: Path) -> Any:
 
 
 def load_weights(model: GatedTransformer, path: Path) -> None:
-    """Loads a `model.safetensors` into the model it belongs to.
+    """Loads a `model.safetensors` into the model to which it belongs.
 
     Raises:
         FileNotFoundError: no such file.
@@ -389,7 +389,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(model: GatedTransformer, weights: dict[str, Tensor], path: Path, stored_dtype: str | None = None) -> None:
-    """Fills a model with weights of its own type, or of the type in which they are stored to save room."""
+    """Fills a model with weights of its own type, or of the narrower type in which they are stored."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != given:
@@ -403,7 +403,7 @@ def _fill(model: GatedTransformer, weights: dict[str, Tensor], path: Path, store
 
 
 def complete_steps(run: str | Path) -> list[Path]:
-    """Folders of a run's complete training checkpoints, oldest first."""
+    """Returns the folders of a run's complete training checkpoints, oldest first."""
     steps = [
         (int(match.group(1)), folder)
         for folder in (Path(run) / "state").glob("step-*")
@@ -453,7 +453,7 @@ def _folder(name: str | Path) -> Path:
 
 
 def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, Any]) -> None:
-    """Refuses what `HookedTransformer.from_pretrained` takes and this loader does not.
+    """Refuses arguments of `HookedTransformer.from_pretrained` that this loader does not have.
 
     Raises:
         ValueError: with the way to the same end.

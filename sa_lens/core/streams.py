@@ -1,4 +1,4 @@
-"""The ablated stream of an unmodified transformer: a recorded clean pass, and hooks that make an ablated pass of it.
+"""The ablated stream of an unmodified transformer: a recorded clean pass, and hooks for an ablated pass.
 
 The ablated stream at position t takes its query, its own key and its own value from itself, and the keys and values
 of earlier positions from the clean stream. Two corrections by hooks turn an ordinary pass into that:
@@ -28,12 +28,12 @@ from transformer_lens.hook_points import HookPoint
 
 from sa_lens.core.gate import Gate
 from sa_lens.core.gated import GatedTransformer
-from sa_lens.core.pass_hooks import Ablation, AttachedHook, Hooks, running_traces, traces_paused
+from sa_lens.core.pass_hooks import Ablation, AttachedHook, Hooks, pause_traces, running_traces
 
 
 @dataclass
 class CleanPass:
-    """What the ablated pass needs of the clean one; lists have one entry per layer."""
+    """Results of the clean pass that the ablated pass needs; lists have one entry per layer."""
 
     keys: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
     values: list[Float[Tensor, "batch pos kv_head d_head"]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class CleanPass:
 
 
 def resolve_hooks(points: Mapping[str, HookPoint], hooks: Hooks) -> list[AttachedHook]:
-    """The hook points that TransformerLens-style hooks name.
+    """Returns the hook points that hooks in TransformerLens's form name.
 
     Raises:
         ValueError: a name that is no hook point, or a filter that matches none, or a gate's hook point (gates do not
@@ -104,7 +104,7 @@ def run_clean_pass(
             "masks='live' runs your edits in two passes, but a trace of nnsight follows a single pass: use "
             "masks='frozen', or run_with_hooks in place of the trace"
         )
-    with traces_paused(model), model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
+    with pause_traces(model), model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
@@ -113,7 +113,7 @@ def run_clean_pass(
 
 
 class _KeyValueMix:
-    """Replaces, in one attention layer of an ablated pass, the keys and values of earlier positions by clean ones."""
+    """Replaces the keys and values of earlier positions by clean ones, in one attention layer of an ablated pass."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _KeyValueMix:
         ]
 
     def correct_scores(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
-        """Scores of earlier positions against their clean keys."""
+        """Computes the scores of earlier positions against their clean keys."""
         q = self.seen["q"]
         difference = self._per_head(self.clean_keys - self.seen["k"], q.shape[1])
         correction = torch.einsum("bqhd,bkhd->bhqk", q / self.attn.attn_scale, difference)
@@ -154,7 +154,7 @@ class _KeyValueMix:
         return correction.add_(scores)
 
     def correct_z(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
-        """`z` with the clean values of earlier positions; forgets what was recorded."""
+        """Computes `z` with the clean values of earlier positions, and deletes what was recorded."""
         new = z.shape[1]
         difference = self._per_head(self.clean_values - self.seen["v"], new)
         pattern = self.seen["pattern"][..., -new:].to(difference.dtype)
@@ -165,19 +165,19 @@ class _KeyValueMix:
     def _per_head(
         self, x: Float[Tensor, "batch key kv_head d_head"], new: int
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """The last `new` positions, grouped keys or values repeated for each head that shares them."""
+        """Returns the last `new` positions, with grouped keys or values repeated for each head that shares them."""
         return x[:, -new:].repeat_interleave(self.attn.cfg.n_heads // x.shape[2], dim=2)
 
 
 def rotated_key_and_query(attn: Any) -> tuple[HookPoint, HookPoint]:
-    """Hook points of the keys and queries that enter the dot product."""
+    """Returns the hook points of the keys and queries that enter the dot product."""
     if attn.cfg.positional_embedding_type == "rotary":
         return attn.hook_rot_k, attn.hook_rot_q
     return attn.hook_k, attn.hook_q
 
 
 def position_mask(position: int | Sequence[int] | Tensor, batch: int, length: int) -> Bool[Tensor, "batch pos"]:
-    """True at the position of each prompt.
+    """Returns a mask that is True at the position of each prompt.
 
     Raises:
         ValueError: a position outside the prompt, or another number of positions than prompts.
@@ -204,7 +204,7 @@ def ablated_hooks(
     ablation: Ablation,
     stop_at_layer: int | None,
 ) -> list[AttachedHook]:
-    """The hooks that turn an ordinary pass into the ablated one.
+    """Returns the hooks that turn an ordinary pass into the ablated pass.
 
     Args:
         clean: the recorded clean pass; None if all masks are given and the ablation is at one position.
@@ -248,7 +248,7 @@ def _gate_hook(
 
 
 def gated_points(block: Any) -> list[tuple[str, HookPoint]]:
-    """(name of the gate, hook point that it masks) of a layer."""
+    """Returns (name of the gate, hook point that it masks) for each gate of a layer."""
     points = [("attn_gate", block.attn.hook_z)]
     if hasattr(block, "mlp_gate"):
         points.append(("mlp_gate", block.mlp.hook_post))
@@ -256,6 +256,6 @@ def gated_points(block: Any) -> list[tuple[str, HookPoint]]:
 
 
 def copy_cache(cache: TransformerLensKeyValueCache) -> TransformerLensKeyValueCache:
-    """A key-value cache that starts with the same entries and may be appended to without touching the original."""
+    """Returns a key-value cache with the same entries, to which can be appended without changing the original."""
     entries = [TransformerLensKeyValueCacheEntry(e.past_keys, e.past_values, e.frozen) for e in cache.entries]
     return TransformerLensKeyValueCache(entries, cache.previous_attention_mask, cache.frozen)

@@ -55,7 +55,7 @@ class TiedUnembed(Unembed):
 
 
 def untie(unembed: TiedUnembed) -> Unembed:
-    """A plain unembedding with a copy of the tied one's weights."""
+    """Returns a plain unembedding with a copy of the tied weights."""
     plain = Unembed(unembed.cfg)
     plain.W_U = nn.Parameter(unembed.W_U.detach().clone().contiguous())
     plain.b_U = unembed.b_U
@@ -63,13 +63,13 @@ def untie(unembed: TiedUnembed) -> Unembed:
 
 
 def agree(model: HookedTransformer) -> bool:
-    """Whether W_U is the transpose of W_E."""
+    """Returns whether W_U is the transpose of W_E."""
     W_U, W_E = model.unembed.W_U, model.embed.W_E
     return W_U.shape == W_E.T.shape and bool(torch.equal(W_U, W_E.T))
 
 
 def check_tied(state: Mapping[str, Tensor], current: Tensor) -> None:
-    """Refuses a state whose unembedding is not the transposed embedding.
+    """Refuses a state dict whose unembedding is not the transposed embedding.
 
     Raises:
         ValueError: they differ.

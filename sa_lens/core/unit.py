@@ -1,4 +1,4 @@
-"""Units of a model, one name for each: `L1.mlp.17` is neuron 17 of layer 1, `L0.attn.37` an attention unit of layer 0.
+"""Units of a model and their names: `L1.mlp.17` is neuron 17 of layer 1, `L0.attn.37` an attention unit of layer 0.
 
 Attention units are the entries of `z`, counted over all heads of a layer: index = head * d_head + channel.
 """
@@ -64,7 +64,7 @@ class Unit(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Unit:
-        """The unit that a text such as `L1.mlp.17` names.
+        """Reads a unit from a text such as `L1.mlp.17`.
 
         Raises:
             ValueError: another spelling.
@@ -76,7 +76,7 @@ class Unit(NamedTuple):
 
 
 def unit_counts(model: Host) -> dict[Sublayer, int]:
-    """Number of units of each sublayer, layer by layer, attention first."""
+    """Returns the number of units of each sublayer, layer by layer, attention first."""
     counts: dict[Sublayer, int] = {}
     for layer in range(model.cfg.n_layers):
         counts[Sublayer(layer, "attn")] = model.cfg.n_heads * model.cfg.d_head
@@ -85,7 +85,7 @@ def unit_counts(model: Host) -> dict[Sublayer, int]:
 
 
 def checked_unit(model: Host, unit: Unit | str | tuple[int, Site, int]) -> Unit:
-    """The unit, given as `Unit`, as text or as (layer, site, index), if the model has it.
+    """Returns the unit, given as `Unit`, as text or as (layer, site, index), if the model has it.
 
     Raises:
         ValueError: a unit that the model does not have, or another spelling.

@@ -16,7 +16,7 @@ from sa_lens.data.tokens import TokenFile
 
 
 class BlockOrder:
-    """Block indices by position in an endless stream of epochs.
+    """The order of blocks in an endless stream of shuffled epochs.
 
     Epoch e holds every block once, permuted by (seed, e). The block at a position depends on nothing else, so one
     integer restores the place in the stream, and the number of processes does not change the order.
@@ -35,7 +35,7 @@ class BlockOrder:
         self.seed = seed
 
     def indices(self, start: int, count: int) -> Int64[np.ndarray, " count"]:
-        """The blocks at positions `start` to `start + count - 1`."""
+        """Returns the blocks at positions `start` to `start + count - 1`."""
         if start < 0 or count < 0:
             raise ValueError(f"start={start} and count={count} must be 0 or more")
         first, last = start // self.n_blocks, (start + max(count, 1) - 1) // self.n_blocks

@@ -1,4 +1,4 @@
-"""The cache: where it is, what its files are named by, and making each of them once, whole, by one process."""
+"""The cache of prepared texts: its folder, its file names, and files that one process makes while others wait."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sa_lens.places import local_path
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """The folder for tokens on disk: `cache_dir`, else `$SA_LENS_CACHE`, else `~/.cache/sa_lens`."""
+    """Returns the folder for tokens on disk: `cache_dir`, else `$SA_LENS_CACHE`, else `~/.cache/sa_lens`."""
     chosen = cache_dir if cache_dir is not None else os.environ.get("SA_LENS_CACHE") or "~/.cache/sa_lens"
     return local_path(chosen, "data.cache_dir").resolve()
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's bytes, or of the names and bytes of all files of a folder, hidden ones left out.
+    """Returns the SHA-256 (hex) of a file's bytes, or of names and bytes of all files of a folder except hidden ones.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -37,18 +37,18 @@ def fingerprint(path: str | Path) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders, sorted; those whose name or folder begins with a dot are left out."""
+    """Returns all files in a folder and its subfolders, sorted, without hidden files and folders."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def key_of(values: Any) -> str:
-    """SHA-256 (hex) of plain nested values, the same in every process."""
+    """Returns the SHA-256 (hex) of plain nested values, the same in every process."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def make_once(path: Path, make: Callable[[], object]) -> None:
-    """Makes a file or folder of the cache, unless it is there; of several processes one makes it, the others wait.
+    """Makes a file or folder of the cache unless it exists; of several processes one makes it and the others wait.
 
     Its fingerprint is recorded beside it when it is complete; without a record it counts as missing.
 
@@ -77,7 +77,7 @@ def make_once(path: Path, make: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what stands there at the end becomes `path`.
+    """Yields a temporary path beside `path` that replaces `path` at the end.
 
     Raises:
         OSError: the folder cannot be written; the message says which setting names another.
@@ -110,7 +110,7 @@ def hold_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explain_errors(path: Path) -> Iterator[None]:
-    """Names the cache file and the way out in an operating-system error that concerns it; others pass as they are."""
+    """Adds the cache file and the remedy to an error of the operating system that concerns it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The Hub, asked once and briefly: whether it answers, and which revision of a dataset is current.
+"""Short requests to the Hub: whether it answers, and which revision of a dataset is current.
 
 Every access goes through `require_hub` first, because the libraries behind it retry for half a minute where there is no
 network. Nothing here downloads text; `sources` does.
@@ -18,11 +18,11 @@ PROBE_SECONDS = 3.0
 
 
 class HubUnreachable(ConnectionError):
-    """The Hub is needed and does not answer."""
+    """The Hub is needed but does not answer."""
 
 
 def probe(seconds: float = PROBE_SECONDS) -> str | None:
-    """None if the Hub answers within `seconds`, else the reason why it does not."""
+    """Returns None if the Hub answers within `seconds`, else the reason why it does not."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -47,7 +47,7 @@ def probe(seconds: float = PROBE_SECONDS) -> str | None:
 
 
 def require_hub(what: str, instead: str) -> None:
-    """Returns if the Hub answers.
+    """Checks that the Hub answers.
 
     Args:
         what: what is wanted from it, for the message.
@@ -62,7 +62,7 @@ def require_hub(what: str, instead: str) -> None:
 
 
 def dataset_revision(dataset_id: str, cache: Path, instead: str) -> str:
-    """The commit that a dataset's default branch points at; without network, the one seen last.
+    """Returns the current commit of a dataset's default branch; without network, the last one seen.
 
     Raises:
         HubUnreachable: no network, and the dataset was never used with this cache.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Text made ready for training."""
+    """A text that is ready for training: tokenizer and two token files."""
 
     train: TokenFile
     """Training tokens."""
@@ -44,7 +44,7 @@ class PreparedData:
 
 
 def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedData:
-    """Token files and tokenizer for a data configuration, made on the first call and found in the cache later.
+    """Prepares tokenizer and token files of a data configuration; later calls find them in the cache.
 
     Any number of processes may call it at once: one makes each file, the others wait for it. Files are keyed by the
     content of the text, the tokenizer and the settings; they do not depend on `n_ctx`.
@@ -86,7 +86,7 @@ def prepare(data: DataConfig, n_ctx: int, *, progress: bool = True) -> PreparedD
 
 
 def print_form(name: str, files: Sequence[TokenFile]) -> None:
-    """Prints on standard error what the documents of a plain text were taken to be; nothing of other kinds of text."""
+    """Prints on standard error how a plain text was divided into documents; prints nothing for other kinds of text."""
     if files[0].form is not None:
         print(f"{name}: {sum(file.n_documents for file in files):,} documents, {files[0].form}", file=sys.stderr)
 
@@ -123,7 +123,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Split:
-    """Holds out the documents that draw the smallest lots; a lot is a hash of seed and text."""
+    """Holds out the documents with the smallest lots; the lot of a document is a hash of seed and text."""
 
     source: Source
     fraction: float
@@ -135,7 +135,7 @@ class _Split:
 
     @functools.cached_property
     def threshold(self) -> int:
-        """The largest lot that is held out."""
+        """Largest lot that is held out."""
         lots = np.unique(np.fromiter((self.lot(text) for text in self.source.read()), dtype=np.uint64))
         if len(lots) == 0:
             raise ValueError(f"the text of {self.source.name} is empty")
@@ -149,7 +149,7 @@ class _Split:
 
 
 def _open_texts(data: DataConfig, cache: Path, progress: bool) -> dict[str, _Text]:
-    """The training and the validation text."""
+    """Opens the training and the validation text."""
     whole = data.source == "stories" or local_path(data.source, "data.source").is_file()
     if whole and data.validation is None and data.validation_split is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where text comes from: local files and folders, datasets on the Hub, generated stories.
+"""Sources of text: local files and folders, datasets on the Hub, generated stories.
 
 A source knows what its text is (a key by content) before it reads any, so that tokens already on disk are found at
 once. Blank documents are left out everywhere. How each kind of file is read: `text_files`.
@@ -102,7 +102,7 @@ def open_source(
 
 
 def stories_source(n: int, seed: int, max_documents: int | None) -> Source:
-    """Generated stories; their key holds the fingerprint of the code that tells them."""
+    """Returns generated stories as a source; its key holds the fingerprint of the code that makes them."""
     rules = {path.name: fingerprint(path) for path in sorted(Path(str(stories.__file__)).parent.glob("*.py"))}
     count = n if max_documents is None else min(n, max_documents)
     key = key_of({"stories": count, "seed": seed, "rules": key_of(rules)})
@@ -113,12 +113,12 @@ def stories_source(n: int, seed: int, max_documents: int | None) -> Source:
 
 @functools.lru_cache(maxsize=1)
 def _story_texts(key: str, count: int, seed: int) -> tuple[str, ...]:
-    """The texts of generated stories, kept: preparing them for training reads them several times."""
+    """Returns the texts of generated stories, kept in memory because training data reads them several times."""
     return tuple(story.text for story in stories.generate(count, seed))
 
 
 def story_words(vocab_size: int) -> list[str]:
-    """The words of the generated stories that a vocabulary of that size keeps whole: all, or the names alone."""
+    """Returns the words of the generated stories that a vocabulary of this size keeps whole: all, or only names."""
     return sorted(stories.vocabulary() if vocab_size >= _ROOM_FOR_STORIES else stories.NAMES)
 
 
@@ -127,7 +127,7 @@ def _skip_blank(texts: Iterable[str | None], max_documents: int | None) -> Itera
 
 
 def _files_of(path: Path, split: str | None) -> list[Path]:
-    """The files that hold a local text, in the order in which they are read."""
+    """Returns the files of a local text, in the order in which they are read."""
     if path.is_file():
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty")
@@ -145,7 +145,7 @@ def _files_of(path: Path, split: str | None) -> list[Path]:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a file's path names (`train-00.parquet`, `validation/0.parquet`); `train` if it names none."""
+    """Returns the split that a file's path names (`train-00.parquet`, `validation/0.parquet`), else `train`."""
     words = re.findall(r"[a-z]+", file.with_suffix("").as_posix().lower())
     named = next((word for word in reversed(words) if word in _SPLIT_WORDS), "train")
     return SPLIT_NAMES.get(named, named)
@@ -161,7 +161,7 @@ def _choose_split(split: str | None, splits: list[str], name: str) -> str:
 
 
 def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, streaming: bool) -> Iterator[str | None]:
-    """The texts of a Hub dataset; nothing is asked of the Hub before the first is wanted.
+    """Yields the texts of a Hub dataset; the Hub is not asked before the first one is needed.
 
     Files of a known kind are read as local ones are, the text column alone; others by `datasets`.
     """
@@ -182,7 +182,7 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
         )
         columns = rows.column_names or []
         if column not in columns:
-            raise text_files.no_column(dataset_id, column, columns)
+            raise text_files.missing_column_error(dataset_id, column, columns)
         for batch in rows.select_columns([column]).iter(text_files.BATCH):
             yield from (text_files.as_text(text, column, dataset_id) for text in batch[column])
         return
@@ -198,7 +198,7 @@ def _hub_texts(dataset_id: str, revision: str, split: str | None, column: str, s
 
 
 def _keep(texts: Iterable[str], path: Path, total: int | None, progress: bool) -> Iterator[str]:
-    """The texts, written to `path` (one JSON string per line) on the first pass, read from there on later ones."""
+    """Yields the texts; the first pass writes them to `path`, one JSON string per line, and later ones read it."""
     from tqdm.auto import tqdm
 
     def download() -> None:

@@ -43,7 +43,7 @@ _SEPARATED, _SPACED, _LISTED = f"between lines {SEPARATOR}", "between blank line
 
 
 def kind_of(file: Path) -> str:
-    """The kind of a file.
+    """Returns the kind of a file.
 
     Raises:
         ValueError: an unknown one.
@@ -55,7 +55,7 @@ def kind_of(file: Path) -> str:
 
 
 def texts(files: Iterable[Path], column: str) -> Iterator[str | None]:
-    """The texts of files, one after another.
+    """Yields the texts of files, one after another.
 
     Raises:
         ValueError: a damaged file, no such column in one that has rows, or a column that holds no text.
@@ -67,7 +67,7 @@ def texts(files: Iterable[Path], column: str) -> Iterator[str | None]:
 
 
 def file_texts(opened: Opener, kind: str, column: str, name: str) -> Iterator[str | None]:
-    """The texts of one file; see `texts`."""
+    """Yields the texts of one file; see `texts`."""
     import pyarrow as pa
 
     readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json, TEXT: _read_text}
@@ -86,7 +86,7 @@ def _open_later(file: Path) -> Opener:
 
 
 def as_text(value: Any, column: str, name: str) -> str | None:
-    """A value of the text column.
+    """Checks a value of the text column.
 
     Raises:
         ValueError: it is neither text nor missing.
@@ -96,13 +96,13 @@ def as_text(value: Any, column: str, name: str) -> str | None:
     return value
 
 
-def no_column(name: str, column: str, columns: Iterable[str]) -> ValueError:
-    """The error of a text without the column that is asked for."""
+def missing_column_error(name: str, column: str, columns: Iterable[str]) -> ValueError:
+    """Returns the error of a text without the column that is asked for."""
     return ValueError(f"{name} has no column {column!r}; its columns: {', '.join(map(repr, columns))}")
 
 
 def saved_dataset(folder: Path, choose: Callable[[list[str]], str]) -> list[Path]:
-    """The arrow files of a dataset written by `save_to_disk` of `datasets`.
+    """Returns the arrow files of a dataset written by `save_to_disk` of `datasets`.
 
     Args:
         choose: picks one of the splits, if it has any.
@@ -131,7 +131,7 @@ def _read_parquet(opened: Opener, column: str, name: str) -> Iterator[Any]:
         if table.metadata.num_rows == 0:
             return
         if column not in table.schema_arrow.names:
-            raise no_column(name, column, table.schema_arrow.names)
+            raise missing_column_error(name, column, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=BATCH, columns=[column]):
             yield from batch.column(0).to_pylist()
 
@@ -155,7 +155,7 @@ def _read_arrow(opened: Opener, column: str, name: str) -> Iterator[Any]:
         if first is None:
             return
         if column not in first.schema.names:
-            raise no_column(name, column, first.schema.names)
+            raise missing_column_error(name, column, first.schema.names)
         index = first.schema.names.index(column)
         for batch in batches(pa.ipc.IpcReadOptions(included_fields=[index])):
             for start in range(0, batch.num_rows, BATCH):
@@ -163,7 +163,7 @@ def _read_arrow(opened: Opener, column: str, name: str) -> Iterator[Any]:
 
 
 def _read_json(opened: Opener, column: str, name: str) -> Iterator[Any]:
-    """One object on each line, or one array of objects in the whole file."""
+    """Yields rows from one object per line, or from one array of objects in the whole file."""
     with _decode(opened) as file:
         is_array = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "") == "["
     place = "row" if is_array else "line"
@@ -184,7 +184,7 @@ def _read_json(opened: Opener, column: str, name: str) -> Iterator[Any]:
                 seen |= dict.fromkeys(row)
             yield row.get(column)
     if seen and not has_column:
-        raise no_column(name, column, seen)
+        raise missing_column_error(name, column, seen)
 
 
 def _row(line: str, number: int, name: str) -> Any:
@@ -203,7 +203,7 @@ def _row(line: str, number: int, name: str) -> Any:
 
 
 def form(files: Sequence[Path]) -> str:
-    """Where documents of plain text files begin and end, in words."""
+    """Says where the documents of plain text files begin and end."""
     forms = []
     for file in files:
         if file.stat().st_size > 0:
@@ -237,7 +237,7 @@ def _read_text(opened: Opener, column: str, name: str) -> Iterator[str]:
 
 
 def _lines(opened: Opener, name: str) -> Iterator[str]:
-    """The lines of a text file, each with a line feed at its end, without byte-order marks."""
+    """Yields the lines of a text file, each with a line feed at its end, without byte-order marks."""
     with _decode(opened) as file:
         for number, line in enumerate(file, start=1):
             if "\0" in line:

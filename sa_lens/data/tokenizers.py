@@ -51,17 +51,17 @@ class Boundaries(NamedTuple):
 
     @property
     def before(self) -> list[int]:
-        """What a document of a training text begins with: nothing if the end of the one before says as much."""
+        """Tokens before a document of a training text: none if the end of the previous document suffices."""
         return [] if self.begin == self.end else [self.begin]
 
     @property
     def after(self) -> list[int]:
-        """What it ends with."""
+        """Tokens after a document."""
         return [self.end]
 
 
 def boundary_tokens(tokenizer: Any) -> Boundaries:
-    """A tokenizer's begin- and end-of-text token; where it has one of them only, that one is both.
+    """Returns a tokenizer's begin- and end-of-text token; if it has only one of them, this is used for both.
 
     Raises:
         ValueError: it has neither.
@@ -100,7 +100,7 @@ def byte_letters() -> dict[str, int]:
 
 
 def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy for prompts: it puts the begin token before a text, and nothing else before or after it.
+    """Returns a copy for prompts, which puts the begin token before a text and nothing else around it.
 
     Both boundary tokens and the padding token are set; the tokens of the text itself stay the same.
 
@@ -153,7 +153,7 @@ def files_of(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer of a local folder or GGUF file. Python code in the folder is never run.
+    """Loads the Hugging Face tokenizer of a local folder. Python code in the folder is never run.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -179,7 +179,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def fetch_tokenizer(name: str, cache: Path) -> Path:
-    """Where a tokenizer is that is named by folder, GGUF file or Hub id; one from the Hub is saved in the cache first.
+    """Returns the folder of a tokenizer named by folder or Hub id; one from the Hub is first saved in the cache.
 
     Raises:
         FileNotFoundError: `name` looks like a path and there is no such folder.
@@ -219,7 +219,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of what decides the tokens of a training text: rules, vocabulary and boundary tokens.
+    """Returns a SHA-256 (hex) of all that determines training tokens: rules, vocabulary and boundary tokens.
 
     How a tokenizer pads, and what it puts around a text of its own accord, have no say in them.
     """
@@ -234,7 +234,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def read_words(path: str | Path) -> list[str]:
-    """The words of a `keep_whole` file, sorted, each once.
+    """Returns the words of a `keep_whole` file, sorted and without repetition.
 
     A text file has one word a line. A JSON file is a set of IOI prompts (`prompts` with `clean`, `corrupt`, `answers`,
     `wrong_answers`): its words are the answers, right and wrong, and all names, which are what tells a clean prompt
@@ -338,7 +338,7 @@ def train_bpe(
 
 
 def _as_one_piece(split: Any, text: str, word: str) -> str:
-    """The single piece, in byte letters, that GPT-2's splitting makes of `text`."""
+    """Returns the single piece, in byte letters, into which GPT-2's splitting turns `text`."""
     parts = [part for part, _ in split.pre_tokenize_str(text)]
     if len(parts) != 1 or not word or word != word.strip():
         cut = ", ".join(repr(text[start:end]) for _, (start, end) in split.pre_tokenize_str(text))
@@ -352,7 +352,7 @@ _BARE = re.compile(r"(?<![\w ])\w+")
 def _shorten(
     trained: dict[str, int], merges: list[tuple[str, str]], kept: set[str], vocab_size: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges cut so that the kept words fit.
+    """Cuts vocabulary and merges so that there is room for the words that are kept whole.
 
     The first merges of a BPE are the BPE of a smaller vocabulary, so cutting the list gives what training for the
     remaining room would have given.

@@ -68,7 +68,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | Path) -> TokenFile:
-        """Reads the header of a token file and checks both against the fingerprints in it.
+        """Reads the header of a token file and compares both files with their fingerprints.
 
         Raises:
             FileNotFoundError: no such file, or no header.
@@ -105,11 +105,11 @@ class TokenFile:
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
     def n_blocks(self, n_ctx: int) -> int:
-        """Whole blocks of `n_ctx` predictions."""
+        """Returns the number of whole blocks of `n_ctx` predictions."""
         return max(0, (self.n_tokens - 1) // n_ctx)
 
     def block(self, index: int, n_ctx: int) -> Int64[np.ndarray, " pos_and_next"]:
-        """Block `index`: `n_ctx + 1` tokens from position `index * n_ctx` on, so blocks share one token at their seam.
+        """Returns block `index`: `n_ctx + 1` tokens from position `index * n_ctx` on, so neighbours share one token.
 
         Raises:
             IndexError: no such block.
@@ -120,7 +120,7 @@ class TokenFile:
         return self.tokens[start : start + n_ctx + 1].astype(np.int64)
 
     def documents(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-        """The documents as text, in their order.
+        """Yields the documents as text, in their order.
 
         Args:
             tokenizer: the one that made the tokens.
@@ -132,7 +132,7 @@ class TokenFile:
             start = end + 1
 
     def check_vocabulary(self, d_vocab: int) -> None:
-        """Returns if a model with `d_vocab` tokens can read this file.
+        """Checks that a model with `d_vocab` tokens can read this file.
 
         Raises:
             ValueError: the file's vocabulary is larger.
@@ -145,7 +145,7 @@ class TokenFile:
 
 
 def validation_blocks(file: TokenFile, n_ctx: int, n_tokens: int) -> Int64[np.ndarray, "batch pos_and_next"]:
-    """The first blocks of a file, as many as give at most `n_tokens` predictions (at least one, at most all).
+    """Returns the first blocks of a file, with at most `n_tokens` predictions but at least one block.
 
     Raises:
         ValueError: the file holds no whole block.
@@ -165,7 +165,7 @@ def check_blocks(file: TokenFile, n_ctx: int, name: str) -> None:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Largest token id + 1, added tokens included."""
+    """Returns the largest token id + 1, with added tokens."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

@@ -28,7 +28,7 @@ _TEMPORARY = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(_PART)}")
 
 @contextmanager
 def replacement(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what stands there at the end becomes `path`, if nothing was raised."""
+    """Yields a temporary path beside `path` that replaces `path` at the end, unless an error is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path.parent, path.name, folder=False) as temporary:
         yield temporary
@@ -38,7 +38,7 @@ def replacement(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: str | Path, write: str | bytes | Callable[[Path], object]) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file as a whole: a reader sees either the old or the new content.
 
     Args:
         write: the content, or a function that writes it to the temporary path that it is given.
@@ -52,7 +52,7 @@ def atomic_write(path: str | Path, write: str | bytes | Callable[[Path], object]
 
 @contextmanager
 def staged_folder(folder: str | Path, last: str = "") -> Iterator[Path]:
-    """Yields an empty temporary folder whose files become those of `folder` at the end, if nothing was raised.
+    """Yields an empty temporary folder whose files are moved to `folder` at the end, unless an error is raised.
 
     A new folder appears under its name only when complete. In an existing one the files replace those of the same name
     after all of them have been written; other files are left alone.
@@ -87,21 +87,21 @@ def staged_folder(folder: str | Path, last: str = "") -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(place: Path) -> Iterator[Path]:
-    """Yields an empty folder in `place` that is removed at the end, or after a kill by whoever needs one next."""
+    """Yields an empty folder in `place` that is removed at the end; after a kill the next user removes it."""
     place.mkdir(parents=True, exist_ok=True)
     with _temporary(place, "scratch", folder=True) as temporary:
         yield temporary
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder; what is left of it if the process is killed meanwhile has a temporary name and goes later."""
+    """Removes a folder; if the process is killed meanwhile, the rest has a temporary name and is removed later."""
     gone = folder.with_name(f".{folder.name}.removing{_PART}")
     folder.rename(gone)
     shutil.rmtree(gone)
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes the temporary files and folders that killed processes left in a folder; those of live ones stay."""
+    """Removes temporary files and folders of killed processes from a folder, but not those of live ones."""
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
             if _TEMPORARY.fullmatch(entry.name) and not entry.is_symlink():
@@ -113,7 +113,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 @contextmanager
 def _temporary(place: Path, name: str, *, folder: bool) -> Iterator[Path]:
-    """Yields an empty temporary file or folder in `place`, which is gone or renamed at the end."""
+    """Yields an empty temporary file or folder in `place`, which is removed or renamed at the end."""
     remove_leftovers(place)
     while True:
         prefix = f".{name[:50]}."
@@ -138,7 +138,7 @@ def _temporary(place: Path, name: str, *, folder: bool) -> Iterator[Path]:
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:
-    """A descriptor that holds the lock of a temporary file or folder until it is closed, or until its process dies.
+    """Returns a descriptor that holds the lock of a temporary file or folder until it is closed or its process dies.
 
     None if another process holds it, or where the system has no such locks.
     """
@@ -166,7 +166,7 @@ def _remove(temporary: Path) -> None:
 
 
 def _sync_file(file: Path) -> None:
-    """Puts a written file on the disk, with the permissions of a file made in the ordinary way."""
+    """Writes a file through to the disk, and gives it the permissions of an ordinary file."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
     file.chmod(0o666 & ~_umask())
@@ -179,7 +179,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut, where the system can."""
+    """Makes renames in a folder survive a power cut, if the system can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -192,7 +192,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class DamagedFile(ValueError):
-    """A file whose content is not what it should be; the message names the file, the fault and the remedy."""
+    """A file has another content than it should; the message names the file, the fault and the remedy."""
 
 
 def read_json(
@@ -203,7 +203,7 @@ def read_json(
     keys: Mapping[str, Any] | None = None,
     other_keys: bool = False,
 ) -> Any:
-    """The content of a JSON file, checked.
+    """Returns the content of a JSON file after checks.
 
     Duplicate keys, numbers that are not finite, text that is not UTF-8 and lone surrogates are refused everywhere.
 
@@ -234,7 +234,7 @@ def read_json(
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The content of a JSON document that has no duplicate key, no number that is not finite and only valid text.
+    """Returns the content of a JSON document; duplicate keys, infinite numbers and invalid text are refused.
 
     Raises:
         ValueError: the fault, without the name of a file.
@@ -290,7 +290,7 @@ def check_object(
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a type; whole numbers count as `float`, Boolean values as `bool` alone."""
+    """Returns whether a JSON value is of a type; whole numbers count as `float`, Boolean values only as `bool`."""
     kinds = get_args(kind) or (kind,)
     if isinstance(value, bool):
         return bool in kinds or object in kinds

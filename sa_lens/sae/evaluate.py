@@ -123,7 +123,7 @@ def evaluate_sae(
         raise ValueError("every token of the text is ignored")
     batch = max(1, min(BLOCKS_AT_ONCE, LOGITS_AT_ONCE // (blocks.length * model.cfg.d_vocab)))
     passes = math.ceil(len(text) / batch)
-    with in_stream(model, chosen), _hook_named(sae, hook):
+    with in_stream(model, chosen), _set_hook_name(sae, hook):
         try:
             metrics, latents = sae_lens.run_evals(
                 sae=sae,
@@ -254,7 +254,7 @@ class _TokenStore:
 
 
 @contextmanager
-def _hook_named(sae: Any, hook: str) -> Iterator[None]:
+def _set_hook_name(sae: Any, hook: str) -> Iterator[None]:
     """Sets the hook in the metadata of the SAE within the context."""
     metadata = sae.cfg.metadata
     before = metadata.hook_name

@@ -168,7 +168,7 @@ def _finish(trainer: Any, folder: Path | None, model: Host) -> Any:
             sae.save_inference_model(temporary)
             return load_sae(Path(temporary), model)
     # the configuration comes last: with it the folder counts as finished
-    with _writing(folder), staged_folder(folder, last=FINISHED) as temporary:
+    with _explain_write_errors(folder), staged_folder(folder, last=FINISHED) as temporary:
         sae.save_inference_model(temporary)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
@@ -293,13 +293,13 @@ def _prepare_folder(folder: Path, resume: bool, record: dict[str, Any]) -> None:
                 "arguments, or another output"
             )
         return
-    with _writing(folder):
+    with _explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(stored, json.dumps(record, indent=1).encode())
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _explain_write_errors(folder: Path) -> Iterator[None]:
     """Raises OSError with the folder and the kept checkpoint, whichever library fails to write."""
     try:
         yield
@@ -328,7 +328,7 @@ def _save_checkpoint(trainer: Any, folder: Path) -> None:
     if before == final:
         return
     shutil.rmtree(base / "writing", ignore_errors=True)
-    with _writing(folder):
+    with _explain_write_errors(folder):
         trainer.save_checkpoint("writing", base_path=base)
         (base / "writing").rename(final)
     if before is not None:

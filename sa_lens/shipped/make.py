@@ -105,7 +105,7 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
         "figures": figures_of(model, recipe.run, recipe.words, data),
         "sample": _sample(model, data),
     }
-    text = {**run_text.recorded(run), "paths": {}}
+    text = {**run_text.read_record(run), "paths": {}}
     config = {**save_and_load.describe(model), "stored_dtype": "float16", "run": settings, "text": text}
     out.mkdir(parents=True, exist_ok=True)
     with staged_folder(out / name, last=save_and_load.CONFIG) as temporary:

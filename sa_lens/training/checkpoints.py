@@ -1,4 +1,4 @@
-"""Exact checkpoints of a run: `state/step-N/`, safetensors and JSON, complete once a marker file exists.
+"""Exact checkpoints of a run: folders `state/step-N/` of safetensors and JSON, complete once a marker file exists.
 
     model.safetensors       weights, as in a model folder
     optimizer.safetensors   `<parameter>.<quantity>`: AdamW's averages and step counts
@@ -38,7 +38,7 @@ KEPT = 2
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """The state of a run, without its tensors."""
+    """The state of a run except for its tensors."""
 
     step: int
     """Optimizer steps taken."""
@@ -66,7 +66,7 @@ class RunState:
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of a checkpoint, gathered on the CPU."""
+    """The tensors of a checkpoint, on the CPU."""
 
     weights: dict[str, Tensor]
     """As in a model folder."""
@@ -77,7 +77,7 @@ class Tensors:
 
 
 def write(out: Path, state: RunState, tensors: Tensors) -> Path:
-    """Writes `state/step-N/` and removes all but the last two complete checkpoints.
+    """Writes `state/step-N/`, and removes all complete checkpoints except the last two.
 
     Raises:
         OSError: a full disk or a folder that cannot be written; earlier checkpoints are untouched.
@@ -127,7 +127,7 @@ def read(folder: Path) -> tuple[RunState, Tensors]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's tensors as `<parameter>.<quantity>`, whole and on the CPU."""
+    """Returns AdamW's tensors as `<parameter>.<quantity>`, whole and on the CPU."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         f"{names[id(p)]}.{quantity}": whole_tensor(value.detach()).cpu().contiguous().clone()
@@ -142,7 +142,7 @@ def restore_optimizer(
     tensors: dict[str, Tensor],
     untouched: frozenset[str] = frozenset(),
 ) -> None:
-    """Puts back what `optimizer_tensors` returned.
+    """Restores the tensors that `optimizer_tensors` returned.
 
     Args:
         untouched: parameters that had no gradient yet, so that AdamW holds nothing for them.
@@ -168,7 +168,7 @@ def restore_optimizer(
 
 
 def generators_of(process: int) -> dict[str, Tensor]:
-    """States of torch's generators in this process, as `<process>.<device>`; training draws from no other generator."""
+    """Returns the states of torch's generators in this process, as `<process>.<device>`; training uses no others."""
     states = {f"{process}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states[f"{process}.cuda"] = torch.cuda.get_rng_state()
@@ -176,7 +176,7 @@ def generators_of(process: int) -> dict[str, Tensor]:
 
 
 def restore_generators(process: int, states: dict[str, Tensor]) -> None:
-    """Puts this process's generators back, if there are states for it."""
+    """Restores this process's generators, if there are states for it."""
     if f"{process}.cpu" in states:
         torch.set_rng_state(states[f"{process}.cpu"])
     if f"{process}.cuda" in states and torch.cuda.is_available():
@@ -184,6 +184,6 @@ def restore_generators(process: int, states: dict[str, Tensor]) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings that differ, as `section.name: before -> now`."""
+    """Lists settings that differ, as `section.name: before -> now`."""
     old, new = flat_settings(before), flat_settings(now)
     return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -6,7 +6,7 @@ from sa_lens.training.evaluation import Evaluation
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
-    """The figures of an evaluation as text, as `sa-lens eval` prints them."""
+    """Formats the figures of an evaluation as a table of text for `sa-lens eval`."""
     rows = [f"{evaluation.tokens:,} tokens", f"{'':<14}{'loss':>10}{'perplexity':>13}{'bits per byte':>16}"]
     for stream in ("clean", "ablated"):
         loss = getattr(evaluation, f"{stream}_loss")

@@ -1,4 +1,4 @@
-"""Losses of both streams on a fixed validation text, and how the gates use their units."""
+"""Evaluation: losses of both streams on a fixed validation text, and how the gates use their units."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of one evaluation; those of the ablated stream are None without gates, or if it was left out."""
+    """Results of an evaluation; those of the ablated stream are None without gates, or if it was left out."""
 
     tokens: int
     """Predicted tokens."""
@@ -61,7 +61,7 @@ class Evaluation:
 
     @property
     def selection_loss(self) -> float:
-        """The loss by which the best model is chosen: ablated; clean without gates."""
+        """Loss by which the best model is chosen: that of the ablated stream, or of the clean one without gates."""
         return self.clean_loss if self.ablated_loss is None else self.ablated_loss
 
 
@@ -74,7 +74,7 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Evaluation:
-    """Evaluates both streams in float32, by the fused path where it covers the model and no hooks are attached.
+    """Evaluates both streams in float32, by the fused path if it covers the model and no hooks are attached.
 
     A mask entry counts as kept above one half, which is exact for hard gates.
 
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def _loss_figures(stream: Stream, loss: float, bits: float) -> dict[str, float]:
-    """The three forms in which a loss is given; `bits` is the bits per byte of one nat per token."""
+    """Returns a loss in its three forms; `bits` is the bits per byte of one nat per token."""
     # 1e304 where exp(loss) would overflow: files hold finite numbers alone
     perplexity = math.exp(min(loss, 700.0))
     return {f"{stream}_loss": loss, f"{stream}_perplexity": perplexity, f"{stream}_bits_per_byte": loss * bits}
@@ -135,7 +135,7 @@ def _losses_and_masks(
     fused: bool,
     clean_alone: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None, dict[str, list[Tensor]]]:
-    """Clean loss, ablated loss (None if it is left out) and masks of a batch."""
+    """Returns clean loss, ablated loss (None if it is left out) and masks of a batch."""
     if fused or clean_alone:
         loss = TwoStreamLoss(model, path="fused" if fused else "hooked", dtype=model.cfg.dtype)
         terms = loss(tokens, targets, clean_alone=clean_alone)
@@ -148,7 +148,7 @@ def _losses_and_masks(
 
 
 class _Sum:
-    """A weighted sum on the CPU, and its weight."""
+    """A weighted sum on the CPU, with its weight."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64)
@@ -162,7 +162,7 @@ class _Sum:
 
 
 def _unit_counts(model: SelfAblatingTransformer, gate_name: str) -> list[Int64[Tensor, " unit"]]:
-    """A counter of kept tokens for every unit, one tensor per layer."""
+    """Makes a counter of kept tokens for every unit, one tensor per layer."""
     gates = [(n, m) for n, m in model.named_modules() if isinstance(m, Gate) and n.endswith(gate_name)]
     return [torch.zeros(gate.n_units, dtype=torch.int64, device=model.W_E.device) for _, gate in gates]
 
@@ -172,7 +172,7 @@ def _share(used: Bool[Tensor, " unit"]) -> float:
 
 
 def bytes_per_token(file: TokenFile) -> float:
-    """Bytes of text per token of a file, end-of-text tokens counted as tokens without bytes."""
+    """Returns the bytes of text per token of a file; end-of-text tokens count as tokens without bytes."""
     return file.n_bytes / file.n_tokens
 
 

@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom: evaluate, save, stop test, the step, log."""
+"""The training loop, to be read from top to bottom: evaluate, save, test whether to stop, step, log."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TrainResult:
 def train(
     run: RunConfig, out: str | Path, *, device: str = "auto", resume: bool = False, progress: bool = True
 ) -> TrainResult:
-    """Trains a model and leaves a run folder.
+    """Trains a model and writes a run folder.
 
     Under `accelerate launch` every process calls this; `train.batch_size` is shared among them and one of them writes.
 
@@ -227,7 +227,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
 
 
 def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches from where the run stands, on its device."""
+    """Yields this process's micro-batches from the current step on, on its device."""
     device, processes = accelerator.device, accelerator.num_processes
     positions = ProcessPositions(
         *(setup.state.step, run.train.steps, run.train.batch_size, micro_batches(run, processes)),
@@ -241,7 +241,7 @@ def _batches(run: RunConfig, setup: TrainingSetup, accelerator: Accelerator) -> 
 
 
 def _processes_stop(stop: StopRequest, step: int, every: int, accelerator: Accelerator) -> bool:
-    """Whether to stop now; several processes decide together, every `every` steps."""
+    """Returns whether to stop now; several processes decide together, every `every` steps."""
     if accelerator.num_processes == 1:
         return stop.made
     if step % every != 0:
@@ -250,7 +250,7 @@ def _processes_stop(stop: StopRequest, step: int, every: int, accelerator: Accel
 
 
 def _total(x: Tensor, accelerator: Accelerator) -> Tensor:
-    """The sum over all processes, on the device of `x`."""
+    """Returns the sum over all processes, on the device of `x`."""
     if accelerator.num_processes == 1:
         return x
     return accelerator.reduce(x.to(accelerator.device), "sum").to(x.device)
@@ -264,7 +264,7 @@ def _check_evaluation(evaluation: Evaluation, step: int) -> None:
 
 
 def _save(out: Path, state: checkpoints.RunState, setup: TrainingSetup, accelerator: Accelerator) -> None:
-    """Writes a checkpoint, having checked that everything in it is finite; one process writes."""
+    """Writes a checkpoint after a check that everything in it is finite; one process writes."""
     from accelerate.utils import gather_object
 
     weights = {name: whole_tensor(p.detach()).cpu().contiguous() for name, p in setup.model.named_parameters()}
@@ -285,7 +285,7 @@ def _save(out: Path, state: checkpoints.RunState, setup: TrainingSetup, accelera
 
 
 def _final_sample(run: RunConfig, model: SelfAblatingTransformer, metrics: MetricsFile, record: Any) -> Sample | None:
-    """Text from both streams, recorded once even if a finished run is resumed several times."""
+    """Draws text from both streams and records it once, even if a finished run is resumed several times."""
     if run.train.sample_tokens == 0 or model.tokenizer is None:
         return None
     drawn = sample(model, max_new_tokens=run.train.sample_tokens, seed=run.train.seed)
@@ -310,7 +310,7 @@ def _bar(steps: int, step: int, out: Path, progress: bool) -> Any:
 
 
 def _status(means: dict[str, float], speed: float) -> str:
-    """Losses and speed, for the progress bar."""
+    """Returns losses and speed for the progress bar."""
     shown = {name: means[name] for name in ("clean", "ablated") if name in means}
     return ", ".join([*(f"{name} {value:.3f}" for name, value in shown.items()), f"{speed:,.0f} tokens/s"])
 

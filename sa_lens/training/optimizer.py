@@ -1,4 +1,4 @@
-"""Which parameters are trained, and AdamW over them."""
+"""The choice of trained parameters, and AdamW over them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sa_lens.core.gate import Gate, belongs_to_gate
 
 
 def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
-    """Marks what is trained (`requires_grad`) and returns its names.
+    """Marks the parameters that are trained (`requires_grad`) and returns their names.
 
     Left out are the biases that the model does not have, gates that keep every unit (their mask is constant) or whose
     scores are random, and with `freeze="base"` everything but the gates.
@@ -31,17 +31,17 @@ def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
 
 
 def gate_names(model: nn.Module) -> frozenset[str]:
-    """Names of the gates' parameters."""
+    """Returns the names of the gates' parameters."""
     return frozenset(name for name, _ in model.named_parameters() if belongs_to_gate(name))
 
 
 def decays(name: str) -> bool:
-    """Whether a parameter gets weight decay: matrices outside the gates do, biases and LayerNorm do not."""
+    """Returns whether a parameter has weight decay: matrices outside the gates have it, biases and LayerNorm do not."""
     return name.rsplit(".", 1)[-1].lstrip("_").startswith("W_") and not belongs_to_gate(name)
 
 
 def adamw(model: nn.Module, cfg: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of `model`, in two groups: with and without weight decay.
+    """Makes AdamW over the trained parameters of `model`, in two groups: with and without weight decay.
 
     Args:
         fused: one kernel for all parameters, where the device has it.

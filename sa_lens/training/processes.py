@@ -50,7 +50,7 @@ def check_tracker(tracker: str) -> None:
 
 @contextmanager
 def open_accelerator(run: RunConfig, out: Path, device: str) -> Iterator[Accelerator]:
-    """An Accelerator for this run.
+    """Makes the Accelerator of a run.
 
     Accelerate keeps its state in the process. It is restored afterwards, so that the next run can use another device
     and the caller's own Accelerator stays usable.
@@ -116,12 +116,12 @@ class LostProcess(RuntimeError):
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error of torch means that another process can no longer be reached."""
+    """Returns whether an error of torch means that another process can no longer be reached."""
     return isinstance(error, torch.distributed.DistError) or bool(re.search("gloo|nccl", str(error), re.IGNORECASE))
 
 
 def micro_batches(run: RunConfig, processes: int) -> int:
-    """Micro-batches of a step that each process takes.
+    """Returns the number of micro-batches per step of each process.
 
     Raises:
         ValueError: a batch or a number of micro-batches that the processes cannot share evenly.
@@ -142,7 +142,7 @@ def micro_batches(run: RunConfig, processes: int) -> int:
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by name, as `section.name`."""
+    """Returns nested settings by name, as `section.name`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -151,7 +151,7 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What a bit-for-bit repetition of a run depends on, apart from its configuration."""
+    """The properties of the machine on which bit-for-bit repetition of a run depends."""
 
     device: str
     """Type of the device."""
@@ -164,7 +164,7 @@ class Environment:
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> Environment:
-        """The environment of this process."""
+        """Returns the environment of this process."""
         import platform
 
         import numpy

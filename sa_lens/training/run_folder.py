@@ -1,4 +1,4 @@
-"""The folder of a run: opening it for one trainer, and checking that a resumed run is the same run.
+"""The folder of a run: it is opened for one trainer, and a resumed run is checked to be the same run.
 
 run.yaml            the configuration, as `--config` takes it
 config.json, model.safetensors, tokenizer files      the best model so far
@@ -42,7 +42,7 @@ _MAY_CHANGE_ROUNDING = {"train.accumulate", "train.path", "train.compile", "trai
 
 
 def is_run(out: Path) -> bool:
-    """Whether the folder holds a run, finished or not."""
+    """Returns whether the folder holds a run, finished or not."""
     return any((out / name).exists() for name in (CONFIG_YAML, CONFIG, METRICS, "state"))
 
 
@@ -75,7 +75,7 @@ def check_unchanged(out: Path, before: dict[str, Any], now: RunConfig) -> None:
 
 
 def stored_config(out: Path) -> RunConfig:
-    """The configuration with which a run was started.
+    """Returns the configuration with which a run was started.
 
     Raises:
         FileNotFoundError: no run in this folder.
@@ -118,7 +118,7 @@ def sole_trainer(out: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_write_errors(out: Path) -> Iterator[None]:
-    """Adds to errors of the operating system what is still there of the run and what to do."""
+    """Adds to errors of the operating system what remains of the run and what to do."""
     try:
         yield
     except (FileExistsError, FileNotFoundError, NotADirectoryError):

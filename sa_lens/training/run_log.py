@@ -1,4 +1,4 @@
-"""What a run logs: loss terms, kept on the device until they are needed, and the file `metrics.jsonl`."""
+"""The log of a run: loss terms, which stay on the device until they are needed, and the file `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sa_lens.data.whole_files import DamagedFile, atomic_write, check_object, pa
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss, gradient or weight is no longer finite."""
+    """A loss, gradient or weight is not finite."""
 
 
 class Window:
@@ -64,7 +64,7 @@ class Window:
             self._pending = []
 
     def means(self) -> dict[str, float]:
-        """Mean of each term over the fetched rows, which are then forgotten."""
+        """Returns the mean of each term over the fetched rows, which are then deleted."""
         means = {
             name: math.fsum(column) / len(column)
             for name, column in zip(self.names, zip(*self.fetched, strict=True), strict=True)
@@ -74,7 +74,7 @@ class Window:
 
 
 def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
-    """Names of the values of a step: those of the terms that `term_row` returns, and the gradient's norm.
+    """Returns the names of the values of a step: those of `term_row`, and the norm of the gradient.
 
     Args:
         ablated: whether the step trains the ablated stream (`schedule.trains_ablated`).
@@ -86,7 +86,7 @@ def term_names(run: RunConfig, ablated: bool) -> tuple[str, ...]:
 
 
 def term_row(terms: LossTerms) -> Float[Tensor, " term"]:
-    """The terms that are not None, in one float32 tensor without gradient."""
+    """Returns the terms that are not None in one float32 tensor without gradient."""
     return torch.stack([value.detach().float() for value in terms if value is not None])
 
 
@@ -100,13 +100,13 @@ class MetricsFile:
         self.path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds a record; values that are not finite numbers or are None are left out."""
+        """Adds a record, without values that are None or not finite numbers."""
         kept = {k: v for k, v in record.items() if v is not None and (not isinstance(v, float) or math.isfinite(v))}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(kept) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line that was cut off is left out.
+        """Returns all records, without a last line that was cut off.
 
         Raises:
             DamagedFile: another line is no record.

@@ -1,4 +1,4 @@
-"""The text that a run was trained on: recorded with the model, looked for from anywhere, compared by its tokens.
+"""The text on which a run was trained: it is recorded with the model, found again later, and compared by its tokens.
 
 `config.json` of a run holds, under `text`, the fingerprints of the tokens and where the files of the configuration lay
 as seen from the run folder, or which revision of a dataset it was. So a text is found from any working directory, and
@@ -29,7 +29,7 @@ _NO_PATHS = ("stories", "bpe")
 
 
 def record(run: RunConfig, data: PreparedData, folder: Path, given: RunConfig) -> dict[str, Any]:
-    """The entry of `config.json` about the text of a run.
+    """Returns the entry of `config.json` about the text of a run.
 
     Args:
         run: with paths that hold in the current folder.
@@ -53,8 +53,8 @@ def record(run: RunConfig, data: PreparedData, folder: Path, given: RunConfig) -
     return {**fingerprints, "paths": paths, "revisions": revisions}
 
 
-def recorded(folder: Path) -> dict[str, Any]:
-    """The entry of a run's `config.json` about its text; empty if there is none.
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns the entry of a run's `config.json` about its text; empty if there is none.
 
     Raises:
         ValueError: a damaged record.
@@ -74,7 +74,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterable[str] = PATHS) -> Iterator[RunConfig]:
-    """The configuration with paths that exist: as seen from the run folder; and as they stand, from the current folder.
+    """Returns the configuration with existing paths: relative to the run folder, and relative to the current folder.
 
     Datasets are those of the recorded revision. A setting that is not the recorded one is left as it stands.
 
@@ -110,8 +110,8 @@ def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterabl
         yield run
 
 
-def differing(data: PreparedData, text: dict[str, Any]) -> list[str]:
-    """Which of the texts, train and validation, differ from those of the record; none if the record is empty."""
+def differing_texts(data: PreparedData, text: dict[str, Any]) -> list[str]:
+    """Returns which of the texts, train and validation, differ from those of the record; none if it is empty."""
     now = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
     return [name for name, fingerprint in now.items() if text.get(name, fingerprint) != fingerprint]
 

@@ -25,7 +25,7 @@ class Sample:
     """Text of the ablated stream, prompt included; None without gates."""
 
     def side_by_side(self, width: int | None = None) -> str:
-        """The texts in two columns, or in one without gates.
+        """Returns the texts in two columns, or in one without gates.
 
         Args:
             width: characters per line; None: the terminal's.

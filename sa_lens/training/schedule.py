@@ -1,4 +1,4 @@
-"""What depends on the step: the learning rate, and which streams are trained."""
+"""Schedules: the learning rate, and the streams that are trained, by step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sa_lens.config import RunConfig, TrainConfig
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Learning rate of optimizer step `step`, counted from 0.
+    """Returns the learning rate of optimizer step `step`, counted from 0.
 
     A linear warm-up over `warmup_steps` steps, then `dense_lr` until the `dense_steps` are over, then half a cosine
     from `lr`, which reaches 0 after the last step: with `s = max(warmup_steps, dense_steps)`
@@ -27,5 +27,5 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
 
 def trains_ablated(step: int, run: RunConfig) -> bool:
-    """Whether optimizer step `step`, counted from 0, trains the ablated stream: after the dense steps, with gates."""
+    """Returns whether optimizer step `step` trains the ablated stream: after the dense steps, in a model with gates."""
     return run.gates.gated and step >= run.train.dense_steps

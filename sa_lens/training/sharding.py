@@ -1,4 +1,4 @@
-"""Parameters that are sharded over processes (FSDP version 2): their whole tensors, for evaluation and files."""
+"""Parameters that are sharded over processes (FSDP version 2), as whole tensors for evaluation and files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def check_sharding(module: nn.Module) -> None:
-    """Checks that the loss is not sharded, or sharded as one unit, which the fused path needs.
+    """Checks that the loss is not sharded, or is sharded as one unit, which the fused path needs.
 
     Raises:
         ValueError: another kind of sharding, with the setting of Accelerate that helps.
@@ -28,7 +28,7 @@ def check_sharding(module: nn.Module) -> None:
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within the context every process holds whole parameters, which it may only read. All processes must enter it."""
+    """Gives every process whole parameters to read, within the context, which all processes must enter."""
     if not isinstance(module, FSDPModule):
         yield
         return
@@ -40,12 +40,12 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, or the tensor itself. All processes must call it in the same order."""
+    """Returns the whole of a sharded tensor, or the tensor itself. All processes must call it in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor on the device of `like`, and sharded as it is. All processes hold the whole of it."""
+    """Returns the tensor on the device of `like`, and sharded like it. All processes hold the whole tensor."""
     with torch.no_grad():
         if isinstance(like, DTensor) and tensor.ndim == like.ndim:
             return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -1,4 +1,4 @@
-"""A trained model, its settings and its text, by the name of its run."""
+"""Loading of a trained model, its settings and its text by the name of its run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def load_run(run: str, *, which: Which = "best", device: str = "auto") -> SelfAblatingTransformer:
-    """The model of a run folder, shipped name or Hub id, on a device.
+    """Loads the model of a run folder, shipped name or Hub id onto a device.
 
     Args:
         device: auto, cpu, cuda or mps.
@@ -33,7 +33,7 @@ def load_run(run: str, *, which: Which = "best", device: str = "auto") -> SelfAb
 
 
 def trained_on_stories(run: str) -> bool:
-    """Whether a run's model was trained on the generated stories; False for a model from the Hub."""
+    """Returns whether a run's model was trained on the generated stories; False for a model from the Hub."""
     settings = settings_of(run)
     return settings is not None and settings.data.source == "stories"
 
@@ -41,7 +41,7 @@ def trained_on_stories(run: str) -> bool:
 def text_of_run(
     run: str | Path, model: SelfAblatingTransformer, text: str | None = None, *, column: str = "text"
 ) -> PreparedData:
-    """Training and validation text of a run in its model's tokens, taken from the cache if they are there.
+    """Returns training and validation text of a run in its model's tokens, from the cache if they are there.
 
     The files are looked for from the current folder and from the run folder. Generated stories that another version of
     their generator writes differently are taken as they are today, with a warning.
@@ -72,14 +72,14 @@ def text_of_run(
             f"the text of {run}, {about(str(run))['text']['name']}, is not shipped with sa_lens: name a text with "
             "--text, such as a parquet file of roneneldan/TinyStories or its Hub id"
         )
-    recorded = run_text.recorded(folder)
+    recorded = run_text.read_record(folder)
     n_ctx = min(settings.model.n_ctx, model.cfg.n_ctx)
     data = None
     for candidate in run_text.candidates(settings, folder, recorded, ("data.source", "data.validation")):
         # the run's own tokenizer, and never a cache that a configuration from elsewhere chooses
         config = dataclasses.replace(candidate.data, tokenizer=str(folder), keep_whole=None, cache_dir=None)
         data = prepare(config, n_ctx)
-        if not run_text.differing(data, recorded):
+        if not run_text.differing_texts(data, recorded):
             return data
     assert data is not None, "there is a candidate, or none exists and candidates raises"
     if settings.data.source != "stories":
@@ -97,7 +97,7 @@ def text_of_run(
 
 
 def settings_of(run: str | Path) -> RunConfig | None:
-    """The settings of a run from its `config.json`; None if they are not there, and for a model from the Hub."""
+    """Returns the settings of a run from its `config.json`; None if it has none, and for a model from the Hub."""
     folder = run_folder(run)
     if not (folder / CONFIG).is_file():
         return None

@@ -1,4 +1,4 @@
-"""Sets a run up: its data, model and optimizer, new or from a checkpoint."""
+"""Setting up of a run: its data, model and optimizer, new or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What the training loop works on."""
+    """Everything that the training loop works on."""
 
     state: checkpoints.RunState
     """Steps, best loss and settings so far."""
@@ -50,14 +50,14 @@ class TrainingSetup:
 
 
 def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainingSetup:
-    """Prepares data, model and optimizer, and opens the run folder; on a resumed run, as its last checkpoint has them.
+    """Prepares data, model and optimizer, and opens the run folder; a resumed run starts from its last checkpoint.
 
     Raises:
         ValueError, FileNotFoundError: settings that do not fit each other, the text, or the run to be resumed.
     """
-    earlier = _earlier(out, run) if resume else None
+    earlier = _last_checkpoint(out, run) if resume else None
     # empty if the run was killed before it recorded its text
-    recorded = {**run_text.recorded(out), **(earlier[0].data if earlier is not None else {})} if resume else {}
+    recorded = {**run_text.read_record(out), **(earlier[0].data if earlier is not None else {})} if resume else {}
     located, data, model = _with_its_text(run, out, recorded, progress)
     fingerprints = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
     text = run_text.record(located, data, out, given=run)
@@ -109,8 +109,8 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     return TrainingSetup(state, data, model, module, optimizer, text)
 
 
-def _earlier(out: Path, run: RunConfig) -> tuple[checkpoints.RunState, checkpoints.Tensors] | None:
-    """The last complete checkpoint of a run; None if it was killed before the first."""
+def _last_checkpoint(out: Path, run: RunConfig) -> tuple[checkpoints.RunState, checkpoints.Tensors] | None:
+    """Returns the last complete checkpoint of a run, or None if it was killed before the first."""
     if (out / run_folder.CONFIG_YAML).is_file():
         run_folder.check_unchanged(out, to_dict(run_folder.stored_config(out)), run)
     steps = save_and_load.complete_steps(out)
@@ -132,7 +132,7 @@ def _with_its_text(
     different: list[str] = []
     for located in run_text.candidates(run, out, recorded):
         data, model = load_text_and_model(located, progress=progress)
-        different = run_text.differing(data, recorded)
+        different = run_text.differing_texts(data, recorded)
         if not different:
             return located, data, model
     raise ValueError(
@@ -156,7 +156,7 @@ def _open_folder(
 
 
 def load_text_and_model(run: RunConfig, *, progress: bool) -> tuple[PreparedData, SelfAblatingTransformer]:
-    """Tokens on disk, and the model before its first step, on the CPU.
+    """Prepares tokens on disk, and the model before its first step, on the CPU.
 
     With `train.init` the model's shape is that model's and `model.n_ctx` the length of the training sequences; unless
     `data.tokenizer` names another, its tokenizer is used.
@@ -199,7 +199,7 @@ def _check_vocabulary(data: PreparedData, d_vocab: int) -> None:
 
 
 def data_config(run: RunConfig, model: SelfAblatingTransformer) -> DataConfig:
-    """The run's text, read with the tokenizer of `train.init` unless another one is named.
+    """Returns the run's text, read with the tokenizer of `train.init` unless another one is named.
 
     Raises:
         ValueError: `train.init` brings no tokenizer and none is named.

@@ -246,7 +246,7 @@ def prune(
     importance = {i: [0.0] * len(context) for i, context in contexts.items()}
     # the farthest token comes first; tokens that are left out stay left out when the next one is tested
     for back in range(width - 1, -1, -1):
-        asked = [i for i, context in contexts.items() if back < len(context) and _others(context, back)]
+        asked = [i for i, context in contexts.items() if back < len(context) and _has_other_tokens(context, back)]
         without = [tuple(ANY if j == back else token for j, token in enumerate(contexts[i])) for i in asked]
         means = yield from fill.judge(without, width)
         for i, context, mean in zip(asked, without, means, strict=True):
@@ -270,7 +270,7 @@ def lengths_up_to(longest: int) -> list[int]:
     return lengths
 
 
-def _others(context: list[int], back: int) -> bool:
+def _has_other_tokens(context: list[int], back: int) -> bool:
     """Returns whether another token is exact; a context of `ANY` alone would match everywhere."""
     return any(token != ANY for j, token in enumerate(context) if j != back)
 

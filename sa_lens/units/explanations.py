@@ -138,7 +138,7 @@ def explain(
     blocks = text_blocks(model, text, n_tokens)
     _check(model, blocks, thresholds, snippets, context, substitutes)
     rng = np.random.default_rng(seed)
-    chosen = _chosen(model, thresholds, units, rng)
+    chosen = _choose_units(model, thresholds, units, rng)
     tokens = blocks.rows(0, len(blocks)).cpu().numpy()
     rows, explanations = [], []
     before = min((context + 1) // 2, model.cfg.n_ctx - context)
@@ -174,7 +174,7 @@ def _check(
         raise ValueError(f"context={context} must be from 1 to the {blocks.length} tokens of a block")
 
 
-def _chosen(
+def _choose_units(
     model: Host, thresholds: Thresholds, units: int | Sequence[Unit] | str, rng: np.random.Generator
 ) -> list[Unit]:
     counts = unit_counts(model)
@@ -257,7 +257,7 @@ class _Job(NamedTuple):
             "patterns": len(trie),
             "kept": sum(context is not None for context in contexts) / len(contexts) if contexts else math.nan,
             "explained": any(pattern.activation > self.level for pattern in trie.patterns()),
-            "pattern": readable(trie, self.level, self.model.tokenizer),
+            "pattern": spell_patterns(trie, self.level, self.model.tokenizer),
         }
         for prefix, predicted in (("", trie.predict(tokens)), ("list_", predict_from_list(words, tokens))):
             judged = judge(predicted, scores, self.level, tested, silent, self.context)
@@ -349,7 +349,7 @@ def _summary(table: pd.DataFrame, seed: int) -> pd.Series:
     return pd.Series(values, name="explanations")
 
 
-def readable(trie: ContextTrie, level: float, tokenizer: Any = None) -> str:
+def spell_patterns(trie: ContextTrie, level: float, tokenizer: Any = None) -> str:
     """Spells the three most observed patterns that predict firing, each with up to four activating tokens.
 
     For example ` once upon[ a]; [ the| my]`; `_` stands for any token.

@@ -141,7 +141,7 @@ def selectivity(
             "the labelled text has one block, but needs two: labels are chosen on one half and scored on the other"
         )
     half = len(text.tokens) // 2
-    kept = _frequent(text, half, min_tokens)
+    kept = _frequent_labels(text, half, min_tokens)
     rules = rules_for(model, calibration, chosen, progress)
     choice, held_out = (
         _count(model, text, part, kept, rules, chosen, sample_tokens, progress)
@@ -150,7 +150,7 @@ def selectivity(
     return _tabulate(choice, held_out, rules, [text.names[i] for i in kept.tolist()])
 
 
-def _frequent(text: LabelledText, half: int, min_tokens: int) -> Int[Tensor, " label"]:
+def _frequent_labels(text: LabelledText, half: int, min_tokens: int) -> Int[Tensor, " label"]:
     """Returns the indices of the labels with enough tokens in both halves."""
     enough = torch.ones(len(text.names), dtype=torch.bool)
     for part in (text.labels[:, :half], text.labels[:, half:]):

@@ -99,7 +99,7 @@ def snippets(
     blocks = text_blocks(model, text, n_tokens)
     counts = unit_counts(model)
     chosen = (
-        {sublayer: torch.arange(n) for sublayer, n in counts.items()} if units is None else _by_sublayer(model, units)
+        {sublayer: torch.arange(n) for sublayer, n in counts.items()} if units is None else _indices_of(model, units)
     )
     if n_top < 1 or n_sample < 0:
         raise ValueError(f"n_top={n_top} must be at least 1 and n_sample={n_sample} at least 0")
@@ -118,7 +118,7 @@ def snippets(
         for sublayer, values in batch.values[stream].items():
             scores = unit_scores(sublayer, values[..., indices[sublayer]])
             largest[sublayer][batch.first : batch.first + len(values)] = scores.amax(1).float()
-    records = {s: _without_text(s, stream, chosen[s], largest.pop(s), n_top, n_sample, length) for s in chosen}
+    records = {s: _choose_blocks(s, stream, chosen[s], largest.pop(s), n_top, n_sample, length) for s in chosen}
     # the second pass reads only the chosen blocks, unless the units are in memory
     numbers = torch.arange(len(blocks))
     if not isinstance(blocks, HeldUnits):
@@ -131,7 +131,7 @@ def snippets(
     return records
 
 
-def _by_sublayer(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
+def _indices_of(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
     if not len(units):
         raise ValueError("units is empty: name at least one unit, or None for all")
     indices: dict[Sublayer, list[int]] = {}
@@ -140,7 +140,7 @@ def _by_sublayer(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tenso
     return {sublayer: torch.tensor(index) for sublayer, index in indices.items()}
 
 
-def _without_text(
+def _choose_blocks(
     sublayer: Sublayer,
     stream: Stream,
     units: Int[Tensor, " unit"],

@@ -331,7 +331,7 @@ def test_a_model_that_another_process_holds_is_waited_for(tmp_path, cache, monke
     """Held at the first look, free at the second; meanwhile the other models are done."""
     grid = tiny(cache, "local-4", "random-init")
     held = model_folders(dataclasses.replace(grid, seeds=(0,)), tmp_path)[1]
-    lock = held.held()
+    lock = held.hold()
     waits = []
 
     def wait(seconds):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sa_lens.compare.columns import COLUMNS, PAPER, TASKS
-from sa_lens.compare.grids import GRIDS, Grid, Variant, baseline, grid_named, with_choices, with_whole_names
+from sa_lens.compare.grids import GRIDS, Grid, Variant, apply_choices, baseline, grid_named, keep_names_whole
 from sa_lens.compare.model_columns import sae_hook
 from sa_lens.compare.model_folder import ModelFolder
 from sa_lens.compare.task_columns import Skill
@@ -103,18 +103,18 @@ def test_another_text_keeps_all_else(tmp_path):
     file.write_text("once upon a time\n")
     grid = GRIDS["laptop-tinystories"]()
     assert grid.run.data.streaming
-    here = with_choices(grid, text=str(file)).run.data
+    here = apply_choices(grid, text=str(file)).run.data
     assert (here.source, here.streaming, here.max_documents) == (str(file), False, None)
-    there = with_choices(grid, text="someone/stories", validation="someone/others").run.data
+    there = apply_choices(grid, text="someone/stories", validation="someone/others").run.data
     assert (there.source, there.validation, there.streaming) == ("someone/stories", "someone/others", True)
     assert here.vocab_size == there.vocab_size == grid.run.data.vocab_size
 
 
 def test_a_tokenizer_trained_on_real_text_keeps_the_names_whole(tmp_path):
     path = tmp_path / "names.txt"
-    assert with_whole_names(GRIDS["laptop"](), path).run.data.keep_whole is None
-    assert with_whole_names(GRIDS["laptop-tinystories"](), path).run.data.keep_whole == str(path)
-    assert with_whole_names(GRIDS["paper"](), path).run.data.keep_whole is None
+    assert keep_names_whole(GRIDS["laptop"](), path).run.data.keep_whole is None
+    assert keep_names_whole(GRIDS["laptop-tinystories"](), path).run.data.keep_whole == str(path)
+    assert keep_names_whole(GRIDS["paper"](), path).run.data.keep_whole is None
 
 
 def test_a_measurement_of_another_task_has_its_own_files_and_reads_columns_with_the_task_in_front(tmp_path):

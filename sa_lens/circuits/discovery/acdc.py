@@ -145,7 +145,7 @@ def acdc(
     began = time.perf_counter()
     if not (tau >= 0 and math.isfinite(tau)):
         raise ValueError(f"tau={tau} must be 0 or more, and finite: it is the rise of the metric that keeps an edge")
-    exp = exp.usual(metric="kl")
+    exp = exp.fill_in(metric="kl")
     graph = exp.graph
     edges = visiting_order(graph) if order is None else list(order)
     places = [graph.place(edge) for edge in edges]

@@ -36,7 +36,7 @@ def relp(exp: Experiment, *, fix_attention: bool = False, progress: bool = True)
 
     Source: Rezaei Jafari et al., arXiv 2508.21258, and the authors' repository.
     """
-    exp = exp.usual(masks="frozen")
+    exp = exp.fill_in(masks="frozen")
     if exp.masks == "live":
         raise ValueError("masks='live' has no propagation rule: use relp with masks='frozen', or eap with masks='live'")
     exp.metric.require_gradient(exp.pairs, exp.model.cfg.d_vocab, "relp")

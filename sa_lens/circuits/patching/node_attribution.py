@@ -89,7 +89,7 @@ def attribute_nodes(
 
     Source: attribution patching, as in Syed et al., arXiv 2310.10348, section 2.
     """
-    exp = exp.usual(masks="frozen")
+    exp = exp.fill_in(masks="frozen")
     what, kind = _checked(exp, what, by_position, exact)
     exp.metric.require_gradient(exp.pairs, exp.model.cfg.d_vocab, "attribute_nodes")
     hooks = list(kind_hooks(exp.model, kind, range(exp.model.cfg.n_layers)).values())

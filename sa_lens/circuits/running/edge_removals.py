@@ -68,7 +68,7 @@ class Recomputation:
                     kinds[kind] = torch.cat([batch.clean.masks[layer][kind] for batch in batches])  # type: ignore[misc]
         self.difference = wrote - self.carried
         self.uniform = bool((self.last == wrote.shape[2] - 1).all())
-        self.at_last = self._last_of(self.difference)
+        self.at_last = self._take_last(self.difference)
         self.full_at, self.base_at = (
             residual_streams(self.graph, list(x), self.functions.b_O) for x in (wrote, self.carried)
         )
@@ -90,17 +90,17 @@ class Recomputation:
         """
         self.above = [*self.here.values(), *self.above]
         nodes = sorted({self.graph.inputs[to].node for to, _ in places}, key=lambda node: node[1:])
-        live = [item for node in nodes if (item := self._live(node)) is not None]
+        live = [item for node in nodes if (item := self._live_node(node)) is not None]
         self.here = {item.node: item for item in live}
         self.by_source = {item.source: item for item in (*live, *self.above) if item.source >= 0}
         for item in live:
             entering = self.full_at[self.graph.sources_before(item.node)]
-            item.x = [self._where(item, i, entering) - self._removed_part(item, i) for i in range(len(item.inputs))]
+            item.x = [self._restrict(item, i, entering) - self._removed_part(item, i) for i in range(len(item.inputs))]
             self._compute(item)
         for item in self.above:
             entering = self.base_at[self.graph.sources_before(item.node)]
             for i, to in enumerate(item.inputs):
-                x = self._where(item, i, entering).clone()
+                x = self._restrict(item, i, entering).clone()
                 for source in self.present[to].nonzero()[:, 0].tolist():
                     x += self._contribution(source, item, i)
                 item.x[i] = x
@@ -113,7 +113,7 @@ class Recomputation:
             to, source = torch.tensor(places).T
             self.present[to, source] = False
 
-    def _live(self, node: Node) -> Live | None:
+    def _live_node(self, node: Node) -> Live | None:
         inputs = self.graph.inputs_of[node]
         if node.kind == "logits":
             return Live(node, -1, False, inputs)
@@ -126,22 +126,22 @@ class Recomputation:
 
     # ------------------------------------------------------------------------------------------------------ values
 
-    def _last_of(self, x: Float[Tensor, "... pair pos width"]) -> Float[Tensor, "... pair 1 width"]:
+    def _take_last(self, x: Float[Tensor, "... pair pos width"]) -> Float[Tensor, "... pair 1 width"]:
         if self.uniform:
             return x[..., -1:, :]
         index = self.last[:, None, None].expand(*x.shape[:-2], 1, x.shape[-1])
         return x.gather(-2, index)
 
-    def _wide(self, item: Live, i: int) -> bool:
+    def _acts_everywhere(self, item: Live, i: int) -> bool:
         """Returns whether input i has an effect at all positions."""
         return item.everywhere or (item.node.kind == "head" and i > 0)
 
-    def _where(self, item: Live, i: int, x: Tensor) -> Tensor:
+    def _restrict(self, item: Live, i: int, x: Tensor) -> Tensor:
         """Returns `x` at the positions at which input i has an effect."""
-        return x if self._wide(item, i) or x.shape[-2] == 1 else self._last_of(x)
+        return x if self._acts_everywhere(item, i) or x.shape[-2] == 1 else self._take_last(x)
 
     def _differences(self, item: Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
-        return self.difference if self._wide(item, i) else self.at_last
+        return self.difference if self._acts_everywhere(item, i) else self.at_last
 
     def _removed_part(self, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
         """Returns what removed edges took from an input of a node of the present step; 0 if none is removed."""
@@ -155,9 +155,9 @@ class Recomputation:
         if sender is None:
             return self._differences(item, i)[source]
         assert sender.out is not None
-        out = self._where(item, i, sender.out)
+        out = self._restrict(item, i, sender.out)
         written = self._write(sender, out)
-        return written - self._where(item, i, self.carried[source])
+        return written - self._restrict(item, i, self.carried[source])
 
     def _write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
         """Returns what values (or changes) of `out` add to the residual stream."""
@@ -173,16 +173,16 @@ class Recomputation:
         elif item.node.kind == "mlp":
             item.out = self._mlp(item, item.x[0])
 
-    def _at(self, item: Live) -> Tensor | None:
+    def _position_of(self, item: Live) -> Tensor | None:
         return None if item.everywhere else self.last
 
     def _project(self, item: Live, port: int, x: Tensor) -> Tensor:
-        position = None if self._wide(item, port) else self.last
+        position = None if self._acts_everywhere(item, port) else self.last
         return self.functions.project(item.node.layer, port, item.node.head, x, position)
 
     def _z(self, item: Live, qkv: Sequence[Tensor]) -> Tensor:
         node = item.node
-        z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._at(item))
+        z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._position_of(item))
         return z if item.mask is None else z * item.mask
 
     def _mlp(self, item: Live, x: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Recomputation:
 
     def final_clean(self) -> Float[Tensor, "pair d_model"]:
         """Returns the final residual stream of the unedited clean prompts at the metric position."""
-        return self._last_of(self.full_at[len(self.graph.sources)])[:, 0]
+        return self._take_last(self.full_at[len(self.graph.sources)])[:, 0]
 
     @property
     def largest_block(self) -> int:
@@ -325,7 +325,7 @@ class Recomputation:
             source = self.graph.source_index.get(node)
             if source is None or not present[source] or change.out is None:
                 continue
-            out = self._where(item, i, change.out[rows])
+            out = self._restrict(item, i, change.out[rows])
             if node.kind == "head":
                 z.append(out)
                 W.append(self.functions.W_O[node.layer][node.head])

@@ -134,7 +134,7 @@ class _Versions:
             lane: [x[kept] if lane == "earlier" else x for x in by_source] for lane, by_source in batch.carried.items()
         }
         whole = self._streams(batch.carried["earlier"])
-        self.before = [self._before(layer, whole, batch.prompts) for layer in range(self.graph.n_layers)]
+        self.before = [self._keys_and_values(layer, whole, batch.prompts) for layer in range(self.graph.n_layers)]
         self.base = {lane: self._streams(by_source) for lane, by_source in self.carried.items()}
         self.embedded = {
             lane: self.prompts.rows(lane, self.prompts.embed) - by_source[0] for lane, by_source in self.carried.items()
@@ -167,7 +167,7 @@ class _Versions:
         by_source = [write_to_stream(self.graph, self.functions, source, x) for source, x in enumerate(carried)]
         return residual_streams(self.graph, by_source, self.functions.b_O)
 
-    def _before(self, layer: int, streams: Mapping[int, Tensor], prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, layer: int, streams: Mapping[int, Tensor], prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Returns keys (before any rotation) and values `[head, pair, pos, d_head]` of what absent edges carry."""
         _, k, v = self.functions.project_all(layer, streams[self.graph.sources_before(Node("head", layer, 0))])
         padded = k.new_zeros(2, len(k), len(prompts.last), self.functions.length, k.shape[-1])
@@ -250,9 +250,12 @@ class _Versions:
                 missing.add(version)
                 waiting += [v for v in self._needs(self.keys[version]) if v not in self.values]
         ordered = sorted((self._stage(self.keys[v]), v) for v in missing)
+        steps: tuple[Callable[..., None], ...] = (
+            *(self._compute_ports, self._compute_heads, self._compute_mlps),
+            *(self._compute_gates, self._compute_ends),
+        )
         for (_, layer, step, lane), group in groupby(ordered, key=lambda item: item[0]):
-            compute: Callable[..., None] = (self._ports, self._heads, self._mlps, self._gates, self._ends)[step]
-            compute(lane, layer, [self.keys[v] for _, v in group])
+            steps[step](lane, layer, [self.keys[v] for _, v in group])
 
     def _needs(self, key: _Key) -> Iterable[int]:
         match key:
@@ -292,7 +295,7 @@ class _Versions:
         for first in range(0, len(keys), count):
             yield keys[first : first + count]
 
-    def _ports(self, lane: Lane, layer: int, keys: Sequence[_Port]) -> None:
+    def _compute_ports(self, lane: Lane, layer: int, keys: Sequence[_Port]) -> None:
         for part in self._split(keys, self.base[lane][1].numel()):
             inputs = [self.graph.inputs[key.to] for key in part]
             ports, heads = [PORTS.index(to.port) for to in inputs], [to.node.head for to in inputs]
@@ -309,7 +312,7 @@ class _Versions:
                     y = self.functions.rotate(layer, port, y[:, None], self.prompts.last)
                 self._keep(key, y)
 
-    def _heads(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
+    def _compute_heads(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
         pairs, length = len(self.prompts.last), self.functions.length
         width = length if lane == "earlier" else 1
         for part in self._split(keys, pairs * length * (width + self.functions.W_O[layer].shape[1])):
@@ -332,7 +335,7 @@ class _Versions:
             for key, change in zip(part, written, strict=True):
                 self._keep(key, change)
 
-    def _mlps(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
+    def _compute_mlps(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
         to = self.graph.inputs_of[Node("mlp", layer)][0]
         for part in self._split(keys, self.base[lane][1].numel() * 4):
             masks = [self._mask(key, layer, 1) for key in part]
@@ -347,14 +350,14 @@ class _Versions:
             return None
         return (self.masks[layer] if key.masks == _GIVEN else self.values[key.masks])[kind]
 
-    def _gates(self, lane: str, layer: int, keys: Sequence[_Gates]) -> None:
+    def _compute_gates(self, lane: str, layer: int, keys: Sequence[_Gates]) -> None:
         to = self.graph.inputs_of[Node("head", layer, 0)][0]
         for key in keys:
             local = self._inputs("clean", to, [key.sent])[0]
             final = None if key.end is None else self.values[key.end]
             self._keep(key, gate_masks(self.model, layer, local, final))
 
-    def _ends(self, lane: Lane, layer: int, keys: Sequence[_End]) -> None:
+    def _compute_ends(self, lane: Lane, layer: int, keys: Sequence[_End]) -> None:
         for part in self._split(keys, len(self.prompts.last) * self.functions.W_U.shape[1]):
             x = self._inputs(lane, len(self.graph.inputs) - 1, [key.sent for key in part])
             if lane == self.lanes[-1]:

@@ -207,7 +207,7 @@ def pronoun_gender(
     The corrupt prompt names people of the other gender. Named positions: name (its last mention), end. Arguments and
     errors as in `ioi`.
     """
-    return _make("pronoun", tokenizer, n, seed, **_without_names(options))
+    return _make("pronoun", tokenizer, n, seed, **_refuse_names(options))
 
 
 def object_recall(
@@ -219,7 +219,7 @@ def object_recall(
     The corrupt prompt has another object in its place. The wrong answer is this object, or, if the clean prompt names
     two objects, the second of them. Named positions: object, end. Arguments and errors as in `ioi`.
     """
-    return _make("object", tokenizer, n, seed, **_without_names(options))
+    return _make("object", tokenizer, n, seed, **_refuse_names(options))
 
 
 def repeated_name(
@@ -233,7 +233,7 @@ def repeated_name(
     return _make("repeated", tokenizer, n, seed, **options)
 
 
-def _without_names(options: Options) -> Options:
+def _refuse_names(options: Options) -> Options:
     for name in ("names", "name_pairs"):
         if name in options:
             raise TypeError(f"{name} applies to the tasks ioi and repeated_name alone: leave it out")

@@ -1,4 +1,4 @@
-"""Attention of the decoder, and the positions that act inside it.
+"""Attention of the decoder, and positional encodings that act inside it.
 
     q = x_q W_Q + b_Q,  k = x_k W_K + b_K,  v = x_v W_V + b_V       for each head
     scores = q . k / scale                                          -inf where key > query, or outside the window
@@ -33,13 +33,13 @@ ROTARY_ROWS = 2048
 """Positions of the rotary tables at first; longer inputs extend them."""
 
 
-def soft_capped(x: Tensor, cap: float) -> Tensor:
-    """`cap * tanh(x / cap)`; `x` itself if the cap is not above 0."""
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Returns `cap * tanh(x / cap)`, or `x` itself if the cap is not above 0."""
     return cap * torch.tanh(x / cap) if cap > 0 else x
 
 
 def rotary_wavelengths(cfg: HookedTransformerConfig, local: bool) -> Float[Tensor, " pair"]:
-    """Positions per radian of each pair of dimensions."""
+    """Returns the number of positions per radian for each pair of dimensions."""
     assert cfg.rotary_dim is not None
     half = cfg.rotary_dim // 2
     precision = torch.float64 if cfg.dtype == torch.float64 else torch.float32
@@ -55,7 +55,7 @@ def rotary_wavelengths(cfg: HookedTransformerConfig, local: bool) -> Float[Tenso
 
 
 def alibi_bias(n_heads: int, queries: int, keys: int, like: Tensor) -> Float[Tensor, "head query key"]:
-    """ALiBi's bias of the last `queries` of `keys` positions; 0 for keys in the future."""
+    """Returns ALiBi's bias of the last `queries` of `keys` positions; it is 0 for keys in the future."""
     slopes = 2.0 ** (-8.0 / n_heads * torch.arange(1, n_heads + 1, device=like.device))
     places = torch.arange(keys, device=like.device)
     distance = (places - places[keys - queries :, None]).clamp(max=0)
@@ -125,12 +125,12 @@ class Attention(nn.Module):
 
     @property
     def OV(self) -> FactoredMatrix:
-        """`W_V W_O [head, d_model, d_model]`, what a head writes for what it reads at a key."""
+        """`W_V W_O [head, d_model, d_model]`: what a head writes, as a function of what it reads at a key."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     @property
     def QK(self) -> FactoredMatrix:
-        """`W_Q W_K^T [head, d_model, d_model]`, the bilinear form behind a head's scores."""
+        """`W_Q W_K^T [head, d_model, d_model]`: the bilinear form of a head's scores."""
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     def forward(
@@ -141,16 +141,16 @@ class Attention(nn.Module):
         past_kv_cache_entry: TransformerLensKeyValueCacheEntry | None = None,
         attention_mask: Int[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What attention adds to the residual stream.
+        """Returns what attention adds to the residual stream.
 
         Args:
             past_kv_cache_entry: keys (before rotation) and values of earlier positions; the new ones are appended.
             attention_mask: 0 for padding, those of the cache included.
         """
         W_K, b_K, W_V, b_V = self._keys_and_values()
-        q = self.hook_q(_projected(query_input, self.W_Q, self.b_Q))
-        k = self.hook_k(_projected(key_input, W_K, b_K))
-        v = self.hook_v(_projected(value_input, W_V, b_V))
+        q = self.hook_q(_project_heads(query_input, self.W_Q, self.b_Q))
+        k = self.hook_k(_project_heads(key_input, W_K, b_K))
+        v = self.hook_v(_project_heads(value_input, W_V, b_V))
         offset = 0
         if past_kv_cache_entry is not None:
             offset = past_kv_cache_entry.past_keys.shape[1]
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         return F.linear(z.flatten(2), self.W_O.flatten(0, 1).T, self.b_O)
 
     def _for_each_query(self, x: Float[Tensor, "batch key kv_head d_head"]) -> Float[Tensor, "batch key head d_head"]:
-        """Grouped keys or values, repeated for the queries that share them."""
+        """Repeats grouped keys or values for the queries that share them."""
         return x if x.shape[2] == self.cfg.n_heads else x.repeat_interleave(self.cfg.n_heads // x.shape[2], dim=2)
 
     def _scores(
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         attention_mask: Int[Tensor, "batch key"] | None,
     ) -> Float[Tensor, "batch head query key"]:
         scores = (q / self.attn_scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)
-        scores = soft_capped(scores, self.cfg.attn_scores_soft_cap)
+        scores = soft_cap(scores, self.cfg.attn_scores_soft_cap)
         queries, keys = scores.shape[-2:]
         if self.cfg.positional_embedding_type == "alibi":
             scores = scores + alibi_bias(self.cfg.n_heads, queries, keys, scores)
@@ -192,7 +192,7 @@ class Attention(nn.Module):
     def _make_causal_mask(
         self, queries: int, keys: int, offset: int, device: torch.device
     ) -> Bool[Tensor, "1 1 query key"]:
-        """True where a query may look, for queries at positions `offset`, `offset + 1`, ... and keys at 0, 1, ..."""
+        """Returns True where a query at position `offset`, `offset + 1`, ... may attend to a key at 0, 1, ..."""
         seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(offset)
         if self.attn_type == "local":
             assert self.cfg.window_size is not None
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         past_kv_pos_offset: int = 0,
         attention_mask: Int[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Turns the leading `rotary_dim` dimensions of queries or keys by their positions.
+        """Rotates the leading `rotary_dim` dimensions of queries or keys by their positions.
 
         Args:
             past_kv_pos_offset: position of the first row.
@@ -224,14 +224,14 @@ class Attention(nn.Module):
         return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
 
     def _quarter_turn(self, x: Float[Tensor, "... rotary_dim"]) -> Float[Tensor, "... rotary_dim"]:
-        """Each pair (a, b) becomes (-b, a)."""
+        """Maps each pair (a, b) to (-b, a)."""
         if self.cfg.rotary_adjacent_pairs:
             return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([-b, a], dim=-1)
 
     def _rotary_tables(self, rows: int) -> tuple[Float[Tensor, "pos rotary_dim"], Float[Tensor, "pos rotary_dim"]]:
-        """Sine and cosine of the angle of every dimension at positions 0, 1, ..."""
+        """Returns sine and cosine of the angle of every dimension at positions 0, 1, ..."""
         wavelengths = rotary_wavelengths(self.cfg, self.attn_type == "local")
         angles = torch.arange(rows, dtype=wavelengths.dtype)[:, None] / wavelengths
         angles = angles.repeat_interleave(2, dim=1) if self.cfg.rotary_adjacent_pairs else angles.repeat(1, 2)
@@ -286,12 +286,12 @@ class GroupedQueryAttention(Attention):
         return self._b_V.repeat_interleave(self.repeat_kv_heads, dim=0)
 
 
-def _projected(
+def _project_heads(
     x: Float[Tensor, "batch pos d_model"] | Float[Tensor, "batch pos head d_model"],
     W: Float[Tensor, "head d_model d_head"],
     b: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """`x W + b` for every head, from one input or one for each."""
+    """Returns `x W + b` for every head, from one input for all heads or one for each."""
     if x.ndim == 4:
         return torch.einsum("bphm,hmd->bphd", x, W) + b
     return F.linear(x, W.transpose(1, 2).flatten(0, 1), b.flatten()).unflatten(-1, b.shape)

@@ -16,7 +16,7 @@ from transformer_lens.utilities import get_attention_mask, sample_logits
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: the keyword arguments that `generate` and `generate_stream` share."""
+    """How the next tokens are chosen: the options that `generate` and `generate_stream` share."""
 
     stop_at_eos: bool = True
     """Whether a prompt ends at an end-of-text token; it is then padded with it until all prompts have ended."""
@@ -40,7 +40,7 @@ class Sampling:
     def next_tokens(
         self, logits: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, "batch pos"]
     ) -> Int[Tensor, " batch"]:
-        """The token that follows each prompt."""
+        """Chooses the token that follows each prompt."""
         if not self.do_sample:
             return logits.argmax(-1)
         return sample_logits(
@@ -54,7 +54,7 @@ class Sampling:
 
 
 class Generation:
-    """The part of `HookedTransformer` that samples from it."""
+    """The methods of `HookedTransformer` that generate text."""
 
     cfg: Any
     tokenizer: Any
@@ -121,7 +121,7 @@ class Generation:
         padding_side: Literal["left", "right"] | None = None,
         **sampling: Any,
     ) -> Iterator[Int[Tensor, "batch part"]]:
-        """Continues prompts and gives the tokens in parts as they come, the first with the prompt before it.
+        """Continues prompts and yields the new tokens in parts; the first part also holds the prompt.
 
         Args:
             max_tokens_per_yield: a part is given as soon as it has this many tokens.
@@ -146,7 +146,7 @@ class Generation:
         padding_side: Literal["left", "right"] | None,
         sampling: Sampling,
     ) -> Iterator[tuple[Int[Tensor, "batch 1"], Float[Tensor, "batch d_vocab"]]]:
-        """The tokens of each step and the logits that they were chosen by, until all prompts have ended."""
+        """Yields the tokens of each step and the logits from which they were chosen, until all prompts have ended."""
         ends, filling = self._end_tokens(sampling.eos_token_id) if sampling.stop_at_eos else ([], 0)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         mask = torch.ones_like(tokens)
@@ -171,7 +171,7 @@ class Generation:
                 return
 
     def _end_tokens(self, given: int | Sequence[int] | None) -> tuple[list[int], int]:
-        """The tokens that end a text, and the one that follows its end until all texts have ended.
+        """Returns the tokens that end a text, and the token that pads ended texts.
 
         Raises:
             ValueError: neither given nor known to the tokenizer.

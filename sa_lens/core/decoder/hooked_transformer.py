@@ -1,4 +1,4 @@
-"""The decoder's block and `HookedTransformer`.
+"""The decoder's block, and its `HookedTransformer`.
 
     x_0 = E[t] + P[i]                                               rotary, ALiBi, shortformer: E[t]
     x_mid = x_l + Attention(LN_1(x_l)),  x_(l+1) = x_mid + MLP(LN_2(x_mid))
@@ -23,7 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import get_attention_mask, lm_cross_entropy_loss
 from transformers import AutoTokenizer
 
-from sa_lens.core.decoder.attention import Attention, GroupedQueryAttention, soft_capped
+from sa_lens.core.decoder.attention import Attention, GroupedQueryAttention, soft_cap
 from sa_lens.core.decoder.generation import Generation
 from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConfig
 from sa_lens.core.decoder.layers import MLP, Embed, GatedMLP, PosEmbed, Unembed, norm
@@ -45,7 +45,7 @@ _FLAG_OF = {
 
 
 class Output(NamedTuple):
-    """What `forward(..., return_type="both")` gives."""
+    """Result of `forward(..., return_type="both")`."""
 
     logits: Float[Tensor, "batch pos d_vocab"]
     loss: Tensor
@@ -53,7 +53,7 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each reading the normalised residual stream and adding to it."""
+    """One layer: attention and MLP, which read the normalised residual stream and add to it."""
 
     hook_out_is_single_residual_stream = True
     """Tells TransformerLens's logit lens that `hook_resid_post` of the last layer is what is unembedded."""
@@ -87,7 +87,7 @@ class Block(nn.Module):
         past_kv_cache_entry: TransformerLensKeyValueCacheEntry | None = None,
         attention_mask: Int[Tensor, "batch key"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this layer; see `Attention.forward` for the arguments."""
+        """Returns the residual stream after this layer; see `Attention.forward` for the arguments."""
         cfg = self.cfg
         resid_pre = self.hook_resid_pre(resid_pre)
         query_input, key_input, value_input = self._attention_inputs(resid_pre)
@@ -104,7 +104,7 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_mid + self._mlp_out(resid_mid))
 
     def _attention_inputs(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs of queries, keys and values; with the flags that say so, one for each head."""
+        """Returns the inputs of queries, keys and values, one for each head if the configuration asks for it."""
         cfg = self.cfg
 
         def repeated(heads: int) -> Float[Tensor, "batch pos head d_model"]:
@@ -189,7 +189,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         stop_at_layer: int | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> Any:
-        """Logits, loss, or the residual stream at a layer.
+        """Returns logits, loss, or the residual stream at a layer.
 
         Args:
             input: text, tokens, or with `start_at_layer` the residual stream that enters that layer.
@@ -228,7 +228,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
             residual = self.ln_final(residual)
         if return_type is None:
             return None
-        logits = soft_capped(self.unembed(residual), self.cfg.output_logits_soft_cap)
+        logits = soft_cap(self.unembed(residual), self.cfg.output_logits_soft_cap)
         if return_type == "logits":
             return logits
         if tokens is None:
@@ -244,7 +244,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         past_kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What enters the first layer.
+        """Returns what enters the first layer.
 
         Returns:
             The residual stream, the tokens, the positions of a shortformer model, and the attention mask with that of
@@ -293,7 +293,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         per_token: bool = False,
     ) -> Tensor:
-        """Cross-entropy of each next token in nats: the mean, or `[batch, pos - 1]`."""
+        """Returns the cross-entropy of each next token in nats: the mean, or `[batch, pos - 1]`."""
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def run_with_cache(
@@ -310,7 +310,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         return out, cache
 
     def check_hooks_to_add(self, hook_point: Any, hook_point_name: str, *args: Any, **kwargs: Any) -> None:
-        """Refuses a hook where the configuration keeps the hook point from firing.
+        """Refuses a hook at a hook point that does not fire under the configuration.
 
         Raises:
             ValueError: naming the flag.
@@ -320,15 +320,15 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
             raise ValueError(f"{hook_point_name} does not fire now: call model.set_{flag}(True) first")
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Whether each head's output has a hook point of its own, `hook_result [batch, pos, head, d_model]`."""
+        """Sets whether each head's output has a hook point of its own, `hook_result [batch, pos, head, d_model]`."""
         self.cfg.use_attn_result = use_attn_result
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Whether queries, keys and values of each head have inputs of their own, `hook_q_input` and the like."""
+        """Sets whether queries, keys and values of each head have their own inputs, `hook_q_input` etc."""
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Whether each head has an input of its own, `hook_attn_in`; not with grouped queries.
+        """Sets whether each head has an input of its own, `hook_attn_in`; not with grouped queries.
 
         Raises:
             ValueError: a model with grouped queries.
@@ -338,7 +338,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         self.cfg.use_attn_in = use_attn_in
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Whether the MLP's input has a hook point of its own, `hook_mlp_in`.
+        """Sets whether the MLP's input has a hook point of its own, `hook_mlp_in`.
 
         Raises:
             ValueError: an attention-only model.
@@ -348,7 +348,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
     def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
-        """Whether shared keys and values are computed once for each query, so that hooks see `n_heads` of them."""
+        """Sets whether shared keys and values are computed for each query, so that hooks see all heads."""
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> HookedTransformer:

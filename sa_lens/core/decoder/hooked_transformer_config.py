@@ -1,4 +1,4 @@
-"""The configuration of the decoder: TransformerLens's fields and defaults, so that both read each other's files."""
+"""The configuration of the decoder, with TransformerLens's fields and defaults, so that files are compatible."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class HookedTransformerConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> HookedTransformerConfig:
-        """The configuration with these fields; what is missing has its default.
+        """Makes a configuration of these fields; missing fields have their defaults.
 
         Raises:
             ValueError: a field that does not exist, or values that do not fit together.
@@ -206,11 +206,11 @@ class HookedTransformerConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name."""
+        """Returns all fields by name."""
         return dict(vars(self))
 
     def is_layer_norm_activation(self) -> bool:
-        """Whether a norm follows the activation inside the MLP, as in `solu_ln`."""
+        """Returns whether a norm follows the activation inside the MLP, as in `solu_ln`."""
         return self.act_fn is not None and self.act_fn.endswith("_ln")
 
     def check_supported(self) -> None:

@@ -23,13 +23,13 @@ from sa_lens.core.norms_and_activations import ACTIVATIONS
 
 
 def parameter(cfg: HookedTransformerConfig, *shape: int, fill: float | None = None) -> nn.Parameter:
-    """A parameter of the model's type, with one value everywhere; None: memory as it is, to be initialised."""
+    """Makes a parameter of the model's type, filled with one value; None leaves it uninitialised."""
     value = torch.empty(shape, dtype=cfg.dtype)
     return nn.Parameter(value if fill is None else value.fill_(fill))
 
 
 def position_ids(attention_mask: Int[Tensor, "batch key"]) -> Int[Tensor, "batch key"]:
-    """The position of each token among those that are no padding; 0 for padding before the first."""
+    """Returns the position of each token, not counting padding; 0 for padding before the first token."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
@@ -70,7 +70,7 @@ class Norm(nn.Module):
 
 
 def norm(cfg: HookedTransformerConfig, kind: str | None) -> nn.Module:
-    """The norm of this kind; None: a module that changes nothing."""
+    """Makes the norm of this kind; None makes a module that changes nothing."""
     return nn.Identity() if kind is None else Norm(cfg, kind)
 
 
@@ -100,7 +100,7 @@ class PosEmbed(nn.Module):
     def forward(
         self, batch: int, length: int, offset: int = 0, attention_mask: Int[Tensor, "batch key"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Embeddings of positions `offset` to `offset + length - 1`, not counting padding, which has none."""
+        """Returns embeddings of positions `offset` to `offset + length - 1`, not counting padding, which has none."""
         if attention_mask is None:
             # a copy, so that a hook that writes in place leaves the weights alone
             return self.W_pos[offset : offset + length].repeat(batch, 1, 1)
@@ -175,7 +175,7 @@ class GatedMLP(nn.Module):
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of this name.
+    """Returns the activation function of this name.
 
     Raises:
         ValueError: there is none.

@@ -19,7 +19,7 @@ from sa_lens.core.decoder.hooked_transformer_config import HookedTransformerConf
 
 
 class Text:
-    """The part of `HookedTransformer` that speaks to its tokenizer.
+    """The methods of `HookedTransformer` that use its tokenizer.
 
     Everywhere, `prepend_bos` says whether a begin-of-text token is put before a text (None: `cfg.default_prepend_bos`),
     and `padding_side` where texts of different lengths are padded (None: the tokenizer's own side).
@@ -30,7 +30,7 @@ class Text:
     W_U: Any
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: Literal["left", "right"] | None = None) -> None:
-        """Gives the model a Hugging Face tokenizer, in its form that puts a begin-of-text token first.
+        """Gives the model a Hugging Face tokenizer, in the form that puts a begin-of-text token first.
 
         Special tokens that it lacks are filled in: end-of-text also serves as padding and begin-of-text.
 
@@ -63,7 +63,7 @@ class Text:
         move_to_device: bool = True,
         truncate: bool = True,
     ) -> Int[Tensor, "batch pos"]:
-        """Tokens of one text or of several, padded to one length.
+        """Returns the tokens of one text or of several, padded to one length.
 
         Args:
             truncate: whether texts longer than `n_ctx` are cut.
@@ -85,7 +85,7 @@ class Text:
         return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
-        """The text of tokens `[pos]`, or the texts of `[batch, pos]`.
+        """Returns the text of tokens `[pos]`, or the texts of `[batch, pos]`.
 
         Raises:
             ValueError: tokens of more than two axes, or a model without tokenizer.
@@ -102,7 +102,7 @@ class Text:
         prepend_bos: bool | None = None,
         padding_side: Literal["left", "right"] | None = None,
     ) -> list[str] | list[list[str]]:
-        """Each token of a text, or of tokens `[pos]` or `[1, pos]`, as a text; for a list, a list of them."""
+        """Returns each token of a text, or of tokens `[pos]` or `[1, pos]`, as a text; for a list, a list of them."""
         if isinstance(input, list):
             return [self.to_str_tokens(entry, prepend_bos, padding_side) for entry in input]  # type: ignore[return-value]
         tokens = self.to_tokens(input, prepend_bos, padding_side) if isinstance(input, str) else torch.as_tensor(input)
@@ -114,7 +114,7 @@ class Text:
         return self._required_tokenizer().batch_decode(single, clean_up_tokenization_spaces=False)
 
     def to_single_token(self, string: str) -> int:
-        """The token that a text is.
+        """Returns the token of a text that is a single token.
 
         Raises:
             ValueError: a text of several tokens.
@@ -125,13 +125,13 @@ class Text:
         return int(tokens)
 
     def to_single_str_token(self, int_token: int) -> str:
-        """The text of a token."""
+        """Returns the text of a token."""
         return str(self.to_str_tokens(torch.tensor([int_token]))[0])
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape d_model"]:
-        """Unembedding vectors of tokens: the directions in the residual stream whose dot products are their logits.
+        """Returns the unembedding vectors of tokens; their dot products with the residual stream are logits.
 
         A tensor with one token gives one vector `[d_model]`.
         """

@@ -32,13 +32,13 @@ _INITIALISERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _stacked(part: str, name: str) -> property:
-    """A weight of every layer as one tensor, with an axis of layers in front; grouped keys and values are repeated."""
+def _stack_layers(part: str, name: str) -> property:
+    """Returns a weight of all layers as one tensor `[layer, ...]`; grouped keys and values are repeated."""
     return property(lambda self: torch.stack([getattr(getattr(block, part), name) for block in self.blocks]))
 
 
 class Weights:
-    """The part of `HookedTransformer` that is about its weights as a whole."""
+    """The methods of `HookedTransformer` about its weights as a whole."""
 
     cfg: HookedTransformerConfig
     blocks: Any
@@ -52,18 +52,18 @@ class Weights:
     W_pos = property(lambda self: self.pos_embed.W_pos, doc="Embedding of positions `[n_ctx, d_model]`.")
     W_U = property(lambda self: self.unembed.W_U, doc="Unembedding `[d_model, d_vocab]`.")
     b_U = property(lambda self: self.unembed.b_U, doc="Bias of the logits `[d_vocab]`.")
-    W_Q = _stacked("attn", "W_Q")  # [layer, head, d_model, d_head]
-    W_K = _stacked("attn", "W_K")
-    W_V = _stacked("attn", "W_V")
-    W_O = _stacked("attn", "W_O")  # [layer, head, d_head, d_model]
-    b_Q = _stacked("attn", "b_Q")  # [layer, head, d_head]
-    b_K = _stacked("attn", "b_K")
-    b_V = _stacked("attn", "b_V")
-    b_O = _stacked("attn", "b_O")  # [layer, d_model]
-    W_in = _stacked("mlp", "W_in")  # [layer, d_model, d_mlp]
-    b_in = _stacked("mlp", "b_in")  # [layer, d_mlp]
-    W_out = _stacked("mlp", "W_out")  # [layer, d_mlp, d_model]
-    b_out = _stacked("mlp", "b_out")  # [layer, d_model]
+    W_Q = _stack_layers("attn", "W_Q")  # [layer, head, d_model, d_head]
+    W_K = _stack_layers("attn", "W_K")
+    W_V = _stack_layers("attn", "W_V")
+    W_O = _stack_layers("attn", "W_O")  # [layer, head, d_head, d_model]
+    b_Q = _stack_layers("attn", "b_Q")  # [layer, head, d_head]
+    b_K = _stack_layers("attn", "b_K")
+    b_V = _stack_layers("attn", "b_V")
+    b_O = _stack_layers("attn", "b_O")  # [layer, d_model]
+    W_in = _stack_layers("mlp", "W_in")  # [layer, d_model, d_mlp]
+    b_in = _stack_layers("mlp", "b_in")  # [layer, d_mlp]
+    W_out = _stack_layers("mlp", "W_out")  # [layer, d_mlp, d_model]
+    b_out = _stack_layers("mlp", "b_out")  # [layer, d_model]
 
     @property
     def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
@@ -92,7 +92,7 @@ class Weights:
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the biases that layers below `layer` add to the residual stream.
+        """Returns the sum of the biases that layers below `layer` add to the residual stream.
 
         Args:
             mlp_input: up to the MLP of `layer`, that is, with the bias of its attention.
@@ -107,7 +107,7 @@ class Weights:
         return total
 
     def init_weights(self) -> None:
-        """Draws the matrices as `cfg.init_mode` says; biases are zero and norms one from the start.
+        """Draws the matrices as `cfg.init_mode` says; biases stay zero and norms one.
 
         With `cfg.seed` the draws are the same each time, and torch's random state is left alone.
 
@@ -133,7 +133,7 @@ class Weights:
         center_unembed: bool = True,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """Simplifies the model's own weights; see `load_and_process_state_dict`."""
+        """Processes the model's own weights in place; see `load_and_process_state_dict`."""
         assert isinstance(self, nn.Module)
         self.load_and_process_state_dict(
             self.state_dict(),
@@ -152,7 +152,7 @@ class Weights:
         fold_value_biases: bool = True,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """Loads weights in a simpler form that gives the same log-probabilities.
+        """Loads weights in a processed form that gives the same log-probabilities.
 
         Args:
             state_dict: weights under this model's names; missing ones stay as they are.
