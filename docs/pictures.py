@@ -91,6 +91,7 @@ def text_views(camera: Camera, dense: Any, local: Any) -> None:
     camera.text("view-story", views.story(local, STORY, [strongest.name]), click="ablated minus clean loss")
     camera.text("view-predictions", views.predictions(local, STORY[: STORY.index(" went")], top=4))
     camera.figure("view-lens", views.logit_lens(local, STORY[: STORY.index(" park")]), height=600)
+    camera.text("view-attention", views.attention(local, PROMPT.format("Tom")))
     camera.figure("view-raster", raster, height=900, cut=True)
 
 

@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "examples" / "scripts").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 NO_SCRIPTS_OF_OTHERS = {"require_js_url": "data:,", "mathjax_url": "data:,"}
 """Without these, nbconvert's page fetches RequireJS and MathJax from a server."""
-SHOWS_CIRCUITSVIS = {"01_two_streams", "05_views"}
+SHOWS_ATTENTION = {"01_two_streams", "05_views"}
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -38,8 +38,8 @@ def test_notebook_runs(path, executed):
     assert not [output.text for output in shown if output.get("name") == "stderr"]
     kinds = {kind for output in shown for kind in output.get("data", {})}
     assert "application/vnd.plotly.v1+json" in kinds or any("plotly" in str(output) for output in shown)
-    if path.stem in SHOWS_CIRCUITSVIS:
-        assert any("circuitsvis" in str(output) for output in shown)
+    if path.stem in SHOWS_ATTENTION:
+        assert any("attentionHeads" in str(output) for output in shown)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -71,15 +71,15 @@ def test_a_notebook_as_html(path, browser, executed, tmp_path):
     page = tmp_path / f"{path.stem}.html"
     page.write_text(text, encoding="utf-8")
     opened = browser.open(page, viewport={"width": 1280, "height": 900})
-    if path.stem in SHOWS_CIRCUITSVIS:
-        for library in ("plotly", "circuitsvis"):
+    if path.stem in SHOWS_ATTENTION:
+        for library in ("plotly", "sa_lens"):
             assert opened.page.locator(f"script[data-sa-lens-library={library}]").count() == 1
     opened.page.wait_for_function("document.querySelectorAll('.sa-lens-view:not([data-drawn])').length === 0")
     assert opened.page.locator(".sa-lens-view[data-drawn]").count() >= DRAWN.get(path.stem, 1)
     for plot in opened.page.locator(".sa-lens-view[data-library=plotly]").all():
         plot.locator(".main-svg").first.wait_for(state="attached")
-    for other in opened.page.locator(".sa-lens-view[data-library=circuitsvis]").all():
-        other.locator("canvas, select, span").first.wait_for(state="attached")
+    for other in opened.page.locator(".sa-lens-view:not([data-library=plotly])").all():
+        other.locator("canvas, select, span, svg").first.wait_for(state="attached")
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert opened.page.evaluate(CUT) == []
     assert opened.clean()

@@ -24,7 +24,7 @@ from sa_lens.places import output_file
 from sa_lens.report.contents import Report
 from sa_lens.report.packing import pack
 from sa_lens.views import records
-from sa_lens.views.html_page import compress, own_scripts, own_style, wrap_library
+from sa_lens.views.html_page import SHARED, assets, compress, wrap_library
 from sa_lens.views.theme import DARK, FONT, LIGHT, css_variables
 
 _ASSETS = resources.files("sa_lens.report") / "assets"
@@ -101,7 +101,7 @@ def _asset(name: str) -> str:
 
 
 def _script() -> str:
-    parts = "\n".join([own_scripts(), *(_asset(f"{name}.js") for name in _SCRIPTS)])
+    parts = "\n".join([assets(*SHARED), *(_asset(f"{name}.js") for name in _SCRIPTS)])
     return f'(() => {{\n"use strict";\n{parts}\n}})();'
 
 
@@ -110,5 +110,5 @@ def _style() -> str:
     return (
         f":root{{{light}color-scheme:light;--font:{FONT}}}\n"
         f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}color-scheme:dark}}}}\n"
-        f":root[data-theme=dark]{{{dark}color-scheme:dark}}\n" + own_style() + _asset("report.css")
+        f":root[data-theme=dark]{{{dark}color-scheme:dark}}\n" + assets("circuit.css") + _asset("report.css")
     )

@@ -191,7 +191,7 @@ def _read_without_hooks(
     read = fused_units(model, tokens, "ablated" if "ablated" in streams else "clean")
     values = {"clean": read.clean, "ablated": read.ablated}
     of_streams: dict[Stream, UnitValues] = {stream: {s: values[stream][s] for s in sublayers} for stream in streams}
-    return of_streams, _for_each_unit(model, {s: read.masks[s] for s in sublayers if s in read.masks})
+    return of_streams, masks_of_units(model, {s: read.masks[s] for s in sublayers if s in read.masks})
 
 
 def read_by_hooks(
@@ -216,10 +216,10 @@ def read_by_hooks(
         else:
             with in_stream(model, "clean"):
                 model.run_with_hooks(tokens, fwd_hooks=clean_readers, stop_at_layer=stop)
-    return values, _for_each_unit(model, masks)
+    return values, masks_of_units(model, masks)
 
 
-def _for_each_unit(model: Host, masks: UnitValues) -> UnitValues:
-    """Repeats the masks of whole heads for each unit of a head."""
+def masks_of_units(model: Host, masks: UnitValues) -> UnitValues:
+    """Returns masks with one entry for each unit: those of whole heads are repeated for each unit of the head."""
     times = {s: n // masks[s].shape[-1] for s, n in unit_counts(model).items() if s in masks}
     return {s: mask if times[s] == 1 else mask.repeat_interleave(times[s], -1) for s, mask in masks.items()}

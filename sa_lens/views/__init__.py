@@ -14,7 +14,7 @@ image, or JSON. In the order in which one meets them:
 | `predictions(model, text)` | what does each stream expect after each token? | one pass per stream |
 | `logit_lens(model, text)` | what would the residual stream predict after each layer? | one pass per layer and stream |
 | `gate_raster(model, text)` | which units stay at which token? | one pass per stream |
-| `attention(model, text, layer)` | where do the heads of a layer look, in each stream? | one pass per stream |
+| `attention(model, text, layer)` | where do heads look in each stream, and how do they differ? | one pass per stream |
 | `unit_activations(model, text)` | on which tokens are a layer's most active units active? | one pass per stream |
 | `unit_histogram(model, blocks, unit)` | how often has a unit which value, in each stream? | one reading of the text |
 | `histogram(values, title, x_title)` | the same for any numbers | none |

@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sa_lens.core.host import Host, has_ablated_stream, in_stream, streams_of
+from sa_lens.core.host import Host, has_ablated_stream
 from sa_lens.core.unit import Unit, checked_unit, unit_counts
-from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import draw
 from sa_lens.views.html_page import Page
+from sa_lens.views.reading import Reading, read_streams
 from sa_lens.views.records import Story, Track, number
 from sa_lens.views.theme import colour_at, colour_scale, ink_on
-from sa_lens.views.wording import read_text
 
 _pictures = count()
 
@@ -44,39 +43,38 @@ def story(
     Raises:
         ValueError: a unit that the model does not have, or a text that it cannot read.
     """
-    tokens, labels = read_text(model, text)
     chosen = [checked_unit(model, unit) for unit in units]
-    streams = streams_of(model)
-    gated = has_ablated_stream(model)
-    hard = gated and model.gates.kind == "hard"  # type: ignore[attr-defined]
+    hard = has_ablated_stream(model) and model.gates.kind == "hard"  # type: ignore[attr-defined]
     sublayers = list(unit_counts(model)) if hard else list(dict.fromkeys(unit.sublayer for unit in chosen))
-    values, masks = read_units(model, tokens, streams, sublayers) if sublayers else ({}, {})
+    return story_of(read_streams(model, text, sublayers=sublayers), chosen, title=title)
+
+
+def story_of(reading: Reading, units: Sequence[Unit] = (), *, title: str = "A story, token by token") -> Story:
+    """Returns the story of a text that was read with the sublayers of the units, or all if the gates are hard."""
+    tokens, masks, values = reading.labels, reading.masks, reading.values
     tracks = []
-    if hard:
-        live = torch.cat([masks[sublayer][0] > 0 for sublayer in sublayers], -1)
+    if masks and reading.model.gates.kind == "hard":  # type: ignore[attr-defined]
+        live = torch.cat([mask[0] > 0 for mask in masks.values()], -1)
         entered = (live[1:] & ~live[:-1]).sum(-1).tolist()
         kept = int(live[0].sum())
         tracks.append(
             Track("units that entered", f"units of the {kept} that stay at a token", (None, *map(float, entered)))
         )
-    losses = {}
-    for stream in streams if len(labels) > 1 else ():
-        with torch.no_grad(), in_stream(model, stream):
-            log_p = model(tokens).float().log_softmax(-1)[0, :-1]
-        losses[stream] = -log_p.gather(-1, tokens[0, 1:, None])[:, 0]
+    losses = {stream: reading.loss(stream) for stream in reading.streams if len(tokens) > 1}
+    for stream in losses:
         tracks.append(Track(f"loss, {stream}", "nats", (None, *map(number, losses[stream].tolist()))))
     if len(losses) == 2:
         difference = (losses["ablated"] - losses["clean"]).tolist()
         tracks.append(Track("ablated minus clean loss", "nats", (None, *map(number, difference)), "diverging"))
-    for unit in chosen:
-        for stream in streams:
+    for unit in units:
+        for stream in reading.streams:
             of_unit = tuple(map(number, values[stream][unit.sublayer][0, :, unit.index].tolist()))
             tracks.append(Track(f"{unit}, {stream}", "value", of_unit, "diverging"))
         if unit.sublayer in masks:
             mask = masks[unit.sublayer][0, :, unit.index].tolist()
             tracks.append(Track(f"{unit}, mask", "1: stays", tuple(map(number, mask))))
-    note = f"{len(labels)} tokens; the loss at a token is that of predicting it from those before"
-    return Story(title, note, labels, tuple(tracks))
+    note = f"{len(tokens)} tokens; the loss at a token is that of predicting it from those before"
+    return Story(title, note, tokens, tuple(tracks))
 
 
 @draw.register

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
-from sa_lens.views.html_page import Page, Picture, component, own_style
+from sa_lens.views.html_page import Page, Picture, component
 from sa_lens.views.records import Titled, to_json
 from sa_lens.views.theme import lay_out, palette, small_print, wrap
 
@@ -206,7 +206,7 @@ class PanelPage(Page):
         for name, record, content in zip(names, records, script.contents(records), strict=True):
             note, warnings = _rest(record, head)
             panels.append({"name": name, "note": note, "warnings": warnings, "content": content})
-        body = f"<style>{own_style()}</style>" + component("sa_lens", script.name, {"panels": panels})
+        body = component("sa_lens", script.name, {"panels": panels})
         super().__init__(head, lambda: body, dark=dark, libraries=("sa_lens",))
 
     def save(self, path: str | Path, *, scale: float = 2) -> Path:

@@ -29,8 +29,10 @@ from sa_lens.views.theme import FONT, css_variables, palette
 Library = Literal["circuitsvis", "plotly", "sa_lens"]
 
 _ASSETS = resources.files("sa_lens.views") / "assets"
-_SCRIPTS = ("elements", "graph", "circuit_view", "circuit_panels")
-"""Parts of the script of our own, in order."""
+SHARED = ("elements.js", "graph.js", "circuit_view.js")
+"""Parts of our own script that the report has as well, in order."""
+_COMPONENTS = {"circuitPanels": "circuit.css", "attentionHeads": "attention.css"}
+"""What our own script draws, each with its style sheet."""
 
 _LOADER = """<script>(function () {
 var page = window.saLens = window.saLens || {libraries: {}};
@@ -77,8 +79,9 @@ def component(library: Library, name: str, props: Mapping[str, Any], *, style: s
         style: CSS of the box that is drawn into.
     """
     missing = f"<p class='sa-lens-missing'>{html.escape(MISSING)}</p>"
+    own = f"<style>{assets(_COMPONENTS[name])}</style>" if library == "sa_lens" else ""
     return (
-        f"<div class='sa-lens-view' data-library='{library}' data-component='{html.escape(name)}'>"
+        f"{own}<div class='sa-lens-view' data-library='{library}' data-component='{html.escape(name)}'>"
         f"<script type='application/json'>{json_for_script(props)}</script>"
         f"<div class='sa-lens-box' style='{html.escape(style)}'>{missing}</div></div>{_LOADER}"
     )
@@ -97,14 +100,9 @@ def compress(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
-def own_scripts() -> str:
-    """Returns the scripts of pages of our own, which the report shares."""
-    return "\n".join((_ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
-
-
-def own_style() -> str:
-    """Returns the style sheet of what these scripts draw."""
-    return (_ASSETS / "circuit.css").read_text(encoding="utf-8")
+def assets(*names: str) -> str:
+    """Returns files of scripts or style sheets of our own, one after another."""
+    return "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in names)
 
 
 @cache
@@ -115,7 +113,9 @@ def library_source(library: Library) -> str:
 
         return wrap_library(library, get_plotlyjs(), "window.Plotly")
     if library == "sa_lens":
-        return wrap_library(library, own_scripts(), "{render, circuitPanels}")
+        render = "(id, make, props) => document.getElementById(id).append(make(props))"
+        source = assets(*SHARED, "circuit_panels.js", "attention.js")
+        return wrap_library(library, source, f"{{render: {render}, {', '.join(_COMPONENTS)}}}")
     import circuitsvis
 
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"

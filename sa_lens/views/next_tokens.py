@@ -17,6 +17,7 @@ from sa_lens.core.host import Host, in_stream, streams_of
 from sa_lens.data.tokenizers import token_text
 from sa_lens.views.drawing import Figure, draw
 from sa_lens.views.html_page import Page
+from sa_lens.views.reading import Reading, read_streams
 from sa_lens.views.records import Guess, LensStream, LogitLens, Predictions, StreamPredictions, short
 from sa_lens.views.theme import (
     colour_at,
@@ -48,13 +49,20 @@ def predictions(
     Raises:
         ValueError: `top` outside the vocabulary, a stream that the model does not have, or a text that it cannot read.
     """
+    check_top(model, top)
+    return predictions_of(read_streams(model, text, stream), top)
+
+
+def check_top(model: Host, top: int) -> None:
+    """Refuses a number of next tokens that the vocabulary does not have."""
     if not 1 <= top <= model.cfg.d_vocab:
         raise ValueError(f"top={top} must be from 1 to the vocabulary's {model.cfg.d_vocab}")
-    tokens, labels = read_text(model, text)
-    streams = []
-    for of_stream in streams_of(model, stream):
-        with torch.no_grad(), in_stream(model, of_stream):
-            log_p = model(tokens)[0].float().log_softmax(-1)
+
+
+def predictions_of(reading: Reading, top: int = 5) -> Predictions:
+    """Returns the predictions of a text that was read."""
+    model, streams = reading.model, []
+    for of_stream, log_p in reading.log_p.items():
         values, best = (x.tolist() for x in log_p.topk(top))
         streams.append(
             StreamPredictions(
@@ -66,14 +74,14 @@ def predictions(
                     )
                     for row in zip(best, values, strict=True)
                 ),
-                actual=_actual(log_p, tokens),
+                actual=_actual(log_p, reading.tokens),
             )
         )
     note = (
         f"log-probabilities in nats: of the token that comes next, and of the {top} likeliest of "
         f"{model.cfg.d_vocab:,} tokens"
     )
-    return Predictions("Predictions, token by token", note, labels, tuple(streams))
+    return Predictions("Predictions, token by token", note, reading.labels, tuple(streams))
 
 
 def _actual(log_p: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, "1 pos"]) -> tuple[float | None, ...]:

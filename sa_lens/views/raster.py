@@ -13,11 +13,11 @@ from sa_lens.config import Stream
 from sa_lens.core.host import Host, has_ablated_stream, weight
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data.tokenizers import token_text
-from sa_lens.units.activations import read_units
 from sa_lens.views.drawing import Figure, draw
+from sa_lens.views.reading import Reading, read_streams
 from sa_lens.views.records import GateRaster, LiveUnit, short
 from sa_lens.views.theme import colour_bar, escape, label_axis, lay_out, palette, strong_scale
-from sa_lens.views.wording import read_text, short_label
+from sa_lens.views.wording import short_label
 
 WIDEST = 1500
 """Pixels of the widest raster."""
@@ -48,13 +48,16 @@ def gate_raster(
         raise ValueError("gate_raster needs hard gates: soft ones weigh units and drop none")
     if top < 0:
         raise ValueError(f"top={top} tokens per unit: give 0 or more")
-    tokens, labels = read_text(model, text)
-    sublayers = list(unit_counts(model))
-    values, masks = read_units(model, tokens, ["clean", "ablated"], sublayers)
-    units: list[LiveUnit] = []
-    kept = 0
-    for sublayer in sublayers:
-        live = masks[sublayer][0] > 0
+    return gate_raster_of(read_streams(model, text, sublayers=list(unit_counts(model))), stream, top=top, title=title)
+
+
+def gate_raster_of(
+    reading: Reading, stream: Stream = "clean", *, top: int = 3, title: str = "Units that stay, token by token"
+) -> GateRaster:
+    """Returns the raster of a text that was read in both streams with all sublayers."""
+    model, units, kept = reading.model, [], 0
+    for sublayer, mask in reading.masks.items():
+        live = mask[0] > 0
         kept += int(live[0].sum())
         chosen = live.any(0).nonzero()[:, 0].tolist()
         promoted = promoted_tokens(model, sublayer, chosen, top)
@@ -67,17 +70,17 @@ def gate_raster(
                     site=sublayer.site,
                     promotes=names,
                     positions=tuple(positions.tolist()),
-                    values=tuple(map(short, values[stream][sublayer][0, positions, index].float().tolist())),
+                    values=tuple(map(short, reading.values[stream][sublayer][0, positions, index].tolist())),
                     place=Unit(*sublayer, index).place_in_heads(model.cfg.d_head),
                 )
             )
-    total = sum(masks[sublayer].shape[-1] for sublayer in sublayers)
+    total = sum(mask.shape[-1] for mask in reading.masks.values())
     note = (
         f"{kept} of {total:,} units stay at each token; shown are the {len(units):,} that stay at one token or more; "
         f"colour: value of the unit in the {stream} stream, over the root mean square (RMS) of the values shown of its "
         "sublayer"
     )
-    return GateRaster(title, note, labels, tuple(units), f"value, {stream} stream")
+    return GateRaster(title, note, reading.labels, tuple(units), f"value, {stream} stream")
 
 
 def promoted_tokens(model: Host, sublayer: Sublayer, units: list[int], top: int) -> list[tuple[str, ...]]:

@@ -54,15 +54,19 @@ class OfText(Titled):
 
 @dataclass(frozen=True)
 class Attention(OfText):
-    """Attention patterns of heads on one text."""
+    """Attention patterns of heads on one text, in each stream."""
 
+    streams: tuple[str, ...]
+    """`clean`, `ablated`, or both."""
     heads: tuple[str, ...]
-    """Name of each pattern, such as `ablated 1.3`."""
-    patterns: tuple[tuple[tuple[float, ...], ...], ...]
-    """For each head and query position, the share of attention that each key position gets."""
+    """Name of each head, such as `1.3`: head 3 of layer 1."""
+    patterns: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
+    """For each head, stream and query position, the share of attention that each key position gets."""
 
     def __post_init__(self) -> None:
-        _check(self.title, len(self.heads), "names", len(self.patterns), "patterns")
+        _check(self.title, len(self.heads), "heads", len(self.patterns), "patterns")
+        for name, pattern in zip(self.heads, self.patterns, strict=True):
+            _check(f"{self.title}, {name}", len(self.streams), "streams", len(pattern), "patterns")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_no_view_asks_the_network(model, shell):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_notebook_carries_a_script_once(model, shell, known):
-    shown, figure = draw(attention(model, TOKENS, 0)), draw(gate_raster(model, TOKENS))
+    shown, figure = draw(unit_activations(model, TOKENS)), draw(gate_raster(model, TOKENS))
     first = shell.run("one", shown, shown, figure, known=known)
     assert [carries(text) for text in first] == [1, 0, 0]
     assert [carries(text, "plotly") for text in first] == [0, 0, 1]
@@ -118,10 +118,10 @@ def test_a_notebook_carries_a_script_once(model, shell, known):
 
 
 def test_scripts_can_be_loaded_again(model, shell):
-    shown = draw(attention(model, TOKENS, 0))
+    shown = draw(unit_activations(model, TOKENS))
     shell.run("one", shown)
     (text,) = shell.run("two", load_scripts())
-    assert (carries(text), carries(text, "plotly")) == (1, 1)
+    assert [carries(text, library) for library in ("circuitsvis", "plotly", "sa_lens")] == [1, 1, 1]
     # from here on that cell is the one which carries
     assert carries(shell.run("one", shown)[0]) == 0
     assert carries(shell.run("two", load_scripts())[0]) == 1
@@ -129,12 +129,12 @@ def test_scripts_can_be_loaded_again(model, shell):
 
 def test_every_output_of_its_own_page_carries_its_script(model, shell, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "google.colab", types.ModuleType("google.colab"))
-    shown = draw(attention(model, TOKENS, 0))
+    shown = draw(unit_activations(model, TOKENS))
     assert [carries(text) for text in shell.run("one", shown, shown)] == [1, 1]
 
 
 def test_outside_a_notebook_a_display_has_all_it_needs(model):
-    shown = draw(attention(model, TOKENS, 0))
+    shown = draw(unit_activations(model, TOKENS))
     assert [carries(shown._repr_html_()) for _ in range(2)] == [1, 1]
     assert carries(shown.html()) == 1
 
@@ -162,7 +162,7 @@ def test_figures_show_themselves(model, shell, monkeypatch):
 def test_saved_page(model, tmp_path):
     path = save(attention(model, TOKENS, 0), tmp_path / "a.html", dark=True)
     text = path.read_text(encoding="utf-8")
-    assert carries(text) == 1
+    assert carries(text, "sa_lens") == 1
     assert "Attention of layer 0" in text
     with pytest.raises(ValueError, match=r"saved as \.html"):
         save(attention(model, TOKENS, 0), tmp_path / "a.png")
@@ -171,14 +171,17 @@ def test_saved_page(model, tmp_path):
 
 
 def test_markup_in_data_stays_data(reader):
-    for record in (attention(reader, EVIL, 0), unit_activations(reader, EVIL)):
-        elements = Elements(draw(record).fragment())
-        assert elements.tags.count("script") == 2, "the data and the loader"
-        tokens = json.loads(elements.scripts[0])["tokens"]
-        assert [token.replace("\u2060", "") for token in tokens] == list(record.tokens)
-        # circuitsvis puts tokens into the page as HTML
-        for token in tokens:
-            assert not Elements(token).tags
+    elements = Elements(draw(attention(reader, EVIL, 0)).fragment())
+    assert elements.tags.count("script") == 2
+    assert "<script>" in json.loads(elements.scripts[0])["tokens"][1], "our own script makes a text of it"
+    record = unit_activations(reader, EVIL)
+    elements = Elements(draw(record).fragment())
+    assert elements.tags.count("script") == 2, "the data and the loader"
+    tokens = json.loads(elements.scripts[0])["tokens"]
+    assert [token.replace("\u2060", "") for token in tokens] == list(record.tokens)
+    # circuitsvis puts tokens into the page as HTML
+    for token in tokens:
+        assert not Elements(token).tags
     assert escape_markup("<script>&lt;") == "<\u2060script>&\u2060lt;"
     text = component("plotly", "", {"a": "</script><script>alert(1)</script>"})
     assert Elements(text).tags.count("script") == 2
@@ -186,7 +189,7 @@ def test_markup_in_data_stays_data(reader):
 
 
 def test_library_scripts_are_whole():
-    for library in ("circuitsvis", "plotly"):
+    for library in ("circuitsvis", "plotly", "sa_lens"):
         text = library_script(library)
         assert text.count("</script>") == 1
         assert text.endswith("</script>")
@@ -199,10 +202,10 @@ def test_a_browser_draws_what_comes_before_and_after_the_script(reader, shell, t
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
-    shown, figure = draw(attention(reader, EVIL, 0)), draw(gate_raster(reader, EVIL))
+    shown, figure = draw(unit_activations(reader, EVIL)), draw(gate_raster(reader, EVIL))
     outputs = shell.run("one", shown, figure)
     later = shell.run("two", shown, figure, draw(story(reader, EVIL)), draw(predictions(reader, EVIL)))
-    cleared = component("circuitsvis", "AttentionHeads", {}).replace("circuitsvis", "gone")
+    cleared = component("circuitsvis", "TextNeuronActivations", {}).replace("circuitsvis", "gone")
     page_text = "<!doctype html><meta charset='utf-8'><body>" + "".join([*later, *outputs, cleared])
     (tmp_path / "page.html").write_text(page_text, encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
@@ -218,7 +221,7 @@ def test_a_browser_draws_what_comes_before_and_after_the_script(reader, shell, t
     dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     assert dom.count("data-drawn") == 4
     assert dom.count('class="main-svg"') >= 2, "plotly drew twice"
-    assert dom.count("Head Selector") == 2, "circuitsvis drew twice"
+    assert dom.count("Unit:") == 2, "circuitsvis drew twice"
     assert dom.count("This picture needs a script") == 1
     assert "could not be drawn" not in dom
     assert "alert" not in dom

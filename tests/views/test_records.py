@@ -18,7 +18,7 @@ RECORDS = [
     ),
     Bars("units", "", ("a", "b"), (1.0, -2.0), "share"),
     Curves("loss", "", "steps", "nats", (Line("run", "clean", (0.0, 1.0), (2.0, None)),)),
-    Attention("layer 0", "", ("<|endoftext|>", " Lily"), ("clean 0.0",), (((1.0, 0.0), (0.25, 0.75)),)),
+    Attention("layer 0", "", ("<|endoftext|>", " Lily"), ("clean",), ("0.0",), ((((1.0, 0.0), (0.25, 0.75)),),)),
 ]
 
 
@@ -48,5 +48,7 @@ def test_what_does_not_fit_is_refused():
         Bars("t", "", ("a",), (1.0, 2.0), "s")
     with pytest.raises(ValueError, match="2 places for 1 values"):
         Line("a", "", (0.0, 1.0), (1.0,))
-    with pytest.raises(ValueError, match="1 names for 0 patterns"):
-        Attention("t", "", ("a",), ("h",), ())
+    with pytest.raises(ValueError, match="1 heads for 0 patterns"):
+        Attention("t", "", ("a",), ("clean",), ("0.0",), ())
+    with pytest.raises(ValueError, match=r"'t, 0.0': 2 streams for 1 patterns"):
+        Attention("t", "", ("a",), ("clean", "ablated"), ("0.0",), ((((1.0,),),),))

@@ -24,5 +24,3 @@ function circuitPanels({ panels }) {
     ),
   );
 }
-
-const render = (id, make, props) => document.getElementById(id).append(make(props));

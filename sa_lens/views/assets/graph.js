@@ -59,7 +59,7 @@ class Graph {
     this.paths = [];
     this.nodes = new Map();
     const rows = Array.from({ length: circuit.n_layers }, (_, layer) => s("text", { x: 4, y: this.layout.y(layer) + 4, class: "row" }, `layer ${layer}`));
-    this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph", style: { "min-width": `${0.9 * this.layout.width}px` } }, rows, this.lines, this.marks);
+    this.element = s("svg", { viewBox: `0 0 ${this.layout.width} ${this.layout.height}`, class: "graph", role: "group", "aria-label": "The circuit as a graph", style: { "min-width": `${(beside.length > 1 ? 0.75 : 0.9) * this.layout.width}px` } }, rows, this.lines, this.marks);
     for (const [name, [x, y]] of this.layout.places) this.addNode(name, x, y);
   }
 
@@ -80,7 +80,7 @@ class Graph {
     };
     const group = s("g", { class: "node", role: "button", tabindex: "-1", "data-node": name, "aria-pressed": "false", ...pressable(pick), onpointerenter: touch(name), onpointerleave: touch(null) },
       shape,
-      s("text", { x, y: y + 3.5 }, nodeLabel(name)),
+      s("text", { x, y: y + 4, class: name.includes(".h") && nodeLabel(name).length > 3 ? "long" : null }, nodeLabel(name)),
       tip,
     );
     this.marks.append(group);
