@@ -41,6 +41,28 @@ tensors and requests it again page by page. On a virtual machine this can take a
 calls."""
 
 
+LLAMA: dict[str, Any] = {
+    "positional_embedding_type": "rotary",
+    "normalization_type": "RMS",
+    "final_rms": True,
+    "gated_mlp": True,
+    "act_fn": "silu",
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "rotary-16-heads": LLAMA
+    | {"n_layers": 4, "d_model": 128, "n_heads": 16, "n_key_value_heads": 4, "d_head": 8, "rotary_dim": 8}
+    | {"d_mlp": 384},
+    "rotary-4-heads": LLAMA
+    | {"n_layers": 4, "d_model": 128, "n_heads": 4, "n_key_value_heads": 2, "d_head": 32, "rotary_dim": 32}
+    | {"d_mlp": 384},
+    "smollm2": LLAMA
+    | {"n_layers": 30, "d_model": 576, "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "rotary_dim": 64}
+    | {"d_mlp": 1536, "rotary_base": 100000},
+}
+"""Shapes other than the paper's, by the name of their rows. `smollm2` is that of SmolLM2-135M."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the table, measured by one process."""
@@ -57,6 +79,8 @@ class Row:
     d_model: int = 128
     compiled: bool = False
     recompute: bool = False
+    frozen: bool = False
+    """Whether only the gates are trained."""
     against: str = ""
     """Variant that is timed in turns with an inference row, in the same process."""
 
@@ -82,6 +106,12 @@ def rows(device: str) -> Iterator[Row]:
         yield Row("batch", "local", batch=batch, vocab=4096)
     for n_ctx in (64, 128, 256, 512, 1024):
         yield Row("n_ctx", "local", n_ctx=n_ctx, vocab=4096)
+    for name in ("rotary-16-heads", "rotary-4-heads"):
+        for path, dtype in (("fused", "bf16"), ("fused", "fp32"), ("hooked", "fp32")):
+            yield Row(name, "local", path, dtype, vocab=4096)
+    for frozen in (True, False):
+        for path, dtype in (("fused", "bf16"), ("hooked", "fp32")):
+            yield Row("smollm2", "local", path, dtype, batch=2, n_ctx=128, vocab=49152, d_model=576, frozen=frozen)
     if device == "cuda":
         for d_model in (128, 768):
             for path, compiled in (("hooked", False), ("fused", False), ("fused", True)):
@@ -89,13 +119,17 @@ def rows(device: str) -> Iterator[Row]:
                     yield Row("gpu", variant, path=path, batch=32, d_model=d_model, compiled=compiled)
 
 
-def flop_per_token(row: Row, n_layers: int = 8) -> float:
+def flop_per_token(row: Row, cfg: Any) -> float:
     """FLOP of the matrix products of one training step, forward and backward, per token."""
-    d, streams = row.d_model, 1 if row.variant == "none" else 2
-    weights = n_layers * (4 * d * d + 2 * d * 4 * d) + d * row.vocab
-    attention = n_layers * 2 * d * (row.n_ctx + 1) / 2
-    gates = n_layers * d * (d + 4 * d) if streams == 2 else 0
-    return 6.0 * (streams * (weights + attention) + gates)
+    d, heads, shared = cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
+    mlp = (3 if cfg.gated_mlp else 2) * d * cfg.d_mlp
+    weights = cfg.n_layers * (2 * d * cfg.d_head * (heads + shared) + mlp) + d * row.vocab
+    attention = cfg.n_layers * 2 * heads * cfg.d_head * (row.n_ctx + 1) / 2
+    if row.variant == "none":
+        return 6.0 * (weights + attention)
+    gates = cfg.n_layers * d * (heads * cfg.d_head + cfg.d_mlp)
+    # of a frozen base: the clean stream forward, the ablated one forward and back without gradients of weights
+    return 6.0 * ((1 if row.frozen else 2) * (weights + attention) + gates)
 
 
 def best(repeats: int, *functions: Callable[[], float]) -> list[float]:
@@ -146,8 +180,9 @@ def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> di
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     timer = Clock(device, threads, clock)
-    action = inference(row, row.variant, device) if row.name == "inference" else training_step(row, device)
-    rival = inference(row, row.against, device) if row.against else None
+    model = build(row, device)
+    action = inference(row, model, row.variant) if row.name == "inference" else training_step(row, model)
+    rival = inference(row, build(row, device), row.against) if row.against else None
     size = 1536 if device == "cpu" else 8192
     products = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
     for _ in range(3 if row.compiled or device == "cuda" else 2):
@@ -175,9 +210,10 @@ def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> di
     if rival:
         record["time_over_rival"] = round(seconds / others[-1], 2)
     else:
-        record["mflop_per_token"] = round(flop_per_token(row) / 1e6, 1)
-        record["share_of_matmul_rate"] = round(flop_per_token(row) * tokens_per_s / rates[-1], 3)
-        reference = REFERENCE_RATES.get((row.variant, row.vocab))
+        flop = flop_per_token(row, model.cfg)
+        record["mflop_per_token"] = round(flop / 1e6, 1)
+        record["share_of_matmul_rate"] = round(flop * tokens_per_s / rates[-1], 3)
+        reference = None if row.name in SHAPES else REFERENCE_RATES.get((row.variant, row.vocab))
         if reference and device == "cpu" and (row.batch, row.n_ctx) == (8, 256):
             record["times_reference"] = round(tokens_per_s / (reference * rates[0] / REFERENCE_MATMUL), 2)
     return record
@@ -198,23 +234,25 @@ def peak_gb(device: str) -> float:
 def build(row: Row, device: str) -> Any:
     """The row's model, at the paper's size unless the row says otherwise."""
     from sa_lens.config import GateConfig, ModelConfig
-    from sa_lens.core import SelfAblatingTransformer
+    from sa_lens.core import HookedTransformerConfig, SelfAblatingTransformer
 
-    shape = ModelConfig(
-        d_model=row.d_model, n_heads=16 if row.d_model == 128 else 12, n_ctx=row.n_ctx, d_vocab=row.vocab
-    )
+    shape: Any
+    if row.name in SHAPES:
+        shape = HookedTransformerConfig(n_ctx=row.n_ctx, d_vocab=row.vocab, **SHAPES[row.name])
+    else:
+        n_heads = 16 if row.d_model == 128 else 12
+        shape = ModelConfig(d_model=row.d_model, n_heads=n_heads, n_ctx=row.n_ctx, d_vocab=row.vocab)
     scope = row.variant if row.variant in ("none", "local", "global", "both") else "local"
-    return SelfAblatingTransformer(shape, GateConfig(scope=scope), device=device)
+    return SelfAblatingTransformer(shape, GateConfig(scope=scope), device=device).freeze_base(row.frozen)
 
 
-def training_step(row: Row, device: str) -> Callable[[], Any]:
+def training_step(row: Row, model: Any) -> Callable[[], Any]:
     """Returns a function that makes one optimizer step."""
     import torch
 
     from sa_lens.config import LossConfig
     from sa_lens.core import TwoStreamLoss
 
-    model = build(row, device)
     loss: Any = TwoStreamLoss(
         model,
         LossConfig(clean=0.5, ablated=0.5),
@@ -226,7 +264,7 @@ def training_step(row: Row, device: str) -> Callable[[], Any]:
         loss = torch.compile(loss)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
-    tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx + 1), device=device)
+    tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx + 1), device=model.W_E.device)
 
     def step() -> None:
         loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
@@ -237,14 +275,13 @@ def training_step(row: Row, device: str) -> Callable[[], Any]:
     return step
 
 
-def inference(row: Row, variant: str, device: str) -> Callable[[], Any]:
+def inference(row: Row, model: Any, variant: str) -> Callable[[], Any]:
     """Returns a function that runs one forward pass, with or without a cache of all activations."""
     import torch
 
-    model = build(row, device)
     if variant == "plain":
         model = model.to_hooked_transformer()
-    tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx), device=device)
+    tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx), device=model.W_E.device)
     run = model if row.path == "forward" else model.run_with_cache
 
     @torch.no_grad()
@@ -300,6 +337,11 @@ def summary(records: list[dict[str, Any]]) -> Iterator[str]:
     yield from ratio(
         "local over plain step, 4,096 words, time", {**small, "variant": "none"}, {**small, "variant": "local"}
     )
+    fused, hooked = {"path": "fused", "dtype": "bf16"}, {"path": "hooked", "dtype": "fp32"}
+    for name, frozen in [*((name, False) for name in SHAPES), ("smollm2", True)]:
+        shape = {"name": name, "frozen": frozen}
+        label = f"{name}, {'base frozen' if frozen else 'all trained'}, fused bf16 over hooked fp32, rate"
+        yield from ratio(label, shape | fused, shape | hooked)
     for r in records:
         if r["against"]:
             yield f"inference, {r['path']}, {r['variant']} over {r['against']}, time: {r['time_over_rival']:.2f}x"
@@ -307,8 +349,8 @@ def summary(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 COLUMNS = (
-    "name", "variant", "path", "dtype", "batch", "n_ctx", "vocab", "tokens_per_s", "peak_gb", "share_of_matmul_rate",
-    "times_reference", "matmul_gflop_per_s", "core_share",
+    "name", "variant", "path", "dtype", "frozen", "batch", "n_ctx", "vocab", "tokens_per_s", "peak_gb",
+    "share_of_matmul_rate", "times_reference", "matmul_gflop_per_s", "core_share",
 )  # fmt: skip
 
 

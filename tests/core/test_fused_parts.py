@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sa_lens.config import GateConfig
-from sa_lens.core.fused.cross_entropy import linear_cross_entropy
+from sa_lens.core.fused.cross_entropy import linear_cross_entropy, word_table
 from sa_lens.core.fused.selection import hard_mask, largest, mask_of, masked_units
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gate import gate_mask, top_k_mask
@@ -210,7 +210,7 @@ def test_linear_cross_entropy(tied: bool, with_bias: bool, monkeypatch: pytest.M
     targets[2] = -100
     weight = table.T if tied else table
     logits = x @ weight + (bias if bias is not None else 0)
-    found = linear_cross_entropy(x, weight, bias, targets, torch.float64)
+    found = linear_cross_entropy(x, weight, bias, targets, word_table(weight, torch.float64))
     inputs = [t for t in (x, table, bias) if t is not None]
     assert_same_gradients(found, F.cross_entropy(logits, targets), inputs)
 
@@ -218,7 +218,7 @@ def test_linear_cross_entropy(tied: bool, with_bias: bool, monkeypatch: pytest.M
 def test_linear_cross_entropy_of_far_apart_logits() -> None:
     """A target whose probability is below the smallest float still has a finite, exact loss."""
     x, weight = torch.tensor([[1.0]]), torch.tensor([[0.0, 300.0]])
-    loss = linear_cross_entropy(x, weight, None, torch.tensor([0]), torch.float32)
+    loss = linear_cross_entropy(x, weight, None, torch.tensor([0]), word_table(weight, torch.float32))
     assert float(loss) == 300.0
 
 
@@ -228,7 +228,7 @@ def test_linear_cross_entropy_in_bfloat16() -> None:
     x.requires_grad_()
     table.requires_grad_()
     expected = F.cross_entropy(x @ table.T, targets)
-    found = linear_cross_entropy(x, table.T, None, targets, torch.bfloat16)
+    found = linear_cross_entropy(x, table.T, None, targets, word_table(table.T, torch.bfloat16))
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=2e-3)
     for a, b in zip(torch.autograd.grad(found, [x, table]), torch.autograd.grad(expected, [x, table]), strict=True):

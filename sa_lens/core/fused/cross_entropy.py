@@ -24,20 +24,29 @@ IGNORED = -100
 """Target of positions that are left out, as in `torch.nn.functional.cross_entropy`."""
 
 
+@torch.no_grad()
+def word_table(weight: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype) -> Float[Tensor, "d_vocab d_model"]:
+    """The unembedding as the products read it; it lies as the embedding does where the two are tied."""
+    return weight.T.to(dtype).contiguous() if weight.stride(0) == 1 else weight.to(dtype).contiguous().T
+
+
 def linear_cross_entropy(
     x: Float[Tensor, "row d_model"],
     weight: Float[Tensor, "d_model d_vocab"],
     bias: Float[Tensor, " d_vocab"] | None,
     targets: Int[Tensor, " row"],
-    dtype: torch.dtype,
+    table: Float[Tensor, "d_vocab d_model"],
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of the logits `x @ weight + bias`, nats per row whose target is not -100.
 
     Differentiable once in `x`, `weight` and `bias`.
+
+    Args:
+        table: `word_table` of the weight, whose type is that of the products; several calls may share it.
     """
     # inside the function grad mode is always off, so what is wanted has to be asked here
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, dtype, wants)
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, table, wants)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -48,10 +57,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        dtype: torch.dtype,
+        table: Tensor,
         wants: tuple[bool, bool, bool],
     ) -> Tensor:
-        loss, *gradients = _loss_and_gradients(x, weight, bias, targets, dtype, wants)
+        loss, *gradients = _loss_and_gradients(x, weight, bias, targets, table, wants)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -67,7 +76,7 @@ def _loss_and_gradients(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    dtype: torch.dtype,
+    table: Tensor,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     want_x, want_weight, want_bias = wants
@@ -77,13 +86,12 @@ def _loss_and_gradients(
     share = kept.to(at_least_float32(x).dtype) / kept.sum()
     targets = targets.clamp(min=0)
 
-    # the weight lies as the embedding does where the two are tied; its gradient follows
-    table = weight.T.to(dtype).contiguous() if weight.stride(0) == 1 else weight.to(dtype).contiguous().T
+    dtype = table.dtype
     inputs = x.to(dtype)
     logits = x.new_empty(size, n_words, dtype=dtype)
     losses = torch.empty_like(share)
     grad_x = torch.empty_like(x) if want_x else None
-    grad_table = torch.zeros_like(table, dtype=weight.dtype) if want_weight else None
+    grad_table = torch.empty_like(table, dtype=weight.dtype) if want_weight else None
     partial = torch.empty_like(table) if want_weight and dtype != weight.dtype else None
     grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
 
@@ -97,7 +105,7 @@ def _loss_and_gradients(
         if grad_x is not None:
             torch.mul(torch.mm(p, table), share[chunk, None], out=grad_x[chunk])
         if grad_table is not None:
-            _add_product_(grad_table, p, (x[chunk] * share[chunk, None]).to(dtype), partial)
+            _add_product_(grad_table, p, (x[chunk] * share[chunk, None]).to(dtype), partial, first=start == 0)
         if grad_bias is not None:
             grad_bias.add_(torch.mv(p.T, share[chunk].to(dtype)))
     loss = torch.dot(losses, share)
@@ -136,9 +144,13 @@ def _add_product_(
     p: Float[Tensor, "row d_vocab"],
     x: Float[Tensor, "row d_model"],
     partial: Float[Tensor, "d_vocab d_model"] | None,
+    *,
+    first: bool,
 ) -> None:
-    """`into += p.T @ x`, the product in the precision of `p`, the sum in that of `into`."""
+    """`into += p.T @ x`, the product in the precision of `p`, the sum in that of `into`; the first one fills it."""
     if partial is None:
-        into.addmm_(p.T, x)
+        into.addmm_(p.T, x, beta=0 if first else 1)
+    elif first:
+        into.copy_(torch.mm(p.T, x, out=partial))
     else:
         into.add_(torch.mm(p.T, x, out=partial))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
-from sa_lens.core.fused.cross_entropy import linear_cross_entropy
+from sa_lens.core.fused.cross_entropy import linear_cross_entropy, word_table
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
@@ -52,13 +52,14 @@ def fused_loss(
     """
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
-    passes = Passes(model, dtype, recompute and torch.is_grad_enabled())
+    clean_alone = clean_alone or not model.gates.gated
+    frozen = not any(p.requires_grad for p in model.base_parameters())
+    passes = Passes(model, dtype, recompute and torch.is_grad_enabled(), keep_weights=frozen and not clean_alone)
     embedded = passes.embed(tokens)
-    if clean_alone or not model.gates.gated:
+    if clean_alone:
         outputs = passes.clean(embedded)
         return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
-    base_trains = any(p.requires_grad for p in model.base_parameters())
-    if model.gates.reads_global or not base_trains:
+    if model.gates.reads_global or frozen:
         clean, ablated = passes.one_after_the_other(embedded)
     else:
         clean, ablated = passes.together(embedded)
@@ -80,14 +81,24 @@ class _Clean(NamedTuple):
 
 
 class Passes:
-    """Runs the layers of one model in one precision."""
+    """Runs the layers of one model in one precision.
 
-    def __init__(self, model: GatedTransformer, dtype: torch.dtype, recompute: bool) -> None:
+    Args:
+        recompute: keep only each layer's input for the backward pass.
+        keep_weights: keep weights in the precision of the products, for two passes of a base that is frozen.
+    """
+
+    def __init__(
+        self, model: GatedTransformer, dtype: torch.dtype, recompute: bool, *, keep_weights: bool = False
+    ) -> None:
         self.model = model
         self.cfg = model.cfg
         self.dtype = dtype
         self.recompute = recompute
         self.qkv_bias = model.qkv_bias
+        self._keep_weights = keep_weights
+        self._kept: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        self._table: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------------ streams
 
@@ -174,13 +185,12 @@ class Passes:
     def _qkv(self, block: Any, resid: Tensor) -> tuple[Tensor, ...]:
         attn = block.attn
         # grouped keys and values are not repeated for the heads that share them
-        shared = "" if self.cfg.n_key_value_heads is None else "_"
-        weights = [attn.W_Q, getattr(attn, f"{shared}W_K"), getattr(attn, f"{shared}W_V")]
-        biases = [attn.b_Q, getattr(attn, f"{shared}b_K"), getattr(attn, f"{shared}b_V")]
-        weight = torch.cat([w.to(self.dtype) for w in weights]).transpose(0, 1).flatten(1)
+        own = "" if self.cfg.n_key_value_heads is None else "_"
+        biases = [attn.b_Q, getattr(attn, f"{own}b_K"), getattr(attn, f"{own}b_V")]
+        weight = self._weight(attn, "W_Q", f"{own}W_K", f"{own}W_V")
         bias = torch.cat(biases).flatten() if self.qkv_bias else None
-        qkv = self.linear(self.normalise(block.ln1, resid), weight, bias)
-        return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(w) for w in weights], dim=-2)
+        qkv = self._linear(self.normalise(block.ln1, resid), weight, bias)
+        return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(b) for b in biases], dim=-2)
 
     def _attend(
         self, attn: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None
@@ -204,28 +214,39 @@ class Passes:
         """The layer from `z` on."""
         attn = block.attn
         units = self.mask_units(block, "attn", z.flatten(-2), local, final)
-        after = resid + self.linear(units, attn.W_O.flatten(0, 1), attn.b_O)
+        after = resid + self._linear(units, self._weight(attn, "W_O").flatten(0, 1), attn.b_O)
         if self.cfg.attn_only:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
         neurons = self._neurons(block.mlp, self.normalise(block.ln2, reads))
         post = self.mask_units(block, "mlp", neurons, local, final)
-        return after + self.linear(post, block.mlp.W_out, block.mlp.b_out)
+        return after + self._linear(post, self._weight(block.mlp, "W_out"), block.mlp.b_out)
 
     def _neurons(self, mlp: Any, x: Tensor) -> Tensor:
         """The neurons of an MLP, before any mask."""
         act = ACTIVATIONS[str(self.cfg.act_fn)]
         if not self.cfg.gated_mlp:
-            return act(self.linear(x, mlp.W_in, mlp.b_in))
-        gate, into = self.linear(x, mlp.W_gate, None), self.linear(x, mlp.W_in, None)
+            return act(self._linear(x, self._weight(mlp, "W_in"), mlp.b_in))
+        gate, into = (self._linear(x, self._weight(mlp, name), None) for name in ("W_gate", "W_in"))
         return torch.addcmul(mlp.b_in.to(self.dtype), act(gate), into)
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight + bias` in the precision of the matrix products."""
+    def _weight(self, module: Any, *names: str) -> Tensor:
+        """A weight of a layer in the precision of the products; several, by head, side by side."""
+        key = id(module), names
+        if key in self._kept:
+            return self._kept[key]
+        narrow = [getattr(module, name).to(self.dtype) for name in names]
+        weight = narrow[0] if len(narrow) == 1 else torch.cat(narrow).transpose(0, 1).flatten(1)
+        if self._keep_weights:
+            self._kept[key] = weight
+        return weight
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight + bias` in the precision of the products."""
         bias = None if bias is None else bias.to(self.dtype)
-        return F.linear(x.to(self.dtype), weight.to(self.dtype).T, bias)
+        return F.linear(x.to(self.dtype), weight.T, bias)
 
     def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:
         """What `gate.project` computes, with rows of units."""
@@ -248,4 +269,6 @@ class Passes:
             final, targets = final[:, :-1], tokens[:, 1:]
         unembed = self.model.unembed
         bias = unembed.b_U if self.model.unembed_bias else None
-        return linear_cross_entropy(final.flatten(0, 1), unembed.W_U, bias, targets.flatten(), self.dtype)
+        if self._table is None:
+            self._table = word_table(unembed.W_U, self.dtype)
+        return linear_cross_entropy(final.flatten(0, 1), unembed.W_U, bias, targets.flatten(), self._table)
