@@ -52,13 +52,13 @@ _CONCENTRATED = "features are more concentrated"
 _SPECIALIZED = "units are more specialized"
 _LESS_SPARSE = "weights are less sparse"
 
-_MATCHED = "effective tokens less the baseline's, at equal layer and activity"
+_MATCHED = "effective tokens minus the baseline's, at equal layer and activity"
 
 _THEMES: dict[str, tuple[Column, ...]] = {
     "Language modelling": (
         Column("loss", "loss, nats per token", 3, drawn=True),
         Column("perplexity", "perplexity", 2, -1, "no loss in language modelling", "perplexity"),
-        Column("units_used", "share of units ever kept", 2, streams=("ablated",)),
+        Column("units_used", "share of units that the gates ever keep", 2, streams=("ablated",)),
     ),
     "Weights": (
         Column(
@@ -66,10 +66,10 @@ _THEMES: dict[str, tuple[Column, ...]] = {
             drawn=True,
         ),
         Column("mean_abs_weight_inner", "mean absolute weight without embeddings", 4),
-        Column("hoyer", "Hoyer sparsity of matrices", 3),
+        Column("hoyer", "Hoyer sparsity of the matrices", 3),
         Column("hoyer_inner", "Hoyer sparsity without embeddings", 3, -1, _LESS_SPARSE, drawn=True),
-        Column("gini_inner", "Gini of weights without embeddings", 3, -1, _LESS_SPARSE),
-        Column("small_inner", "share of weights below 1 % of scale, without embeddings", 4),
+        Column("gini_inner", "Gini coefficient of weights without embeddings", 3, -1, _LESS_SPARSE),
+        Column("small_inner", "share of weights below 1 % of the layer's RMS, without embeddings", 4),
     ),
     "Skill": (
         Column("pair_accuracy", "pair accuracy", 3, drawn=True),
@@ -78,43 +78,58 @@ _THEMES: dict[str, tuple[Column, ...]] = {
     ),
     "Circuits by ACDC": (
         Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
-        Column("acdc_edges_0.003", "ACDC edges, tau 0.003, frozen masks", 0),
-        Column("acdc_edges_0.01", "ACDC edges, tau 0.01, frozen masks", 0, -1, _MORE_LOCAL, "acdc_edges", drawn=True),
-        Column("acdc_edges_0.03", "ACDC edges, tau 0.03, frozen masks", 0),
-        Column("acdc_edges_own", "ACDC edges, tau 1 % of own KL, frozen masks", 0, -1, _MORE_LOCAL, drawn=True),
-        Column("acdc_order_spread", "spread of ACDC edges over random orders (sd), tau 0.01, frozen masks", 1),
+        Column("acdc_edges_0.003", "edges kept by ACDC, tau 0.003, frozen masks", 0),
+        Column(
+            "acdc_edges_0.01",
+            "edges kept by ACDC, tau 0.01, frozen masks",
+            0,
+            -1,
+            _MORE_LOCAL,
+            "acdc_edges",
+            drawn=True,
+        ),
+        Column("acdc_edges_0.03", "edges kept by ACDC, tau 0.03, frozen masks", 0),
+        Column(
+            "acdc_edges_own",
+            "edges kept by ACDC, tau 1 % of the model's own KL, frozen masks",
+            0,
+            -1,
+            _MORE_LOCAL,
+            drawn=True,
+        ),
+        Column("acdc_order_spread", "standard deviation of ACDC's edges over random orders, tau 0.01, frozen masks", 1),
     ),
     "Faithfulness": (
-        Column("edges_0.9", "edges for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("edges_0.9", "edges needed for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
         Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
         Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
-        Column("edges_0.9_frozen", "edges for f >= 0.9 under masks of the clean prompt", 0, streams=("ablated",)),
-        Column("masks_alone", "f of the clean prompt's masks without any edge", 2, streams=("ablated",)),
+        Column("edges_0.9_frozen", "edges needed for f >= 0.9, frozen masks", 0, streams=("ablated",)),
+        Column("masks_alone", "f of frozen masks alone", 2, streams=("ablated",)),
     ),
     "Units": (
         Column("live_units", "share of live units", 3, drawn=True),
         Column("firing_rate", "firing rate of live units", 4),
         Column("effective_tokens", "effective tokens of live units", 1),
         Column("effective_tokens_matched", _MATCHED, 2, -1, _SPECIALIZED, drawn=True),
-        Column("effective_tokens_matched_0.3", "the same, firing at 0.3 of the percentile", 2),
-        Column("effective_tokens_matched_0.7", "the same, firing at 0.7 of the percentile", 2),
-        Column("share_matched", "share of live units that have a match", 2),
-        Column("label_coverage", "share of labels with a unit (F1 >= 0.8)", 3, +1, _SPECIALIZED, drawn=True),
+        Column("effective_tokens_matched_0.3", "effective tokens minus the baseline's, firing level 0.3", 2),
+        Column("effective_tokens_matched_0.7", "effective tokens minus the baseline's, firing level 0.7", 2),
+        Column("share_matched", "share of live units matched with the baseline", 2),
+        Column("label_coverage", "share of labels that a unit follows (F1 >= 0.8)", 3, +1, _SPECIALIZED, drawn=True),
     ),
     "Explanations": (
         Column("explanation_f1", "F1 of explanations", 3, +1, _SPECIALIZED, drawn=True),
-        Column("explanation_coverage", "share of live units explained", 3, +1, _SPECIALIZED),
+        Column("explanation_coverage", "share of live units with an explanation", 3, +1, _SPECIALIZED),
         Column("token_list_f1", "F1 of token lists", 3),
     ),
     "What masks carry": (
-        Column("mask_share", "share of context that masks alone carry", 3, streams=("ablated",), drawn=True),
-        Column("probe_mask_nats", "nats a probe reads off the masks", 3, streams=("ablated",)),
-        Column("self_read_cost", "cost of gates that read the ablated stream, nats", 3, streams=("ablated",)),
+        Column("mask_share", "share of context information that is in the masks", 3, streams=("ablated",), drawn=True),
+        Column("probe_mask_nats", "nats that a linear probe reads from the masks", 3, streams=("ablated",)),
+        Column("self_read_cost", "loss added by gates that read the ablated stream, nats", 3, streams=("ablated",)),
     ),
     "Sparse autoencoders": (
         Column("sae_l0", "SAE L0", 2, -1, _CONCENTRATED, "sae_l0", drawn=True),
         Column("sae_ce_score", "SAE CE score", 3, +1, _CONCENTRATED, "sae_ce_score", drawn=True),
-        Column("sae_ce_span", "CE of zeroing the SAE's hook over the model's, nats", 3),
+        Column("sae_ce_span", "loss added by zeroing the SAE's hook, nats", 3),
         Column("sae_explained_variance", "SAE explained variance", 3),
         Column("sae_dead", "share of dead SAE latents", 3),
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sa_lens.config import Stream
-from sa_lens.statistics import LEVEL, bootstrap_means, column_means, percentile_interval, resampled_means
+from sa_lens.statistics import bootstrap_means, column_means, percentile_interval, resampled_means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +29,10 @@ def summary(
     table: pd.DataFrame,
     columns: Sequence[str] | None = None,
     *,
-    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Returns means over a model's units, with bootstrap intervals over units.
+    """Returns means over a model's units, with 95 % bootstrap intervals over units.
 
     In a table of `specialization`, dead units count only in the mean of `live`. Units without a value are left out;
     `n` is the number of units in the mean.
@@ -41,7 +40,6 @@ def summary(
     Args:
         table: table from `specialization` or `selectivity`.
         columns: columns to average; None averages all measures.
-        level: coverage of the intervals.
         resamples: number of bootstrap samples.
         seed: seed of the bootstrap.
 
@@ -49,7 +47,7 @@ def summary(
         One row per stream, site (`all` first) and column: stream, site, column, n, mean, low, high.
 
     Raises:
-        ValueError: an unknown column, an empty table, or a level outside (0, 1).
+        ValueError: an unknown column or an empty table.
     """
     import pandas as pd
 
@@ -64,7 +62,7 @@ def summary(
             values = of_site[columns].to_numpy(dtype=float, na_value=np.nan)
             if "live" in of_site:
                 values[np.ix_(~of_site["live"].to_numpy(dtype=bool), [name != "live" for name in columns])] = np.nan
-            intervals = bootstrap_means(values, level=level, resamples=resamples, seed=seed)
+            intervals = bootstrap_means(values, resamples=resamples, seed=seed)
             known = np.isfinite(values).sum(0)
             rows += [
                 {"stream": stream, "site": site, "column": column, "n": int(n), "mean": mean, "low": low, "high": high}
@@ -79,7 +77,6 @@ def compare(
     columns: Sequence[str] | None = None,
     *,
     streams: tuple[Stream, Stream] = ("clean", "clean"),
-    level: float = LEVEL,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -87,14 +84,13 @@ def compare(
 
     Live units are grouped into cells: one sublayer and an eighth of a decade of the firing rate. The difference of the
     two means in each cell is averaged over cells, weighted by the smaller of the two numbers of units. Cells in which
-    one model has no unit are left out. The interval comes from resampling units within each cell.
+    one model has no unit are left out. The 95 % interval comes from resampling units within each cell.
 
     Args:
         first: table of the first model from `specialization`; columns of `selectivity` may be merged in.
         second: table of the second model.
         columns: columns to compare; None compares all measures that both tables have.
         streams: stream of the first and of the second model.
-        level: coverage of the intervals.
         resamples: number of bootstrap samples.
         seed: seed of the bootstrap.
 
@@ -129,7 +125,7 @@ def compare(
     weight = np.minimum(*(np.stack([np.isfinite(x).sum(0) for x in side]) for side in values)).astype(float)
     matched = [_weighted_mean(m[:, None], weight)[0] for m in means]
     differences = _weighted_mean(draws[1] - draws[0], weight)
-    low, high = percentile_interval(differences, level)
+    low, high = percentile_interval(differences)
     unmatched = [column_means(side[columns].to_numpy(dtype=float, na_value=np.nan)) for side in sides]
     share = sum(len(x) for side in values for x in side) / sum(map(len, sides))
     return pd.DataFrame(

@@ -102,7 +102,7 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Unit, Asking[Result
     Args:
         longest: number of tokens of the longest row.
     """
-    read = _read_by_hooks if why_not_by_nodes(model) is not None else _read_by_nodes(model, longest)
+    functions = NodeFunctions(model, longest) if why_not_by_nodes(model) is None else None
     results: dict[int, Result] = {}
     asked: dict[int, Texts | Guess] = {}
 
@@ -119,7 +119,7 @@ def answer(model: Host, stream: Stream, jobs: Sequence[tuple[Unit, Asking[Result
         guesses = {i: question for i, question in asked.items() if isinstance(question, Guess)}
         asked.clear()
         places = [(jobs[i][0], *question) for i, question in texts.items()]
-        answers = dict(zip(texts, read(model, stream, places), strict=True))
+        answers = dict(zip(texts, _read_together(model, stream, places, functions), strict=True))
         for count in {question.n_likely for question in guesses.values()}:
             alike = {i: question.rows for i, question in guesses.items() if question.n_likely == count}
             likely = likely_tokens(model, np.concatenate(list(alike.values())), count)
@@ -134,48 +134,43 @@ Places = Sequence[tuple[Unit, np.ndarray, np.ndarray]]
 """Units, each with the rows and positions at which it is read."""
 
 
-def _read_by_hooks(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
-    return [read_scores(model, stream, unit, rows, positions) for unit, rows, positions in places]
-
-
-def _read_by_nodes(model: Host, longest: int) -> Any:
-    """Returns a function that reads units without hooks, all units of a layer in one pass that ends at this layer."""
-    functions = NodeFunctions(model, longest)
+def _read_together(
+    model: Host, stream: Stream, places: Places, functions: NodeFunctions | None
+) -> list[Float32[np.ndarray, " row"]]:
+    """Reads units, all units of a layer in one pass that ends at this layer; without `functions`, one by one."""
+    if functions is None:
+        return [read_scores(model, stream, unit, rows, positions) for unit, rows, positions in places]
     device, n_attn = device_of(model), model.cfg.n_heads * model.cfg.d_head
-
-    def read(model: Host, stream: Stream, places: Places) -> list[Float32[np.ndarray, " row"]]:
-        scores: list[Any] = [np.zeros(0, np.float32)] * len(places)
-        whole = stream == "ablated" and model.gates.reads_global  # type: ignore[attr-defined]
-        for layer in sorted({unit.layer for unit, rows, _ in places if len(rows)}):
-            own = [i for i, (unit, rows, _) in enumerate(places) if unit.layer == layer and len(rows)]
-            width = max(places[i][1].shape[1] for i in own)
-            rows = np.concatenate([np.pad(places[i][1], ((0, 0), (0, width - places[i][1].shape[1]))) for i in own])
-            positions = np.concatenate([places[i][2] for i in own])
-            # the units of a layer are its attention units, then its neurons
-            indices = [unit.index + (n_attn if unit.site == "mlp" else 0) for unit, *_ in places]
-            columns = np.concatenate([np.full(len(places[i][1]), indices[i]) for i in own])
-            values = np.zeros(len(rows), np.float32)
-            # rows of similar length run together, so that there is little padding
-            order = np.argsort(positions, kind="stable")
-            start = 0
-            while start < len(order):
-                part = order[start : start + max(1, TOKENS_AT_ONCE // int(positions[order[start]] + 1))]
-                start += len(part)
-                last = torch.from_numpy(positions[part]).to(device)
-                tokens = torch.from_numpy(rows[part, : int(positions[part].max()) + 1]).to(device)
-                prompts = Prompts.of(embed_prompts(model, [tokens])[0], last)
-                ran = run_to_position(
-                    model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
-                )
-                x = torch.cat([sites[layer].flatten(1) for sites in (ran.z[stream], ran.post[stream]) if sites], 1)
-                column = torch.from_numpy(columns[part]).to(device)
-                values[part] = x.gather(1, column[:, None])[:, 0].float().cpu().numpy()
-            cuts = np.cumsum([len(places[i][1]) for i in own])[:-1]
-            for i, of_unit in zip(own, np.split(values, cuts), strict=True):
-                scores[i] = unit_scores(places[i][0], torch.from_numpy(of_unit)).numpy()
-        return scores
-
-    return read
+    scores: list[Any] = [np.zeros(0, np.float32)] * len(places)
+    whole = stream == "ablated" and model.gates.reads_global  # type: ignore[attr-defined]
+    for layer in sorted({unit.layer for unit, rows, _ in places if len(rows)}):
+        own = [i for i, (unit, rows, _) in enumerate(places) if unit.layer == layer and len(rows)]
+        width = max(places[i][1].shape[1] for i in own)
+        rows = np.concatenate([np.pad(places[i][1], ((0, 0), (0, width - places[i][1].shape[1]))) for i in own])
+        positions = np.concatenate([places[i][2] for i in own])
+        # the units of a layer are its attention units, then its neurons
+        indices = [unit.index + (n_attn if unit.site == "mlp" else 0) for unit, *_ in places]
+        columns = np.concatenate([np.full(len(places[i][1]), indices[i]) for i in own])
+        values = np.zeros(len(rows), np.float32)
+        # rows of similar length run together, so that there is little padding
+        order = np.argsort(positions, kind="stable")
+        start = 0
+        while start < len(order):
+            part = order[start : start + max(1, TOKENS_AT_ONCE // int(positions[order[start]] + 1))]
+            start += len(part)
+            last = torch.from_numpy(positions[part]).to(device)
+            tokens = torch.from_numpy(rows[part, : int(positions[part].max()) + 1]).to(device)
+            prompts = Prompts.of(embed_prompts(model, [tokens])[0], last)
+            ran = run_to_position(
+                model, functions, prompts, ablated=stream == "ablated", layers=None if whole else layer + 1
+            )
+            x = torch.cat([sites[layer].flatten(1) for sites in (ran.z[stream], ran.post[stream]) if sites], 1)
+            column = torch.from_numpy(columns[part]).to(device)
+            values[part] = x.gather(1, column[:, None])[:, 0].float().cpu().numpy()
+        cuts = np.cumsum([len(places[i][1]) for i in own])[:-1]
+        for i, of_unit in zip(own, np.split(values, cuts), strict=True):
+            scores[i] = unit_scores(places[i][0], torch.from_numpy(of_unit)).numpy()
+    return scores
 
 
 class Context(NamedTuple):

@@ -247,7 +247,7 @@ def test_a_task_is_a_column_of_the_table():
     assert len(shown[PAPER_TABLE].columns) == 4
     verdicts = verdict_table(made)
     assert verdicts[verdicts["stream"] == "clean"]["task"].tolist() == ["IOI", "object recall"]
-    assert "object recall, ACDC edges" in verdict_text(made)
+    assert "object recall, edges kept by ACDC" in verdict_text(made)
 
 
 def test_an_unfinished_comparison_says_so():

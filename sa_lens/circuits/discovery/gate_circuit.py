@@ -14,7 +14,7 @@ Masks are those of the unedited clean prompt. No model pass under edits and no g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -150,18 +150,11 @@ def mask_shares(
     with in_stream(model, "ablated", position=-1):
         pass
     generator = torch.Generator().manual_seed(exp.seed)
-    read: Callable[[Int[Tensor, "pair pos"]], dict[str, Tensor]]
-    match masks_from:
-        case "random":
-            read = _random_masks(model, generator)
-        case "top_activation":
-            read = _largest_units(model)
-        case _:
-            read = _gate_masks(model)
+    read = {"random": _random_masks, "top_activation": _largest_units}.get(masks_from, _gate_masks)
     totals: dict[str, Tensor] = {}
     with torch.no_grad():
         for tokens in _prompts(pairs, exp.light_batch_size, generator if masks_from == "shuffled_text" else None):
-            for name, mask in read(tokens.to(device_of(model))).items():
+            for name, mask in read(model, tokens.to(device_of(model)), generator).items():
                 chosen = mask[:, -1] if variant == "metric_position" else mask.double().mean(1)
                 totals[name] = totals.get(name, 0) + chosen.double().sum(0).cpu()
     attn, mlp = (
@@ -241,15 +234,10 @@ def _prompts(
         yield from tokens.split(batch_size)
 
 
-def _gate_masks(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Returns a function that reads the gates' own masks at all positions, by hook name."""
-    names = gate_hook_names(model)
-
-    def read(tokens: Tensor) -> dict[str, Tensor]:
-        with in_stream(model, "ablated", position=-1):
-            return record(model, tokens, names)[1]
-
-    return read
+def _gate_masks(model: Host, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns the gates' own masks at all positions, by hook name."""
+    with in_stream(model, "ablated", position=-1):
+        return record(model, tokens, gate_hook_names(model))[1]
 
 
 def _k_of(model: Host, name: str) -> int:
@@ -258,39 +246,30 @@ def _k_of(model: Host, name: str) -> int:
     return int(gates.k_attn if "attn_gate" in name else gates.k_mlp)
 
 
-def _random_masks(model: Host, generator: torch.Generator) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Returns a function that draws as many units as the gates keep, for each token and layer, whatever the batches."""
-    own = _gate_masks(model)
-
-    def read(tokens: Tensor) -> dict[str, Tensor]:
-        shapes = {name: mask.shape[1:] for name, mask in own(tokens[:1]).items()}
-        drawn = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in tokens]
-        stacked = {name: torch.stack([prompt[name] for prompt in drawn]) for name in shapes}
-        return {name: top_k_mask(x.flatten(2), _k_of(model, name)).reshape(x.shape) for name, x in stacked.items()}
-
-    return read
+def _random_masks(model: Host, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draws as many units as the gates keep, for each token and layer; the batches have no effect on the draws."""
+    shapes = {name: mask.shape[1:] for name, mask in _gate_masks(model, tokens[:1], generator).items()}
+    drawn = [{name: torch.rand(shape, generator=generator) for name, shape in shapes.items()} for _ in tokens]
+    stacked = {name: torch.stack([prompt[name] for prompt in drawn]) for name in shapes}
+    return {name: top_k_mask(x.flatten(2), _k_of(model, name)).reshape(x.shape) for name, x in stacked.items()}
 
 
-def _largest_units(model: Host) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Returns a function that takes as many units as the gates keep, those with the largest absolute clean values."""
+def _largest_units(model: Host, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Takes as many units as the gates keep: those with the largest absolute values in the clean stream."""
     by_head = model.gates.attn_unit == "head"  # type: ignore[attr-defined]
     values_of = {
         name: name.replace("attn_gate.hook_mask", "attn.hook_z").replace("mlp_gate.hook_mask", "mlp.hook_post")
         for name in gate_hook_names(model)
     }
-
-    def read(tokens: Tensor) -> dict[str, Tensor]:
-        with in_stream(model, "clean"):
-            values = record(model, tokens, values_of.values())[1]
-        masks = {}
-        for name, point in values_of.items():
-            size = at_least_float32(values[point]).abs()
-            if by_head and "attn_gate" in name:
-                size = size.norm(dim=-1, keepdim=True)
-            masks[name] = top_k_mask(size.flatten(2), _k_of(model, name)).reshape(size.shape)
-        return masks
-
-    return read
+    with in_stream(model, "clean"):
+        values = record(model, tokens, values_of.values())[1]
+    masks = {}
+    for name, point in values_of.items():
+        size = at_least_float32(values[point]).abs()
+        if by_head and "attn_gate" in name:
+            size = size.norm(dim=-1, keepdim=True)
+        masks[name] = top_k_mask(size.flatten(2), _k_of(model, name)).reshape(size.shape)
+    return masks
 
 
 def _shuffle_units(shares: MaskShares, generator: torch.Generator) -> MaskShares:
