@@ -21,10 +21,10 @@ from sa_lens.compare.columns import COLUMNS, Column
 from sa_lens.compare.grids import GRIDS, Grid, Variant
 from sa_lens.compare.markdown_latex import difference_tables, tables, verdict_table, verdict_text, write
 from sa_lens.compare.measurement import Measurement, Result, TrainedModel
-from sa_lens.compare.model_columns import SAE, Losses, Weights
+from sa_lens.compare.model_measurements import SAE, Losses, Weights
 from sa_lens.compare.run_grid import compare, plan
-from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
-from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
+from sa_lens.compare.task_measurements import ACDC, Faithfulness, Skill
+from sa_lens.compare.unit_measurements import Explanations, Labels, Leakage, Units
 from sa_lens.compare.verdicts import Comparison
 
 __all__ = [  # noqa: RUF022 - in the order of the table

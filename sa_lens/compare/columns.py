@@ -2,6 +2,9 @@
 
 The directions of the claims are stated here and nowhere else. They are those of the paper (arXiv 2505.00509, abstract
 and section 4), carried over to the columns that measure the same thing under like conditions.
+
+The values are measured in `model_measurements`, `task_measurements` and `unit_measurements`; a new column needs an
+entry there and here.
 """
 
 from __future__ import annotations

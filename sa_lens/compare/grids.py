@@ -15,9 +15,9 @@ from typing import Literal
 
 from sa_lens.circuits.tasks.tinystories import NAMES
 from sa_lens.compare.measurement import Measurement
-from sa_lens.compare.model_columns import SAE, Losses, Weights
-from sa_lens.compare.task_columns import ACDC, Faithfulness, Skill
-from sa_lens.compare.unit_columns import Explanations, Labels, Leakage, Units
+from sa_lens.compare.model_measurements import SAE, Losses, Weights
+from sa_lens.compare.task_measurements import ACDC, Faithfulness, Skill
+from sa_lens.compare.unit_measurements import Explanations, Labels, Leakage, Units
 from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.sae import PRESETS as SAE_PRESETS

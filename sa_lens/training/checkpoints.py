@@ -7,7 +7,8 @@
     complete                the marker
 
 A checkpoint is written into a temporary folder, synced and renamed, so a process that dies leaves the previous ones
-untouched. Only folders that have the marker are read, and only those are ever removed. Nothing is pickled.
+untouched. Only folders that have the marker are read, and only those are ever removed. Nothing is pickled. The best
+model of a run is not here but in the run folder itself (`best_model`).
 """
 
 from __future__ import annotations

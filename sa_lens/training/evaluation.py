@@ -59,11 +59,6 @@ class Evaluation:
     mask_overlap: float | None = None
     """Share of a token's kept units that the next token keeps too; mean over tokens, layers and both kinds of unit."""
 
-    @property
-    def selection_loss(self) -> float:
-        """Loss by which the best model is chosen: that of the ablated stream, or of the clean one without gates."""
-        return self.clean_loss if self.ablated_loss is None else self.ablated_loss
-
 
 def evaluate(
     model: SelfAblatingTransformer,

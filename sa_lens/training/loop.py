@@ -23,6 +23,7 @@ from sa_lens.launching import check_processes
 from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
 from sa_lens.training import checkpoints, run_folder
+from sa_lens.training.best_model import is_best, selection_loss
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate
 from sa_lens.training.processes import (
     LostProcess,
@@ -153,9 +154,8 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 figures = dataclasses.asdict(evaluation)
                 state = dataclasses.replace(state, evaluation=figures)
                 record("eval", figures)
-                selectable = trains_ablated(step - 1, run) or not run.gates.gated
-                if selectable and (state.best_loss is None or evaluation.selection_loss < state.best_loss):
-                    state = dataclasses.replace(state, best_loss=evaluation.selection_loss, best_step=step)
+                if is_best(evaluation, step, run, state.best_loss):
+                    state = dataclasses.replace(state, best_loss=selection_loss(evaluation), best_step=step)
                     extra = {"run": to_dict(run), "text": setup.text, "step": step, "validation": figures}
                     with whole_parameters(module), run_folder.explain_write_errors(out):
                         if main:

@@ -10,9 +10,9 @@ import torch
 
 from sa_lens.compare.columns import COLUMNS, PAPER, TASKS
 from sa_lens.compare.grids import GRIDS, Grid, Variant, apply_choices, baseline, grid_named, keep_names_whole
-from sa_lens.compare.model_columns import sae_hook
 from sa_lens.compare.model_folder import ModelFolder
-from sa_lens.compare.task_columns import Skill
+from sa_lens.compare.model_measurements import sae_hook
+from sa_lens.compare.task_measurements import Skill
 from sa_lens.config import GateConfig, ModelConfig, RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer
 

@@ -3,6 +3,9 @@
 The words are those of TinyStories, or of the generated stories that sa_lens trains on by default (`words="stories"`),
 whose prompts come from the sentence patterns of these stories. Each task makes different clean prompts until enough
 pairs can be used with the tokenizer; `pairs.report()` says which were left out.
+
+A new task needs a function here and an entry in `TASKS`, a name in `config.Task`, its sentences in `tinystories` and
+`data.stories.prompts`, and its name in print in `views.wording`.
 """
 
 from __future__ import annotations
