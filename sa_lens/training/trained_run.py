@@ -39,7 +39,12 @@ def trained_on_stories(run: str) -> bool:
 
 
 def text_of_run(
-    run: str | Path, model: SelfAblatingTransformer, text: str | None = None, *, column: str = "text"
+    run: str | Path,
+    model: SelfAblatingTransformer,
+    text: str | None = None,
+    *,
+    column: str = "text",
+    progress: bool = True,
 ) -> PreparedData:
     """Returns training and validation text of a run in its model's tokens, from the cache if they are there.
 
@@ -49,6 +54,7 @@ def text_of_run(
     Args:
         text: path or dataset id of another text, one half of whose documents then stands for the training text.
         column: column of `text` that holds the text.
+        progress: show progress bars while tokens are made.
 
     Raises:
         ValueError: a model that was not saved by a training run or whose text is not shipped, and no other text; or a
@@ -64,7 +70,7 @@ def text_of_run(
         half = DataConfig(
             source=text, column=column, tokenizer=tokenizer, validation_fraction=0.5, max_documents=50_000
         )
-        return prepare(half, n_ctx)
+        return prepare(half, n_ctx, progress=progress)
     if settings is None:
         raise ValueError(f"{run} does not say on what text it was trained: name one with --text")
     if shipped_folder(run) is not None and settings.data.source != "stories":
@@ -78,7 +84,7 @@ def text_of_run(
     for candidate in run_text.candidates(settings, folder, recorded, ("data.source", "data.validation")):
         # the run's own tokenizer, and never a cache that a configuration from elsewhere chooses
         config = dataclasses.replace(candidate.data, tokenizer=str(folder), keep_whole=None, cache_dir=None)
-        data = prepare(config, n_ctx)
+        data = prepare(config, n_ctx, progress=progress)
         if not run_text.differing_texts(data, recorded):
             return data
     assert data is not None, "there is a candidate, or none exists and candidates raises"
