@@ -34,7 +34,7 @@ class Column:
     digits: int
     """Digits after the decimal point, in print."""
     direction: int = 0
-    """What is claimed of a self-ablating model against the dense baseline: +1 higher, -1 lower, 0 no claim."""
+    """Claimed direction of a self-ablating model against the dense baseline: +1 higher, -1 lower, 0 no claim."""
     claim: str = ""
     """The claim in words."""
     paper: str = ""
@@ -46,7 +46,7 @@ class Column:
     theme: str = OTHER
     """Title of the table that it stands in, with other columns of the same theme."""
     drawn: bool = False
-    """Whether the figure shows it unless other columns are asked for."""
+    """Whether the figure shows it by default."""
 
 
 _MORE_LOCAL = "circuits are smaller"

@@ -27,7 +27,7 @@ BASELINE = "baseline"
 """The variant that all others are compared with."""
 
 Training = Literal["whole", "gates", "none"]
-"""What is trained: the whole model, its gates on the trained baseline, or nothing."""
+"""Which part of the model is trained: all of it, its gates on the trained baseline, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Variant:
     gates: GateConfig
     """Its gates; scope `none` for the baseline."""
     training: Training = "whole"
-    """What is trained."""
+    """Which part of the model is trained."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Grid:
     about: str
     """One line: what it is for."""
     run: RunConfig
-    """What all models share: shape, loss, text, training. Its gates and its seed are not used."""
+    """Settings that all models share: shape, loss, text, training. Its gates and its seed are not used."""
     variants: tuple[Variant, ...]
     """The baseline first."""
     measurements: tuple[Measurement, ...]
-    """What is measured on every model."""
+    """Measurements on every model."""
     seeds: tuple[int, ...]
     """Seeds that are trained unless others are asked for."""
 
@@ -71,7 +71,7 @@ class Grid:
             baseline: folder of the trained baseline of the same seed, for a variant that trains gates on it.
 
         Raises:
-            ValueError: such a variant without that folder.
+            ValueError: the variant is trained on the baseline, but its folder is not given.
         """
         train = dataclasses.replace(self.run.train, seed=seed)
         if variant.training != "gates":
@@ -233,7 +233,7 @@ def grid_named(grid: str | Grid) -> Grid:
     """Returns a grid by its name, or the given grid.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if isinstance(grid, Grid):
         return grid

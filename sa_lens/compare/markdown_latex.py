@@ -73,7 +73,7 @@ def difference_tables(comparison: Comparison, against: str = BASELINE) -> dict[s
     A cell is the mean paired difference, its 95 % interval, the corrected p and the verdict.
 
     Raises:
-        ValueError: no such variant.
+        ValueError: the variant does not exist.
     """
     rows = {
         place: row

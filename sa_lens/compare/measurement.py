@@ -1,4 +1,4 @@
-"""What a measurement is, its input and its result."""
+"""Measurements of a comparison, with their input and result."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Result:
     """The result of a measurement on one model."""
 
     values: Values
-    """By column and stream; the stream of columns about the weights is the empty string."""
+    """Values by column and stream; the stream of columns about the weights is the empty string."""
     notes: tuple[str, ...] = ()
-    """Why a value is missing, or must be read with care."""
+    """Reasons why a value is missing, or must be read with care."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainedModel:
     data: PreparedData
     """The text it was trained on, and the validation text."""
     run: RunConfig
-    """How it was trained."""
+    """Settings with which the model was trained."""
     folder: Path
     """Where a measurement may keep files of its own."""
     baseline: SelfAblatingTransformer | None = None

@@ -56,7 +56,7 @@ def compare(
     Args:
         grid: `laptop`, `laptop-tinystories`, `paper`, `smoke`, or a `Grid` of your own.
         out: folder of models, tables and figure.
-        seeds: how many (from 0 on), or which; None: the grid's.
+        seeds: number of seeds (from 0 on), or a list of seeds; None takes those of the grid.
         columns: labels of the measurements whose columns are wanted, such as `losses` or `object-acdc`; None: all.
         text: train on this text instead: a file or folder, or a dataset id on the Hub.
         validation: its validation text; None: a part of it.
@@ -102,7 +102,7 @@ def plan(
         `step N of M`, or why it is not available), tokens of training, estimated seconds left.
 
     Raises:
-        ValueError: as `compare`.
+        ValueError: as for `compare`.
     """
     choices = {"seeds": seeds, "columns": columns, "text": text, "validation": validation}
     return plan_table(_folders(grid, Path(out), device, choices), device)

@@ -63,7 +63,7 @@ class Comparison:
             `claim`.
 
         Raises:
-            ValueError: no such variant.
+            ValueError: the variant does not exist.
         """
         import pandas as pd
 
@@ -139,7 +139,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
     number in every seed, which is no certainty.
 
     Raises:
-        ValueError: sequences of unequal length.
+        ValueError: the sequences have different lengths.
     """
     from scipy.stats import ttest_1samp
 
@@ -162,7 +162,7 @@ def holm(p: Sequence[float], family: int | None = None) -> list[float]:
             it beforehand keeps a verdict from changing with what else is measured.
 
     Raises:
-        ValueError: a family smaller than the tests given.
+        ValueError: the family is smaller than the number of tests.
     """
     planned = len(p) if family is None else family
     if planned < len(p):
@@ -184,7 +184,7 @@ def verdict(difference: float, adjusted_p: float, direction: int) -> Verdict:
         direction: +1 if the claim predicts a higher value, -1 if a lower one.
 
     Raises:
-        ValueError: another direction.
+        ValueError: the direction is neither 1 nor -1.
     """
     if direction not in (1, -1):
         raise ValueError(f"direction={direction} must be 1 or -1")

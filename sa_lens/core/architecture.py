@@ -22,7 +22,7 @@ def hooked_config(
     """Returns TransformerLens's configuration of a `ModelConfig`.
 
     Raises:
-        ValueError: no vocabulary size, neither in the configuration nor from a tokenizer.
+        ValueError: neither the configuration nor the tokenizer gives a vocabulary size.
     """
     d_vocab = cfg.d_vocab if cfg.d_vocab is not None else (len(tokenizer) if tokenizer is not None else None)
     if d_vocab is None:
@@ -78,7 +78,7 @@ def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
     """Refuses models for which the ablated stream would not be exact, and gates that do not fit the model.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: the model or the gates are not supported; the message gives the reason.
     """
     if gates.gated:
         reason = _GATES.reason_against(cfg)

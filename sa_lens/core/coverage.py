@@ -69,7 +69,7 @@ class Coverage:
 
         Args:
             cfg: a TransformerLens configuration.
-            dtype: of the parameters; None: as `cfg` says.
+            dtype: type of the parameters; None takes that of `cfg`.
         """
         for name, applies in FEATURES.items():
             if name not in self.features and applies(cfg):

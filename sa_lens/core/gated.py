@@ -91,7 +91,7 @@ class GatedTransformer(HookedTransformer):
             default_padding_side: `left` or `right`; None: the tokenizer's own.
 
         Raises:
-            ValueError: no Hugging Face tokenizer, or one without begin- and end-of-text token.
+            ValueError: this is no Hugging Face tokenizer, or it has neither a begin- nor an end-of-text token.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
@@ -238,7 +238,7 @@ class GatedTransformer(HookedTransformer):
         """Loads all weights except those of the gates.
 
         Raises:
-            ValueError: a missing or unknown weight.
+            ValueError: a weight is missing or unknown.
         """
         result = self.load_state_dict(dict(state), strict=False)
         parameters = dict(self.named_parameters())

@@ -67,14 +67,14 @@ def in_stream(
     """Runs the model in the given stream, within the context.
 
     Args:
-        position: where the masks act in the ablated stream; None: at all positions. See `model.ablated`.
+        position: position at which the masks act in the ablated stream; None for all positions. See `model.ablated`.
         masks: `frozen`, `live` or given masks, as in `model.ablated`; None: `frozen`.
         clean_hooks: hooks of the clean pass, as in `model.ablated`.
 
     The last three mean nothing in the clean stream, so one call serves both.
 
     Raises:
-        ValueError: an unknown stream, or the ablated one of a model without gates.
+        ValueError: the stream is unknown, or the ablated stream is asked of a model without gates.
     """
     if stream == "clean":
         return model.clean() if hasattr(model, "clean") else nullcontext(model)
@@ -112,7 +112,7 @@ def weight(model: Host, name: str) -> Tensor:
     """Returns a weight by its TransformerLens name, such as `blocks.0.attn.W_O`; grouped keys and values are repeated.
 
     Raises:
-        ValueError: no such weight.
+        ValueError: the model has no such weight.
     """
     try:
         value = reduce(getattr, name.split("."), model)

@@ -94,7 +94,7 @@ class LastPass(NamedTuple):
     masks: list[LayerMasks]
     """Masks by layer; none without an ablated lane."""
     keys_and_values: list[KeysAndValues]
-    """By layer, of the earlier lane."""
+    """Keys and values of the earlier lane, by layer."""
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def run_to_position(
     Args:
         functions: the nodes of the model, for at least as many positions as the prompts have.
         prompts: with all earlier positions.
-        ablated: also run the ablated lane.
+        ablated: whether to run the ablated lane too.
         layers: number of layers to run; None: all. Gates that read the end of the clean stream need all.
     """
     run = _Run(model, functions, prompts, functions.cfg.n_layers if layers is None else layers)
@@ -131,7 +131,7 @@ def run_with_gradients(
     Args:
         prompts: with those earlier positions that are to be run.
         before: keys and values of the others.
-        masks: of the ablated lane; None: those that the gates give, with their surrogates' gradients.
+        masks: masks of the ablated lane; None takes those of the gates, with the gradients of their surrogates.
     """
     run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before)
     run.run_clean()

@@ -25,7 +25,7 @@ class LossTerms(NamedTuple):
     """The terms of the loss; a term that the model or the coefficients leave out is None."""
 
     total: Float[Tensor, ""]
-    """What is minimised."""
+    """The loss that is minimised."""
     clean: Float[Tensor, ""]
     """Cross-entropy of the clean stream, nats per predicted token, without its coefficient."""
     ablated: Float[Tensor, ""] | None

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _FORWARD = inspect.signature(HookedTransformer.forward)
 _END = object()
-"""What is left of a generator at its end."""
+"""Default value that `next` returns at the end of a generator."""
 
 
 class Streams(NamedTuple):
@@ -104,7 +104,7 @@ class SelfAblatingTransformer(GatedTransformer):
         gates: the gates; default: local, k = 8.
         tokenizer: a Hugging Face tokenizer, for strings.
         seed: seed of the initial weights and gates; None: `cfg.seed`, else 0. The global random state is left alone.
-        device: where the model lives; None: `cfg.device`, else TransformerLens's choice.
+        device: device of the model; None takes `cfg.device`, or else the one that TransformerLens chooses.
         default_padding_side: as in HookedTransformer.
 
     Raises:
@@ -132,7 +132,8 @@ class SelfAblatingTransformer(GatedTransformer):
         pass too.
 
         Args:
-            position: where the masks act: one for all prompts or one for each; negative ones count from the end.
+            position: position at which the masks act, one for all prompts or one for each; negative ones count from
+                the end.
             masks: `frozen`: masks of a clean pass on the same tokens in which no user hook fires. `live`: the user's
                 hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice); only with a
                 position. Or given masks by hook name (`run_streams(...).masks`, or any cache that holds them): where
@@ -269,8 +270,8 @@ class SelfAblatingTransformer(GatedTransformer):
             targets: the token to predict at each position; None: the next token of the input, T - 1 predictions.
             attention_mask: 1 for tokens, 0 for padding; None: known for strings, and for tokens computed as
                 TransformerLens does when padding is on the left. Padding is left out of the losses.
-            prepend_bos: for strings; None: the model's default.
-            padding_side: for strings; None: the tokenizer's.
+            prepend_bos: whether a begin-of-text token is put before strings; None takes the model's default.
+            padding_side: side on which strings are padded; None takes the tokenizer's.
         """
         tokens, attention_mask, seen = tokens_and_padding(self, input, attention_mask, prepend_bos, padding_side)
         if targets is not None:
@@ -334,7 +335,7 @@ class SelfAblatingTransformer(GatedTransformer):
         Gates read the clean stream alone, so a clean pass gives them. No hook of the user fires.
 
         Raises:
-            ValueError: a model without gates.
+            ValueError: the model has no gates.
         """
         self._require_gates("model.record_masks()")
         clean = self._clean_pass(tokens, {}, Ablation(), want_keys=False)
@@ -355,9 +356,9 @@ class SelfAblatingTransformer(GatedTransformer):
             return super().generate(*args, **kwargs)
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:  # type: ignore[override]
-        """As `HookedTransformer.generate_stream`, from the stream that this thread has chosen at the call.
+        """Generates text in parts from the stream that this thread has chosen at the call.
 
-        Train or eval mode is kept.
+        Arguments as in `HookedTransformer.generate_stream`. Train or eval mode is kept.
         """
         chosen = self._streams.current
         parts = super().generate_stream(*args, **kwargs)

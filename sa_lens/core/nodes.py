@@ -139,7 +139,7 @@ class NodeFunctions:
         """Returns the query (port 0), key (1) or value (2) of a head from its input in the residual stream.
 
         Args:
-            position: for rotary models, that of each prompt's only row; None: positions 0, 1, ...
+            position: in rotary models, the position of each prompt's only row; None stands for positions 0, 1, ...
         """
         y = torch.matmul(self.normalise(x), self.W_qkv[layer][port, head]) + self.b_qkv[layer][port, head]
         return self.rotate(layer, port, y, position)

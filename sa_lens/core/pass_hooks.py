@@ -45,8 +45,8 @@ class _PassHooks:
         for point, function, first in hooks:
             if not isinstance(point, StreamPoint):
                 raise ValueError(
-                    f"a {type(point).__name__} stands where this model had a hook point, so that its streams cannot be "
-                    "told apart: put the hook point back, and use run_with_hooks instead"
+                    f"a hook point of this model was replaced by a {type(point).__name__}, so its streams cannot be "
+                    "distinguished: restore the hook point, and use run_with_hooks instead"
                 )
             (self.before if first else self.after).setdefault(id(point), []).append(function)
 

@@ -139,7 +139,7 @@ def check_description(model: GatedTransformer, described: Mapping[str, Any]) -> 
     """Checks that a model built from its description equals this one except for the weights.
 
     Raises:
-        ValueError: a parameter or a setting of a module that the description gets wrong.
+        ValueError: the description is wrong about a parameter or a setting of a module.
     """
 
     def settings(module: torch.nn.Module) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def build(
     """Builds the model that a `config.json` describes, without its weights, and loads its tokenizer if it has one.
 
     Raises:
-        ValueError: a description that makes no model, or a damaged tokenizer.
+        ValueError: no model can be built from the description, or the tokenizer is damaged.
     """
     if device is not None:
         # a missing device is not the file's fault
@@ -331,7 +331,7 @@ def _checked_shape(shape: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a HookedTransformerConfig from a file after checks of their names and types.
 
     Raises:
-        ValueError: the first fault.
+        ValueError: a field is missing or wrong; the message names the first one.
     """
     hints = {**typing.get_type_hints(HookedTransformerConfig), "act_fn": str | None}
     shape = {key: value for key, value in shape.items() if key in hints or _LATER_KEYS.get(key, _UNKNOWN) != value}
@@ -456,7 +456,7 @@ def refuse_transformer_lens_arguments(name: str | Path, unknown: Mapping[str, An
     """Refuses arguments of `HookedTransformer.from_pretrained` that this loader does not have.
 
     Raises:
-        ValueError: with the way to the same end.
+        ValueError: an argument is not known here; the message says what to do instead.
     """
     way = (
         "load it with TransformerBridge.boot_transformers(...), then "

@@ -180,7 +180,7 @@ def position_mask(position: int | Sequence[int] | Tensor, batch: int, length: in
     """Returns a mask that is True at the position of each prompt.
 
     Raises:
-        ValueError: a position outside the prompt, or another number of positions than prompts.
+        ValueError: a position is outside the prompt, or the number of positions is not that of the prompts.
     """
     chosen = torch.as_tensor(position).reshape(-1).cpu()
     if chosen.dtype.is_floating_point or chosen.dtype == torch.bool:

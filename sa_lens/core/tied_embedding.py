@@ -72,7 +72,7 @@ def check_tied(state: Mapping[str, Tensor], current: Tensor) -> None:
     """Refuses a state dict whose unembedding is not the transposed embedding.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the two differ.
     """
     W_U = state.get("unembed.W_U")
     if W_U is None:

@@ -67,7 +67,7 @@ class Unit(NamedTuple):
         """Reads a unit from a text such as `L1.mlp.17`.
 
         Raises:
-            ValueError: another spelling.
+            ValueError: the text has another form.
         """
         match = _SPELLING.fullmatch(text)
         if match is None:
@@ -88,7 +88,7 @@ def checked_unit(model: Host, unit: Unit | str | tuple[int, Site, int]) -> Unit:
     """Returns the unit, given as `Unit`, as text or as (layer, site, index), if the model has it.
 
     Raises:
-        ValueError: a unit that the model does not have, or another spelling.
+        ValueError: the model does not have this unit, or the text has another form.
     """
     unit = Unit.parse(unit) if isinstance(unit, str) else Unit(*unit)
     counts = unit_counts(model)

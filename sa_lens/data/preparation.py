@@ -1,4 +1,4 @@
-"""From a data configuration to tokens on disk: sources, the validation split, the tokenizer, two token files."""
+"""Preparation of data: from a configuration to tokenizer and token files, with a validation split."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def open_source(
     Raises:
         FileNotFoundError: `source` looks like a path and there is nothing there.
         HubUnreachable: a Hub dataset and no network.
-        ValueError: no such dataset, or no such split.
+        ValueError: the dataset or the split does not exist.
     """
     cache = cache_folder(None) if cache is None else cache
     path = local_path(source, "the name of the text")

@@ -27,7 +27,7 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": TEXT,
 """Kinds of files, by suffix."""
 
 RULES = {kind: kind for kind in KINDS.values()} | {TEXT: "text by its lines"}
-"""What stands for the way a kind is read in keys by content: it changes when the same bytes give other documents."""
+"""Part of the keys by content for each kind; it changes if the same bytes are read as other documents."""
 
 BATCH = 1000
 """Rows read at a time."""
@@ -46,7 +46,7 @@ def kind_of(file: Path) -> str:
     """Returns the kind of a file.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: the kind is unknown.
     """
     kind = KINDS.get(file.suffix.lower())
     if kind is None:
@@ -108,7 +108,7 @@ def saved_dataset(folder: Path, choose: Callable[[list[str]], str]) -> list[Path
         choose: picks one of the splits, if it has any.
 
     Raises:
-        ValueError: damaged records.
+        ValueError: the records of the dataset are damaged.
     """
     remedy = "write the dataset again with save_to_disk"
     if (folder / "dataset_dict.json").is_file():

@@ -30,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 """The one special token of a trained tokenizer: begin, end, unknown and padding at once, with id 0."""
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer writes for bytes that are not a whole character."""
+"""Character that a tokenizer writes for bytes that do not form a whole character."""
 PART_OF_CHARACTER = re.compile("<0x[0-9A-F]{2}>")
 """How `token_text` writes such a byte."""
 
@@ -105,7 +105,7 @@ def prompt_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     Both boundary tokens and the padding token are set; the tokens of the text itself stay the same.
 
     Raises:
-        ValueError: no boundary token, or a tokenizer in Python that adds others by itself.
+        ValueError: the tokenizer has no boundary token, or it is written in Python and adds other tokens by itself.
     """
     from tokenizers import processors
 
@@ -242,7 +242,7 @@ def read_words(path: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no words in it, or JSON of another form.
+        ValueError: the file holds no words, or is JSON of another form.
     """
     path = local_path(path, "data.keep_whole")
     if not path.is_file():
@@ -288,7 +288,8 @@ def train_bpe(
         keep_whole: words without spaces that stay single tokens.
 
     Raises:
-        ValueError: a kept word that the splitting itself cuts ("O'Neil"), or too small a vocabulary for the kept words.
+        ValueError: a word cannot be kept whole because the splitting divides it ("O'Neil"), or the vocabulary is too
+            small for the kept words.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

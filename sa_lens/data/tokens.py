@@ -189,10 +189,11 @@ def write_tokens(
         tokenizer: used as it is, without the special tokens it would add.
         name: what the text is, for messages and the progress bar.
         total: number of documents if known, for the progress bar.
-        form: how the documents were told apart, to be recorded.
+        form: how the text was divided into documents; it is recorded in the file.
 
     Raises:
-        ValueError: no text, a token beyond the vocabulary, or a tokenizer without begin- and end-of-text token.
+        ValueError: the text is empty, a token is beyond the vocabulary, or the tokenizer has neither a begin- nor an
+            end-of-text token.
     """
     from tqdm.auto import tqdm
 

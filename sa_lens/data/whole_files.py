@@ -237,7 +237,7 @@ def parse_json(data: bytes | str) -> Any:
     """Returns the content of a JSON document; duplicate keys, infinite numbers and invalid text are refused.
 
     Raises:
-        ValueError: the fault, without the name of a file.
+        ValueError: the document is not valid; the message does not name the file.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -271,7 +271,7 @@ def check_object(
         where: the path of the value in the file, with a dot at its end, such as "model."; empty for the whole file.
 
     Raises:
-        ValueError: the first fault, without the name of a file.
+        ValueError: the value has another form; the message names the first fault, but not the file.
     """
     name = where.rstrip(".") or "it"
     if not isinstance(content, dict):
@@ -313,5 +313,5 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return content

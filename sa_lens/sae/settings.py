@@ -80,7 +80,7 @@ def resolve(preset: str | SAESettings, changes: dict[str, Any]) -> SAESettings:
     """Returns a preset with changes.
 
     Raises:
-        ValueError: an unknown preset or setting, or a value outside its range.
+        ValueError: the preset or a setting is unknown, or a value is outside its range.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:

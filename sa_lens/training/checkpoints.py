@@ -70,7 +70,7 @@ class Tensors:
     """The tensors of a checkpoint, on the CPU."""
 
     weights: dict[str, Tensor]
-    """As in a model folder."""
+    """Weights of the model, as in a model folder."""
     optimizer: dict[str, Tensor]
     """See `optimizer_tensors`."""
     generators: dict[str, Tensor]
@@ -108,7 +108,7 @@ def read(folder: Path) -> tuple[RunState, Tensors]:
     """Reads a complete checkpoint.
 
     Raises:
-        ValueError: damaged, or written by a later version.
+        ValueError: the checkpoint is damaged, or was written by a later version.
     """
     try:
         document = parse_json((folder / STATE).read_bytes())
@@ -149,7 +149,7 @@ def restore_optimizer(
         untouched: parameters that had no gradient yet, so that AdamW holds nothing for them.
 
     Raises:
-        ValueError: tensors of other parameters.
+        ValueError: the tensors belong to other parameters.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""What `sa-lens eval` prints: the figures of an evaluation as a table of text."""
+"""The printed table of `sa-lens eval`."""
 
 from __future__ import annotations
 

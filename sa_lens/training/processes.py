@@ -38,7 +38,7 @@ def check_tracker(tracker: str) -> None:
     """Checks that the tracker is `none` or installed.
 
     Raises:
-        ValueError: not installed, with the command that installs it.
+        ValueError: the tracker is not installed; the message gives the command that installs it.
     """
     if tracker == "tensorboard":
         found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))

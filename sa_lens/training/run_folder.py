@@ -60,7 +60,7 @@ def check_unchanged(out: Path, before: dict[str, Any], now: RunConfig) -> None:
     """Refuses to resume with a configuration that would change the run.
 
     Raises:
-        ValueError: naming what changed.
+        ValueError: a setting has changed; the message names it.
     """
     changed = [d for d in differences(before, to_dict(now)) if d.split(":")[0] not in _MAY_CHANGE]
     serious = [d for d in changed if d.split(":")[0] not in _MAY_CHANGE_ROUNDING]

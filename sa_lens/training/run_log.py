@@ -28,7 +28,7 @@ class Window:
     a window have the same terms: `means` empties it before the first step whose terms differ.
 
     Args:
-        names: of the terms, in the order in which a row holds them; set again when the terms change.
+        names: names of the terms in the order of a row; they are set again when the terms change.
         mean_over_processes: averages a tensor over all processes.
     """
 

@@ -57,7 +57,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Returns the entry of a run's `config.json` about its text; empty if there is none.
 
     Raises:
-        ValueError: a damaged record.
+        ValueError: the record is damaged.
     """
     path = folder / CONFIG
     text = read_config(folder).get("text") if path.is_file() else None

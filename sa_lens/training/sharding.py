@@ -15,7 +15,7 @@ def check_sharding(module: nn.Module) -> None:
     """Checks that the loss is not sharded, or is sharded as one unit, which the fused path needs.
 
     Raises:
-        ValueError: another kind of sharding, with the setting of Accelerate that helps.
+        ValueError: the loss is sharded in another way; the message names the setting of Accelerate to use.
     """
     if isinstance(module, FullyShardedDataParallel):
         raise ValueError("this trainer shards with FSDP version 2: set fsdp_version to 2 (accelerate config)")

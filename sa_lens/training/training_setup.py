@@ -46,7 +46,7 @@ class TrainingSetup:
     optimizer: Any
     """AdamW, wrapped by Accelerate."""
     text: dict[str, Any]
-    """What `config.json` says of the text; see `run_text.record`."""
+    """Entry of `config.json` about the text; see `run_text.record`."""
 
 
 def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainingSetup:

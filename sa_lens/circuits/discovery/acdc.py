@@ -223,8 +223,8 @@ def _initial_state(graph: Graph, about: dict[str, Any], resume: ACDCResult | Cir
     circuit = resume.circuit if isinstance(resume, ACDCResult) else resume
     if circuit.graph != graph:
         raise ValueError(
-            f"resume= is of another search: its graph is {circuit.graph}, here it is {graph}. Give a model of the same "
-            "shape, or start anew"
+            f"resume= belongs to another search: its graph is {circuit.graph}, here it is {graph}. Give a model of the "
+            "same shape, or start a new search"
         )
     for name, value in about.items():
         before = circuit.about.get(name)
@@ -232,9 +232,7 @@ def _initial_state(graph: Graph, about: dict[str, Any], resume: ACDCResult | Cir
             differs = f"its {name} is {before!r}, here it is {value!r}"
             if name in _HASHED:
                 differs = f"it was made with other {_HASHED[name]}"
-            raise ValueError(
-                f"resume= is of another search: {differs}. Give the same model, pairs and arguments, or start anew"
-            )
+            raise ValueError(f"resume= belongs to another search: {differs}. Give the same model, pairs and arguments")
     counts = [circuit.about[name] for name in _State._fields[2:]]
     return _State(circuit.mask.clone(), circuit.scores.clone(), *counts)
 
@@ -271,8 +269,8 @@ class _Search:
             self.state = self.state._replace(start=start, value=start)
         elif abs(start - before) > SAME * max(1.0, abs(before)):
             raise ValueError(
-                f"resume= is of another search: its metric of the full graph is {before:.6g}, here it is {start:.6g}. "
-                "Give the same metric, or start anew"
+                f"resume= belongs to another search: its metric of the full graph is {before:.6g}, here it is "
+                f"{start:.6g}. Give the same metric, or start a new search"
             )
 
     def select_undecided(self, places: Sequence[Place]) -> list[Place]:

@@ -238,7 +238,7 @@ class Attention(nn.Module):
         return angles.sin().to(self.cfg.dtype), angles.cos().to(self.cfg.dtype)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """As in torch, except that constants of other lengths, of a model that has seen longer inputs, are left out."""
+        """Loads weights as torch does, without constants of another length (from a model that saw longer inputs)."""
         constants = {f"{prefix}{name}": value for name, value in self.named_buffers(recurse=False)}
         own = {
             name: value

@@ -31,7 +31,7 @@ class Sampling:
     temperature: float = 1.0
     """Divisor of the logits before drawing."""
     freq_penalty: float = 0.0
-    """What a token's logit loses for each time that it has occurred."""
+    """Number subtracted from a token's logit for each time that the token has occurred."""
     use_past_kv_cache: bool = True
     """Whether keys and values are kept from step to step."""
     verbose: bool = True
@@ -79,9 +79,9 @@ class Generation:
             input: text, texts (padded on the left), or tokens.
             max_new_tokens: tokens to add at most.
             prepend_bos: whether a begin-of-text token is put before a text; None: `cfg.default_prepend_bos`.
-            padding_side: of one text; several are always padded on the left.
+            padding_side: side on which one text is padded; several texts are always padded on the left.
             return_type: `str`, `tokens`, or as the input is.
-            output_logits: also return the logits of every step.
+            output_logits: whether to return the logits of every step too.
             sampling: see `Sampling`.
 
         Returns:
@@ -89,7 +89,7 @@ class Generation:
             transformers with `sequences` and `logits`.
 
         Raises:
-            ValueError: `stop_at_eos` without an end-of-text token, or an unknown `return_type`.
+            ValueError: `stop_at_eos` is set but there is no end-of-text token, or `return_type` is unknown.
         """
         if return_type not in ("input", "str", "tokens"):
             raise ValueError(f"return_type={return_type!r} must be 'input', 'str' or 'tokens'")
@@ -174,7 +174,7 @@ class Generation:
         """Returns the tokens that end a text, and the token that pads ended texts.
 
         Raises:
-            ValueError: neither given nor known to the tokenizer.
+            ValueError: no end-of-text token is given, and the tokenizer has none.
         """
         own = getattr(self.tokenizer, "eos_token_id", None)
         given = own if given is None else given

@@ -206,7 +206,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
             past_kv_cache: keys and values of earlier positions, to which the new ones are added.
 
         Raises:
-            ValueError: an unknown `return_type`, or a loss without tokens.
+            ValueError: `return_type` is unknown, or a loss is asked for without tokens.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None")
@@ -251,7 +251,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
             the cache before it; the last two may be None.
 
         Raises:
-            ValueError: more positions than `n_ctx`, or an attention mask of another shape.
+            ValueError: there are more positions than `n_ctx`, or the attention mask has another shape.
         """
         if isinstance(input, Tensor):
             tokens = input if input.ndim == 2 else input[None]
@@ -313,7 +313,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         """Refuses a hook at a hook point that does not fire under the configuration.
 
         Raises:
-            ValueError: naming the flag.
+            ValueError: the hook point does not fire; the message names the flag that enables it.
         """
         flag = _FLAG_OF.get(hook_point_name.rsplit(".", 1)[-1])
         if flag is not None and not getattr(self.cfg, flag):
@@ -331,7 +331,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         """Sets whether each head has an input of its own, `hook_attn_in`; not with grouped queries.
 
         Raises:
-            ValueError: a model with grouped queries.
+            ValueError: the model has grouped queries.
         """
         if use_attn_in and self.cfg.n_key_value_heads is not None:
             raise ValueError("use_attn_in does not fit grouped queries: use set_use_split_qkv_input(True)")
@@ -341,7 +341,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         """Sets whether the MLP's input has a hook point of its own, `hook_mlp_in`.
 
         Raises:
-            ValueError: an attention-only model.
+            ValueError: the model has no MLPs.
         """
         if self.cfg.attn_only:
             raise ValueError("use_hook_mlp_in needs MLPs, but this model has attn_only=True")
@@ -352,7 +352,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
 
     def to(self, *args: Any, print_details: bool = True, **kwargs: Any) -> HookedTransformer:
-        """As in torch; the configuration follows. Nothing is printed; TransformerLens's argument is accepted."""
+        """Moves or casts the model as torch does; the configuration follows. TransformerLens's argument is accepted."""
         return nn.Module.to(self, *args, **kwargs)
 
     def mps(self) -> HookedTransformer:
@@ -360,7 +360,7 @@ class HookedTransformer(Text, Generation, Weights, HookedRootModule):
         return self.to("mps")
 
     def _apply(self, fn: Any, recurse: bool = True) -> HookedTransformer:
-        """As in torch, where `to`, `half`, `double`, `cuda` and the like end; the configuration follows."""
+        """Moves or casts the model as torch does for `to`, `half`, `double`, `cuda`, ...; the configuration follows."""
         super()._apply(fn, recurse)
         self.cfg.dtype, self.cfg.device = self.embed.W_E.dtype, str(self.embed.W_E.device)
         return self

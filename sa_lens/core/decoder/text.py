@@ -1,4 +1,4 @@
-"""From text to tokens and back."""
+"""Conversion of text to tokens and back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Text:
         Special tokens that it lacks are filled in: end-of-text also serves as padding and begin-of-text.
 
         Raises:
-            ValueError: no Hugging Face tokenizer, or an unknown padding side.
+            ValueError: this is no Hugging Face tokenizer, or the padding side is unknown.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"the tokenizer is a {type(tokenizer).__name__}, but must be a Hugging Face one")
@@ -69,7 +69,7 @@ class Text:
             truncate: whether texts longer than `n_ctx` are cut.
 
         Raises:
-            ValueError: a model without tokenizer.
+            ValueError: the model has no tokenizer.
         """
         tokenizer, owns_bos = self._required_tokenizer(), self.cfg.tokenizer_prepends_bos
         bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
@@ -88,7 +88,7 @@ class Text:
         """Returns the text of tokens `[pos]`, or the texts of `[batch, pos]`.
 
         Raises:
-            ValueError: tokens of more than two axes, or a model without tokenizer.
+            ValueError: the tokens have more than two axes, or the model has no tokenizer.
         """
         tokenizer, tokens = self._required_tokenizer(), torch.as_tensor(tokens)
         if tokens.ndim > 2:
@@ -117,7 +117,7 @@ class Text:
         """Returns the token of a text that is a single token.
 
         Raises:
-            ValueError: a text of several tokens.
+            ValueError: the text has several tokens.
         """
         tokens = self.to_tokens(string, prepend_bos=False)
         if tokens.numel() != 1:

@@ -112,7 +112,7 @@ class Weights:
         With `cfg.seed` the draws are the same each time, and torch's random state is left alone.
 
         Raises:
-            ValueError: an unknown mode.
+            ValueError: the mode is unknown.
         """
         assert isinstance(self, nn.Module)
         mode, size, seed = self.cfg.init_mode, self.cfg.initializer_range, self.cfg.seed
