@@ -13,10 +13,12 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
+import torch
 from jaxtyping import Int64
+from torch import Tensor
 
 from sa_lens.data.cache import key_of, new_file
 from sa_lens.data.long_documents import split_document
@@ -25,6 +27,8 @@ from sa_lens.data.whole_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sa_lens.data.blocks import TextBlocks
 
 FORMAT = 2
 """Version of the layout of token files; part of every key."""
@@ -42,7 +46,7 @@ PARTS = 1000
 class TokenFile:
     """A text as one long row of tokens: every document between its boundary tokens.
 
-    Where a tokenizer has one token for the beginning and the end of a text, it follows every document.
+    `len(file)` is the number of tokens, `file[10]` one token, `file[10:20]` a tensor of tokens. Where a tokenizer has one token for the beginning and the end of a text, it follows every document.
     """
 
     path: Path
@@ -103,6 +107,30 @@ class TokenFile:
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map carries its contents; data workers map the file themselves.
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Int64[Tensor, " pos"]: ...
+    def __getitem__(self, index: int | slice) -> int | Int64[Tensor, " pos"]:
+        """Returns one token, or the tokens of a slice as a tensor that a model reads; only these are read from disk."""
+        tokens = self.tokens[index].astype(np.int64)
+        return torch.from_numpy(tokens) if isinstance(index, slice) else int(tokens)
+
+    def blocks(self, length: int) -> TextBlocks:
+        """Returns the text as consecutive blocks of `length` tokens: `file.blocks(128)[:8]` is a batch `[8, 128]`.
+
+        Tokens are read when blocks are indexed. Tokens after the last whole block are left out.
+
+        Raises:
+            ValueError: `length` is below 1, or the file holds no whole block.
+        """
+        from sa_lens.data.blocks import TextBlocks
+
+        return TextBlocks(self, length)
 
     def n_blocks(self, n_ctx: int) -> int:
         """Returns the number of whole blocks of `n_ctx` predictions."""

@@ -18,6 +18,7 @@ image, or JSON. In the order in which one meets them:
 | `unit_activations(model, text)` | on which tokens are a layer's most active units active? | one pass per stream |
 | `unit_histogram(model, blocks, unit)` | how often has a unit which value, in each stream? | one reading of the text |
 | `histogram(values, title, x_title)` | the same for any numbers | none |
+| `heat_map(values, title)` | any numbers in rows and columns, such as one per head and layer | none |
 | `patch_map(table)` | where does patching change the answer? | none |
 | `circuit_map(circuit)` | which edges does a circuit have? | none |
 | `faithfulness_chart(curves)` | how much of the model's effect does a circuit of each size keep? | none |
@@ -35,7 +36,7 @@ from sa_lens.views.next_tokens import logit_lens, predictions
 from sa_lens.views.raster import gate_raster
 from sa_lens.views.heads_and_units import attention, unit_activations
 from sa_lens.views.charts import faithfulness_chart, histogram, training_curves, unit_histogram
-from sa_lens.views.heat_maps import patch_map
+from sa_lens.views.heat_maps import heat_map, patch_map
 from sa_lens.views.circuit_figure import circuit_map
 from sa_lens.views.result_tables import comparison_table
 
@@ -54,6 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "unit_activations",
     "unit_histogram",
     "histogram",
+    "heat_map",
     "patch_map",
     "circuit_map",
     "faithfulness_chart",

@@ -1,15 +1,16 @@
-"""Tables of patches and of attribution as heat maps, or as bars of single units."""
+"""Heat maps of any numbers, of patches and of attribution; the last two may become bars of single units."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from sa_lens.views.drawing import Panels, register_panels, register_result
-from sa_lens.views.records import Axis, Bars, HeatMap, number, numbers
+from sa_lens.views.records import Axis, Bars, Colours, HeatMap, number, numbers
 from sa_lens.views.theme import colour_at, colour_bar, colour_scale, escape, label_axis, write_on
 from sa_lens.views.wording import TASKS, skill_warnings
 
@@ -41,6 +42,44 @@ _CELL, _NARROW, _ROW = 46, 24, 34
 """Pixels of a column, of the narrowest one, and of a row."""
 _SEVERAL = 1000
 """Pixels that heat maps beside one another share, if their columns are then wide enough."""
+
+
+def heat_map(
+    values: Any,
+    title: str,
+    *,
+    x: str = "head",
+    y: str = "layer",
+    x_labels: Sequence[str] | None = None,
+    y_labels: Sequence[str] | None = None,
+    scale: str = "value",
+    note: str = "",
+    colours: Colours = "diverging",
+) -> HeatMap:
+    """Returns any table of numbers as a heat map, such as one number for each head of each layer.
+
+    Args:
+        values: numbers `[row, column]`: a tensor, an array or lists; NaN leaves a cell empty.
+        title: heading.
+        x: what the columns are.
+        y: what the rows are; the first row is drawn at the bottom.
+        x_labels: a label for each column; None: counted from 0.
+        y_labels: a label for each row; None: counted from 0.
+        scale: what the numbers mean, with their unit.
+        note: a line below the heading.
+        colours: `diverging`: centred at 0; `sequential`: from the smallest to the largest number.
+
+    Raises:
+        ValueError: not two dimensions, no numbers, or another number of labels than of rows or columns.
+    """
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=float)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"values have the shape {list(array.shape)}, but a heat map shows numbers [row, column]")
+    columns, rows = (
+        Axis(name, tuple(map(str, range(size) if labels is None else labels)))
+        for name, labels, size in ((x, x_labels, array.shape[1]), (y, y_labels, array.shape[0]))
+    )
+    return HeatMap(title, note, columns, rows, numbers(array), scale, colours)
 
 
 def patch_map(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from sa_lens.data import TokenFile, load_tokenizer, validation_blocks
+from sa_lens.data import TextBlocks, TokenFile, load_tokenizer, validation_blocks
 from sa_lens.data.tokens import write_tokens
 
 
@@ -45,6 +46,39 @@ def test_blocks_overlap_by_the_token_that_is_target_and_next_input(tokens: Token
         assert block.dtype == np.int64
         assert block.tolist() == row[index * n_ctx : index * n_ctx + n_ctx + 1]
         assert len(block) == n_ctx + 1
+
+
+def test_a_file_is_a_sequence_of_tokens(tokens: TokenFile) -> None:
+    row = tokens.tokens.tolist()
+    assert len(tokens) == len(row)
+    assert (tokens[0], tokens[7], tokens[-1]) == (row[0], row[7], row[-1])
+    assert isinstance(tokens[7], int)
+    for piece in (slice(5), slice(3, 9), slice(-4, None), slice(9, 3), slice(20, 2, -3), slice(None, None, 7)):
+        assert tokens[piece].tolist() == row[piece]
+        assert tokens[piece].dtype == torch.int64
+    with pytest.raises(IndexError):
+        tokens[len(row)]
+
+
+def test_blocks_are_consecutive_batches(tokens: TokenFile) -> None:
+    row = tokens.tokens.tolist()
+    rows = [row[start : start + 16] for start in range(0, len(row) - 15, 16)]
+    blocks = tokens.blocks(16)
+    assert len(blocks) == len(rows)
+    for piece in (slice(4), slice(2, 5), slice(-2, None), slice(5, 2), slice(7, 1, -2), slice(3, 3, 2)):
+        assert blocks[piece].tolist() == rows[piece]
+        assert blocks[piece].shape[1] == 16
+    assert [blocks[index].tolist() for index in (0, 3, -1)] == [rows[0], rows[3], rows[-1]]
+    in_memory = TextBlocks(torch.tensor(rows), 16)
+    assert in_memory[1:6:2].tolist() == rows[1:6:2]
+    assert in_memory[-2].tolist() == rows[-2]
+    for index in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError, match=f"block {index} is not one of the {len(rows)} blocks of 16 tokens"):
+            blocks[index]
+    with pytest.raises(ValueError, match="blocks of 0 tokens: a block holds at least 1 token"):
+        tokens.blocks(0)
+    with pytest.raises(ValueError, match="fewer than one block"):
+        tokens.blocks(len(row) + 1)
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])

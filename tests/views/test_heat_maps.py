@@ -3,9 +3,10 @@
 import pandas as pd
 import plotly.io as pio
 import pytest
+import torch
 
 from sa_lens.circuits.patching.activation_patching import COLUMNS
-from sa_lens.views import draw, patch_map, side_by_side
+from sa_lens.views import draw, heat_map, patch_map, side_by_side
 from sa_lens.views.records import Axis, Bars, HeatMap
 
 
@@ -225,3 +226,19 @@ def test_no_theme_is_set_for_others():
 def test_what_has_no_figure():
     with pytest.raises(TypeError, match=r"no picture of a int; .* Bars, Circuit, CircuitMap, .*Curves"):
         draw(3)
+
+
+def test_any_numbers_become_a_heat_map():
+    values = [[1.0, float("nan"), -2.0], [0.5, 0.25, 4.0]]
+    record = heat_map(torch.tensor(values, requires_grad=True), "Effects", scale="nats", note="16 blocks")
+    assert record.values == ((1.0, None, -2.0), (0.5, 0.25, 4.0))
+    assert (record.x, record.y) == (Axis("head", ("0", "1", "2")), Axis("layer", ("0", "1")))
+    assert (record.title, record.note, record.scale, record.colours) == ("Effects", "16 blocks", "nats", "diverging")
+    labelled = heat_map(values, "Effects", x="word", x_labels=["a", "b", "c"], y="kind", y_labels=["p", "q"])
+    assert (labelled.x, labelled.y) == (Axis("word", ("a", "b", "c")), Axis("kind", ("p", "q")))
+    assert labelled.values == record.values
+    for wrong in (1.0, [1.0], [[]], [[[1.0]]]):
+        with pytest.raises(ValueError, match=r"a heat map shows numbers \[row, column\]"):
+            heat_map(wrong, "Effects")
+    with pytest.raises(ValueError, match="2 rows of 2 numbers"):
+        heat_map(values, "Effects", x_labels=["a", "b"])
