@@ -1,19 +1,21 @@
 """Makes the pictures of README and docs that show the shipped models of the generated stories.
 
-    python docs/pictures.py                 # all of them, two minutes of one core
-    python docs/pictures.py views patching  # only these groups
+    python docs/pictures.py                   # all of them, four minutes of one core
+    python docs/pictures.py gallery patching  # only these groups
 
-Needs Chromium. Prompts are drawn with seed 0. Each picture is 1,280 pixels wide and light.
+Needs Chromium, and SAELens for the recipes. Prompts are drawn with seed 0. Pictures are light. Those of the gallery and of
+the recipes show what the code of these pages saves, the others are 1,280 pixels wide.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,18 @@ import sa_lens as sa  # noqa: E402
 from sa_lens import circuits, report, views  # noqa: E402
 from sa_lens.config import Masks, Stream  # noqa: E402
 
-IMAGES = Path(__file__).parent / "images"
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images"
 WIDTH = 1280
+PAGE_WIDTH = 900
+"""Pixels of the window in which pages of texts and tables are saved by the code of a page."""
+EDGE, TALLEST = 10, 760
+"""Pixels around such a picture, and its largest height: a longer one is cut."""
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r"^!\[[^\]]*\]\((?:\.\./)?images/(\w+/[\w-]+)\.png\)$", re.MULTILINE)
 DENSE, LOCAL = "stories-dense", "stories-local"
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
 PROMPT = "One day, Lily and Tom went to the park. {} gave the ball to"
-STORY = (
-    "It was a cool day. Lily and Tom went to the park. Tom gave a ball to Lily. "
-    "Lily was happy because she had the ball."
-)
 PAIRS = 128
 """Prompt pairs that circuits are found with, and as many others that they are judged on."""
 TAU = 0.01
@@ -47,22 +52,24 @@ class Camera:
         self.chromium, self.folder = chromium, folder
 
     @contextmanager
-    def page(self, file: Path, height: int, ready: str) -> Iterator[Any]:
-        """A file in a window of the pictures' width, once the element `ready` is there."""
-        page = self.chromium.new_page(viewport={"width": WIDTH, "height": height})
+    def page(self, file: Path, height: int, ready: str, width: int = WIDTH) -> Iterator[Any]:
+        """A file in a window, once the element `ready` is there."""
+        page = self.chromium.new_page(viewport={"width": width, "height": height})
         page.goto(file.resolve().as_uri())
         page.wait_for_selector(ready)
         yield page
         page.close()
 
-    def text(self, name: str, record: Any, *, click: str = "") -> None:
-        """Photographs the page of a text or table, after a click on a word of it."""
-        with self.page(views.save(record, self.folder / f"{name}.html"), 100, "body") as page:
-            if click:
-                page.get_by_text(click, exact=True).click()
-            box = page.locator(".sa-lens").bounding_box()
-            shown = {"x": 0, "y": 0, "width": WIDTH, "height": box["y"] + box["height"] + 20}
-            page.screenshot(path=IMAGES / f"{name}.png", full_page=True, clip=shown)
+    def saved(self, name: str, file: Path) -> None:
+        """Photographs a view as the code of a page saved it."""
+        with self.page(file, 100, ".main-svg, .sa-lens", PAGE_WIDTH) as page:
+            page.wait_for_timeout(500)  # the scripts of a view have drawn it
+            box = page.locator(".main-svg, .sa-lens").first.bounding_box()
+            left, top = max(0, box["x"] - EDGE), max(0, box["y"] - EDGE)
+            size = {"width": box["width"] + 2 * EDGE, "height": min(TALLEST, box["height"] + 2 * EDGE)}
+            page.set_viewport_size({"width": max(PAGE_WIDTH, round(left + size["width"])), "height": TALLEST})
+            (IMAGES / name).parent.mkdir(exist_ok=True)
+            page.screenshot(path=IMAGES / f"{name}.png", full_page=True, clip={"x": left, "y": top, **size})
 
     def figure(self, name: str, shown: Any, *, height: int, cut: bool = False) -> None:
         """Photographs a plotly figure, drawn at that height in pixels or cut there."""
@@ -83,16 +90,28 @@ def patching(camera: Camera, dense: Any, local: Any) -> None:
     camera.figure("patching", figure, height=420)
 
 
-def text_views(camera: Camera, dense: Any, local: Any) -> None:
-    """One text in the first views of the page about them."""
-    raster = views.gate_raster(local, STORY)
-    neurons = [unit for unit in raster.units if unit.site == "mlp"]
-    strongest = max(neurons, key=lambda unit: max(map(abs, unit.values)))
-    camera.text("view-story", views.story(local, STORY, [strongest.name]), click="ablated minus clean loss")
-    camera.text("view-predictions", views.predictions(local, STORY[: STORY.index(" went")], top=4))
-    camera.figure("view-lens", views.logit_lens(local, STORY[: STORY.index(" park")]), height=600)
-    camera.text("view-attention", views.attention(local, PROMPT.format("Tom")))
-    camera.figure("view-raster", raster, height=900, cut=True)
+def page_pictures(camera: Camera, pages: Iterable[Path]) -> None:
+    """The pictures of pages: a block of code saves NAME.html, and NAME.png on the page shows it."""
+    for page in pages:
+        text, folder = page.read_text(encoding="utf-8"), camera.folder / page.stem
+        folder.mkdir()
+        names: dict[str, Any] = {}
+        with chdir(folder):
+            for block in CODE.finditer(text):
+                if "sae_dashboard" not in block[1]:  # cannot be installed beside sa_lens, and draws no picture
+                    exec(compile(block[1], page.name, "exec"), names)
+        for name in PICTURE.findall(text):
+            camera.saved(name, folder / f"{Path(name).name}.html")
+
+
+def gallery(camera: Camera, dense: Any, local: Any) -> None:
+    """Every view."""
+    page_pictures(camera, [DOCS / "gallery.md"])
+
+
+def recipes(camera: Camera, dense: Any, local: Any) -> None:
+    """The figures of the recipes."""
+    page_pictures(camera, sorted((DOCS / "recipes").glob("*.md")))
 
 
 def task_circuits(camera: Camera, dense: Any, local: Any) -> None:
@@ -153,7 +172,13 @@ def photograph_report(camera: Camera, file: Path) -> None:
         take("units")
 
 
-GROUPS = {"patching": patching, "views": text_views, "circuits": task_circuits, "report": report_pages}
+GROUPS = {
+    "patching": patching,
+    "circuits": task_circuits,
+    "report": report_pages,
+    "gallery": gallery,
+    "recipes": recipes,
+}
 
 
 def main() -> None:

@@ -75,9 +75,10 @@ def agrees(printed: str, expected: str) -> bool:
     )
 
 
-def needs_sae_lens(source: str) -> bool:
-    """Whether the code needs SAELens although it is not to be had, with TransformerLens 4."""
-    return TRANSFORMER_LENS >= 4 and "sae" in source
+def cannot_run(source: str) -> bool:
+    """Whether the code needs SAELens, which is not to be had with TransformerLens 4, or a package beside it."""
+    dashboard = importlib.util.find_spec("sae_dashboard") is None
+    return (TRANSFORMER_LENS >= 4 and "sae" in source) or (dashboard and "sae_dashboard" in source)
 
 
 def compiled(page: Path, line: int, source: str) -> CodeType:
@@ -94,7 +95,7 @@ def test_python_blocks_run_in_order(page, reader, capsys):
         pytest.importorskip("nnsight", reason="nnsight is not installed (extra nnsight)")
     names: dict[str, object] = {"__name__": "__main__"}
     for line, source in blocks(page, "python"):
-        if needs_sae_lens(source):
+        if cannot_run(source):
             continue
         capsys.readouterr()
         exec(compiled(page, line, source), names)
@@ -184,7 +185,7 @@ def test_errors_are_quoted_as_they_are_raised(faq):
     """Word for word; only line breaks are free, and dots stand for what depends on versions or chance."""
     text = "\n".join(source for _, source in blocks(faq, "pycon"))
     test = doctest.DocTestParser().get_doctest(text, {}, "faq", str(faq), 0)
-    test.examples = [example for example in test.examples if not needs_sae_lens(example.source)]
+    test.examples = [example for example in test.examples if not cannot_run(example.source)]
     assert sum(example.exc_msg is not None for example in test.examples) >= 35
     said: list[str] = []
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
