@@ -65,8 +65,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# Lines of code on a page must fit beside the margins of the site; tests/test_docs.py checks it.
 format: $(READY)
 	$(BIN)/ruff format .
+	find README.md docs -name '*.md' | xargs $(BIN)/ruff format --line-length 88 --config 'format.exclude = []'
 	$(BIN)/ruff check --fix .
 
 docs: $(READY)

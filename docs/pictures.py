@@ -3,8 +3,8 @@
     python docs/pictures.py                   # all of them, four minutes of one core
     python docs/pictures.py gallery patching  # only these groups
 
-Needs Chromium, and SAELens for the recipes. Prompts are drawn with seed 0. Pictures are light. Those of the gallery and of
-the recipes show what the code of these pages saves, the others are 1,280 pixels wide.
+Needs Chromium, and SAELens for the recipes. Prompts are drawn with seed 0. Pictures are light. Those of the gallery and
+of the recipes show what the code of these pages saves, the others are 1,280 pixels wide.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -54,11 +55,49 @@ def test_the_docstring_has_a_table_of_every_public_name_in_the_order_of_the_face
     assert names == [public for public in package.__all__ if public != "__version__"]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
+API = sorted((ROOT / "docs" / "api").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", API, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_every_page_of_the_api_begins_with_a_table(page):
     """The page's own, or the one in the docstring of a subpackage."""
     _, first, *_ = filter(None, page.read_text(encoding="utf-8").splitlines())
     assert first == TABLE or first.removeprefix("::: sa_lens.") in SUBPACKAGES
+
+
+CALL = re.compile(r"^\| \[`([\w.]+)(?:\((.*?)\))?`\]\(#([\w.]+)\) \|", re.MULTILINE)
+"""A row of a table of signatures: name, arguments, what it links to."""
+
+
+@pytest.mark.parametrize("page", [page for page in API if CALL.search(page.read_text())], ids=lambda page: page.stem)
+def test_tables_of_signatures_have_what_the_page_documents_and_its_arguments(page):
+    text = page.read_text(encoding="utf-8")
+    rows = CALL.findall(text)
+    assert list(dict.fromkeys(place for _, _, place in rows)) == re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    for name, arguments, place in rows:
+        home, _, first = place.rpartition(".")
+        member = getattr(importlib.import_module(home), first)
+        for part in name.split(".")[1:]:
+            member = getattr(member, part)
+        if not callable(member) or not arguments:
+            continue
+        shown = [argument.partition("=")[0].strip() for argument in arguments.split(", ")]
+        parameters = inspect.signature(member).parameters
+        given = [argument for argument in shown if argument != "..."]
+        assert given == list(parameters)[: len(given)], name
+        needed = [key for key, value in parameters.items() if value.default is value.empty and value.kind < 2]
+        assert set(needed) <= set(given), name
+        assert (shown[-1] == "...") == (len(given) < len(parameters)), name
+
+
+@pytest.mark.parametrize("package", ["circuits", "circuits.tasks", "units", "data.stories"])
+def test_every_public_name_is_in_a_table_of_signatures(package):
+    """Of the subpackages whose names are on several pages."""
+    documented = {place for page in API for _, _, place in CALL.findall(page.read_text(encoding="utf-8"))}
+    public = importlib.import_module(f"sa_lens.{package}").__all__
+    homes = (f"sa_lens.{package}", f"sa_lens.{package.partition('.')[0]}")
+    missing = [name for name in public if not {f"{home}.{name}" for home in homes} & documented]
+    assert missing in ([], ["tasks"])
 
 
 def test_training_and_comparing_are_calls(tmp_path):

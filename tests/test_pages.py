@@ -26,6 +26,10 @@ def pictures(page: Any) -> list[bool]:
     return page.evaluate("Array.from(document.images, image => image.complete && image.naturalWidth > 0)")
 
 
+CODE_THAT_SCROLLS = """Array.from(document.querySelectorAll("article pre > code"))
+    .filter(code => code.scrollWidth > code.clientWidth + 1).map(code => code.innerText)"""
+
+
 class TestSite:
     def test_home_leads_on(self, open_page):
         home = open_page("index.html")
@@ -45,12 +49,13 @@ class TestSite:
         assert all(pictures(opened.page))
         assert opened.clean()
 
-    def test_every_page_opens_without_an_error(self, open_page, site):
-        opened = open_page("index.html")
+    def test_every_page_opens_without_an_error_and_no_code_scrolls(self, open_page, site):
+        opened = open_page("index.html", viewport={"width": 1280, "height": 900})
         for path in sorted(site.rglob("*.html")):
             if path.name != "404.html":
                 opened.page.goto(path.as_uri())
                 assert opened.page.locator("article h1").count() == 1, path.name
+                assert opened.page.evaluate(CODE_THAT_SCROLLS) == [], path.name
                 assert opened.clean(), path.name
 
     def test_search_finds_from_disk(self, open_page):

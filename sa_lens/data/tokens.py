@@ -46,7 +46,8 @@ PARTS = 1000
 class TokenFile:
     """A text as one long row of tokens: every document between its boundary tokens.
 
-    `len(file)` is the number of tokens, `file[10]` one token, `file[10:20]` a tensor of tokens. Where a tokenizer has one token for the beginning and the end of a text, it follows every document.
+    `len(file)` is the number of tokens, `file[10]` one token, `file[10:20]` a tensor of tokens. Where a tokenizer has
+    one token for the beginning and the end of a text, it follows every document.
     """
 
     path: Path
