@@ -20,8 +20,6 @@ Text = TokenFile | str | Path | Int[Tensor, "block pos"]
 class TextBlocks:
     """Blocks of a text that a model reads, each from its first token on.
 
-    `len(blocks)` is the number of blocks, `blocks[3]` one block `[pos]`, `blocks[:8]` a batch `[block, pos]`.
-
     Args:
         text: a token file, its path, or blocks of tokens.
         n_ctx: tokens per block of a token file; blocks given as a tensor must not be longer.
@@ -30,13 +28,10 @@ class TextBlocks:
 
     Raises:
         FileNotFoundError: no such token file.
-        ValueError: no whole block, blocks longer than the context or shorter than a token, or tokens outside the
-            vocabulary.
+        ValueError: no whole block, blocks longer than the context, or tokens outside the vocabulary.
     """
 
     def __init__(self, text: Text, n_ctx: int, *, n_tokens: int | None = None, d_vocab: int | None = None) -> None:
-        if n_ctx < 1:
-            raise ValueError(f"blocks of {n_ctx} tokens: a block holds at least 1 token")
         if isinstance(text, str | Path):
             text = TokenFile.open(text)
         if isinstance(text, TokenFile):
@@ -56,14 +51,6 @@ class TextBlocks:
 
     def __len__(self) -> int:
         return self.count
-
-    def __getitem__(self, index: int | slice) -> Int[Tensor, "*block pos"]:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(self.count)
-            return self.rows(start, max(start, stop)) if step == 1 else self.pick(range(start, stop, step))
-        if not -self.count <= index < self.count:
-            raise IndexError(f"block {index} is not one of the {self.count:,} blocks of {self.length} tokens")
-        return self.rows(index % self.count, index % self.count + 1)[0]
 
     @property
     def n_tokens(self) -> int:
@@ -87,7 +74,7 @@ class TextBlocks:
     def pick(self, indices: Any) -> Int[Tensor, "block pos"]:
         """Returns the blocks at these indices."""
         if isinstance(self.text, TokenFile):
-            return torch.cat([self.rows(0, 0), *(self.rows(int(index), int(index) + 1) for index in indices)])
+            return torch.cat([self.rows(int(index), int(index) + 1) for index in indices])
         return self.text[torch.as_tensor(indices, device=self.text.device)].long()
 
     @property

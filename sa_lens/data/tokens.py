@@ -28,8 +28,6 @@ from sa_lens.data.whole_files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sa_lens.data.blocks import TextBlocks
-
 FORMAT = 2
 """Version of the layout of token files; part of every key."""
 
@@ -121,17 +119,23 @@ class TokenFile:
         tokens = self.tokens[index].astype(np.int64)
         return torch.from_numpy(tokens) if isinstance(index, slice) else int(tokens)
 
-    def blocks(self, length: int) -> TextBlocks:
-        """Returns the text as consecutive blocks of `length` tokens: `file.blocks(128)[:8]` is a batch `[8, 128]`.
+    def blocks(self, length: int, start: int = 0, stop: int | None = None) -> Int64[Tensor, "block pos"]:
+        """Returns blocks `start` to `stop - 1` of the text, a batch that a model reads; only these are read from disk.
 
-        Tokens are read when blocks are indexed. Tokens after the last whole block are left out.
+        Blocks are consecutive; tokens after the last whole block are left out.
+
+        Args:
+            length: tokens per block, at most the context of the model.
+            start: first block; negative numbers count from the end.
+            stop: block after the last one; None: all.
 
         Raises:
-            ValueError: `length` is below 1, or the file holds no whole block.
+            ValueError: `length` is below 1 or above the number of tokens.
         """
-        from sa_lens.data.blocks import TextBlocks
-
-        return TextBlocks(self, length)
+        if not 1 <= length <= self.n_tokens:
+            raise ValueError(f"length={length} must be from 1 to {self.n_tokens:,}, the tokens of {self.path}")
+        start, stop, _ = slice(start, stop).indices(self.n_tokens // length)
+        return self[start * length : max(start, stop) * length].view(-1, length)
 
     def n_blocks(self, n_ctx: int) -> int:
         """Returns the number of whole blocks of `n_ctx` predictions."""

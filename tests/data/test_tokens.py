@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sa_lens.data import TextBlocks, TokenFile, load_tokenizer, validation_blocks
+from sa_lens.data import TokenFile, load_tokenizer, validation_blocks
 from sa_lens.data.tokens import write_tokens
 
 
@@ -63,22 +63,15 @@ def test_a_file_is_a_sequence_of_tokens(tokens: TokenFile) -> None:
 def test_blocks_are_consecutive_batches(tokens: TokenFile) -> None:
     row = tokens.tokens.tolist()
     rows = [row[start : start + 16] for start in range(0, len(row) - 15, 16)]
-    blocks = tokens.blocks(16)
-    assert len(blocks) == len(rows)
-    for piece in (slice(4), slice(2, 5), slice(-2, None), slice(5, 2), slice(7, 1, -2), slice(3, 3, 2)):
-        assert blocks[piece].tolist() == rows[piece]
-        assert blocks[piece].shape[1] == 16
-    assert [blocks[index].tolist() for index in (0, 3, -1)] == [rows[0], rows[3], rows[-1]]
-    in_memory = TextBlocks(torch.tensor(rows), 16)
-    assert in_memory[1:6:2].tolist() == rows[1:6:2]
-    assert in_memory[-2].tolist() == rows[-2]
-    for index in (len(rows), -len(rows) - 1):
-        with pytest.raises(IndexError, match=f"block {index} is not one of the {len(rows)} blocks of 16 tokens"):
-            blocks[index]
-    with pytest.raises(ValueError, match="blocks of 0 tokens: a block holds at least 1 token"):
-        tokens.blocks(0)
-    with pytest.raises(ValueError, match="fewer than one block"):
-        tokens.blocks(len(row) + 1)
+    assert tokens.blocks(16).tolist() == rows
+    assert tokens.blocks(16).dtype == torch.int64
+    for start, stop in ((0, 4), (2, 5), (-2, None), (5, 2), (3, 10**6)):
+        assert tokens.blocks(16, start, stop).tolist() == rows[start:stop]
+        assert tokens.blocks(16, start, stop).shape[1] == 16
+    assert tokens.blocks(len(row)).tolist() == [row]
+    for length in (0, -1, len(row) + 1):
+        with pytest.raises(ValueError, match=f"length={length} must be from 1 to"):
+            tokens.blocks(length)
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
