@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TIMED_STEPS = 3
-"""Steps that are timed, after one that is not."""
+"""Number of steps that are timed, after one that is not."""
 OF_UNKNOWN_TOKENIZER = 50_257
-"""Vocabulary that is assumed where only the tokenizer's name is known."""
+"""Vocabulary size that is assumed if only the tokenizer's name is known."""
 
 
 def plan_table(folders: Sequence[ModelFolder], device: str) -> pd.DataFrame:

@@ -36,7 +36,7 @@ _NO_CONSEQUENCE = {
     "train": ("save_every", "log_every", "sample_tokens", "workers", "tracker", "eval_every", "eval_tokens"),
     "data": ("cache_dir",),
 }
-"""Settings that change nothing in the model after the last step."""
+"""Settings without effect on the model after the last step."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ class ModelFolder:
 
     @property
     def path(self) -> Path:
-        """Where everything of this model is."""
+        """Folder that holds everything of this model."""
         return self.out / "models" / f"{self.variant.name}-seed{self.seed}-{self.key[:10]}"
 
     @property
     def run(self) -> Path:
-        """The training run."""
+        """Folder of the training run."""
         return self.path / "run"
 
     @property
     def final(self) -> Path:
-        """The model after its last step."""
+        """Folder of the model after its last step."""
         return self.path / "final"
 
     def trained(self) -> dict[str, Any] | None:

@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PIECE = 65_536
-"""Characters of a piece, about."""
+"""Approximate number of characters of a piece."""
 
 CONTEXT = 1_000
-"""Characters compared on either side of a cut."""
+"""Number of characters that are compared on either side of a cut."""
 
 TRIES = 64
-"""Places tried for each piece, of either sort."""
+"""Number of places of either kind that are tried for each piece."""
 
 
 def split_document(text: str, encode: Callable[[str], Sequence[Any]]) -> Iterator[tuple[str, bool]]:
-    """Splits a text into pieces whose tokens, one after another, are those of the text; with each, whether it is last.
+    """Splits a text into pieces whose tokens together are those of the text; says of each piece whether it is the last.
 
     Args:
-        encode: the tokens of a text, without special ones.
+        encode: function that returns the tokens of a text, without special tokens.
     """
     start, goal = 0, PIECE
     while len(text) - goal > PIECE // 2:
@@ -42,7 +42,7 @@ def split_document(text: str, encode: Callable[[str], Sequence[Any]]) -> Iterato
 
 
 def _find_cut(text: str, goal: int, encode: Callable[[str], Sequence[Any]]) -> tuple[int, int] | None:
-    """Where a piece ends and the next begins, soon after `goal`; a space between the two may belong to neither."""
+    """Returns where a piece ends and the next begins, soon after `goal`; a space between both may belong to neither."""
     window = text[goal : goal + PIECE // 4]
     spaces = [i for i in range(1, len(window) - 1) if window[i] == " " and not window[i - 1].isspace()]
     spaces = [i for i in spaces if not window[i + 1].isspace()][:TRIES]

@@ -120,10 +120,10 @@ def pack(name: str, recipe: Recipe, result: TrainResult, out: Path) -> Path:
 def figures_of(model: SelfAblatingTransformer, run: RunConfig, words: Words, data: PreparedData) -> dict[str, Any]:
     """Validation losses of both streams in nats per token, and the skill of both at every task."""
     blocks = validation_blocks(data.validation, run.model.n_ctx, run.train.eval_tokens)
-    found = evaluate(model, blocks, bytes_per_token=bytes_per_token(data.validation))
-    losses = {"clean": found.clean_loss, "ablated": found.ablated_loss}
+    evaluation = evaluate(model, blocks, bytes_per_token=bytes_per_token(data.validation))
+    losses = {"clean": evaluation.clean_loss, "ablated": evaluation.ablated_loss}
     return {
-        "validation_tokens": found.tokens,
+        "validation_tokens": evaluation.tokens,
         "losses": {stream: round(loss, 4) for stream, loss in losses.items() if loss is not None},
         "skills": skills(model, words),
     }

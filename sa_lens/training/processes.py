@@ -41,10 +41,10 @@ def check_tracker(tracker: str) -> None:
         ValueError: the tracker is not installed; the message gives the command that installs it.
     """
     if tracker == "tensorboard":
-        found = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+        installed = any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
     else:
-        found = tracker == "none" or importlib.util.find_spec(tracker) is not None
-    if not found:
+        installed = tracker == "none" or importlib.util.find_spec(tracker) is not None
+    if not installed:
         raise ValueError(f"train.tracker={tracker!r} is not installed: pip install 'sa-lens[{tracker}]'")
 
 

@@ -1,8 +1,8 @@
 """The text on which a run was trained: it is recorded with the model, found again later, and compared by its tokens.
 
-`config.json` of a run holds, under `text`, the fingerprints of the tokens and where the files of the configuration lay
-as seen from the run folder, or which revision of a dataset it was. So a text is found from any working directory, and
-when run and text move together; and one that has changed since is never taken for the run's own.
+The `config.json` of a run holds, under `text`, the fingerprints of the tokens, and the paths of the configuration's
+files relative to the run folder, or the revision of a dataset. So the text is located from any working directory, also
+if run and text move together, and a text that has changed since is never used in its place.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def candidates(run: RunConfig, folder: Path, text: dict[str, Any], keys: Iterable[str] = PATHS) -> Iterator[RunConfig]:
-    """Returns the configuration with existing paths: relative to the run folder, and relative to the current folder.
+    """Yields the configuration with paths that exist: relative to the run folder, and to the current folder.
 
-    Datasets are those of the recorded revision. A setting that is not the recorded one is left as it stands.
+    Datasets have the recorded revision. A setting that differs from the recorded one is left unchanged.
 
     Args:
-        text: what `recorded` gave.
-        keys: the settings that are needed.
+        text: record from `read_record`.
+        keys: settings that are needed.
 
     Raises:
         FileNotFoundError: a file or folder of the run is in neither place.

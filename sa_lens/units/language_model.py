@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool
 
+from sa_lens.config import check_whole
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.units.explanations import Explanation, Snippet, correlation
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
 """Status codes after which the same question is asked again."""
+
+SHOWN = 10
+"""Number of snippets from which the model explains a unit."""
 
 LEVELS = 10
 """Activations are shown and predicted as whole numbers from 0 to this number."""
@@ -172,9 +176,7 @@ def explain_by_chat(
     explanations: Sequence[Explanation],
     spell: Callable[[int], str],
     *,
-    shown: int = 10,
     judged: int = 10,
-    seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Asks a chat model to explain units in words, and scores its explanations on held-out snippets.
@@ -186,9 +188,7 @@ def explain_by_chat(
         chat: chat model to ask.
         explanations: units with their snippets, from `explain(...).units`.
         spell: function that returns the text of a token, such as `lambda token: tokenizer.decode([token])`.
-        shown: number of snippets from which the model explains a unit.
         judged: number of held-out snippets on which the explanation is scored, half of them with firing.
-        seed: seed of the order of the held-out snippets.
         progress: whether to show a progress bar.
 
     Returns:
@@ -198,25 +198,23 @@ def explain_by_chat(
         NaN without snippets or readable answers.
 
     Raises:
-        BudgetError, ConnectionError, ValueError: see `ChatModel.ask`; ValueError also if `shown` or `judged` is too
-            small.
+        BudgetError, ConnectionError, ValueError: see `ChatModel.ask`; ValueError also if `judged` is below 2.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    if shown < 1 or judged < 2:
-        raise ValueError(f"shown={shown} must be at least 1 and judged={judged} at least 2")
+    check_whole("judged", judged, 2)
     rows = []
     for explanation in tqdm(explanations, desc="chat", unit=" units", disable=not progress):
         if not explanation.fitted:
             continue
         peak = max(max(snippet.scores) for snippet in explanation.fitted)
         excerpts = "\n".join(
-            f"{i}. {mark_active_tokens(s, spell, peak)}" for i, s in enumerate(explanation.fitted[:shown], 1)
+            f"{i}. {mark_active_tokens(s, spell, peak)}" for i, s in enumerate(explanation.fitted[:SHOWN], 1)
         )
         words = chat.ask(EXPLAIN, excerpts).strip()
         firing, silent = explanation.firing[: judged // 2], explanation.silent[: judged // 2]
-        order = np.random.default_rng(seed).permutation(len(firing) + len(silent))
+        order = np.random.default_rng(0).permutation(len(firing) + len(silent))
         held_out = [[*firing, *silent][i] for i in order]
         scores = _judge(chat, words, held_out, order < len(firing), spell)
         rows.append({**explanation.unit.row(), "stream": explanation.stream, "explanation": words, **scores})

@@ -129,10 +129,10 @@ def activation_sparsity(
     return pd.DataFrame(rows)
 
 
-def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) -> pd.DataFrame:
+def effective_connections(model: Host, table: pd.DataFrame) -> pd.DataFrame:
     """Counts the weights into and out of live units, and the weights that are in use at a token, for each stream.
 
-    Only weights of at least `eps` times their layer's root mean square count. The weights of a neuron are its column of
+    Only weights of at least 1 % of their layer's root mean square count. The weights of a neuron are its column of
     W_in (and W_gate) and its row of W_out; those of an attention unit are its column of W_V and its row of W_O.
 
     Args:
@@ -144,18 +144,17 @@ def effective_connections(model: Host, table: pd.DataFrame, eps: float = EPS) ->
         firing rate), and live_share and firing_share of all weights.
 
     Raises:
-        ValueError: eps is not above 0, or the table belongs to another model.
+        ValueError: the table belongs to another model.
     """
     import pandas as pd
 
-    _check_eps(eps)
     if table.attrs.get("model") not in (None, fingerprint_of(model)):
         raise ValueError("the table is that of a model with other weights or gates: make this one's by specialization")
     scales, columns = layer_scales(model), ["weights", "not_small", "live", "firing"]
     rows: list[dict[str, Any]] = []
     for stream in table["stream"].unique():
         for sublayer in unit_counts(model):
-            per_unit, total = _weights_of_units(model, sublayer, scales, eps)
+            per_unit, total = _weights_of_units(model, sublayer, scales)
             units = table.query("stream == @stream and layer == @sublayer.layer and site == @sublayer.site")
             if len(units) != len(per_unit):
                 raise ValueError(
@@ -238,7 +237,7 @@ def _all_row(name: str, weights: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _weights_of_units(
-    model: Host, sublayer: Sublayer, scales: Mapping[str, float], eps: float
+    model: Host, sublayer: Sublayer, scales: Mapping[str, float]
 ) -> tuple[Float[np.ndarray, " unit"], int]:
     """Returns how many weights of each unit are not small, and how many weights the sublayer has."""
     # the axes of each matrix other than its units (head and d_head, or d_mlp)
@@ -251,6 +250,6 @@ def _weights_of_units(
         full = f"blocks.{sublayer.layer}.{name}"
         x = _weight_or_none(model, full)
         if x is not None:
-            counts.append((x.abs() >= eps * scales[full]).sum(over).flatten())
+            counts.append((x.abs() >= EPS * scales[full]).sum(over).flatten())
             total += x.numel()
     return torch.stack(counts).sum(0).double().cpu().numpy(), total
