@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "shipped"
 """Where the shipped models are."""
+CONFIG = "config.json"
+"""Settings of a model, in its folder."""
 ABOUT = "about.json"
 """What is known of a shipped model: description, text and licence, settings, seed, commit, sizes, figures."""
 
@@ -51,6 +54,25 @@ def _say_which(name: str) -> None:
 def run_folder(run: str | Path) -> Path:
     """The folder of a run: that of the shipped model of this name, else the path itself."""
     return shipped_folder(run) or Path(run)
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """The folder of a model on this machine: a shipped one's, or the path itself; None for a Hub id.
+
+    Raises:
+        FileNotFoundError: a file, or a name that is no folder and has not the form of a Hub id.
+    """
+    path = run_folder(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file, not a model folder: give the folder that holds {CONFIG}")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+        raise FileNotFoundError(
+            f"no folder {str(name)!r}: give a run folder, the name of a model that sa.models() lists, or a Hub id of "
+            f"the form owner/name{near_name(name)}"
+        )
+    return None
 
 
 def results_folder(run: str | Path) -> Path:

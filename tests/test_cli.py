@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from sa_lens import cli
+from sa_lens.catalogue import models
 from sa_lens.circuits.graph import Circuit
-from sa_lens.cli import argument_checks, model_commands
+from sa_lens.cli import argument_checks, model_commands, prompt_arguments
+from sa_lens.cli.starting import start
 from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
 
 TINY = [
@@ -27,6 +29,15 @@ TINY = [
     *("--train.steps", "4", "--train.batch-size", "2", "--train.eval-every", "2", "--train.save-every", "2"),
     *("--train.eval-tokens", "160", "--train.sample-tokens", "8", "--train.log-every", "1"),
 ]
+
+
+OWN = [
+    *("--clean", "Lily and Tom went to the park. Tom gave the ball to"),
+    *("--corrupt", "Lily and Tom went to the park. Lily gave the ball to"),
+    *("--answer", " Lily", "--wrong", " Tom"),
+]
+"""A pair of prompts of the user's own."""
+LONG = ["--clean", "Tom" + " and" * 300, "--corrupt", "Lily" + " and" * 300]
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +106,56 @@ class TestHelp:
             assert name.replace("-", "_") in settings[section]
 
     def test_needs_nothing_heavy(self) -> None:
-        program = (
-            "import sys; from sa_lens.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
-        )
+        """Nor does the list of models, nor the refusal of a prompt by its tokens."""
+        program = """
+import sys
+from sa_lens.cli import COMMANDS, main
+for arguments in [["--help"], *([name, "--help"] for name in COMMANDS)]:
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+main(["models"])
+pair = ["--clean", "Tom ran", "--corrupt", "Tom", "--answer", " a", "--wrong", " b"]
+assert main(["patch", "stories-local", *pair]) == 2
+print(sorted(sys.modules), file=sys.stderr)
+"""
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        for heavy in ("torch", "transformers", "transformer_lens", "datasets", "accelerate", "pandas", "plotly"):
-            assert f"'{heavy}'" not in found.stderr
+        assert "'tokenizers'" in found.stderr
+        heavy = ("torch", "transformers", "transformer_lens", "datasets", "accelerate", "pandas", "plotly", "numpy")
+        for name in heavy:
+            assert f"'{name}'" not in found.stderr
+
+    def test_a_model_needs_no_figures(self) -> None:
+        """What TransformerLens imports cannot be left out; what only figures and SAEs need can."""
+        program = """
+import sys
+from sa_lens.cli import main
+assert main(["generate", "stories-local", "Lily", "--max-new-tokens", "1", "--device", "cpu"]) == 0
+print(sorted(sys.modules), file=sys.stderr)
+"""
+        found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert "'torch'" in found.stderr
+        for name in ("plotly", "circuitsvis", "sae_lens", "IPython", "sa_lens.views", "sa_lens.circuits"):
+            assert f"'{name}'" not in found.stderr
+
+    def test_a_terminal_sees_a_line_before_the_imports(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+        start("eval: runs/local")
+        assert capsys.readouterr().err == "", "no terminal, and PyTorch is there already"
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.delitem(sys.modules, "torch")
+        start("eval: runs/local")
+        assert capsys.readouterr().err.startswith("sa-lens eval: runs/local (PyTorch")
+        assert os.environ["OMP_WAIT_POLICY"] == "active", "the user's own choice stays"
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        start("train: runs/local", trains=True)
+        assert "OMP_WAIT_POLICY" not in os.environ
+        start("eval: runs/local")
+        assert os.environ["OMP_WAIT_POLICY"] == "passive"
+        monkeypatch.delenv("OMP_WAIT_POLICY")
 
     def test_as_a_module(self) -> None:
         found = subprocess.run(
@@ -185,6 +240,38 @@ class TestErrors:
             (["circuit", "run", "--tau", "nan"], "tau=nan must be a finite number"),
             (["circuit", "run", "--seed", "-1"], "seed=-1 must be 0 or more"),
             (["units", "run", "--seed", str(2**32)], "seed=4294967296 must be at most"),
+            (["eval", "stories-locl"], "no folder 'stories-locl'.*perhaps you meant stories-local"),
+            (["generate", "folder.html", "Tom"], "folder.html holds no config.json: it is not a model folder"),
+            (["report", "run", "file"], "file is a file, not a model folder"),
+            (["patch", "run"], "--clean, --corrupt, --answer, --wrong missing: give .* or a --task"),
+            (["patch", "run", *OWN[:6]], "^sa-lens patch: --wrong missing"),
+            (["patch", "run", "--task", "ioi", *OWN], "--task brings its own prompts"),
+            (["patch", "run", "--task", "io"], "perhaps you meant ioi"),
+            (["patch", "run", "--task", "ioi", "--what", "resid"], "perhaps you meant resid_pre"),
+            (["patch", "run", "--task", "ioi", "--what", "blocks.2.attn.hook_z"], "the model has the layers 0 to 1"),
+            (["patch", "run", "--task", "ioi", "--out", "file"], "file is a file"),
+            (["patch", "run", "--task", "ioi", "--pairs", "0"], "pairs=0 must be at least 1"),
+            (
+                ["patch", "run", "--task", "ioi", "--stream", "clean", "--what", "mask_mlp"],
+                "--what mask_mlp needs the ablated stream",
+            ),
+            (
+                ["patch", "run", "--task", "ioi", "--stream", "clean", "--masks", "live"],
+                "--masks live needs the ablated",
+            ),
+            (
+                ["patch", "stories-local", *OWN, "--corrupt", "Lily gave"],
+                r"differ in length: 'Lily .* \(13\) and 'Lily gave' \(2\)",
+            ),
+            (["patch", "stories-local", *OWN, "--corrupt", OWN[1]], "clean and corrupt are the same"),
+            (["patch", "stories-local", *OWN, "--answer", "Lily"], r"answer is not one token: 'Lily' .* meant ' Lily'"),
+            (
+                ["attribute", "stories-local", *OWN, "--wrong", " Zebedee"],
+                r"wrong answer is not one token: ' Zebedee' \(.* \+ .*\)$",
+            ),
+            (["patch", "stories-local", *OWN, *LONG], "have 302 tokens, more than the model's n_ctx=128"),
+            (["attribute", "run", "--task", "ioi", "--what", "head"], "perhaps you meant heads"),
+            (["attribute", "run", "--task", "ioi", "--exact", "-1"], "exact=-1 must be 0 or more"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
@@ -511,6 +598,108 @@ class TestCircuit:
         found, whole = (Circuit.load(tmp_path / name / "circuit.json") for name in ("part", "whole"))
         assert found == whole
         assert "no interrupted search" in fails(command("part", "--resume"), capsys)
+
+
+class TestPatch:
+    def test_both_streams_of_a_pair_in_a_page_and_a_table(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from sa_lens import circuits
+        from sa_lens.core import SelfAblatingTransformer
+
+        monkeypatch.chdir(tmp_path)
+        command = ["patch", "stories-local", *OWN, "--what", "resid_pre", "mask_mlp", "--device", "cpu"]
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        folder = Path("runs/stories-local/patching/Lily-or-Tom-resid_pre-mask_mlp")
+        assert f"In {folder}: patching.html, patching.csv" in printed
+        table = pandas.read_csv(folder / "patching.csv")
+        model = SelfAblatingTransformer.from_pretrained("stories-local")
+        pairs = circuits.PromptPairs.from_texts([tuple(OWN[1::2])], model.tokenizer)
+        start, rows = 0, {}
+        for what, stream in (("resid_pre", "clean"), ("resid_pre", "ablated"), ("mask_mlp", "ablated")):
+            expected = circuits.patch(model, pairs, what, stream=stream)
+            rows[what, stream] = part = table[start : start + len(expected)]
+            start += len(expected)
+            assert set(zip(part["what"], part["stream"], strict=True)) == {(what, stream)}
+            assert part["value"].tolist() == pytest.approx(expected["value"].tolist(), abs=1e-5)
+        assert start == len(table)
+        largest = rows["resid_pre", "clean"]["normalised"].abs().max()
+        assert re.search(rf"clean +resid_pre +\d+ .* {largest:.2f}\n", printed)
+        page = (folder / "patching.html").read_text(encoding="utf-8")
+        for text in (
+            "Lily and Tom went to the park. Tom gave",
+            "Lily or Tom: residual stream",
+            "Lily or Tom: MLP masks",
+        ):
+            assert text in page
+        assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=", page), "one file holds everything"
+        assert cli.main([*command, "--json", "--direction", "noise", "--positions", "12,end"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        assert made["folder"] == f"{folder}-noise"
+        assert {row["position"] for row in made["rows"] if row["what"] == "resid_pre"} == {12, "end"}
+        assert {row["direction"] for row in made["rows"]} == {"noise"}
+
+    def test_a_task(self, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        drafts = [
+            {"clean": f"{a} gave {b} a hug. {b}", "corrupt": f"{b} gave {a} a hug. {a}", "answers": [" and"]}
+            for a, b in (("Tom", "Lily"), ("Ben", "Mia"))
+        ]
+        file = tmp_path / "hug.json"
+        file.write_text(json.dumps({"prompts": [{**draft, "wrong_answers": [" was"]} for draft in drafts]}))
+        out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+        arguments = ["patch", reader, "--task", str(file), "--pairs", "2", "--stream", "ablated", "--what", "z"]
+        assert cli.main([*arguments, *out]) == 0
+        assert "hug: kept 2 of 2 pairs" in capsys.readouterr().out
+        table = pandas.read_csv(tmp_path / "out" / "patching.csv")
+        assert (set(table["what"]), set(table["stream"]), set(table["n"])) == ({"heads"}, {"ablated"}, {2})
+
+    def test_prompts_are_checked_with_the_tokens_of_the_model(self, reader: str) -> None:
+        from sa_lens.core import SelfAblatingTransformer
+
+        for run in ("stories-local", "tinystories-local", reader):
+            light = prompt_arguments._light_encoder(run)
+            assert light is not None
+            tokenizer = SelfAblatingTransformer.from_pretrained(run).tokenizer
+            for text in (OWN[1], " Lily", "naïve 🦒 Zebedee's\n  \ttwo", "<|endoftext|> Tom", "Tom" + " and" * 300):
+                assert light.encode(text) == tokenizer.encode(text, add_special_tokens=False)
+            assert light.unknown == tokenizer.unk_token_id
+
+
+class TestAttribute:
+    def test_heads_and_neurons_of_both_streams(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from sa_lens import circuits
+        from sa_lens.core import SelfAblatingTransformer
+
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["attribute", "stories-local", *OWN, "--device", "cpu"]) == 0
+        folder = Path("runs/stories-local/attribution/Lily-or-Tom-heads-neurons")
+        assert f"In {folder}: attribution.html, attribution.csv" in capsys.readouterr().out
+        table = pandas.read_csv(folder / "attribution.csv")
+        model = SelfAblatingTransformer.from_pretrained("stories-local")
+        pairs = circuits.PromptPairs.from_texts([tuple(OWN[1::2])], model.tokenizer)
+        for what, exact in (("heads", "all"), ("neurons", 20)):
+            for stream in ("clean", "ablated"):
+                expected = circuits.attribute_nodes(model, pairs, what, exact=exact, stream=stream)
+                part = table[(table["what"] == what) & (table["stream"] == stream)]
+                for name in ("estimate", "effect"):
+                    assert part[name].tolist() == pytest.approx(expected[name].tolist(), abs=1e-5, nan_ok=True)
+        page = (folder / "attribution.html").read_text(encoding="utf-8")
+        assert "heads, exact effect" in page
+        assert "heads, estimate by gradient" in page
+        assert "neurons, exact effect, ablated stream" in page
+
+
+class TestModels:
+    def test_are_those_that_load_by_name(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["models"]) == 0
+        printed = capsys.readouterr().out
+        assert re.findall(r"^\S+", printed, re.MULTILINE) == list(models().index)
+        assert re.search(r"stories-local .*\n +[\d,]+ parameters, clean loss \d\.\d\d, ablated loss", printed)
+        assert cli.main(["models", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out).keys() == {*models().index}
 
 
 class TestSAE:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FACE = {"sa_lens", "sa_lens.__main__"}
 """The face and the entry point, which may import every layer; any layer may ask the face for the version."""
 LAYERS = [
-    {"config", "catalogue", "places", "statistics", "stopping", "launching"},
+    {"config", "catalogue", "drafts", "places", "statistics", "stopping", "launching"},
     {"data"},
     {"core"},
     {"training", "circuits", "units", "sae"},

@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sa_lens.catalogue import results_folder
-from sa_lens.cli.argument_checks import FEWEST_PROMPTS, MayBeEmpty, Run, check_hook, check_measurements, check_task
+from sa_lens.cli.argument_checks import (
+    FEWEST_PROMPTS,
+    MayBeEmpty,
+    Run,
+    check_hook,
+    check_measurements,
+    check_run,
+    check_task,
+)
+from sa_lens.cli.prompt_arguments import load_for_prompts
+from sa_lens.cli.starting import start
 from sa_lens.config import Ablation, Device, GridName, Masks, Method, SAEPreset, Stream, Words
 from sa_lens.places import output_file, output_folder
 from sa_lens.stopping import Interrupted
@@ -73,18 +83,15 @@ def circuit(
     unfinished = folder / "unfinished.json"
     if resume and not unfinished.is_file():
         raise FileNotFoundError(f"{folder} holds no interrupted search (no {unfinished.name}): leave --resume out")
+    check_run(run)
+    start(f"circuit: {task} in the {stream} stream of {run} by {method}")
 
     from sa_lens.circuits import Circuit, Experiment, find_circuit
     from sa_lens.circuits.tasks import make_unseen
-    from sa_lens.training.trained_run import load_run, trained_on_stories
     from sa_lens.views import faithfulness_chart, save
 
-    if words == "auto":
-        words = "stories" if trained_on_stories(run) else "tinystories"
-    model = load_run(run, device=device)
-    if model.tokenizer is None:
-        raise ValueError(f"{run} has no tokenizer, which the prompts of a task need")
-    both = make_unseen(task, model.tokenizer, 2 * pairs, seed, words=words)
+    model, tokenizer, words = load_for_prompts(run, device, words)
+    both = make_unseen(task, tokenizer, 2 * pairs, seed, words=words)
     find, report = both.split(seed)
     exp = Experiment(model, find, stream=stream, ablation=ablation, masks=masks, seed=seed)
     try:
@@ -150,6 +157,8 @@ def units(
         json: Print one JSON object.
     """
     folder = output_folder(out or results_folder(run) / "units")
+    check_run(run)
+    start(f"units: {run}")
 
     import pandas as pd
 
@@ -235,6 +244,8 @@ def sae(
     output_folder(out or results_folder(run) / "sae")
     if hook is not None:
         check_hook(hook, run)
+    check_run(run)
+    start(f"sae: {run}, {stream} stream")
 
     from sa_lens.sae import evaluate_sae, train_sae
     from sa_lens.sae.train import check_output
@@ -296,6 +307,7 @@ def compare(
     folder = output_folder(out or Path("runs") / f"compare-{grid}")
     names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
     check_measurements(names or [])
+    start(f"compare: grid {grid} in {folder}", trains=True)
 
     from sa_lens.compare import compare as run_comparison
     from sa_lens.compare import plan, verdict_text
@@ -351,6 +363,9 @@ def report(
     output_file(out)
     for task in tasks or ():
         check_task(task)
+    for run in runs:
+        check_run(run)
+    start(f"report: {', '.join(runs)}")
 
     from sa_lens.report import make_report, save
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sa_lens.catalogue import run_folder
+from sa_lens.catalogue import CONFIG, local_folder, run_folder
 from sa_lens.config import LARGEST_SEED, Task, suggestion
 
 Run = Annotated[str, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
@@ -67,7 +67,7 @@ MayBeEmpty = Annotated[
 
 _LEAST = {
     **dict.fromkeys(("tokens", "steps", "d_sae", "stories", "max_new_tokens", "top_k", "seeds"), 1),
-    **dict.fromkeys(("labels", "units", "edges", "tau", "temperature", "l1_coefficient", "seed"), 0),
+    **dict.fromkeys(("labels", "units", "edges", "exact", "tau", "temperature", "l1_coefficient", "seed"), 0),
 }
 """Smallest value of each number that a command takes."""
 
@@ -140,7 +140,7 @@ def check_hook(hook: str, run: str) -> None:
         ValueError: with the nearest hook point.
     """
     layer = re.match(r"blocks\.(\d+)\.", hook)
-    layers = _layers(run)
+    layers = shape_of(run, "n_layers")
     if layer is not None and layers is not None and int(layer[1]) >= layers:
         raise ValueError(f"hook={hook!r}: the model has the layers 0 to {layers - 1}")
     number = layer[1] if layer is not None else "0"
@@ -161,10 +161,21 @@ def check_measurements(names: Iterable[str]) -> None:
             raise ValueError(f"columns: no measurement {name}; there are {', '.join(MEASUREMENTS)}{near}")
 
 
-def _layers(run: str) -> int | None:
-    """Layers of a model folder, if that can be told without loading it."""
+def check_run(run: str) -> None:
+    """Refuses a run that is not there; a Hub id may be.
+
+    Raises:
+        FileNotFoundError: no such folder, or one that holds no model.
+    """
+    folder = local_folder(run)
+    if folder is not None and not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is not a model folder")
+
+
+def shape_of(run: str, name: str) -> int | None:
+    """A size of a model folder's transformer, such as `n_layers`, if that can be told without loading it."""
     try:
-        layers = json.loads((run_folder(run) / "config.json").read_text(encoding="utf-8"))["model"]["n_layers"]
+        size = json.loads((run_folder(run) / CONFIG).read_text(encoding="utf-8"))["model"][name]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return layers if isinstance(layers, int) else None
+    return size if isinstance(size, int) else None

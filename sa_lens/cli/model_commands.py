@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from sa_lens.cli.argument_checks import MayBeEmpty, Run, argument_types
+from sa_lens.catalogue import about, shipped_names
+from sa_lens.cli.argument_checks import MayBeEmpty, Run, argument_types, check_run
+from sa_lens.cli.starting import start
 from sa_lens.config import PRESETS, Device, ExportFormat, PresetName, RunConfig, Which, read_yaml
 from sa_lens.launching import unfinished_launch
 from sa_lens.places import output_file, output_folder
@@ -67,6 +69,8 @@ def train(options: TrainOptions, settings: RunConfig) -> None:
              sa-lens train --preset laptop --gates.scope none --out runs/dense
              sa-lens train --resume --out runs/local
     """
+    start(f"train: {options.out}", trains=True)
+
     from sa_lens.training import train as run_training
 
     result = run_training(settings, options.out, device=options.device, resume=options.resume)
@@ -142,6 +146,7 @@ def demo(out: Path = Path("runs/demo"), train: bool = False, seed: int = 0, devi
         device: Where to run.
     """
     output_folder(out)
+    start(f"demo: {out}", trains=True)
 
     from sa_lens.demo import demo as run_demo
     from sa_lens.demo import train_demo
@@ -176,6 +181,9 @@ def evaluate(
         device: Where to run.
         json: Print one JSON object.
     """
+    check_run(run)
+    start(f"eval: {run}")
+
     from sa_lens.training import evaluate_run, evaluation_table
 
     evaluation = evaluate_run(run, text=text, column=column, tokens=tokens, which=which, device=device)
@@ -210,11 +218,34 @@ def generate(
         device: Where to run.
         json: Print one JSON object.
     """
+    check_run(run)
+    start(f"generate: {run}")
+
     from sa_lens.training import load_run, sample
 
     model = load_run(run, which=which, device=device)
     drawn = sample(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(dumps(dataclasses.asdict(drawn), indent=1) if json else drawn.side_by_side())
+
+
+def models(json: bool = False) -> None:
+    """List the models that come with the package.
+
+    Every command takes these names as a run: sa-lens generate stories-local "Lily".
+
+    Example: sa-lens models
+
+    Args:
+        json: Print one JSON object.
+    """
+    known = {name: about(name) for name in shipped_names()}
+    if json:
+        print(dumps(known, indent=1))
+        return
+    for name, model in known.items():
+        losses = (f"{stream} loss {loss:.2f}" for stream, loss in model["figures"]["losses"].items())
+        print(f"{name:<18} {model['description']}")
+        print(f"{'':<18} {model['sizes']['parameters']:,} parameters, {', '.join(losses)}")
 
 
 def export(
@@ -238,6 +269,8 @@ def export(
         output_file(out)
     else:
         output_folder(out, free=True)
+    check_run(run)
+    start(f"export: {run}")
 
     from sa_lens.core import export as formats
     from sa_lens.training import load_run

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from sa_lens.cli import analysis_commands, model_commands
+from sa_lens.cli import analysis_commands, model_commands, patching_commands
 from sa_lens.cli.argument_checks import argument_types, check_numbers
 from sa_lens.stopping import stop_requests
 
@@ -24,12 +24,15 @@ COMMANDS: dict[str, Command] = {
     "demo": model_commands.demo,
     "eval": model_commands.evaluate,
     "generate": model_commands.generate,
+    "patch": patching_commands.patch,
+    "attribute": patching_commands.attribute,
     "circuit": analysis_commands.circuit,
     "units": analysis_commands.units,
     "sae": analysis_commands.sae,
     "compare": analysis_commands.compare,
     "report": analysis_commands.report,
     "export": model_commands.export,
+    "models": model_commands.models,
 }
 """The commands, in the order in which `sa-lens --help` lists them."""
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sa_lens.catalogue import near_name, shipped_folder
+from sa_lens.catalogue import CONFIG, local_folder, shipped_folder
 from sa_lens.config import GateConfig, Which, from_dict, to_dict
 from sa_lens.core import architecture
 from sa_lens.core.base import HookedTransformerConfig, official_name
@@ -38,7 +38,7 @@ Model = TypeVar("Model", bound=GatedTransformer)
 
 FORMAT = "sa_lens"
 VERSION = 1
-CONFIG, WEIGHTS, MARKER = "config.json", "model.safetensors", "complete"
+WEIGHTS, MARKER = "model.safetensors", "complete"
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 REMEDY = "save the model again, or fetch its files again"
@@ -414,19 +414,9 @@ def complete_steps(run: str | Path) -> list[Path]:
 
 def _folder(name: str | Path) -> Path:
     """The local folder of a model: a shipped one's, itself, or a snapshot of the Hub's."""
-    shipped = shipped_folder(name)
-    if shipped is not None:
-        return shipped
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FileNotFoundError(f"{path} is a file, not a model folder: give the folder that holds {CONFIG}")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        raise FileNotFoundError(
-            f"no folder {str(name)!r}: give a run folder, the name of a model that sa.models() lists, or a Hub id of "
-            f"the form owner/name{near_name(name)}"
-        )
+    local = local_folder(name)
+    if local is not None:
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sa_lens.catalogue import CONFIG
 from sa_lens.config import RunConfig, read_yaml, to_dict
-from sa_lens.core.save_and_load import CONFIG, complete_steps
+from sa_lens.core.save_and_load import complete_steps
 from sa_lens.training.checkpoints import differences
 from sa_lens.training.run_text import PATHS
 

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sa_lens.catalogue import CONFIG
 from sa_lens.config import RunConfig
-from sa_lens.core.save_and_load import CONFIG, read_config
+from sa_lens.core.save_and_load import read_config
 from sa_lens.data import PreparedData
 from sa_lens.data.cache import cache_folder
 from sa_lens.data.hub import last_revision

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from sa_lens.catalogue import about, run_folder, shipped_folder
+from sa_lens.catalogue import CONFIG, about, run_folder, shipped_folder
 from sa_lens.config import DataConfig, RunConfig, Which, from_dict
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.core.save_and_load import CONFIG, read_config
+from sa_lens.core.save_and_load import read_config
 from sa_lens.data import PreparedData, prepare
 from sa_lens.training import run_text
 from sa_lens.training.processes import check_device

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.places import output_file
-from sa_lens.views.html_page import Page, Picture, component
+from sa_lens.views.html_page import Column, Page, Picture, component
 from sa_lens.views.records import Titled, to_json
 from sa_lens.views.theme import lay_out, palette, small_print, wrap
 
@@ -107,20 +107,28 @@ def draw(shown: object, *, dark: bool = False) -> Any:
     Either shows itself as the last line of a notebook's cell, and can be changed before it is saved.
 
     Args:
-        shown: a record, a circuit, or a table of patches. A circuit takes the options of `circuit_map` as well, such as
-            `skill=`; a table those of `patch_map`.
+        shown: a record, a circuit, or a table of patches; or a list of them and of pictures, drawn below one another
+            on one page. A circuit takes the options of `circuit_map` as well, such as `skill=`; a table those of
+            `patch_map`.
         dark: the dark look.
 
     Raises:
         TypeError: something that has no picture.
     """
-    kinds = sorted(kind.__name__ for kind in draw.registry if kind not in (object, Picture))
+    kinds = sorted(kind.__name__ for kind in draw.registry if kind not in (object, Picture, list))
     raise TypeError(f"there is no picture of a {type(shown).__name__}; there is one of {', '.join(kinds)}")
 
 
 @draw.register
 def _(shown: Picture) -> Any:
     return shown
+
+
+@draw.register
+def _(shown: list, *, dark: bool = False) -> Column:
+    if not shown:
+        raise ValueError("the list is empty: give at least one record or picture")
+    return Column([part if isinstance(part, Picture) else draw(part, dark=dark) for part in shown], dark=dark)
 
 
 def show(shown: Any, **options: Any) -> None:

@@ -192,7 +192,8 @@ def _warnings(row: pd.Series, skill: float | None) -> tuple[str, ...]:
         )
     if row["stream"] == "ablated" and row["masks"] == "frozen":
         prompt = "corrupt" if row.get("direction") == "denoise" else "clean"
-        warnings.append(f"the frozen masks stay those of the unedited {prompt} prompt, whatever is patched")
+        done = "patched" if "direction" in row else "ablated"
+        warnings.append(f"the frozen masks stay those of the unedited {prompt} prompt, whatever is {done}")
     return tuple(warnings)
 
 

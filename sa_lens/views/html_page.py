@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -276,6 +276,25 @@ class Picture:
         path.parent.mkdir(parents=True, exist_ok=True)
         # half a pair of surrogates, which UTF-8 cannot say, becomes a question mark
         atomic_write(path, page.encode("utf-8", "replace"))
+
+
+class Column(Picture):
+    """Pictures below one another on one page; each scrolls by itself where it is wider than the page.
+
+    Args:
+        pictures: from top to bottom.
+        title: of the page in the browser.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], title: str = "", *, dark: bool = False) -> None:
+        self.pictures, self.title, self.dark = pictures, title, dark
+        self.libraries = tuple(dict.fromkeys(library for picture in pictures for library in picture.libraries))
+
+    def fragment(self) -> str:
+        return "".join(f"<div style='overflow-x:auto'>{picture.fragment()}</div>" for picture in self.pictures)
+
+    def _write(self, path: Path, title: str, background: str) -> None:
+        super()._write(path, self.title or title, palette(self.dark).background)
 
 
 class _Scripts(Picture):

@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 import pytest
 
 from sa_lens.views import draw, save, show
-from sa_lens.views.records import Bars, Table
+from sa_lens.views.records import Axis, Bars, HeatMap, Table
 
 RECORD = Bars("units", "", ("a", "b"), (1.0, -2.0), "share")
 
@@ -90,3 +90,15 @@ def test_save_takes_what_show_takes(tmp_path):
     assert save(figure, tmp_path / "figure.html").read_bytes() == save(RECORD, tmp_path / "figure.html").read_bytes()
     with pytest.raises(ValueError, match=r"saved as \.html, \.png"):
         save(figure, tmp_path / "figure.json")
+
+
+def test_a_list_is_one_page_with_each_script_once(tmp_path):
+    heat_map = HeatMap("Where?", "", Axis("x", ("a",)), Axis("y", ("0",)), ((1.0,),), "share")
+    bars = Bars("Which?", "", ("L0.mlp.1",), (2.0,), "change")
+    page = save([heat_map, draw(bars), Table("What?", "", ("n",), (("1",),), (True,))], tmp_path / "all.html")
+    text = page.read_text(encoding="utf-8")
+    assert text.index("Where?") < text.index("Which?") < text.index("What?")
+    assert text.count("data-sa-lens-library='plotly'") == 1
+    assert "background:#fff" not in draw([heat_map], dark=True).fragment()
+    with pytest.raises(ValueError, match="the list is empty"):
+        draw([])

@@ -10,7 +10,8 @@ from sa_lens.circuits.tasks.builtin_tasks import (
     read_json,
     repeated_name,
 )
-from sa_lens.circuits.tasks.pairs import Draft, PromptPairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.drafts import Draft
 
 __all__ = [
     "TASKS",

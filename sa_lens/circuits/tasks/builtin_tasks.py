@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from sa_lens.circuits.tasks import tinystories
-from sa_lens.circuits.tasks.pairs import MINIMUM, Draft, PromptPairs
+from sa_lens.circuits.tasks.pairs import MINIMUM, PromptPairs
 from sa_lens.config import NamePairs, Patterns, Words, check_choice, check_whole, shown
 from sa_lens.data.whole_files import DamagedFile, check_object
 from sa_lens.data.whole_files import read_json as read_file
+from sa_lens.drafts import Draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

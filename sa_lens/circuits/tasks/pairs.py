@@ -19,26 +19,13 @@ from torch import Tensor
 
 from sa_lens.config import check_whole
 from sa_lens.data.tokenizers import boundary_tokens, token_text
+from sa_lens.drafts import Draft, DraftEncoder, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MINIMUM = 64
 """Smallest number of pairs of a task unless the caller allows fewer; means over fewer pairs are uncertain."""
-
-
-class Draft(NamedTuple):
-    """A pair of prompts as text, before it is checked with a tokenizer."""
-
-    clean: str
-    corrupt: str
-    answer: str
-    """Right next word after the clean prompt, with its leading space."""
-    wrong_answer: str
-    """Word with which the right one is compared."""
-    marks: tuple[tuple[str, str | None, int], ...] = ()
-    """Named positions as (name, word, index): the mention with this index of the word in the clean prompt, or, if word
-    is None, the token with this index among those in which the two prompts differ."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -149,7 +136,7 @@ class PromptPairs:
             ValueError: there are fewer pairs than `minimum` (the message gives the reasons with an example each), or
                 the tokenizer has neither a begin- nor an end-of-text token.
         """
-        encoder = _Encoder(tokenizer)
+        encoder, begin = _encoder(tokenizer), boundary_tokens(tokenizer).begin
         rows: dict[str, _Row] = {}
         dropped: Counter[str] = Counter()
         examples: dict[str, str] = {}
@@ -157,15 +144,15 @@ class PromptPairs:
             if wanted is not None and len(rows) == wanted:
                 break
             draft = Draft(*given)
-            row: _Row | tuple[str, str]
+            row: _Row | Unusable
             if draft.clean in rows:
-                row = ("clean prompt already there", repr(draft.clean))
+                row = Unusable("clean prompt already there", repr(draft.clean))
             else:
-                row = _row(draft, encoder, length)
+                row = _row(draft, encoder, begin, length)
             if isinstance(row, _Row):
                 rows[draft.clean] = row
             else:
-                dropped[row[0]] += 1
+                dropped[row.reason] += 1
                 examples.setdefault(*row)
         if len(rows) < max(minimum, 1):
             why = "".join(f"\n  {n} dropped: {reason}, such as {examples[reason]}" for reason, n in dropped.items())
@@ -306,28 +293,6 @@ class PromptPairs:
             raise ValueError(f"{self.task}: a prompt of {longest} tokens is longer than n_ctx={cfg.n_ctx}")
 
 
-class _Encoder:
-    """Encodes the texts of drafts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.begin = boundary_tokens(tokenizer).begin
-
-    def __call__(self, text: str) -> list[int]:
-        ids: Any = self.tokenizer.encode(text, add_special_tokens=False)
-        return list(ids)
-
-    def next_token(self, prompt: str, prompt_ids: list[int], word: str) -> int | None:
-        """Returns the token of `word` after the prompt, or None if it is not a single known token."""
-        ids = self(prompt + word)
-        if ids[:-1] != prompt_ids or ids[-1] == self.tokenizer.unk_token_id:
-            return None
-        return ids[-1]
-
-    def pieces(self, word: str) -> str:
-        return " + ".join(repr(self.tokenizer.decode([i])) for i in self(word))
-
-
 class _Row(NamedTuple):
     draft: Draft
     clean: list[int]
@@ -337,38 +302,34 @@ class _Row(NamedTuple):
     positions: dict[str, int]
 
 
-def _row(draft: Draft, encoder: _Encoder, length: int | None) -> _Row | tuple[str, str]:
-    """Returns the row of a draft, or the reason why it cannot be used with an example."""
-    clean, corrupt = encoder(draft.clean), encoder(draft.corrupt)
-    if len(clean) != len(corrupt):
-        return (
-            "clean and corrupt differ in length",
-            f"{draft.clean!r} ({len(clean)}) and {draft.corrupt!r} ({len(corrupt)})",
-        )
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> DraftEncoder:
+    def encode(text: str) -> list[int]:
+        ids: Any = tokenizer.encode(text, add_special_tokens=False)
+        return list(ids)
+
+    return DraftEncoder(encode, lambda token: token_text(tokenizer, token), tokenizer.unk_token_id)
+
+
+def _row(draft: Draft, encoder: DraftEncoder, begin: int, length: int | None) -> _Row | Unusable:
+    """The row of a draft, or the reason why there is none and an example."""
+    tokens = encoder.tokens(draft)
+    if isinstance(tokens, Unusable):
+        return tokens
+    clean, corrupt, answer, wrong = tokens
     if length is not None and len(clean) + 1 != length:
-        return f"not {length} tokens long", f"{draft.clean!r} ({len(clean) + 1})"
-    if clean == corrupt:
-        return "clean and corrupt are the same", repr(draft.clean)
-    answer = encoder.next_token(draft.clean, clean, draft.answer)
-    if answer is None:
-        return "answer is not one token", f"{draft.answer!r} ({encoder.pieces(draft.answer)})"
-    wrong = encoder.next_token(draft.clean, clean, draft.wrong_answer)
-    if wrong is None:
-        return "wrong answer is not one token", f"{draft.wrong_answer!r} ({encoder.pieces(draft.wrong_answer)})"
-    if answer == wrong:
-        return "answer and wrong answer are the same", repr(draft.answer)
+        return Unusable(f"not {length} tokens long", f"{draft.clean!r} ({len(clean) + 1})")
     positions = {}
     for name, word, index in draft.marks:
         if word is None:
             places = [i for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)) if a != b]
         else:
             # a name at the very beginning of a text is another token than after a space
-            forms = (encoder(word), encoder(word.lstrip()))
+            forms = (encoder.encode(word), encoder.encode(word.lstrip()))
             places = [i for i, token in enumerate(clean) if [token] in forms]
         if -len(places) <= index < len(places):
             positions[name] = places[index] - len(clean)
     positions["end"] = -1
-    return _Row(draft, [encoder.begin, *clean], [encoder.begin, *corrupt], answer, wrong, positions)
+    return _Row(draft, [begin, *clean], [begin, *corrupt], answer, wrong, positions)
 
 
 def _pad_left(prompts: list[list[int]]) -> Int[Tensor, "prompt pos"]:

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from sa_lens.circuits.tasks.pairs import Draft
+from sa_lens.drafts import Draft
 
 GIRLS = (
     *("Lily", "Lucy", "Anna", "Mia", "Sara", "Sarah", "Amy", "Jane", "Emma", "Sue", "Mary", "Molly", "Daisy", "Rose"),
