@@ -28,6 +28,16 @@ def test_pages_import_from_subpackages_alone():
     assert deep_imports() == []
 
 
+NAMES_OF_SUBPACKAGES = re.compile(r"^\s*from (sa_lens\.(?!config|core)\w+) import", re.MULTILINE)
+
+
+def test_scripts_and_pages_name_the_subpackage_of_what_they_call():
+    """`circuits.patch`, not `patch`; the notebooks and the quoted errors import names, which keeps them short."""
+    for page in PAGES:
+        if page.suffix != ".ipynb" and page.name != "faq.md":
+            assert NAMES_OF_SUBPACKAGES.findall(page.read_text(encoding="utf-8")) == [], page
+
+
 def test_deep_imports_are_recognised():
     lines = [
         "from sa_lens.circuits.graph import Circuit",

@@ -14,16 +14,8 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits import (  # noqa: E402
-    Experiment,
-    agreement_table,
-    circuit_table,
-    find_circuit,
-    gate_rankings,
-    tasks,
-)
+from sa_lens import circuits, views  # noqa: E402
 from sa_lens.config import Method  # noqa: E402
-from sa_lens.views import faithfulness_chart, save, side_by_side  # noqa: E402
 
 METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "exact")
 
@@ -50,16 +42,16 @@ def main(
     """
     dense, gated = (sa.SelfAblatingTransformer.from_pretrained(folder) for folder in (baseline, run))
     streams = {("dense", "clean"): dense, ("self-ablating", "clean"): gated, ("self-ablating", "ablated"): gated}
-    find, report = tasks.make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
+    find, report = circuits.tasks.make(task, gated.tokenizer, 2 * pairs, seed=0, words=words).split(seed=0)
     out.mkdir(parents=True, exist_ok=True)
 
     results = {}
     for (name, stream), model in streams.items():
-        exp = Experiment(model, find, stream=stream)
+        exp = circuits.Experiment(model, find, stream=stream)
         judge = exp.on(report)
         for method in methods:
-            results[name, stream, method] = find_circuit(exp, judge, method)
-    table = circuit_table(results, ("model", "stream", "method"))
+            results[name, stream, method] = circuits.find_circuit(exp, judge, method)
+    table = circuits.circuit_table(results, ("model", "stream", "method"))
     table.to_csv(out / "circuits.csv", index=False)
     shown = ["model", "stream", "masks", "method", "pair_accuracy", "able", "corrupt_kl", "edges", "f", "edges_0.9"]
     shown += ["cmd"]
@@ -67,21 +59,22 @@ def main(
 
     names = [f"{name}, {stream} stream" for name, stream in streams]
     for method in methods:
-        circuits = [results[name, stream, method].circuit for name, stream in streams]
-        print("wrote", save(side_by_side(circuits, f"{task}: {method}", names=names), out / f"{method}.html"))
+        drawn = [results[name, stream, method].circuit for name, stream in streams]
+        figure = views.side_by_side(drawn, f"{task}: {method}", names=names)
+        print("wrote", views.save(figure, out / f"{method}.html"))
         curves = {
             f"{name}, {stream}": curve.table()
             for name, stream in streams
             if (curve := results[name, stream, method].curve) is not None
         }
         if curves and method != "acdc":
-            print("wrote", save(faithfulness_chart(curves), out / f"faithfulness-{method}.html"))
+            print("wrote", views.save(views.faithfulness_chart(curves), out / f"faithfulness-{method}.html"))
 
-    rankings = gate_rankings(gated, find, draws=3)
+    rankings = circuits.gate_rankings(gated, find, draws=3)
     references = {
         f"{method}, {stream}": result.circuit for (name, stream, method), result in results.items() if name != "dense"
     }
-    agreement = agreement_table(rankings, references)
+    agreement = circuits.agreement_table(rankings, references)
     agreement.to_csv(out / "gate.csv", index=False)
     print("\nThe gate as a circuit: AUROC against the edges of each circuit; 0.5 is chance")
     print(agreement.pivot_table(index="ranking", columns="reference", values="auroc", sort=False).round(2).to_string())

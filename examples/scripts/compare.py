@@ -13,23 +13,12 @@ import tyro
 
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
-from sa_lens.compare import (  # noqa: E402
-    GRIDS,
-    Grid,
-    Leakage,
-    Losses,
-    Skill,
-    Units,
-    Weights,
-    compare,
-    plan,
-    verdict_text,
-)
+from sa_lens import compare  # noqa: E402
 
 
-def small_grid(steps: int, stories: int, tokens: int) -> Grid:
+def small_grid(steps: int, stories: int, tokens: int) -> compare.Grid:
     """The grid `smoke` with larger models, longer training, and fewer variants and columns."""
-    small = GRIDS["smoke"]()
+    small = compare.GRIDS["smoke"]()
     run = dataclasses.replace(
         small.run,
         model=dataclasses.replace(small.run.model, d_model=32, n_heads=4, n_ctx=64),
@@ -37,11 +26,11 @@ def small_grid(steps: int, stories: int, tokens: int) -> Grid:
         train=dataclasses.replace(small.run.train, steps=steps, batch_size=8, eval_every=steps, save_every=steps),
     )
     measurements = (
-        Losses(tokens),
-        Weights(),
-        Skill(64, task="object"),
-        Units(tokens, tokens),
-        Leakage(tokens, probe_tokens=max(256, tokens // 5)),
+        compare.Losses(tokens),
+        compare.Weights(),
+        compare.Skill(64, task="object"),
+        compare.Units(tokens, tokens),
+        compare.Leakage(tokens, probe_tokens=max(256, tokens // 5)),
     )
     variants = tuple(v for v in small.variants if v.name not in ("frozen-base", "random-init"))
     return dataclasses.replace(small, name="small", run=run, variants=variants, measurements=measurements)
@@ -66,10 +55,10 @@ def main(
         device: Device, such as cpu or cuda.
     """
     grid = small_grid(steps, stories, tokens)
-    left = plan(grid, out, seeds=seeds, device=device)["seconds"].sum()
+    left = compare.plan(grid, out, seeds=seeds, device=device)["seconds"].sum()
     print(f"about {left / 60:.1f} minutes; after Ctrl-C the same command continues")
     comparison = compare(grid, out, seeds=seeds, device=device)
-    print(f"\nClaims against the dense baseline\n\n{verdict_text(comparison)}\n")
+    print(f"\nClaims against the dense baseline\n\n{compare.verdict_text(comparison)}\n")
     for name in ("table.md", "summary.csv", "figure.html"):
         print("wrote", out / name)
 

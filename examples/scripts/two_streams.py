@@ -14,8 +14,7 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits import patch, skill, tasks  # noqa: E402
-from sa_lens.views import attention, save, side_by_side  # noqa: E402
+from sa_lens import circuits, views  # noqa: E402
 
 
 def main(
@@ -36,18 +35,19 @@ def main(
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
 
-    prompts = tasks.make(task, model.tokenizer, pairs, seed=0, words=words)
+    prompts = circuits.tasks.make(task, model.tokenizer, pairs, seed=0, words=words)
     print(prompts.report(), "-", prompts.clean_texts[0])
-    print(skill(model, prompts)[["stream", "n", "pair_accuracy", "logit_difference", "able"]].to_string(index=False))
+    skill = circuits.skill(model, prompts)[["stream", "n", "pair_accuracy", "logit_difference", "able"]]
+    print(skill.to_string(index=False))
 
     for what in ("resid_pre", "heads"):
-        tables = [patch(model, prompts, what, stream=stream) for stream in ("clean", "ablated")]
-        figure = side_by_side(tables, f"{task}: {what}", names=["clean", "ablated"])
-        print("wrote", save(figure, out / f"{what}.html"))
+        tables = [circuits.patch(model, prompts, what, stream=stream) for stream in ("clean", "ablated")]
+        figure = views.side_by_side(tables, f"{task}: {what}", names=["clean", "ablated"])
+        print("wrote", views.save(figure, out / f"{what}.html"))
     for what in ("mask_attn", "mask_mlp"):
-        print("wrote", save(patch(model, prompts, what, stream="ablated"), out / f"{what}.html"))
-    heads = attention(model, prompts.clean_texts[0], layer=model.cfg.n_layers - 1)
-    print("wrote", save(heads, out / "attention.html"))
+        print("wrote", views.save(circuits.patch(model, prompts, what, stream="ablated"), out / f"{what}.html"))
+    heads = views.attention(model, prompts.clean_texts[0], layer=model.cfg.n_layers - 1)
+    print("wrote", views.save(heads, out / "attention.html"))
 
 
 if __name__ == "__main__":

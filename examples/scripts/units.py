@@ -15,9 +15,7 @@ warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 import pandas as pd  # noqa: E402
 
 import sa_lens as sa  # noqa: E402
-from sa_lens import units  # noqa: E402
-from sa_lens.training import text_of_run  # noqa: E402
-from sa_lens.views import histogram, save  # noqa: E402
+from sa_lens import training, units, views  # noqa: E402
 
 
 def main(
@@ -43,7 +41,7 @@ def main(
         for name, folder in (("dense", baseline), ("self-ablating", run))
     }
     gated = models["self-ablating"]
-    text = text_of_run(run, gated)
+    text = training.text_of_run(run, gated)
     streams = {"dense": ("clean",), "self-ablating": ("clean", "ablated")}
     rules = {name: units.calibrate(model, text.train, streams[name], n_tokens=tokens) for name, model in models.items()}
     tables = {
@@ -85,8 +83,8 @@ def main(
         for name, table in tables.items()
         for stream, group in table.groupby("stream", sort=False)
     }
-    counts = histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units")
-    print("wrote", save(counts, out / "effective-tokens.html"))
+    counts = views.histogram(spread, "On how many tokens does a unit fire?", "effective tokens of live units")
+    print("wrote", views.save(counts, out / "effective-tokens.html"))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,7 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.views import (  # noqa: E402
-    attention,
-    gate_raster,
-    logit_lens,
-    predictions,
-    save,
-    story,
-    training_curves,
-    unit_activations,
-)
+from sa_lens import views  # noqa: E402
 
 
 def main(
@@ -43,23 +34,23 @@ def main(
         dark: Use a dark background.
     """
     model = sa.SelfAblatingTransformer.from_pretrained(run)
-    raster = gate_raster(model, text)
+    raster = views.gate_raster(model, text)
     neurons = [unit for unit in raster.units if unit.site == "mlp"]
     strongest = max(neurons, key=lambda unit: max(map(abs, unit.values)))
     unit = strongest.name
     shown: dict[str, Any] = {
-        "story": story(model, text, units=[unit]),
-        "predictions": predictions(model, text),
-        "lens": logit_lens(model, text),
+        "story": views.story(model, text, units=[unit]),
+        "predictions": views.predictions(model, text),
+        "lens": views.logit_lens(model, text),
         "raster": raster,
-        "activations": unit_activations(model, text, most=12),
-        "attention": attention(model, text, layer=layer % model.cfg.n_layers),
+        "activations": views.unit_activations(model, text, most=12),
+        "attention": views.attention(model, text, layer=layer % model.cfg.n_layers),
     }
     if (Path(run) / "metrics.jsonl").exists():
-        shown["training"] = training_curves([run])
+        shown["training"] = views.training_curves([run])
     for name, record in shown.items():
-        save(record, out / f"{name}.json")
-        print("wrote", save(record, out / f"{name}.html", dark=dark))
+        views.save(record, out / f"{name}.json")
+        print("wrote", views.save(record, out / f"{name}.html", dark=dark))
 
 
 if __name__ == "__main__":

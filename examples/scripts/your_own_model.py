@@ -15,9 +15,7 @@ import tyro
 warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
 
 import sa_lens as sa  # noqa: E402
-from sa_lens.circuits import find_circuit, patch, skill, tasks  # noqa: E402
-from sa_lens.training import train  # noqa: E402
-from sa_lens.views import patch_map, save, side_by_side  # noqa: E402
+from sa_lens import circuits, views  # noqa: E402
 
 
 def main(
@@ -54,16 +52,17 @@ def main(
             steps=steps, batch_size=16, lr=3e-3, init=base, freeze="base" if freeze else "none", sample_tokens=0
         ),
     )
-    model = train(settings, out).model
-    find, report = tasks.make(task, model.tokenizer, 2 * pairs, seed=0).split(seed=0)
-    print(skill(model, report)[["stream", "n", "pair_accuracy", "logit_difference", "able"]].to_string(index=False))
+    model = sa.train(settings, out).model
+    find, report = circuits.tasks.make(task, model.tokenizer, 2 * pairs, seed=0).split(seed=0)
+    skill = circuits.skill(model, report)[["stream", "n", "pair_accuracy", "logit_difference", "able"]]
+    print(skill.to_string(index=False))
 
-    maps = [patch_map(patch(model, find, "resid_pre", stream=stream)) for stream in ("clean", "ablated")]
-    print("wrote", save(side_by_side(maps, names=["clean", "ablated"]), out / "patching.html"))
+    maps = [views.patch_map(circuits.patch(model, find, "resid_pre", stream=stream)) for stream in ("clean", "ablated")]
+    print("wrote", views.save(views.side_by_side(maps, names=["clean", "ablated"]), out / "patching.html"))
     for stream in ("clean", "ablated"):
-        result = find_circuit(model, find, report, "acdc", stream=stream)
+        result = circuits.find_circuit(model, find, report, "acdc", stream=stream)
         print(f"\n{result.summary()}")
-        print("wrote", save(result.circuit, out / f"circuit-{stream}.html"))
+        print("wrote", views.save(result.circuit, out / f"circuit-{stream}.html"))
 
 
 if __name__ == "__main__":
