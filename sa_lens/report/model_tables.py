@@ -28,7 +28,7 @@ def comparison_tables(names: Sequence[str], models: Sequence[Cells], text: str) 
         models: cells of each.
         text: what the models were measured on, in words.
     """
-    why = f"{MISSING}: the stream cannot do the task, or has no gates"
+    why = f"the value is {MISSING} if the stream cannot do the task or the model has no gates"
     about = {
         LOSSES: ("figure", f"{text}; with different tokenizers compare bits per byte, not losses"),
         SKILL: ("task and stream", "pair accuracy with 95 % intervals"),
