@@ -39,6 +39,8 @@ class TrainOptions:
     (train.init)."""
     device: Device = "auto"
     """Where to train."""
+    dry_run: bool = False
+    """Say which model, gates, types and memory the run would have, and do nothing."""
 
     def settings(self) -> RunConfig:
         """The settings before flags: those of the run to resume, or the file's over the preset's over the defaults."""
@@ -71,8 +73,12 @@ def train(options: TrainOptions, settings: RunConfig) -> None:
     """
     start(f"train: {options.out}", trains=True)
 
+    from sa_lens.training import plan
     from sa_lens.training import train as run_training
 
+    if options.dry_run:
+        print(plan(settings))
+        return
     result = run_training(settings, options.out, device=options.device, resume=options.resume)
     if os.environ.get("RANK", "0") != "0":
         return

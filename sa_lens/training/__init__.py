@@ -3,6 +3,7 @@
 | name | what it answers | cost |
 |---|---|---|
 | `train` -> `TrainResult` | trains a model into a run folder, or resumes it bit for bit | minutes to days |
+| `plan` -> `TrainingPlan` | what a run would do: model, gates, types, memory | none |
 | `load_run` | the model of a run folder, a shipped name or a Hub id, on a device | seconds |
 | `text_of_run` | training and validation text of a run, in its tokens | seconds, once |
 | `evaluate_run`, `evaluation_table` | losses of a run's model on its own or another text; as a table | seconds |
@@ -21,10 +22,13 @@ from sa_lens.training.run_log import TrainingDiverged
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate
 from sa_lens.training.trained_run import load_run, text_of_run
+from sa_lens.training.training_plan import TrainingPlan, plan
 
 __all__ = [  # noqa: RUF022 - in the order of the table
     "train",
     "TrainResult",
+    "plan",
+    "TrainingPlan",
     "load_run",
     "text_of_run",
     "evaluate_run",

@@ -37,6 +37,7 @@ from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
 from sa_lens.training.sharding import whole_parameters, whole_tensor
+from sa_lens.training.training_plan import known_without_weights, plan
 from sa_lens.training.training_setup import TrainingSetup, set_up
 
 if TYPE_CHECKING:
@@ -114,8 +115,13 @@ def train(
 
 def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainResult:
     cfg, main = run.train, accelerator.is_main_process
+    early = known_without_weights(run)
+    if progress and not resume and early:
+        print(plan(run), file=sys.stderr)
     setup = set_up(run, out, accelerator, resume=resume, progress=progress)
     state, model, module, optimizer = setup.state, setup.model, setup.module, setup.optimizer
+    if progress and not resume and not early:
+        print(plan(run, model), file=sys.stderr)
     metrics = MetricsFile(out / run_folder.METRICS)
     validation = validation_blocks(setup.data.validation, run.model.n_ctx, cfg.eval_tokens)
     batches = _batches(run, setup, accelerator)
