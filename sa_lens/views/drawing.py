@@ -187,6 +187,8 @@ class Panels:
     """Pixels between two panels."""
     height: int
     """Pixels of the panels and what is below."""
+    below: int | None = None
+    """Pixels of the labels below a panel, if the panels stand below one another; None: they stand side by side."""
     layout: dict[str, Any] = field(default_factory=dict)
     """Other settings of the figure."""
 
@@ -286,27 +288,31 @@ def _rest(record: Any, head: Any) -> tuple[str, list[str]]:
 
 def _plot_panels(records: Sequence[Any], names: Sequence[str], panels: Panels, dark: bool) -> Figure:
     n, head = len(records), _head(records)
-    width = panels.beside + panels.width * n
+    stacked = panels.below is not None
+    width = panels.beside + panels.width * (1 if stacked else n)
     captions = [
         f"<b>{wrap(name, panels.width - 20)}</b>{small_print(*_rest(record, head), panels.width - 20, dark, size=11)}"
         for name, record in zip(names, records, strict=True)
         if n > 1
     ]
-    figure = make_subplots(
-        1,
-        n,
-        subplot_titles=captions or None,
-        horizontal_spacing=panels.gap / (width - panels.beside),
-        figure=Figure(),
-    )
-    figure.update_annotations(font_size=13, font_color=palette(dark).text, yanchor="bottom")
-    for column, (traces, (x, y)) in enumerate(zip(panels.traces, panels.axes, strict=True), 1):
-        for trace in traces:
-            figure.add_trace(trace, row=1, col=column)
-        figure.update_xaxes(x, row=1, col=column)
-        figure.update_yaxes(y, row=1, col=column)
     above = 20 + 17 * max(caption.count("<br>") for caption in captions) if captions else 0
-    return lay_out(figure, head, width, above + panels.height, dark, above=above, **panels.layout)
+    spacing = {"horizontal_spacing": panels.gap / (width - panels.beside)}
+    bottom = {}
+    if panels.below is not None:
+        between = above + panels.below
+        spacing = {"vertical_spacing": between / (n * (panels.height - panels.below) + (n - 1) * between)}
+        bottom = {"bottom": panels.below}
+    shape = (n, 1) if stacked else (1, n)
+    figure = make_subplots(*shape, subplot_titles=captions or None, figure=Figure(), **spacing)
+    figure.update_annotations(font_size=13, font_color=palette(dark).text, yanchor="bottom")
+    for i, (traces, (x, y)) in enumerate(zip(panels.traces, panels.axes, strict=True), 1):
+        place = {"row": i, "col": 1} if stacked else {"row": 1, "col": i}
+        for trace in traces:
+            figure.add_trace(trace, **place)
+        figure.update_xaxes(x, **place)
+        figure.update_yaxes(y, **place)
+    height = (above + panels.height) * (n if stacked else 1)
+    return lay_out(figure, head, width, height, dark, above=above, **bottom, **panels.layout)
 
 
 def side_by_side(
@@ -314,8 +320,8 @@ def side_by_side(
 ) -> Any:
     """Draws heat maps or circuits next to one another on one colour scale, such as one for each stream or model.
 
-    Heat maps become a plotly figure. Circuits become a page whose sliders move together and on which a node has the
-    same place in each; its method `figure` draws them with plotly.
+    Heat maps become a plotly figure; those of many columns stand below one another. Circuits become a page whose
+    sliders move together and on which a node has the same place in each; its method `figure` draws them with plotly.
 
     Args:
         shown: records of heat maps, or tables of patches; or circuits, or records of them.

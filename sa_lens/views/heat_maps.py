@@ -42,6 +42,10 @@ _CELL, _NARROW, _ROW = 46, 24, 34
 """Pixels of a column, of the narrowest one, and of a row."""
 _SEVERAL = 1000
 """Pixels that heat maps beside one another share, if their columns are then wide enough."""
+_WIDEST = 1240
+"""Pixels of the widest figure of heat maps beside one another; wider ones stand below one another."""
+_BESIDE = 150
+"""Pixels of the colour bar and the outer margins."""
 
 
 def heat_map(
@@ -265,15 +269,28 @@ def _upright(record: HeatMap) -> bool:
     return max(map(len, record.x.labels), default=0) > 5 and len(record.x.labels) > 8
 
 
+def _below(record: HeatMap) -> int:
+    """Pixels of the axis below the cells."""
+    return 60 + (7 * max(map(len, record.x.labels)) if _upright(record) else 15)
+
+
 def _height(record: HeatMap) -> int:
     """Pixels of the cells and the axis below them."""
-    below = 60 + (7 * max(map(len, record.x.labels)) if _upright(record) else 15)
-    return below + max(3 * _ROW, _ROW * len(record.y.labels))
+    return _below(record) + max(3 * _ROW, _ROW * len(record.y.labels))
 
 
 def _heat_maps(records: Sequence[HeatMap], dark: bool) -> Panels:
-    widest = max(len(record.x.labels) for record in records)
-    cell = _CELL if len(records) == 1 else max(_NARROW, min(_CELL, _SEVERAL // (len(records) * widest)))
+    n, widest = len(records), max(len(record.x.labels) for record in records)
+
+    def panel(beside: int) -> tuple[int, int]:
+        """Pixels of a column and of a panel, which is at least as wide as its title."""
+        cell = _CELL if n == 1 else max(_NARROW, min(_CELL, _SEVERAL // (beside * widest)))
+        return cell, max(8 * _CELL, widest * cell) + 40
+
+    cell, width = panel(n)
+    stacked = n > 1 and _BESIDE + n * width > _WIDEST
+    if stacked:
+        cell, width = panel(1)
     traces: list[list[Any]] = [[_trace(record, _limits(records), dark, cell)] for record in records]
     traces[-1][0].showscale = True
     axes = [
@@ -283,9 +300,8 @@ def _heat_maps(records: Sequence[HeatMap], dark: bool) -> Panels:
         )
         for record in records
     ]
-    # at least as wide as the title of a panel
-    width = max(8 * _CELL, widest * cell) + 40
-    return Panels(traces, axes, width, beside=150, gap=80, height=max(map(_height, records)))
+    below = max(map(_below, records)) if stacked else None
+    return Panels(traces, axes, width, beside=_BESIDE, gap=80, height=max(map(_height, records)), below=below)
 
 
 register_panels(HeatMap, _heat_maps)

@@ -184,6 +184,21 @@ def test_missing_and_constant_values_draw():
     assert (draw(rising).data[0].zmin, draw(rising).data[0].zmax) == (2, 5)
 
 
+def test_many_columns_stand_below_one_another():
+    def axes(columns):
+        rows = [(0, at, None, None, at) for at in range(columns)]
+        layout = side_by_side([table(rows=rows), table(rows=rows, stream="ablated", masks="live")]).layout
+        assert layout.width <= 1280
+        return layout.xaxis.domain, layout.xaxis2.domain, layout.yaxis.domain, layout.yaxis2.domain
+
+    x, x2, y, y2 = axes(12)
+    assert x[1] < x2[0]
+    assert y == y2
+    x, x2, y, y2 = axes(26)
+    assert x == x2
+    assert y[0] > y2[1], "the first is above"
+
+
 def test_side_by_side_shares_the_colours():
     clean, ablated = table(rows=POSITIONS), table("heads", rows=HEADS, stream="ablated", masks="frozen")
     figure = side_by_side([clean, patch_map(ablated)], "Both streams", names=["clean", "ablated"])
