@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -35,6 +38,7 @@ PAGE_WIDTH = 900
 EDGE, TALLEST = 10, 760
 """Pixels around such a picture, and its largest height: a longer one is cut."""
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^```bash\n(sa-lens patch .*?)^```$", re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r"^!\[[^\]]*\]\((?:\.\./)?images/(\w+/[\w-]+)\.png\)$", re.MULTILINE)
 DENSE, LOCAL = "stories-dense", "stories-local"
 STREAMS: tuple[Stream, ...] = ("clean", "ablated")
@@ -88,6 +92,16 @@ def patching(camera: Camera, dense: Any, local: Any) -> None:
     records = [views.patch_map(table, "value") for table in tables]
     figure = views.side_by_side(records, "Which residual stream says who gets the ball?", names=STREAMS)
     camera.figure("patching", figure, height=420)
+
+
+def command(camera: Camera, dense: Any, local: Any) -> None:
+    """The page that the first command of the page about tasks of one's own writes."""
+    block = COMMAND.search((DOCS / "own-task.md").read_text(encoding="utf-8"))
+    assert block is not None
+    words, out = shlex.split(block[1].replace("\\\n", " ")), camera.folder / "command"
+    subprocess.run([sys.executable, "-m", "sa_lens", *words[1:], "--out", out], check=True)
+    with camera.page(out / "patching.html", 100, ".main-svg") as page:
+        page.screenshot(path=IMAGES / "own-prompt.png", full_page=True)
 
 
 def page_pictures(camera: Camera, pages: Iterable[Path]) -> None:
@@ -174,6 +188,7 @@ def photograph_report(camera: Camera, file: Path) -> None:
 
 GROUPS = {
     "patching": patching,
+    "command": command,
     "circuits": task_circuits,
     "report": report_pages,
     "gallery": gallery,
