@@ -10,6 +10,7 @@ image, or JSON. In the order in which one meets them:
 | `read(path)` | the record of a `.json` that `save` wrote | none |
 | `draw(x)` -> `Figure` | the picture itself, a plotly figure or a page of HTML, to change before it is saved | none |
 | `side_by_side([x, y])` | heat maps or circuits on one colour scale | none |
+| `explore(model, prompt)` -> `Explorer` | all about a prompt on one page, live in a notebook | one pass per stream |
 | `story(model, text)` | where do masks change, and what does each token cost in each stream? | one pass per stream |
 | `predictions(model, text)` | what does each stream expect after each token? | one pass per stream |
 | `logit_lens(model, text)` | what would the residual stream predict after each layer? | one pass per layer and stream |
@@ -38,6 +39,7 @@ from sa_lens.views.heads_and_units import attention, unit_activations
 from sa_lens.views.charts import faithfulness_chart, histogram, training_curves, unit_histogram
 from sa_lens.views.heat_maps import heat_map, patch_map
 from sa_lens.views.circuit_figure import circuit_map
+from sa_lens.views.explorer import Explorer, explore
 from sa_lens.views.result_tables import comparison_table
 
 __all__ = [  # noqa: RUF022 - in the order of the table
@@ -47,6 +49,8 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "draw",
     "Figure",
     "side_by_side",
+    "explore",
+    "Explorer",
     "story",
     "predictions",
     "logit_lens",

@@ -160,11 +160,13 @@ def save(shown: Any, path: str | Path, *, scale: float | None = None, **options:
         ValueError: an ending that does not fit.
         RuntimeError: an image is asked for and kaleido or a Chrome browser is missing.
     """
-    if Path(path).suffix == ".json" and is_dataclass(shown):
-        path = output_file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, to_json(shown).encode())
-        return path
+    if Path(path).suffix == ".json":
+        record = to_record(shown, **{name: value for name, value in options.items() if name != "dark"})
+        if is_dataclass(record):
+            path = output_file(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, to_json(record).encode())
+            return path
     return draw(shown, **options).save(path, **({} if scale is None else {"scale": scale}))
 
 

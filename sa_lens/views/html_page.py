@@ -182,8 +182,8 @@ class _Execution:
 _carried: dict[str, _Execution] = {}
 
 
-def _shell() -> Any:
-    """The notebook's shell; None outside a notebook."""
+def notebook_shell() -> Any:
+    """Returns the notebook's shell; None outside a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell if getattr(shell, "kernel", None) is not None else None
@@ -202,7 +202,7 @@ def scripts_to_carry(libraries: Iterable[Library]) -> str:
     output replaces the one with the script. Everywhere else, and where every output is a page of its own, a display
     carries all it needs.
     """
-    shell = _shell()
+    shell = notebook_shell()
     scripts = []
     for library in libraries:
         if shell is not None and "google.colab" not in sys.modules:
@@ -247,7 +247,7 @@ class Picture:
 
     def _display(self) -> bool:
         """Displays the picture if this is a notebook; returns whether it did."""
-        if _shell() is None:
+        if notebook_shell() is None:
             return False
         from IPython.display import display
 

@@ -131,6 +131,7 @@ def _guess(guess: Guess, following: str | None, dark: bool) -> str:
 
 
 _STYLE = (
+    ".sa-lens td bdi{white-space:pre}"
     ".sa-lens-guess{display:inline-block;padding:0 5px;margin:1px 0;border-radius:3px;border:1px solid transparent}"
     ".sa-lens-right-guess{font-weight:700;border-color:currentColor}"
     "@media print{.sa-lens-guess{print-color-adjust:exact;-webkit-print-color-adjust:exact}}"

@@ -199,6 +199,20 @@ class UnitActivations(OfText):
     """For each token, stream and unit, the value."""
 
 
+@dataclass(frozen=True)
+class Exploration(OfText):
+    """The working set of a prompt: the records of its views."""
+
+    story: Story
+    """Its tokens, to colour by losses, changes of the masks and units."""
+    predictions: Predictions
+    """What each stream expects after each token."""
+    attention: Attention
+    """Where heads look."""
+    gates: GateRaster | None
+    """Which units stay; None for a model without hard gates."""
+
+
 # -------------------------------------------------------------------------------------------------------------- charts
 
 
@@ -382,6 +396,7 @@ Record = (
     | LogitLens
     | GateRaster
     | UnitActivations
+    | Exploration
     | Histogram
     | Table
 )

@@ -45,7 +45,7 @@ function attentionHeads({ tokens, heads, streams, shares, scales }) {
   function say(head, cell) {
     large.forEach((pattern) => pattern.mark(head === chosen ? cell : null));
     if (!cell) {
-      readout.textContent = "Move the mouse over a picture to read its values; click a head to see it at large.";
+      readout.textContent = "Point at a picture to read its values; click a head to see it at large.";
       return;
     }
     const values = rows.map((title, row) => `${title} ${share(head, row, cell.query, cell.key).toFixed(3)}`);
