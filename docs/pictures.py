@@ -64,14 +64,14 @@ class Camera:
         yield page
         page.close()
 
-    def saved(self, name: str, file: Path) -> None:
+    def saved(self, name: str, file: Path, width: int = PAGE_WIDTH) -> None:
         """Photographs a view as the code of a page saved it."""
-        with self.page(file, 100, ".main-svg, .sa-lens", PAGE_WIDTH) as page:
+        with self.page(file, 100, ".main-svg, .sa-lens", width) as page:
             page.wait_for_timeout(500)  # the scripts of a view have drawn it
             box = page.locator(".main-svg, .sa-lens").first.bounding_box()
             left, top = max(0, box["x"] - EDGE), max(0, box["y"] - EDGE)
             size = {"width": box["width"] + 2 * EDGE, "height": min(TALLEST, box["height"] + 2 * EDGE)}
-            page.set_viewport_size({"width": max(PAGE_WIDTH, round(left + size["width"])), "height": TALLEST})
+            page.set_viewport_size({"width": max(width, round(left + size["width"])), "height": TALLEST})
             (IMAGES / name).parent.mkdir(exist_ok=True)
             page.screenshot(path=IMAGES / f"{name}.png", full_page=True, clip={"x": left, "y": top, **size})
 
@@ -144,7 +144,7 @@ def task_circuits(camera: Camera, dense: Any, local: Any) -> None:
         curve = circuits.faithfulness(exp.on(judge), circuits.eap_ig(exp, progress=False), progress=False)
         curves[f"{name}, {stream}"] = curve.table().query("order == 'absolute'").drop(columns=["order", "stream"])
     page = views.side_by_side(list(drawn.values()), f"ACDC at tau {TAU}: IOI", names=list(drawn))
-    camera.text("circuits-stories", page)
+    camera.saved("circuits-stories", views.save(page, camera.folder / "circuits-stories.html"), WIDTH)
     chart = views.faithfulness_chart(curves, title="Edges needed: IOI, ranked by EAP-IG")
     camera.figure("faithfulness-stories", chart, height=620)
 
