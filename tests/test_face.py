@@ -73,7 +73,9 @@ CALL = re.compile(r"^\| \[`([\w.]+)(?:\((.*?)\))?`\]\(#([\w.]+)\) \|", re.MULTIL
 def test_tables_of_signatures_have_what_the_page_documents_and_its_arguments(page):
     text = page.read_text(encoding="utf-8")
     rows = CALL.findall(text)
-    assert list(dict.fromkeys(place for _, _, place in rows)) == re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    documented = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    homes = {place.rpartition(".")[0] for _, _, place in rows}
+    assert documented in (list(dict.fromkeys(place for _, _, place in rows)), list(homes))
     for name, arguments, place in rows:
         home, _, first = place.rpartition(".")
         member = getattr(importlib.import_module(home), first)
