@@ -329,6 +329,17 @@ def test_a_node_shows_its_edges_alone(visit):
     assert panel.locator("path.dim").count() == 0
 
 
+def test_warnings_stand_above_the_circuit_and_the_curve(visit, tmp_path):
+    made = single_report()
+    task = made.models[0].tasks[0]
+    first = task.rankings[0]
+    warned = replace(first, circuit=replace(first.circuit, warnings=("<b>low</b> skill",)))
+    warned = replace(warned, curve=replace(first.curve, warnings=("f is unstable",)))
+    model = replace(made.models[0], tasks=(replace(task, rankings=(warned,)),))
+    page = visit("circuits", file=save(replace(made, models=(model,)), tmp_path / "warned.html"))
+    assert texts(page, "#section-circuits .warning") == ["Warning: <b>low</b> skill", "Warning: f is unstable"]
+
+
 def test_tasks_methods_and_streams_are_picked(visit):
     page = visit("circuits")
     page.get_by_label("Method", exact=True).select_option("EAP-IG")
