@@ -275,6 +275,30 @@ def test_frozen_base(scope: str) -> None:
     assert terms.ablated.requires_grad
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_a_frozen_base_costs_no_gradients_of_its_weights(name: str) -> None:
+    """Torch counts as many operations as the products that are needed have."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens, targets = batch()
+    model = (build() if name == "GPT-2" else other(OTHERS[name], GATES)).freeze_base()
+    with FlopCounterMode(display=False) as counter:
+        TwoStreamLoss(model, LOSS, path="fused")(tokens, targets).total.backward()
+
+    def product(*endings: str) -> int:
+        sizes = [p.numel() for name, p in model.named_parameters() if name.endswith(endings)]
+        return 2 * tokens.numel() * sum(sizes)
+
+    logits, gates = product("unembed.W_U") or product("embed.W_E"), product("W_local")
+    queries_keys_values = product("W_Q", "W_K", "W_V")
+    layers = queries_keys_values + product("W_O", "W_in", "mlp.W_gate", "W_out")
+    scores = 2 * tokens.numel() * tokens.shape[1] * 16
+    both_forward = 2 * (logits + layers + 2 * 2 * scores) + gates
+    # what enters the first layer is not differentiated; the scores of the second are computed again
+    backward = logits + layers - queries_keys_values // 2 + 3 * scores + gates
+    assert counter.get_total_flops() == both_forward + backward
+
+
 def test_each_term_can_be_differentiated_alone() -> None:
     model = build()
     tokens, targets = batch()
