@@ -28,13 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REFERENCE_RATES = {("local", 50257): 540.0, ("global", 50257): 353.0, ("local", 4096): 812.0}
-"""Tokens per second of the reference implementation at the paper's size, on two CPU cores with REFERENCE_MATMUL."""
-
-REFERENCE_MATMUL = 335e9
-"""Rate of float32 matrix products of these cores, FLOP per second."""
-
-
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 """Environment of the inference rows, in which glibc keeps freed memory. Otherwise it returns the memory of large
 tensors and requests it again page by page. On a virtual machine this can take as long as the work and varies between
@@ -213,9 +206,6 @@ def measure(row: Row, device: str, threads: int, repeats: int, clock: str) -> di
         flop = flop_per_token(row, model.cfg)
         record["mflop_per_token"] = round(flop / 1e6, 1)
         record["share_of_matmul_rate"] = round(flop * tokens_per_s / rates[-1], 3)
-        reference = None if row.name in SHAPES else REFERENCE_RATES.get((row.variant, row.vocab))
-        if reference and device == "cpu" and (row.batch, row.n_ctx) == (8, 256):
-            record["times_reference"] = round(tokens_per_s / (reference * rates[0] / REFERENCE_MATMUL), 2)
     return record
 
 
@@ -350,7 +340,7 @@ def summary(records: list[dict[str, Any]]) -> Iterator[str]:
 
 COLUMNS = (
     "name", "variant", "path", "dtype", "frozen", "batch", "n_ctx", "vocab", "tokens_per_s", "peak_gb",
-    "share_of_matmul_rate", "times_reference", "matmul_gflop_per_s", "core_share",
+    "share_of_matmul_rate", "matmul_gflop_per_s", "core_share",
 )  # fmt: skip
 
 
