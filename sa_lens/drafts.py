@@ -23,6 +23,11 @@ class Draft(NamedTuple):
     """Named positions as (name, word, index): the mention with this index of the word in the clean prompt, or, if word
     is None, the token with this index among those in which the two prompts differ."""
 
+    @property
+    def name(self) -> str:
+        """What tables and titles call the pair, such as `Lily or Tom`."""
+        return f"{self.answer.strip()} or {self.wrong_answer.strip()}"
+
 
 class DraftTokens(NamedTuple):
     """The tokens of a usable draft, without a begin-of-text token."""

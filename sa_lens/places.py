@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_FILES = (".html", ".htm", ".png", ".svg", ".pdf", ".csv", ".json", ".jsonl", ".txt", ".yaml", ".yml", ".pt")
+"""Endings of files; `runs/lr-0.1` is a folder."""
+
 
 def output_folder(folder: str | Path, *, free: bool = False) -> Path:
     """The folder, if it is one that can be written to, or can be made.
@@ -14,7 +17,7 @@ def output_folder(folder: str | Path, *, free: bool = False) -> Path:
 
     Raises:
         ValueError: an empty name, which an unset variable leaves; it never stands for the current folder.
-        NotADirectoryError: the folder, or one above it, is a file.
+        NotADirectoryError: the folder, or one above it, is a file, or a new one has the ending of a file.
         FileExistsError: it must be free, and holds something.
         PermissionError: it may not be written to.
     """
@@ -22,6 +25,10 @@ def output_folder(folder: str | Path, *, free: bool = False) -> Path:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: name a folder")
     _check_parents(path)
+    if path.suffix.lower() in _FILES and not path.exists():
+        raise NotADirectoryError(
+            f"{path} has the ending of a file, but a folder is written: name a folder, such as {path.with_suffix('')}"
+        )
     if free and path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty: name another folder")
     return path

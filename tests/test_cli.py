@@ -250,6 +250,8 @@ class TestErrors:
             (["patch", "run", "--task", "ioi", "--what", "resid"], "perhaps you meant resid_pre"),
             (["patch", "run", "--task", "ioi", "--what", "blocks.2.attn.hook_z"], "the model has the layers 0 to 1"),
             (["patch", "run", "--task", "ioi", "--out", "file"], "file is a file"),
+            (["patch", "run", "--task", "ioi", "--out", "a.html"], "a.html has the ending of a file"),
+            (["attribute", "run", "--task", "ioi", "--out", "a.csv"], "a.csv has the ending of a file"),
             (["patch", "run", "--task", "ioi", "--pairs", "0"], "pairs=0 must be at least 1"),
             (
                 ["patch", "run", "--task", "ioi", "--stream", "clean", "--what", "mask_mlp"],
@@ -616,6 +618,7 @@ class TestPatch:
         table = pandas.read_csv(folder / "patching.csv")
         model = SelfAblatingTransformer.from_pretrained("stories-local")
         pairs = circuits.PromptPairs.from_texts([tuple(OWN[1::2])], model.tokenizer)
+        assert pairs.task == "Lily or Tom"
         start, rows = 0, {}
         for what, stream in (("resid_pre", "clean"), ("resid_pre", "ablated"), ("mask_mlp", "ablated")):
             expected = circuits.patch(model, pairs, what, stream=stream)

@@ -23,7 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_can_be_written_is_returned_and_nothing_is_made(place: Path) -> None:
-    for name in ("empty", "full", "new", "new/below/that", str(place / "new"), "."):
+    for name in ("empty", "full", "new", "new/below/that", str(place / "new"), ".", "lr-0.1", "new.html/below"):
         assert output_folder(name) == Path(name)
     assert output_folder("empty", free=True) == Path("empty")
     for name in ("file", "new.html", "new/below/that.html", "full/a"):
@@ -41,6 +41,9 @@ def test_an_empty_name_is_never_the_current_folder(place: Path, name: str) -> No
 def test_what_cannot_be_written_is_named(place: Path) -> None:
     with pytest.raises(NotADirectoryError, match="file is a file: name a folder"):
         output_folder("file")
+    for name in ("new.html", "below/new.CSV"):
+        with pytest.raises(NotADirectoryError, match=r"(?i)new\.(html|csv) has the ending of a file.* such as .*new$"):
+            output_folder(name)
     with pytest.raises(IsADirectoryError, match=r"full is a folder: name the file to write"):
         output_file("full")
     for check in (output_folder, output_file):

@@ -61,11 +61,8 @@ class PromptArguments:
     @property
     def name(self) -> str:
         """What tables and titles call the prompts, such as `Lily or Tom`."""
-        return (
-            " or ".join(str(word).strip() for word in (self.answer, self.wrong))
-            if self.task is None
-            else Path(self.task).stem
-        )
+        draft = self.draft
+        return draft.name if draft is not None else Path(str(self.task)).stem
 
     def check(self, run: str) -> None:
         """Refuses prompts that the run's model cannot take, as far as can be told without loading it.
@@ -110,7 +107,7 @@ class PromptArguments:
         model, tokenizer, words = load_for_prompts(run, device)
         draft = self.draft
         if draft is not None:
-            return model, PromptPairs.from_texts([draft], tokenizer, task=self.name)
+            return model, PromptPairs.from_texts([draft], tokenizer)
         return model, make_unseen(str(self.task), tokenizer, self.pairs, self.seed, words=words)
 
 

@@ -144,8 +144,8 @@ def show(shown: Any, **options: Any) -> None:
 def save(shown: Any, path: str | Path, *, scale: float | None = None, **options: Any) -> Path:
     """Saves a record, or anything else that `draw` takes, in the format that the ending of the path names.
 
-    `.html` is one interactive file that needs no network; `.json` is the record itself, which `read` reads; `.png`,
-    `.svg`, `.pdf`, `.jpg` and `.webp` are images of figures.
+    `.html` is one file that needs no network; `.json` is the record itself, which `read` reads; `.png`, `.svg`, `.pdf`,
+    `.jpg` and `.webp` are images of figures and circuits.
 
     Args:
         shown: a record, a circuit, a table of patches, or a picture.

@@ -199,8 +199,4 @@ def _fluid(gates: GateRaster, dark: bool) -> str:
     return f"<h3>{title}</h3><p class='note'>{note}</p>{figure.fragment()}"
 
 
-_STYLE = (
-    ".sa-lens-part{margin-top:18px;min-width:0}"
-    ".sa-lens-part .sa-lens{padding:0;max-width:none}"
-    ".sa-lens-part .scroll{max-height:420px}"
-)
+_STYLE = ".sa-lens-part{margin-top:18px;min-width:0}.sa-lens-part .sa-lens{padding:0;max-width:none}"

@@ -262,7 +262,7 @@ class Picture:
         """
         path = output_file(path)
         if path.suffix != ".html":
-            raise ValueError(f"{path.name}: this picture is saved as .html, an interactive page")
+            raise ValueError(f"{path.name}: this view is an HTML page, not a figure: save it as .html")
         self._write(path, path.stem, "white")
         return path
 

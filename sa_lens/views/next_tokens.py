@@ -34,6 +34,8 @@ from sa_lens.views.wording import read_text, short_label, visible
 
 MOST_TEXTS = 700
 """Up to this many cells of a logit lens, each shows its token."""
+MOST_ROWS = 40
+"""Up to this many rows, the table of predictions is shown whole; a longer one scrolls, and a line says so."""
 
 
 def predictions(
@@ -112,9 +114,14 @@ def _html(record: Predictions, dark: bool) -> str:
             f"<tr><td class='right'>{i}</td><td><bdi>{html.escape(visible(token))}</bdi></td>"
             f"<td><bdi>{html.escape(visible(following or ''))}</bdi></td>{cells}</tr>"
         )
+    long = len(rows) > MOST_ROWS
+    whole = "" if long else " style='max-height:none'"
+    below = (
+        f"<p class='note'>The table has {len(rows)} rows: scroll in it to see those that follow.</p>" if long else ""
+    )
     return (
-        f"<style>{_STYLE}</style><div class='scroll'><table><thead><tr><th class='right'>position</th>"
-        f"<th>token</th><th>next</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<style>{_STYLE}</style><div class='scroll'{whole}><table><thead><tr><th class='right'>position</th>"
+        f"<th>token</th><th>next</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{below}"
     )
 
 

@@ -67,9 +67,11 @@ def read_text(model: Host, text: str | Int[Tensor, " pos"]) -> tuple[Int[Tensor,
         text: text, which gets one begin-of-text token, or tokens, which are taken as they are.
 
     Raises:
-        ValueError: several texts, none, one longer than the context, tokens beyond the vocabulary, or text for a model
-            without a tokenizer.
+        ValueError: several texts, an empty one, one longer than the context, tokens beyond the vocabulary, or text for
+            a model without a tokenizer.
     """
+    if isinstance(text, str) and not text:
+        raise ValueError("the text is empty: give at least one character, or tokens")
     if isinstance(text, str) and model.tokenizer is None:
         raise ValueError("the model has no tokenizer: give tokens instead of text")
     tokens = torch.tensor(encode_text(model.tokenizer, text)) if isinstance(text, str) else torch.as_tensor(text)

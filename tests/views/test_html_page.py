@@ -164,7 +164,7 @@ def test_saved_page(model, tmp_path):
     text = path.read_text(encoding="utf-8")
     assert carries(text, "sa_lens") == 1
     assert "Attention of layer 0" in text
-    with pytest.raises(ValueError, match=r"saved as \.html"):
+    with pytest.raises(ValueError, match=r"not a figure: save it as \.html"):
         save(attention(model, TOKENS, 0), tmp_path / "a.png")
     # plotly, compressed
     assert 1e6 < save(gate_raster(model, TOKENS), tmp_path / "b.html").stat().st_size < 2.2e6

@@ -1,12 +1,13 @@
 """Predictions and logit lenses agree with logits computed by hand."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from characters import EVIL, TOKENS, caches
 
-from sa_lens.views import draw, logit_lens, predictions
+from sa_lens.views import attention, draw, explore, logit_lens, predictions, save, story
 from sa_lens.views.records import from_json, to_json
 
 
@@ -43,6 +44,27 @@ def test_table_of_predictions(model, plain_model):
         predictions(model, TOKENS, top=21)
     with pytest.raises(ValueError, match="has none"):
         predictions(plain_model, TOKENS, stream="ablated")
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_a_table_shows_all_rows_or_says_that_more_follow(model, browser, tmp_path, rows):
+    record = predictions(model, TOKENS, top=3)
+    streams = [replace(one, top=(one.top * 6)[:rows], actual=(one.actual * 6)[:rows]) for one in record.streams]
+    record = replace(record, tokens=(record.tokens * 6)[:rows], streams=tuple(streams))
+    exploration = replace(explore(model, TOKENS).record, predictions=record)
+    for shown in (record, exploration):
+        opened = browser.open(save(shown, tmp_path / "page.html"), viewport={"width": 1280, "height": 900})
+        box = opened.page.locator(".scroll:has(th:text('clean: expected'))")
+        hidden = box.evaluate("box => box.scrollHeight > box.clientHeight + 1")
+        line = opened.page.get_by_text("The table has 41 rows: scroll in it to see those that follow.")
+        assert (hidden, line.count()) == ((False, 0) if rows == 40 else (True, 1))
+        opened.page.close()
+
+
+def test_an_empty_text_is_refused(reader):
+    for view in (explore, story, predictions, logit_lens, attention):
+        with pytest.raises(ValueError, match="the text is empty: give at least one character, or tokens"):
+            view(reader, "")
 
 
 def test_lens_is_the_end_of_the_model_at_each_layer(model):

@@ -115,7 +115,7 @@ class PromptPairs:
         drafts: Iterable[Draft | tuple[str, str, str, str]],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        task: str = "texts",
+        task: str | None = None,
         minimum: int = 1,
         wanted: int | None = None,
         length: int | None = None,
@@ -127,7 +127,7 @@ class PromptPairs:
 
         Args:
             drafts: (clean prompt, corrupt prompt, answer, wrong answer), answers with their leading space; or `Draft`s.
-            task: name in tables and files.
+            task: name in tables and files; None: both answers of a single pair, such as `Lily or Tom`, or `texts`.
             minimum: smallest number of pairs.
             wanted: number of pairs after which no more drafts are read; None reads all drafts.
             length: number of tokens of each prompt, with the begin-of-text token; None allows all lengths.
@@ -157,7 +157,7 @@ class PromptPairs:
         if len(rows) < max(minimum, 1):
             why = "".join(f"\n  {n} dropped: {reason}, such as {examples[reason]}" for reason, n in dropped.items())
             raise ValueError(
-                f"{task}: {len(rows)} usable pairs with this tokenizer, {max(minimum, 1)} needed{why}\n"
+                f"{task or 'texts'}: {len(rows)} usable pairs with this tokenizer, {max(minimum, 1)} needed{why}\n"
                 "Use a tokenizer that keeps these words whole (data.keep_whole), other words, or a smaller `minimum`"
             )
         kept = list(rows.values())
@@ -165,7 +165,7 @@ class PromptPairs:
         pairs = cls.from_tokens(
             *([getattr(row, name) for row in kept] for name in ("clean", "corrupt", "answer", "wrong_answer")),
             positions={name: [row.positions[name] for row in kept] for name in shared},
-            task=task,
+            task=task or (kept[0].draft.name if len(kept) == 1 else "texts"),
             tokenizer=tokenizer,
         )
         return replace(
