@@ -18,10 +18,12 @@ import torch
 
 from sa_lens import cli
 from sa_lens.catalogue import models
+from sa_lens.circuits import tasks
 from sa_lens.circuits.graph import Circuit
 from sa_lens.cli import argument_checks, model_commands, prompt_arguments
 from sa_lens.cli.starting import start
 from sa_lens.config import PRESETS, RunConfig, read_yaml, to_dict
+from sa_lens.data.tokenizers import load_tokenizer
 
 TINY = [
     *("--model.n-layers", "2", "--model.d-model", "16", "--model.n-heads", "2", "--model.n-ctx", "16"),
@@ -496,6 +498,23 @@ def reader(tmp_path_factory: pytest.TempPathFactory, cache: list[str]) -> str:
 
 
 class TestCircuit:
+    @pytest.mark.parametrize(
+        ("n", "message"), [(15, "has 15 usable pairs, too few"), (24, "has 24 usable pairs: figures")]
+    )
+    def test_a_file_of_few_prompts(
+        self, n: int, message: str, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tokenizer, path = load_tokenizer(reader), tmp_path / "own.json"
+        pairs = tasks.ioi(tokenizer, n, words="stories")
+        answers, wrong = ([tokenizer.decode(t) for t in tokens] for tokens in (pairs.answers, pairs.wrong_answers))
+        rows = zip(pairs.clean_texts, pairs.corrupt_texts, answers, wrong, strict=True)
+        keys = ("clean", "corrupt", "answers", "wrong_answers")
+        prompts = [dict(zip(keys, (a, b, [c], [d]), strict=True)) for a, b, c, d in rows]
+        path.write_text(json.dumps({"prompts": prompts}))
+        arguments = ["circuit", reader, "--task", str(path), "--method", "eap", "--edges", "7", "--device", "cpu"]
+        assert cli.main(arguments) == (2 if n < 16 else 0)
+        assert message in capsys.readouterr().err
+
     def test_words_files_and_figures(self, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["circuit", reader, "--task", "ioi", "--stream", "ablated", "--pairs", "32", "--device", "cpu"]
         assert cli.main(arguments) == 0

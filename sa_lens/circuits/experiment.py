@@ -21,7 +21,7 @@ from sa_lens.circuits.metrics import METRICS, SKILL_BAR, Metric
 from sa_lens.circuits.running.recorded_passes import PassesOfPairs, last_logits, passes_of_pairs
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Ablation, Masks, Stream, check_choice
-from sa_lens.core.host import Host, in_stream, require_hooks, streams_of
+from sa_lens.core.host import Host, in_stream, refuse_chosen_stream, require_hooks, streams_of
 from sa_lens.core.last_position import why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 from sa_lens.statistics import bootstrap_interval
@@ -83,6 +83,7 @@ class Experiment:
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
+        refuse_chosen_stream(model, "An analysis of circuits")
         if device is not None:
             model.to(device)  # type: ignore[attr-defined]
         check_choice("ablation", ablation, Ablation)

@@ -16,6 +16,7 @@ from sa_lens.cli.argument_checks import (
     Run,
     check_hook,
     check_measurements,
+    check_number_of_prompts,
     check_run,
     check_task,
 )
@@ -92,6 +93,7 @@ def circuit(
 
     model, tokenizer, words = load_for_prompts(run, device, words)
     both = make_unseen(task, tokenizer, 2 * pairs, seed, words=words)
+    check_number_of_prompts(task, len(both))
     find, report = both.split(seed)
     exp = Experiment(model, find, stream=stream, ablation=ablation, masks=masks, seed=seed)
     try:

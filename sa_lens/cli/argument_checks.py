@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -96,6 +97,25 @@ MEASUREMENTS = (
     *("units", "labels", "explanations", "leakage", "sae"),
 )
 FEWEST_PROMPTS = 64
+"""Prompts of a built-in task, half to find a circuit with and half to report on; means over fewer are uncertain."""
+FEWEST_OWN_PROMPTS = 16
+"""The same of a task in a file."""
+
+
+def check_number_of_prompts(task: str, n: int) -> None:
+    """Refuses a file of too few prompts to find a circuit with, and warns of one that gives uncertain figures.
+
+    Raises:
+        ValueError: fewer than `FEWEST_OWN_PROMPTS`.
+    """
+    if n < FEWEST_OWN_PROMPTS:
+        raise ValueError(
+            f"{task} has {n} usable pairs, too few to find a circuit with one half and report on the other: give at "
+            f"least {FEWEST_OWN_PROMPTS}, better {FEWEST_PROMPTS}"
+        )
+    if n < FEWEST_PROMPTS:
+        print(f"{task} has {n} usable pairs: figures of fewer than {FEWEST_PROMPTS} are uncertain", file=sys.stderr)
+
 
 _LAYER = "resid_pre resid_mid resid_post attn_in attn_out mlp_in mlp_out q_input k_input v_input"
 _NORM = "hook_scale hook_normalized"

@@ -56,6 +56,16 @@ def streams_of(model: Host, stream: Stream | None = None) -> tuple[Stream, ...]:
     return ("clean", "ablated") if has_ablated_stream(model) else ("clean",)
 
 
+def refuse_chosen_stream(model: Host, what: str) -> None:
+    """Raises an error inside `with model.ablated():`, for functions that take the stream as an argument instead."""
+    streams = getattr(model, "_streams", None)
+    if streams is not None and streams.current is not None:
+        raise ValueError(
+            f"{what} takes the stream from stream=..., not from `with model.ablated():`. Call it outside of this "
+            "context, with stream='ablated' or stream='clean'"
+        )
+
+
 def in_stream(
     model: Host,
     stream: Stream,

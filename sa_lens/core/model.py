@@ -223,6 +223,12 @@ class SelfAblatingTransformer(GatedTransformer):
             )
         if isinstance(input, Tensor) and not input.is_floating_point():
             check_tokens(input, len(self.embed.W_E))
+        if ablation.position is not None and return_type in ("loss", "both"):
+            warnings.warn(
+                "the loss in ablated(position=...) is that of the clean logits at all other positions, because the "
+                "masks act at one position only: use model.ablated() without a position for the ablated loss",
+                stacklevel=4,
+            )
         stop = kwargs.get("stop_at_layer")
         if stop is not None:
             stop = stop + self.cfg.n_layers if stop < 0 else stop

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of, fingerprint_of
+from sa_lens.core.host import Host, device_of, fingerprint_of, refuse_chosen_stream
 from sa_lens.data.blocks import Text, TextBlocks
 from sa_lens.data.whole_files import DamagedFile, atomic_write, read_json, remove_leftovers, staged_folder
 from sa_lens.places import output_folder
@@ -81,6 +81,7 @@ def train_sae(
     Source: SAELens, `SAETrainer`; the paper's SAE for `paper`. Differs: each buffer is shuffled on its own, instead of
     keeping half of it for the next one, so that one number describes the position in the text.
     """
+    refuse_chosen_stream(model, "train_sae")
     sae_lens = import_sae_lens()
     settings = resolve(preset, changes)
     if seed < 0:

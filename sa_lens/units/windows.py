@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
-from sa_lens.core.host import Host, device_of
+from sa_lens.core.host import Host, device_of, refuse_chosen_stream
 from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
@@ -96,6 +96,7 @@ def snippets(
     Raises:
         ValueError: an unknown stream or unit, snippets longer than the blocks, or fewer blocks than snippets.
     """
+    refuse_chosen_stream(model, "snippets")
     blocks = text_blocks(model, text, n_tokens)
     counts = unit_counts(model)
     chosen = (

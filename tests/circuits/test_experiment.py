@@ -54,6 +54,17 @@ def test_a_call_with_a_model_and_pairs_is_that_of_their_experiment() -> None:
         eap(model)  # type: ignore[call-arg, arg-type]
 
 
+def test_the_stream_is_an_argument_and_not_the_context() -> None:
+    model, pairs = gated(n_layers=1), token_pairs(3)
+    expected = skill(model, pairs, stream="ablated")
+    with model.ablated(position=-1):
+        for stream in ("clean", "ablated"):
+            with pytest.raises(ValueError, match=r"takes the stream from stream=\.\.\., not from `with model.ablated"):
+                patch(model, pairs, "heads", stream=stream)
+        with model.clean():
+            pd.testing.assert_frame_equal(skill(model, pairs, stream="ablated"), expected)
+
+
 def test_what_analyses_share_is_recorded_once_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = gated(n_layers=1), token_pairs(4)
     recorded: list[str] = []

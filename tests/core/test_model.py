@@ -34,6 +34,7 @@ def test_it_is_a_hooked_transformer():
     assert isinstance(gated_model(), HookedTransformer)
 
 
+@pytest.mark.filterwarnings("ignore:the loss in ablated")
 @torch.no_grad()
 def test_return_types(on_stream):
     model, tokens = gated_model(scope="both"), random_tokens()
@@ -66,6 +67,7 @@ def test_stopping_early(on_stream):
     assert not any(name.startswith("blocks.1") for name in early)
 
 
+@pytest.mark.filterwarnings("ignore:the loss in ablated")
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "shortformer"])
 @torch.no_grad()
 def test_starting_from_a_residual_stream(shape, on_stream):
@@ -79,6 +81,7 @@ def test_starting_from_a_residual_stream(shape, on_stream):
         torch.testing.assert_close(loss, model(tokens, return_type="loss"))
 
 
+@pytest.mark.filterwarnings("ignore:the loss in ablated")
 @torch.no_grad()
 def test_strings_and_begin_of_text(with_tokenizer, on_stream):
     model = with_tokenizer

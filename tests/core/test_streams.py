@@ -412,6 +412,7 @@ def test_backward_hooks_of_the_caller_fire_once():
     torch.testing.assert_close(cache["blocks.0.attn.hook_z_grad"], gradients["blocks.0.attn.hook_z"])
 
 
+@pytest.mark.filterwarnings("ignore:the loss in ablated")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 @pytest.mark.parametrize("options", [{}, {"position": -1}, {"position": -1, "masks": "live"}], ids=str)
 def test_backward_hooks_get_the_gradient_of_what_is_added_at_their_point(shape, options):
@@ -437,6 +438,13 @@ def test_backward_hooks_get_the_gradient_of_what_is_added_at_their_point(shape, 
         # with live gates the point is passed twice, and the first time may have no consequence
         expected = torch.autograd.grad(loss, added, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(sum(found), sum(expected), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_loss_with_masks_at_the_last_position_is_the_clean_one_and_says_so():
+    model, tokens = gated_model(), random_tokens()
+    with model.ablated(position=-1), pytest.warns(UserWarning, match="is that of the clean logits"):
+        loss = model(tokens, return_type="loss")
+    torch.testing.assert_close(loss, model(tokens, return_type="loss"))
 
 
 def test_a_backward_hook_may_change_the_gradient():

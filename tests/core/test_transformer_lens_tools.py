@@ -166,6 +166,7 @@ def test_other_arguments_of_caching():
     assert list(everything(model, names_filter=name)) == []
 
 
+@pytest.mark.filterwarnings("ignore:the loss in ablated")
 @pytest.mark.parametrize(("scope", "unit", "stream"), GATED)
 def test_gradients_in_the_cache_are_those_of_autograd(scope, unit, stream):
     model = gated_model(scope=scope, attn_unit=unit)

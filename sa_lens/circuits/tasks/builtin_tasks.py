@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from sa_lens.circuits.tasks import tinystories
-from sa_lens.circuits.tasks.pairs import MINIMUM, PromptPairs
+from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import NamePairs, Patterns, Words, check_choice, check_whole, shown
 from sa_lens.data.whole_files import DamagedFile, check_object
 from sa_lens.data.whole_files import read_json as read_file
@@ -244,7 +244,7 @@ def _refuse_names(options: Options) -> Options:
     return options
 
 
-def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: int = MINIMUM) -> PromptPairs:
+def read_json(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, minimum: int = 1) -> PromptPairs:
     """Reads pairs from a JSON file.
 
     Its form is `{"prompts": [{"clean", "corrupt", "answers": [one], "wrong_answers": [one]}, ...]}`.
@@ -314,7 +314,7 @@ def make(
         raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a .json file of prompt pairs")
     if options:
         raise ValueError(f"{next(iter(options))} does not apply to prompt pairs read from {task}")
-    pairs = read_json(task, tokenizer, minimum=min(n, MINIMUM))
+    pairs = read_json(task, tokenizer)
     return pairs.subset(random.Random(seed).sample(range(len(pairs)), min(n, len(pairs))))
 
 

@@ -24,9 +24,6 @@ from sa_lens.drafts import Draft, DraftEncoder, Unusable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MINIMUM = 64
-"""Smallest number of pairs of a task unless the caller allows fewer; means over fewer pairs are uncertain."""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PromptPairs:
@@ -156,9 +153,18 @@ class PromptPairs:
                 examples.setdefault(*row)
         if len(rows) < max(minimum, 1):
             why = "".join(f"\n  {n} dropped: {reason}, such as {examples[reason]}" for reason, n in dropped.items())
+            remedies = {
+                "Add pairs": not dropped,
+                "Use a tokenizer that keeps these words whole (data.keep_whole), or other words": any(
+                    reason.endswith("is not one token") for reason in dropped
+                ),
+                "Change these prompts": bool(dropped),
+            }
+            remedy = next(remedy for remedy, applies in remedies.items() if applies)
+            smaller = ", or ask for a smaller `minimum`" if minimum > 1 else ""
             raise ValueError(
                 f"{task or 'texts'}: {len(rows)} usable pairs with this tokenizer, {max(minimum, 1)} needed{why}\n"
-                "Use a tokenizer that keeps these words whole (data.keep_whole), other words, or a smaller `minimum`"
+                f"{remedy}{smaller}"
             )
         kept = list(rows.values())
         shared = [name for name in kept[0].positions if all(name in row.positions for row in kept)]

@@ -243,8 +243,9 @@ def test_json_is_read(tmp_path, tokenizer):
     assert pairs.clean_texts == (draft().clean, draft("Mia", "Anna").clean)
     assert list(pairs.positions) == ["IO", "S1", "S2", "end"]
     assert tasks.make(str(path), tokenizer, 2).clean_texts != ()
-    with pytest.raises(ValueError, match="2 usable pairs with this tokenizer, 64 needed"):
-        tasks.read_json(path, tokenizer)
+    assert len(tasks.make(str(path), tokenizer, 128)) == 2
+    with pytest.raises(ValueError, match=r"2 usable pairs with this tokenizer, 3 needed[\s\S]*Change these prompts"):
+        tasks.read_json(path, tokenizer, minimum=3)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         tasks.read_json(tmp_path / "none.json", tokenizer)
 
