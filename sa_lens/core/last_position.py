@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.core.fused.supported_architectures import has_user_hooks
+from sa_lens.core.fused.eligible_models import has_user_hooks
 from sa_lens.core.host import Host, in_stream
 from sa_lens.core.nodes import NodeFunctions, gate_masks, why_not_single_nodes
 

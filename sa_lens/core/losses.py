@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sa_lens.config import LossConfig, LossPath
 from sa_lens.core.fused import fused_loss, why_not_fused
-from sa_lens.core.fused.supported_architectures import has_user_hooks
+from sa_lens.core.fused.eligible_models import has_user_hooks
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
 from sa_lens.core.model import SelfAblatingTransformer
 

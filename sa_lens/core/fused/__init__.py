@@ -1,6 +1,6 @@
 """The two-stream loss without hooks, on the parameters of the same model, and the values of all units likewise.
 
-    supported_architectures.py  which models it can run (activation functions among them), and why not the others
+    eligible_models.py  which models it can run (activation functions among them), and why not the others
     passes.py                   the two streams, layer by layer, to the loss terms
     two_stream_attention.py     attention of both streams over the clean keys, a block of queries at a time
     selection.py                the top-k mask with the closed-form gradient of its surrogate
@@ -11,8 +11,8 @@ Each is the same function as its readable counterpart by hooks (`streams.py`, `g
 hold it to. Nothing here waits for a GPU.
 """
 
+from sa_lens.core.fused.eligible_models import why_not_fused
 from sa_lens.core.fused.passes import fused_loss
-from sa_lens.core.fused.supported_architectures import why_not_fused
 from sa_lens.core.fused.unit_values import fused_units, reads_fused
 
 __all__ = ["fused_loss", "fused_units", "reads_fused", "why_not_fused"]

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream
+from sa_lens.core.fused.eligible_models import has_user_hooks, why_not_fused
 from sa_lens.core.fused.passes import Passes
 from sa_lens.core.fused.selection import mask_of
-from sa_lens.core.fused.supported_architectures import has_user_hooks, why_not_fused
 from sa_lens.core.gated import GatedTransformer
 
 

@@ -1,4 +1,4 @@
-"""Which models the fused path can run."""
+"""Which models the fused path can run. An activation function is added in `core.norms_and_activations`."""
 
 from __future__ import annotations
 
