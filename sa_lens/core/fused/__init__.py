@@ -1,6 +1,6 @@
 """The two-stream loss without hooks, on the parameters of the same model, and the values of all units likewise.
 
-    eligible_models.py  which models it can run (activation functions among them), and why not the others
+    eligible_models.py          which models it can run (activation functions among them), and why not the others
     passes.py                   the two streams, layer by layer, to the loss terms
     two_stream_attention.py     attention of both streams over the clean keys, a block of queries at a time
     selection.py                the top-k mask with the closed-form gradient of its surrogate
