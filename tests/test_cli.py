@@ -309,12 +309,11 @@ class TestErrors:
 
     def test_names_are_those_that_the_packages_define(self) -> None:
         from sa_lens.circuits.tasks import TASKS
-        from sa_lens.circuits.tasks.pairs import MINIMUM
         from sa_lens.compare import GRIDS
         from sa_lens.config import GateConfig, ModelConfig
         from sa_lens.core import SelfAblatingTransformer
 
-        assert (tuple(TASKS), MINIMUM) == (argument_checks.TASKS, argument_checks.FEWEST_PROMPTS)
+        assert tuple(TASKS) == argument_checks.TASKS
         labels = {measurement.label for grid in GRIDS.values() for measurement in grid().measurements}
         assert labels == {*argument_checks.MEASUREMENTS}
         shape = ModelConfig(n_layers=1, d_model=16, n_heads=2, n_ctx=8, d_vocab=10, act_fn="solu_ln")

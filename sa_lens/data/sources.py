@@ -45,6 +45,19 @@ class Source:
     """Where documents begin and end, in words ("one on each line"), if that was decided by the look of the text."""
 
 
+def path_of(source: str) -> Path:
+    """Returns the path of a text, which does not exist if its name is a dataset id.
+
+    Raises:
+        FileNotFoundError: `source` looks like a path and there is nothing there.
+    """
+    path = local_path(source, "the name of the text")
+    as_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+    if not path.exists() and (as_path or path.suffix in text_files.KINDS):
+        raise FileNotFoundError(f"no file or folder {source!r}")
+    return path
+
+
 def open_source(
     source: str,
     *,
@@ -73,7 +86,7 @@ def open_source(
         ValueError: the dataset or the split does not exist.
     """
     cache = cache_folder(None) if cache is None else cache
-    path = local_path(source, "the name of the text")
+    path = path_of(source)
     limits = {"column": column, "max_documents": max_documents}
     if path.exists():
         parts = _files_of(path.resolve(), split)
@@ -88,8 +101,6 @@ def open_source(
         key = key_of({"content": fingerprint(path), "split": part, "kind": text_files.RULES[kind], **limits})
         form = functools.partial(text_files.form, parts) if kind == text_files.TEXT else lambda: None
         return Source(str(path), key, lambda: _skip_blank(text_files.texts(parts, column), max_documents), form)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix in text_files.KINDS:
-        raise FileNotFoundError(f"no file or folder {source!r}")
     dataset_id, _, revision = source.partition("@")
     revision = revision or dataset_revision(dataset_id, cache, LOCAL_TEXT)
     key = key_of({"hub": dataset_id, "revision": revision, "split": split, "streaming": streaming, **limits})

@@ -19,6 +19,7 @@ from sa_lens.config import RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer, save_and_load
 from sa_lens.core.save_and_load import complete_steps
 from sa_lens.data import ProcessPositions, training_loader, validation_blocks
+from sa_lens.data.sources import path_of
 from sa_lens.launching import check_processes
 from sa_lens.places import output_folder
 from sa_lens.stopping import Interrupted, StopRequest, stop_requests
@@ -117,6 +118,8 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     cfg, main = run.train, accelerator.is_main_process
     early = known_without_weights(run)
     if progress and not resume and early:
+        for text in filter(None, (run.data.source, run.data.validation)):
+            path_of(text)
         print(plan(run), file=sys.stderr)
     setup = set_up(run, out, accelerator, resume=resume, progress=progress)
     state, model, module, optimizer = setup.state, setup.model, setup.module, setup.optimizer
