@@ -103,7 +103,7 @@ def test_page_needs_no_network(model, tmp_path):
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
     assert not re.search(r"import[^;]{0,80}https?://", text)
     assert text.count("data-sa-lens-library=") == 1
-    with pytest.raises(ValueError, match=r"saved as \.html"):
+    with pytest.raises(ValueError, match=r"save it as \.html"):
         save(attention(model, torch.tensor([0]), 0), tmp_path / "attention.png")
 
 
