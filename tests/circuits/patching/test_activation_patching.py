@@ -71,7 +71,7 @@ def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
 
 
 def test_grouped_keys_agree_with_transformer_lens():
-    model, pairs = plain(n_heads=4, n_key_value_heads=2), token_pairs(3)
+    model, pairs = plain(n_heads=4, n_key_value_heads=2).eval(), token_pairs(3)
     _, cache = model.run_with_cache(pairs.clean)
     for what, theirs in (
         ("k", tl.get_act_patch_attn_head_k_all_pos),
