@@ -146,7 +146,7 @@ def demo(out: Path = Path("runs/demo"), train: bool = False, seed: int = 0, devi
 
     Args:
         out: Folder of figures, report and runs; an interrupted training goes on.
-        train: Train the two models from scratch instead, both at once, in seven to ten minutes on two cores; exit
+        train: Train the two models from scratch instead, both at once, in under eight minutes on two idle cores; exit
             code 1 if they miss what the shipped ones reach.
         seed: Seed of prompts and samples, or of initialisation and data order.
         device: Where to run.
