@@ -49,6 +49,7 @@ class TestSite:
         assert all(pictures(opened.page))
         assert opened.clean()
 
+    @pytest.mark.slow
     def test_every_page_opens_without_an_error_and_no_code_scrolls(self, open_page, site):
         opened = open_page("index.html", viewport={"width": 1280, "height": 900})
         for path in sorted(site.rglob("*.html")):
