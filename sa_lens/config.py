@@ -24,7 +24,7 @@ import yaml
 # Choices: every option that takes one of a few names, once for API, files and command line
 
 Scope = Literal["none", "local", "global", "both"]
-"""What the gates read: nothing (no gates), each layer's own clean input, the end of a clean pass, or both."""
+"""What the gates read: nothing (no gates), each layer's own input, the end of a clean pass, or both."""
 Stream = Literal["clean", "ablated"]
 """The plain transformer, or what the top-k gates leave of it."""
 Masks = Literal["frozen", "live"]
@@ -349,8 +349,9 @@ class GateConfig:
     """The gates of a self-ablating transformer (paper, section 3)."""
 
     scope: Scope = "local"
-    """What the gates read. `local`: each layer's own clean input. `global`: the end of a clean pass. `both`: the two
-    scores add. `none`: no gates, a plain transformer (the baseline)."""
+    """What the gates read. `local`: each layer's own input, in the clean stream unless `scores` says otherwise.
+    `global`: the end of a clean pass. `both`: the two scores add. `none`: no gates, a plain transformer (the
+    baseline)."""
     k_attn: int = 8
     """Attention units that stay, per token and layer (whole heads if attn_unit is `head`)."""
     k_mlp: int = 8
@@ -364,13 +365,20 @@ class GateConfig:
     """Temperature T of the surrogate: its width is T times the gap between the k-th and the next score."""
     attn_unit: Literal["channel", "head"] = "channel"
     """Unit of attention gates: one of n_heads * d_head channels of z (the paper's), or a whole head."""
-    scores: Literal["learned", "random-token", "random-static"] = "learned"
-    """Where scores come from. `learned`: gates are trained. Controls, whose gates stay as drawn while the base is
-    trained through the same loss: `random-token`, a random linear map of what the gate reads; `random-static`, one
-    random score for each unit of a layer, the same for every token."""
+    scores: Literal["learned", "ablated", "random-token", "random-static"] = "learned"
+    """Where scores come from. `learned`: trained gates that read the clean stream. `ablated`: trained local gates that
+    read the ablated stream, so that a mask depends on nothing that this stream does not know. Controls, whose gates
+    stay as drawn while the base is trained through the same loss: `random-token`, a random linear map of what the gate
+    reads; `random-static`, one random score for each unit of a layer, the same for every token."""
 
     def __post_init__(self) -> None:
         _check_fields(self, "gates.")
+        _check(
+            self.scores != "ablated" or not self.reads_global,
+            f"gates.scores='ablated' does not fit gates.scope={self.scope!r}, whose gates would need the end of a pass "
+            "to choose the masks of that pass: set gates.scope='local', or gates.scores='learned' for gates that read "
+            "the clean stream",
+        )
 
     @property
     def gated(self) -> bool:
@@ -379,13 +387,23 @@ class GateConfig:
 
     @property
     def reads_local(self) -> bool:
-        """Whether scores depend on each layer's own clean input."""
+        """Whether scores depend on each layer's own input."""
         return self.scope in ("local", "both")
+
+    @property
+    def reads_ablated(self) -> bool:
+        """Whether that input is the ablated stream's, not the clean one's."""
+        return self.gated and self.scores == "ablated"
 
     @property
     def reads_global(self) -> bool:
         """Whether scores depend on the end of a clean pass."""
         return self.scope in ("global", "both")
+
+    @property
+    def learned(self) -> bool:
+        """Whether the gates are trained; the controls keep theirs as drawn."""
+        return self.scores in ("learned", "ablated")
 
 
 @dataclass(frozen=True)

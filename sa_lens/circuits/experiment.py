@@ -8,7 +8,8 @@ stream="ablated"))`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -21,7 +22,7 @@ from sa_lens.circuits.metrics import METRICS, SKILL_BAR, Metric
 from sa_lens.circuits.running.recorded_passes import PassesOfPairs, last_logits, passes_of_pairs
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Ablation, Masks, Stream, check_choice
-from sa_lens.core.host import Host, in_stream, refuse_chosen_stream, require_hooks, streams_of
+from sa_lens.core.host import Hook, Host, in_stream, refuse_chosen_stream, require_hooks, streams_of
 from sa_lens.core.last_position import why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
 from sa_lens.statistics import bootstrap_interval
@@ -57,9 +58,10 @@ class Experiment:
         ablation: what an ablated edge or unit carries; see `sa_lens.config.Ablation`. Biases of attention outputs
             belong to no node and are never ablated.
         masks: in the ablated stream, `live`: the gates choose again under the same edits, from a clean pass with the
-            clean stream's own values. `frozen`: the masks of the unedited prompt stay; they name the units that this
-            prompt needs, which no edge then has to carry. None takes `live`, except for methods that only have the
-            frozen form (`relp`, `attribute_nodes`). Every result names its masks.
+            clean stream's own values (gates with scores `ablated`: from the edited pass itself). `frozen`: the masks of
+            the unedited prompt stay; they name the units that this prompt needs, which no edge then has to carry. None
+            takes `live`, except for methods that only have the frozen form (`relp`, `attribute_nodes`). Every result
+            names its masks.
         batch_size: number of prompts in one pass, four times as many where only a few activations are kept. Memory
             grows with it.
         seed: seed of all that is drawn at random: bootstrap samples, random sets of edges, random masks.
@@ -192,6 +194,26 @@ class Experiment:
             passes = passes_of_pairs(*(self.model, self.nodes, self.pairs), self.ablation, self.stream, self.batch_size)
         size = sum(x.nbytes for batch in passes for lane in batch.carried.values() for x in lane)
         return passes if 3 * size > MEMORY else self.record("passes", lambda: passes)
+
+    # --------------------------------------------------------------------------------------------------- edited passes
+
+    @property
+    def edits_clean_pass(self) -> bool:
+        """Whether edits are made in a clean pass too, because live gates read it."""
+        return self.masks == "live" and not self.model.gates.reads_ablated  # type: ignore[attr-defined]
+
+    def in_edited_pass(
+        self, masks: Masks | Mapping[str, Tensor] | None, clean_hooks: Sequence[Hook] = ()
+    ) -> AbstractContextManager[Any]:
+        """Runs the model in the pass that is edited, within the context.
+
+        Args:
+            masks: frozen masks; None: those of live gates.
+            clean_hooks: edits of the clean pass that live gates read; see `edits_clean_pass`.
+        """
+        if masks is None and self.masks == "live" and not self.edits_clean_pass:
+            masks = "live"
+        return in_stream(self.model, self.stream, position=-1, masks=masks, clean_hooks=clean_hooks)
 
     # ------------------------------------------------------------------------------------------------------ fast paths
 

@@ -97,8 +97,9 @@ def gate_mask(scores: Float[Tensor, "... unit"], k: int, cfg: GateConfig) -> Flo
 class Gate(nn.Module):
     """Decides, token by token, which k units of one layer stay in the ablated stream.
 
-    Parameters `W_local`, `b_local` read the clean residual stream that enters the layer; `W_global`, `b_global` read
-    the final LayerNorm's output of a clean pass. Which of them exist follows from the scope.
+    Parameters `W_local`, `b_local` read the residual stream that enters the layer, of the clean stream or (scores
+    `ablated`) of the ablated one; `W_global`, `b_global` read the final LayerNorm's output of a clean pass. Which of
+    them exist follows from the scope.
 
     Hook points, in the order in which they fire in an ablated pass: `hook_in` (the values before the mask),
     `hook_scores`, `hook_mask`. Shapes: `[batch, pos, head, d_head]` for channels of attention, `[batch, pos, head, 1]`
@@ -129,9 +130,8 @@ class Gate(nn.Module):
             if present:
                 weight = torch.empty(d_model, self.n_units, dtype=dtype, device=device)
                 bias = torch.empty(self.n_units, dtype=dtype, device=device)
-                trained = cfg.scores == "learned"
-                setattr(self, f"W_{source}", nn.Parameter(weight, requires_grad=trained))
-                setattr(self, f"b_{source}", nn.Parameter(bias, requires_grad=trained))
+                setattr(self, f"W_{source}", nn.Parameter(weight, requires_grad=cfg.learned))
+                setattr(self, f"b_{source}", nn.Parameter(bias, requires_grad=cfg.learned))
         self.hook_in = HookPoint()
         self.hook_scores = HookPoint()
         self.hook_mask = HookPoint()
@@ -155,7 +155,8 @@ class Gate(nn.Module):
         """Returns the scores before the top-k, in the shape of the units and in float32 or wider, even under autocast.
 
         Args:
-            local: clean residual stream entering the layer; needed if the scope is local or both.
+            local: residual stream entering the layer, of the stream that the gate reads; needed if the scope is local
+                or both.
             final: final LayerNorm's output of the clean pass; needed if the scope is global or both.
         """
         read = []

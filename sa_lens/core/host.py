@@ -133,6 +133,12 @@ def weight(model: Host, name: str) -> Tensor:
     return value
 
 
+def local_scores(model: Host, gate: str, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos ..."]:
+    """Returns the scores that a local gate, such as `blocks.0.mlp_gate`, gives to a residual stream that it reads."""
+    scores: Tensor = reduce(getattr, gate.split("."), model).project(resid, None)  # type: ignore[attr-defined]
+    return scores
+
+
 _SETTINGS_OF_THE_COMPUTATION = (
     *("n_heads", "n_key_value_heads", "d_head", "act_fn", "normalization_type", "eps", "final_rms"),
     *("use_attn_scale", "attn_scale", "scale_attn_by_inverse_layer_idx", "attention_dir", "parallel_attn_mlp"),
@@ -179,7 +185,8 @@ def run_to_last(
     """Returns the logits at the last position in float32 or wider; other positions are not unembedded.
 
     With a large vocabulary, unembedding takes most of the time and memory of a short prompt. Do not use it with
-    `masks="live"`, whose clean pass runs these hooks too and would lose the other positions.
+    `masks="live"` of gates that read the clean stream: their clean pass runs these hooks too and would lose the other
+    positions.
     """
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
 

@@ -181,10 +181,11 @@ class _Run:
 
     def run_ablated(self, given: Sequence[LayerMasks] | None = None) -> None:
         x = self._begin("ablated")
-        reads_end = self.model.gates.reads_global  # type: ignore[attr-defined]
+        gates = self.model.gates  # type: ignore[attr-defined]
         for layer in range(self.layers):
-            end = self.result.final["clean"] if reads_end else None
-            masks = gate_masks(self.model, layer, self.resid_pre[layer], end) if given is None else given[layer]
+            end = self.result.final["clean"] if gates.reads_global else None
+            local = x if gates.reads_ablated else self.resid_pre[layer]
+            masks = gate_masks(self.model, layer, local, end) if given is None else given[layer]
             self.result.masks.append(masks)
             x = self._at_last("ablated", layer, x, masks)
         self.result.final["ablated"] = self.reads("ablated", self.layers, "logits", x)

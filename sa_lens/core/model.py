@@ -23,18 +23,20 @@ from sa_lens.config import GateConfig, Masks, Which
 from sa_lens.core import architecture, reference, save_and_load, tied_embedding
 from sa_lens.core.base import HookedTransformer, hooked_transformer
 from sa_lens.core.bridge import hooked_from_bridge, is_bridge
+from sa_lens.core.fused.eligible_models import has_user_hooks
 from sa_lens.core.gate import belongs_to_gate
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.hugging_face import hooked_from_files, read_files
 from sa_lens.core.inputs import check_tokens, is_recorded, tokens_and_padding
 from sa_lens.core.loss_terms import cross_entropy, reconstruction_loss
-from sa_lens.core.pass_hooks import Ablation, Hooks, pause_traces
+from sa_lens.core.pass_hooks import Ablation, Hooks, pause_traces, running_traces
 from sa_lens.core.streams import (
     CleanPass,
     ablated_hooks,
     copy_cache,
     gated_points,
     position_mask,
+    record_scores,
     run_clean_pass,
 )
 
@@ -138,6 +140,8 @@ class SelfAblatingTransformer(GatedTransformer):
                 hooks fire in that pass as well, so that the gates see the edits (and hooks fire twice); only with a
                 position. Or given masks by hook name (`run_streams(...).masks`, or any cache that holds them): where
                 they cover every gate, `hook_scores` stays silent, and with a position the clean pass is skipped.
+                Gates that read the ablated stream (`scores="ablated"`) take `frozen` masks from an ablated pass in
+                which no user hook fires; with `live` they read the pass itself, with or without a position.
             clean_hooks: hooks of the clean pass, in TransformerLens's form.
 
         Raises:
@@ -148,12 +152,17 @@ class SelfAblatingTransformer(GatedTransformer):
             masks = self._checked_masks(masks)
         elif masks not in get_args(Masks):
             raise ValueError(f"masks={masks!r} must be 'frozen', 'live' or masks by hook name")
-        elif masks == "live" and position is None:
+        elif masks == "live" and position is None and not self.gates.reads_ablated:
             raise ValueError(
                 "masks='live' needs a position; to edit the clean pass at all positions use clean_hooks=[(name, fn)]"
             )
-        elif masks == "live" and clean_hooks:
+        elif masks == "live" and clean_hooks and not self.gates.reads_ablated:
             raise ValueError("masks='live' recomputes the masks under your own hooks: do not give clean_hooks too")
+        if clean_hooks and position is not None and self.gates.reads_ablated:
+            raise ValueError(
+                "clean_hooks need gates that read the clean stream, or an ablation of all positions: these gates "
+                "(scores='ablated') at one position need no clean pass. Use masks='live' and hooks of the pass itself"
+            )
         with self._streams.enter(Ablation(position, masks, tuple(clean_hooks))):
             yield self
 
@@ -239,18 +248,31 @@ class SelfAblatingTransformer(GatedTransformer):
                 "Generate with model.ablated(), or run without a cache"
             )
         cache_before = copy_cache(cache) if cache is not None else None
-        clean = None
-        if ablation.position is None or not self._covers_every_gate(ablation.given):
+        clean, gates_choose = None, not self._covers_every_gate(ablation.given)
+        if ablation.position is None or (gates_choose and not self.gates.reads_ablated):
             clean = self._clean_pass(input, kwargs, ablation, stop_at_layer=stop, want_keys=ablation.position is None)
             if ablation.position is not None and clean.resid_post is not None:
                 position_mask(ablation.position, *clean.resid_post.shape[:2])
+        recorded = None
+        if gates_choose:
+            before = {} if cache_before is None else {"past_kv_cache": copy_cache(cache_before)}
+            recorded = self._frozen_scores(input, {**kwargs, **before}, clean, ablation, stop)
         if cache is not None:
             kwargs = {**kwargs, "past_kv_cache": cache_before}
-        with self._streams.attach(ablated_hooks(self, clean, ablation, stop)):
+        with self._streams.attach(ablated_hooks(self, clean, ablation, stop, recorded)):
             return super().forward(input, return_type, **kwargs)
 
     def _clean_pass(self, input: Any, kwargs: dict[str, Any], ablation: Ablation, **wants: Any) -> CleanPass:
         return run_clean_pass(self, super().forward, input, kwargs, ablation, **wants)
+
+    def _frozen_scores(
+        self, input: Any, kwargs: dict[str, Any], clean: CleanPass | None, ablation: Ablation, stop: int | None = None
+    ) -> dict[str, Tensor] | None:
+        """Returns the scores of an unedited ablated pass where they differ from those of the pass itself, or None."""
+        if not self.gates.reads_ablated or ablation.masks == "live":
+            return None
+        edited = bool(ablation.given) or has_user_hooks(self) or bool(running_traces(self))
+        return record_scores(self, super().forward, input, kwargs, clean, ablation, stop) if edited else None
 
     def _covers_every_gate(self, masks: Mapping[str, Tensor]) -> bool:
         return all(
@@ -323,7 +345,8 @@ class SelfAblatingTransformer(GatedTransformer):
             for block in self.blocks:
                 for gate_name, _ in gated_points(block):
                     readers.append((getattr(block, gate_name).hook_mask, masks[gate_name].append, False))
-            with self._streams.attach([*ablated_hooks(self, clean, ablation, None), *readers]):
+            recorded = self._frozen_scores(tokens, kwargs, clean, ablation)
+            with self._streams.attach([*ablated_hooks(self, clean, ablation, None, recorded), *readers]):
                 resid = super().forward(tokens, stop_at_layer=self.cfg.n_layers, **kwargs)
                 final = self.ln_final(resid) if self.cfg.normalization_type is not None else resid
                 ablated_logits = self.logits_from_final(final)
@@ -336,20 +359,24 @@ class SelfAblatingTransformer(GatedTransformer):
         )
 
     def record_masks(self, tokens: Int[Tensor, "batch pos"]) -> dict[str, list[Float[Tensor, "batch pos ..."]]]:
-        """Returns masks by kind of gate (`attn_gate`, `mlp_gate`), one per layer, at half the cost of both passes.
+        """Returns masks by kind of gate (`attn_gate`, `mlp_gate`), one per layer; no hook of the user fires.
 
-        Gates read the clean stream alone, so a clean pass gives them. No hook of the user fires.
+        Gates that read the clean stream need a clean pass alone, which is half the cost of both passes.
 
         Raises:
             ValueError: the model has no gates.
         """
         self._require_gates("model.record_masks()")
-        clean = self._clean_pass(tokens, {}, Ablation(), want_keys=False)
+        clean = self._clean_pass(tokens, {}, Ablation(), want_keys=self.gates.reads_ablated)
+        scores: dict[str, Tensor] = {}
+        if self.gates.reads_ablated:
+            scores = record_scores(self, super().forward, tokens, {}, clean, Ablation())
         masks: dict[str, list[Tensor]] = {"attn_gate": [], "mlp_gate": []}
-        for resid_pre, block in zip(clean.resid_pre, self.blocks, strict=True):
+        for layer, (resid_pre, block) in enumerate(zip(clean.resid_pre, self.blocks, strict=True)):
             for name, _ in gated_points(block):
                 gate = getattr(block, name)
-                masks[name].append(gate.select(gate.project(resid_pre, clean.final)))
+                own = scores.get(f"blocks.{layer}.{name}")
+                masks[name].append(gate.select(gate.project(resid_pre, clean.final) if own is None else own))
         return masks
 
     def logits_from_final(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:

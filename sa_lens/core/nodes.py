@@ -280,7 +280,7 @@ def gate_masks(
     """Returns the masks of a layer's attention units and neurons at one position of each prompt; None without a gate.
 
     Args:
-        local: clean residual stream that enters the layer.
+        local: residual stream that enters the layer, of the stream that the gates read.
         final: clean residual stream at the end; needed by gates that read it.
     """
     block = _block(model, layer)

@@ -15,7 +15,7 @@ Nothing here knows about tokenizers, losses or files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -99,12 +99,14 @@ def run_clean_pass(
             readers.append((block.attn.hook_v, record.values.append, False))
     plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
     edits = resolve_hooks(model.hook_dict, ablation.clean_hooks)
-    if ablation.masks == "live" and running_traces(model):
+    # gates that read the ablated stream see the user's edits there
+    silent = ablation.masks != "live" or model.gates.reads_ablated
+    if not silent and running_traces(model):
         raise ValueError(
             "masks='live' runs your edits in two passes, but a trace of nnsight follows a single pass: use "
             "masks='frozen', or run_with_hooks in place of the trace"
         )
-    with pause_traces(model), model._streams.attach([*edits, *readers], silent=ablation.masks != "live"):
+    with pause_traces(model), model._streams.attach([*edits, *readers], silent=silent):
         record.resid_post = forward(inputs, stop_at_layer=stop, **plain)
         if want_final or model.gates.reads_global:
             normed = model.cfg.normalization_type is not None
@@ -203,16 +205,20 @@ def ablated_hooks(
     clean: CleanPass | None,
     ablation: Ablation,
     stop_at_layer: int | None,
+    recorded: Mapping[str, Tensor] | None = None,
 ) -> list[AttachedHook]:
     """Returns the hooks that turn an ordinary pass into the ablated pass.
 
     Args:
-        clean: the recorded clean pass; None if all masks are given and the ablation is at one position.
+        clean: the recorded clean pass; None if the ablation is at one position and no gate reads the clean stream or
+            all masks are given.
+        recorded: scores of gates that read the ablated stream, from `record_scores`; None: they read this pass.
     """
     hooks: list[AttachedHook] = []
     for layer, block in list(enumerate(model.blocks))[:stop_at_layer]:
-        local = clean.resid_pre[layer] if clean else None
-        final = clean.final if clean else None
+        own: dict[str, Tensor] = {}
+        if model.gates.reads_ablated and recorded is None:
+            hooks.append((block.hook_resid_pre, partial(own.__setitem__, "resid_pre"), False))
         mix = None
         if ablation.position is None and clean is not None:
             mix = _KeyValueMix(block.attn, clean.keys[layer], clean.values[layer])
@@ -220,15 +226,53 @@ def ablated_hooks(
         for gate_name, point in gated_points(block):
             gate = getattr(block, gate_name)
             mask = ablation.given.get(f"blocks.{layer}.{gate_name}.hook_mask")
-            scores = gate.project(local, final) if mask is None else None
+            read: Callable[[], Tensor] | None = None
+            if mask is None and recorded is not None:
+                read = partial(recorded.__getitem__, f"blocks.{layer}.{gate_name}")
+            elif mask is None and model.gates.reads_ablated:
+                read = partial(_own_scores, gate, own)
+            elif mask is None:
+                assert clean is not None
+                read = partial(gate.project, clean.resid_pre[layer], clean.final)
             correct = mix.correct_z if mix is not None and gate_name == "attn_gate" else None
-            hooks.append((point, _gate_hook(gate, scores, mask, correct, ablation.position), True))
+            hooks.append((point, _gate_hook(gate, read, mask, correct, ablation.position), True))
     return hooks
+
+
+def _own_scores(gate: Gate, own: Mapping[str, Tensor]) -> Tensor:
+    """Returns the scores of a gate that reads the ablated pass itself."""
+    return gate.project(own["resid_pre"], None)
+
+
+def record_scores(
+    model: GatedTransformer,
+    forward: Callable[..., Any],
+    inputs: Any,
+    kwargs: dict[str, Any],
+    clean: CleanPass | None,
+    ablation: Ablation,
+    stop_at_layer: int | None = None,
+) -> dict[str, Tensor]:
+    """Returns the scores of gates that read the ablated stream, by gate, from an ablated pass without user hooks.
+
+    Masks that the caller gave do not act in it.
+    """
+    scores: dict[str, Tensor] = {}
+    stop = model.cfg.n_layers if stop_at_layer is None else stop_at_layer
+    hooks = ablated_hooks(model, clean, replace(ablation, masks="live"), stop)
+    for layer, block in list(enumerate(model.blocks))[:stop]:
+        for name, _ in gated_points(block):
+            keep = partial(scores.__setitem__, f"blocks.{layer}.{name}")
+            hooks.append((getattr(block, name).hook_scores, keep, False))
+    plain = {key: value for key, value in kwargs.items() if key not in ("return_type", "stop_at_layer")}
+    with pause_traces(model), model._streams.attach(hooks, silent=True):
+        forward(inputs, stop_at_layer=stop, **plain)
+    return scores
 
 
 def _gate_hook(
     gate: Gate,
-    scores: Tensor | None,
+    read: Callable[[], Tensor] | None,
     mask: Tensor | None,
     correct: Callable[[Tensor], Tensor] | None,
     position: int | Sequence[int] | Tensor | None,
@@ -242,7 +286,7 @@ def _gate_hook(
                 f"{x.shape[0]} prompts of {x.shape[1]}: give the masks of the same tokens"
             )
         where = None if position is None else position_mask(position, *x.shape[:2]).to(x.device)
-        return gate(x, scores, mask, where)
+        return gate(x, None if read is None else read(), mask, where)
 
     return mask_units
 

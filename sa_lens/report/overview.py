@@ -67,11 +67,11 @@ def _gates(subject: Subject) -> Fact:
     if not cfg.attn_only:
         units += f" and {gates.k_mlp} of {cfg.d_mlp:,} neurons"
     read = {
-        "local": "each layer's own clean input",
+        "local": f"each layer's own input in the {'ablated' if gates.reads_ablated else 'clean'} stream",
         "global": "the end of a clean pass",
-        "both": "each layer's own clean input and the end of a clean pass",
+        "both": "each layer's own input in the clean stream and the end of a clean pass",
     }[gates.scope]
-    how = "" if gates.scores == "learned" else f" Control: scores are {gates.scores}, not learned."
+    how = "" if gates.learned else f" Control: scores are {gates.scores}, not learned."
     stay = "stay" if gates.kind == "hard" else "stay in part, by soft weights,"
     return Fact(
         "Gates",

@@ -22,7 +22,7 @@ def choose_trained(model: SelfAblatingTransformer, freeze: Freeze) -> list[str]:
     model.freeze_base(freeze == "base")
     for gate in model.modules():
         if isinstance(gate, Gate):
-            gate.requires_grad_(gate.k < gate.n_units and gate.cfg.scores == "learned")
+            gate.requires_grad_(gate.k < gate.n_units and gate.cfg.learned)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         reason = "it has no gates" if not model.gates.gated else "its gates keep every unit, or are random"

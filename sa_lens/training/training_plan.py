@@ -48,7 +48,7 @@ class TrainingPlan:
     def __str__(self) -> str:
         run, gates = self.run, self.run.gates
         base = "frozen" if run.train.freeze == "base" else "trained"
-        learned = "trained" if gates.scores == "learned" else "random, not trained"
+        learned = "trained" if gates.learned else "random, not trained"
         products = "bfloat16" if run.train.precision == "bf16" else "float32"
         longest = "" if self.longest is None or self.longest == self.n_ctx else f", of up to {self.longest:,}"
         lines = {"model": f"{self.source}, {_count(self.base_parameters)} parameters, {base}"}
@@ -93,7 +93,7 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
     units = n_attn if gates.attn_unit == "channel" else shape.n_heads
     readers = gates.reads_local + gates.reads_global
     in_gates = readers * shape.n_layers * (shape.d_model + 1) * (units + d_mlp)
-    trained = (in_gates if gates.scores == "learned" else 0) + (base if run.train.freeze == "none" else 0)
+    trained = (in_gates if gates.learned else 0) + (base if run.train.freeze == "none" else 0)
     tokens = run.train.batch_size // run.train.accumulate * run.model.n_ctx
     numbers = tokens * shape.n_layers * (shape.d_model + n_attn + d_mlp)
     activations = float(_FUSED[run.train.precision] * numbers)

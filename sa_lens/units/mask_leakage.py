@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.config import check_whole
-from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, weight
+from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, has_ablated_stream, in_stream, local_scores
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.statistics import Interval, bootstrap_interval
@@ -167,7 +167,7 @@ def _check(model: Host, other: Host | None) -> None:
         raise ValueError("other_seed must be a second model with gates, trained from another seed")
     shape, gates = (
         ("n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "attn_only"),
-        ("scope", "k_attn", "k_mlp", "kind", "attn_unit"),
+        ("scope", "scores", "k_attn", "k_mlp", "kind", "attn_unit"),
     )
     different = [n for n in shape if getattr(model.cfg, n) != getattr(other.cfg, n)]
     different += [n for n in gates if getattr(model.gates, n) != getattr(other.gates, n)]  # type: ignore[attr-defined]
@@ -253,9 +253,7 @@ def _self_read_hooks(model: Host, layer: int | None) -> Iterator[Hook]:
         gate = name.rsplit(".", 1)[0]
 
         def compute_scores(scores: Tensor, hook: Any, gate: str = gate) -> Tensor:
-            resid = residuals[int(gate.split(".")[1])].to(scores.dtype)
-            product = resid @ weight(model, f"{gate}.W_local").to(scores.dtype)
-            return (product + weight(model, f"{gate}.b_local").to(scores.dtype)).view_as(scores)
+            return local_scores(model, gate, residuals[int(gate.split(".")[1])])
 
         yield name, compute_scores
 

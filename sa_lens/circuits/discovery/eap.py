@@ -11,7 +11,7 @@ positions and a mean over pairs of
 circuit of the n edges with the largest absolute scores.
 
 In the ablated stream the derivative is that of the pass of `model.ablated(position=-1)`. Frozen masks are constants.
-With live masks an edge also changes the clean pass that the gates read, and the derivative passes through the gates'
+With live masks an edge also changes the pass that the gates read, and the derivative passes through the gates'
 surrogate weights, as in training. Because a hard mask has the derivative 0 almost everywhere, this only approximates
 the effect of units that enter or leave the mask.
 

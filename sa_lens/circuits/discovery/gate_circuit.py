@@ -236,7 +236,7 @@ def _prompts(
 
 def _gate_masks(model: Host, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Returns the gates' own masks at all positions, by hook name."""
-    with in_stream(model, "ablated", position=-1):
+    with in_stream(model, "ablated"):
         return record(model, tokens, gate_hook_names(model))[1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Graph, input_hooks, source_hooks
 from sa_lens.circuits.running.circuit_by_hooks import Activations, Batch, batches
-from sa_lens.core.host import Hook, Host, at_least_float32, in_stream, run_to_last, weight
+from sa_lens.core.host import Hook, Host, at_least_float32, run_to_last, weight
 from sa_lens.core.nodes import split_inputs
 
 
@@ -98,7 +98,7 @@ class _EdgePass:
 def _run(
     exp: Experiment, batch: Batch, rules: Sequence[Hook] = (), embed: Tensor | None = None
 ) -> tuple[Float[Tensor, "pair d_vocab"], list[_EdgePass]]:
-    """Returns the logits of a pass, and the records of the pass and, with live masks, of its clean pass.
+    """Returns the logits of a pass, and the records of the pass and of the clean pass that live gates read, if any.
 
     Args:
         rules: further hooks of the pass itself.
@@ -110,7 +110,7 @@ def _run(
         masks = {name: torch.cat([mask] * times) for name, mask in masks.items()}
     passes = [_EdgePass(exp.graph, embed) for _ in batch.carried]
     in_clean_pass = [hook for record in passes[1:] for hook in record.hooks()]
-    with in_stream(exp.model, exp.stream, position=-1, masks=masks, clean_hooks=in_clean_pass):
+    with exp.in_edited_pass(masks, in_clean_pass):
         logits = run_to_last(exp.model, batch.clean.repeat(times, 1), [*rules, *passes[0].hooks()])
     return logits, passes
 

@@ -3,8 +3,9 @@
 `denoise` runs the corrupt prompt and puts in values of the clean one; `noise` the other way round. Frozen masks are
 those of the unedited prompt that is run (its own corrupt masks when denoising). Live gates read a clean pass under the
 same patch: it gets the other prompt's value of the clean stream, the ablated pass that of the ablated stream. The clean
-pass has no masks, so patches of masks come to the same under both. Many pairs and many patches go through the model in
-one pass.
+pass has no masks, so patches of masks come to the same under both. Live gates with scores `ablated` read the patched
+pass itself, where a patched mask changes those of later layers. Many pairs and many patches go through the model in one
+pass.
 """
 
 from __future__ import annotations
@@ -367,7 +368,7 @@ def _prepare(
             base_logits, masks = record(model, base, names)
             source_logits, values = record(model, source, hooks)
         clean_values: dict[str, Tensor] = {}
-        if exp.masks == "live" and not kind.mask:
+        if exp.edits_clean_pass and not kind.mask:
             with in_stream(model, "clean"):
                 _, clean_values = record(model, source, hooks)
     logits = (source_logits, base_logits) if direction == "denoise" else (base_logits, source_logits)
@@ -481,9 +482,7 @@ def sum_metric_after(
     for first in range(0, len(edits), size):
         chunk = edits[first : first + size]
         given = {name: torch.cat([mask] * len(chunk)) for name, mask in masks.items()} if masks else None
-        # without given masks a clean pass precedes, in which clean_hooks alone fire: live gates read it
-        in_clean_pass = put_in(chunk, clean_source or {})
-        with in_stream(exp.model, exp.stream, position=-1, masks=given, clean_hooks=in_clean_pass):
+        with exp.in_edited_pass(given, put_in(chunk, clean_source or {})):
             logits = run_to_last(exp.model, tokens.repeat(len(chunk), 1), put_in(chunk, source))
         parts = logits.split(len(tokens))
         sums += [float(exp.metric(part, pairs, clean_logits).double().sum()) for part in parts]

@@ -6,8 +6,8 @@ the same pass). So every node is computed once, from its own inputs.
 
 In the ablated stream this is the pass of `model.ablated(position=-1)`. Frozen masks are those of the unedited clean
 prompt. Live gates read the residual stream of a clean pass under the same edits (with the corrupt, zero or mean
-activations of the clean stream). A gate is not a destination: it always reads its whole stream. Runs of the corrupt
-prompt have their own masks in either case.
+activations of the clean stream); gates with scores `ablated` read that of the edited pass itself. A gate is not a
+destination: it always reads its whole stream. Runs of the corrupt prompt have their own masks in either case.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Graph, Node, input_hooks, source_hooks
 from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
-from sa_lens.config import Ablation
+from sa_lens.config import Ablation, Stream
 from sa_lens.core.host import Hook, Host, device_of, gate_hook_names, in_stream, run_to_last, weight
 from sa_lens.core.nodes import split_inputs
 
@@ -43,8 +43,8 @@ class Batch(NamedTuple):
     masks: Activations | None
     """Masks of the unedited clean prompts, if masks are frozen."""
     carried: list[Activations]
-    """Activations that ablated edges carry, one row per prompt or one for all: those of the stream, and with live
-    masks those of the clean pass."""
+    """Activations that ablated edges carry, one row per prompt or one for all: those of the stream, and those of the
+    clean pass if live gates read one."""
 
 
 def batches(exp: Experiment, names: Iterable[str]) -> Iterator[Batch]:
@@ -69,7 +69,8 @@ def batches(exp: Experiment, names: Iterable[str]) -> Iterator[Batch]:
 
 def _carried(exp: Experiment, corrupt: Int[Tensor, "pair pos"], names: list[str]) -> list[Activations]:
     carried = []
-    for stream in (exp.stream, "clean") if exp.masks == "live" else (exp.stream,):
+    streams: tuple[Stream, ...] = (exp.stream, "clean") if exp.edits_clean_pass else (exp.stream,)
+    for stream in streams:
         with torch.no_grad(), in_stream(exp.model, stream, position=-1):
             carried.append(_ablation_values(exp.model, corrupt, names, exp.ablation, exp.batch_size))
     return carried
@@ -160,7 +161,7 @@ class CircuitRunner:
             for carried in batch.carried[1:]
             for hook in EdgeHooks(self.exp.model, self.graph, outside, carried).hooks()
         ]
-        return in_stream(self.exp.model, self.exp.stream, position=-1, masks=batch.masks, clean_hooks=in_clean_pass)
+        return self.exp.in_edited_pass(batch.masks, in_clean_pass)
 
 
 @analysis

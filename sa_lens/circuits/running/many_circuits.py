@@ -10,8 +10,7 @@ its version, and a version is computed only if a path leads from it to the logit
 
 A pass is divided into lanes. `earlier` holds the positions before the metric position, which are the same in both
 streams, without those at which nothing can change because both prompts still agree. `clean` and `ablated` are the
-metric position in each stream. With live gates a pass has all three lanes, because the gates of the ablated lane read
-the clean one.
+metric position in each stream. With live gates that read the clean stream a pass has all three lanes.
 
 `CircuitRunner`, which runs whole passes under hooks, is the definition. It also runs the models for which both might
 differ.
@@ -38,9 +37,6 @@ MEMORY = 2**28
 """Largest size in bytes of the versions that are kept."""
 _BLOCK = 2**21
 """Largest number of entries in the inputs that are computed together."""
-
-_LANES: dict[str, tuple[Lane, ...]] = {"none": ("clean",), "frozen": ("ablated",), "live": ("clean", "ablated")}
-"""Lanes of the metric position, by masks; the logits come from the last one."""
 
 
 class CircuitLogits:
@@ -101,9 +97,11 @@ class _Gates(NamedTuple):
 
     layer: int
     sent: tuple[int, ...]
-    """Versions of all sources below the layer, in the clean lane."""
+    """Versions of all sources below the layer, in the lane that the gates read."""
     end: int | None
     """Version of the end of the clean lane, for gates that read it; else None."""
+    lane: Lane
+    """Lane that the gates read."""
 
 
 class _End(NamedTuple):
@@ -124,7 +122,8 @@ class _Versions:
         self.model, self.graph, self.functions = exp.model, exp.graph, exp.nodes
         self.silent = exp.ablation == "resample"
         """Whether a node without a present edge writes what absent edges carry from it."""
-        self.lanes = _LANES[exp.masks]
+        self.lanes: tuple[Lane, ...] = ("clean", "ablated") if exp.edits_clean_pass else (exp.stream,)
+        """Lanes of the metric position; the logits come from the last one."""
         self.live = exp.masks == "live"
         self.masks = batch.clean.masks
         # where both prompts still agree, edges carry the same whether they are present or not
@@ -233,10 +232,11 @@ class _Versions:
             return _GIVEN, True
         gates = self.model.gates  # type: ignore[attr-defined]
         below = self.graph.sources_before(Node("head", node.layer, 0))
-        sent = tuple(v for v in versions["clean"][:below] if v is not None) if gates.reads_local else ()
+        lane: Lane = self.lanes[0]
+        sent = tuple(v for v in versions[lane][:below] if v is not None) if gates.reads_local else ()
         read = end if gates.reads_global else None
         moved = bool(sent) or (read is not None and bool(self.keys[read].sent))  # type: ignore[union-attr]
-        return self._id(_Gates(node.layer, sent, read)), moved
+        return self._id(_Gates(node.layer, sent, read, lane)), moved
 
     # ------------------------------------------------------------------------------------------------------ computation
 
@@ -251,8 +251,8 @@ class _Versions:
                 waiting += [v for v in self._needs(self.keys[version]) if v not in self.values]
         ordered = sorted((self._stage(self.keys[v]), v) for v in missing)
         steps: tuple[Callable[..., None], ...] = (
-            *(self._compute_ports, self._compute_heads, self._compute_mlps),
-            *(self._compute_gates, self._compute_ends),
+            *(self._compute_gates, self._compute_ports, self._compute_heads, self._compute_mlps),
+            self._compute_ends,
         )
         for (_, layer, step, lane), group in groupby(ordered, key=lambda item: item[0]):
             steps[step](lane, layer, [self.keys[v] for _, v in group])
@@ -266,15 +266,15 @@ class _Versions:
         return key.sent
 
     def _stage(self, key: _Key) -> tuple[int, int, int, str]:
-        """Returns the order of computation: the clean lane, then the gates that read it, then the ablated lane."""
+        """Returns the order of computation: the clean lane, the gates that read it, the ablated lane with its gates."""
         match key:
+            case _Gates():
+                return 1 + (key.lane == "ablated"), key.layer, 0, key.lane
             case _Port():
-                return 2 * (key.lane == "ablated"), self.graph.inputs[key.to].node.layer, 0, key.lane
+                return 2 * (key.lane == "ablated"), self.graph.inputs[key.to].node.layer, 1, key.lane
             case _Output():
                 node = self.graph.sources[key.source]
-                return 2 * (key.lane == "ablated"), node.layer, 1 if node.kind == "head" else 2, key.lane
-            case _Gates():
-                return 1, key.layer, 3, ""
+                return 2 * (key.lane == "ablated"), node.layer, 2 if node.kind == "head" else 3, key.lane
         return 2 * (key.lane == "ablated"), self.graph.n_layers, 4, key.lane
 
     def _inputs(self, lane: Lane, to: int, sent: Sequence[tuple[int, ...]]) -> Float[Tensor, "version row d_model"]:
@@ -350,10 +350,10 @@ class _Versions:
             return None
         return (self.masks[layer] if key.masks == _GIVEN else self.values[key.masks])[kind]
 
-    def _compute_gates(self, lane: str, layer: int, keys: Sequence[_Gates]) -> None:
+    def _compute_gates(self, lane: Lane, layer: int, keys: Sequence[_Gates]) -> None:
         to = self.graph.inputs_of[Node("head", layer, 0)][0]
         for key in keys:
-            local = self._inputs("clean", to, [key.sent])[0]
+            local = self._inputs(lane, to, [key.sent])[0]
             final = None if key.end is None else self.values[key.end]
             self._keep(key, gate_masks(self.model, layer, local, final))
 

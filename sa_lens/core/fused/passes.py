@@ -159,14 +159,15 @@ class Passes:
         q, k, v = self._qkv(block, resid)
         (k_clean, k_own), (v_clean, v_own) = k.unbind(0), v.unbind(0)
         z = self._attend(block.attn, q, k_clean, v_clean, k_own, v_own)
-        return self._rest(block, resid, z, resid[0], None)
+        return self._rest(block, resid, z, resid[-1 if self.model.gates.reads_ablated else 0], None)
 
     def _ablated_layer(
         self, block: Any, resid: Tensor, clean_pre: Tensor, k: Tensor, v: Tensor, final: Tensor
     ) -> Tensor:
         q, own_k, own_v = self._qkv(block, resid)
         z = self._attend(block.attn, q, k, v, own_k[0], own_v[0])
-        return self._rest(block, resid, z, clean_pre[0], final[0])
+        local = resid if self.model.gates.reads_ablated else clean_pre
+        return self._rest(block, resid, z, local[0], final[0])
 
     def mask_units(
         self, block: Any, kind: Literal["attn", "mlp"], units: Tensor, local: Tensor | None, final: Tensor | None
@@ -174,7 +175,8 @@ class Passes:
         """The units of a layer, those of the last stream masked.
 
         Args:
-            local: clean residual stream entering the layer; None: a clean pass, which has no masks.
+            local: residual stream entering the layer, of the stream that gates read; None: a clean pass, which has no
+                masks.
             final: final LayerNorm's output of the clean pass.
         """
         if local is None:
