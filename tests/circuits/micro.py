@@ -43,7 +43,9 @@ def plain(**changes: Any) -> HookedTransformer:
 
 
 def gated(scope: str = "local", k: int = 5, **changes: Any) -> sa.SelfAblatingTransformer:
-    gates = sa.GateConfig(scope=scope, k_attn=k, k_mlp=k)  # type: ignore[arg-type]
+    """A small gated model; `scope="ablated"`: local gates that read the ablated stream."""
+    own = scope == "ablated"
+    gates = sa.GateConfig("local" if own else scope, k, k, scores="ablated" if own else "learned")  # type: ignore[arg-type]
     return noisy(sa.SelfAblatingTransformer(config(**changes), gates))  # type: ignore[return-value]
 
 

@@ -123,15 +123,18 @@ class SlowRuns:
             with self.context(stream):
                 self.reference = model(clean)[:, -1]
 
-    def context(self, stream: str, hooks: Sequence[Any] = ()) -> Any:
-        return self.model.ablated(position=-1, clean_hooks=hooks) if stream == "ablated" else nullcontext()
+    def context(self, stream: str, hooks: Sequence[Any] = (), masks: str = "frozen") -> Any:
+        if stream == "clean":
+            return nullcontext()
+        return self.model.ablated(position=-1, masks=masks, clean_hooks=hooks)
 
     def logits(self, removed: set[Edge]) -> Tensor:
         """Logits at the last position."""
         hooks = edge_hooks(self.model, self.graph, removed, self.carried)
         live = self.stream == "ablated" and self.masks == "live"
-        in_clean = edge_hooks(self.model, self.graph, removed, self.carried_clean) if live else []
-        with torch.no_grad(), self.context(self.stream, in_clean):
+        own = live and self.model.gates.reads_ablated
+        in_clean = edge_hooks(self.model, self.graph, removed, self.carried_clean) if live and not own else []
+        with torch.no_grad(), self.context(self.stream, in_clean, "live" if own else "frozen"):
             return self.model.run_with_hooks(self.clean, fwd_hooks=hooks)[:, -1]
 
     def kl(self, removed: set[Edge]) -> float:

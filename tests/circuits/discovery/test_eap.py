@@ -96,7 +96,8 @@ class SlowScores(SlowRuns):
         live = self.stream == "ablated" and self.masks == "live"
         changes = self.differences(self.stream, self.carried)
         in_clean = self.differences("clean", self.carried_clean) if live else changes
-        masks: Any = "frozen"
+        own = live and self.model.gates.reads_ablated
+        masks: Any = "live" if own else "frozen"
         if self.stream == "ablated" and not live:
             with torch.no_grad(), self.model.ablated(position=-1):
                 _, cache = self.model.run_with_cache(self.clean)
@@ -110,7 +111,7 @@ class SlowScores(SlowRuns):
                 if self.stream == "clean":
                     logits = self.model.run_with_hooks(self.clean, fwd_hooks=hooks)
                 else:
-                    before = self.hooks(edge, in_clean[str(edge.source)], t, embed) if live else []
+                    before = self.hooks(edge, in_clean[str(edge.source)], t, embed) if live and not own else []
                     with self.model.ablated(position=-1, masks=masks, clean_hooks=before):
                         logits = self.model.run_with_hooks(self.clean, fwd_hooks=hooks)
                 (derivative,) = torch.autograd.grad(metric(logits[:, -1]).sum(), t)
@@ -177,7 +178,7 @@ def test_eap_ig_equals_an_explicit_loop_over_edges_and_points(rule: Rule, ablati
 
 
 @pytest.mark.parametrize("masks", ["frozen", "live"])
-@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("scope", ["local", "global", "ablated"])
 def test_both_equal_their_twins_in_the_ablated_stream(scope: str, masks: str) -> None:
     model, pairs = gated(scope, **SMALL), token_pairs(n=3)
     choices: dict[str, Any] = {"stream": "ablated", "masks": masks}
@@ -193,6 +194,8 @@ def test_both_equal_their_twins_in_the_ablated_stream(scope: str, masks: str) ->
         (None, {"ablation": "mean"}),
         ("local", {"stream": "ablated", "masks": "frozen", "ablation": "zero"}),
         ("both", {"stream": "ablated", "masks": "live", "ablation": "resample"}),
+        ("ablated", {"stream": "ablated", "masks": "live", "ablation": "resample"}),
+        ("ablated", {"stream": "ablated", "masks": "frozen", "ablation": "mean"}),
     ],
     ids=str,
 )

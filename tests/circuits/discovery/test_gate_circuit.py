@@ -41,7 +41,7 @@ def counted(model, pairs, variant: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", ["metric_position", "all_positions"])
-@pytest.mark.parametrize("make", [*(lambda scope=s: gated(scope) for s in SCOPES), by_heads])
+@pytest.mark.parametrize("make", [*(lambda scope=s: gated(scope) for s in (*SCOPES, "ablated")), by_heads])
 def test_shares_are_those_counted_one_prompt_at_a_time(make, variant: str) -> None:
     model, pairs = make(), token_pairs(n=7, lengths=(6, 9))
     found = mask_shares(model, pairs, variant=variant, batch_size=2)

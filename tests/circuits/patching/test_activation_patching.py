@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from micro import plain, token_pairs
+from micro import gated, plain, token_pairs
 from transformer_lens import patching as tl
 
 from sa_lens.circuits import PromptPairs, tasks
@@ -289,6 +289,60 @@ def test_patching_the_whole_residual_stream_gives_the_other_prompt(stream, model
         for prompt in ("clean", "corrupt"):
             unedited = logit_difference(last_logits(model, pairs, stream, prompt), pairs).mean().item()
             close(table[prompt], [unedited] * 2)
+
+
+def own_pass(model, tokens, masks, put):
+    """Logits, values and masks at the last position of a pass whose gates read it; `masks` are given ones or None."""
+    seen, chosen = {}, {}
+
+    def keep(x, hook):
+        x = put.get(hook.name, lambda x: x)(x)
+        seen[hook.name] = x.clone()
+        return x
+
+    def multiply(x, hook, gate, name):
+        scores = seen[name.rsplit(".", 2)[0] + ".hook_resid_pre"][:, -1] @ gate.W_local + gate.b_local
+        best = scores.argsort(-1, descending=True)[:, : gate.k]
+        mask = torch.zeros_like(scores).scatter(-1, best, 1.0) if masks is None else masks[name]
+        chosen[name] = put.get(name, lambda x: x)(mask[:, None])[:, 0]
+        x = x.clone()
+        x[:, -1] *= chosen[name].view_as(x[:, -1])
+        return x
+
+    hooks = []
+    for layer, block in enumerate(model.blocks):
+        hooks.append((f"blocks.{layer}.hook_resid_pre", keep))
+        for gate, point in GATED.items():
+            mask = partial(multiply, gate=getattr(block, gate), name=f"blocks.{layer}.{gate}.hook_mask")
+            hooks += [(f"blocks.{layer}.{point}", mask), (f"blocks.{layer}.{point}", keep)]
+    with torch.no_grad(), model.clean():
+        return model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1], seen, chosen
+
+
+@pytest.mark.parametrize("masks", ["frozen", "live"])
+@pytest.mark.parametrize(
+    ("what", "hook"), [("resid_pre", "hook_resid_pre"), ("heads", "attn.hook_z"), ("mask_mlp", "mlp_gate.hook_mask")]
+)
+def test_gates_that_read_the_ablated_stream(what, hook, masks):
+    model, pairs = gated("ablated", dtype=torch.float64), token_pairs(n=4)
+    positions = {} if what == "mask_mlp" else {"positions": [-1, 3]}
+    table = patch(model, pairs, what, stream="ablated", direction="noise", masks=masks, progress=False, **positions)
+    _, source, source_masks = own_pass(model, pairs.corrupt, None, {})
+    _, _, base_masks = own_pass(model, pairs.clean, None, {})
+    assert len(table) > 1
+    for _, row in table.iterrows():
+        name = f"blocks.{row['layer']}.{hook}"
+        values = source_masks[name][:, None] if what == "mask_mlp" else source[name]
+        where = (slice(None), -1 if what == "mask_mlp" else int(row["position"]))
+        where += (int(row["head"]),) if what == "heads" else ()
+
+        def put(x, values=values, where=where):
+            x = x.clone()
+            x[where] = values[where]
+            return x
+
+        logits, _, _ = own_pass(model, pairs.clean, base_masks if masks == "frozen" else None, {name: put})
+        close(row["value"], logit_difference(logits, pairs).mean().item(), 1e-8)
 
 
 def test_patching_what_comes_too_late_changes_nothing(model, pairs):

@@ -56,7 +56,7 @@ def test_equals_whole_passes_in_the_clean_stream(name: str, ablation: str) -> No
     assert_same(plain(**DOUBLE, **MODELS[name]), ablation, "clean", None)
 
 
-@pytest.mark.parametrize("scope", ["local", "global", "both"])
+@pytest.mark.parametrize("scope", ["local", "global", "both", "ablated"])
 @pytest.mark.parametrize("masks", ["frozen", "live"])
 @pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
 def test_equals_whole_passes_in_the_ablated_stream(scope: str, masks: str, ablation: str) -> None:
