@@ -37,7 +37,7 @@ from sa_lens.training.processes import (
 from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
-from sa_lens.training.sharding import whole_parameters, whole_tensor
+from sa_lens.training.sharding import whole_tensor
 from sa_lens.training.training_plan import known_without_weights, plan
 from sa_lens.training.training_setup import TrainingSetup, set_up
 
@@ -150,7 +150,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
             # -------------------------------------------------------------------------------------------- evaluate
             if step > state.step and (last or step % cfg.eval_every == 0):
                 window.fetch(step)
-                with whole_parameters(module):
+                with setup.exact_weights():
                     evaluation = evaluate(
                         model,
                         validation,
@@ -166,7 +166,7 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                 if is_best(evaluation, step, run, state.best_loss):
                     state = dataclasses.replace(state, best_loss=selection_loss(evaluation), best_step=step)
                     extra = {"run": to_dict(run), "text": setup.text, "step": step, "validation": figures}
-                    with whole_parameters(module), run_folder.explain_write_errors(out):
+                    with setup.exact_weights(), run_folder.explain_write_errors(out):
                         if main:
                             save_and_load.save(model, out, extra)
                 if progress:
@@ -183,7 +183,8 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                     seconds=time.perf_counter() - began,
                     window=window.fetched,
                 )
-                _save(out, state, setup, accelerator)
+                with setup.exact_base():
+                    _save(out, state, setup, accelerator)
 
             # ------------------------------------------------------------------------------------------- stop test
             if stopping and not last:
@@ -228,9 +229,11 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     assert state.best_loss is not None
     assert state.best_step is not None
     assert state.evaluation is not None
-    with whole_parameters(module):
+    with setup.exact_weights():
         drawn = _final_sample(run, model, metrics, record) if main else None
         accelerator.wait_for_everyone()
+    if setup.narrow_base is not None:
+        setup.narrow_base.restore()
     evaluation, seconds = Evaluation(**state.evaluation), time.perf_counter() - began
     return TrainResult(out, model, step, state.best_loss, state.best_step, evaluation, drawn, seconds)
 

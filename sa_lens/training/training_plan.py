@@ -56,7 +56,10 @@ class TrainingPlan:
             units = f"k_attn {gates.k_attn}, k_mlp {gates.k_mlp}"
             lines["gates"] = f"{gates.scope}, {units}, {_count(self.gate_parameters)} parameters, {learned}"
         lines["context"] = f"{self.n_ctx} tokens (model.n_ctx){longest}; {run.train.batch_size} sequences per step"
-        lines["types"] = f"weights float32, matrix products {products}"
+        weights = "weights float32"
+        if holds_narrow_base(run):
+            weights = "base held in bfloat16 (evaluated and saved in float32), gates float32"
+        lines["types"] = f"{weights}, matrix products {products}"
         path = "hooked" if run.train.path == "hooked" else "fused"
         lines["memory"] = f"about {self.bytes / 1e9:.1f} GB on the {path} path"
         return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
@@ -103,9 +106,11 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
     elif run.train.checkpoint_activations:
         activations *= 0.6
     narrow = 2.0 * base if run.train.precision == "bf16" else 0.0
+    wide = 0.0 if holds_narrow_base(run) else 4.0 * base
     # weights, then the gradient and AdamW's two moments
-    training = 4 * (base + in_gates) + narrow + 12 * trained + activations
-    memory = _PROGRAM + max(training, loading)
+    training = wide + narrow + 4 * in_gates + 12 * trained + activations
+    evaluating = 4 * base + narrow + 4 * in_gates + 8 * trained
+    memory = _PROGRAM + max(training, loading, evaluating)
     return TrainingPlan(source, base, in_gates, trained, run.model.n_ctx, longest, memory, run)
 
 
@@ -125,6 +130,12 @@ def _without_weights(run: RunConfig) -> SelfAblatingTransformer:
     cfg = architecture.hooked_config(dataclasses.replace(run.model, d_vocab=d_vocab))
     cfg.init_weights = False
     return SelfAblatingTransformer(cfg, run.gates, device="meta")
+
+
+def holds_narrow_base(run: RunConfig) -> bool:
+    """Whether the run holds its frozen base in bfloat16, where the fused path can run the model."""
+    cfg = run.train
+    return (cfg.freeze, cfg.precision) == ("base", "bf16") and cfg.path != "hooked"
 
 
 def known_without_weights(run: RunConfig) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,13 @@ from sa_lens.data import PreparedData, prepare
 from sa_lens.data.tokenizers import is_gguf
 from sa_lens.data.whole_files import atomic_write, remove_leftovers
 from sa_lens.training import checkpoints, run_folder, run_text
+from sa_lens.training.narrow_base import NarrowBase
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
 from sa_lens.training.run_log import MetricsFile
 from sa_lens.training.schedule import learning_rate, trains_ablated
-from sa_lens.training.sharding import check_sharding
+from sa_lens.training.sharding import check_sharding, whole_parameters
+from sa_lens.training.training_plan import holds_narrow_base
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,6 +51,18 @@ class TrainingSetup:
     """AdamW, wrapped by Accelerate."""
     text: dict[str, Any]
     """Entry of `config.json` about the text; see `run_text.record`."""
+    narrow_base: NarrowBase | None
+    """The frozen base, if it is held in bfloat16."""
+
+    def exact_base(self) -> AbstractContextManager[None]:
+        """Gives the model its exact weights, within the context, if its base is held in bfloat16."""
+        return nullcontext() if self.narrow_base is None else self.narrow_base.exact()
+
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Gives every process whole and exact parameters to read, within the context, which all must enter."""
+        with whole_parameters(self.module), self.exact_base():
+            yield
 
 
 def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainingSetup:
@@ -78,6 +94,9 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     optimizer = adamw(model, run.train, fused=accelerator.device.type in ("cpu", "cuda"))
     module, optimizer = accelerator.prepare(loss, optimizer)
     check_sharding(module)
+    # a sharded loss has parameters of one type
+    narrow = holds_narrow_base(run) and loss.path == "fused" and accelerator.distributed_type != "FSDP"
+    narrow_base = NarrowBase(model, out) if narrow else None
     environment = Environment.of(accelerator)
     if earlier is None:
         state = checkpoints.RunState(
@@ -106,7 +125,7 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     if accelerator.is_main_process:
         with run_folder.explain_write_errors(out):
             _open_folder(run, out, model, state, text)
-    return TrainingSetup(state, data, model, module, optimizer, text)
+    return TrainingSetup(state, data, model, module, optimizer, text, narrow_base)
 
 
 def _last_checkpoint(out: Path, run: RunConfig) -> tuple[checkpoints.RunState, checkpoints.Tensors] | None:

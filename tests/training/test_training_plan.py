@@ -67,7 +67,7 @@ def test_the_text_of_a_plan(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f"model    LlamaForCausalLM from {llama} (bfloat16), {base:,} parameters, frozen\n"
         "gates    local, k_attn 2, k_mlp 3, 952 parameters, trained\n"
         "context  32 tokens (model.n_ctx), of up to 64; 4 sequences per step\n"
-        "types    weights float32, matrix products bfloat16\n"
+        "types    base held in bfloat16 (evaluated and saved in float32), gates float32, matrix products bfloat16\n"
         "memory   about 0.6 GB on the fused path"
     )
 

@@ -21,6 +21,7 @@ from sa_lens.core.fused.cross_entropy import linear_cross_entropy, word_table
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
+from sa_lens.core.host import at_least_float32
 from sa_lens.core.loss_terms import reconstruction_loss
 from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
 
@@ -104,10 +105,10 @@ class Passes:
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """What enters the first layer."""
-        embedded = F.embedding(tokens, self.model.embed.W_E)
+        embedded = at_least_float32(F.embedding(tokens, self.model.embed.W_E))
         if self.cfg.positional_embedding_type == "rotary":
             return embedded
-        return embedded + self.model.pos_embed.W_pos[: tokens.shape[1]]
+        return embedded + at_least_float32(self.model.pos_embed.W_pos[: tokens.shape[1]])
 
     def clean(self, embedded: Tensor) -> list[Float[Tensor, "1 batch pos d_model"]]:
         """Each layer's output and the final normalised one, of the clean stream alone."""

@@ -25,7 +25,10 @@ BLOCK = 64
 """Positions whose queries go through at once."""
 
 BLOCK_ELEMENTS = 1 << 19
-"""Scores that a block of queries may hold, over all its heads."""
+"""Scores that a block of queries may hold, over all its heads, so that they stay in the cache of a CPU."""
+
+GPU_BLOCK_ELEMENTS = 1 << 27
+"""The same on a GPU, where every kernel that is launched takes time."""
 
 
 class Rotary(NamedTuple):
@@ -250,7 +253,8 @@ def _block_shape(x: _Inputs) -> tuple[int, int, int]:
     n_heads, length, rows, _ = x.q.shape
     size = min(BLOCK, length)
     width = min(length, size + x.window - 1)
-    return max(1, min(n_heads, BLOCK_ELEMENTS // (size * rows * width))), size, width
+    elements = BLOCK_ELEMENTS if x.q.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    return max(1, min(n_heads, elements // (size * rows * width))), size, width
 
 
 def _block_elements(x: _Inputs) -> int:
