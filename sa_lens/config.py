@@ -503,8 +503,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of matrix products in training; trained parameters, optimizer and losses stay float32. With bf16 a frozen
-    base is held in bfloat16 too, on the fused path; it is evaluated and saved in float32."""
+    """Precision of matrix products in training; trained parameters, optimizer and losses stay float32. With bf16 and the
+    fused path a frozen base is held in bfloat16; it is evaluated and saved in float32."""
     path: LossPath = "auto"
     """Path of the training loss: fused kernels, or the readable hooked one; `auto`: fused where it can."""
     compile: bool = False
