@@ -138,7 +138,7 @@ def gate_of(unit_hook):
     return f"blocks.{layer}.{'attn' if 'attn' in unit_hook else 'mlp'}_gate"
 
 
-CASES = [{"scope": "local"}, {"scope": "global", "attn_unit": "head"}, {"kind": "soft"}]
+CASES = [{"scope": "local"}, {"scope": "global", "attn_unit": "head"}, {"kind": "soft"}, {"scope": "local", "scores": "ablated"}]
 
 
 @pytest.mark.parametrize("gates", CASES, ids=str)
@@ -182,6 +182,7 @@ def test_every_condition_agrees_with_a_loop_over_tokens(gates):
     for _, line in found.losses.iterrows():
         condition, layer = line["condition"], line["layer"]
         if condition == "self_read":
+            assert gates.get("scores") != "ablated" or line["difference"] == pytest.approx(0, abs=1e-6)
             continue
         at = {"shuffled": shuffled, "mean_values_shuffled": shuffled, "other_occurrence": donors}.get(condition)
         nats, unchanged = [], []
