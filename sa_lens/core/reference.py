@@ -109,6 +109,7 @@ def save(model: GatedTransformer) -> dict[str, Tensor]:
             cfg.d_head * cfg.n_heads != cfg.d_model
         ),
         "local and global gates at once": model.gates.scope == "both",
+        "gates that read the ablated stream": model.gates.reads_ablated,
         "whole heads as attention units": model.gates.gated and model.gates.attn_unit != "channel",
     }.items():
         reason = name if reason is None and applies else reason
