@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from sa_lens.circuits.discovery.acdc import ACDCResult
 from sa_lens.circuits.experiment import Experiment, analysis
@@ -106,8 +107,7 @@ def faithfulness(
     means = _resample(torch.stack(columns, -1).numpy(), exp.seed)
     clean, empty = means[:, 0], means[:, 1]
     value, divergence = means[:, 2 : 2 + len(chosen)], means[:, 2 + len(chosen) :]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        f = (value - empty[:, None]) / (clean - empty)[:, None] + 0.0  # no minus zero
+    f = _faithfulness(means[:, : 2 + len(chosen)])
     points = tuple(
         Point(
             *(size.order, size.share, size.area, len(size.circuit), len(connected)),
@@ -192,32 +192,44 @@ def _search_edges_needed(
     measure: CircuitMetric, ranking: Circuit, levels: Sequence[float], absolute: bool, prune: bool
 ) -> tuple[Needed, ...]:
     total = len(ranking.graph)
-    known: dict[int, float] = {}
+    known: dict[int, Interval] = {}
 
-    def f(n: int) -> float:
+    def f(n: int) -> Interval:
         if n not in known:
             circuit = ranking.keep(n, absolute=absolute)
-            known[n] = measure.f((circuit.prune_dangling() if prune else circuit).mask)
+            value = measure((circuit.prune_dangling() if prune else circuit).mask).value
+            columns = torch.stack([measure.clean, measure.empty, value], -1).numpy()
+            known[n] = _interval(_faithfulness(_resample(columns, measure.exp.seed))[:, 0])
         return known[n]
+
+    def search(level: float, end: Literal["mean", "low", "high"]) -> tuple[int, int]:
+        """Returns the smallest tried size with this end of f at the level or above, and how many sizes were tried."""
+        low, high, tried = 0, 1, 1
+        while getattr(f(high), end) < level and high < total:
+            low, high, tried = high, min(2 * high, total), tried + 1
+        while high - low > 1:
+            middle, tried = (low + high) // 2, tried + 1
+            low, high = (low, middle) if getattr(f(middle), end) >= level else (middle, high)
+        return high, tried
 
     needed = []
     for level in levels:
-        tried = {high := 1}
-        low = 0
-        while f(high) < level and high < total:
-            low, high = high, min(2 * high, total)
-            tried.add(high)
-        if f(high) < level:
+        edges, tried = search(level, "mean")
+        if f(edges).mean < level:
             raise ValueError(
-                f"all {total} edges give f={f(high):.4g}, below {level}: this circuit metric is not stable"
+                f"all {total} edges give f={f(edges).mean:.4g}, below {level}: this circuit metric is not stable"
             )
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried.add(middle)
-            low, high = (low, middle) if f(middle) >= level else (middle, high)
-        connected = len(ranking.keep(high, absolute=absolute).prune_dangling())
-        needed.append(Needed(level, high, connected, f(high), len(tried)))
+        connected = len(ranking.keep(edges, absolute=absolute).prune_dangling())
+        ends = search(level, "high")[0], search(level, "low")[0]
+        needed.append(Needed(level, edges, connected, f(edges).mean, tried, *ends))
     return tuple(needed)
+
+
+def _faithfulness(means: Float[np.ndarray, "draw column"]) -> Float[np.ndarray, "draw circuit"]:
+    """Returns f of circuits from means of the metric: clean prompts, the empty circuit, then the circuits."""
+    clean, empty, value = means[:, :1], means[:, 1:2], means[:, 2:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (value - empty) / (clean - empty) + 0.0  # no minus zero
 
 
 def _resample(values: np.ndarray, seed: int) -> np.ndarray:

@@ -48,6 +48,11 @@ class Needed(NamedTuple):
     """Faithfulness at this size; a value far above 1 means that the circuit exceeds the model."""
     tried: int
     """Number of sizes that were tried."""
+    low: int
+    """Lower end of the 95 % interval of `edges` over prompts: the same search for the upper end of the interval of f.
+    If f grows with size on every bootstrap sample of the prompts, this is the percentile of the edges needed on it."""
+    high: int
+    """Upper end: the same search for the lower end of the interval of f; all edges if it never reaches the level."""
 
 
 @dataclass(frozen=True)

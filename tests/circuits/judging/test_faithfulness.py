@@ -12,13 +12,16 @@ from known import known_model, known_pairs, path, random_ranking, ranking
 from micro import gated, plain, token_pairs
 
 from sa_lens.circuits.discovery.acdc import acdc
+from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Circuit, Graph
+from sa_lens.circuits.judging.circuit_metric import CircuitMetric
 from sa_lens.circuits.judging.completeness import completeness, minimality
-from sa_lens.circuits.judging.faithfulness import MIB_SIZES, faithfulness
+from sa_lens.circuits.judging.faithfulness import MIB_SIZES, RESAMPLES, faithfulness
 from sa_lens.circuits.judging.faithfulness_curve import curves_table, summary_table
-from sa_lens.circuits.metrics import METRICS, kl, logit_difference
+from sa_lens.circuits.metrics import METRICS, Metric, kl, logit_difference
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.circuits.running.recorded_passes import last_logits
+from sa_lens.statistics import resampled_means
 
 STRONG, WEAK, HARMFUL = path(0, 0), path(0, 1), path(1, 0)
 
@@ -94,6 +97,28 @@ def test_edges_needed() -> None:
     assert (strong.f, both.f) == pytest.approx((0.75, 1.0), abs=1e-6)
     with pytest.raises(ValueError, match=r"level=0.5 was not searched for \(searched: 0.7, 0.9\)"):
         curve.edges_for(0.5)
+
+
+def test_the_interval_of_edges_needed_is_that_of_the_search_on_bootstrap_samples() -> None:
+    """Two of the four prompts reach their whole metric with the strong head alone, the others need both heads; f rises
+    with size on every sample of the prompts, so each sample's number is found by looking at all sizes."""
+    model, pairs, scores = two_heads()
+
+    def capped(logits, pairs):
+        caps = torch.tensor([0.2857, 10.0, 0.8, 10.0])
+        return torch.minimum(logit_difference(logits, pairs), caps)
+
+    metric = Metric("capped", capped)
+    needed = faithfulness(model, pairs, scores, sizes=[1], metric=metric, levels=(0.8,)).edges_for(0.8)
+    measure = CircuitMetric.of(Experiment(model, pairs, metric=metric))
+    sizes = measure.each([scores.keep(n).mask for n in range(1, len(scores.graph) + 1)])
+    columns = torch.stack([measure.clean, measure.empty, *(m.value for m in sizes)], -1).numpy()
+    draws = resampled_means(columns, RESAMPLES, np.random.default_rng(0))
+    f = (draws[:, 2:] - draws[:, 1:2]) / (draws[:, :1] - draws[:, 1:2])
+    numbers = [next(n for n, value in enumerate(row, 1) if value >= 0.8) for row in f]
+    low, high = np.quantile(numbers, [0.025, 0.975], method="inverted_cdf")
+    assert (needed.low, needed.edges, needed.high) == (low, 2, high)
+    assert low < high
 
 
 def test_the_search_finds_the_smallest_size_where_f_only_rises() -> None:
