@@ -78,6 +78,7 @@ _THEMES: dict[str, tuple[Column, ...]] = {
         Column("pair_accuracy", "pair accuracy", 3, drawn=True),
         Column("top1_accuracy", "top-1 accuracy", 3),
         Column("logit_difference", "logit difference", 2),
+        Column("steps_to_skill", "steps until pair accuracy first reaches 80 %", 0),
     ),
     "Circuits by ACDC": (
         Column("corrupt_kl", "KL(clean prompt || corrupt prompt), nats", 2),
@@ -104,6 +105,8 @@ _THEMES: dict[str, tuple[Column, ...]] = {
     ),
     "Faithfulness": (
         Column("edges_0.9", "edges needed for f >= 0.9", 0, -1, _MORE_LOCAL, drawn=True),
+        Column("edges_0.9_low", "lower end of their interval over prompts", 0),
+        Column("edges_0.9_high", "upper end of their interval over prompts", 0),
         Column("cpr", "CPR", 3, +1, _MORE_FAITHFUL, drawn=True),
         Column("cmd", "CMD", 3, -1, _MORE_FAITHFUL),
         Column("edges_0.9_frozen", "edges needed for f >= 0.9, frozen masks", 0, streams=("ablated",)),

@@ -40,8 +40,12 @@ def plan_table(folders: Sequence[ModelFolder], device: str) -> pd.DataFrame:
     device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     rows, left, took, estimates = [], [], [], []
     for folder in folders:
-        run, gates = folder.grid.run, folder.variant.gates
-        tokens = run.train.steps * run.train.batch_size * run.model.n_ctx if folder.variant.training != "none" else 0
+        run, gates = folder.config, folder.variant.gates
+        tokens = (
+            run.train.steps * run.train.batch_size * folder.grid.run.model.n_ctx
+            if folder.variant.training != "none"
+            else 0
+        )
         record, steps = folder.trained(), folder.steps_done()
         status = "done" if record else f"step {steps} of {run.train.steps}" if steps else "to do"
         model = {"variant": folder.variant.name, "seed": folder.seed}

@@ -8,17 +8,18 @@ transformer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sa_lens.circuits.tasks.tinystories import NAMES
+from sa_lens.compare.learning import Learning
 from sa_lens.compare.measurement import Measurement
 from sa_lens.compare.model_measurements import SAE, Losses, Weights
 from sa_lens.compare.task_measurements import ACDC, Faithfulness, Skill
 from sa_lens.compare.unit_measurements import Explanations, Labels, Leakage, Units
-from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
+from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig, from_dict
 from sa_lens.data.whole_files import atomic_write
 from sa_lens.sae import PRESETS as SAE_PRESETS
 from sa_lens.sae import SAESettings
@@ -40,6 +41,13 @@ class Variant:
     """Its gates; scope `none` for the baseline."""
     training: Training = "whole"
     """Which part of the model is trained."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `RunConfig.train` in which it differs from the grid, such as `{"steps": 700}`."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is a trained model without gates: the baseline, or one that is trained for fewer steps."""
+        return not self.gates.gated and self.training == "whole"
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Grid:
     """Measurements on every model."""
     seeds: tuple[int, ...]
     """Seeds that are trained unless others are asked for."""
+    learners: tuple[str, ...] = ()
+    """Variants whose skill is measured during training, at every evaluation (`train.eval_every`); names that are no
+    variant are ignored. This has no effect on the models, and a finished model is not trained again for it."""
+    learning_pairs: int = 200
+    """Prompt pairs of each task on which it is measured."""
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
@@ -73,7 +86,7 @@ class Grid:
         Raises:
             ValueError: the variant is trained on the baseline, but its folder is not given.
         """
-        train = dataclasses.replace(self.run.train, seed=seed)
+        train = from_dict(TrainConfig, {**variant.train, "seed": seed}, base=self.run.train, where="train.")
         if variant.training != "gates":
             return dataclasses.replace(self.run, gates=variant.gates, train=train)
         if baseline is None:
@@ -93,16 +106,46 @@ def learned_variants(ks: Sequence[int], gates: GateConfig) -> tuple[Variant, ...
     )
 
 
+def local_gates(k: int, gates: GateConfig) -> GateConfig:
+    """Returns local gates that keep k attention units and k neurons."""
+    return dataclasses.replace(gates, scope="local", k_attn=k, k_mlp=k)
+
+
 def controls(k: int, gates: GateConfig) -> tuple[Variant, ...]:
     """The four controls, with local gates: random scores per layer, random scores per token, gates trained on the
     frozen baseline, and a model that is not trained at all."""
-    local = dataclasses.replace(gates, scope="local", k_attn=k, k_mlp=k)
+    local = local_gates(k, gates)
     return (
-        Variant("random-static", dataclasses.replace(local, scores="random-static")),
-        Variant("random-token", dataclasses.replace(local, scores="random-token")),
+        *random_gates(k, gates),
         Variant("frozen-base", local, training="gates"),
         Variant("random-init", local, training="none"),
     )
+
+
+def random_gates(k: int, gates: GateConfig, ending: str = "") -> tuple[Variant, Variant]:
+    """Returns the controls with random scores per layer and per token."""
+    local = local_gates(k, gates)
+    return (
+        Variant(f"random-static{ending}", dataclasses.replace(local, scores="random-static")),
+        Variant(f"random-token{ending}", dataclasses.replace(local, scores="random-token")),
+    )
+
+
+def joint(k: int, gates: GateConfig, lr: float) -> Variant:
+    """Returns local gates that are trained with both streams from the first step, as in the paper.
+
+    Args:
+        lr: learning rate from which it falls to 0 along half a cosine.
+    """
+    return Variant(f"joint-{k}", local_gates(k, gates), train={"dense_share": 0.0, "dense_lr": None, "lr": lr})
+
+
+def shorter_baselines(*steps: int) -> tuple[Variant, ...]:
+    """Returns dense transformers that are trained for fewer steps, with the schedule of the grid made shorter.
+
+    They show what a model without gates does at the higher loss of a self-ablating model.
+    """
+    return tuple(dataclasses.replace(baseline(), name=f"dense-{n}", train={"steps": n}) for n in steps)
 
 
 def baseline() -> Variant:
@@ -112,27 +155,28 @@ def baseline() -> Variant:
 
 def task_measurements(skill: Skill, acdc: ACDC, faithfulness: Faithfulness) -> tuple[Measurement, ...]:
     """Returns the measurements for IOI and for object recall, the latter without the spread of ACDC over orders."""
-    other = (skill, dataclasses.replace(acdc, orders=0), faithfulness)
-    return skill, acdc, faithfulness, *(dataclasses.replace(measurement, task="object") for measurement in other)
+    other = (skill, Learning(), dataclasses.replace(acdc, orders=0), faithfulness)
+    of_object = (dataclasses.replace(measurement, task="object") for measurement in other)
+    return skill, Learning(), acdc, faithfulness, *of_object
 
 
 def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -> Grid:
     gates = GateConfig(temperature=0.1)
     run = RunConfig(
-        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, n_ctx=128, init="gpt2", attn_scale=True),
+        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=256, n_ctx=128, init="gpt2", attn_scale=True),
         data=source,
         train=TrainConfig(
             steps=steps,
             # trained on both streams from the first step, small models learn to copy late or not at all
-            dense_share=0.65,
-            batch_size=4,
+            dense_share=0.6,
+            batch_size=8,
             dense_lr=3e-3,
             lr=1.5e-3,
             betas=(0.9, 0.98),
             warmup_steps=100,
             precision="bf16",
-            eval_every=steps,
-            eval_tokens=20_000,
+            eval_every=100,
+            eval_tokens=4_000,
             save_every=1_000,
             sample_tokens=0,
         ),
@@ -141,7 +185,10 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         name=name,
         about=about,
         run=run,
-        variants=(baseline(), *learned_variants((2, 8), gates), *controls(8, gates)),
+        variants=(
+            *(baseline(), *learned_variants((2, 8), gates), joint(8, gates, 3e-3)),
+            *(*controls(8, gates), *random_gates(2, gates, "-2"), *shorter_baselines(700, 1_100, 1_700, 2_700)),
+        ),
         measurements=(
             Losses(tokens=60_000),
             Weights(),
@@ -153,6 +200,7 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
             SAE(dataclasses.replace(SAE_PRESETS["laptop"], steps=400, expansion=4)),
         ),
         seeds=tuple(range(seeds)),
+        learners=(BASELINE, "local-8", "joint-8"),
     )
 
 
@@ -198,7 +246,15 @@ def smoke() -> Grid:
         model=ModelConfig(n_layers=2, d_model=16, n_heads=2, n_ctx=48, init="gpt2", attn_scale=True),
         data=DataConfig(source="stories", n_stories=300, vocab_size=1000, validation_fraction=0.2),
         train=TrainConfig(
-            steps=6, batch_size=2, lr=3e-3, eval_every=6, eval_tokens=256, save_every=3, log_every=3, sample_tokens=0
+            steps=6,
+            dense_share=0.5,
+            batch_size=2,
+            lr=3e-3,
+            eval_every=3,
+            eval_tokens=256,
+            save_every=3,
+            log_every=3,
+            sample_tokens=0,
         ),
     )
     tiny = SAESettings(expansion=1, steps=6, batch_tokens=64, buffer_tokens=512, lr=1e-3)
@@ -206,7 +262,15 @@ def smoke() -> Grid:
         name="smoke",
         about="models of six steps, to see that everything runs",
         run=run,
-        variants=(baseline(), *learned_variants((4,), gates), *controls(4, gates)),
+        variants=(
+            *(
+                baseline(),
+                *learned_variants((4,), gates),
+                joint(4, gates, 3e-3),
+                *controls(4, gates),
+                *shorter_baselines(3),
+            ),
+        ),
         measurements=(
             Losses(tokens=256),
             Weights(),
@@ -222,6 +286,8 @@ def smoke() -> Grid:
             SAE(tiny, tokens=256),
         ),
         seeds=(0, 1),
+        learners=(BASELINE, "local-4", "joint-4"),
+        learning_pairs=16,
     )
 
 

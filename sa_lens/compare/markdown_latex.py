@@ -22,7 +22,8 @@ from sa_lens.compare.columns import (
     task_title,
 )
 from sa_lens.compare.grids import BASELINE
-from sa_lens.compare.verdicts import Comparison
+from sa_lens.compare.learning import learning_curves
+from sa_lens.compare.verdicts import MATCHED, Comparison
 from sa_lens.data.whole_files import atomic_write
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ def verdict_table(comparison: Comparison, against: str = BASELINE) -> pd.DataFra
     """
     import pandas as pd
 
-    summary = _rows(comparison.summary(against))
-    variants = [variant for variant in comparison.variants if variant != against]
+    table = comparison.summary(against)
+    summary, shown = _rows(table), {*table["variant"]} - {against}
+    variants = [variant for variant in comparison.variants if variant in shown]
     rows = []
     for stream in ("clean", "ablated"):
         for task, name in claims_of(stream):
@@ -267,7 +269,8 @@ def _latex_table(table: pd.DataFrame, caption: str, wide: list[float] | None = N
 
 
 def write(comparison: Comparison, out: str | Path) -> list[Path]:
-    """Writes values.csv, summary.csv, table.md, table.tex and figure.html into a folder."""
+    """Writes values.csv, summary.csv, table.md, table.tex, figure.html, and with dense models of several lengths
+    matched-loss.csv, with skill during training learning.csv and learning.html, into a folder."""
     from sa_lens.views import save
 
     out = Path(out)
@@ -278,9 +281,15 @@ def write(comparison: Comparison, out: str | Path) -> list[Path]:
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
     }
+    if len(comparison.dense) > 1:
+        texts["matched-loss.csv"] = comparison.summary(MATCHED).to_csv(index=False)
     for name, text in texts.items():
         atomic_write(out / name, text.encode())
     written = [out / name for name in texts]
     if bool(comparison.values["value"].notna().any()):
         written.append(save(comparison, out / "figure.html"))
+    if comparison.learning is not None and len(comparison.learning):
+        atomic_write(out / "learning.csv", comparison.learning.to_csv(index=False).encode())
+        curves = [learning_curves(comparison.learning, what) for what in (*TASKS, "loss")]
+        written += [out / "learning.csv", save(curves, out / "learning.html")]
     return written

@@ -63,7 +63,7 @@ class TrainedModel:
     @property
     def words(self) -> Words:
         """Vocabulary of the prompts, which is that of the text on which the model was trained."""
-        return "stories" if self.run.data.source == "stories" else "tinystories"
+        return words_of(self.run)
 
     def no_values(self, columns: Sequence[str]) -> Values:
         """Returns the columns in every stream of the model, without values."""
@@ -82,6 +82,11 @@ class TrainedModel:
         blocks = torch.from_numpy(validation_blocks(self.data.validation, n_ctx, calibration + tokens))[:, :n_ctx]
         first = min(len(blocks) - 4, max(4, round(len(blocks) * calibration / (calibration + tokens))))
         return blocks[:first], blocks[first:]
+
+
+def words_of(run: RunConfig) -> Words:
+    """Returns the vocabulary of the prompts that fit the text of a run."""
+    return "stories" if run.data.source == "stories" else "tinystories"
 
 
 def check_validation(data: PreparedData, n_ctx: int) -> None:

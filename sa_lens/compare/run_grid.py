@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sa_lens.compare.dry_run import plan_table
 from sa_lens.compare.grids import Grid, apply_choices, grid_named, keep_names_whole, write_names
+from sa_lens.compare.learning import skill_while_training
 from sa_lens.compare.markdown_latex import write
-from sa_lens.compare.measurement import TrainedModel, check_validation
+from sa_lens.compare.measurement import TrainedModel, check_validation, words_of
 from sa_lens.compare.model_folder import ModelFolder, model_folders
 from sa_lens.compare.verdicts import Comparison, collect
 from sa_lens.core.architecture import check_supported, hooked_config
@@ -190,7 +191,11 @@ def _train(
     if folder.variant.training == "none":
         (_, model), seconds = load_text_and_model(run, progress=False), 0.0
     else:
-        trained = train(run, folder.run, device=device, resume=folder.run.exists(), progress=progress)
+        measure = None
+        if folder.variant.name in folder.grid.learners:
+            measure = skill_while_training(data, words_of(run), folder.grid.learning_pairs)
+        options: dict[str, Any] = {"device": device, "resume": folder.run.exists(), "progress": progress}
+        trained = train(run, folder.run, measure=measure, **options)
         model, seconds = trained.model, trained.seconds
     model.save_pretrained(folder.final)
     return folder.finish(text, seconds)

@@ -163,8 +163,10 @@ class Faithfulness(CircuitMeasurement):
     """Steps of the integrated gradient."""
 
     name: ClassVar[str] = "faithfulness"
-    version: ClassVar[int] = 3
-    columns: ClassVar[tuple[str, ...]] = ("edges_0.9", "cpr", "cmd", "edges_0.9_frozen", "masks_alone")
+    version: ClassVar[int] = 4
+    columns: ClassVar[tuple[str, ...]] = (
+        *("edges_0.9", "edges_0.9_low", "edges_0.9_high", "cpr", "cmd", "edges_0.9_frozen", "masks_alone"),
+    )
 
     def work(self, run: RunConfig) -> float:
         return 400.0 * self.pairs * PROMPT_TOKENS
@@ -182,7 +184,13 @@ class Faithfulness(CircuitMeasurement):
             frozen = self._curve(trained, pairs, stream, "frozen") if stream == "ablated" else None
         except GapTooSmall as error:
             return {}, f"the {stream} stream: {error}"
-        figures = {"edges_0.9": curve.edges_for(0.9).edges, "cpr": curve.cpr.mean, "cmd": curve.cmd.mean}
+        needed = curve.edges_for(0.9)
+        figures: dict[str, float] = {
+            "edges_0.9": needed.edges,
+            "edges_0.9_low": needed.low,
+            "edges_0.9_high": needed.high,
+        }
+        figures |= {"cpr": curve.cpr.mean, "cmd": curve.cmd.mean}
         if frozen is not None:
             figures |= {"edges_0.9_frozen": frozen.edges_for(0.9).edges, "masks_alone": frozen.about["masks_alone"]}
         return figures, ""

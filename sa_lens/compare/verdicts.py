@@ -16,12 +16,16 @@ import numpy as np
 
 from sa_lens.compare.columns import WEIGHTS, claimed_direction, claims_of, column_named, sort_columns
 from sa_lens.compare.grids import BASELINE
+from sa_lens.compare.learning import COLUMNS as LEARNING
+from sa_lens.compare.learning import learning_rows
 from sa_lens.compare.model_folder import ModelFolder
 from sa_lens.statistics import LEVEL, Interval, t_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
+MATCHED = "matched-loss"
+"""Instead of a variant: for each variant, stream and seed, the dense model with the nearest loss."""
 LEAST_PAIRS = 3
 """Seeds without which there is no test: counts of edges can differ by the same number twice, and p would be 0."""
 
@@ -45,6 +49,11 @@ class Comparison:
     """One row per note on a model: variant, seed, measurement, note."""
     unfinished: int
     """Measurements of models that are still to do."""
+    dense: tuple[str, ...] = (BASELINE,)
+    """The trained variants without gates: the baseline, and those that are trained for fewer steps."""
+    learning: pd.DataFrame | None = None
+    """Loss and skill during training: variant, seed, step, stream, loss, and the pair accuracy in each task; None or
+    without rows if none was measured."""
 
     def summary(self, against: str = BASELINE) -> pd.DataFrame:
         """Returns means over seeds, paired differences and verdicts.
@@ -54,7 +63,9 @@ class Comparison:
 
         Args:
             against: the variant that differences are taken from. The claims are about the baseline; with another
-                variant, the verdicts tell whether an effect goes beyond that variant's.
+                variant, the verdicts tell whether an effect goes beyond that variant's. With `"matched-loss"`, each
+                stream of a model with gates is compared with the dense model of the same seed whose loss is nearest to
+                the stream's (values of the weights: nearest to the clean stream's).
 
         Returns:
             One row per variant, task, column and stream: `n`, `mean`, `low`, `high` (95 % t interval over seeds);
@@ -67,14 +78,21 @@ class Comparison:
         """
         import pandas as pd
 
-        if against not in self.variants:
+        if against not in (*self.variants, MATCHED):
             raise ValueError(f"against={against!r} is no variant of this comparison: {', '.join(self.variants)}")
         keys = ["variant", "task", "column", "stream"]
         groups: Any = self.values.groupby(keys, sort=False)
-        by_seed: dict[_Key, pd.Series] = {key: rows.set_index("seed")["value"] for key, rows in groups}
+        by_seed: _BySeed = {key: dict(zip(rows["seed"], rows["value"], strict=True)) for key, rows in groups}
         rows = []
         for variant in self.variants:
-            of_variant = [_row(by_seed, key, against) for key in by_seed if key[0] == variant]
+            if against == MATCHED and variant in self.dense:
+                continue
+            of_variant = []
+            for key in by_seed:
+                if key[0] == variant:
+                    nearest = against == MATCHED
+                    other = _nearest_dense(by_seed, key, self.dense) if nearest else _like(by_seed, key, against)
+                    of_variant.append(_row(key, by_seed[key], None if variant == against else other))
             if variant != against:
                 _decide(of_variant)
             rows += of_variant
@@ -85,6 +103,8 @@ class Comparison:
 
 _Key = tuple[str, str, str, str]
 """Variant, task, column, stream."""
+_BySeed = dict[_Key, dict[int, float]]
+"""Values by seed."""
 _DIFFERENCE = ("n_pairs", "difference", "difference_low", "difference_high", "p")
 _COLUMNS = [
     *("variant", "task", "column", "stream", "n", "mean", "low", "high", *_DIFFERENCE, "p_holm"),
@@ -92,17 +112,36 @@ _COLUMNS = [
 ]
 
 
-def _row(by_seed: dict[_Key, pd.Series], key: _Key, against: str) -> dict[str, Any]:
-    """Returns a row of the summary without its verdict."""
-    (variant, task, column, stream), own = key, by_seed[key]
-    row: dict[str, Any] = {"variant": variant, "task": task, "column": column, "stream": stream, "n": int(own.count())}
-    row |= t_interval(own.tolist())._asdict()
+def _like(by_seed: _BySeed, key: _Key, against: str) -> dict[int, float]:
+    """Returns the values of another variant in the same stream, or in its clean stream if it has no other."""
+    _, task, column, stream = key
+    return by_seed.get((against, task, column, stream), by_seed.get((against, task, column, "clean"), {}))
+
+
+def _nearest_dense(by_seed: _BySeed, key: _Key, dense: Sequence[str]) -> dict[int, float]:
+    """Returns, seed by seed, the value of the dense variant whose loss is nearest to that of the stream."""
+    variant, task, column, stream = key
+    losses = {name: by_seed.get((name, "", "loss", "clean"), {}) for name in dense}
+    values = {}
+    for seed, loss in by_seed.get((variant, "", "loss", stream or "clean"), {}).items():
+        gaps = {name: abs(of_dense[seed] - loss) for name, of_dense in losses.items() if seed in of_dense}
+        if gaps:
+            nearest = min(gaps, key=gaps.__getitem__)
+            values[seed] = by_seed.get((nearest, task, column, stream and "clean"), {}).get(seed, math.nan)
+    return values
+
+
+def _row(key: _Key, own: dict[int, float], other: dict[int, float] | None) -> dict[str, Any]:
+    """Returns a row of the summary without its verdict; without other values there are no differences."""
+    variant, task, column, stream = key
+    known = [value for value in own.values() if math.isfinite(value)]
+    row: dict[str, Any] = {"variant": variant, "task": task, "column": column, "stream": stream, "n": len(known)}
+    row |= t_interval(known)._asdict()
     row |= {"direction": claimed_direction(task, column), "verdict": "", "claim": column_named(column).claim}
-    if variant == against:
+    if other is None:
         return row | dict.fromkeys(_DIFFERENCE, math.nan) | {"n_pairs": 0, "p_holm": math.nan}
-    reference = by_seed.get((against, task, column, stream), by_seed.get((against, task, column, "clean")))
-    both = own.to_frame("own").join(own.iloc[:0] if reference is None else reference, how="inner")
-    difference = paired_difference(both["own"].tolist(), both["value"].tolist())
+    both = [(value, other[seed]) for seed, value in own.items() if seed in other]
+    difference = paired_difference([value for value, _ in both], [value for _, value in both])
     return row | dict(zip(_DIFFERENCE, difference, strict=True)) | {"p_holm": math.nan}
 
 
@@ -197,9 +236,10 @@ def collect(folders: Sequence[ModelFolder]) -> Comparison:
     """Collects the values of all models of a grid that are on disk."""
     import pandas as pd
 
-    values, notes, unfinished, grid = [], [], 0, folders[0].grid
+    values, notes, learning, unfinished, grid = [], [], [], 0, folders[0].grid
     for folder in folders:
         of_model = {"variant": folder.variant.name, "seed": folder.seed}
+        learning += [{**of_model, **row} for row in learning_rows(folder.run)]
         for measurement in folder.grid.measurements:
             note = {**of_model, "measurement": measurement.label}
             result = folder.result(measurement)
@@ -223,4 +263,6 @@ def collect(folders: Sequence[ModelFolder]) -> Comparison:
         ),
         notes=pd.DataFrame(notes, columns=["variant", "seed", "measurement", "note"]),
         unfinished=unfinished,
+        dense=tuple(variant.name for variant in grid.variants if variant.dense),
+        learning=pd.DataFrame(learning, columns=["variant", "seed", *LEARNING]),
     )

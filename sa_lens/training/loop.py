@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,13 @@ class TrainResult:
 
 
 def train(
-    run: RunConfig, out: str | Path, *, device: str = "auto", resume: bool = False, progress: bool = True
+    run: RunConfig,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+    measure: Callable[[SelfAblatingTransformer], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Trains a model and writes a run folder.
 
@@ -81,6 +87,9 @@ def train(
         resume: continue from the last complete checkpoint in `out`, or from the beginning if there is none yet. The
             result is bit for bit that of an uninterrupted run on the same machine, versions, threads and processes.
         progress: show progress on standard error.
+        measure: further figures of the model, such as its skill in a task. It is called at every evaluation, and what
+            it returns becomes a record of kind `measured` in `metrics.jsonl`. It must draw no random numbers from
+            torch's generators.
 
     Raises:
         ValueError, FileNotFoundError: settings that do not fit each other, the data, or the run to be resumed.
@@ -103,7 +112,8 @@ def train(
             stack.enter_context(run_folder.sole_trainer(out))
         accelerator.wait_for_everyone()
         try:
-            return _train(run, out, accelerator, resume=resume, progress=progress and accelerator.is_main_process)
+            shown = progress and accelerator.is_main_process
+            return _train(run, out, accelerator, resume=resume, progress=shown, measure=measure)
         except TrainingDiverged as error:
             steps = complete_steps(out)
             kept = f"The last good checkpoint, {steps[-1]}, is kept" if steps else "There is no checkpoint yet"
@@ -114,7 +124,15 @@ def train(
             raise
 
 
-def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool, progress: bool) -> TrainResult:
+def _train(
+    run: RunConfig,
+    out: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    progress: bool,
+    measure: Callable[[SelfAblatingTransformer], Mapping[str, float]] | None,
+) -> TrainResult:
     cfg, main = run.train, accelerator.is_main_process
     early = known_without_weights(run)
     if progress and not resume and early:
@@ -159,10 +177,13 @@ def _train(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
                         share=(accelerator.process_index, accelerator.num_processes),
                         total=lambda x: _total(x, accelerator),
                     )
+                    further = dict(measure(model)) if measure is not None and main else None
                 _check_evaluation(evaluation, step)
                 figures = dataclasses.asdict(evaluation)
                 state = dataclasses.replace(state, evaluation=figures)
                 record("eval", figures)
+                if further is not None:
+                    record("measured", further)
                 if is_best(evaluation, step, run, state.best_loss):
                     state = dataclasses.replace(state, best_loss=selection_loss(evaluation), best_step=step)
                     extra = {"run": to_dict(run), "text": setup.text, "step": step, "validation": figures}

@@ -93,7 +93,7 @@ def term_row(terms: LossTerms) -> Float[Tensor, " term"]:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object per line, appended during the run.
 
-    Every record has `kind` (train | eval | sample) and `step` (optimizer steps taken before it).
+    Every record has `kind` (train | eval | measured | sample) and `step` (optimizer steps taken before it).
     """
 
     def __init__(self, path: Path) -> None:

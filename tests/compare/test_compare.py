@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -23,9 +24,11 @@ from sa_lens.compare import (
     Comparison,
     Faithfulness,
     Grid,
+    Learning,
     Losses,
     Measurement,
     Result,
+    Skill,
     Weights,
     compare,
     plan,
@@ -96,6 +99,8 @@ def test_every_column_of_every_kind_of_variant(tmp_path, cache):
                 if (v, task) == (variant, measurement.task) and stream in streams
             }
             absent = set(measurement.columns) - there
+            if variant not in grid.learners:
+                absent.discard("steps_to_skill")
             only_gated = {"units_used", "mask_share", "probe_mask_nats", "self_read_cost"}
             assert absent <= (only_gated if variant == "baseline" else set()), (measurement.label, variant)
     assert values["baseline", "ioi", "acdc_edges_0.003", "clean"] >= 0
@@ -177,6 +182,54 @@ def test_changed_settings_of_an_sae_are_another_sae(tmp_path, cache):
         found = run(tiny(cache, measurements=(measurement,)), tmp_path, seeds=1)
         assert found.unfinished == 0
     assert len([*tmp_path.glob("models/*/sae-clean-*")]) == 2
+
+
+def test_skill_during_training_is_measured_by_the_run_and_found_again(tmp_path, cache):
+    """The last row of each run is what the finished model has; the weights are those of a run without measuring."""
+    grid = tiny(cache, "local-4", "joint-4", measurements=(Skill(pairs=16), Learning()))
+    found = run(grid, tmp_path / "measured", seeds=1)
+    table = found.learning
+    assert table[["variant", "stream"]].drop_duplicates().to_numpy().tolist() == [
+        *(["baseline", "clean"], ["local-4", "clean"], ["local-4", "ablated"]),
+        *(["joint-4", "clean"], ["joint-4", "ablated"]),
+    ]
+    assert sorted(table["step"].unique()) == [3, 6]
+    last = table[table["step"] == 6].set_index(["variant", "stream"])["ioi"]
+    skill = found.values[found.values["column"] == "pair_accuracy"].set_index(["variant", "stream"])["value"]
+    assert last.to_dict() == skill.to_dict()
+    assert table[table["stream"] == "ablated"].set_index(["variant", "step"])["loss"].isna().to_dict() == {
+        **{("local-4", 3): True, ("local-4", 6): False},
+        **{("joint-4", 3): False, ("joint-4", 6): False},
+    }
+    assert (tmp_path / "measured" / "learning.html").is_file()
+    silent = run(dataclasses.replace(grid, learners=()), tmp_path / "silent", seeds=1)
+    assert not len(silent.learning)
+    assert not (tmp_path / "silent" / "learning.html").exists()
+    weights = [
+        {path.parent.parent.name: path.read_bytes() for path in (tmp_path / name).rglob("final/model.safetensors")}
+        for name in ("measured", "silent")
+    ]
+    assert weights[0] == weights[1]
+    again = run(grid, tmp_path / "silent", seeds=1)
+    assert not len(again.learning), "a finished model is not trained again"
+
+
+def test_steps_to_skill_are_those_of_the_first_evaluation_at_the_bar(tmp_path):
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    figures = {100: (0.5, 0.4), 200: (0.8, 0.5), 300: (0.7, 0.79), 400: (0.9, 0.6)}
+    lines = []
+    for step, (clean, ablated) in figures.items():
+        lines.append({"kind": "eval", "step": step, "clean_loss": 1.0, "ablated_loss": 2.0})
+        skills = {"ioi_clean": clean, "ioi_ablated": ablated, "object_clean": 0.9, "object_ablated": 0.9}
+        lines.append({"kind": "measured", "step": step, **skills})
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = SimpleNamespace(folder=tmp_path, streams=("clean", "ablated"))
+    trained.no_values = lambda columns: {column: dict.fromkeys(trained.streams) for column in columns}
+    found = Learning().measure(trained)
+    assert found.values == {"steps_to_skill": {"clean": 200, "ablated": None}}
+    assert found.notes == ("the ablated stream never reaches 80% pair accuracy in training",)
+    assert Learning(task="object").measure(trained).values == {"steps_to_skill": {"clean": 100, "ablated": 100}}
 
 
 def test_a_changed_baseline_changes_the_gates_on_it_alone(tmp_path, cache):

@@ -24,7 +24,10 @@ def test_variants_differ_in_their_gates_alone(name):
     for variant in grid.variants:
         run = to_dict(grid.config(variant, 3, "folder"))
         different = {key for key in reference if run[key] != reference[key]}
-        if variant.training == "gates":
+        if variant.train:
+            assert run["train"] == reference["train"] | dict(variant.train)
+            assert different <= {"gates", "train"}
+        elif variant.training == "gates":
             assert different <= {"gates", "model", "train"}
             assert run["train"] == reference["train"] | {"freeze": "base", "init": "folder"}
             assert run["model"]["n_ctx"] == reference["model"]["n_ctx"]
@@ -46,11 +49,20 @@ def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
     for name, seeds in (("laptop", 5), ("laptop-tinystories", 3)):
         grid = GRIDS[name]()
         assert [v.name for v in grid.variants] == [
-            *("baseline", "local-2", "local-8", "global-2", "global-8"),
-            *("random-static", "random-token", "frozen-base", "random-init"),
+            *("baseline", "local-2", "local-8", "global-2", "global-8", "joint-8"),
+            *("random-static", "random-token", "frozen-base", "random-init", "random-static-2", "random-token-2"),
+            *("dense-700", "dense-1100", "dense-1700", "dense-2700"),
+        ]
+        assert [v.name for v in grid.variants if v.dense] == [
+            *("baseline", "dense-700", "dense-1100", "dense-1700", "dense-2700"),
         ]
         assert len(grid.seeds) == seeds
         by_name = {v.name: v for v in grid.variants}
+        assert grid.config(by_name["joint-8"], 0).train.dense_steps == 0
+        assert grid.config(by_name["dense-700"], 0).train.dense_steps == 420
+        for k in (2, 8):
+            of_k = [by_name[name + ("" if k == 8 else "-2")].gates for name in ("random-static", "random-token")]
+            assert of_k == [dataclasses.replace(by_name[f"local-{k}"].gates, scores=g.scores) for g in of_k]
         assert by_name["random-static"].gates.scores == "random-static"
         assert by_name["random-token"].gates.scores == "random-token"
         assert by_name["frozen-base"].training == "gates"
@@ -84,6 +96,13 @@ def test_a_grid_begins_with_its_baseline():
     for variants in ((local,), (local, baseline()), (baseline(), local, local), ()):
         with pytest.raises(ValueError, match="first must be 'baseline'"):
             Grid("bad", "", RunConfig(), variants, (), (0,))
+
+
+def test_settings_of_a_variant_must_exist():
+    grid = GRIDS["smoke"]()
+    odd = dataclasses.replace(grid.variants[1], train={"step": 3})
+    with pytest.raises(ValueError, match=r"unknown key train\.'step'.*steps"):
+        grid.config(odd, 0)
 
 
 def test_gates_on_a_baseline_need_one():

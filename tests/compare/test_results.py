@@ -14,6 +14,7 @@ from scipy import stats
 
 from sa_lens.compare import (
     COLUMNS,
+    MATCHED,
     Column,
     Comparison,
     difference_tables,
@@ -112,6 +113,38 @@ def test_differences_from_another_variant_are_of_like_streams():
     assert row(summary, "local-8", "acdc_edges_0.01", "ablated")["difference"] == pytest.approx(60)
     with pytest.raises(ValueError, match="against='nobody'"):
         comparison().summary("nobody")
+
+
+def test_at_matched_loss_each_seed_and_stream_is_compared_with_its_nearest_dense_model():
+    """Losses of the dense models are 1.0 and 1.5 in every seed; the clean stream is near the first, the ablated stream
+    near the second in two seeds; weights go with the clean stream."""
+    edges = "acdc_edges_0.01"
+    short = {("loss", "clean"): [1.5] * 4, (edges, "clean"): [20.0, 21.0, 22.0, 23.0], ("hoyer", ""): [0.9] * 4}
+    gated = {
+        **{
+            ("loss", "clean"): [1.1] * 4,
+            ("loss", "ablated"): [1.4, 1.6, 1.2, 1.1],
+            ("hoyer", ""): [0.3, 0.4, 0.5, 0.6],
+        },
+        **{(edges, "clean"): [50.0] * 4, (edges, "ablated"): [10.0, 10.0, 10.0, math.nan]},
+    }
+    made = comparison(**{"dense-9": short, "gated": gated})
+    base = made.values["variant"] == "baseline"
+    more = made.values[base].assign(task="", column="loss", value=1.0, stream="clean").drop_duplicates("seed")
+    hoyer = more.assign(column="hoyer", stream="", value=0.1)
+    made = dataclasses.replace(made, values=pd.concat([made.values, more, hoyer]), dense=("baseline", "dense-9"))
+    summary = made.summary(MATCHED)
+    assert set(summary["variant"]) == {"local-8", "gated"}, "dense models are the reference"
+    differences = {
+        (column, stream): [row(summary, "gated", column, stream)[name] for name in ("n_pairs", "difference")]
+        for column, stream in ((edges, "clean"), (edges, "ablated"), ("hoyer", ""), ("loss", "ablated"))
+    }
+    assert differences[edges, "clean"] == [4, pytest.approx(50 - np.mean(BASE))]
+    assert differences[edges, "ablated"] == [3, pytest.approx(np.mean([10 - 20, 10 - 21, 10 - BASE[2]]))]
+    assert differences["hoyer", ""] == [4, pytest.approx(0.35)]
+    assert differences["loss", "ablated"] == [4, pytest.approx(np.mean([-0.1, 0.1, 0.2, 0.1]))]
+    assert [*verdict_table(made, MATCHED).columns[4:]] == ["local-8", "gated"]
+    assert math.isnan(row(summary, "local-8", edges, "clean")["difference"]), "it has no loss"
 
 
 def test_one_seed_gives_no_verdict():
