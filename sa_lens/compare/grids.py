@@ -140,6 +140,11 @@ def joint(k: int, gates: GateConfig, lr: float) -> Variant:
     return Variant(f"joint-{k}", local_gates(k, gates), train={"dense_share": 0.0, "dense_lr": None, "lr": lr})
 
 
+def reading_ablated(k: int, gates: GateConfig) -> Variant:
+    """Returns local gates that read the ablated stream, so that masks cannot carry what this stream does not know."""
+    return Variant(f"ablated-scores-{k}", dataclasses.replace(local_gates(k, gates), scores="ablated"))
+
+
 def shorter_baselines(*steps: int) -> tuple[Variant, ...]:
     """Returns dense transformers that are trained for fewer steps, with the schedule of the grid made shorter.
 
@@ -186,7 +191,7 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         about=about,
         run=run,
         variants=(
-            *(baseline(), *learned_variants((2, 8), gates), joint(8, gates, 3e-3)),
+            *(baseline(), *learned_variants((2, 8), gates), joint(8, gates, 3e-3), reading_ablated(8, gates)),
             *(*controls(8, gates), *random_gates(2, gates, "-2"), *shorter_baselines(700, 1_100, 1_700, 2_700)),
         ),
         measurements=(
@@ -207,7 +212,7 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
 def laptop() -> Grid:
     """Returns the grid of a small model on generated stories."""
     stories = DataConfig(source="stories", n_stories=20_000, vocab_size=1024, validation_fraction=0.05)
-    return _laptop(stories, 4_600, "laptop", "generated stories, 9 variants, 5 seeds; three hours on two cores", 5)
+    return _laptop(stories, 5_000, "laptop", "generated stories, 17 variants, 5 seeds", 5)
 
 
 def laptop_tinystories() -> Grid:
@@ -219,7 +224,7 @@ def laptop_tinystories() -> Grid:
         vocab_size=2048,
         validation_fraction=0.05,
     )
-    return _laptop(text, 4_000, "laptop-tinystories", "TinyStories, 9 variants, 3 seeds; three hours on two cores", 3)
+    return _laptop(text, 5_000, "laptop-tinystories", "TinyStories, 17 variants, 3 seeds", 3)
 
 
 def paper() -> Grid:
@@ -267,6 +272,7 @@ def smoke() -> Grid:
                 baseline(),
                 *learned_variants((4,), gates),
                 joint(4, gates, 3e-3),
+                reading_ablated(4, gates),
                 *controls(4, gates),
                 *shorter_baselines(3),
             ),

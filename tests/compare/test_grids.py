@@ -49,7 +49,7 @@ def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
     for name, seeds in (("laptop", 5), ("laptop-tinystories", 3)):
         grid = GRIDS[name]()
         assert [v.name for v in grid.variants] == [
-            *("baseline", "local-2", "local-8", "global-2", "global-8", "joint-8"),
+            *("baseline", "local-2", "local-8", "global-2", "global-8", "joint-8", "ablated-scores-8"),
             *("random-static", "random-token", "frozen-base", "random-init", "random-static-2", "random-token-2"),
             *("dense-700", "dense-1100", "dense-1700", "dense-2700"),
         ]
@@ -58,6 +58,7 @@ def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
         ]
         assert len(grid.seeds) == seeds
         by_name = {v.name: v for v in grid.variants}
+        assert by_name["ablated-scores-8"].gates == dataclasses.replace(by_name["local-8"].gates, scores="ablated")
         assert grid.config(by_name["joint-8"], 0).train.dense_steps == 0
         assert grid.config(by_name["dense-700"], 0).train.dense_steps == 420
         for k in (2, 8):
