@@ -18,6 +18,7 @@ from torch import Tensor
 from sa_lens.core.fused.eligible_models import has_user_hooks
 from sa_lens.core.host import Host, in_stream
 from sa_lens.core.nodes import NodeFunctions, gate_masks, why_not_single_nodes
+from sa_lens.core.products import product
 
 Lane = Literal["earlier", "clean", "ablated"]
 """Positions before the last one; the last one in the clean stream; the last one in the ablated stream."""
@@ -204,7 +205,7 @@ class _Run:
         """Computes a layer at the last position, whose query attends to the earlier lane and to itself."""
         last = self.prompts.last
         own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
-        q, own_k = (self.functions.rotate(layer, port, own[port][:, :, None], last) for port in (0, 1))
+        q, own_k = (self.functions.rotate(layer, port, own[port][:, :, None], last[:, None]) for port in (0, 1))
         k, v = (known.clone() for known in self.result.keys_and_values[layer])
         every = torch.arange(len(last), device=last.device)
         k[:, every, last], v[:, every, last] = own_k[:, :, 0], own[2]
@@ -218,7 +219,7 @@ class _Run:
         cfg = self.functions.cfg
         z = z if masks[0] is None else z * masks[0]
         self.result.z[lane].append(z)
-        after = x + z.flatten(1) @ self.functions.W_O[layer].flatten(0, 1) + self.functions.b_O[layer]
+        after = x + product(z.flatten(1), self.functions.W_O[layer].flatten(0, 1)) + self.functions.b_O[layer]
         if cfg.attn_only:
             return after
         read = self.reads(lane, layer, "mlp", x if cfg.parallel_attn_mlp else after)

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.core.coverage import FEATURES, Coverage
 from sa_lens.core.host import Host, weight
 from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
+from sa_lens.core.products import linear
 
 _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_attn_in")
 
@@ -95,6 +95,15 @@ class _MLPWeights(NamedTuple):
     act: Callable[[Tensor], Tensor]
 
 
+class _Rotation(NamedTuple):
+    """The rotation of queries and keys by their positions: a vector times `cos`, plus its partners times `sin`."""
+
+    cos: Float[Tensor, "pos d_head"]
+    sin: Float[Tensor, "pos d_head"]
+    partner: Int[Tensor, " d_head"]
+    """The entry with which each entry is rotated."""
+
+
 class NodeFunctions:
     """The nodes of one model as functions of their inputs.
 
@@ -112,14 +121,14 @@ class NodeFunctions:
         for layer in layers:
             ln = f"blocks.{layer}.ln1"
             folded = [self._fold(model, ln, *self._qkv(model, layer, port)) for port in "QKV"]
-            heads.append((torch.stack([w for w, _ in folded]), torch.stack([b for _, b in folded])))
-        self.W_qkv: list[Float[Tensor, "port head d_model d_head"]] = [w for w, _ in heads]
+            heads.append((torch.stack([w.mT for w, _ in folded]), torch.stack([b for _, b in folded])))
+        self.W_qkv: list[Float[Tensor, "port head d_head d_model"]] = [w for w, _ in heads]
         self.b_qkv: list[Float[Tensor, "port head d_head"]] = [b for _, b in heads]
         outputs = [(weight(model, f"blocks.{i}.attn.W_O"), weight(model, f"blocks.{i}.attn.b_O")) for i in layers]
         self.W_O: list[Float[Tensor, "head d_head d_model"]] = [w.detach() for w, _ in outputs]
         self.b_O: list[Float[Tensor, " d_model"]] = [b.detach() for _, b in outputs]
         self._masks = [self._causal(model, layer) for layer in layers]
-        self._rotate = [self._rotation(model, layer) for layer in layers]
+        self._rotations = [self._rotation(model, layer) for layer in layers]
         self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in layers]
         W_U, b_U = weight(model, "unembed.W_U").detach(), weight(model, "unembed.b_U").detach()
         self.W_U, self.b_U = self._fold(model, "ln_final", W_U, b_U)
@@ -131,17 +140,17 @@ class NodeFunctions:
 
     def logits(self, final: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """Returns the logits of the residual stream above the top layer."""
-        return self.normalise(final) @ self.W_U + self.b_U
+        return linear(self.normalise(final), self.W_U.T, self.b_U)
 
     def project(
-        self, layer: int, port: int, head: int, x: Float[Tensor, "... pos d_model"], position: Tensor | None = None
-    ) -> Float[Tensor, "... pos d_head"]:
+        self, layer: int, port: int, head: int, x: Float[Tensor, "... row d_model"], position: Int[Tensor, " row"]
+    ) -> Float[Tensor, "... row d_head"]:
         """Returns the query (port 0), key (1) or value (2) of a head from its input in the residual stream.
 
         Args:
-            position: in rotary models, the position of each prompt's only row; None stands for positions 0, 1, ...
+            position: that of each row, by which rotary models rotate.
         """
-        y = torch.matmul(self.normalise(x), self.W_qkv[layer][port, head]) + self.b_qkv[layer][port, head]
+        y = linear(self.normalise(x), self.W_qkv[layer][port, head], self.b_qkv[layer][port, head])
         return self.rotate(layer, port, y, position)
 
     def project_each(
@@ -150,7 +159,7 @@ class NodeFunctions:
         """Returns the same for one port and head per entry of the first axis, at any rows, before any rotation."""
         chosen = torch.tensor(ports), torch.tensor(heads)
         W, b = self.W_qkv[layer][chosen], self.b_qkv[layer][chosen]
-        return torch.baddbmm(b[:, None], self.normalise(x), W)
+        return torch.baddbmm(b[:, None], self.normalise(x), W.mT)
 
     def project_all(
         self, layer: int, x: Float[Tensor, "row d_model"] | Float[Tensor, "port head row d_model"], first: int = 0
@@ -162,20 +171,23 @@ class NodeFunctions:
         """
         W, b = self.W_qkv[layer][first:], self.b_qkv[layer][first:]
         if x.ndim == 4:
-            return self.normalise(x[first:]) @ W + b[:, :, None]
-        y = torch.addmm(b.flatten(), self.normalise(x), W.permute(2, 0, 1, 3).flatten(1))
+            return self.normalise(x[first:]) @ W.mT + b[:, :, None]
+        y = linear(self.normalise(x), W.flatten(0, 2), b.flatten())
         return y.view(len(x), *b.shape).permute(1, 2, 0, 3)
 
     def rotate(
-        self, layer: int, port: int, y: Float[Tensor, "... pos d_head"], position: Tensor | None = None
-    ) -> Float[Tensor, "... pos d_head"]:
+        self, layer: int, port: int, y: Float[Tensor, "... row d_head"], position: Int[Tensor, ...] | None = None
+    ) -> Float[Tensor, "... row d_head"]:
         """Rotates queries (port 0) or keys (1) by their positions in a rotary model; else returns them unchanged.
 
         Args:
-            position: that of each prompt's only row; None: positions 0, 1, ...
+            position: that of each row, one for all axes before or one for each; None: rows at positions 0, 1, ...
         """
-        rotate = self._rotate[layer]
-        return y if rotate is None or port == 2 else rotate(y, position)
+        rotation = self._rotations[layer]
+        if rotation is None or port == 2:
+            return y
+        where = slice(y.shape[-2]) if position is None else position
+        return y * rotation.cos[where] + y[..., rotation.partner] * rotation.sin[where]
 
     def attend(
         self,
@@ -207,13 +219,13 @@ class NodeFunctions:
         """Returns an MLP's neurons before any mask."""
         weights = self._mlps[layer]
         normed = self.normalise(x)
-        post = F.linear(normed, *weights.into)
-        post = weights.act(post) if weights.gate is None else weights.act(F.linear(normed, *weights.gate)) * post
+        post = linear(normed, *weights.into)
+        post = weights.act(post) if weights.gate is None else weights.act(linear(normed, *weights.gate)) * post
         return post if weights.b_post is None else post + weights.b_post
 
     def mlp_output(self, layer: int, post: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
         """Returns what an MLP writes, given its neurons."""
-        return F.linear(post, *self._mlps[layer].out)
+        return linear(post, *self._mlps[layer].out)
 
     def _fold(self, model: Host, ln: str, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Returns matrix `... d_model out` and bias that read the normalised stream without its weight and bias."""
@@ -256,22 +268,17 @@ class NodeFunctions:
         allowed = attn._make_causal_mask(self.length, self.length, 0, self.W_O[layer].device)
         return ~allowed[0, 0]
 
-    def _rotation(self, model: Host, layer: int) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    def _rotation(self, model: Host, layer: int) -> _Rotation | None:
         if self.cfg.positional_embedding_type != "rotary":
             return None
-        attn = _block(model, layer).attn
-
-        def rotate(y: Float[Tensor, "... pos d_head"], position: Tensor | None) -> Float[Tensor, "... pos d_head"]:
-            if position is None:
-                return attn.apply_rotary(y.flatten(0, -3)[:, :, None])[:, :, 0].reshape(y.shape)
-            # one row per prompt, put at its own position among rows that are not used
-            padded = y.new_zeros(*y.shape[:-2], self.length, y.shape[-1])
-            index = position[:, None, None].expand(*y.shape[:-2], 1, y.shape[-1])
-            padded = padded.scatter(-2, index, y)
-            turned = attn.apply_rotary(padded.flatten(0, -3)[:, :, None])[:, :, 0].reshape(padded.shape)
-            return turned.gather(-2, index)
-
-        return rotate
+        # what the model's own function makes of each basis vector at each position
+        basis = torch.eye(self.cfg.d_head, device=self.W_O[layer].device, dtype=self.W_O[layer].dtype)
+        rows = basis[:, None, None].expand(-1, self.length, 1, -1)
+        turned = _block(model, layer).attn.apply_rotary(rows)[:, :, 0].detach()
+        off = turned * (1 - basis[:, None])
+        partner = off.abs().amax(1).argmax(0)
+        every = torch.arange(len(partner), device=partner.device)
+        return _Rotation(turned[every, :, every].T.contiguous(), off[partner, :, every].T.contiguous(), partner)
 
 
 def gate_masks(

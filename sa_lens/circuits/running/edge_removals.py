@@ -24,9 +24,10 @@ from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Node
-from sa_lens.circuits.running.recorded_passes import Outputs, PassesOfPairs, outputs, residual_streams, write_to_stream
+from sa_lens.circuits.running.recorded_passes import Outputs, outputs, residual_streams, write_to_stream
 from sa_lens.circuits.running.removal_costs import cost_of
 from sa_lens.circuits.running.removal_state import Block, Changed, Live, Row, versions_by_row
+from sa_lens.core.products import product
 
 _BLOCK = 2**23
 """Largest number of entries in one activation of a whole block."""
@@ -42,36 +43,46 @@ class Recomputation:
     def __init__(self, exp: Experiment, present: Bool[Tensor, "input source"]) -> None:
         self.graph, self.functions, batches = exp.graph, exp.nodes, exp.passes
         self.present = present.clone()
-        order = torch.cat([batch.rows for batch in batches])
-        self.last = exp.pairs.lengths[order].to(self.functions.W_U.device) - 1
+        self.last = torch.cat([batch.prompts.last for batch in batches])
         """Metric position of each prompt. Pairs are ordered by length."""
+        first, length = torch.cat([batch.first for batch in batches]), self.functions.length
+        places = torch.arange(length, device=self.last.device)
+        pair, self.pos = ((places >= first[:, None]) & (places <= self.last[:, None])).nonzero(as_tuple=True)
+        self.slots = pair * length + self.pos
+        """Place of each row among the positions of all prompts."""
+        before_end = self.pos < self.last[pair]
+        self.ends = (~before_end).nonzero()[:, 0]
+        """Row of the metric position of each prompt."""
+        rows = {"earlier": before_end.nonzero()[:, 0], exp.stream: self.ends}
 
-        def by_source(batch: PassesOfPairs, by_lane: Outputs) -> Float[Tensor, "source pair pos d_model"]:
-            prompts, embed = batch.prompts, batch.prompts.embed
-            x = embed.new_zeros(len(self.graph.sources), len(prompts.last), self.functions.length, embed.shape[-1])
-            every = torch.arange(len(prompts.last), device=embed.device)
-            for lane, pair, position in (
-                ("earlier", prompts.prompt, prompts.pos),
-                (exp.stream, every, prompts.last),
-            ):
-                for source, out in enumerate(by_lane[lane]):  # type: ignore[index]
-                    x[source, pair, position] = write_to_stream(self.graph, self.functions, source, out)
+        def by_source(by_batch: Sequence[Outputs]) -> Float[Tensor, "source row d_model"]:
+            x = batches[0].prompts.embed.new_zeros(len(self.graph.sources), len(self.pos), self.functions.cfg.d_model)
+            for lane, of_lane in rows.items():
+                for source, parts in enumerate(zip(*(outs[lane] for outs in by_batch), strict=True)):  # type: ignore[index]
+                    kept = [b.changing if lane == "earlier" else slice(None) for b in batches]
+                    out = torch.cat([part[k] for part, k in zip(parts, kept, strict=True)])
+                    x[source, of_lane] = write_to_stream(self.graph, self.functions, source, out)
             return x
 
-        wrote = torch.cat([by_source(batch, outputs(batch.prompts, batch.clean)) for batch in batches], 1)
-        self.carried = torch.cat([by_source(batch, batch.carried) for batch in batches], 1)
+        wrote = by_source([outputs(batch.prompts, batch.clean) for batch in batches])
+        self.carried = by_source([batch.carried for batch in batches])
+        self.before = [
+            [torch.cat(parts, 1) for parts in zip(*layer, strict=True)]
+            for layer in zip(*(batch.clean.keys_and_values for batch in batches), strict=True)
+        ]
+        """Keys and values `[head, pair, pos, d_head]` of the clean prompts, by layer, for positions without a row."""
         self.masks: list[list[Tensor | None]] = [[None, None] for _ in range(self.graph.n_layers)]
         """Masks of attention units and neurons at the metric position, by layer; None in the clean stream."""
         if exp.stream == "ablated":
             for layer, kinds in enumerate(self.masks):
                 for kind in range(1 if self.graph.attn_only else 2):
                     kinds[kind] = torch.cat([batch.clean.masks[layer][kind] for batch in batches])  # type: ignore[misc]
-        self.difference = wrote - self.carried
-        self.uniform = bool((self.last == wrote.shape[2] - 1).all())
-        self.at_last = self._take_last(self.difference)
         self.full_at, self.base_at = (
             residual_streams(self.graph, list(x), self.functions.b_O) for x in (wrote, self.carried)
         )
+        self.difference = wrote.sub_(self.carried)
+        self.at_last = self._take_last(self.difference)
+        order = torch.cat([batch.rows for batch in batches])
         clean = self.functions.normalise(self.final_clean())
         self.cost = cost_of(exp.metric, self.functions, exp.pairs.subset(order), clean)
         self.above: list[Live] = []
@@ -126,11 +137,8 @@ class Recomputation:
 
     # ------------------------------------------------------------------------------------------------------ values
 
-    def _take_last(self, x: Float[Tensor, "... pair pos width"]) -> Float[Tensor, "... pair 1 width"]:
-        if self.uniform:
-            return x[..., -1:, :]
-        index = self.last[:, None, None].expand(*x.shape[:-2], 1, x.shape[-1])
-        return x.gather(-2, index)
+    def _take_last(self, x: Float[Tensor, "... row width"]) -> Float[Tensor, "... pair width"]:
+        return x.index_select(-2, self.ends)
 
     def _acts_everywhere(self, item: Live, i: int) -> bool:
         """Returns whether input i has an effect at all positions."""
@@ -138,18 +146,18 @@ class Recomputation:
 
     def _restrict(self, item: Live, i: int, x: Tensor) -> Tensor:
         """Returns `x` at the positions at which input i has an effect."""
-        return x if self._acts_everywhere(item, i) or x.shape[-2] == 1 else self._take_last(x)
+        return x if self._acts_everywhere(item, i) or x.shape[-2] == len(self.ends) else self._take_last(x)
 
-    def _differences(self, item: Live, i: int) -> Float[Tensor, "source pair pos d_model"]:
+    def _differences(self, item: Live, i: int) -> Float[Tensor, "source row d_model"]:
         return self.difference if self._acts_everywhere(item, i) else self.at_last
 
-    def _removed_part(self, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+    def _removed_part(self, item: Live, i: int) -> Float[Tensor, "row d_model"]:
         """Returns what removed edges took from an input of a node of the present step; 0 if none is removed."""
         to = item.inputs[i]
         removed = self.graph.exists[to] & ~self.present[to]
         return self._differences(item, i)[removed.to(self.difference.device)].sum(0)
 
-    def _contribution(self, source: int, item: Live, i: int) -> Float[Tensor, "pair pos d_model"]:
+    def _contribution(self, source: int, item: Live, i: int) -> Float[Tensor, "row d_model"]:
         """Returns what a present edge adds to the base of an input."""
         sender = self.by_source.get(source)
         if sender is None:
@@ -162,7 +170,7 @@ class Recomputation:
     def _write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
         """Returns what values (or changes) of `out` add to the residual stream."""
         if item.node.kind == "head":
-            return torch.matmul(out, self.functions.W_O[item.node.layer][item.node.head])
+            return product(out, self.functions.W_O[item.node.layer][item.node.head])
         return out
 
     def _compute(self, item: Live) -> None:
@@ -173,17 +181,29 @@ class Recomputation:
         elif item.node.kind == "mlp":
             item.out = self._mlp(item, item.x[0])
 
-    def _position_of(self, item: Live) -> Tensor | None:
-        return None if item.everywhere else self.last
-
     def _project(self, item: Live, port: int, x: Tensor) -> Tensor:
-        position = None if self._acts_everywhere(item, port) else self.last
+        position = self.pos if self._acts_everywhere(item, port) else self.last
         return self.functions.project(item.node.layer, port, item.node.head, x, position)
 
     def _z(self, item: Live, qkv: Sequence[Tensor]) -> Tensor:
-        node = item.node
-        z = self.functions.attend(node.layer, qkv[0], qkv[1], qkv[2], self._position_of(item))
+        layer, head = item.node.layer, item.node.head
+        q, k, v = qkv
+        k, v = (self._pad(known[head], x) for known, x in zip(self.before[layer], (k, v), strict=True))
+        if item.everywhere:
+            # queries at positions without a row are not used
+            z = self.functions.attend(layer, self._pad(q.new_zeros(1, 1, q.shape[-1]), q), k, v)
+            z = z.flatten(-3, -2).index_select(-2, self.slots)
+        else:
+            z = self.functions.attend(layer, q[..., None, :], k, v, self.last)[..., 0, :]
         return z if item.mask is None else z * item.mask
+
+    def _pad(
+        self, known: Float[Tensor, "pair pos d_head"], x: Float[Tensor, "... row d_head"]
+    ) -> Float[Tensor, "... pair pos d_head"]:
+        """Returns queries, keys or values at all positions of all prompts, of which those with a row are given."""
+        pairs, length = len(self.last), self.functions.length
+        padded = known.expand(*x.shape[:-2], pairs, length, -1).flatten(-3, -2)
+        return padded.index_copy(-2, self.slots, x).unflatten(-2, (pairs, length))
 
     def _mlp(self, item: Live, x: Tensor) -> Tensor:
         return self.functions.mlp(item.node.layer, x, item.mask)
@@ -195,9 +215,9 @@ class Recomputation:
         if node.kind == "head":
             mask = mask[:, node.head]
         if not everywhere:
-            return mask[:, None]
-        full = mask.new_ones(len(mask), self.difference.shape[2], mask.shape[-1])
-        full[torch.arange(len(mask), device=mask.device), self.last] = mask
+            return mask
+        full = mask.new_ones(len(self.pos), mask.shape[-1])
+        full[self.ends] = mask
         return full
 
     # ------------------------------------------------------------------------------------------------------- blocks
@@ -208,7 +228,7 @@ class Recomputation:
 
     def final_clean(self) -> Float[Tensor, "pair d_model"]:
         """Returns the final residual stream of the unedited clean prompts at the metric position."""
-        return self._take_last(self.full_at[len(self.graph.sources)])[:, 0]
+        return self._take_last(self.full_at[len(self.graph.sources)])
 
     @property
     def largest_block(self) -> int:
@@ -237,13 +257,13 @@ class Recomputation:
         logits = self._logits()
         change = block.changed.get(logits.node)
         if change is None:
-            final = logits.x[0][None].expand(len(rows), -1, -1, -1)
+            final = logits.x[0][None].expand(len(rows), -1, -1)
         elif change.x:
             final = change.x[0]
         else:
             assert change.out is not None
             final = logits.x[0] + change.out
-        block.costs = self.cost(self.functions.normalise(final[:, :, 0])).tolist()
+        block.costs = self.cost(self.functions.normalise(final)).tolist()
         return block
 
     def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
@@ -269,7 +289,7 @@ class Recomputation:
             change = torch.cat([torch.zeros_like(change[:1]), change])[versions_by_row(rows, own)]
         return result._replace(out=change)
 
-    def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version pair pos d_model"]:
+    def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version row d_model"]:
         """Returns an input after each of its own removals, in addition to those before it that stay out."""
         n = len(rows)
         x, differences = item.x[i], self._differences(item, i)
@@ -317,7 +337,7 @@ class Recomputation:
 
     def _incoming_change(
         self, item: Live, i: int, changed: dict[Node, Changed], rows: slice
-    ) -> Float[Tensor, "row pair pos d_model"] | None:
+    ) -> Float[Tensor, "block row d_model"] | None:
         """Returns the change of an input through present edges, which the caller may overwrite, or None without any."""
         present = self.present[item.inputs[i]]
         z, W, total = [], [], None
@@ -332,7 +352,7 @@ class Recomputation:
             else:
                 total = out.clone() if total is None else total.add_(out)
         if z:
-            by_heads = torch.matmul(z[0] if len(z) == 1 else torch.cat(z, -1), W[0] if len(W) == 1 else torch.cat(W))
+            by_heads = product(z[0] if len(z) == 1 else torch.cat(z, -1), W[0] if len(W) == 1 else torch.cat(W))
             total = by_heads if total is None else total.add_(by_heads)
         return total
 

@@ -128,7 +128,7 @@ class _Versions:
         self.masks = batch.clean.masks
         # where both prompts still agree, edges carry the same whether they are present or not
         self.prompts = Prompts.of(batch.prompts.embed, batch.prompts.last, batch.first)
-        kept = batch.prompts.pos >= batch.first[batch.prompts.prompt]
+        kept = batch.changing
         self.carried = {
             lane: [x[kept] if lane == "earlier" else x for x in by_source] for lane, by_source in batch.carried.items()
         }
@@ -309,7 +309,7 @@ class _Versions:
                     # queries of other rows are not used
                     y = self.functions.rotate(layer, port, padded)
                 else:
-                    y = self.functions.rotate(layer, port, y[:, None], self.prompts.last)
+                    y = self.functions.rotate(layer, port, y[:, None], self.prompts.last[:, None])
                 self._keep(key, y)
 
     def _compute_heads(self, lane: Lane, layer: int, keys: Sequence[_Output]) -> None:
@@ -361,6 +361,6 @@ class _Versions:
         for part in self._split(keys, len(self.prompts.last) * self.functions.W_U.shape[1]):
             x = self._inputs(lane, len(self.graph.inputs) - 1, [key.sent for key in part])
             if lane == self.lanes[-1]:
-                x = self.functions.normalise(x) @ self.functions.W_U + self.functions.b_U
+                x = self.functions.logits(x)
             for key, value in zip(part, x, strict=True):
                 self._keep(key, value)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.circuits.graph import Graph, Node
@@ -19,6 +19,7 @@ from sa_lens.config import Ablation, Stream
 from sa_lens.core.host import Host, device_of, in_stream, run_to_last
 from sa_lens.core.last_position import Lane, LastPass, Prompts, embed_prompts, run_to_position, why_not_by_nodes
 from sa_lens.core.nodes import NodeFunctions
+from sa_lens.core.products import product
 
 Outputs = dict[Lane, list[Float[Tensor, "row width"]]]
 """The output of each source by lane, in the order of the graph: `z` of a head, what the embedding and MLPs write."""
@@ -94,6 +95,11 @@ class PassesOfPairs(NamedTuple):
     carried: Outputs
     """Values that absent edges carry."""
 
+    @property
+    def changing(self) -> Bool[Tensor, " row"]:
+        """Whether absent edges may carry other values, for each row of the earlier lane."""
+        return self.prompts.pos >= self.first[self.prompts.prompt]
+
 
 def passes_of_pairs(
     model: Host, functions: NodeFunctions, pairs: PromptPairs, ablation: Ablation, stream: Stream, batch_size: int
@@ -168,7 +174,7 @@ def outputs(prompts: Prompts, run: LastPass) -> Outputs:
 def write_to_stream(graph: Graph, functions: NodeFunctions, source: int, out: Float[Tensor, "... width"]) -> Tensor:
     """Returns what a source writes to the residual stream, given its output."""
     node = graph.sources[source]
-    return out @ functions.W_O[node.layer][node.head] if node.kind == "head" else out
+    return product(out, functions.W_O[node.layer][node.head]) if node.kind == "head" else out
 
 
 def residual_streams(

@@ -17,6 +17,7 @@ from torch import Tensor
 from sa_lens.circuits.metrics import METRICS, Metric
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.nodes import NodeFunctions
+from sa_lens.core.products import linear
 
 Cost = Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]]
 """Cost of each row from the normalised final residual stream at the metric position; larger is worse."""
@@ -47,16 +48,14 @@ class KLCost:
         clean: Float[Tensor, "pair d_model"],
     ) -> None:
         n = max(1, W_U.shape[1] // 1024)
-        self.parts = [
-            (w.contiguous(), b.contiguous())
-            for w, b in zip(W_U.tensor_split(n, dim=1), b_U.tensor_split(n), strict=True)
-        ]
+        self.parts = list(zip(W_U.T.contiguous().tensor_split(n), b_U.contiguous().tensor_split(n), strict=True))
+        """Rows and biases of some words at a time."""
         self.clean = clean.double()
-        logits = clean @ W_U + b_U
+        logits = linear(clean, W_U.T, b_U)
         self.lse = logits.double().logsumexp(-1)
         p = logits.softmax(-1)
         parts = zip(p.split([len(b) for _, b in self.parts], dim=1), self.parts, strict=True)
-        self.mean = torch.stack([q.double() @ w.double().T for q, (w, _) in parts]).sum(0)
+        self.mean = torch.stack([q.double() @ w.double() for q, (w, _) in parts]).sum(0)
 
     def __call__(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, " row"]:
         drift = (self.mean * (final.double() - self.clean)).sum(-1)
@@ -66,7 +65,7 @@ class KLCost:
         """Returns lse(y) - lse(y_clean) of each row and prompt, in float64."""
         flat = final.flatten(0, 1)
         shift = self.lse.to(flat.dtype).repeat(len(final))[:, None]
-        rows = max(1, _CHUNK // self.parts[0][0].shape[1])
+        rows = max(1, _CHUNK // len(self.parts[0][0]))
         logs = torch.cat([self._log_sum_exp(x, s) for x, s in zip(flat.split(rows), shift.split(rows), strict=True)])
         rounded = shift[:, 0].double() - self.lse.repeat(len(final))
         return (logs + rounded).view(final.shape[:2])
@@ -75,11 +74,11 @@ class KLCost:
         """Returns lse(y - shift) of each row, in float64."""
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for W, b in self.parts:
-            total += torch.addmm(b - shift, x, W).exp_().sum(-1)
+            total += linear(x, W, b).sub_(shift).exp_().sum(-1)
         if bool(torch.isfinite(total).all()) and bool((total > 0).all()):
             return total.log()
         # logits so far from the clean ones that the exponentials leave the range of floats
-        logits = torch.cat([torch.addmm(b - shift, x, W) for W, b in self.parts], -1)
+        logits = torch.cat([linear(x, W, b).sub_(shift) for W, b in self.parts], -1)
         return logits.double().logsumexp(-1)
 
 

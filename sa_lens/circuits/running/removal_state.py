@@ -34,27 +34,27 @@ class Live:
     """Whether it has an effect at all positions, or only at the metric position."""
     inputs: list[int]
     """Indices of its inputs: three for a head, one for others."""
-    x: list[Float[Tensor, "pair pos d_model"]] = field(default_factory=list)
+    x: list[Float[Tensor, "row d_model"]] = field(default_factory=list)
     """Present value of each input."""
-    qkv: list[Float[Tensor, "pair pos d_head"]] = field(default_factory=list)
+    qkv: list[Float[Tensor, "row d_head"]] = field(default_factory=list)
     """Present query, key and value of a head."""
-    mask: Float[Tensor, "pair pos width"] | None = None
+    mask: Float[Tensor, "row width"] | None = None
     """Mask of its units: as given at the metric position, ones elsewhere; None in the clean stream."""
     out: Tensor | None = None
-    """`z` of a head `[pair, pos, d_head]`, output of an MLP `[pair, pos, d_model]`."""
+    """`z` of a head `[row, d_head]`, output of an MLP `[row, d_model]`."""
 
 
 class Changed(NamedTuple):
-    """What a block changes at one node; the first axis is the row."""
+    """What a block changes at one node; the first axis is the removal."""
 
-    x: dict[int, Float[Tensor, "version pair pos d_model"]]
+    x: dict[int, Float[Tensor, "version row d_model"]]
     """Inputs of a node whose own edges are removed, with one version per removal."""
     qkv: dict[int, Tensor]
     """Changed queries (0), keys (1) and values (2)."""
     version: dict[int, list[int]]
     """For each entry of `x`, the version that each row has; 0 is the present value. If an input is missing, each row
     has its own version."""
-    out: Float[Tensor, "row pair pos ..."] | None
+    out: Float[Tensor, "removal row ..."] | None
     """The change of `out`."""
 
 
