@@ -503,8 +503,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of matrix products in training; trained parameters, optimizer and losses stay float32. With bf16 and the
-    fused path a frozen base is held in bfloat16; it is evaluated and saved in float32."""
+    """Precision of matrix products in training; trained parameters, optimizer and losses stay float32. With bf16 and
+    the fused path a frozen base is held in bfloat16; it is evaluated and saved in float32."""
     path: LossPath = "auto"
     """Path of the training loss: fused kernels, or the readable hooked one; `auto`: fused where it can."""
     compile: bool = False
@@ -516,6 +516,9 @@ class TrainConfig:
     init: str | None = None
     """Start from this model instead of random weights: a run folder, a shipped model, a folder or GGUF file of a model
     of Hugging Face's `transformers`, a Hub id of a model that sa_lens saved, or a TransformerLens model name."""
+    fit_tokens: int = 0
+    """Tokens of the training text, the first ones, to which the local gates are fitted before the first step
+    (`training.fit_gates`), so that they begin near the largest units of `init`; 0: gates begin as drawn."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     eval_tokens: int = 100_000
@@ -555,6 +558,10 @@ class TrainConfig:
             self.freeze == "none" or self.init is not None,
             "train.freeze='base' trains gates on an existing model: name it in train.init",
         )
+        _check(
+            self.fit_tokens == 0 or self.init is not None,
+            f"train.fit_tokens={self.fit_tokens} fits gates to an existing model: name it in train.init",
+        )
 
     @property
     def dense_steps(self) -> int:
@@ -579,6 +586,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
+        gates = self.gates
+        _check(
+            self.train.fit_tokens == 0 or (gates.scope == "local" and not gates.scores.startswith("random")),
+            f"train.fit_tokens={self.train.fit_tokens} fits learned local gates alone, not those of "
+            f"gates.scope={gates.scope!r} and gates.scores={gates.scores!r}: set train.fit_tokens=0",
+        )
 
 
 _PAPER = RunConfig(

@@ -4,6 +4,7 @@
 |---|---|---|
 | `train` -> `TrainResult` | trains a model into a run folder, or resumes it bit for bit | minutes to days |
 | `plan` -> `TrainingPlan` | what a run would do: model, gates, types, memory | none |
+| `fit_gates` | gates that begin near the largest units of a pretrained model | a pass over some text |
 | `load_run` | the model of a run folder, a shipped name or a Hub id, on a device | seconds |
 | `text_of_run` | training and validation text of a run, in its tokens | seconds, once |
 | `evaluate_run`, `evaluation_table` | losses of a run's model on its own or another text; as a table | seconds |
@@ -17,6 +18,7 @@
 from sa_lens.stopping import Interrupted
 from sa_lens.training.eval_printout import evaluation_table
 from sa_lens.training.evaluation import Evaluation, bytes_per_token, evaluate, evaluate_run
+from sa_lens.training.gate_fit import fit_gates
 from sa_lens.training.loop import TrainResult, train
 from sa_lens.training.run_log import TrainingDiverged
 from sa_lens.training.sampling import Sample, sample
@@ -29,6 +31,7 @@ __all__ = [  # noqa: RUF022 - in the order of the table
     "TrainResult",
     "plan",
     "TrainingPlan",
+    "fit_gates",
     "load_run",
     "text_of_run",
     "evaluate_run",

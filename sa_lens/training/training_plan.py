@@ -54,7 +54,8 @@ class TrainingPlan:
         lines = {"model": f"{self.source}, {_count(self.base_parameters)} parameters, {base}"}
         if gates.gated:
             units = f"k_attn {gates.k_attn}, k_mlp {gates.k_mlp}"
-            lines["gates"] = f"{gates.scope}, {units}, {_count(self.gate_parameters)} parameters, {learned}"
+            fit = f", fitted to {run.train.fit_tokens:,} tokens first" if run.train.fit_tokens else ""
+            lines["gates"] = f"{gates.scope}, {units}, {_count(self.gate_parameters)} parameters, {learned}{fit}"
         lines["context"] = f"{self.n_ctx} tokens (model.n_ctx){longest}; {run.train.batch_size} sequences per step"
         weights = "weights float32"
         if holds_narrow_base(run):

@@ -21,6 +21,7 @@ from sa_lens.data import PreparedData, prepare
 from sa_lens.data.tokenizers import is_gguf
 from sa_lens.data.whole_files import atomic_write, remove_leftovers
 from sa_lens.training import checkpoints, run_folder, run_text
+from sa_lens.training.gate_fit import fit_gates
 from sa_lens.training.narrow_base import NarrowBase
 from sa_lens.training.optimizer import adamw, choose_trained, gate_names
 from sa_lens.training.processes import Environment
@@ -82,6 +83,9 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
         save_and_load.load_weights(model, folder / save_and_load.WEIGHTS)
     choose_trained(model, run.train.freeze)
     model.to(accelerator.device, print_details=False)
+    if earlier is None and run.train.fit_tokens:
+        wanted = max(1, run.train.fit_tokens // run.model.n_ctx)
+        fit_gates(model, data.train.blocks(run.model.n_ctx, stop=wanted))
     loss = TwoStreamLoss(
         model,
         run.loss,
