@@ -588,7 +588,7 @@ class RunConfig:
         _check_fields(self, "")
         gates = self.gates
         _check(
-            self.train.fit_tokens == 0 or (gates.scope == "local" and not gates.scores.startswith("random")),
+            self.train.fit_tokens == 0 or (gates.scope == "local" and gates.learned),
             f"train.fit_tokens={self.train.fit_tokens} fits learned local gates alone, not those of "
             f"gates.scope={gates.scope!r} and gates.scores={gates.scores!r}: set train.fit_tokens=0",
         )

@@ -55,7 +55,7 @@ def fit_gates(model: SelfAblatingTransformer, blocks: Int[Tensor, "block pos"]) 
         ValueError: the gates are not local or not learned, or the text has fewer tokens than the model has dimensions.
     """
     gates = model.gates
-    if gates.scope != "local" or gates.scores.startswith("random"):
+    if gates.scope != "local" or not gates.learned:
         raise ValueError(
             f"gates of scope {gates.scope!r} with scores {gates.scores!r} cannot be fitted to the units' values: only "
             "local gates that are learned can"
@@ -67,8 +67,9 @@ def fit_gates(model: SelfAblatingTransformer, blocks: Int[Tensor, "block pos"]) 
         )
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
     moments = [_Moments() for _ in range(model.cfg.n_layers)]
-    hooks = [(f"blocks.{layer}.hook_resid_pre", partial(_add_inputs, of)) for layer, of in enumerate(moments)]
+    hooks: list[Any] = []
     for layer, of in enumerate(moments):
+        hooks.append((f"blocks.{layer}.hook_resid_pre", partial(_add_inputs, of)))
         for kind, point in (("attn_gate", "attn.hook_z"), ("mlp_gate", "mlp.hook_post")):
             if (gate := modules.get(f"blocks.{layer}.{kind}")) is not None:
                 hooks.append((f"blocks.{layer}.{point}", partial(_add_products, of, kind, gate)))

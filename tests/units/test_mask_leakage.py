@@ -138,7 +138,12 @@ def gate_of(unit_hook):
     return f"blocks.{layer}.{'attn' if 'attn' in unit_hook else 'mlp'}_gate"
 
 
-CASES = [{"scope": "local"}, {"scope": "global", "attn_unit": "head"}, {"kind": "soft"}, {"scope": "local", "scores": "ablated"}]
+CASES = [
+    {"scope": "local"},
+    {"scope": "global", "attn_unit": "head"},
+    {"kind": "soft"},
+    {"scope": "local", "scores": "ablated"},
+]
 
 
 @pytest.mark.parametrize("gates", CASES, ids=str)
