@@ -191,8 +191,10 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         about=about,
         run=run,
         variants=(
-            *(baseline(), *learned_variants((2, 8), gates), joint(8, gates, 3e-3), reading_ablated(8, gates)),
-            *(*controls(8, gates), *random_gates(2, gates, "-2"), *shorter_baselines(700, 1_100, 1_700, 2_700)),
+            *(baseline(), *learned_variants((2, 8), gates), Variant("local-32", local_gates(32, gates))),
+            *(joint(8, gates, 3e-3), reading_ablated(8, gates), *controls(8, gates)),
+            *(*random_gates(2, gates, "-2"), *random_gates(32, gates, "-32")),
+            *shorter_baselines(700, 1_100, 1_700, 2_700),
         ),
         measurements=(
             Losses(tokens=60_000),
@@ -205,14 +207,14 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
             SAE(dataclasses.replace(SAE_PRESETS["laptop"], steps=400, expansion=4)),
         ),
         seeds=tuple(range(seeds)),
-        learners=(BASELINE, "local-8", "joint-8"),
+        learners=(BASELINE, "local-8", "local-32", "joint-8"),
     )
 
 
 def laptop() -> Grid:
     """Returns the grid of a small model on generated stories."""
     stories = DataConfig(source="stories", n_stories=20_000, vocab_size=1024, validation_fraction=0.05)
-    return _laptop(stories, 5_000, "laptop", "generated stories, 17 variants, 5 seeds", 5)
+    return _laptop(stories, 5_000, "laptop", "generated stories, 20 variants, 5 seeds", 5)
 
 
 def laptop_tinystories() -> Grid:
@@ -224,7 +226,7 @@ def laptop_tinystories() -> Grid:
         vocab_size=2048,
         validation_fraction=0.05,
     )
-    return _laptop(text, 5_000, "laptop-tinystories", "TinyStories, 17 variants, 3 seeds", 3)
+    return _laptop(text, 5_000, "laptop-tinystories", "TinyStories, 20 variants, 3 seeds", 3)
 
 
 def paper() -> Grid:

@@ -49,8 +49,9 @@ def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
     for name, seeds in (("laptop", 5), ("laptop-tinystories", 3)):
         grid = GRIDS[name]()
         assert [v.name for v in grid.variants] == [
-            *("baseline", "local-2", "local-8", "global-2", "global-8", "joint-8", "ablated-scores-8"),
+            *("baseline", "local-2", "local-8", "global-2", "global-8", "local-32", "joint-8", "ablated-scores-8"),
             *("random-static", "random-token", "frozen-base", "random-init", "random-static-2", "random-token-2"),
+            *("random-static-32", "random-token-32"),
             *("dense-700", "dense-1100", "dense-1700", "dense-2700"),
         ]
         assert [v.name for v in grid.variants if v.dense] == [
@@ -61,8 +62,8 @@ def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
         assert by_name["ablated-scores-8"].gates == dataclasses.replace(by_name["local-8"].gates, scores="ablated")
         assert grid.config(by_name["joint-8"], 0).train.dense_steps == 0
         assert grid.config(by_name["dense-700"], 0).train.dense_steps == 420
-        for k in (2, 8):
-            of_k = [by_name[name + ("" if k == 8 else "-2")].gates for name in ("random-static", "random-token")]
+        for k in (2, 8, 32):
+            of_k = [by_name[name + ("" if k == 8 else f"-{k}")].gates for name in ("random-static", "random-token")]
             assert of_k == [dataclasses.replace(by_name[f"local-{k}"].gates, scores=g.scores) for g in of_k]
         assert by_name["random-static"].gates.scores == "random-static"
         assert by_name["random-token"].gates.scores == "random-token"
