@@ -18,7 +18,10 @@ CHUNK_ELEMENTS = 1 << 25
 """Logits that a chunk may hold."""
 
 CACHED_ELEMENTS = 1 << 20
-"""Logits that go through the softmax at once."""
+"""Logits that go through the softmax at once on a CPU, so that they stay in its cache."""
+
+GPU_CHUNK_ELEMENTS = 1 << 26
+"""Logits that a chunk holds and that go through the softmax at once on a GPU, where many small steps cost more."""
 
 IGNORED = -100
 """Target of positions that are left out, as in `torch.nn.functional.cross_entropy`."""
@@ -81,7 +84,8 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     want_x, want_weight, want_bias = wants
     rows, n_words = x.shape[0], weight.shape[1]
-    size = max(1, min(rows, CHUNK_ELEMENTS // n_words))
+    elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    size = max(1, min(rows, elements // n_words))
     kept = targets != IGNORED
     share = kept.to(at_least_float32(x).dtype) / kept.sum()
     targets = targets.clamp(min=0)
@@ -119,10 +123,10 @@ def _softmax_minus_target_(
 ) -> None:
     """Turns the logits, in place, into the gradient of each row's cross-entropy, which goes to `losses`.
 
-    A few rows at a time, so that all steps but the first and the last find them in the cache.
+    On a CPU a few rows at a time, so that all steps but the first and the last find them in the cache.
     """
     rows, n_words = logits.shape
-    size = max(1, min(rows, CACHED_ELEMENTS // n_words))
+    size = max(1, min(rows, CACHED_ELEMENTS // n_words)) if logits.device.type == "cpu" else rows
     wide_enough = logits.dtype == losses.dtype
     buffer = logits if wide_enough else losses.new_empty(size, n_words)
     each = torch.arange(size, device=logits.device)

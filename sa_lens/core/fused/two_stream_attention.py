@@ -27,7 +27,7 @@ BLOCK = 64
 BLOCK_ELEMENTS = 1 << 19
 """Scores that a block of queries may hold, over all its heads, so that they stay in the cache of a CPU."""
 
-GPU_BLOCK_ELEMENTS = 1 << 27
+GPU_BLOCK, GPU_BLOCK_ELEMENTS = 256, 1 << 27
 """The same on a GPU, where every kernel that is launched takes time."""
 
 
@@ -251,9 +251,10 @@ def _by_head(
 def _block_shape(x: _Inputs) -> tuple[int, int, int]:
     """Heads, positions and keys of the largest block."""
     n_heads, length, rows, _ = x.q.shape
-    size = min(BLOCK, length)
+    on_cpu = x.q.device.type == "cpu"
+    size, elements = (BLOCK, BLOCK_ELEMENTS) if on_cpu else (GPU_BLOCK, GPU_BLOCK_ELEMENTS)
+    size = min(size, length)
     width = min(length, size + x.window - 1)
-    elements = BLOCK_ELEMENTS if x.q.device.type == "cpu" else GPU_BLOCK_ELEMENTS
     return max(1, min(n_heads, elements // (size * rows * width))), size, width
 
 
