@@ -173,10 +173,10 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
         train=TrainConfig(
             steps=steps,
             # trained on both streams from the first step, small models learn to copy late or not at all
-            dense_share=0.6,
+            dense_share=0.55,
             batch_size=8,
             dense_lr=3e-3,
-            lr=1.5e-3,
+            lr=2e-3,
             betas=(0.9, 0.98),
             warmup_steps=100,
             precision="bf16",
@@ -214,7 +214,7 @@ def _laptop(source: DataConfig, steps: int, name: str, about: str, seeds: int) -
 def laptop() -> Grid:
     """Returns the grid of a small model on generated stories."""
     stories = DataConfig(source="stories", n_stories=20_000, vocab_size=1024, validation_fraction=0.05)
-    return _laptop(stories, 5_000, "laptop", "generated stories, 20 variants, 5 seeds", 5)
+    return _laptop(stories, 5_400, "laptop", "generated stories, 20 variants, 5 seeds", 5)
 
 
 def laptop_tinystories() -> Grid:
@@ -226,7 +226,7 @@ def laptop_tinystories() -> Grid:
         vocab_size=2048,
         validation_fraction=0.05,
     )
-    return _laptop(text, 5_000, "laptop-tinystories", "TinyStories, 20 variants, 3 seeds", 3)
+    return _laptop(text, 5_400, "laptop-tinystories", "TinyStories, 20 variants, 3 seeds", 3)
 
 
 def paper() -> Grid:

@@ -61,7 +61,7 @@ def test_the_laptop_grids_have_baseline_local_global_and_all_controls():
         by_name = {v.name: v for v in grid.variants}
         assert by_name["ablated-scores-8"].gates == dataclasses.replace(by_name["local-8"].gates, scores="ablated")
         assert grid.config(by_name["joint-8"], 0).train.dense_steps == 0
-        assert grid.config(by_name["dense-700"], 0).train.dense_steps == 420
+        assert grid.config(by_name["dense-700"], 0).train.dense_steps == 385
         for k in (2, 8, 32):
             of_k = [by_name[name + ("" if k == 8 else f"-{k}")].gates for name in ("random-static", "random-token")]
             assert of_k == [dataclasses.replace(by_name[f"local-{k}"].gates, scores=g.scores) for g in of_k]
