@@ -509,6 +509,8 @@ class TrainConfig:
     """Path of the training loss: fused kernels, or the readable hooked one; `auto`: fused where it can."""
     compile: bool = False
     """Compile the training loss with torch.compile."""
+    cuda_graph: bool = True
+    """On one GPU, with the fused path and one batch per step, record a step as a CUDA graph and replay it."""
     checkpoint_activations: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     freeze: Freeze = "none"

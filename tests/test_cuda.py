@@ -234,6 +234,8 @@ def run_of(cache: Path, **train: Any) -> RunConfig:
         {"dense_share": 0.5, "dense_lr": 1e-2},
         {"checkpoint_activations": True, "precision": "bf16"},
         {"path": "hooked"},
+        {"cuda_graph": False},
+        {"accumulate": 2},
     ],
     ids=str,
 )
@@ -256,6 +258,23 @@ def test_training_resumes(settings: dict[str, Any], tmp_path: Path, monkeypatch:
     assert parts.best_loss == pytest.approx(whole.best_loss, rel=1e-4)
     model = Model.from_pretrained(tmp_path / "whole", device=GPU)
     assert model.W_E.device.type == GPU
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_steps_train_the_same_model(precision: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"precision": precision, "dense_share": 0.5, "dense_lr": 1e-2}
+    found = [
+        training.train(
+            run_of(tmp_path / "cache", **settings, cuda_graph=recorded),
+            tmp_path / str(recorded),
+            device=GPU,
+            progress=False,
+        )
+        for recorded in (True, False)
+    ]
+    assert "CUDA graph" not in caplog.text
+    for (name, one), other in zip(found[0].model.named_parameters(), found[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_report_and_a_comparison(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from sa_lens.training.processes import (
     micro_batches,
     open_accelerator,
 )
+from sa_lens.training.recorded_step import RecordedStep, records_steps
 from sa_lens.training.run_log import MetricsFile, TrainingDiverged, Window, term_names, term_row
 from sa_lens.training.sampling import Sample, sample
 from sa_lens.training.schedule import learning_rate, trains_ablated
@@ -147,6 +148,9 @@ def _train(
     validation = validation_blocks(setup.data.validation, run.model.n_ctx, cfg.eval_tokens)
     batches = _batches(run, setup, accelerator)
     parts = micro_batches(run, accelerator.num_processes)
+    recorded = None
+    if records_steps(cfg, module, accelerator.device, accelerator.num_processes, parts):
+        recorded = RecordedStep(module)
     step = state.step
     window = Window(term_names(run, trains_ablated(step, run)), lambda x: accelerator.reduce(x, "mean"))
     window.fetched = list(state.window)
@@ -223,7 +227,10 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows: list[Tensor] = []
-            for part in range(1, parts + 1):
+            if recorded is not None:
+                tokens, targets = next(batches)
+                rows.append(recorded(tokens, targets, clean_alone=not ablated))
+            for part in range(1, parts + 1) if recorded is None else ():
                 tokens, targets = next(batches)
                 with nullcontext() if part == parts else accelerator.no_sync(module):
                     terms = module(tokens, targets, clean_alone=not ablated)

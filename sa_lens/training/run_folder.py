@@ -38,7 +38,13 @@ _MAY_CHANGE = {
 """Settings that a resumed run may change without consequence for its weights; that a text is the same is checked by its
 tokens, wherever it lies."""
 
-_MAY_CHANGE_ROUNDING = {"train.accumulate", "train.path", "train.compile", "train.checkpoint_activations"}
+_MAY_CHANGE_ROUNDING = {
+    "train.accumulate",
+    "train.path",
+    "train.compile",
+    "train.cuda_graph",
+    "train.checkpoint_activations",
+}
 """Settings that a resumed run may change at the price of bit-for-bit equality."""
 
 
