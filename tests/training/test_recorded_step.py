@@ -1,4 +1,4 @@
-"""Which training steps are recorded as a CUDA graph; that they train the same model is tested in `tests/test_cuda.py`."""
+"""Which training steps are recorded as a CUDA graph; `tests/test_cuda.py` tests that they train the same model."""
 
 from __future__ import annotations
 
