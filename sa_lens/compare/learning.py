@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from sa_lens.circuits import skill
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.circuits.tasks import make_unseen
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-COLUMNS = ("step", "stream", "loss", *TASKS)
-"""Columns of the table of a run: optimizer steps, stream, validation loss, and pair accuracy in each task."""
+COLUMNS = ("dense_steps", "step", "stream", "loss", *TASKS)
+"""Columns of the table of a run: the steps that train the clean stream alone (0 without gates), optimizer steps,
+stream, validation loss, and pair accuracy in each task."""
 
 
 def skill_while_training(
@@ -53,8 +56,12 @@ def learning_rows(run: Path) -> list[dict[str, Any]]:
     """Returns loss and skill of a run by step and stream, with the columns `COLUMNS`; none if there is no skill."""
     records = MetricsFile(run / METRICS).read()
     losses = {record["step"]: record for record in records if record["kind"] == "eval"}
+    dense = max((record["step"] for record in records if record.get("streams") == 1), default=0)
     return [
-        {"step": record["step"], "stream": stream, "loss": losses[record["step"]].get(f"{stream}_loss"), **accuracies}
+        {
+            **{"dense_steps": dense, "step": record["step"], "stream": stream},
+            **{"loss": losses[record["step"]].get(f"{stream}_loss"), **accuracies},
+        }
         for record in records
         if record["kind"] == "measured"
         for stream in ("clean", "ablated")
@@ -89,7 +96,9 @@ class Learning(Measurement):
 
 
 def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | None = None) -> Curves:
-    """Returns the curves of pair accuracy over training, with the 95 % t interval over seeds.
+    """Returns the curves of pair accuracy over training, with the 95 % t interval over seeds, cut at 0 and 1.
+
+    A mark says from which step on the ablated stream of a variant is trained.
 
     Args:
         table: `Comparison.learning`.
@@ -108,7 +117,10 @@ def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | No
     lines, seeds = [], shown["seed"].nunique()
     for (variant, stream), rows in shown.dropna(subset=task).groupby(["variant", "stream"], sort=False):
         means = rows.groupby("step")[task].agg(list).map(t_interval)
-        y, low, high = (tuple(map(number, end)) for end in zip(*means, strict=True))
+        y, *ends = zip(*means, strict=True)
+        if task in TASKS:
+            ends = [np.clip(end, 0, 1) for end in ends]
+        y, low, high = (tuple(map(number, values)) for values in (y, *ends))
         lines.append(Line(str(variant), str(stream), tuple(map(float, means.index)), y, low, high))
     what = "loss on the validation text, nats per token" if task == "loss" else "pair accuracy"
     return Curves(
@@ -118,4 +130,7 @@ def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | No
         what,
         tuple(lines),
         levels=() if task == "loss" else (Level(SKILL_BAR, f"{SKILL_BAR:.0%}"),),
+        moments=tuple(
+            Level(float(step), "ablated stream trained from here") for step in sorted({*shown["dense_steps"]} - {0})
+        ),
     )

@@ -31,6 +31,7 @@ from sa_lens.compare import (
     Skill,
     Weights,
     compare,
+    learning_curves,
     plan,
     run_grid,
 )
@@ -194,6 +195,17 @@ def test_skill_during_training_is_measured_by_the_run_and_found_again(tmp_path, 
         *(["joint-4", "clean"], ["joint-4", "ablated"]),
     ]
     assert sorted(table["step"].unique()) == [3, 6]
+    assert table.groupby("variant")["dense_steps"].unique().map(list).to_dict() == {
+        **{"baseline": [0], "local-4": [3], "joint-4": [0]},
+    }
+    curves = learning_curves(table, "ioi", ["baseline", "local-4"])
+    assert [(line.name, line.stream, line.x) for line in curves.lines] == [
+        (name, stream, (3.0, 6.0))
+        for name, stream in (("baseline", "clean"), ("local-4", "clean"), ("local-4", "ablated"))
+    ]
+    assert [moment.value for moment in curves.moments] == [3.0]
+    with pytest.raises(ValueError, match="task='all' must be one of ioi, object, loss, and variants some of baseline"):
+        learning_curves(table, "all")
     last = table[table["step"] == 6].set_index(["variant", "stream"])["ioi"]
     skill = found.values[found.values["column"] == "pair_accuracy"].set_index(["variant", "stream"])["value"]
     assert last.to_dict() == skill.to_dict()
