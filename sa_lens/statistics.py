@@ -123,14 +123,14 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     Raises:
         ValueError: a level outside (0, 1).
     """
-    from scipy import stats
+    from scipy.special import stdtrit
 
     _check(level)
     x = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
     if len(x) < 2:
         return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
     mean = float(x.mean())
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x))
+    half = float(stdtrit(len(x) - 1, (1 + level) / 2) * x.std(ddof=1) / math.sqrt(len(x)))
     return Interval(mean, mean - half, mean + half)
 
 

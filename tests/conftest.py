@@ -17,20 +17,61 @@ import pytest
 from filelock import FileLock
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes that share the tests see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokens go into a folder of the tests, never into the home folder of whoever runs them."""
+def _own_cache(shared_folder: Path) -> Iterator[None]:
+    """Tokens go into a folder of the tests, never into the home folder of whoever runs them.
+
+    The text of the shipped models is made once for all tests.
+    """
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SA_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("SA_LENS_CACHE", str(shared_folder / "cache"))
         yield
 
 
+TOGETHER = {
+    "tests/report/": "the report of two models",
+    "tests/test_examples.py": "forked",
+    "tests/training/test_resume.py": "forked",
+    "tests/training/test_processes.py": "forked",
+    "tests/data/test_preparation.py": "forked",
+    "tests/test_sae.py": "forked",
+}
+"""What files whose paths begin so share: a report, or the server of `forked`, which has imported everything."""
+
+
+def group_of(nodeid: str) -> str:
+    """Name of the tests that run in the same process: those of the file, or of all files that share something."""
+    file = nodeid.split("::", 1)[0]
+    return next((shared for start, shared in TOGETHER.items() if file.startswith(start)), file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, then those with many: a process takes whole files, and the last must be short."""
-    weights: Counter[Path] = Counter()
+    """Groups with slow tests first, then those with many: a process takes whole groups, and the last must be short."""
+    weights: Counter[str] = Counter()
     for item in items:
-        weights[item.path] += 100 if item.get_closest_marker("slow") else 1
-    items.sort(key=lambda item: -weights[item.path])
+        weights[group_of(item.nodeid)] += 100 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: (-weights[group_of(item.nodeid)], group_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands whole groups to the processes, as `--dist loadfile` hands whole files."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return LoadGroups(config, log)
 
 
 @dataclass
@@ -97,19 +138,17 @@ Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+def once(shared_folder: Path) -> Once:
     """`once(name, make)`: a folder that `make` has filled, one time for all processes that share the tests."""
-    own = tmp_path_factory.getbasetemp()
-    root = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
 
     def made(name: str, make: Callable[[Path], None]) -> Path:
-        folder = root / name
-        with FileLock(root / f"{name}.lock"):
-            if not (root / f"{name}.made").exists():
+        folder = shared_folder / name
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not (shared_folder / f"{name}.made").exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 make(folder)
-                (root / f"{name}.made").touch()
+                (shared_folder / f"{name}.made").touch()
         return folder
 
     return made
@@ -136,25 +175,21 @@ def site(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def executed(once: Once) -> Callable[[Path], Any]:
-    """`executed(path)`: the notebook with its outputs at small size; all notebooks share token files."""
+    """`executed(path)`: the notebook with its outputs at small size."""
     import nbformat
-
-    home = once("notebooks", lambda folder: None)
 
     def run(path: Path) -> Any:
         def execute(folder: Path) -> None:
             notebook = nbformat.read(path, as_version=4)
             small = {
                 "SA_LENS_OUT": str(folder / "out"),
-                "SA_LENS_PAIRS": "16",
+                "SA_LENS_PAIRS": "8",
                 "SA_LENS_STEPS": "4",
                 "SA_LENS_TOKENS": "2000",
-                "SA_LENS_CACHE": os.environ.get("SA_LENS_CACHE", str(home / "cache")),
+                "SA_LENS_CACHE": os.environ["SA_LENS_CACHE"],
                 "HF_HUB_OFFLINE": "1",
             }
-            # one at a time: the first prepares the text that others find
-            with FileLock(home / "lock"):
-                forked.execute(notebook, folder, small)
+            forked.execute(notebook, folder, small)
             nbformat.write(notebook, folder / path.name)
 
         return nbformat.read(once(f"notebook-{path.stem}", execute) / path.name, as_version=4)

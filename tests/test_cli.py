@@ -808,10 +808,7 @@ class TestCompare:
         assert "left in all" in printed
         assert not folder.exists()
 
-    def test_trains_measures_and_says_where_it_is(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
+    def test_trains_measures_and_says_where_it_is(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "out"
         arguments = [
             "compare",
@@ -844,7 +841,6 @@ class TestCompare:
         def stopped(*arguments: object, **options: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(run_grid, "train", stopped)
         line = fails(
             ["compare", "--grid", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"], capsys, code=130
@@ -871,7 +867,6 @@ class TestCompare:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         arguments = ["compare", "--grid", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"]
         assert message in fails([*arguments, *flags], capsys)

@@ -50,16 +50,10 @@ def name(page: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ Python blocks
 
 
-@pytest.fixture(scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def reader(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The empty folder in which somebody tries a page out who has only installed the package."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SA_LENS_CACHE", str(own_cache))
     with torch.random.fork_rng():
         yield tmp_path
 

@@ -128,7 +128,6 @@ def arguments(tmp_path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_script_writes_its_figures(path, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [path.name, *arguments[path.stem]])
-    monkeypatch.setenv("SA_LENS_CACHE", str(tmp_path / "cache"))
     runpy.run_path(str(path), run_name="__main__")
     said = capsys.readouterr().out
     written = [Path(line.removeprefix("wrote ")) for line in said.splitlines() if line.startswith("wrote ")]

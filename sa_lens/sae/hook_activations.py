@@ -143,8 +143,8 @@ class ActivationBatches(Iterator[Tensor]):
         self.batch_tokens, self.seed, self.step = settings.batch_tokens, seed, start
         self.request = request or StopRequest()
         self.order = BlockOrder(len(blocks), seed)
-        least = -(-self.batch_tokens // blocks.length)
-        self.blocks_per_buffer = max(least, min(len(blocks), settings.buffer_tokens // blocks.length))
+        least, all_steps = (-(-steps * self.batch_tokens // blocks.length) for steps in (1, settings.steps))
+        self.blocks_per_buffer = max(least, min(len(blocks), settings.buffer_tokens // blocks.length, all_steps))
         self.batches_per_buffer = self.blocks_per_buffer * blocks.length // self.batch_tokens
         self._filled: int | None = None
 

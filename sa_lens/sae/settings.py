@@ -35,7 +35,7 @@ class SAESettings:
     steps: int = 100_000
     """Number of steps of Adam."""
     buffer_tokens: int = 524_288
-    """Number of activations that are shuffled together, at least one batch; at most the whole text."""
+    """Number of activations that are shuffled together, at least one batch; at most the whole text and all steps."""
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "batch_tokens", "steps"):

@@ -126,7 +126,8 @@ def train_sae(
         try:
             scaler = trainer.activation_scaler
             if cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is None:
-                scaler.scaling_factor = _norm_scale(batches(), settings.steps, d_in)
+                scaler.scaling_factor = _norm_scale(trainer.data_provider, settings.steps, d_in)
+                trainer.data_provider.step = 0
             _fit(trainer, settings.steps, folder, progress, request)
         except Interrupted as stop:
             step, kept = trainer.n_training_steps, "its state is not saved, because output is None"

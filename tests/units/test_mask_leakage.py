@@ -8,10 +8,16 @@ from hypothesis import strategies as st
 
 import sa_lens as sa
 from sa_lens.core import HookedTransformerConfig
-from sa_lens.units import mask_leakage
+from sa_lens.units import mask_leakage, probes
 from sa_lens.units.mask_leakage import CONDITIONS, leakage, other_occurrences, permute_units
 
 V, N_CTX = 6, 8
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    """Few steps are enough for probes of a few classes."""
+    monkeypatch.setattr(probes, "PROBE_STEPS", 300)
 
 
 def planted(kind, *, scope="local", gate_kind="hard"):

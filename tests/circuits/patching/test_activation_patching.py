@@ -32,42 +32,49 @@ def close(found, expected, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+THEIRS = [
+    ("resid_pre", tl.get_act_patch_resid_pre),
+    ("resid_mid", tl.get_act_patch_resid_mid),
+    ("resid_post", partial(tl.generic_activation_patch, **RESID_POST)),
+    ("attn_out", tl.get_act_patch_attn_out),
+    ("mlp_out", tl.get_act_patch_mlp_out),
+    ("heads", tl.get_act_patch_attn_head_out_all_pos),
+    ("z", tl.get_act_patch_attn_head_out_by_pos),
+    ("q", tl.get_act_patch_attn_head_q_all_pos),
+    ("k", tl.get_act_patch_attn_head_k_by_pos),
+    ("value", tl.get_act_patch_attn_head_v_all_pos),
+    ("hook_pattern", tl.get_act_patch_attn_head_pattern_all_pos),
+    ("pattern", tl.get_act_patch_attn_head_pattern_by_pos),
+]
+"""Our name and their function of a kind of patch."""
+
+
 @pytest.mark.parametrize(
-    ("what", "theirs"),
+    ("what", "theirs", "stream", "direction"),
+    # each kind in both streams and both directions, which alternate
     [
-        ("resid_pre", tl.get_act_patch_resid_pre),
-        ("resid_mid", tl.get_act_patch_resid_mid),
-        ("resid_post", partial(tl.generic_activation_patch, **RESID_POST)),
-        ("attn_out", tl.get_act_patch_attn_out),
-        ("mlp_out", tl.get_act_patch_mlp_out),
-        ("heads", tl.get_act_patch_attn_head_out_all_pos),
-        ("z", tl.get_act_patch_attn_head_out_by_pos),
-        ("q", tl.get_act_patch_attn_head_q_all_pos),
-        ("k", tl.get_act_patch_attn_head_k_by_pos),
-        ("value", tl.get_act_patch_attn_head_v_all_pos),
-        ("hook_pattern", tl.get_act_patch_attn_head_pattern_all_pos),
-        ("pattern", tl.get_act_patch_attn_head_pattern_by_pos),
+        (*kind, stream, ("denoise", "noise")[(i + j) % 2])
+        for i, kind in enumerate(THEIRS)
+        for j, stream in enumerate(STREAMS)
     ],
 )
-def test_agrees_with_transformer_lens(what, theirs, stream, model, even_pairs):
+def test_agrees_with_transformer_lens(what, theirs, stream, direction, model, even_pairs):
     def metric(logits):
         return logit_difference(logits[:, -1], even_pairs).mean()
 
     axes = theirs.keywords["index_axis_names"]
     positions = "each" if {"pos", "dest_pos"} & {*axes} else "all"
-    for direction in ("denoise", "noise"):
-        clean, corrupt = even_pairs.clean, even_pairs.corrupt
-        source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
-        with torch.no_grad(), in_stream(model, stream, position=-1):
-            _, cache = model.run_with_cache(source)
-            expected = theirs(model, base, cache, metric)
-        masks = "frozen" if stream == "ablated" else None
-        table = patch(model, even_pairs, what, stream=stream, masks=masks, direction=direction, positions=positions)
-        if axes == ("layer", "pos", "head"):
-            # rows are in the order of layers, heads, positions
-            expected = expected.transpose(1, 2)
-        close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
+    clean, corrupt = even_pairs.clean, even_pairs.corrupt
+    source, base = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+    with torch.no_grad(), in_stream(model, stream, position=-1):
+        _, cache = model.run_with_cache(source)
+        expected = theirs(model, base, cache, metric)
+    masks = "frozen" if stream == "ablated" else None
+    table = patch(model, even_pairs, what, stream=stream, masks=masks, direction=direction, positions=positions)
+    if axes == ("layer", "pos", "head"):
+        # rows are in the order of layers, heads, positions
+        expected = expected.transpose(1, 2)
+    close(table["value"].to_numpy(copy=True).reshape(expected.shape), expected.tolist())
 
 
 def test_grouped_keys_agree_with_transformer_lens():
@@ -232,8 +239,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize(("what", "stream", "masks"), CASES)
+IN_ONE_DIRECTION = [(*case, ("denoise", "noise")[i % 2]) for i, case in enumerate(CASES)]
+"""Each kind, and each choice of stream and masks, in both directions."""
+
+
+def test_cases_hold_both_directions():
+    for part in ("what", "stream and masks"):
+        groups = {(case[0] if part == "what" else case[1:3], case[3]) for case in IN_ONE_DIRECTION}
+        assert len(groups) == 2 * len({group for group, _ in groups}), part
+
+
+@pytest.mark.parametrize(("what", "stream", "masks", "direction"), IN_ONE_DIRECTION)
 def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, masks, direction, model, five_pairs, alone):
     metric = "kl" if direction == "noise" else "logit_difference"
     options = {"top_n": 5} if KINDS[what].many else {}
@@ -270,8 +286,8 @@ def test_agrees_with_a_loop_over_prompts_of_several_lengths(what, stream, masks,
 
 
 @pytest.mark.parametrize(("what", "stream", "masks"), CASES)
-def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, masks, model, pairs):
-    pairs = replace(pairs, corrupt=pairs.clean)
+def test_a_prompt_patched_with_itself_stays_as_it_is(what, stream, masks, model, five_pairs):
+    pairs = replace(five_pairs, corrupt=five_pairs.clean)
     for positions in [None] if KINDS[what].mask else ["named", "all"]:
         table = patch(model, pairs, what, stream=stream, masks=masks, positions=positions)
         close(table["value"], table["clean"])
