@@ -20,6 +20,7 @@ from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.stopping import Interrupted
 
 DOUBLE = {"dtype": torch.float64}
+SMALL = {**DOUBLE, "n_heads": 2}
 
 
 def slow_cost(model: Any, pairs: PromptPairs, **choices: Any) -> Any:
@@ -52,7 +53,7 @@ def assert_same(model: Any, pairs: PromptPairs, tau: float, tolerance: float, or
         {"normalization_type": None, "initializer_range": 0.3},
         {"attn_only": True, "n_layers": 3},
         {"parallel_attn_mlp": True},
-        {"n_key_value_heads": 2},
+        {"n_heads": 4, "n_key_value_heads": 2},
         {"gated_mlp": True, "act_fn": "silu"},
         {"attn_types": ["global", "local"], "window_size": 3, "use_local_attn": True},
         {"use_attn_scale": False, "act_fn": "relu"},
@@ -61,14 +62,14 @@ def assert_same(model: Any, pairs: PromptPairs, tau: float, tolerance: float, or
 )
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 def test_same_decisions_in_float64(changes: dict[str, Any], tau: float) -> None:
-    found = assert_same(plain(**DOUBLE, **changes), token_pairs(n=3), tau, 1e-9)
+    found = assert_same(plain(**{**SMALL, **changes}), token_pairs(n=3), tau, 1e-9)
     assert found.shortcuts == "on"
 
 
 @pytest.mark.parametrize("ablation", ["resample", "zero", "mean"])
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_same_decisions_in_the_ablated_stream(ablation: str, scope: str) -> None:
-    model = gated(scope, **DOUBLE)
+    model = gated(scope, **SMALL)
     found = assert_same(model, token_pairs(n=3), 0.05, 1e-9, ablation=ablation, stream="ablated", masks="frozen")
     assert found.shortcuts == "on"
     assert found.circuit.about["masks"] == "frozen"
@@ -76,7 +77,7 @@ def test_same_decisions_in_the_ablated_stream(ablation: str, scope: str) -> None
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 def test_same_decisions_in_float32_on_prompts_of_several_lengths(stream: str) -> None:
-    model = gated(n_layers=2)
+    model = gated(n_heads=2)
     pairs = token_pairs(n=5, lengths=(6, 8))
     masks = "frozen" if stream == "ablated" else None
     for ablation in ("resample", "mean"):
@@ -138,7 +139,7 @@ def test_default_order_is_the_reverse_of_the_order_of_computation() -> None:
 
 @pytest.mark.parametrize("metric", ["logit_difference", "answer_log_probability", "answer_rank", logit_difference])
 def test_other_metrics_limit_their_fall(metric: Any) -> None:
-    model, pairs = plain(**DOUBLE), token_pairs(n=3)
+    model, pairs = plain(**SMALL), token_pairs(n=3)
     found = acdc(model, pairs, 0.1, metric=metric, progress=False)
     slow = acdc(model, pairs, 0.1, metric=metric, progress=False, order=_up_and_down(found.circuit.graph))
     assert slow.shortcuts != "on"
