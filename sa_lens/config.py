@@ -99,7 +99,9 @@ LARGEST_SEED = 2**32 - 1
 
 _AT_LEAST: dict[str, float] = {
     **dict.fromkeys(("model.n_layers", "model.d_model", "model.n_heads", "model.d_head", "model.n_ctx"), 1),
-    **dict.fromkeys(("gates.k_attn", "gates.k_mlp", "train.steps", "train.batch_size", "train.accumulate"), 1),
+    **dict.fromkeys(
+        ("gates.k_attn", "gates.k_mlp", "gates.rank", "train.steps", "train.batch_size", "train.accumulate"), 1
+    ),
     **dict.fromkeys(("train.eval_every", "train.eval_tokens", "train.save_every", "train.log_every"), 1),
     **{"model.d_vocab": 2, "data.max_documents": 2, "data.n_stories": 100, "data.vocab_size": 300},
     "train.dense_share": -math.inf,  # its range depends on the steps
@@ -371,8 +373,17 @@ class GateConfig:
     stay as drawn while the base is trained through the same loss: `random-token`, a random linear map of what the gate
     reads; `random-static`, one random score for each unit of a layer, the same for every token."""
 
+    rank: int | None = None
+    """Rank of the gates' matrices, which are then products of two narrow ones: fewer numbers on wide models. None: full
+    matrices."""
+
     def __post_init__(self) -> None:
         _check_fields(self, "gates.")
+        _check(
+            self.rank is None or self.learned,
+            f"gates.rank={self.rank} does not fit gates.scores={self.scores!r}, whose gates are not trained: leave "
+            "gates.rank out, or set gates.scores='learned'",
+        )
         _check(
             self.scores != "ablated" or not self.reads_global,
             f"gates.scores='ablated' does not fit gates.scope={self.scope!r}, whose gates would need the end of a pass "
@@ -404,6 +415,11 @@ class GateConfig:
     def learned(self) -> bool:
         """Whether the gates are trained; the controls keep theirs as drawn."""
         return self.scores in ("learned", "ablated")
+
+    def count_parameters(self, d_model: int, n_units: int) -> int:
+        """Returns how many numbers the gate of one sublayer has."""
+        matrix = d_model * n_units if self.rank is None else (d_model + n_units) * self.rank
+        return (self.reads_local + self.reads_global) * (matrix + n_units)
 
 
 @dataclass(frozen=True)

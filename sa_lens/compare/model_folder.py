@@ -72,6 +72,8 @@ class ModelFolder:
         """Hash of everything on which the model depends: files by content, the baseline by its own key."""
         base = self.baseline if self.variant.training == "gates" else None
         values = to_dict(self.grid.config(self.variant, self.seed, base.key if base is not None else None))
+        if values["gates"]["rank"] is None:
+            del values["gates"]["rank"]  # so that models from before this setting keep their keys
         for section, names in _NO_CONSEQUENCE.items():
             for name in names:
                 del values[section][name]

@@ -85,11 +85,11 @@ def check_supported(cfg: HookedTransformerConfig, gates: GateConfig) -> None:
         if reason is not None:
             raise ValueError(f"no gates on this model, which has {reason}")
         assert cfg.attn_only or cfg.d_mlp is not None
-        check_units(gates, cfg.n_heads, cfg.d_head, None if cfg.attn_only else cfg.d_mlp)
+        check_units(gates, cfg.d_model, cfg.n_heads, cfg.d_head, None if cfg.attn_only else cfg.d_mlp)
 
 
-def check_units(gates: GateConfig, n_heads: int, d_head: int, d_mlp: int | None) -> None:
-    """Refuses gates that keep more units than a layer has.
+def check_units(gates: GateConfig, d_model: int, n_heads: int, d_head: int, d_mlp: int | None) -> None:
+    """Refuses gates that keep more units than a layer has, or whose rank is that of a full matrix.
 
     Args:
         d_mlp: neurons of a layer; None: no MLPs.
@@ -101,6 +101,11 @@ def check_units(gates: GateConfig, n_heads: int, d_head: int, d_mlp: int | None)
     for name, k, n in (("k_attn", gates.k_attn, n_attn), ("k_mlp", gates.k_mlp, d_mlp)):
         if gates.gated and n is not None and k > n:
             raise ValueError(f"gates.{name}={k} is more than the {n} units of a layer: choose from 1 to {n}")
+        if gates.gated and gates.rank is not None and n is not None and gates.rank >= (most := min(d_model, n)):
+            raise ValueError(
+                f"gates.rank={gates.rank} must be less than both sizes of a gate's matrix, d_model={d_model} and "
+                f"{n} units of a layer ({name}): choose from 1 to {most - 1}, or leave it out for full matrices"
+            )
 
 
 def actual_config(model: HookedTransformer) -> HookedTransformerConfig:
@@ -228,8 +233,10 @@ def fold_final_norm_into_gates(state: dict[str, Tensor]) -> None:
         return
     w = state["ln_final.w"]
     b = state.get("ln_final.b")
-    for key in [k for k in state if k.endswith("_gate.W_global")]:
-        bias_key = key.replace("W_global", "b_global")
+    for key in [k for k in state if k.endswith(("_gate.W_global", "_gate.A_global"))]:
+        gate = key.rsplit(".", 1)[0]
         if b is not None:
-            state[bias_key] = state[bias_key] + b @ state[key]
+            read = b @ state[key]
+            read = read @ state[f"{gate}.B_global"] if key.endswith("A_global") else read
+            state[f"{gate}.b_global"] = state[f"{gate}.b_global"] + read
         state[key] = w[:, None] * state[key]

@@ -9,6 +9,8 @@ Axes: `unit` is one attention unit or one neuron of a layer, flattened to a sing
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,17 +101,13 @@ class Gate(nn.Module):
 
     Parameters `W_local`, `b_local` read the residual stream that enters the layer, of the clean stream or (scores
     `ablated`) of the ablated one; `W_global`, `b_global` read the final LayerNorm's output of a clean pass. Which of
-    them exist follows from the scope.
+    them exist follows from the scope. With a rank, `A_local`, `B_local` (and `A_global`, `B_global`), whose product is
+    the matrix, take the place of W.
 
     Hook points, in the order in which they fire in an ablated pass: `hook_in` (the values before the mask),
     `hook_scores`, `hook_mask`. Shapes: `[batch, pos, head, d_head]` for channels of attention, `[batch, pos, head, 1]`
     for scores and mask of whole heads, `[batch, pos, d_mlp]` for neurons.
     """
-
-    W_local: nn.Parameter
-    b_local: nn.Parameter
-    W_global: nn.Parameter
-    b_global: nn.Parameter
 
     def __init__(
         self,
@@ -126,12 +124,13 @@ class Gate(nn.Module):
         self.d_model = d_model
         self.unit_shape = unit_shape
         self.n_units = math.prod(unit_shape)
+        shapes: dict[str, tuple[int, ...]] = {"W": (d_model, self.n_units), "b": (self.n_units,)}
+        if cfg.rank is not None:
+            shapes = {"A": (d_model, cfg.rank), "B": (cfg.rank, self.n_units), "b": (self.n_units,)}
         for source, present in (("local", cfg.reads_local), ("global", cfg.reads_global)):
-            if present:
-                weight = torch.empty(d_model, self.n_units, dtype=dtype, device=device)
-                bias = torch.empty(self.n_units, dtype=dtype, device=device)
-                setattr(self, f"W_{source}", nn.Parameter(weight, requires_grad=cfg.learned))
-                setattr(self, f"b_{source}", nn.Parameter(bias, requires_grad=cfg.learned))
+            for name, shape in shapes.items() if present else ():
+                empty = torch.empty(shape, dtype=dtype, device=device)
+                setattr(self, f"{name}_{source}", nn.Parameter(empty, requires_grad=cfg.learned))
         self.hook_in = HookPoint()
         self.hook_scores = HookPoint()
         self.hook_mask = HookPoint()
@@ -140,14 +139,20 @@ class Gate(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws every weight and bias uniformly from +-1/sqrt(d_model), as the reference does.
 
-        None is zero, except the weights of `random-static` scores, which consist of biases alone.
+        None is zero, except the weights of `random-static` scores, which consist of biases alone. Of a low-rank gate, B
+        is drawn from +-sqrt(3/rank), so that scores have the same variance as those of a full matrix.
         """
-        bound = 1 / math.sqrt(self.d_model)
         for name, parameter in sorted(self.named_parameters()):
+            bound = math.sqrt(3 / len(parameter)) if name.startswith("B") else 1 / math.sqrt(self.d_model)
             fresh = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_((2 * fresh - 1) * bound)
             if self.cfg.scores == "random-static" and name.startswith("W"):
                 parameter.zero_()
+
+    def affine_map(self, source: Literal["local", "global"]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Returns the matrices, to be multiplied by in turn, and the bias of the map from what the gate reads."""
+        names = ("W",) if self.cfg.rank is None else ("A", "B")
+        return tuple(self.get_parameter(f"{name}_{source}") for name in names), self.get_parameter(f"b_{source}")
 
     def project(
         self, local: Float[Tensor, "batch pos d_model"] | None, final: Float[Tensor, "batch pos d_model"] | None
@@ -163,10 +168,10 @@ class Gate(nn.Module):
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             if self.cfg.reads_local:
                 assert local is not None
-                read.append(_affine(local, self.W_local, self.b_local))
+                read.append(_affine(local, *self.affine_map("local")))
             if self.cfg.reads_global:
                 assert final is not None
-                read.append(_affine(final, self.W_global, self.b_global))
+                read.append(_affine(final, *self.affine_map("global")))
         scores = read[0] if len(read) == 1 else read[0] + read[1]
         return scores.unflatten(-1, self.unit_shape)
 
@@ -204,6 +209,9 @@ class Gate(nn.Module):
 
 
 def _affine(
-    x: Float[Tensor, "batch pos d_model"], weight: Float[Tensor, "d_model unit"], bias: Float[Tensor, " unit"]
+    x: Float[Tensor, "batch pos d_model"], matrices: Sequence[Tensor], bias: Float[Tensor, " unit"]
 ) -> Float[Tensor, "batch pos unit"]:
-    return at_least_float32(x) @ at_least_float32(weight) + at_least_float32(bias)
+    x = at_least_float32(x)
+    for matrix in matrices:
+        x = x @ at_least_float32(matrix)
+    return x + at_least_float32(bias)

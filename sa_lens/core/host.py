@@ -154,8 +154,9 @@ def fingerprint_of(model: Host, stream: Stream = "ablated") -> str:
     Results that are kept to be resumed or reused carry this hash, and are refused for a model with another hash.
     """
     settings = {name: getattr(model.cfg, name, None) for name in _SETTINGS_OF_THE_COMPUTATION}
-    # the number of units that the gates keep is in no weight
+    # the number of units that the gates keep is in no weight; their rank is
     gates = repr(model.gates) if stream == "ablated" and has_ablated_stream(model) else ""  # type: ignore[attr-defined]
+    gates = gates.replace(", rank=None", "")
     return hash_of(model.named_parameters(), f"{settings} {gates}")  # type: ignore[attr-defined]
 
 

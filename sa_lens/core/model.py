@@ -477,7 +477,7 @@ class SelfAblatingTransformer(GatedTransformer):
                 code of its own, or a context that is too short.
         """
         files, gates = read_files(folder), gates if gates is not None else GateConfig()
-        architecture.check_units(gates, files.n_heads, files.d_head, files.d_mlp)
+        architecture.check_units(gates, files.d_model, files.n_heads, files.d_head, files.d_mlp)
         return cls.from_hooked(hooked_from_files(files, n_ctx=n_ctx), gates, seed=seed)
 
     def to_hooked_transformer(self) -> HookedTransformer:

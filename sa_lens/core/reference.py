@@ -110,6 +110,7 @@ def save(model: GatedTransformer) -> dict[str, Tensor]:
         ),
         "local and global gates at once": model.gates.scope == "both",
         "gates that read the ablated stream": model.gates.reads_ablated,
+        "low-rank gates": model.gates.gated and model.gates.rank is not None,
         "whole heads as attention units": model.gates.gated and model.gates.attn_unit != "channel",
     }.items():
         reason = name if reason is None and applies else reason

@@ -315,7 +315,8 @@ def _described_model(cls: type[Model], config: Mapping[str, Any], device: str | 
         device=None if device is None else str(device),
     )
     gates = from_dict(GateConfig, config["gates"], where="gates.")
-    lacking = [name for name in to_dict(gates) if name not in config["gates"]]
+    # files that are older than low-rank gates do not name the rank
+    lacking = [name for name in to_dict(gates) if name not in config["gates"] and name != "rank"]
     if lacking:
         raise ValueError(f"gates lacks {lacking[0]!r}")
     model = cls(cfg, gates)

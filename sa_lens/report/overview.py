@@ -72,6 +72,8 @@ def _gates(subject: Subject) -> Fact:
         "both": "each layer's own input in the clean stream and the end of a clean pass",
     }[gates.scope]
     how = "" if gates.learned else f" Control: scores are {gates.scores}, not learned."
+    if gates.rank is not None:
+        how += f" Their matrices have rank {gates.rank}."
     stay = "stay" if gates.kind == "hard" else "stay in part, by soft weights,"
     return Fact(
         "Gates",

@@ -54,6 +54,7 @@ class TrainingPlan:
         lines = {"model": f"{self.source}, {_count(self.base_parameters)} parameters, {base}"}
         if gates.gated:
             units = f"k_attn {gates.k_attn}, k_mlp {gates.k_mlp}"
+            units += "" if gates.rank is None else f", rank {gates.rank}"
             fit = f", fitted to {run.train.fit_tokens:,} tokens first" if run.train.fit_tokens else ""
             lines["gates"] = f"{gates.scope}, {units}, {_count(self.gate_parameters)} parameters, {learned}{fit}"
         lines["context"] = f"{self.n_ctx} tokens (model.n_ctx){longest}; {run.train.batch_size} sequences per step"
@@ -83,7 +84,7 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
     if model is None and init is not None and shipped_folder(init) is None and is_hugging_face(init):
         files = read_files(init)
         files.context(run.model.n_ctx)
-        architecture.check_units(gates, files.n_heads, files.d_head, files.d_mlp)
+        architecture.check_units(gates, files.d_model, files.n_heads, files.d_head, files.d_mlp)
         shape: Any = files
         source, base, longest = f"{files.architecture} from {init} ({files.stored})", files.parameters, files.n_ctx
         loading = 8.0 * base
@@ -95,8 +96,7 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
         longest = model.cfg.n_ctx
     n_attn, d_mlp = shape.n_heads * shape.d_head, shape.d_mlp or 0
     units = n_attn if gates.attn_unit == "channel" else shape.n_heads
-    readers = gates.reads_local + gates.reads_global
-    in_gates = readers * shape.n_layers * (shape.d_model + 1) * (units + d_mlp)
+    in_gates = shape.n_layers * sum(gates.count_parameters(shape.d_model, n) for n in (units, d_mlp) if n)
     trained = (in_gates if gates.learned else 0) + (base if run.train.freeze == "none" else 0)
     tokens = run.train.batch_size // run.train.accumulate * run.model.n_ctx
     numbers = tokens * shape.n_layers * (shape.d_model + n_attn + d_mlp)

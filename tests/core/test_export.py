@@ -19,10 +19,10 @@ from sa_lens.core import SelfAblatingTransformer, export
 from sa_lens.core.base import TRANSFORMER_LENS
 
 
-def small_model(scope: str = "local", *, seed: int = 0, **shape: Any) -> SelfAblatingTransformer:
+def small_model(scope: str = "local", *, seed: int = 0, gates: Any = None, **shape: Any) -> SelfAblatingTransformer:
     """A model in which no parameter of its own is zero or one, so that a forgotten weight shows."""
     cfg = ModelConfig(**{"n_layers": 2, "d_model": 16, "n_heads": 4, "n_ctx": 16, "d_vocab": 23, **shape})
-    model = SelfAblatingTransformer(cfg, GateConfig(scope=scope, k_attn=3, k_mlp=5), seed=seed)
+    model = SelfAblatingTransformer(cfg, GateConfig(scope=scope, k_attn=3, k_mlp=5, **(gates or {})), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,6 +128,8 @@ def test_reference_state_comes_back_as_it_was(tmp_path):
         (lambda: small_model(act_fn="relu"), "which has activation 'relu'"),
         (lambda: small_model("both"), "which has local and global gates at once"),
         (lambda: small_model(d_mlp=0), "which has no MLPs"),
+        (lambda: small_model(gates={"scores": "ablated"}), "which has gates that read the ablated stream"),
+        (lambda: small_model(gates={"rank": 3}), "which has low-rank gates"),
         (lambda: small_model(qkv_bias=True), "no bias b_Q, but blocks.0.attn.b_Q is not zero"),
         (lambda: small_model(unembed_bias=True), "no bias b_U, but unembed.b_U is not zero"),
         (lambda: gated_model("llama"), "which has grouped keys and values"),

@@ -23,6 +23,7 @@ GATES = [
     GateConfig(scope="none"),
     GateConfig(k_attn=2, k_mlp=3, attn_unit="head"),
     GateConfig(k_attn=2, k_mlp=3, scores="random-token"),
+    GateConfig(k_attn=2, k_mlp=3, scores="ablated", rank=2),
 ]
 
 
@@ -47,7 +48,8 @@ def test_parameters_are_those_of_the_model(llama: Path, gates: GateConfig, freez
     assert planned.base_parameters == sum(p.numel() for p in LlamaForCausalLM.from_pretrained(llama).parameters())
     # a model in memory has the biases of TransformerLens besides
     assert plan(run, model).base_parameters == sum(p.numel() for p in model.base_parameters())
-    if gates.gated and gates.scores == "learned":
+    if gates.gated and gates.learned:
+        assert planned.trained_parameters > 0
         expected = sum(model.get_parameter(name).numel() for name in choose_trained(model, freeze))
         assert plan(run, model).trained_parameters == expected
     assert (planned.n_ctx, planned.longest) == (32, 64)
@@ -56,16 +58,16 @@ def test_parameters_are_those_of_the_model(llama: Path, gates: GateConfig, freez
 def test_the_text_of_a_plan(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(
         model=ModelConfig(n_ctx=32),
-        gates=GateConfig(k_attn=2, k_mlp=3),
+        gates=GateConfig(k_attn=2, k_mlp=3, rank=4),
         train=TrainConfig(init=str(llama), freeze="base", batch_size=4, precision="bf16"),
     )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # no weights are read
     # base: 50 * 16, and per layer 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 12 and two norms, and the last norm;
-    # gates: 17 numbers for each of 2 * (16 + 12) units
+    # gates: 5 numbers for each of 2 * (16 + 12) units, and 2 * 2 * 16 * 4
     base = 2 * 50 * 16 + 2 * (2 * 256 + 2 * 128 + 576 + 32) + 16
     assert str(plan(run)) == (
         f"model    LlamaForCausalLM from {llama} (bfloat16), {base:,} parameters, frozen\n"
-        "gates    local, k_attn 2, k_mlp 3, 952 parameters, trained\n"
+        "gates    local, k_attn 2, k_mlp 3, rank 4, 536 parameters, trained\n"
         "context  32 tokens (model.n_ctx), of up to 64; 4 sequences per step\n"
         "types    base held in bfloat16 (evaluated and saved in float32), gates float32, matrix products bfloat16\n"
         "memory   about 0.6 GB on the fused path"

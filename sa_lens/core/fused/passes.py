@@ -254,10 +254,10 @@ class Passes:
     def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:
         """What `gate.project` computes, with rows of units."""
         reads = []
-        if gate.cfg.reads_local:
-            reads.append(scores_of(local.flatten(0, 1), gate.W_local, gate.b_local, self.dtype))
-        if gate.cfg.reads_global and final is not None:
-            reads.append(scores_of(final.flatten(0, 1), gate.W_global, gate.b_global, self.dtype))
+        for source, x, present in (("local", local, gate.cfg.reads_local), ("global", final, gate.cfg.reads_global)):
+            if present and x is not None:
+                matrices, bias = gate.affine_map(source)
+                reads.append(scores_of(x.flatten(0, 1), matrices, bias, self.dtype))
         return reads[0] if len(reads) == 1 else reads[0] + reads[1]
 
     def normalise(self, norm: Any, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the gradient of the scores from the scores and the k-th and next of them alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,20 +23,23 @@ GROUP = 8
 
 def scores_of(
     x: Float[Tensor, "row d_model"],
-    weight: Float[Tensor, "d_model score"],
+    matrices: Sequence[Float[Tensor, "width out"]],
     bias: Float[Tensor, " score"],
     dtype: torch.dtype,
 ) -> Float[Tensor, "row score"]:
-    """`x @ weight + bias` in the inputs' own precision, its gradients by matrix products in `dtype`."""
-    return _Scores.apply(x, weight, bias, dtype)
+    """`x @ matrices + bias` in the inputs' own precision, its gradients by matrix products in `dtype`."""
+    *narrowing, last = matrices
+    for matrix in narrowing:
+        x = _Scores.apply(x, matrix, None, dtype)
+    return _Scores.apply(x, last, bias, dtype)
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.dtype = dtype
         ctx.save_for_backward(x, weight)
-        return torch.addmm(bias, x, weight)
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
