@@ -109,6 +109,15 @@ class Gate(nn.Module):
     for scores and mask of whole heads, `[batch, pos, d_mlp]` for neurons.
     """
 
+    W_local: nn.Parameter
+    A_local: nn.Parameter
+    B_local: nn.Parameter
+    b_local: nn.Parameter
+    W_global: nn.Parameter
+    A_global: nn.Parameter
+    B_global: nn.Parameter
+    b_global: nn.Parameter
+
     def __init__(
         self,
         cfg: GateConfig,

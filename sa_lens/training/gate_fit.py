@@ -106,7 +106,7 @@ def _fill(gate: Gate, of: _Moments, kind: str, n_tokens: int) -> None:
     mean = (of.inputs[-1] @ solution).mean() / n_tokens
     solution *= (of.size / n_tokens) / (second - mean**2).sqrt()
     weight, bias = solution[:-1], solution[-1]
-    if (rank := getattr(gate.cfg, "rank", None)) is None:
+    if (rank := gate.cfg.rank) is None:
         gate.W_local.copy_(weight)
     else:
         # the directions of the scores with the largest deviation over tokens; B has the size of a drawn one
@@ -115,6 +115,6 @@ def _fill(gate: Gate, of: _Moments, kind: str, n_tokens: int) -> None:
         factor = weight @ directions
         bias = bias + (of.inputs[-1, :-1] / n_tokens) @ (weight - factor @ directions.T)
         size = math.sqrt(gate.n_units / rank)
-        gate.get_parameter("A_local").copy_(factor / size)
-        gate.get_parameter("B_local").copy_(directions.T * size)
+        gate.A_local.copy_(factor / size)
+        gate.B_local.copy_(directions.T * size)
     gate.b_local.copy_(bias - bias.mean())

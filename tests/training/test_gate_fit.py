@@ -65,6 +65,23 @@ def test_scores_are_those_of_least_squares(unit: str, kind: str) -> None:
     assert same(*({n: w for n, w in x.items() if "_gate." not in n} for x in (before, weights(model))))
 
 
+@pytest.mark.parametrize("scores", ["learned", "ablated"])
+def test_low_rank_gates_get_the_best_scores_of_their_rank(scores: str) -> None:
+    by_rank = {}
+    for rank in (None, 5):
+        model = gated(rank=rank, scores=scores)
+        fit_gates(model, BLOCKS)
+        read, _, _ = streams(model, 2, "mlp")
+        gate = model.blocks[2].mlp_gate
+        by_rank[rank] = gate.project(torch.tensor(read, dtype=torch.float32)[None], None)[0].detach().double().numpy()
+    full, mean = by_rank[None], by_rank[None].mean(0)
+    u, s, v = np.linalg.svd(full - mean, full_matrices=False)
+    best = (u[:, :5] * s[:5]) @ v[:5] + mean
+    assert np.abs(best - full).max() > 0.1
+    # a constant changes no mask
+    assert by_rank[5] - by_rank[5].mean() == pytest.approx(best - best.mean(), abs=1e-3)
+
+
 def test_masks_are_nearer_to_the_largest_values_and_the_ablated_loss_falls() -> None:
     model = gated()
 
