@@ -33,7 +33,9 @@ FORMAT = 1
 """Version of the files; part of every key."""
 
 _NO_CONSEQUENCE = {
-    "train": ("save_every", "log_every", "sample_tokens", "workers", "tracker", "eval_every", "eval_tokens"),
+    "train": (
+        *("save_every", "log_every", "sample_tokens", "workers", "tracker", "eval_every", "eval_tokens", "cuda_graph"),
+    ),
     "data": ("cache_dir",),
 }
 """Settings without effect on the model after the last step."""

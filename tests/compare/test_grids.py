@@ -138,6 +138,16 @@ def test_a_tokenizer_trained_on_real_text_keeps_the_names_whole(tmp_path):
     assert keep_names_whole(GRIDS["paper"](), path).run.data.keep_whole is None
 
 
+def test_the_keys_of_finished_models_stay(tmp_path):
+    """If a new setting of the configuration changes them, models of earlier versions would be trained again: a setting
+    without effect on the last step belongs into `_NO_CONSEQUENCE`, any other into the values below."""
+    grid = GRIDS["laptop"]()
+    keys = {v.name: ModelFolder(grid, v, 0, tmp_path).key[:10] for v in grid.variants}
+    assert {name: keys[name] for name in ("baseline", "local-8", "joint-8", "frozen-base")} == {
+        **{"baseline": "3120155ae3", "local-8": "fbb20e2c0d", "joint-8": "0110125b97", "frozen-base": "bb979d0f4f"},
+    }
+
+
 def test_a_measurement_of_another_task_has_its_own_files_and_reads_columns_with_the_task_in_front(tmp_path):
     grid = GRIDS["smoke"]()
     folder = ModelFolder(grid, grid.variants[0], 0, tmp_path)
