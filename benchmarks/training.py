@@ -53,6 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"n_layers": 30, "d_model": 576, "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "rotary_dim": 64}
     | {"d_mlp": 1536, "rotary_base": 100000},
 }
+SHAPES["smollm2-gpu"] = SHAPES["smollm2"]
 """Shapes other than the paper's, by the name of their rows. `smollm2` is that of SmolLM2-135M."""
 
 
@@ -71,6 +72,8 @@ class Row:
     vocab: int = 50257
     d_model: int = 128
     compiled: bool = False
+    recorded: bool = False
+    """Whether the step is replayed as a CUDA graph, as `train` does on a GPU."""
     recompute: bool = False
     frozen: bool = False
     """Whether only the gates are trained."""
@@ -107,9 +110,14 @@ def rows(device: str) -> Iterator[Row]:
             yield Row("smollm2", "local", path, dtype, batch=2, n_ctx=128, vocab=49152, d_model=576, frozen=frozen)
     if device == "cuda":
         for d_model in (128, 768):
-            for path, compiled in (("hooked", False), ("fused", False), ("fused", True)):
+            for path, recorded in (("hooked", False), ("fused", False), ("fused", True)):
                 for variant in ("none", "local", "global"):
-                    yield Row("gpu", variant, path=path, batch=32, d_model=d_model, compiled=compiled)
+                    yield Row("gpu", variant, path=path, batch=32, d_model=d_model, recorded=recorded)
+        for frozen in (True, False):
+            for path, recorded in (("hooked", False), ("fused", False), ("fused", True)):
+                yield Row(
+                    "smollm2-gpu", "local", path, batch=32, vocab=49152, d_model=576, frozen=frozen, recorded=recorded
+                )
 
 
 def flop_per_token(row: Row, cfg: Any) -> float:
@@ -242,6 +250,7 @@ def training_step(row: Row, model: Any) -> Callable[[], Any]:
 
     from sa_lens.config import LossConfig
     from sa_lens.core import TwoStreamLoss
+    from sa_lens.training.recorded_step import RecordedStep
 
     loss: Any = TwoStreamLoss(
         model,
@@ -256,8 +265,13 @@ def training_step(row: Row, model: Any) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
     tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx + 1), device=model.W_E.device)
 
+    recorded = RecordedStep(loss) if row.recorded else None
+
     def step() -> None:
-        loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+        if recorded is not None:
+            recorded(tokens[:, :-1], tokens[:, 1:], clean_alone=False)
+        else:
+            loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
