@@ -821,7 +821,7 @@ class TestCompare:
             "--columns",
             "weights,losses",
         ]
-        assert cli.main([*arguments, "--seeds", "1"]) == 0
+        assert cli.main([*arguments, "--seeds", "1", "--variants", "global-4,random-init"]) == 0
         printed = capsys.readouterr().out
         assert "weights are less sparse\n" in printed
         assert re.search("perplexity: lower, clean +undecided: all", printed), "one seed decides nothing"
@@ -830,6 +830,7 @@ class TestCompare:
         assert all((folder / file).is_file() for file in files)
         values = pandas.read_csv(folder / "values.csv")
         assert set(values["seed"]) == {0}
+        assert set(values["variant"]) == {"baseline", "global-4", "random-init"}
         assert {"loss", "hoyer"} <= set(values["column"])
         assert "cpr" not in set(values["column"])
 
@@ -855,6 +856,7 @@ class TestCompare:
             (["--seeds", "0"], "seeds=0 must be at least 1"),
             (["--columns", "losses,circuits"], "no measurement circuits; there are losses, weights"),
             (["--columns", ","], "no measurement given"),
+            (["--variants", "local-3"], "no variant local-3; there are baseline, local-4"),
             (["--validation", "text.txt"], "goes with text="),
             (["--text", "no-such.txt"], "no-such.txt"),
         ],

@@ -282,6 +282,7 @@ def compare(
     out: Path | None = None,
     seeds: int | None = None,
     columns: str | None = None,
+    variants: str | None = None,
     text: str | None = None,
     validation: str | None = None,
     device: Device = "auto",
@@ -296,18 +297,22 @@ def compare(
     Example: sa-lens compare --grid laptop --dry-run
 
     Args:
-        grid: laptop: nine small models, five seeds, generated stories. laptop-tinystories: the same on real text, three
-            seeds. paper: the nine models of the paper, for GPUs. smoke: tiny models, to see that everything runs.
+        grid: laptop: twenty small models, five seeds, generated stories. laptop-tinystories: the same on real text,
+            three seeds. paper: the nine models of the paper, for GPUs. smoke: tiny models, to see that everything runs.
         out: Folder of models, tables and figure; None: runs/compare-GRID.
         seeds: How many, from 0 on; None: the grid's.
         columns: Measurements whose columns are wanted, separated by commas, such as losses,acdc; None: all.
+        variants: Variants that are wanted besides the baseline, separated by commas, such as local-8,joint-8; None: all.
         text: Train on this text instead: a file, a folder or a dataset id on the Hub.
         validation: Its validation text; None: a part of it.
         device: Where to run.
         dry_run: Say what is to do and how long it takes, and do nothing.
     """
     folder = output_folder(out or Path("runs") / f"compare-{grid}")
-    names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    names, chosen = (
+        None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+        for given in (columns, variants)
+    )
     check_measurements(names or [])
     start(f"compare: grid {grid} in {folder}", trains=True)
 
@@ -315,7 +320,8 @@ def compare(
     from sa_lens.compare import plan, verdict_text
     from sa_lens.compare.dry_run import plan_text
 
-    options: Any = {"seeds": seeds, "columns": names, "text": text, "validation": validation, "device": device}
+    options: Any = {"seeds": seeds, "columns": names, "variants": chosen, "device": device}
+    options |= {"text": text, "validation": validation}
     if dry_run:
         print(plan_text(plan(grid, folder, **options)))
         return

@@ -93,7 +93,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
 
 TASKS = get_args(Task)
 MEASUREMENTS = (
-    *("losses", "weights", "skill", "acdc", "faithfulness", "object-skill", "object-acdc", "object-faithfulness"),
+    *("losses", "weights", "skill", "learning", "acdc", "faithfulness"),
+    *("object-skill", "object-learning", "object-acdc", "object-faithfulness"),
     *("units", "labels", "explanations", "leakage", "sae"),
 )
 FEWEST_PROMPTS = 64

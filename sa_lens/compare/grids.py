@@ -321,13 +321,14 @@ def apply_choices(
     *,
     seeds: int | Sequence[int] | None = None,
     columns: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     text: str | None = None,
     validation: str | None = None,
 ) -> Grid:
     """Returns the grid with other seeds, fewer measurements or another text; arguments as in `compare`.
 
     Raises:
-        ValueError: bad seeds, an unknown measurement, or validation without text.
+        ValueError: bad seeds, an unknown measurement or variant, or validation without text.
     """
     if validation is not None and text is None:
         raise ValueError(f"validation={validation!r} goes with text=: name the training text as well")
@@ -348,6 +349,13 @@ def apply_choices(
             raise ValueError(f"columns: no measurement {', '.join(unknown) or 'given'}; there are {', '.join(labels)}")
         kept = tuple(measurement for measurement in grid.measurements if measurement.label in columns)
         grid = dataclasses.replace(grid, measurements=kept)
+    if variants is not None:
+        names = [variant.name for variant in grid.variants]
+        unknown = [name for name in variants if name not in names]
+        if unknown or not variants:
+            raise ValueError(f"variants: no variant {', '.join(unknown) or 'given'}; there are {', '.join(names)}")
+        wanted = tuple(variant for variant in grid.variants if variant.name in (BASELINE, *variants))
+        grid = dataclasses.replace(grid, variants=wanted)
     return grid
 
 

@@ -43,6 +43,7 @@ def compare(
     *,
     seeds: int | Sequence[int] | None = None,
     columns: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     text: str | None = None,
     validation: str | None = None,
     progress: bool = True,
@@ -59,6 +60,7 @@ def compare(
         out: folder of models, tables and figure.
         seeds: number of seeds (from 0 on), or a list of seeds; None takes those of the grid.
         columns: labels of the measurements whose columns are wanted, such as `losses` or `object-acdc`; None: all.
+        variants: names of the variants that are wanted besides the baseline, such as `local-8`; None: all.
         text: train on this text instead: a file or folder, or a dataset id on the Hub.
         validation: its validation text; None: a part of it.
         progress: say what is being done.
@@ -68,11 +70,12 @@ def compare(
         The comparison.
 
     Raises:
-        ValueError: an unknown grid or measurement, bad seeds, validation without text, gates that do not fit the model,
-            too short a validation text, another text than that of earlier models, or what training raises.
+        ValueError: an unknown grid, measurement or variant, bad seeds, validation without text, gates that do not fit
+            the model, too short a validation text, another text than that of earlier models, or what training raises.
         Interrupted: Ctrl-C or SIGTERM; everything finished is on disk.
     """
-    out, choices = output_folder(out), {"seeds": seeds, "columns": columns, "text": text, "validation": validation}
+    choices = {"seeds": seeds, "columns": columns, "variants": variants, "text": text, "validation": validation}
+    out = output_folder(out)
     folders = _folders(grid, out, device, choices)
     run = folders[0].grid.run
     check_gates(folders[0].grid)
@@ -92,6 +95,7 @@ def plan(
     *,
     seeds: int | Sequence[int] | None = None,
     columns: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     text: str | None = None,
     validation: str | None = None,
     device: str = "auto",
@@ -105,7 +109,7 @@ def plan(
     Raises:
         ValueError: as for `compare`.
     """
-    choices = {"seeds": seeds, "columns": columns, "text": text, "validation": validation}
+    choices = {"seeds": seeds, "columns": columns, "variants": variants, "text": text, "validation": validation}
     return plan_table(_folders(grid, Path(out), device, choices), device)
 
 

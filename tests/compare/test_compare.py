@@ -472,6 +472,7 @@ def test_a_damaged_result_is_named(tmp_path, cache):
         ({"seeds": [-1]}, "whole numbers from 0"),
         ({"columns": ["circuits"]}, "no measurement circuits; there are losses"),
         ({"columns": []}, "no measurement given"),
+        ({"variants": ["local-3"]}, "no variant local-3; there are baseline, local-4"),
         ({"validation": "text.txt"}, "goes with text="),
         ({"device": "tpu"}, "tpu"),
     ],
