@@ -302,7 +302,7 @@ def compare(
         out: Folder of models, tables and figure; None: runs/compare-GRID.
         seeds: How many, from 0 on; None: the grid's.
         columns: Measurements whose columns are wanted, separated by commas, such as losses,acdc; None: all.
-        variants: Variants that are wanted besides the baseline, separated by commas, such as local-8,joint-8; None: all.
+        variants: Variants besides the baseline, separated by commas, such as local-8,joint-8; None: all.
         text: Train on this text instead: a file, a folder or a dataset id on the Hub.
         validation: Its validation text; None: a part of it.
         device: Where to run.
