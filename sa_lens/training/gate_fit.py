@@ -101,20 +101,29 @@ def _fill(gate: Gate, of: _Moments, kind: str, n_tokens: int) -> None:
     ridge[-1] = 0
     # a direction in which the stream is always 0 has no second moment
     solution = torch.linalg.solve(of.inputs + torch.diag(ridge + 1e-12 * of.inputs.diagonal().max()), of.products[kind])
-    # deviation of the scores over tokens and units, against that of drawn gates, about the mean entry of the stream
-    second = (solution * (of.inputs @ solution)).sum() / n_tokens / gate.n_units
-    mean = (of.inputs[-1] @ solution).mean() / n_tokens
-    solution *= (of.size / n_tokens) / (second - mean**2).sqrt()
+    # scores with mean 0, and with a deviation over tokens and units as of drawn gates: the mean entry of the stream
+    solution[-1] -= (of.inputs[-1] @ solution).mean() / n_tokens
+    variance = (solution * (of.inputs @ solution)).sum() / n_tokens / gate.n_units
+    solution *= of.size / n_tokens / variance.sqrt()
     weight, bias = solution[:-1], solution[-1]
-    if (rank := gate.cfg.rank) is None:
+    if gate.cfg.rank is None:
         gate.W_local.copy_(weight)
     else:
-        # the directions of the scores with the largest deviation over tokens; B has the size of a drawn one
-        centred = of.inputs[:-1, :-1] - torch.outer(of.inputs[-1, :-1], of.inputs[-1, :-1]) / n_tokens
-        directions = torch.linalg.eigh(weight.T @ centred @ weight).eigenvectors[:, -rank:]
+        mean = of.inputs[-1, :-1] / n_tokens
+        directions = _widest(weight, of.inputs[:-1, :-1] / n_tokens - torch.outer(mean, mean), gate.cfg.rank)
         factor = weight @ directions
-        bias = bias + (of.inputs[-1, :-1] / n_tokens) @ (weight - factor @ directions.T)
-        size = math.sqrt(gate.n_units / rank)
+        bias = bias + mean @ (weight - factor @ directions.T)
+        # B has the size of a drawn one
+        size = math.sqrt(gate.n_units / gate.cfg.rank)
         gate.A_local.copy_(factor / size)
         gate.B_local.copy_(directions.T * size)
-    gate.b_local.copy_(bias - bias.mean())
+    gate.b_local.copy_(bias)
+
+
+def _widest(
+    weight: Float[Tensor, "d_model unit"], covariance: Float[Tensor, "d_model d_model"], rank: int
+) -> Float[Tensor, "unit rank"]:
+    """The orthonormal directions in which the scores `x @ weight` vary most."""
+    sizes, axes = torch.linalg.eigh(covariance)
+    stretched = (axes * sizes.clamp(min=0).sqrt()).T @ weight
+    return torch.linalg.svd(stretched, full_matrices=False).Vh[:rank].T
