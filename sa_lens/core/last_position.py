@@ -8,7 +8,7 @@ the last position. A pass has three lanes: `earlier` holds the positions before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -117,7 +117,7 @@ def run_to_position(
     return run.result
 
 
-def run_with_gradients(
+def run_edited(
     model: Host,
     functions: NodeFunctions,
     prompts: Prompts,
@@ -126,15 +126,19 @@ def run_with_gradients(
     ablated: bool,
     before: Sequence[KeysAndValues],
     masks: Sequence[LayerMasks] | None = None,
+    start: int = 0,
+    entering: Mapping[Lane, Tensor] | None = None,
 ) -> LastPass:
-    """Runs prompts of which some earlier positions are known, and records gradients.
+    """Runs prompts with edited inputs, of which some earlier positions are known; gradients follow the caller's mode.
 
     Args:
         prompts: with those earlier positions that are to be run.
         before: keys and values of the others.
         masks: masks of the ablated lane; None takes those of the gates, with the gradients of their surrogates.
+        start: first layer to run. Gates that read the end of an edited clean stream need 0.
+        entering: residual stream that enters this layer, by lane; None: the embedding.
     """
-    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before)
+    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before, start, entering)
     run.run_clean()
     if ablated:
         run.run_ablated(masks)
@@ -150,18 +154,20 @@ class _Run:
         layers: int,
         reads: Reads | None = None,
         before: Sequence[KeysAndValues] | None = None,
+        start: int = 0,
+        entering: Mapping[Lane, Tensor] | None = None,
     ) -> None:
         self.model, self.functions, self.prompts, self.layers = model, functions, prompts, layers
         self.reads = reads if reads is not None else lambda lane, layer, kind, x: x
-        self.before = before
+        self.before, self.start, self.entering = before, start, entering
         self.result = LastPass({}, {}, {}, {}, [], [])
         self.resid_pre: list[Tensor] = []
-        """Clean residual stream that enters each layer, at the last position."""
+        """Clean residual stream that enters each layer that runs, at the last position."""
 
     def run_clean(self) -> None:
         earlier = self._begin("earlier")
         last = self._begin("clean")
-        for layer in range(self.layers):
+        for layer in range(self.start, self.layers):
             self.resid_pre.append(last)
             top = layer == self.layers - 1
             # no query of the top layer looks back from an earlier position
@@ -183,9 +189,9 @@ class _Run:
     def run_ablated(self, given: Sequence[LayerMasks] | None = None) -> None:
         x = self._begin("ablated")
         gates = self.model.gates  # type: ignore[attr-defined]
-        for layer in range(self.layers):
+        for layer in range(self.start, self.layers):
             end = self.result.final["clean"] if gates.reads_global else None
-            local = x if gates.reads_ablated else self.resid_pre[layer]
+            local = x if gates.reads_ablated else self.resid_pre[layer - self.start]
             masks = gate_masks(self.model, layer, local, end) if given is None else given[layer]
             self.result.masks.append(masks)
             x = self._at_last("ablated", layer, x, masks)
@@ -194,7 +200,7 @@ class _Run:
     def _begin(self, lane: Lane) -> Tensor:
         for parts in (self.result.z, self.result.post, self.result.mlp_out):
             parts[lane] = []
-        return self.prompts.rows(lane, self.prompts.embed)
+        return self.prompts.rows(lane, self.prompts.embed) if self.entering is None else self.entering[lane]
 
     def _pad(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "head prompt pos d_head"]:
         padded = x.new_zeros(len(x), len(self.prompts.last), self.functions.length, x.shape[-1])
@@ -206,7 +212,7 @@ class _Run:
         last = self.prompts.last
         own = self.functions.project_all(layer, self.reads(lane, layer, "heads", x))
         q, own_k = (self.functions.rotate(layer, port, own[port][:, :, None], last[:, None]) for port in (0, 1))
-        k, v = (known.clone() for known in self.result.keys_and_values[layer])
+        k, v = (known.clone() for known in self.result.keys_and_values[layer - self.start])
         every = torch.arange(len(last), device=last.device)
         k[:, every, last], v[:, every, last] = own_k[:, :, 0], own[2]
         z = self.functions.attend(layer, q, k, v, last)[:, :, 0].transpose(0, 1)

@@ -35,8 +35,8 @@ from tqdm.auto import tqdm
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import Circuit, Edge, Graph
 from sa_lens.circuits.running.edge_removals import Recomputation
-from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.removal_state import Row
+from sa_lens.circuits.running.whole_removals import WholeRuns
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.host import fingerprint_of, hash_of
 from sa_lens.stopping import Interrupted
@@ -73,7 +73,7 @@ class ACDCResult:
     complete: bool
     """Whether every edge was visited; False only in the result of an interrupted search."""
     shortcuts: str
-    """`on`, or the reason why every edge needed a run of its own."""
+    """`on`, or the reason why every edge was tried."""
     seconds: float
     """Time this call took."""
 
@@ -127,7 +127,7 @@ def acdc(
     """Finds a circuit by ACDC: removes each edge whose removal makes the metric worse by less than tau.
 
     The usual metric is `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream.
-    With another metric, tau limits how much worse its mean gets. With live masks every edge is tried alone.
+    With another metric, tau limits how much worse its mean gets. With live masks every edge is tried.
 
     Args:
         tau: an edge stays if its removal makes the metric worse by tau or more; nats for `kl`.
@@ -170,10 +170,12 @@ def acdc(
             if why_not is None:
                 engine = Recomputation(exp, state.present)
                 search.start(engine.value)
-                _by_blocks(search, places, engine)
+                _step_by_step(search, places, engine)
             else:
-                circuits = CircuitLogits(exp)
-                _one_by_one(search, places, lambda mask: exp.metric.sign * circuits.value(mask))
+                runs = WholeRuns(exp, state.present)
+                search.start(runs.value)
+                runs.circuits.keep_only(state.present)
+                _decide(search, search.select_undecided(places), runs)
         except KeyboardInterrupt as asked:
             stop = asked
     state = search.state
@@ -198,7 +200,7 @@ def acdc(
 
 
 def _why_no_shortcuts(exp: Experiment, places: list[Place], tau: float) -> str | None:
-    """Returns why every edge needs a run of its own, or None if none does."""
+    """Returns why every edge must be tried, or None if some need no run."""
     steps = [exp.graph.n_sources[to] for to, _ in places]
     if any(later > earlier for earlier, later in pairwise(steps)):
         return "the order visits a destination before one of a later step"
@@ -315,21 +317,8 @@ def _check_finite(value: float) -> None:
         raise ValueError(f"the metric is {value}: ACDC needs a finite one at every step")
 
 
-def _one_by_one(search: _Search, places: list[Place], cost: Callable[[Tensor], float]) -> None:
-    """Runs the plain algorithm, with one run of the circuit per edge."""
-    search.start(lambda: cost(search.graph.exists))
-    for place in search.select_undecided(places):
-        mask = search.state.present.clone()
-        mask[place] = False
-        new = cost(mask)
-        _check_finite(new)
-        rise = new - search.state.value
-        removed = rise < search.tau
-        search.commit([place], [rise], [removed], new if removed else search.state.value)
-
-
-def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> None:
-    """Makes the same decisions step by step, for blocks of edges at once."""
+def _step_by_step(search: _Search, places: list[Place], engine: Recomputation) -> None:
+    """Decides step by step, after edges into nodes without a path to the logits are removed without a run."""
     graph = search.graph
     for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
         step = list(group)
@@ -341,15 +330,16 @@ def _by_blocks(search: _Search, places: list[Place], engine: Recomputation) -> N
         _decide(search, [place for place in left if graph.inputs[place[0]].node in live], engine)
 
 
-def _decide(search: _Search, queue: list[Place], engine: Recomputation) -> None:
-    """Decides on the live edges of one step.
+def _decide(search: _Search, queue: list[Place], engine: Recomputation | WholeRuns) -> None:
+    """Decides on edges, block by block.
 
     A block guesses which of its edges are removed. Each row builds on the guesses before it, so its decision is that of
     the sequential algorithm as long as these guesses were right. Rows after the first wrong guess only serve as new
     guesses.
     """
     stays: set[Place] = set()
-    size, largest = 8, engine.largest_block
+    largest = engine.largest_block
+    size = min(8, largest)
     done = 0
     while done < len(queue):
         places = queue[done : done + size]
@@ -377,4 +367,4 @@ def _decide(search: _Search, queue: list[Place], engine: Recomputation) -> None:
             place = (row.to, row.source)
             (stays.add if cost - before >= search.tau else stays.discard)(place)
             before = cost if row.stays_out else before
-        size = min(largest, 2 * size) if n == len(rows) else max(4, min(size, 2 * n))
+        size = min(largest, 2 * size if n == len(rows) else max(4, min(size, 2 * n)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import PORTS, Graph, Node
 from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, write_to_stream
-from sa_lens.core.last_position import Lane, Prompts, run_with_gradients
+from sa_lens.core.last_position import Lane, Prompts, run_edited
 from sa_lens.core.nodes import NodeFunctions
 
 Reader = tuple[Lane, int, Literal["heads", "mlp", "logits"]]
@@ -48,7 +48,7 @@ def scores_by_nodes(
         for point in points:
             inputs = _Inputs(graph.n_heads)
             with torch.enable_grad():
-                final = run_with_gradients(
+                final = run_edited(
                     *(exp.model, functions),
                     prompts._replace(embed=(start + point * (end - start)).requires_grad_()),
                     inputs,
@@ -85,13 +85,12 @@ def _differences(
     graph: Graph, functions: NodeFunctions, batch: PassesOfPairs
 ) -> dict[Lane, Float[Tensor, "source row d_model"]]:
     """Returns what ablated edges carry minus what the sources wrote, at the positions that are run."""
-    kept = batch.prompts.pos >= batch.first[batch.prompts.prompt]
     wrote = outputs(batch.prompts, batch.clean)
     differences = {}
     for lane, carried in batch.carried.items():
         parts = [x - y for x, y in zip(carried, wrote[lane], strict=True)]
         if lane == "earlier":
-            parts = [x[kept] for x in parts]
+            parts = [x[batch.changing] for x in parts]
         differences[lane] = torch.stack(
             [write_to_stream(graph, functions, source, x) for source, x in enumerate(parts)]
         )

@@ -58,8 +58,21 @@ class CircuitLogits:
             return [self._run(mask) for mask in masks]
         order = torch.cat([rows for rows, _ in self._parts]).argsort()
         with torch.no_grad():
-            by_part = [versions.logits(masks) for _, versions in self._parts]
-        return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*by_part, strict=True)]
+            return [self.exp.nodes.logits(final)[order.to(final.device)] for final in self.finals(masks)]
+
+    def finals(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_model"]]:
+        """Returns the final residual stream at the end of each prompt, in the order of the experiment's passes.
+
+        Only if nodes can be run one by one.
+        """
+        with torch.no_grad():
+            by_part = [versions.finals(masks) for _, versions in self._parts]
+        return [torch.cat(parts) for parts in zip(*by_part, strict=True)]
+
+    def keep_only(self, mask: Bool[Tensor, "input source"]) -> None:
+        """Forgets what was computed, except for one circuit, on which the next ones are to build."""
+        for _, versions in self._parts:
+            versions.keep_only(mask)
 
     def value(self, mask: Bool[Tensor, "input source"]) -> float:
         """Returns the mean metric of the circuit with these edges."""
@@ -115,6 +128,21 @@ _Key = _Port | _Output | _Gates | _End
 _GIVEN = -1
 
 
+class _Trace(NamedTuple):
+    """The versions that a circuit is made of."""
+
+    mask: Bool[Tensor, "input source"]
+    present: list[list[int]]
+    """Sources of the present edges into each input."""
+    versions: dict[Lane, list[int | None]]
+    """Version of each source; None for one that writes what absent edges carry."""
+    keys_and_values: dict[int, tuple[int, ...]]
+    """Versions of the keys and values of the earlier lane, by source."""
+    spoken: set[int]
+    """Heads whose keys or values differ from what absent edges bring."""
+    ends: dict[Lane, int]
+
+
 class _Versions:
     """All versions of one batch of pairs."""
 
@@ -138,27 +166,48 @@ class _Versions:
         self.embedded = {
             lane: self.prompts.rows(lane, self.prompts.embed) - by_source[0] for lane, by_source in self.carried.items()
         }
-        most = sum(x.numel() for x in self.embedded.values()) + 3 * self.before[0][0].numel()
-        self.at_once = max(1, MEMORY // (most * len(self.graph.sources) * self.prompts.embed.element_size()))
         self._forget()
 
     def _forget(self) -> None:
         self.ids: dict[_Key, int] = {}
-        self.keys: list[_Key] = []
+        self.keys: dict[int, _Key] = {}
+        self.last_id = -1
         self.values: dict[int, Any] = {}
-        self.held = 0
+        self.held = self.kept = 0
+        """Bytes of all values, and of those that `keep_only` kept."""
+        self.last_trace: _Trace | None = None
+        self.last_sum: tuple[tuple[int, ...], Tensor] | None = None
         self.embed = {lane: self._keep(_Output(lane, 0, (), None), x) for lane, x in self.embedded.items()}
+
+    def keep_only(self, mask: Bool[Tensor, "input source"]) -> None:
+        """Forgets all versions that this circuit does not consist of."""
+        self._trace(mask)
+        trace = self.last_trace
+        assert trace is not None
+        used: set[int] = set()
+        waiting = [*trace.ends.values(), *(v for pair in trace.keys_and_values.values() for v in pair)]
+        waiting += [v for by_source in trace.versions.values() for v in by_source if v is not None]
+        while waiting:
+            version = waiting.pop()
+            if version not in used:
+                used.add(version)
+                waiting += self._needs(self.keys[version])
+        self.keys = {version: self.keys[version] for version in used}
+        self.ids = {key: version for version, key in self.keys.items()}
+        self.values = {version: _alone(x) for version, x in self.values.items() if version in used}
+        self.held = self.kept = sum(map(_bytes, self.values.values()))
+        self.last_sum = None
 
     def _id(self, key: _Key) -> int:
         if key not in self.ids:
-            self.ids[key] = len(self.keys)
-            self.keys.append(key)
+            self.last_id += 1
+            self.ids[key], self.keys[self.last_id] = self.last_id, key
         return self.ids[key]
 
     def _keep(self, key: _Key, value: Any) -> int:
         version = self._id(key)
         self.values[version] = value
-        self.held += sum(x.nbytes for x in (value if isinstance(value, tuple) else (value,)) if x is not None)
+        self.held += _bytes(value)
         return version
 
     def _streams(self, carried: Sequence[Tensor]) -> dict[int, Float[Tensor, "row d_model"]]:
@@ -175,37 +224,90 @@ class _Versions:
 
     # ---------------------------------------------------------------------------------------------------- what to run
 
-    def logits(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_vocab"]]:
-        """Returns the logits of the circuits with these edges."""
-        logits = []
-        for first in range(0, len(masks), self.at_once):
-            if self.held > MEMORY:
-                self._forget()
-            ends = [self._trace(mask) for mask in masks[first : first + self.at_once]]
-            self._compute(ends)
-            logits += [self.values[end] for end in ends]
-            for end in set(ends):
-                self.held -= self.values.pop(end).nbytes
-        return logits
+    def finals(self, masks: Sequence[Bool[Tensor, "input source"]]) -> list[Float[Tensor, "pair d_model"]]:
+        """Returns the final residual stream of the circuits with these edges."""
+        finals: list[Tensor] = []
+        if self.held > self.kept + MEMORY:
+            self._forget()
+        together: list[int] = []
+        missing: set[int] = set()
+        size = 0
+        for mask in masks:
+            end = self._trace(mask)
+            new = self._missing(end) - missing
+            more = sum(self._size(self.keys[v]) for v in new)
+            if together and size + more > MEMORY:
+                finals += self._run(together, missing)
+                if self.held > self.kept + MEMORY:
+                    self._forget()
+                    end = self._trace(mask)
+                together, missing, size, new = [], set(), 0, self._missing(end)
+                more = sum(self._size(self.keys[v]) for v in new)
+            together.append(end)
+            missing |= new
+            size += more
+        return finals + self._run(together, missing)
+
+    def _run(self, ends: Sequence[int], missing: set[int]) -> list[Tensor]:
+        self._compute(missing)
+        finals = [self.values[end] for end in ends]
+        for end in set(ends):
+            self.held -= _bytes(self.values.pop(end))
+        return finals
+
+    def _size(self, key: _Key) -> int:
+        """Returns the number of bytes of a version."""
+        rows = len(self.prompts.prompt) if getattr(key, "lane", "") == "earlier" else len(self.prompts.last)
+        _, pairs, length, d_head = self.before[0][0].shape
+        match key:
+            case _Port():
+                numbers = (length if key.lane == "earlier" else 1) * pairs * d_head
+            case _Gates():
+                numbers = sum(x[0].numel() for x in self.masks[key.layer] if x is not None) * pairs
+            case _:
+                numbers = rows * self.prompts.embed.shape[-1]
+        return numbers * self.prompts.embed.element_size()
 
     def _trace(self, mask: Bool[Tensor, "input source"]) -> int:
-        """Returns the version of the logits of a circuit, without computing it."""
-        graph = self.graph
-        present = [row.nonzero()[:, 0].tolist() for row in mask]
-        versions: dict[Lane, list[int | None]] = {lane: [version] for lane, version in self.embed.items()}
-        keys_and_values: dict[int, tuple[int, ...]] = {}
-        spoken: set[int] = set()
-        end: int | None = None
+        """Returns the version of the end of a circuit, without computing it.
+
+        Only nodes from the lowest one whose edges differ from those of the circuit before are looked at.
+        """
+        graph, last = self.graph, self.last_trace
+        if last is None:
+            start, present = 1, [row.nonzero()[:, 0].tolist() for row in mask]
+            versions: dict[Lane, list[int | None]] = {lane: [version] for lane, version in self.embed.items()}
+            keys_and_values: dict[int, tuple[int, ...]] = {}
+            spoken: set[int] = set()
+        else:
+            differ = (mask != last.mask).any(1).nonzero()[:, 0].tolist()
+            if not differ:
+                return last.ends[self.lanes[-1]]
+            start = graph.source_index.get(graph.inputs[differ[0]].node, len(graph.sources))
+            present = list(last.present)
+            for to in differ:
+                present[to] = mask[to].nonzero()[:, 0].tolist()
+            versions = {lane: by_source[:start] for lane, by_source in last.versions.items()}
+            keys_and_values = {source: pair for source, pair in last.keys_and_values.items() if source < start}
+            spoken = {source for source in last.spoken if source < start}
+        ends: dict[Lane, int] = {}
 
         def sent(lane: Lane, to: int) -> tuple[int, ...]:
             return tuple(v for source in present[to] if (v := versions[lane][source]) is not None)
 
         lanes: tuple[Lane, ...] = ("earlier", *self.lanes)
         for lane in lanes:
-            for source, node in enumerate(graph.sources[1:], 1):
+            moved_end = lane == "ablated" and "clean" in ends and (last is None or last.ends["clean"] != ends["clean"])
+            if moved_end and self.model.gates.reads_global:  # type: ignore[attr-defined]
+                versions[lane] = versions[lane][:1]
+            gates: dict[int, tuple[int, bool]] = {}
+            for source in range(len(versions[lane]), len(graph.sources)):
+                node = graph.sources[source]
                 masks, changed = None, not self.silent
                 if lane == "ablated":
-                    masks, moved = self._masks(node, versions, end)
+                    if node.layer not in gates:
+                        gates[node.layer] = self._masks(node, versions, ends.get("clean"))
+                    masks, moved = gates[node.layer]
                     changed |= moved
                 inputs = graph.inputs_of[node]
                 arriving = [sent(lane, to) for to in inputs]
@@ -221,10 +323,10 @@ class _Versions:
                         read += keys_and_values[source]
                         changed |= source in spoken
                 versions[lane].append(self._id(_Output(lane, source, read, masks)) if changed else None)
-            if lane == "clean":
-                end = self._id(_End(lane, sent(lane, -1)))
-        lane = self.lanes[-1]
-        return self._id(_End(lane, sent(lane, -1)))
+            if lane != "earlier":
+                ends[lane] = self._id(_End(lane, sent(lane, -1)))
+        self.last_trace = _Trace(mask.clone(), present, versions, keys_and_values, spoken, ends)
+        return ends[self.lanes[-1]]
 
     def _masks(self, node: Node, versions: Mapping[Lane, Sequence[int | None]], end: int | None) -> tuple[int, bool]:
         """Returns the version of the masks of a node's layer, and whether they may differ from those carried."""
@@ -240,15 +342,19 @@ class _Versions:
 
     # ------------------------------------------------------------------------------------------------------ computation
 
-    def _compute(self, ends: Sequence[int]) -> None:
-        """Computes these versions and all versions that they need, the lowest first."""
+    def _missing(self, end: int) -> set[int]:
+        """Returns a version and all versions that it needs, as far as they are not computed."""
         missing: set[int] = set()
-        waiting = [end for end in ends if end not in self.values]
+        waiting = [end] if end not in self.values else []
         while waiting:
             version = waiting.pop()
             if version not in missing:
                 missing.add(version)
                 waiting += [v for v in self._needs(self.keys[version]) if v not in self.values]
+        return missing
+
+    def _compute(self, missing: set[int]) -> None:
+        """Computes versions, the lowest first."""
         ordered = sorted((self._stage(self.keys[v]), v) for v in missing)
         steps: tuple[Callable[..., None], ...] = (
             *(self._compute_gates, self._compute_ports, self._compute_heads, self._compute_mlps),
@@ -352,15 +458,51 @@ class _Versions:
 
     def _compute_gates(self, lane: Lane, layer: int, keys: Sequence[_Gates]) -> None:
         to = self.graph.inputs_of[Node("head", layer, 0)][0]
-        for key in keys:
-            local = self._inputs(lane, to, [key.sent])[0]
-            final = None if key.end is None else self.values[key.end]
-            self._keep(key, gate_masks(self.model, layer, local, final))
+        for part in self._split(keys, self.base[lane][1].numel()):
+            # most circuits that run together agree on most nodes below
+            shared = _shared_start([key.sent for key in part])
+            local = self._inputs(lane, to, [key.sent[len(shared) :] for key in part]) + self._sum(shared)
+            final = None if part[0].end is None else torch.cat([self.values[key.end] for key in part])
+            masks = gate_masks(self.model, layer, local.flatten(0, 1), final)
+            each = zip(*(self._by_key(m, len(part)) for m in masks), strict=True)
+            for key, chosen in zip(part, each, strict=True):
+                self._keep(key, chosen)
+
+    def _by_key(self, masks: Tensor | None, keys: int) -> Sequence[Tensor | None]:
+        return [None] * keys if masks is None else masks.unflatten(0, (keys, -1)).unbind()
+
+    def _sum(self, versions: tuple[int, ...]) -> Tensor | float:
+        """Returns the sum of versions; the last one is remembered."""
+        if not versions:
+            return 0.0
+        if self.last_sum is None or self.last_sum[0] != versions:
+            self.last_sum = versions, torch.stack([self.values[v] for v in versions]).sum(0)
+        return self.last_sum[1]
 
     def _compute_ends(self, lane: Lane, layer: int, keys: Sequence[_End]) -> None:
-        for part in self._split(keys, len(self.prompts.last) * self.functions.W_U.shape[1]):
+        for part in self._split(keys, self.base[lane][1].numel()):
             x = self._inputs(lane, len(self.graph.inputs) - 1, [key.sent for key in part])
-            if lane == self.lanes[-1]:
-                x = self.functions.logits(x)
             for key, value in zip(part, x, strict=True):
                 self._keep(key, value)
+
+
+def _shared_start(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the longest start that all sequences have in common."""
+    first, last = min(sequences), max(sequences)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _parts(value: Any) -> tuple[Tensor, ...]:
+    return tuple(x for x in (value if isinstance(value, tuple) else (value,)) if x is not None)
+
+
+def _bytes(value: Any) -> int:
+    return sum(x.nbytes for x in _parts(value))
+
+
+def _alone(value: Any) -> Any:
+    """Returns a value in memory of its own, without those that were computed together with it."""
+    if isinstance(value, tuple):
+        return tuple(map(_alone, value))
+    shared = value is not None and value.untyped_storage().nbytes() > value.nbytes
+    return value.clone() if shared else value

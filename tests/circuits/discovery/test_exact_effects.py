@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -84,14 +83,30 @@ def test_float32_on_prompts_of_several_lengths() -> None:
     assert_same(plain(**SMALL), token_pairs(n=7, lengths=(6, 8)), "logit_difference", 2e-5)
 
 
-def test_live_gates_take_a_pass_for_each_edge_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
-    model, pairs = gated(**DOUBLE), token_pairs(n=3)
-    with caplog.at_level(logging.INFO):
-        found = assert_same(model, pairs, "logit_difference", 1e-12, stream="ablated", masks="live")
-    assert "live masks" in caplog.text
-    assert "live masks" in found.about["shortcuts"]
+@pytest.mark.parametrize("scope", ["local", "global", "both", "ablated"])
+def test_live_gates_choose_again_without_each_edge(scope: str) -> None:
+    model, pairs = gated(scope, **DOUBLE), token_pairs(n=5, lengths=(6, 8))
+    found = assert_same(model, pairs, "logit_difference", 1e-9, stream="ablated", masks="live", batch_size=3)
+    alone = "choose again in all layers" in found.about["shortcuts"]
+    assert alone == (scope in ("global", "both"))
     frozen = exact_effects(model, pairs, stream="ablated", masks="frozen", progress=False)
     assert (frozen.scores - found.scores).abs().nan_to_num().max() > 1e-3
+
+
+@pytest.mark.parametrize("stream", ["clean", "ablated"])
+def test_some_edges_have_the_effects_that_they_have_among_all(stream: Any) -> None:
+    exp = Experiment(gated(**DOUBLE), token_pairs(n=3), stream=stream)
+    every = exact_effects(exp, progress=False)
+    best = every.keep(9)
+    found = exact_effects(exp, best, progress=False)
+    assert found.mask.equal(best.mask)
+    assert (found.scores[best.mask] - every.scores[best.mask]).abs().max() < 1e-12
+    assert bool(found.scores[~best.mask].isnan().all())
+    assert exact_effects(exp, ["embed->logits"], progress=False).scores.isnan().logical_not().sum() == 1
+    with pytest.raises(ValueError, match="names no node"):
+        exact_effects(exp, ["embed->nowhere"], progress=False)
+    with pytest.raises(ValueError, match="edges is empty"):
+        exact_effects(exp, [], progress=False)
 
 
 def test_models_without_shortcuts_are_run_whole(caplog: pytest.LogCaptureFixture) -> None:
