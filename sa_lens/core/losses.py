@@ -111,7 +111,7 @@ class TwoStreamLoss(nn.Module):
                     return clean_loss(self.model, tokens, targets)
                 return hooked_loss(self.model, self.cfg, tokens, targets)
         with torch.autocast(device, enabled=False):
-            clean, ablated, reconstruction = fused_loss(
+            losses = fused_loss(
                 self.model,
                 self.cfg,
                 tokens,
@@ -120,9 +120,7 @@ class TwoStreamLoss(nn.Module):
                 recompute=self.checkpoint_activations,
                 clean_alone=clean_alone,
             )
-        if ablated is None:
-            return LossTerms(clean, clean, None, None)
-        return combine(self.cfg, clean, ablated, reconstruction)
+        return LossTerms(*losses)
 
     def _matmul_dtype(self, device: str) -> torch.dtype:
         if self.dtype is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sa_lens.config import GateConfig
-from sa_lens.core.fused.cross_entropy import linear_cross_entropy, word_table
+from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import hard_mask, largest, mask_of, masked_units
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gate import gate_mask, top_k_mask
@@ -209,26 +209,59 @@ def test_linear_cross_entropy(tied: bool, with_bias: bool, monkeypatch: pytest.M
     targets = torch.randint(0, 19, (10,), generator=torch.Generator().manual_seed(0))
     targets[2] = -100
     weight = table.T if tied else table
-    logits = x @ weight + (bias if bias is not None else 0)
-    found = linear_cross_entropy(x, weight, bias, targets, word_table(weight, torch.float64))
-    inputs = [t for t in (x, table, bias) if t is not None]
-    assert_same_gradients(found, F.cross_entropy(logits, targets), inputs)
+    y = random(10, 6, seed=1)
+    inputs = [t for t in (x, y, table, bias) if t is not None]
+
+    def losses(x: Tensor, y: Tensor, bias: Tensor | None = bias) -> tuple[tuple[Tensor, ...], Tensor]:
+        found = linear_cross_entropy((x, y), weight, bias, targets, (0.7, 1.3), torch.float64)
+        logits = [z @ weight + (0 if bias is None else bias) for z in (x, y)]
+        return found, torch.stack([F.cross_entropy(z, targets) for z in logits])
+
+    coefficients = torch.tensor([0.7, 1.3], dtype=torch.float64)
+    (total, *_), expected = losses(x, y)
+    assert_same_gradients(total, expected @ coefficients, inputs)
+    (_, *each), expected = losses(x, y)
+    assert_same_gradients(torch.stack(each), expected, inputs)
+    (total, _, second), expected = losses(x, y)
+    assert_same_gradients(total + second**2, expected @ coefficients + expected[1] ** 2, inputs)
+
+    weight = weight.detach()
+    (total, first, second), expected = losses(x.detach(), y, None)
+    assert not first.requires_grad
+    assert_same_gradients(total + second, expected @ coefficients + expected[1], [y])
 
 
 def test_linear_cross_entropy_of_far_apart_logits() -> None:
     """A target whose probability is below the smallest float still has a finite, exact loss."""
     x, weight = torch.tensor([[1.0]]), torch.tensor([[0.0, 300.0]])
-    loss = linear_cross_entropy(x, weight, None, torch.tensor([0]), word_table(weight, torch.float32))
-    assert float(loss) == 300.0
+    loss, _ = linear_cross_entropy((x,), weight, None, torch.tensor([0]), (1.0,), torch.float32)
+    assert float(loss) == pytest.approx(300.0, rel=1e-6)
 
 
-def test_linear_cross_entropy_in_bfloat16() -> None:
-    x, table = random(64, 32).detach().float(), random(500, 32).detach().float() / 4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_cross_entropy_of_logits_whose_exponentials_overflow(dtype: torch.dtype) -> None:
+    """Rows of small, of huge and of hugely negative logits, in one chunk and in several."""
+    x, table = random(6, 4).detach().to(dtype), random(9, 4).detach().to(dtype)
+    x[2] *= 1e4
+    bias = torch.tensor([0.0] * 3 + [-2000.0] * 6, dtype=dtype)
+    targets = torch.arange(6)
+    x.requires_grad_()
+    for shift in (0.0, -3000.0):
+        found, _ = linear_cross_entropy((x,), table.T, bias + shift, targets, (1.0,), dtype)
+        expected = F.cross_entropy(x @ table.T + bias + shift, targets)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+
+
+@pytest.mark.parametrize(("dtype", "n_words"), [(torch.bfloat16, 500), (torch.float16, 70_000)])
+def test_linear_cross_entropy_in_16_bits(dtype: torch.dtype, n_words: int) -> None:
+    """The sum of 70,000 exponentials is beyond the range of float16."""
+    x, table = random(64, 32).detach().float(), random(n_words, 32).detach().float() / 4
     targets = torch.randint(0, 500, (64,), generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
     table.requires_grad_()
     expected = F.cross_entropy(x @ table.T, targets)
-    found = linear_cross_entropy(x, table.T, None, targets, word_table(table.T, torch.bfloat16))
+    found, _ = linear_cross_entropy((x,), table.T, None, targets, (1.0,), dtype)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=2e-3)
     for a, b in zip(torch.autograd.grad(found, [x, table]), torch.autograd.grad(expected, [x, table]), strict=True):

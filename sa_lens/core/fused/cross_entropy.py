@@ -1,11 +1,18 @@
 """Unembedding and cross-entropy in one, a chunk of rows at a time, with the gradients computed on the way forward.
 
 The logits of a chunk are made, turned into their gradient and used up before the next chunk, so all logits never exist
-at once. Matrix products run in `dtype`; the softmax, its statistics and the loss in float32 or wider.
+at once. All streams share one gradient of the unembedding. Matrix products run in `dtype`; the exponentials, their sums
+and the losses in float32 or wider.
+
+Logits are in units of ln 2, because a CPU computes powers of two several times faster than `exp`. The exponentials are
+never divided by their sum Z: with E = 2^(logits - largest), from which Z is subtracted at the target, the gradients are
+(E @ W) / Z and E^T @ (x / Z), whose divisions are of narrow matrices.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,147 +21,204 @@ from torch import Tensor
 
 from sa_lens.core.host import at_least_float32
 
-CHUNK_ELEMENTS = 1 << 25
+CHUNK_ELEMENTS = 1 << 26
 """Logits that a chunk may hold."""
 
-CACHED_ELEMENTS = 1 << 20
-"""Logits that go through the softmax at once on a CPU, so that they stay in its cache."""
+CACHED_ELEMENTS = 1 << 19
+"""Logits that are exponentiated at once on a CPU."""
 
-GPU_CHUNK_ELEMENTS = 1 << 26
-"""Logits that a chunk holds and that go through the softmax at once on a GPU, where many small steps cost more."""
+LN_2 = math.log(2)
+LOG2_E = 1 / LN_2
+
+LARGE = 2.0**60
+"""Z and 1 / Z beyond which the largest logit is subtracted."""
 
 IGNORED = -100
 """Target of positions that are left out, as in `torch.nn.functional.cross_entropy`."""
 
 
-@torch.no_grad()
-def word_table(weight: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype) -> Float[Tensor, "d_vocab d_model"]:
-    """The unembedding as the products read it; it lies as the embedding does where the two are tied."""
-    return weight.T.to(dtype).contiguous() if weight.stride(0) == 1 else weight.to(dtype).contiguous().T
-
-
 def linear_cross_entropy(
-    x: Float[Tensor, "row d_model"],
+    streams: tuple[Float[Tensor, "row d_model"], ...],
     weight: Float[Tensor, "d_model d_vocab"],
     bias: Float[Tensor, " d_vocab"] | None,
     targets: Int[Tensor, " row"],
-    table: Float[Tensor, "d_vocab d_model"],
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the logits `x @ weight + bias`, nats per row whose target is not -100.
+    coefficients: tuple[float, ...],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, ""], ...]:
+    """Mean cross-entropy of the logits `x @ weight + bias` of each stream, nats per row whose target is not -100.
 
-    Differentiable once in `x`, `weight` and `bias`.
+    Differentiable once in the streams, `weight` and `bias`. The gradients of the weighted sum are ready when this
+    returns; those of a single loss are computed when they are asked for.
 
     Args:
-        table: `word_table` of the weight, whose type is that of the products; several calls may share it.
+        targets: the same for all streams.
+        coefficients: the factor of each stream's loss in the weighted sum.
+        dtype: of the matrix products.
+
+    Returns:
+        The weighted sum of the losses, and the loss of each stream.
     """
     # inside the function grad mode is always off, so what is wanted has to be asked here
-    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, table, wants)
+    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (weight, bias, *streams))
+    return _LinearCrossEntropy.apply(weight, bias, targets, coefficients, dtype, wants, *streams)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        table: Tensor,
-        wants: tuple[bool, bool, bool],
-    ) -> Tensor:
-        loss, *gradients = _loss_and_gradients(x, weight, bias, targets, table, wants)
-        ctx.save_for_backward(*gradients)
-        return loss
+        coefficients: tuple[float, ...],
+        dtype: torch.dtype,
+        wants: tuple[bool, ...],
+        *streams: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.coefficients, ctx.options = coefficients, (dtype, wants)
+        losses, gradients = _losses_and_gradients(streams, weight, bias, targets, coefficients, *ctx.options)
+        ctx.save_for_backward(weight, bias, targets, *streams, *gradients)
+        separate = losses.unbind()
+        ctx.mark_non_differentiable(*(loss for i, loss in enumerate(separate) if not (any(wants[:2]) or wants[2 + i])))
+        return torch.stack([c * loss for c, loss in zip(coefficients, separate, strict=True)]).sum(), *separate
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, *grad_losses = grads
+        weight, bias, targets, *rest = ctx.saved_tensors
+        n_streams = len(ctx.coefficients)
+        streams, gradients = rest[:n_streams], rest[n_streams:]
+        if any(g is not None for g in grad_losses):
+            zero, one = streams[0].new_zeros(()), streams[0].new_ones(())
+            grad, *each = (zero if g is None else g for g in grads)
+            factors = [g + grad * c for g, c in zip(each, ctx.coefficients, strict=True)]
+            grad, (_, gradients) = one, _losses_and_gradients(streams, weight, bias, targets, factors, *ctx.options)
+        assert grad is not None
+        of_weight, *others = gradients
+        if of_weight is not None:
+            # laid out as the unembedding, which is transposed if it is tied
+            tied = weight.stride(0) == 1
+            of_weight = of_weight.T if tied else of_weight
+            of_weight = torch.mul(of_weight, grad, out=weight.new_empty(of_weight.shape))
+            of_weight = of_weight.T if tied else of_weight
+        of_bias, *of_streams = (None if g is None else g * grad for g in others)
+        return of_weight, of_bias, None, None, None, None, *of_streams
 
 
-def _loss_and_gradients(
-    x: Tensor,
+def _losses_and_gradients(
+    streams: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    table: Tensor,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    want_x, want_weight, want_bias = wants
-    rows, n_words = x.shape[0], weight.shape[1]
-    elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    size = max(1, min(rows, elements // n_words))
+    coefficients: Sequence[float | Tensor],
+    dtype: torch.dtype,
+    wants: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses of the streams, and the gradients of their weighted sum: of the weight, the bias and each stream."""
+    want_weight, want_bias, *want_streams = wants
+    rows, n_words = len(targets), weight.shape[1]
+    n_chunks = max(1, -(-rows * n_words // CHUNK_ELEMENTS))
+    size = max(1, -(-rows // n_chunks))
     kept = targets != IGNORED
-    share = kept.to(at_least_float32(x).dtype) / kept.sum()
+    share = kept.to(at_least_float32(streams[0]).dtype) / kept.sum()
     targets = targets.clamp(min=0)
 
-    dtype = table.dtype
-    inputs = x.to(dtype)
-    logits = x.new_empty(size, n_words, dtype=dtype)
-    losses = torch.empty_like(share)
-    grad_x = torch.empty_like(x) if want_x else None
-    grad_table = torch.empty_like(table, dtype=weight.dtype) if want_weight else None
-    partial = torch.empty_like(table) if want_weight and dtype != weight.dtype else None
+    table = weight if weight.dtype == dtype else weight.to(dtype).contiguous()
+    bias = None if bias is None else at_least_float32(bias) * LOG2_E
+    logits = weight.new_empty(size, n_words, dtype=dtype)
+    losses = share.new_empty(len(streams), rows)
+    sums = share.new_empty(size)
+    grad_streams = [torch.empty_like(x) if want else None for x, want in zip(streams, want_streams, strict=True)]
+    grad_weight = weight.new_empty(weight.shape) if want_weight else None
     grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
+    partial = None if dtype == weight.dtype or not want_weight else torch.empty_like(table)
 
-    for start in range(0, rows, size):
-        chunk = slice(start, min(start + size, rows))
-        p = logits[: chunk.stop - start]
-        torch.mm(inputs[chunk], table.T, out=p)
-        if bias is not None:
-            p.add_(bias.to(dtype))
-        _softmax_minus_target_(p, targets[chunk], losses[chunk])
-        if grad_x is not None:
-            torch.mul(torch.mm(p, table), share[chunk, None], out=grad_x[chunk])
-        if grad_table is not None:
-            _add_product_(grad_table, p, (x[chunk] * share[chunk, None]).to(dtype), partial, first=start == 0)
-        if grad_bias is not None:
-            grad_bias.add_(torch.mv(p.T, share[chunk].to(dtype)))
-    loss = torch.dot(losses, share)
-    if grad_table is None:
-        return loss, grad_x, None, grad_bias
-    return loss, grad_x, grad_table.T, grad_bias
+    # looking at Z waits for a GPU, so not there
+    shifted = logits.device.type != "cpu" or torch.compiler.is_compiling()
+    for i, (x, grad_x, coefficient) in enumerate(zip(streams, grad_streams, coefficients, strict=True)):
+        inputs = (x * LOG2_E).to(dtype)
+        wanted = grad_x is not None or want_weight or want_bias
+        for start in range(0, rows, size):
+            chunk = slice(start, min(start + size, rows))
+            p, total = logits[: chunk.stop - start], sums[: chunk.stop - start]
+            exponentials = p, bias, targets[chunk], total, losses[i, chunk]
+            torch.mm(inputs[chunk], table, out=p)
+            _exponentials_(*exponentials, shifted=shifted, wanted=wanted)
+            if not shifted and not bool(((total > 1 / LARGE) & (total < LARGE)).all()):
+                shifted = True
+                torch.mm(inputs[chunk], table, out=p)
+                _exponentials_(*exponentials, shifted=True, wanted=wanted)
+            factor = (share[chunk] * coefficient / total)[:, None]
+            if grad_x is not None:
+                torch.mul(torch.mm(p, table.T), factor, out=grad_x[chunk])
+            if grad_weight is not None:
+                _add_product_(grad_weight, (x[chunk] * factor).to(dtype), p, partial, first=i == start == 0)
+            if grad_bias is not None:
+                grad_bias.add_(torch.mv(p.T, factor[:, 0].to(dtype)))
+    return torch.mv(losses, share), [grad_weight, grad_bias, *grad_streams]
 
 
-def _softmax_minus_target_(
-    logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"], losses: Float[Tensor, " row"]
+def _exponentials_(
+    logits: Float[Tensor, "row d_vocab"],
+    bias: Float[Tensor, " d_vocab"] | None,
+    targets: Int[Tensor, " row"],
+    sums: Float[Tensor, " row"],
+    losses: Float[Tensor, " row"],
+    *,
+    shifted: bool,
+    wanted: bool,
 ) -> None:
-    """Turns the logits, in place, into the gradient of each row's cross-entropy, which goes to `losses`.
+    """Computes Z and the loss of each row; turns the logits, if that is `wanted`, into its gradient times Z.
 
-    On a CPU a few rows at a time, so that all steps but the first and the last find them in the cache.
+    In float16, whose range is too short for Z, the exponentials are divided by it, and `sums` are 1 in the end. On a
+    CPU a few rows go through at a time, so that all steps but the first and the last find them in the cache.
+
+    Args:
+        shifted: whether the largest logit of each row is subtracted, without which Z may leave the range of numbers.
     """
     rows, n_words = logits.shape
     size = max(1, min(rows, CACHED_ELEMENTS // n_words)) if logits.device.type == "cpu" else rows
-    wide_enough = logits.dtype == losses.dtype
+    wide_enough, short_range = logits.dtype == losses.dtype, logits.dtype == torch.float16
     buffer = logits if wide_enough else losses.new_empty(size, n_words)
-    each = torch.arange(size, device=logits.device)
+    row, largest = torch.arange(rows, device=logits.device), torch.zeros_like(losses)
+    at_target = logits[row, targets].to(losses.dtype)
+    if bias is not None:
+        at_target = at_target + bias[targets]
     for start in range(0, rows, size):
         here = slice(start, min(start + size, rows))
-        n = here.stop - start
-        row, target = each[:n], targets[here]
-        p = logits[here] if wide_enough else buffer[:n].copy_(logits[here])
-        at_target, largest = p[row, target], p.amax(1)
-        torch.softmax(p, 1, out=p)
-        torch.sub(largest - p.amax(1).log(), at_target, out=losses[here])
-        p[row, target] -= 1
-        if not wide_enough:
+        p = logits[here] if wide_enough else buffer[: here.stop - start].copy_(logits[here])
+        if bias is not None:
+            p.add_(bias)
+        if shifted:
+            p.sub_(torch.amax(p, 1, out=largest[here])[:, None])
+        torch.sum(p.exp2_(), 1, out=sums[here])
+        if short_range:
+            p.div_(sums[here, None])
+        if wanted and not wide_enough:
             logits[here] = p
+    at_target.sub_(largest)
+    torch.sub(sums.log2(), at_target, out=losses).mul_(LN_2)
+    at_target.exp2_()
+    if short_range:
+        at_target.div_(sums)
+        sums.fill_(1)
+    if wanted:
+        logits[row, targets] = at_target.sub_(sums).to(logits.dtype)
 
 
 def _add_product_(
-    into: Float[Tensor, "d_vocab d_model"],
-    p: Float[Tensor, "row d_vocab"],
+    into: Float[Tensor, "d_model d_vocab"],
     x: Float[Tensor, "row d_model"],
-    partial: Float[Tensor, "d_vocab d_model"] | None,
+    p: Float[Tensor, "row d_vocab"],
+    partial: Float[Tensor, "d_model d_vocab"] | None,
     *,
     first: bool,
 ) -> None:
-    """`into += p.T @ x`, the product in the precision of `p`, the sum in that of `into`; the first one fills it."""
+    """`into += x.T @ p`, the product in the precision of `p`, the sum in that of `into`; the first one fills it."""
     if partial is None:
-        into.addmm_(p.T, x, beta=0 if first else 1)
+        into.addmm_(x.T, p, beta=0 if first else 1)
     elif first:
-        into.copy_(torch.mm(p.T, x, out=partial))
+        into.copy_(torch.mm(x.T, p, out=partial))
     else:
-        into.add_(torch.mm(p.T, x, out=partial))
+        into.add_(torch.mm(x.T, p, out=partial))

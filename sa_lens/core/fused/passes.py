@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
-from sa_lens.core.fused.cross_entropy import linear_cross_entropy, word_table
+from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
@@ -29,6 +29,8 @@ from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
 class StreamLosses(NamedTuple):
     """What the fused path computes; None where the ablated pass is left out, R also if it is not asked for."""
 
+    total: Float[Tensor, ""]
+    """The terms with their coefficients; the clean loss where the ablated pass is left out."""
     clean: Float[Tensor, ""]
     ablated: Float[Tensor, ""] | None
     reconstruction: Float[Tensor, ""] | None
@@ -58,18 +60,18 @@ def fused_loss(
     passes = Passes(model, dtype, recompute and torch.is_grad_enabled(), keep_weights=frozen and not clean_alone)
     embedded = passes.embed(tokens)
     if clean_alone:
-        outputs = passes.clean(embedded)
-        return StreamLosses(passes.cross_entropy(outputs[-1][0], tokens, targets), None, None)
+        loss, *_ = passes.cross_entropy((passes.clean(embedded)[-1][0],), (1.0,), tokens, targets)
+        return StreamLosses(loss, loss, None, None)
     if model.gates.reads_global or frozen:
         clean, ablated = passes.one_after_the_other(embedded)
     else:
         clean, ablated = passes.together(embedded)
-    reconstruction = reconstruction_loss(clean, ablated) if cfg.reconstruction else None
-    return StreamLosses(
-        passes.cross_entropy(clean[-1], tokens, targets),
-        passes.cross_entropy(ablated[-1], tokens, targets),
-        reconstruction,
-    )
+    finals, coefficients = (clean[-1], ablated[-1]), (cfg.clean, cfg.ablated)
+    total, clean_loss, ablated_loss = passes.cross_entropy(finals, coefficients, tokens, targets)
+    if not cfg.reconstruction:
+        return StreamLosses(total, clean_loss, ablated_loss, None)
+    reconstruction = reconstruction_loss(clean, ablated)
+    return StreamLosses(total + cfg.reconstruction * reconstruction, clean_loss, ablated_loss, reconstruction)
 
 
 class _Clean(NamedTuple):
@@ -99,7 +101,6 @@ class Passes:
         self.qkv_bias = model.qkv_bias
         self._keep_weights = keep_weights
         self._kept: dict[tuple[int, tuple[str, ...]], Tensor] = {}
-        self._table: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------------ streams
 
@@ -266,12 +267,13 @@ class Passes:
         weight, bias = norm.w if kind in ("LN", "RMS") else None, norm.b if kind == "LN" else None
         return normalise(x, kind, self.cfg.eps, weight, bias)
 
-    def cross_entropy(self, final: Tensor, tokens: Tensor, targets: Tensor | None) -> Tensor:
-        """Mean cross-entropy of a stream's final output."""
+    def cross_entropy(
+        self, final: tuple[Tensor, ...], coefficients: tuple[float, ...], tokens: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Sum with coefficients of the mean cross-entropies of the streams' final outputs, and each of these."""
         if targets is None:
-            final, targets = final[:, :-1], tokens[:, 1:]
+            final, targets = tuple(x[:, :-1] for x in final), tokens[:, 1:]
         unembed = self.model.unembed
         bias = unembed.b_U if self.model.unembed_bias else None
-        if self._table is None:
-            self._table = word_table(unembed.W_U, self.dtype)
-        return linear_cross_entropy(final.flatten(0, 1), unembed.W_U, bias, targets.flatten(), self._table)
+        rows = tuple(x.flatten(0, 1) for x in final)
+        return linear_cross_entropy(rows, unembed.W_U, bias, targets.flatten(), coefficients, self.dtype)
