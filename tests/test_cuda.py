@@ -154,9 +154,7 @@ ACTIONS: dict[str, Callable[[Model], Any]] = {
     "mean ablation": lambda model: circuits.eap(experiment(model, ablation="mean")).table(every=True),
     "gates' circuit": lambda model: circuits.gate_circuit(experiment(model)).table(every=True),
     "thresholds": lambda model: {s: rules.levels(units.Sublayer(0, "mlp")) for s, rules in calibrated(model).items()},
-    "specialization": lambda model: units.specialization(
-        model, blocks(model), calibrated(model), progress=False
-    ).table.drop(columns="kurtosis"),  # undefined for a unit that never varies, which is a matter of rounding
+    "specialization": lambda model: units.specialization(model, blocks(model), calibrated(model), progress=False).table,
     "snippets": lambda model: units.snippets(
         model, blocks(model), "ablated", units=[units.Unit(1, "mlp", 3)], n_top=4, n_sample=4, progress=False
     ),

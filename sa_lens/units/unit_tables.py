@@ -419,12 +419,17 @@ class Moments:
         return self.sums[4]
 
     def kurtosis(self) -> Float[Tensor, " unit"]:
-        """Returns the excess kurtosis (0 for a normal distribution), or NaN for a unit whose value is constant."""
+        """Returns the excess kurtosis (0 for a normal distribution).
+
+        NaN for a unit whose value is constant, or so small that its fourth power is rounded to zero: no kurtosis is
+        below -2.
+        """
         m1, m2, m3, m4 = (self.sums[:4] / self.n).unbind()
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         variance = self.variance()
         varies = variance > 1e-12 * self.squares() / self.n
-        return torch.where(varies, fourth / variance**2 - 3, torch.nan)
+        kurtosis = fourth / variance**2 - 3
+        return torch.where(varies & (kurtosis > -2 - 1e-6), kurtosis, torch.nan)
 
 
 class TokenTally:

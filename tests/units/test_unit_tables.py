@@ -230,6 +230,13 @@ def test_moments_in_batches_agree_with_scipy_on_the_whole(x, batch):
     np.testing.assert_allclose(moments.absolute(), np.abs(whole).sum(0), rtol=1e-5)
 
 
+def test_no_kurtosis_where_the_fourth_power_underflows(x):
+    moments = Moments()
+    moments.add(x * 1e-12)
+    assert moments.variance()[0] > 0
+    assert moments.kurtosis()[0].isnan()
+
+
 def test_token_tally_and_pairs_agree_with_loops():
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, 5, (60,), generator=generator)
