@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from sa_lens.circuits import skill
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.circuits.tasks import make_unseen
@@ -21,7 +19,6 @@ from sa_lens.config import RunConfig, Words
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.data import PreparedData
-from sa_lens.statistics import t_interval
 from sa_lens.training.run_folder import METRICS
 from sa_lens.training.run_log import MetricsFile
 from sa_lens.views.records import Curves, Level, Line, number
@@ -96,7 +93,7 @@ class Learning(Measurement):
 
 
 def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | None = None) -> Curves:
-    """Returns the curves of pair accuracy over training, with the 95 % t interval over seeds, cut at 0 and 1.
+    """Returns the curves of pair accuracy over training: means over seeds, with bands from the lowest to the highest.
 
     A mark says from which step on the ablated stream of a variant is trained.
 
@@ -116,16 +113,13 @@ def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | No
         )
     lines, seeds = [], shown["seed"].nunique()
     for (variant, stream), rows in shown.dropna(subset=task).groupby(["variant", "stream"], sort=False):
-        means = rows.groupby("step")[task].agg(list).map(t_interval)
-        y, *ends = zip(*means, strict=True)
-        if task in TASKS:
-            ends = [np.clip(end, 0, 1) for end in ends]
-        y, low, high = (tuple(map(number, values)) for values in (y, *ends))
-        lines.append(Line(str(variant), str(stream), tuple(map(float, means.index)), y, low, high))
+        by_step = rows.groupby("step")[task].agg(["mean", "min", "max"])
+        y, low, high = (tuple(map(number, by_step[name])) for name in by_step)
+        lines.append(Line(str(variant), str(stream), tuple(map(float, by_step.index)), y, low, high))
     what = "loss on the validation text, nats per token" if task == "loss" else "pair accuracy"
     return Curves(
         "Loss during training" if task == "loss" else task_title("Skill during training", task),
-        f"means over {seeds} seeds with 95 % intervals",
+        f"means over {seeds} seeds; bands from the lowest to the highest seed",
         "optimizer steps",
         what,
         tuple(lines),

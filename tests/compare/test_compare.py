@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import pandas as pd
 import pytest
 import torch
 
@@ -198,17 +199,20 @@ def test_skill_during_training_is_measured_by_the_run_and_found_again(tmp_path, 
     assert table.groupby("variant")["dense_steps"].unique().map(list).to_dict() == {
         **{"baseline": [0], "local-4": [3], "joint-4": [0]},
     }
+    last = table[table["step"] == 6].set_index(["variant", "stream"])["ioi"]
+    skill = found.values[found.values["column"] == "pair_accuracy"].set_index(["variant", "stream"])["value"]
+    assert last.to_dict() == skill.to_dict()
     curves = learning_curves(table, "ioi", ["baseline", "local-4"])
     assert [(line.name, line.stream, line.x) for line in curves.lines] == [
         (name, stream, (3.0, 6.0))
         for name, stream in (("baseline", "clean"), ("local-4", "clean"), ("local-4", "ablated"))
     ]
     assert [moment.value for moment in curves.moments] == [3.0]
+    seeds = pd.concat([table, table.assign(seed=1, ioi=1.0)])
+    line = learning_curves(seeds, "ioi", ["baseline"]).lines[0]
+    assert (line.low[1], line.y[1], line.high[1]) == (last["baseline", "clean"], (last["baseline", "clean"] + 1) / 2, 1)
     with pytest.raises(ValueError, match="task='all' must be one of ioi, object, loss, and variants some of baseline"):
         learning_curves(table, "all")
-    last = table[table["step"] == 6].set_index(["variant", "stream"])["ioi"]
-    skill = found.values[found.values["column"] == "pair_accuracy"].set_index(["variant", "stream"])["value"]
-    assert last.to_dict() == skill.to_dict()
     assert table[table["stream"] == "ablated"].set_index(["variant", "step"])["loss"].isna().to_dict() == {
         **{("local-4", 3): True, ("local-4", 6): False},
         **{("joint-4", 3): False, ("joint-4", 6): False},
