@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from sa_lens.units import probes
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples" / "scripts").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -117,7 +119,7 @@ def arguments(tmp_path) -> dict[str, list[str]]:
     return {
         "two_streams": ["--out", out, "--pairs", "8"],
         "circuits": ["--out", out, "--pairs", "32", "--methods", "eap"],
-        "units": ["--out", out, "--tokens", "4000", "--explained", "2", "--probe-tokens", "500"],
+        "units": ["--out", out, "--tokens", "2000", "--explained", "2", "--probe-tokens", "500"],
         "compare": [*("--out", out, "--steps", "4", "--seeds", "1", "--stories", "300", "--tokens", "512")],
         "views": ["--out", out, "--text", "Lily ran.", "--dark"],
         "your_own_model": [*own, "--out", out],
@@ -128,6 +130,7 @@ def arguments(tmp_path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_script_writes_its_figures(path, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [path.name, *arguments[path.stem]])
+    monkeypatch.setattr(probes, "PROBE_STEPS", 100)
     runpy.run_path(str(path), run_name="__main__")
     said = capsys.readouterr().out
     written = [Path(line.removeprefix("wrote ")) for line in said.splitlines() if line.startswith("wrote ")]

@@ -55,10 +55,11 @@ def accuracies(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
         templates, tokens, answers, wrongs = zip(*group, strict=True)
         batch, row = torch.stack(tokens), torch.arange(len(group))
         with torch.no_grad():
-            logits = {"clean": model(batch)[:, -1]}
             if model.gates.gated:
-                with model.ablated():
-                    logits["ablated"] = model(batch)[:, -1]
+                streams = model.run_streams(batch)
+                logits = {"clean": streams.clean_logits[:, -1], "ablated": streams.ablated_logits[:, -1]}
+            else:
+                logits = {"clean": model(batch)[:, -1]}
         for stream, last in logits.items():
             better = last[row, torch.tensor(answers)] > last[row, torch.tensor(wrongs)]
             for template, correct in zip(templates, better.tolist(), strict=True):

@@ -40,6 +40,7 @@ from sa_lens.compare.dry_run import plan_text
 from sa_lens.compare.model_folder import ModelFolder, model_folders
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.stopping import Interrupted
+from sa_lens.units import probes
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +87,10 @@ def run(grid: Grid, out: Path, **options) -> Comparison:
 
 
 @pytest.mark.slow
-def test_every_column_of_every_kind_of_variant(tmp_path, cache):
+def test_every_column_of_every_kind_of_variant(tmp_path, cache, monkeypatch):
     """All measurements on a baseline, a gated model and one that is not trained: every promised value is there."""
     pytest.importorskip("sae_lens")
+    monkeypatch.setattr(probes, "PROBE_STEPS", 100)
     grid = tiny(cache, "global-4", "frozen-base", "random-init", measurements=())
     found = run(grid, tmp_path, seeds=1)
     values = found.values.set_index(["variant", "task", "column", "stream"])["value"]

@@ -36,15 +36,15 @@ def test_both_forms_equal_the_token_by_token_definition(shape, gates):
     # soft weights amplify rounding by 1 / (T D), so they are compared in float64
     plain = plain_model(shape, dtype=torch.float64 if gates.get("kind") == "soft" else torch.float32)
     model = SelfAblatingTransformer.from_hooked(plain, gates_for(shape, **gates), seed=3)
-    tokens = random_tokens()
+    tokens = random_tokens(length=5)
     expected = oracle.ablated_logits(plain, model, tokens)
     with model.ablated():
         assert_close(model(tokens), expected)
     for position in (0, 3, -1):
         with model.ablated(position=position):
             assert_close(model(tokens)[:, position], expected[:, position])
-    with model.ablated(position=[2, 5]):
-        assert_close(model(tokens)[[0, 1], [2, 5]], expected[[0, 1], [2, 5]])
+    with model.ablated(position=[1, 3]):
+        assert_close(model(tokens)[[0, 1], [1, 3]], expected[[0, 1], [1, 3]])
     assert_close(model.run_streams(tokens).ablated_logits, expected)
     assert (expected - plain(tokens)).abs().max() > 0.05, "the gates must change something for this to test anything"
 
@@ -112,7 +112,7 @@ def edit_names(shape: str) -> list[str]:
 def test_user_edits_at_all_positions(shape, name):
     plain = plain_model(shape)
     model = SelfAblatingTransformer.from_hooked(plain, gates_for(shape, "local"), seed=3)
-    tokens = random_tokens()
+    tokens = random_tokens(length=5)
     names = [f"blocks.{layer}.{name}" for layer in range(2)]
     expected = oracle.ablated_logits(plain, model, tokens, [(n, edit) for n in names])
     with model.ablated():
