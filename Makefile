@@ -43,10 +43,12 @@ $(READY_TL4): pyproject.toml constraints-tl4.txt | $(VENV_TL4)/pyvenv.cfg
 demo: $(READY)
 	$(BIN)/python -m sa_lens demo
 
-# Whole files go to one process, so that what a file's tests share is made once; tests/conftest.py says which go first.
+# Whole files go to one process, so that what a file's tests share is made once; tests/conftest.py says which go first
+# and which files go together. Compiled tests are kept also where the environment forbids it: compiling takes 10 s each.
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test test-tl4: export OMP_NUM_THREADS := 1
+test test-tl4: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY)
 	$(BIN)/python $(PYTEST)
 

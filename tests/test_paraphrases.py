@@ -67,6 +67,7 @@ def accuracies(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
     return {f"{request.param}, {stream}": dict(counts) for stream, counts in right.items()}
 
 
+@pytest.mark.slow
 def test_every_template_but_the_known_shortfalls(accuracies: dict[str, dict[str, float]]) -> None:
     for name, by_template in accuracies.items():
         below = {template: round(share, 2) for template, share in by_template.items() if share < BAR - 1e-9}
