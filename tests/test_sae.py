@@ -174,6 +174,16 @@ def test_a_buffer_serves_each_activation_once(model, tokens):
     assert by_row[0] == by_row[1]
 
 
+def test_a_buffer_holds_no_more_than_all_steps_read(model, tokens):
+    """Two steps of 20 tokens need three blocks of 16, whatever the buffer may hold."""
+    sizes = SAESettings(batch_tokens=20, steps=2, buffer_tokens=10_000)
+    data = ActivationBatches(model, text_of(tokens, model), "hook_embed", "clean", sizes, seed=0)
+    assert data.blocks_per_buffer == 3
+    read = {tuple(row) for _ in range(2) for row in next(data).tolist()}
+    chosen = tokens[torch.from_numpy(BlockOrder(24, 0).indices(0, 3))]
+    assert read <= {tuple(row) for row in activations(model, chosen, "hook_embed", "clean").tolist()}
+
+
 @settings(deadline=None, max_examples=15)
 @given(start=st.integers(0, 30), size=st.integers(1, 80))
 def test_a_stream_begun_later_goes_on_as_the_whole_one(start, size):
