@@ -185,7 +185,7 @@ def test_each_bar_is_the_figure_of_the_right_stream() -> None:
 def test_the_clock_adds_up_parts_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 2.0, 10.0, 13.0])
     processor = iter([0.0, 1.0, 1.0, 5.0])
-    monkeypatch.setattr("sa_lens.demo.printing.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("sa_lens.demo.printing.time", SimpleNamespace(perf_counter=lambda: next(times)))
     monkeypatch.setattr("sa_lens.demo.printing._processor_seconds", lambda: next(processor))
     clock = Clock()
     for _ in range(2):
