@@ -31,7 +31,8 @@ def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor])
         torch.autograd.grad((expected * weights).sum(), inputs),
         strict=True,
     ):
-        assert float((a - b).norm()) <= 1e-8 * float(b.norm())
+        # a single key leaves no gradient of its score but for rounding
+        assert float((a - b).norm()) <= 1e-8 * float(b.norm()) + 1e-14
 
 
 def turned(x: Tensor, rotary: Rotary | None) -> Tensor:

@@ -5,7 +5,10 @@ own, so its scores have the shape of the clean stream's with the own score on th
 both. All queries that share keys, those of both streams and of all heads of a group, are interleaved (axis `row`), so
 that one matrix product serves them all. They go through in blocks of positions: a block needs the keys up to its last
 position only, and no further back than the window, and its scores stay in the cache. The backward pass computes the
-scores again.
+scores again, and the pattern by the logarithm of each row's sum, which the forward pass keeps.
+
+Scores are in units of ln 2, because a CPU computes powers of two several times faster than a softmax, and rows are
+divided by their sums after the product with the values.
 
 Products whose result is as narrow as a head are written transposed, `[head, d_head, row or key]`: matrix libraries are
 several times faster at wide results.
@@ -29,6 +32,11 @@ BLOCK_ELEMENTS = 1 << 19
 
 GPU_BLOCK, GPU_BLOCK_ELEMENTS = 256, 1 << 27
 """The same on a GPU, where every kernel that is launched takes time."""
+
+LARGEST_EXPONENT = 60.0
+"""Scores, in units of ln 2, up to which no row's largest one has to be subtracted."""
+
+LN_2 = math.log(2)
 
 
 class Rotary(NamedTuple):
@@ -80,7 +88,7 @@ class _Inputs(NamedTuple):
     """Queries, keys and values by head, contiguous, in float32 or wider."""
 
     q: Float[Tensor, "batch_head pos row d_head"]
-    """Scaled and turned; rows are (stream, head of the group)."""
+    """Turned, and scaled so that scores are in units of ln 2; rows are (stream, head of the group)."""
     k: Float[Tensor, "batch_head d_head pos"]
     v: Float[Tensor, "batch_head d_head pos"]
     own_k: Float[Tensor, "batch_head d_head pos"] | None
@@ -112,62 +120,72 @@ class _StreamAttention(torch.autograd.Function):
         rotary: Rotary | None,
     ) -> Tensor:
         ctx.options = scale, window, rotary
-        ctx.save_for_backward(q, k, v, own_k, own_v)
         x = _by_head(q, k, v, own_k, own_v, *ctx.options)
         narrow_v = x.v.to(q.dtype)
-        z = _columns_of_rows(x)
+        z, totals = _columns_of_rows(x), x.q.new_empty(x.q.shape[:3])
+        largest = torch.empty_like(totals) if _must_shift(x) else None
         narrowed = _Narrowed(x, q.dtype)
-        for block, pattern in _patterns(x):
+        for block, scores in _scores(x):
             heads, queries, keys = block
-            part = torch.bmm(narrow_v[heads, :, keys], narrowed(pattern).transpose(1, 2))
-            part = z[heads, :, queries].copy_(part.view_as(z[heads, :, queries]))
-            if x.own_v is not None:
-                own = _own_entries(pattern, x).transpose(1, 2)[:, None]
-                difference = x.own_v[heads, :, queries] - x.v[heads, :, queries]
-                part[..., -x.own_rows :].addcmul_(own, difference[..., None])
+            if largest is not None:
+                shift = scores.amax(-1)
+                scores.sub_(shift[..., None])
+                largest[heads, queries] = shift.view_as(largest[heads, queries])
+            total = scores.exp2_().sum(-1)
+            totals[heads, queries] = total.view_as(totals[heads, queries])
+            part = torch.bmm(narrow_v[heads, :, keys], narrowed(scores).transpose(1, 2))
+            z[heads, :, queries] = part.view_as(z[heads, :, queries])
+        z.div_(totals[:, None])
+        norms = totals.log2_() if largest is None else totals.log2_().add_(largest)
+        own = _own_scores(x)
+        if own is not None and x.own_v is not None:
+            z[..., -x.own_rows :].addcmul_(_own_pattern(own, norms)[:, None], (x.own_v - x.v)[..., None])
+        ctx.save_for_backward(q, k, v, own_k, own_v, norms)
         return _by_stream(z, q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, own_k, own_v = ctx.saved_tensors
+        q, k, v, own_k, own_v, norms = ctx.saved_tensors
         _, _, rotary = ctx.options
         dtype = q.dtype
         x = _by_head(q, k, v, own_k, own_v, *ctx.options)
         grad = _rows(grads[0], k.shape[2], x.q.dtype)
-        narrow_k, narrow_q, narrow_grad = x.k.to(dtype), x.q.to(dtype), grad.to(dtype)
+        queries_of_keys = x.q * LN_2
+        narrow_k, narrow_q, narrow_grad = x.k.to(dtype), queries_of_keys.to(dtype), grad.to(dtype)
         grad_q = _columns_of_rows(x)
         wants_clean = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.v)) if wants_clean else (None, None)
-        own_grads = None if x.own_k is None else (torch.empty_like(x.k), torch.empty_like(x.v))
+        own_scores, own_grad = _own_scores(x), _own_rows(grad, x)
+        own_grad_pattern = own_grad_scores = own_grad_k = own_grad_v = None
+        if x.own_v is not None:
+            own_grad_pattern = (own_grad * x.own_v[..., None]).sum(1)
+            own_grad_scores = torch.empty_like(own_grad_pattern)
         narrowed, buffer = _Narrowed(x, dtype), x.q.new_empty(_block_elements(x))
-        for block, pattern in _patterns(x):
+        for block, scores in _scores(x):
             heads, queries, keys = block
+            pattern = scores.sub_(norms[heads, queries].flatten(1, 2)[..., None]).exp2_()
             grad_pattern = buffer[: pattern.numel()].view_as(pattern)
             torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, keys], out=grad_pattern)
-            if x.own_v is not None:
-                grad_own = _own_rows(grad, block, x)
-                _own_entries(grad_pattern, x).copy_((grad_own * x.own_v[heads, None, :, queries]).sum(2))
+            if own_grad_pattern is not None:
+                _own_entries(grad_pattern, x).copy_(own_grad_pattern[heads, queries])
             grad_scores = _softmax_backward_(grad_pattern, pattern)
-            own_scores = None
-            if own_grads is not None:
-                own_entries, own_scores = _own_entries(pattern, x), _own_entries(grad_scores, x)
-                torch.sum(own_entries[:, :, None] * grad_own, 1, out=own_grads[1][heads, :, queries])
+            if own_grad_scores is not None:
+                own_entries = _own_entries(grad_scores, x)
+                own_grad_scores[heads, queries] = own_entries
                 own_entries.zero_()
-                own_entries, own_scores = own_scores, own_scores.clone()
-                own_entries.zero_()
-                own_q = _own_rows(x.q, block, x)
-                torch.sum(own_scores[:, :, None] * own_q, 1, out=own_grads[0][heads, :, queries])
+                _own_entries(pattern, x).zero_()
             narrow_scores = narrowed(grad_scores)
             part = torch.bmm(narrow_k[heads, :, keys], narrow_scores.transpose(1, 2))
-            part = grad_q[heads, :, queries].copy_(part.view_as(grad_q[heads, :, queries]))
-            if own_scores is not None and x.own_k is not None:
-                own_scores = own_scores.transpose(1, 2)[:, None]
-                part[..., -x.own_rows :].addcmul_(own_scores, x.own_k[heads, :, queries, None])
+            grad_q[heads, :, queries] = part.view_as(grad_q[heads, :, queries])
             if grad_k is not None and grad_v is not None:
                 by_column = narrow_q[heads, queries].flatten(1, 2).transpose(1, 2)
                 grad_k[heads, :, keys] += torch.bmm(by_column, narrow_scores)
                 by_column = narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2)
                 grad_v[heads, :, keys] += torch.bmm(by_column, narrowed(pattern))
+        if own_grad_scores is not None and own_scores is not None and x.own_k is not None:
+            grad_q[..., -x.own_rows :].addcmul_(own_grad_scores[:, None], x.own_k[..., None])
+            own_grad_k = (own_grad_scores[:, None] * _own_rows(queries_of_keys, x)).sum(-1)
+            own_grad_v = (_own_pattern(own_scores, norms)[:, None] * own_grad).sum(-1)
 
         def back(x: Tensor | None, *, turned: bool = False) -> Tensor | None:
             if x is None:
@@ -178,7 +196,6 @@ class _StreamAttention(torch.autograd.Function):
 
         if rotary is not None:
             rotary.turn_(grad_q.permute(0, 3, 2, 1), back=True)
-        own_grad_k, own_grad_v = (None, None) if own_grads is None else own_grads
         to_keys_and_values = back(grad_k, turned=True), back(grad_v), back(own_grad_k, turned=True), back(own_grad_v)
         return _by_stream(grad_q.mul_(ctx.options[0]), q), *to_keys_and_values, None, None, None
 
@@ -241,7 +258,7 @@ def _by_head(
             rotary.turn_(by_head.transpose(1, 2))
         return by_head
 
-    rows = _rows(q, k.shape[2], dtype).mul_(scale)
+    rows = _rows(q, k.shape[2], dtype).mul_(scale / LN_2)
     if rotary is not None:
         rotary.turn_(rows.transpose(1, 2))
     keys_and_values = columns(k, turned=True), columns(v), columns(own_k, turned=True), columns(own_v)
@@ -263,12 +280,13 @@ def _block_elements(x: _Inputs) -> int:
     return math.prod(_block_shape(x)) * x.q.shape[2]
 
 
-def _patterns(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head query_row key"]]]:
-    """The attention pattern of each block; it is overwritten by the next."""
+def _scores(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head query_row key"]]]:
+    """The scores of each block, in units of ln 2; they are overwritten by the next."""
     n_heads, length, rows, _ = x.q.shape
     group, size, _ = _block_shape(x)
-    unseen = x.q.new_full((size, size), float("-inf")).triu_(1)[:, None]
+    unseen = x.q.new_full((size, size), float("-inf")).triu_(1).repeat_interleave(rows, 0)
     buffer = x.q.new_empty(_block_elements(x))
+    own = _own_scores(x)
     for first_head in range(0, n_heads, group):
         heads = slice(first_head, min(first_head + group, n_heads))
         for start in range(0, length, size):
@@ -279,28 +297,46 @@ def _patterns(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head qu
             shape = (q.shape[0], n * rows, keys.stop - keys.start)
             scores = buffer[: math.prod(shape)].view(shape)
             torch.bmm(q, x.k[heads, :, keys], out=scores)
-            by_position = scores.view(shape[0], n, rows, shape[2])
-            by_position[..., -n:].add_(unseen[:n, :, :n])
+            scores[..., -n:].add_(unseen[: n * rows, :n])
             if x.window < queries.stop:
                 past = scores.new_full((n, shape[2]), float("-inf")).tril_(start - keys.start - x.window)
-                by_position.add_(past[:, None])
-            if x.own_k is not None:
-                own = (_own_rows(x.q, block, x) * x.own_k[heads, None, :, queries]).sum(2)
-                _own_entries(scores, x).copy_(own)
-            yield block, torch.softmax(scores, -1, out=scores)
+                scores.add_(past.repeat_interleave(rows, 0))
+            if own is not None:
+                _own_entries(scores, x).copy_(own[heads, queries])
+            yield block, scores
+
+
+def _must_shift(x: _Inputs) -> bool:
+    """Whether powers of two of the scores might be too large or too small, by the lengths of queries and keys."""
+    # reading a number waits for a GPU, so not there
+    if x.q.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    keys = [keys.norm(dim=1).amax() for keys in (x.k, x.own_k) if keys is not None]
+    return not bool(x.q.norm(dim=-1).amax() * torch.stack(keys).amax() < LARGEST_EXPONENT)
 
 
 def _own_rows(
-    rows: Float[Tensor, "batch_head pos row d_head"], block: _Block, x: _Inputs
-) -> Float[Tensor, "batch_head own_row d_head pos"]:
-    """Rows of the ablated stream in a block; a view."""
-    return rows[block.heads, block.queries, -x.own_rows :].permute(0, 2, 3, 1)
+    rows: Float[Tensor, "batch_head pos row d_head"], x: _Inputs
+) -> Float[Tensor, "batch_head d_head pos own_row"]:
+    """Rows of the ablated stream; a view."""
+    return rows[:, :, -x.own_rows :].permute(0, 3, 1, 2)
+
+
+def _own_scores(x: _Inputs) -> Float[Tensor, "batch_head pos own_row"] | None:
+    """Scores of the ablated stream's queries and own keys."""
+    return None if x.own_k is None else (_own_rows(x.q, x) * x.own_k[..., None]).sum(1)
+
+
+def _own_pattern(own_scores: Tensor, norms: Tensor) -> Float[Tensor, "batch_head pos own_row"]:
+    """The part of the pattern that belongs to own keys."""
+    return torch.exp2(own_scores - norms[..., -own_scores.shape[-1] :])
 
 
 def _own_entries(
     block: Float[Tensor, "batch_head query_row key"], x: _Inputs
-) -> Float[Tensor, "batch_head own_row pos"]:
+) -> Float[Tensor, "batch_head pos own_row"]:
     """Entries of the ablated stream whose key is the query's own position; a view."""
     by_position = block.view(block.shape[0], -1, x.q.shape[2], block.shape[-1])
     n = by_position.shape[1]
-    return by_position[:, :, -x.own_rows :, block.shape[-1] - n :].diagonal(dim1=1, dim2=3)
+    own = by_position[:, :, -x.own_rows :, block.shape[-1] - n :]
+    return own.diagonal(dim1=1, dim2=3).transpose(1, 2)
