@@ -111,6 +111,8 @@ def _last_masked(values: Tensor, mask: Tensor) -> Tensor:
     """Values of all streams, the last one's times a mask that has an entry for each unit or for each head."""
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     out[:-1] = values[:-1]
+    # a CPU converts bytes several times faster than Booleans
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     per_mask = (mask.shape[-1], -1)
     torch.mul(values[-1].unflatten(-1, per_mask), mask.to(values.dtype)[..., None], out=out[-1].unflatten(-1, per_mask))
     return out

@@ -27,7 +27,7 @@ from torch import Tensor
 BLOCK = 64
 """Positions whose queries go through at once."""
 
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 """Scores that a block of queries may hold, over all its heads, so that they stay in the cache of a CPU."""
 
 GPU_BLOCK, GPU_BLOCK_ELEMENTS = 256, 1 << 27
@@ -233,7 +233,8 @@ def _by_stream(
     x: Float[Tensor, "batch_head d_head pos row"], like: Float[Tensor, "stream batch pos head d_head"]
 ) -> Float[Tensor, "stream batch pos head d_head"]:
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    by_group = x.unflatten(3, (like.shape[0], -1)).unflatten(0, (like.shape[1], -1)).permute(4, 0, 3, 1, 5, 2)
+    by_group = x.to(like.dtype).unflatten(3, (like.shape[0], -1)).unflatten(0, (like.shape[1], -1))
+    by_group = by_group.permute(4, 0, 3, 1, 5, 2)
     out.view(by_group.shape).copy_(by_group)
     return out
 
@@ -311,8 +312,8 @@ def _must_shift(x: _Inputs) -> bool:
     # reading a number waits for a GPU, so not there
     if x.q.device.type != "cpu" or torch.compiler.is_compiling():
         return True
-    keys = [keys.norm(dim=1).amax() for keys in (x.k, x.own_k) if keys is not None]
-    return not bool(x.q.norm(dim=-1).amax() * torch.stack(keys).amax() < LARGEST_EXPONENT)
+    keys = torch.stack([keys.square().sum(1).amax() for keys in (x.k, x.own_k) if keys is not None]).amax()
+    return not bool(x.q.square().sum(-1).amax() * keys < LARGEST_EXPONENT**2)
 
 
 def _own_rows(
@@ -336,7 +337,6 @@ def _own_entries(
     block: Float[Tensor, "batch_head query_row key"], x: _Inputs
 ) -> Float[Tensor, "batch_head pos own_row"]:
     """Entries of the ablated stream whose key is the query's own position; a view."""
-    by_position = block.view(block.shape[0], -1, x.q.shape[2], block.shape[-1])
-    n = by_position.shape[1]
-    own = by_position[:, :, -x.own_rows :, block.shape[-1] - n :]
+    by_position = block.view(block.shape[0], -1, x.q.shape[2], block.shape[2])
+    own = by_position[:, :, -x.own_rows :, -by_position.shape[1] :]
     return own.diagonal(dim1=1, dim2=3).transpose(1, 2)
