@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Node
+from sa_lens.circuits.running.expected_work import expected_work
 from sa_lens.circuits.running.recorded_passes import Outputs, outputs, residual_streams, write_to_stream
 from sa_lens.circuits.running.removal_costs import cost_of
 from sa_lens.circuits.running.removal_state import Block, Changed, Live, Row, versions_by_row
@@ -31,6 +32,12 @@ from sa_lens.core.products import product
 
 _BLOCK = 2**23
 """Largest number of entries in one activation of a whole block."""
+
+
+_OVERHEAD = 5e5
+"""Work of a node in one try, however small it is."""
+_REACHED, _FEW = 0.6, 200
+"""Share of the live nodes above that a try is expected to need, and the number of tries that this counts for."""
 
 
 class Recomputation:
@@ -84,12 +91,16 @@ class Recomputation:
         self.at_last = self._take_last(self.difference)
         order = torch.cat([batch.rows for batch in batches])
         clean = self.functions.normalise(self.final_clean())
+        self.metric_work = float(self.functions.W_U.numel() * len(self.last))
         self.cost = cost_of(exp.metric, self.functions, exp.pairs.subset(order), clean)
         self.above: list[Live] = []
         """Live nodes above the present step, in the order of computation."""
         self.here: dict[Node, Live] = {}
         """Live nodes of the present step."""
         self.by_source: dict[int, Live] = {}
+        self.work = 0.0
+        """Work of all tries so far, about one multiplication per unit."""
+        self._reached, self._rows = _REACHED * _FEW, float(_FEW)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -264,7 +275,32 @@ class Recomputation:
             assert change.out is not None
             final = logits.x[0] + change.out
         block.costs = self.cost(self.functions.normalise(final)).tolist()
+        self._count(block)
         return block
+
+    def _count(self, block: Block) -> None:
+        """Adds up the work of a block and the share of the live nodes above that it needed."""
+        rows = len(block.rows)
+        every = {item.node: self.work_of(item.node, item.everywhere) for item in (*self.here.values(), *self.above)}
+        above = sum(every[item.node] for item in self.above)
+        reached = sum(every[item.node] for item in self.above if item.node in block.changed)
+        self.work += rows * (self.metric_work + sum(every[node] for node in block.changed))
+        if above:
+            self._reached, self._rows = self._reached + rows * reached / above, self._rows + rows
+
+    def work_of(self, node: Node, everywhere: bool) -> float:
+        """Returns the work of a node in one try, at all positions or at the metric position."""
+        cfg, rows = self.functions.cfg, len(self.pos) if everywhere else len(self.last)
+        numbers = {"head": 4 * cfg.d_model * cfg.d_head + 2 * self.functions.length * cfg.d_head, "logits": 0}
+        return _OVERHEAD + float(
+            rows * numbers.get(node.kind, (3 if cfg.gated_mlp else 2) * cfg.d_model * (cfg.d_mlp or 0))
+        )
+
+    def work_left(self, visited: Bool[Tensor, "input source"]) -> float:
+        """Returns the work that is expected of all tries to come, in the unit of `work`."""
+        share = self._reached / self._rows
+        kept = self.present & visited
+        return expected_work(self.graph, kept, visited, self.work_of, self.metric_work, share)
 
     def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
         """Returns what removals of a node's own edges change at this node."""

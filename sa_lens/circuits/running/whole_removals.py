@@ -28,6 +28,8 @@ class WholeRuns:
     def __init__(self, exp: Experiment, present: Bool[Tensor, "input source"]) -> None:
         self.exp, self.present = exp, present.clone()
         self.circuits = CircuitLogits(exp)
+        self.work = 0.0
+        """Work of all tries so far: the number of layers that each runs again, and one for the metric."""
         by_nodes = exp.why_not_by_nodes is None
         self.largest_block = 16 if by_nodes else 1
         """Largest number of rows in a block; runs under hooks share nothing."""
@@ -53,7 +55,17 @@ class WholeRuns:
             masks.append(mask)
             if row.stays_out:
                 out = mask
+        self.work += sum(self._layers(row.to) for row in rows)
         return Block(rows, {}, self._costs(masks))
+
+    def _layers(self, to: int) -> int:
+        node, n = self.exp.graph.inputs[to].node, self.exp.graph.n_layers
+        return 1 if node.kind == "logits" else 1 + n - node.layer
+
+    def work_left(self, visited: Bool[Tensor, "input source"]) -> float:
+        """Returns the work of all tries to come, in the unit of `work`."""
+        left = (self.exp.graph.exists & ~visited).sum(1).tolist()
+        return float(sum(n * self._layers(to) for to, n in enumerate(left)))
 
     def accept(self, block: Block, last: int, removed: Sequence[int]) -> None:
         """Makes a row of a block the present state; see `Recomputation.accept`."""
