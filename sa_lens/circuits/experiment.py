@@ -116,6 +116,13 @@ class Experiment:
         """Returns the same experiment on other pairs, such as those that a circuit is judged on."""
         return self.replace(pairs=pairs)
 
+    def on_few(self, n: int) -> Experiment:
+        """Returns the same experiment on at most n of its pairs, evenly spread; the functions of nodes are shared."""
+        n = min(n, len(self.pairs))
+        few = self.on(self.pairs.subset([i * len(self.pairs) // n for i in range(n)]))
+        few._records["nodes"] = self.nodes
+        return few
+
     def replace(self, **changes: Any) -> Experiment:
         """Returns the same experiment with another `model`, other `pairs` or other settings."""
         model, pairs = changes.pop("model", self.model), changes.pop("pairs", self.pairs)

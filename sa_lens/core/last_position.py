@@ -128,6 +128,7 @@ def run_edited(
     masks: Sequence[LayerMasks] | None = None,
     start: int = 0,
     entering: Mapping[Lane, Tensor] | None = None,
+    added: Mapping[Lane, Tensor] | None = None,
 ) -> LastPass:
     """Runs prompts with edited inputs, of which some earlier positions are known; gradients follow the caller's mode.
 
@@ -137,12 +138,18 @@ def run_edited(
         masks: masks of the ablated lane; None takes those of the gates, with the gradients of their surrogates.
         start: first layer to run. Gates that read the end of an edited clean stream need 0.
         entering: residual stream that enters this layer, by lane; None: the embedding.
+        added: what is added to the residual stream after the attention of this layer, by lane.
     """
-    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before, start, entering)
+    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before, start, entering, added)
     run.run_clean()
     if ablated:
         run.run_ablated(masks)
     return run.result
+
+
+def read_as_it_is(lane: Lane, layer: int, kind: Literal["heads", "mlp", "logits"], x: Tensor) -> Tensor:
+    """Returns the input that a node gets; see `Reads`."""
+    return x
 
 
 class _Run:
@@ -156,10 +163,11 @@ class _Run:
         before: Sequence[KeysAndValues] | None = None,
         start: int = 0,
         entering: Mapping[Lane, Tensor] | None = None,
+        added: Mapping[Lane, Tensor] | None = None,
     ) -> None:
         self.model, self.functions, self.prompts, self.layers = model, functions, prompts, layers
-        self.reads = reads if reads is not None else lambda lane, layer, kind, x: x
-        self.before, self.start, self.entering = before, start, entering
+        self.reads = reads if reads is not None else read_as_it_is
+        self.before, self.start, self.entering, self.added = before, start, entering, added
         self.result = LastPass({}, {}, {}, {}, [], [])
         self.resid_pre: list[Tensor] = []
         """Clean residual stream that enters each layer that runs, at the last position."""
@@ -226,6 +234,8 @@ class _Run:
         z = z if masks[0] is None else z * masks[0]
         self.result.z[lane].append(z)
         after = x + product(z.flatten(1), self.functions.W_O[layer].flatten(0, 1)) + self.functions.b_O[layer]
+        if self.added is not None and layer == self.start:
+            after = after + self.added[lane]
         if cfg.attn_only:
             return after
         read = self.reads(lane, layer, "mlp", x if cfg.parallel_attn_mlp else after)

@@ -22,7 +22,14 @@ from tqdm.auto import tqdm
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.graph import PORTS, Circuit, Edge, Node
 from sa_lens.circuits.running.many_circuits import CircuitLogits
-from sa_lens.circuits.running.recorded_passes import PassesOfPairs, outputs, residual_streams, write_to_stream
+from sa_lens.circuits.running.recorded_passes import (
+    PassesOfPairs,
+    outputs,
+    repeat_keys,
+    repeat_masks,
+    streams_by_lane,
+    write_to_stream,
+)
 from sa_lens.circuits.running.removal_costs import cost_of
 from sa_lens.core.last_position import Lane, Prompts, run_edited
 
@@ -119,14 +126,7 @@ class _Runs:
             lane: [x[batch.changing] if lane == "earlier" else x for x in by_source]
             for lane, by_source in outputs(batch.prompts, batch.clean).items()
         }
-        self.streams = {
-            lane: residual_streams(
-                self.graph,
-                [write_to_stream(self.graph, self.functions, source, x) for source, x in enumerate(by_source)],
-                self.functions.b_O,
-            )
-            for lane, by_source in self.wrote.items()
-        }
+        self.streams = streams_by_lane(self.graph, self.functions, self.wrote)
         final = self.functions.normalise(batch.clean.final[exp.stream])
         cost = cost_of(exp.metric, self.functions, exp.pairs.subset(batch.rows), final)
         self.cost: Callable[[Tensor], Tensor] = lambda x: cost(self.functions.normalise(x))
@@ -154,10 +154,8 @@ class _Runs:
             Prompts.of(embed.repeat(n, 1, 1), last.repeat(n), first.repeat(n)),
             partial(self._read, block),
             ablated=self.exp.stream == "ablated",
-            before=[(k.repeat(1, n, 1, 1), v.repeat(1, n, 1, 1)) for k, v in clean.keys_and_values],
-            masks=[(_repeat(attn, n), _repeat(mlp, n)) for attn, mlp in clean.masks]
-            if self.exp.masks != "live"
-            else None,
+            before=repeat_keys(clean.keys_and_values, n),
+            masks=repeat_masks(clean.masks, n) if self.exp.masks != "live" else None,
             start=start,
             # the earlier lane ends below the top layer
             entering={lane: x[min(below, max(x))].repeat(n, 1) for lane, x in self.streams.items()},
@@ -186,7 +184,3 @@ class _Runs:
             change = (change[self.batch.changing] if lane == "earlier" else change) - self.wrote[lane][source]
             of_input[i] += write_to_stream(self.graph, self.functions, source, change)
         return own
-
-
-def _repeat(mask: Tensor | None, n: int) -> Tensor | None:
-    return None if mask is None else mask.repeat(n, *[1] * (mask.ndim - 1))

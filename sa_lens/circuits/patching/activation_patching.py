@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment, analysis
 from sa_lens.circuits.metrics import logit_difference
+from sa_lens.circuits.patching.patches_by_nodes import Patch, PatchedRuns, why_not_patched_by_nodes
 from sa_lens.circuits.running.recorded_passes import record
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Direction, PatchKind, Stream, check_choice, check_whole, kind_of
@@ -191,6 +192,11 @@ def patch(
         for run in runs:
             for prompt, logits in (("clean", run.clean), ("corrupt", run.corrupt)):
                 before[prompt] += float(exp.metric(logits, run.pairs, run.clean).double().sum())
+            if why_not_patched_by_nodes(exp, what) is None:
+                source = (run.pairs.clean if direction == "denoise" else run.pairs.corrupt).to(run.base.device)
+                patched = PatchedRuns(exp, what, run.pairs, run.base, source, run.clean)
+                totals += patched.sums([_patch(edit, run) for edit in edits], bar)
+                continue
             indexed = [(edit.hook, _index(edit, run)) for edit in edits]
             totals += sum_metric_after(
                 *(exp, run.pairs, run.base, indexed, run.source, run.masks, bar),
@@ -431,6 +437,13 @@ def first_order_effects(
         for hook, gradient in zip(hooks, gradients, strict=True)
     }
     return effects, float(total.detach().double())
+
+
+def _patch(edit: _Edit, run: _Run) -> Patch:
+    """The same patch for runs by nodes."""
+    offset = edit.place.offset
+    position = None if offset is None else (offset[run.rows] + run.base.shape[1]).to(run.base.device)
+    return Patch(edit.layer, edit.unit[0] if edit.unit else None, position)
 
 
 def _index(edit: _Edit, run: _Run) -> tuple[Any, ...]:

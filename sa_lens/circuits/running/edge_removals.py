@@ -36,8 +36,6 @@ _BLOCK = 2**23
 
 _OVERHEAD = 5e5
 """Work of a node in one try, however small it is."""
-_REACHED, _FEW = 0.6, 200
-"""Share of the live nodes above that a try is expected to need, and the number of tries that this counts for."""
 
 
 class Recomputation:
@@ -100,7 +98,6 @@ class Recomputation:
         self.by_source: dict[int, Live] = {}
         self.work = 0.0
         """Work of all tries so far, about one multiplication per unit."""
-        self._reached, self._rows = _REACHED * _FEW, float(_FEW)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -279,14 +276,10 @@ class Recomputation:
         return block
 
     def _count(self, block: Block) -> None:
-        """Adds up the work of a block and the share of the live nodes above that it needed."""
-        rows = len(block.rows)
-        every = {item.node: self.work_of(item.node, item.everywhere) for item in (*self.here.values(), *self.above)}
-        above = sum(every[item.node] for item in self.above)
-        reached = sum(every[item.node] for item in self.above if item.node in block.changed)
-        self.work += rows * (self.metric_work + sum(every[node] for node in block.changed))
-        if above:
-            self._reached, self._rows = self._reached + rows * reached / above, self._rows + rows
+        """Adds up the work of a block."""
+        live = {item.node: item for item in (*self.here.values(), *self.above)}
+        nodes = sum(self.work_of(node, live[node].everywhere) for node in block.changed)
+        self.work += len(block.rows) * (self.metric_work + nodes)
 
     def work_of(self, node: Node, everywhere: bool) -> float:
         """Returns the work of a node in one try, at all positions or at the metric position."""
@@ -296,11 +289,14 @@ class Recomputation:
             rows * numbers.get(node.kind, (3 if cfg.gated_mlp else 2) * cfg.d_model * (cfg.d_mlp or 0))
         )
 
-    def work_left(self, visited: Bool[Tensor, "input source"]) -> float:
-        """Returns the work that is expected of all tries to come, in the unit of `work`."""
-        share = self._reached / self._rows
-        kept = self.present & visited
-        return expected_work(self.graph, kept, visited, self.work_of, self.metric_work, share)
+    def work_left(self, visited: Bool[Tensor, "input source"], likely: Bool[Tensor, "input source"]) -> float:
+        """Returns the work that is expected of all tries to come, in the unit of `work`.
+
+        Args:
+            likely: edges that are likely to be kept once they are visited.
+        """
+        kept = self.present & (visited | likely)
+        return expected_work(self.graph, kept, visited, self.work_of, self.metric_work)
 
     def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
         """Returns what removals of a node's own edges change at this node."""

@@ -17,7 +17,16 @@ from sa_lens.circuits.graph import Graph, Node
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Ablation, Stream
 from sa_lens.core.host import Host, device_of, in_stream, run_to_last
-from sa_lens.core.last_position import Lane, LastPass, Prompts, embed_prompts, run_to_position, why_not_by_nodes
+from sa_lens.core.last_position import (
+    KeysAndValues,
+    Lane,
+    LastPass,
+    LayerMasks,
+    Prompts,
+    embed_prompts,
+    run_to_position,
+    why_not_by_nodes,
+)
 from sa_lens.core.nodes import NodeFunctions
 from sa_lens.core.products import product
 
@@ -202,3 +211,31 @@ def residual_streams(
         added, biased = n, max(biased, layers)
         streams[n] = total
     return streams
+
+
+def streams_by_lane(
+    graph: Graph, functions: NodeFunctions, by_lane: Outputs
+) -> dict[Lane, dict[int, Float[Tensor, "row d_model"]]]:
+    """Returns `residual_streams` of each lane of a pass, given the output of each source."""
+    return {
+        lane: residual_streams(
+            graph,
+            [write_to_stream(graph, functions, source, out) for source, out in enumerate(by_source)],
+            functions.b_O,
+        )
+        for lane, by_source in by_lane.items()
+    }
+
+
+def repeat_masks(masks: Sequence[LayerMasks], times: int) -> list[LayerMasks]:
+    """Returns the masks of copies of the prompts."""
+
+    def repeated(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask.repeat(times, *[1] * (mask.ndim - 1))
+
+    return [(repeated(attn), repeated(mlp)) for attn, mlp in masks]
+
+
+def repeat_keys(before: Sequence[KeysAndValues], times: int) -> list[KeysAndValues]:
+    """Returns the keys and values of copies of the prompts."""
+    return [(k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1)) for k, v in before]

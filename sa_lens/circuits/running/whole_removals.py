@@ -62,8 +62,8 @@ class WholeRuns:
         node, n = self.exp.graph.inputs[to].node, self.exp.graph.n_layers
         return 1 if node.kind == "logits" else 1 + n - node.layer
 
-    def work_left(self, visited: Bool[Tensor, "input source"]) -> float:
-        """Returns the work of all tries to come, in the unit of `work`."""
+    def work_left(self, visited: Bool[Tensor, "input source"], likely: Bool[Tensor, "input source"]) -> float:
+        """Returns the work of all tries to come, in the unit of `work`; every edge is tried, likely to stay or not."""
         left = (self.exp.graph.exists & ~visited).sum(1).tolist()
         return float(sum(n * self._layers(to) for to, n in enumerate(left)))
 

@@ -14,7 +14,7 @@ from micro import gated, plain, token_pairs
 from sa_lens.circuits.discovery.acdc import _Search, acdc
 from sa_lens.circuits.graph import Graph, Node
 from sa_lens.circuits.running.edge_removals import Recomputation
-from sa_lens.circuits.running.expected_work import expected_outlook, expected_work
+from sa_lens.circuits.running.expected_work import REACHED, expected_work
 from sa_lens.circuits.running.whole_removals import WholeRuns
 from sa_lens.stopping import Interrupted
 
@@ -70,8 +70,9 @@ def test_forecast_after_a_tenth() -> None:
         assert found.untouched > 0
         for per_edge, of_models in factors.items():
             of_models.append(clock.factor(0.1, per_edge=per_edge))
-    assert median(factors[False]) < 1.5
-    assert median(factors[True]) > 2.5
+    # random weights, of which attribution foresees less than of trained ones
+    assert median(factors[False]) < 1.75
+    assert median(factors[True]) > 1.5 * median(factors[False])
 
 
 def test_forecast_with_live_gates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,24 +108,27 @@ def test_bar_tells_the_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert " left]" in capsys.readouterr().err
 
 
-def test_receivers_of_kept_edges_are_certain_and_others_follow_from_those_between() -> None:
-    graph = Graph(3, 2)
-    visited, kept = torch.zeros_like(graph.exists), torch.zeros_like(graph.exists)
-    assert all(x.live == 1 for node, x in expected_outlook(graph, kept, visited).items() if node.kind == "logits")
+def test_a_metric_without_a_gradient_has_no_forecast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    acdc(plain(), token_pairs(n=2), 0.05, metric="answer_rank")
+    assert all(math.isnan(said) for _, _, said in clock.said)
+    assert " left]" not in capsys.readouterr().err
+
+
+def test_work_left_counts_the_tries_of_receivers_with_a_path_and_what_lies_above() -> None:
+    graph = Graph(2, 2)
+    kept, visited = torch.zeros_like(graph.exists), torch.zeros_like(graph.exists)
     for edge in graph.edges:
-        visited[graph.place(edge)] = edge.destination.kind == "logits" or edge.destination.layer == 2
-    for edge in ("m1->logits", "a2.h0->logits", "a1.h0->a2.h0.q", "a1.h1->a2.h0.k"):
+        visited[graph.place(edge)] = edge.destination.kind == "logits"
+    for edge in ("m1->logits", "a1.h0->m1", "a0.h1->a1.h0.k", "m0->a1.h1.q"):
         kept[graph.place(edge)] = True
-    outlook = expected_outlook(graph, kept, visited)
-    assert outlook[Node("mlp", 1)] == (1.0, 0.0)
-    assert outlook[Node("head", 1, 0)].live == outlook[Node("head", 1, 1)].live == 1
-    assert outlook[Node("head", 1, 1)].everywhere == 1
-    # a head without a kept edge has no path yet, and only the MLP above it, which is not visited, can give it one
-    assert outlook[Node("head", 1, 0)].everywhere < 0.05
-    assert outlook[Node("head", 2, 1)].live == 0
-    assert 0 < outlook[Node("head", 0, 0)].live < 1
-    # nothing is left once all is visited
-    assert expected_work(graph, kept, graph.exists, lambda node, everywhere: 1.0, 1.0, 0.5) == 0
-    work = expected_work(graph, kept, visited, lambda node, everywhere: 0.0, 1.0, 0.5)
-    certain = sum(graph.n_sources[to] for to, i in enumerate(graph.inputs) if i.node.layer == 1)
-    assert certain < work < certain + sum(graph.n_sources[to] for to, i in enumerate(graph.inputs) if not i.node.layer)
+
+    def work(node: Node, everywhere: bool) -> float:
+        return 0.0 if node.kind == "logits" else 100.0 if everywhere else 10.0
+
+    # m1 and a1.h0 have a path at the metric position, a0.h1 at all positions; a1.h1 and so m0 have none
+    by_hand = 6 * (1 + 10) + 3 * 4 * (1 + 10 + REACHED * 10) + 3 * (1 + 100 + REACHED * 20)
+    assert abs(expected_work(graph, kept, visited, work, 1.0) - by_hand) < 1e-9
+    assert expected_work(graph, kept, graph.exists, work, 1.0) == 0
