@@ -49,8 +49,8 @@ AMBIGUOUS = 1e-6
 """If the rise of the metric is closer than this to tau, the decision may depend on the rounding of float32."""
 
 LIKELY = 1.5
-"""The forecast of the time left expects edges to stay whose attribution score (EAP-IG, two steps, 4 pairs) is at least so
-many tau. With 1.5 it is right for SmolLM2-135M from the first percent of the edges on."""
+"""The forecast of the time left expects edges to stay whose attribution score (EAP-IG, two steps, 4 pairs) is at least
+so many tau. With 1.5 it is right for SmolLM2-135M from the first percent of the edges on."""
 
 SAME = 1e-4
 """Largest relative difference between the full graph's metric now and in the search that is resumed."""
