@@ -77,7 +77,7 @@ def exact_effects(exp: Experiment, edges: Iterable[Edge | str] | None = None, *,
             value += share * sign * whole
             for (to, source), without in effects:
                 scores[to, source] += share * (without - whole)
-                bar.update(share)
+                bar.update(1 if share == 1 else share)
     if not bool(scores[chosen].isfinite().all()):
         raise ValueError(f"metric={exp.metric.name!r} is not finite on these pairs: no effect can be given")
     about = {"method": "exact", **exp.about, "shortcuts": why_not or "on", "value": value}
