@@ -2,7 +2,8 @@
 
     python examples/scripts/your_own_model.py --base runs/dense --text stories.txt --task agreement.json --out runs/own
 
-`--base` is a run folder, a Hub id, or a name that TransformerLens knows, such as gpt2 (which needs a network once).
+`--base` is a run folder, a folder or GGUF file of a model of Hugging Face, or a name that TransformerLens knows, such as
+gpt2 (which needs a network once).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main(
     task: str = "ioi",
     k_attn: int = 16,
     k_mlp: int = 16,
+    fit_tokens: int = 20_000,
     steps: int = 600,
     n_ctx: int = 64,
     pairs: int = 64,
@@ -39,6 +41,7 @@ def main(
         task: ioi, pronoun, object, repeated, or a JSON file of pairs.
         k_attn: Number of attention units that a gate keeps.
         k_mlp: Number of neurons that a gate keeps.
+        fit_tokens: Tokens that the gates are fitted to before the first step.
         steps: Optimizer steps.
         n_ctx: Length of the training sequences.
         pairs: Number of pairs to find circuits with; as many others to report on.
@@ -46,10 +49,16 @@ def main(
     """
     settings = sa.RunConfig(
         model=sa.ModelConfig(n_ctx=n_ctx),
-        gates=sa.GateConfig(k_attn=k_attn, k_mlp=k_mlp, temperature=0.1),
+        gates=sa.GateConfig(k_attn=k_attn, k_mlp=k_mlp),
         data=sa.DataConfig(source=text),
         train=sa.TrainConfig(
-            steps=steps, batch_size=16, lr=3e-3, init=base, freeze="base" if freeze else "none", sample_tokens=0
+            steps=steps,
+            batch_size=16,
+            lr=1e-3,
+            init=base,
+            freeze="base" if freeze else "none",
+            fit_tokens=fit_tokens,
+            sample_tokens=0,
         ),
     )
     model = sa.train(settings, out).model

@@ -111,7 +111,10 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
     # weights, then the gradient and AdamW's two moments
     training = wide + narrow + 4 * in_gates + 12 * trained + activations
     evaluating = 4 * base + narrow + 4 * in_gates + 8 * trained
-    memory = _PROGRAM + max(training, loading, evaluating)
+    # moments of what the gates read and of the units, in float64
+    moments = 8.0 * shape.n_layers * (shape.d_model + 1) * (shape.d_model + 1 + n_attn + d_mlp)
+    fitting = 4 * (base + in_gates) + moments if run.train.fit_tokens else 0.0
+    memory = _PROGRAM + max(training, loading, evaluating, fitting)
     return TrainingPlan(source, base, in_gates, trained, run.model.n_ctx, longest, memory, run)
 
 
