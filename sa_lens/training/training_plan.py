@@ -87,7 +87,7 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
         architecture.check_units(gates, files.d_model, files.n_heads, files.d_head, files.d_mlp)
         shape: Any = files
         source, base, longest = f"{files.architecture} from {init} ({files.stored})", files.parameters, files.n_ctx
-        loading = 8.0 * base
+        loading = 10.0 * base
     else:
         model = _without_weights(run) if model is None else model
         shape = model.cfg
@@ -110,11 +110,12 @@ def plan(run: RunConfig, model: SelfAblatingTransformer | None = None) -> Traini
     wide = 0.0 if holds_narrow_base(run) else 4.0 * base
     # weights, then the gradient and AdamW's two moments
     training = wide + narrow + 4 * in_gates + 12 * trained + activations
-    evaluating = 4 * base + narrow + 4 * in_gates + 8 * trained
+    # the weights in float32, and their copy in the file that is written
+    saving = 8 * (base + in_gates) + narrow + 8 * trained
     # moments of what the gates read and of the units, in float64
     moments = 8.0 * shape.n_layers * (shape.d_model + 1) * (shape.d_model + 1 + n_attn + d_mlp)
     fitting = 4 * (base + in_gates) + moments if run.train.fit_tokens else 0.0
-    memory = _PROGRAM + max(training, loading, evaluating, fitting)
+    memory = _PROGRAM + max(training, loading, saving, fitting)
     return TrainingPlan(source, base, in_gates, trained, run.model.n_ctx, longest, memory, run)
 
 
