@@ -111,7 +111,8 @@ def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | No
             f"task={task!r} must be one of {', '.join((*TASKS, 'loss'))}, and variants some of "
             f"{', '.join(table['variant'].unique())}"
         )
-    lines, seeds = [], shown["seed"].nunique()
+    seeds = [str(n) for n in sorted({*shown.groupby("variant")["seed"].nunique()})]
+    lines = []
     for (variant, stream), rows in shown.dropna(subset=task).groupby(["variant", "stream"], sort=False):
         by_step = rows.groupby("step")[task].agg(["mean", "min", "max"])
         y, low, high = (tuple(map(number, by_step[name])) for name in by_step)
@@ -119,7 +120,7 @@ def learning_curves(table: pd.DataFrame, task: str, variants: Sequence[str] | No
     what = "loss on the validation text, nats per token" if task == "loss" else "pair accuracy"
     return Curves(
         "Loss during training" if task == "loss" else task_title("Skill during training", task),
-        f"means over {seeds} seeds; bands from the lowest to the highest seed",
+        f"means over {' or '.join(seeds)} seeds; bands from the lowest to the highest seed",
         "optimizer steps",
         what,
         tuple(lines),

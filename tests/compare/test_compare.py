@@ -211,6 +211,12 @@ def test_skill_during_training_is_measured_by_the_run_and_found_again(tmp_path, 
     ]
     assert [moment.value for moment in curves.moments] == [3.0]
     seeds = pd.concat([table, table.assign(seed=1, ioi=1.0)])
+    curves = learning_curves(
+        pd.concat([table[table["variant"] == "joint-4"], seeds[seeds["variant"] == "baseline"]]), "ioi"
+    )
+    assert curves.note.startswith("means over 1 or 2 seeds; ")
+    line = curves.lines[0]
+    assert line.name == "joint-4"
     line = learning_curves(seeds, "ioi", ["baseline"]).lines[0]
     assert (line.low[1], line.y[1], line.high[1]) == (last["baseline", "clean"], (last["baseline", "clean"] + 1) / 2, 1)
     with pytest.raises(ValueError, match="task='all' must be one of ioi, object, loss, and variants some of baseline"):
