@@ -32,7 +32,7 @@ def assert_same_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor])
         strict=True,
     ):
         # a single key leaves no gradient of its score but for rounding
-        assert float((a - b).norm()) <= 1e-8 * float(b.norm()) + 1e-14
+        assert float((a - b).norm()) <= (1e-8 * float(b.norm()) or 1e-14)
 
 
 def turned(x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -237,7 +237,7 @@ def test_linear_cross_entropy_of_far_apart_logits() -> None:
     """A target whose probability is below the smallest float still has a finite, exact loss."""
     x, weight = torch.tensor([[1.0]]), torch.tensor([[0.0, 300.0]])
     loss, _ = linear_cross_entropy((x,), weight, None, torch.tensor([0]), (1.0,), torch.float32)
-    assert float(loss) == pytest.approx(300.0, rel=1e-6)
+    assert float(loss) == pytest.approx(300.0, rel=2e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import MakeRun, same, weights
+from tiny_runs import MakeRun, interrupt_at, same, weights
 
 from sa_lens.config import GateConfig, RunConfig, TrainConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.gate import top_k_mask
-from sa_lens.training import fit_gates, loop, train
+from sa_lens.training import Interrupted, fit_gates, loop, train
 from sa_lens.training.gate_fit import RIDGE
 
 BLOCKS = torch.randint(3, 1000, (40, 32), generator=torch.Generator().manual_seed(0))
@@ -112,17 +112,9 @@ def test_a_run_fits_its_gates_once(make_run: MakeRun, tmp_path: Path, monkeypatc
     for name, weight in weights(twin).items():
         assert torch.allclose(weight, weights(result.model)[name], atol=1e-6), name
     # a resumed run does not fit again
-    rate = loop.learning_rate
-
-    def fail(step: int, cfg: object) -> float:
-        if step == 4:
-            raise KeyboardInterrupt
-        return rate(step, cfg)
-
-    monkeypatch.setattr(loop, "learning_rate", fail)
-    with pytest.raises(KeyboardInterrupt):
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
         train(run, tmp_path / "parts", progress=False)
-    monkeypatch.setattr(loop, "learning_rate", rate)
     resumed = train(run, tmp_path / "parts", resume=True, progress=False)
     assert same(weights(resumed.model), weights(whole.model))
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import MakeRun, records, same, weights
+from tiny_runs import MakeRun, interrupt_at, records, same, weights
 
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
 from sa_lens.core.gate import belongs_to_gate
-from sa_lens.training import Interrupted, evaluate_run, loop, train, training_setup
+from sa_lens.training import Interrupted, evaluate_run, train, training_setup
 from sa_lens.training.narrow_base import NarrowBase
 from sa_lens.training.optimizer import decays
 
@@ -75,17 +75,9 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 ) -> None:
     run = gated(make_run, dense)
     whole = train(run, tmp_path / "whole", progress=False)
-    rate = loop.learning_rate
-
-    def interrupt(step: int, cfg: object) -> float:
-        if step == 7:
-            raise Interrupted("stopped", folder=tmp_path, step=step)
-        return rate(step, cfg)
-
-    monkeypatch.setattr(loop, "learning_rate", interrupt)
+    interrupt_at(monkeypatch, 6)
     with pytest.raises(Interrupted):
         train(run, tmp_path / "parts", progress=False)
-    monkeypatch.setattr(loop, "learning_rate", rate)
     resumed = train(run, tmp_path / "parts", resume=True, progress=False)
     assert same(weights(resumed.model), weights(whole.model))
     assert records(resumed.folder, timed=False) == records(whole.folder, timed=False)

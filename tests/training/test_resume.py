@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from tiny_runs import MakeRun, records, same, tiny_run, weights
+from tiny_runs import MakeRun, interrupt_at, records, same, tiny_run, weights
 
 from sa_lens.config import GateConfig, RunConfig
 from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.save_and_load import complete_steps
-from sa_lens.training import Interrupted, TrainResult, checkpoints, loop, train
+from sa_lens.training import Interrupted, TrainResult, checkpoints, train
 from sa_lens.training.run_log import MetricsFile
 
 
@@ -49,19 +49,6 @@ def assert_as_if_whole(out: Path, found: TrainResult, whole: TrainResult) -> Non
     assert same(weights(best), weights(best_whole))
     names = {str(p.relative_to(out)) for p in out.rglob("*")}
     assert names == {str(p.relative_to(whole.folder)) for p in whole.folder.rglob("*")}
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-    """Sends this process a signal when the step begins."""
-    rate = loop.learning_rate
-
-    def asking(at: int, cfg: Any) -> float:
-        if at == step:
-            monkeypatch.setattr(loop, "learning_rate", rate)
-            os.kill(os.getpid(), number)
-        return rate(at, cfg)
-
-    monkeypatch.setattr(loop, "learning_rate", asking)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sa_lens.config import DataConfig, GateConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from sa_lens.core import SelfAblatingTransformer
+from sa_lens.training import loop
 
 MakeRun = Callable[..., RunConfig]
 
@@ -59,3 +63,16 @@ def records(out: Path, kind: str | None = None, *, timed: bool = True) -> list[d
     found = [record for record in map(json.loads, lines) if kind in (None, record["kind"])]
     clock = () if timed else ("seconds", "tokens_per_s")
     return [{key: value for key, value in record.items() if key not in clock} for record in found]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Sends this process a signal when the step begins."""
+    rate = loop.learning_rate
+
+    def asking(at: int, cfg: Any) -> float:
+        if at == step:
+            monkeypatch.setattr(loop, "learning_rate", rate)
+            os.kill(os.getpid(), number)
+        return rate(at, cfg)
+
+    monkeypatch.setattr(loop, "learning_rate", asking)

@@ -86,7 +86,7 @@ def test_float32_on_prompts_of_several_lengths() -> None:
 @pytest.mark.parametrize("scope", ["local", "global", "both", "ablated"])
 def test_live_gates_choose_again_without_each_edge(scope: str) -> None:
     model, pairs = gated(scope, **DOUBLE), token_pairs(n=5, lengths=(6, 8))
-    found = assert_same(model, pairs, "logit_difference", 1e-9, stream="ablated", masks="live", batch_size=3)
+    found = assert_same(model, pairs, "logit_difference", 1e-12, stream="ablated", masks="live", batch_size=3)
     alone = "choose again in all layers" in found.about["shortcuts"]
     assert alone == (scope in ("global", "both"))
     frozen = exact_effects(model, pairs, stream="ablated", masks="frozen", progress=False)
