@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sa_lens.core.fused.operations import on_cpu
 from sa_lens.core.host import at_least_float32
 
 CHUNK_ELEMENTS = 1 << 26
@@ -98,10 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_weight, *others = gradients
         if of_weight is not None:
             # laid out as the unembedding, which is transposed if it is tied
-            tied = weight.stride(0) == 1
-            of_weight = of_weight.T if tied else of_weight
-            of_weight = torch.mul(of_weight, grad, out=weight.new_empty(of_weight.shape))
-            of_weight = of_weight.T if tied else of_weight
+            of_weight = torch.empty_like(weight).copy_(of_weight).mul_(grad)
         of_bias, *of_streams = (None if g is None else g * grad for g in others)
         return of_weight, of_bias, None, None, None, None, *of_streams
 
@@ -135,7 +133,7 @@ def _losses_and_gradients(
     partial = None if dtype == weight.dtype or not want_weight else torch.empty_like(table)
 
     # looking at Z waits for a GPU, so not there
-    shifted = logits.device.type != "cpu" or torch.compiler.is_compiling()
+    shifted = not on_cpu(logits)
     for i, (x, grad_x, coefficient) in enumerate(zip(streams, grad_streams, coefficients, strict=True)):
         inputs = (x * LOG2_E).to(dtype)
         wanted = grad_x is not None or want_weight or want_bias

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
+from sa_lens.core.fused.operations import embed_and_unembed, on_cpu, rms_norm, shifted_product
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
@@ -99,6 +100,7 @@ class Passes:
         self.dtype = dtype
         self.recompute = recompute
         self.qkv_bias = model.qkv_bias
+        self._unembedding: Tensor | None = None
         self._keep_weights = keep_weights
         self._kept: dict[tuple[int, tuple[str, ...]], Tensor] = {}
 
@@ -106,7 +108,11 @@ class Passes:
 
     def embed(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """What enters the first layer."""
-        embedded = at_least_float32(F.embedding(tokens, self.model.embed.W_E))
+        if self.model.tied and on_cpu(tokens):
+            embedded, self._unembedding = embed_and_unembed(self.model.embed.W_E, tokens)
+        else:
+            embedded = F.embedding(tokens, self.model.embed.W_E)
+        embedded = at_least_float32(embedded)
         if self.cfg.positional_embedding_type == "rotary":
             return embedded
         return embedded + at_least_float32(self.model.pos_embed.W_pos[: tokens.shape[1]])
@@ -231,8 +237,9 @@ class Passes:
         act = ACTIVATIONS[str(self.cfg.act_fn)]
         if not self.cfg.gated_mlp:
             return act(self._linear(x, self._weight(mlp, "W_in"), mlp.b_in))
+        x = x.to(self.dtype)
         gate, into = (self._linear(x, self._weight(mlp, name), None) for name in ("W_gate", "W_in"))
-        return torch.addcmul(mlp.b_in.to(self.dtype), act(gate), into)
+        return shifted_product(mlp.b_in.to(self.dtype), act(gate), into)
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
@@ -265,6 +272,8 @@ class Passes:
         """What the model's normalisation module computes."""
         kind = self.cfg.normalization_type
         weight, bias = norm.w if kind in ("LN", "RMS") else None, norm.b if kind == "LN" else None
+        if kind in ("RMS", "RMSPre"):
+            return rms_norm(x, weight, self.cfg.eps)
         return normalise(x, kind, self.cfg.eps, weight, bias)
 
     def cross_entropy(
@@ -275,5 +284,6 @@ class Passes:
             final, targets = tuple(x[:, :-1] for x in final), tokens[:, 1:]
         unembed = self.model.unembed
         bias = unembed.b_U if self.model.unembed_bias else None
+        weight = unembed.W_U if self._unembedding is None else self._unembedding
         rows = tuple(x.flatten(0, 1) for x in final)
-        return linear_cross_entropy(rows, unembed.W_U, bias, targets.flatten(), coefficients, self.dtype)
+        return linear_cross_entropy(rows, weight, bias, targets.flatten(), coefficients, self.dtype)
