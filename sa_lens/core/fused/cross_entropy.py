@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = 1 << 26
 """Logits that a chunk may hold."""
 
 CACHED_ELEMENTS = 1 << 19
-"""Logits that are exponentiated at once on a CPU."""
+"""Logits that are exponentiated at once on a CPU, and numbers of a gradient that are added at once."""
 
 LN_2 = math.log(2)
 LOG2_E = 1 / LN_2
@@ -130,7 +130,6 @@ def _losses_and_gradients(
     grad_streams = [torch.empty_like(x) if want else None for x, want in zip(streams, want_streams, strict=True)]
     grad_weight = weight.new_empty(weight.shape) if want_weight else None
     grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
-    partial = None if dtype == weight.dtype or not want_weight else torch.empty_like(table)
 
     # looking at Z waits for a GPU, so not there
     shifted = not on_cpu(logits)
@@ -151,7 +150,7 @@ def _losses_and_gradients(
             if grad_x is not None:
                 torch.mul(torch.mm(p, table.T), factor, out=grad_x[chunk])
             if grad_weight is not None:
-                _add_product_(grad_weight, (x[chunk] * factor).to(dtype), p, partial, first=i == start == 0)
+                _add_product_(grad_weight, (x[chunk] * factor).to(dtype), p, first=i == start == 0)
             if grad_bias is not None:
                 grad_bias.add_(torch.mv(p.T, factor[:, 0].to(dtype)))
     return torch.mv(losses, share), [grad_weight, grad_bias, *grad_streams]
@@ -209,14 +208,17 @@ def _add_product_(
     into: Float[Tensor, "d_model d_vocab"],
     x: Float[Tensor, "row d_model"],
     p: Float[Tensor, "row d_vocab"],
-    partial: Float[Tensor, "d_model d_vocab"] | None,
     *,
     first: bool,
 ) -> None:
     """`into += x.T @ p`, the product in the precision of `p`, the sum in that of `into`; the first one fills it."""
-    if partial is None:
+    if p.dtype == into.dtype:
         into.addmm_(x.T, p, beta=0 if first else 1)
-    elif first:
-        into.copy_(torch.mm(x.T, p, out=partial))
-    else:
-        into.add_(torch.mm(x.T, p, out=partial))
+        return
+    d_model, n_words = into.shape
+    size = max(1, CACHED_ELEMENTS // d_model) if on_cpu(p) else n_words
+    partial = p.new_empty(d_model, size)
+    for start in range(0, n_words, size):
+        words = slice(start, min(start + size, n_words))
+        product = torch.mm(x.T, p[:, words], out=partial[:, : words.stop - start])
+        into[:, words] = product if first else into[:, words].add_(product)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
-from sa_lens.core.fused.operations import embed_and_unembed, on_cpu, rms_norm, shifted_product
+from sa_lens.core.fused.operations import embed_and_unembed, linear, on_cpu, rms_norm, shifted_product, side_by_side
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
@@ -102,7 +102,7 @@ class Passes:
         self.qkv_bias = model.qkv_bias
         self._unembedding: Tensor | None = None
         self._keep_weights = keep_weights
-        self._kept: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------------ streams
 
@@ -197,9 +197,9 @@ class Passes:
         # grouped keys and values are not repeated for the heads that share them
         own = "" if self.cfg.n_key_value_heads is None else "_"
         biases = [attn.b_Q, getattr(attn, f"{own}b_K"), getattr(attn, f"{own}b_V")]
-        weight = self._weight(attn, "W_Q", f"{own}W_K", f"{own}W_V")
         bias = torch.cat(biases).flatten() if self.qkv_bias else None
-        qkv = self._linear(self.normalise(block.ln1, resid), weight, bias)
+        weights = [getattr(attn, name) for name in ("W_Q", f"{own}W_K", f"{own}W_V")]
+        qkv = self._linear(self.normalise(block.ln1, resid), weights, bias)
         return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(b) for b in biases], dim=-2)
 
     def _attend(
@@ -224,40 +224,34 @@ class Passes:
         """The layer from `z` on."""
         attn = block.attn
         units = self.mask_units(block, "attn", z.flatten(-2), local, final)
-        after = resid + self._linear(units, self._weight(attn, "W_O").flatten(0, 1), attn.b_O)
+        after = resid + self._linear(units, [attn.W_O], attn.b_O)
         if self.cfg.attn_only:
             return after
         reads = resid if self.cfg.parallel_attn_mlp else after
         neurons = self._neurons(block.mlp, self.normalise(block.ln2, reads))
         post = self.mask_units(block, "mlp", neurons, local, final)
-        return after + self._linear(post, self._weight(block.mlp, "W_out"), block.mlp.b_out)
+        return after + self._linear(post, [block.mlp.W_out], block.mlp.b_out)
 
     def _neurons(self, mlp: Any, x: Tensor) -> Tensor:
         """The neurons of an MLP, before any mask."""
         act = ACTIVATIONS[str(self.cfg.act_fn)]
         if not self.cfg.gated_mlp:
-            return act(self._linear(x, self._weight(mlp, "W_in"), mlp.b_in))
+            return act(self._linear(x, [mlp.W_in], mlp.b_in))
         x = x.to(self.dtype)
-        gate, into = (self._linear(x, self._weight(mlp, name), None) for name in ("W_gate", "W_in"))
+        gate, into = (self._linear(x, [weight], None) for weight in (mlp.W_gate, mlp.W_in))
         return shifted_product(mlp.b_in.to(self.dtype), act(gate), into)
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def _weight(self, module: Any, *names: str) -> Tensor:
-        """A weight of a layer in the precision of the products; several, by head, side by side."""
-        key = id(module), names
-        if key in self._kept:
-            return self._kept[key]
-        narrow = [getattr(module, name).to(self.dtype) for name in names]
-        weight = narrow[0] if len(narrow) == 1 else torch.cat(narrow).transpose(0, 1).flatten(1)
-        if self._keep_weights:
-            self._kept[key] = weight
-        return weight
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x @ weight + bias` in the precision of the products."""
-        bias = None if bias is None else bias.to(self.dtype)
-        return F.linear(x.to(self.dtype), weight.T, bias)
+    def _linear(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+        """`x @ weight + bias` in the precision of the products; several weights, by head, are side by side."""
+        x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        if not self._keep_weights:
+            return linear(x, weights, bias) if on_cpu(x) else F.linear(x, side_by_side(weights, self.dtype).T, bias)
+        key = id(weights[0])
+        if key not in self._kept:
+            self._kept[key] = side_by_side(weights, self.dtype)
+        return F.linear(x, self._kept[key].T, bias)
 
     def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:
         """What `gate.project` computes, with rows of units."""
@@ -272,7 +266,7 @@ class Passes:
         """What the model's normalisation module computes."""
         kind = self.cfg.normalization_type
         weight, bias = norm.w if kind in ("LN", "RMS") else None, norm.b if kind == "LN" else None
-        if kind in ("RMS", "RMSPre"):
+        if kind in ("RMS", "RMSPre") and on_cpu(x):
             return rms_norm(x, weight, self.cfg.eps)
         return normalise(x, kind, self.cfg.eps, weight, bias)
 
