@@ -78,29 +78,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.coefficients, ctx.options = coefficients, (dtype, wants)
-        losses, gradients = _losses_and_gradients(streams, weight, bias, targets, coefficients, *ctx.options)
-        ctx.save_for_backward(weight, bias, targets, *streams, *gradients)
+        losses, ctx.gradients = _losses_and_gradients(streams, weight, bias, targets, coefficients, *ctx.options)
+        ctx.save_for_backward(weight, bias, targets, *streams)
         separate = losses.unbind()
         ctx.mark_non_differentiable(*(loss for i, loss in enumerate(separate) if not (any(wants[:2]) or wants[2 + i])))
         return torch.stack([c * loss for c, loss in zip(coefficients, separate, strict=True)]).sum(), *separate
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, *grad_losses = grads
-        weight, bias, targets, *rest = ctx.saved_tensors
-        n_streams = len(ctx.coefficients)
-        streams, gradients = rest[:n_streams], rest[n_streams:]
-        if any(g is not None for g in grad_losses):
-            zero, one = streams[0].new_zeros(()), streams[0].new_ones(())
-            grad, *each = (zero if g is None else g for g in grads)
-            factors = [g + grad * c for g, c in zip(each, ctx.coefficients, strict=True)]
-            grad, (_, gradients) = one, _losses_and_gradients(streams, weight, bias, targets, factors, *ctx.options)
-        assert grad is not None
-        of_weight, *others = gradients
-        if of_weight is not None:
-            # laid out as the unembedding, which is transposed if it is tied
-            of_weight = torch.empty_like(weight).copy_(of_weight).mul_(grad)
-        of_bias, *of_streams = (None if g is None else g * grad for g in others)
+        grad, *of_losses = grads
+        # each is as large as what it belongs to, so it is given away; another backward pass computes it again
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or grad is None or any(g is not None for g in of_losses):
+            weight, bias, targets, *streams = ctx.saved_tensors
+            zero = streams[0].new_zeros(())
+            of_total, *each = (zero if g is None else g for g in grads)
+            factors = [g + of_total * c for g, c in zip(each, ctx.coefficients, strict=True)]
+            _, gradients = _losses_and_gradients(streams, weight, bias, targets, factors, *ctx.options)
+        else:
+            gradients = [None if g is None else g.mul_(grad) for g in gradients]
+        of_weight, of_bias, *of_streams = gradients
         return of_weight, of_bias, None, None, None, None, *of_streams
 
 
@@ -128,7 +125,8 @@ def _losses_and_gradients(
     losses = share.new_empty(len(streams), rows)
     sums = share.new_empty(size)
     grad_streams = [torch.empty_like(x) if want else None for x, want in zip(streams, want_streams, strict=True)]
-    grad_weight = weight.new_empty(weight.shape) if want_weight else None
+    # laid out as the unembedding, which is transposed if it is tied
+    grad_weight = torch.empty_like(weight) if want_weight else None
     grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
 
     # looking at Z waits for a GPU, so not there
@@ -221,4 +219,6 @@ def _add_product_(
     for start in range(0, n_words, size):
         words = slice(start, min(start + size, n_words))
         product = torch.mm(x.T, p[:, words], out=partial[:, : words.stop - start])
-        into[:, words] = product if first else into[:, words].add_(product)
+        # transposed alone, a part is added several times faster
+        part = product.T.contiguous().T if into.stride(0) == 1 else product
+        into[:, words] = part if first else into[:, words].add_(part)
