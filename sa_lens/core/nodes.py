@@ -20,7 +20,7 @@ from torch import Tensor
 from sa_lens.core.coverage import FEATURES, Coverage
 from sa_lens.core.host import Host, weight
 from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
-from sa_lens.core.products import linear
+from sa_lens.core.products import linear, packed
 
 _SWITCHES = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_attn_in")
 
@@ -82,13 +82,27 @@ def why_not_single_nodes(model: Host) -> str | None:
     return None if reason is None else f"no exact recomputation of single nodes for {reason}"
 
 
+_CACHED = 2**18
+"""Number of neurons that are computed at a time, so that they stay in a processor's cache."""
+
 _FUSED_GELU = ("gelu_new", "gelu_fast")
 """Activations that torch computes in one operation, and TransformerLens in several."""
 
 
+class InsideMLP(NamedTuple):
+    """The values inside an MLP; a change of its output can be computed from the change that its input makes to them."""
+
+    normed: Float[Tensor, "... d_model"]
+    """Its input, normalised."""
+    into: tuple[Float[Tensor, "... d_mlp"], ...]
+    """Values before the activation; in a gated MLP those that the gate multiplies, then the gate's."""
+    post: Float[Tensor, "... d_mlp"]
+    """Neurons before any mask."""
+
+
 class _MLPWeights(NamedTuple):
-    into: tuple[Tensor, Tensor]
-    gate: tuple[Tensor, Tensor] | None
+    into: list[tuple[Tensor, Tensor]]
+    """W_in and, in a gated MLP, W_gate, each with its bias."""
     b_post: Tensor | None
     """Added after the activation, in a gated MLP."""
     out: tuple[Tensor, Tensor]
@@ -130,6 +144,7 @@ class NodeFunctions:
         self._masks = [self._causal(model, layer) for layer in layers]
         self._rotations = [self._rotation(model, layer) for layer in layers]
         self._mlps = [] if cfg.attn_only else [self._mlp_weights(model, layer) for layer in layers]
+        self._rounded_mlps: dict[tuple[int, torch.dtype], tuple[list[Tensor], Tensor]] = {}
         W_U, b_U = weight(model, "unembed.W_U").detach(), weight(model, "unembed.b_U").detach()
         self.W_U, self.b_U = self._fold(model, "ln_final", W_U, b_U)
         """Unembedding with the final LayerNorm's weight and bias folded in."""
@@ -217,11 +232,55 @@ class NodeFunctions:
 
     def neurons(self, layer: int, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_mlp"]:
         """Returns an MLP's neurons before any mask."""
-        weights = self._mlps[layer]
+        return self.inside_mlp(layer, x).post
+
+    def inside_mlp(self, layer: int, x: Float[Tensor, "... d_model"]) -> InsideMLP:
+        """Returns the values inside an MLP from its input in the residual stream."""
         normed = self.normalise(x)
-        post = linear(normed, *weights.into)
-        post = weights.act(post) if weights.gate is None else weights.act(linear(normed, *weights.gate)) * post
+        into = tuple(linear(normed, W, b) for W, b in self._mlps[layer].into)
+        return InsideMLP(normed, into, self._activate(layer, *into))
+
+    def _activate(self, layer: int, x: Tensor, gate: Tensor | None = None) -> Float[Tensor, "... d_mlp"]:
+        weights = self._mlps[layer]
+        post = weights.act(x) if gate is None else weights.act(gate) * x
         return post if weights.b_post is None else post + weights.b_post
+
+    def mlp_change(
+        self,
+        layer: int,
+        before: InsideMLP,
+        x: Float[Tensor, "any row d_model"],
+        mask: Float[Tensor, "row d_mlp"] | None,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "any row d_model"]:
+        """Returns about how much an MLP's output changes if its input becomes `x`.
+
+        Only the products are rounded to `dtype`, and only the change enters them. So the error is that of rounding
+        the change, not the values themselves.
+
+        Args:
+            before: the values inside the MLP before the change.
+        """
+        W_into, W_out = self._rounded(layer, dtype)
+        change = (self.normalise(x) - before.normed).to(dtype)
+        into = [linear(change, W) for W in W_into]
+        post = torch.empty_like(into[0])
+        n = max(1, _CACHED // before.post.numel())
+        for part in (slice(i, i + n) for i in range(0, len(x), n)):
+            now = self._activate(layer, *(was + moved[part] for was, moved in zip(before.into, into, strict=True)))
+            now -= before.post
+            post[part] = now if mask is None else now * mask
+        return linear(post, W_out).to(x.dtype)
+
+    def _rounded(self, layer: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+        """Returns the matrices of an MLP in another type, which are kept."""
+        if (layer, dtype) not in self._rounded_mlps:
+            weights = self._mlps[layer]
+            self._rounded_mlps[layer, dtype] = (
+                [packed(W, dtype) for W, _ in weights.into],
+                packed(weights.out[0], dtype),
+            )
+        return self._rounded_mlps[layer, dtype]
 
     def mlp_output(self, layer: int, post: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_model"]:
         """Returns what an MLP writes, given its neurons."""
@@ -254,8 +313,7 @@ class NodeFunctions:
         W_out, b_out = (weight(model, f"{mlp}.{name}").detach() for name in ("W_out", "b_out"))
         gated = self.cfg.gated_mlp
         return _MLPWeights(
-            into=read("W_in", None if gated else b_in),
-            gate=read("W_gate") if gated else None,
+            into=[read("W_in"), read("W_gate")] if gated else [read("W_in", b_in)],
             b_post=b_in if gated else None,
             out=(W_out.T.contiguous(), b_out),
             # the fused form of GELU equals TransformerLens's up to rounding; other activations are the module's own

@@ -26,13 +26,17 @@ from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Node
 from sa_lens.circuits.running.expected_work import expected_work
 from sa_lens.circuits.running.recorded_passes import Outputs, outputs, residual_streams, write_to_stream
-from sa_lens.circuits.running.removal_costs import cost_of
+from sa_lens.circuits.running.removal_costs import Near, cost_of
 from sa_lens.circuits.running.removal_state import Block, Changed, Live, Row, versions_by_row
-from sa_lens.core.products import product
+from sa_lens.core.nodes import InsideMLP
+from sa_lens.core.products import faster_dtype, product
 
 _BLOCK = 2**23
 """Largest number of entries in one activation of a whole block."""
 
+
+WIDE = 512
+"""Smallest d_model at which estimates are faster than exact tries."""
 
 _OVERHEAD = 5e5
 """Work of a node in one try, however small it is."""
@@ -98,6 +102,10 @@ class Recomputation:
         self.by_source: dict[int, Live] = {}
         self.work = 0.0
         """Work of all tries so far, about one multiplication per unit."""
+        self.rounded_to = faster_dtype(self.difference) if self.functions.cfg.d_model >= WIDE else None
+        """Type of the products of estimates; None if estimates would not be faster."""
+        self.near: Near | None = None
+        """Present state of the metric; None until an estimate needs it."""
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -124,6 +132,7 @@ class Recomputation:
                     x += self._contribution(source, item, i)
                 item.x[i] = x
             self._compute(item)
+        self.near = None
         return set(self.here)
 
     def drop(self, places: Sequence[tuple[int, int]]) -> None:
@@ -187,7 +196,8 @@ class Recomputation:
             item.qkv = [self._project(item, i, item.x[i]) for i in range(3)]
             item.out = self._z(item, item.qkv)
         elif item.node.kind == "mlp":
-            item.out = self._mlp(item, item.x[0])
+            item.inside = None
+            item.out = self.functions.mlp(item.node.layer, item.x[0], item.mask)
 
     def _project(self, item: Live, port: int, x: Tensor) -> Tensor:
         position = self.pos if self._acts_everywhere(item, port) else self.last
@@ -213,8 +223,24 @@ class Recomputation:
         padded = known.expand(*x.shape[:-2], pairs, length, -1).flatten(-3, -2)
         return padded.index_copy(-2, self.slots, x).unflatten(-2, (pairs, length))
 
-    def _mlp(self, item: Live, x: Tensor) -> Tensor:
-        return self.functions.mlp(item.node.layer, x, item.mask)
+    def _mlp(
+        self, item: Live, x: Float[Tensor, "any row d_model"], dtype: torch.dtype | None
+    ) -> tuple[Float[Tensor, "any row d_model"], InsideMLP | None]:
+        """Returns how an MLP's output changes if its input becomes `x`, and the values inside it for a single `x`.
+
+        Args:
+            dtype: type of the products of an estimate; None for the exact change.
+        """
+        assert item.out is not None
+        layer, f = item.node.layer, self.functions
+        if dtype is not None:
+            item.inside = item.inside or f.inside_mlp(layer, item.x[0])
+            return f.mlp_change(layer, item.inside, x, item.mask, dtype), None
+        if len(x) > 1:
+            return f.mlp(layer, x, item.mask).sub_(item.out), None
+        inside = f.inside_mlp(layer, x[0])
+        post = inside.post if item.mask is None else inside.post * item.mask
+        return f.mlp_output(layer, post).sub_(item.out)[None], inside
 
     def _mask(self, node: Node, everywhere: bool) -> Float[Tensor, "pair pos width"] | None:
         mask = self.masks[node.layer][0 if node.kind == "head" else 1]
@@ -232,7 +258,7 @@ class Recomputation:
 
     def value(self) -> float:
         """Returns the metric of the full graph."""
-        return float(self.cost(self.functions.normalise(self.final_clean()[None]))[0])
+        return self.cost.near(self.functions.normalise(self.final_clean())).cost
 
     def final_clean(self) -> Float[Tensor, "pair d_model"]:
         """Returns the final residual stream of the unedited clean prompts at the metric position."""
@@ -252,14 +278,38 @@ class Recomputation:
         Args:
             rows: edges into live nodes of the present step.
         """
+        block, final = self._try(rows, None)
+        if len(rows) == 1:
+            block.near = self.cost.near(final[0])
+            block.costs = [block.near.cost]
+        else:
+            block.costs = self.cost(final).tolist()
+        return block
+
+    def estimate(self, rows: Sequence[Row]) -> list[float]:
+        """Returns about what `try_removals` returns, in half the time; only if `rounded_to` is not None.
+
+        Changes of MLPs and logits are computed from products that are rounded to a narrow type. What is rounded is the
+        change, not the value, so that the error is a small part of the change.
+        """
+        assert self.rounded_to is not None
+        self.near = self.near or self.cost.near(self.functions.normalise(self._logits().x[0]))
+        _, final = self._try(rows, self.rounded_to)
+        return self.cost.estimate(final, self.near, self.rounded_to).tolist()
+
+    def _try(
+        self, rows: Sequence[Row], dtype: torch.dtype | None
+    ) -> tuple[Block, Float[Tensor, "removal pair d_model"]]:
+        """Returns what removals change, without costs, and the normalised final residual stream after each."""
         touched: dict[Node, list[int]] = {}
         for r, row in enumerate(rows):
-            touched.setdefault(self.graph.inputs[row.to].node, []).append(r)
+            for node in dict.fromkeys(self.graph.inputs[to].node for to, _ in row.edges):
+                touched.setdefault(node, []).append(r)
         block = Block(rows, {})
         for node, own in touched.items():
-            block.changed[node] = self._remove(self.here[node], rows, own)
+            block.changed[node] = self._remove(self.here[node], rows, own, dtype)
         for item in self.above:
-            change = self._follow(item, block.changed)
+            change = self._follow(item, block.changed, dtype)
             if change is not None:
                 block.changed[item.node] = change
         logits = self._logits()
@@ -271,9 +321,8 @@ class Recomputation:
         else:
             assert change.out is not None
             final = logits.x[0] + change.out
-        block.costs = self.cost(self.functions.normalise(final)).tolist()
         self._count(block)
-        return block
+        return block, self.functions.normalise(final)
 
     def _count(self, block: Block) -> None:
         """Adds up the work of a block."""
@@ -298,15 +347,15 @@ class Recomputation:
         kept = self.present & (visited | likely)
         return expected_work(self.graph, kept, visited, self.work_of, self.metric_work)
 
-    def _remove(self, item: Live, rows: Sequence[Row], own: list[int]) -> Changed:
+    def _remove(self, item: Live, rows: Sequence[Row], own: list[int], dtype: torch.dtype | None) -> Changed:
         """Returns what removals of a node's own edges change at this node."""
-        result = Changed({}, {}, {}, None)
+        result = Changed.nothing()
         for i, to in enumerate(item.inputs):
-            mine = [r for r in own if rows[r].to == to]
+            mine = {r: sources for r in own if (sources := [source for t, source in rows[r].edges if t == to])}
             if not mine:
                 continue
-            result.x[i] = self._versions(item, i, [rows[r] for r in mine])
-            result.version[i] = versions_by_row(rows, mine)
+            result.x[i] = self._versions(item, i, list(mine.values()), [rows[r].stays_out for r in mine])
+            result.version[i] = versions_by_row(rows, list(mine))
             if item.node.kind == "head":
                 result.qkv[i] = self._project(item, i, result.x[i])
         if item.node.kind == "logits":
@@ -316,27 +365,30 @@ class Recomputation:
             qkv = [self._pick(result, i, item.qkv[i], own) for i in range(3)]
             change = self._z(item, qkv).sub_(item.out)
         else:
-            change = self._mlp(item, result.x[0]).sub_(item.out)
+            change, inside = self._mlp(item, result.x[0], dtype)
+            result = result._replace(inside=inside)
         if len(own) < len(rows):
             change = torch.cat([torch.zeros_like(change[:1]), change])[versions_by_row(rows, own)]
         return result._replace(out=change)
 
-    def _versions(self, item: Live, i: int, rows: list[Row]) -> Float[Tensor, "version row d_model"]:
-        """Returns an input after each of its own removals, in addition to those before it that stay out."""
-        n = len(rows)
+    def _versions(
+        self, item: Live, i: int, removed: list[list[int]], stays_out: list[bool]
+    ) -> Float[Tensor, "version row d_model"]:
+        """Returns an input after each removal of some of its sources, in addition to those before it that stay out."""
         x, differences = item.x[i], self._differences(item, i)
-        sources = [row.source for row in rows]
-        taken = torch.zeros(n, n, dtype=x.dtype)
-        for a in range(n):
-            taken[a, a] = 1
-            if rows[a].stays_out:
-                taken[a + 1 :, a] = 1
+        sources = [source for of_row in removed for source in of_row]
+        taken = torch.zeros(len(removed), len(sources), dtype=x.dtype)
+        first = 0
+        for row, of_row in enumerate(removed):
+            last = first + len(of_row)
+            taken[row : None if stays_out[row] else row + 1, first:last] = 1
+            first = last
         taken = taken.to(x.device)
-        if sources == list(range(sources[0], sources[0] - n, -1)):
+        if sources == list(range(sources[0], sources[0] - len(sources), -1)):
             sent, taken = differences[sources[-1] : sources[0] + 1], taken.flip(1)
         else:
             sent = differences[torch.tensor(sources, device=x.device)]
-        return torch.addmm(x.reshape(1, -1), taken, sent.reshape(n, -1), alpha=-1).view(n, *x.shape)
+        return torch.addmm(x.reshape(1, -1), taken, sent.flatten(1), alpha=-1).view(-1, *x.shape)
 
     def _pick(self, change: Changed, i: int, present: Tensor, own: list[int]) -> Tensor:
         """Returns the query, key or value in each of a node's own rows."""
@@ -347,9 +399,9 @@ class Recomputation:
             return change.qkv[i]
         return torch.cat([present[None], change.qkv[i]])[torch.tensor(index, device=present.device)]
 
-    def _follow(self, item: Live, changed: dict[Node, Changed]) -> Changed | None:
+    def _follow(self, item: Live, changed: dict[Node, Changed], dtype: torch.dtype | None) -> Changed | None:
         """Returns what the changes so far do to a node above, or None if none of them reaches it."""
-        result = Changed({}, {}, {}, None)
+        result = Changed.nothing()
         inputs: dict[int, Tensor] = {}
         for i in range(len(item.inputs)):
             arriving = self._incoming_change(item, i, changed, slice(None))
@@ -361,7 +413,8 @@ class Recomputation:
             return result._replace(out=inputs[0])
         assert item.out is not None
         if item.node.kind == "mlp":
-            return result._replace(out=self._mlp(item, inputs[0].add_(item.x[0])).sub_(item.out))
+            change, inside = self._mlp(item, inputs[0].add_(item.x[0]), dtype)
+            return result._replace(out=change, inside=inside)
         for i, x in inputs.items():
             result.qkv[i] = self._project(item, i, x.add_(item.x[i]))
         qkv = [result.qkv.get(i, item.qkv[i]) for i in range(3)]
@@ -396,7 +449,9 @@ class Recomputation:
             removed: all rows whose edges are removed, `last` among them; all of them stay out in row `last`.
         """
         for r in removed:
-            self.present[block.rows[r].to, block.rows[r].source] = False
+            for to, source in block.rows[r].edges:
+                self.present[to, source] = False
+        self.near = block.near
         row = slice(last, last + 1)
         updates: list[tuple[Live, int, Tensor]] = []
         for item in (*self.here.values(), *self.above):
@@ -419,5 +474,6 @@ class Recomputation:
             if change.out is not None and item.node.kind != "logits":
                 assert item.out is not None
                 item.out = item.out + change.out[last]
+                item.inside = change.inside if len(block.rows) == 1 else None
         for item, i, x in updates:
             item.x[i] = x.clone()

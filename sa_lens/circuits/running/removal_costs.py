@@ -8,7 +8,9 @@ probabilities of the clean prompt and y = n W_U + b_U the logits of the normalis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,10 +19,35 @@ from torch import Tensor
 from sa_lens.circuits.metrics import METRICS, Metric
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.nodes import NodeFunctions
-from sa_lens.core.products import linear
+from sa_lens.core.products import linear, packed
 
-Cost = Callable[[Float[Tensor, "row pair d_model"]], Float[Tensor, " row"]]
-"""Cost of each row from the normalised final residual stream at the metric position; larger is worse."""
+
+class Near(NamedTuple):
+    """A state near which costs are estimated."""
+
+    cost: float
+    """Its cost."""
+    final: Float[Tensor, "pair d_model"]
+    """Its normalised final residual stream."""
+    logits: list[Float[Tensor, "pair words"]]
+    """Its logits minus the clean lse, for some words at a time; empty if costs are not estimated from them."""
+
+
+class Cost(Protocol):
+    """Cost of each row from the normalised final residual stream at the metric position; larger is worse."""
+
+    def __call__(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, " row"]: ...
+
+    def near(self, final: Float[Tensor, "pair d_model"]) -> Near:
+        """Returns the state of the cost at a final residual stream."""
+        return Near(float(self(final[None])[0]), final, [])
+
+    def estimate(
+        self, final: Float[Tensor, "row pair d_model"], near: Near, dtype: torch.dtype
+    ) -> Float[Tensor, " row"]:
+        """Returns about the cost of each row, with products of changes from a state near it rounded to `dtype`."""
+        return self(final)
+
 
 _CHUNK = 2**19
 """Largest number of logits in memory at a time, so that they stay in a processor's cache."""
@@ -38,7 +65,7 @@ def cost_of(metric: Metric, functions: NodeFunctions, pairs: PromptPairs, clean:
     return LogitsCost(metric, functions.W_U, functions.b_U, pairs, clean)
 
 
-class KLCost:
+class KLCost(Cost):
     """Computes the mean KL(unedited clean prompt || row) in nats over the full vocabulary; see `cost_of`."""
 
     def __init__(
@@ -50,39 +77,60 @@ class KLCost:
         n = max(1, W_U.shape[1] // 1024)
         self.parts = list(zip(W_U.T.contiguous().tensor_split(n), b_U.contiguous().tensor_split(n), strict=True))
         """Rows and biases of some words at a time."""
+        self.rounded: dict[torch.dtype, list[Tensor]] = {}
+        """The rows in another type, for estimates."""
         self.clean = clean.double()
         logits = linear(clean, W_U.T, b_U)
-        self.lse = logits.double().logsumexp(-1)
+        lse = logits.double().logsumexp(-1)
+        self.shift = lse.to(clean.dtype)[:, None]
+        self.rest = self.shift[:, 0].double() - lse
         p = logits.softmax(-1)
         parts = zip(p.split([len(b) for _, b in self.parts], dim=1), self.parts, strict=True)
         self.mean = torch.stack([q.double() @ w.double() for q, (w, _) in parts]).sum(0)
 
     def __call__(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, " row"]:
+        return self._costs(final, self._logits)
+
+    def near(self, final: Float[Tensor, "pair d_model"]) -> Near:
+        logits = list(self._logits(final))
+        return Near(float(self._costs(final[None], lambda _: (x[None].clone() for x in logits))[0]), final, logits)
+
+    def estimate(
+        self, final: Float[Tensor, "row pair d_model"], near: Near, dtype: torch.dtype
+    ) -> Float[Tensor, " row"]:
+        rounded = self.rounded.setdefault(dtype, [])
+        if not rounded:
+            rounded += [packed(W, dtype) for W, _ in self.parts]
+
+        def logits(x: Tensor) -> Iterator[Tensor]:
+            change = (x - near.final).to(dtype)
+            return (was + linear(change, W) for was, W in zip(near.logits, rounded, strict=True))
+
+        return self._costs(final, logits)
+
+    def _logits(self, x: Float[Tensor, "... pair d_model"]) -> Iterator[Float[Tensor, "... pair words"]]:
+        """Yields the logits minus the clean lse, of some words at a time."""
+        return (linear(x, W, b).sub_(self.shift) for W, b in self.parts)
+
+    def _costs(
+        self, final: Float[Tensor, "row pair d_model"], logits: Callable[[Tensor], Iterator[Tensor]]
+    ) -> Float[Tensor, " row"]:
+        rows = max(1, _CHUNK // (len(self.clean) * len(self.parts[0][0])))
+        logs = torch.cat([_log_sum_exp(partial(logits, x)) for x in final.split(rows)])
         drift = (self.mean * (final.double() - self.clean)).sum(-1)
-        return (self.lse_minus_clean(final) - drift).mean(-1)
-
-    def lse_minus_clean(self, final: Float[Tensor, "row pair d_model"]) -> Float[Tensor, "row pair"]:
-        """Returns lse(y) - lse(y_clean) of each row and prompt, in float64."""
-        flat = final.flatten(0, 1)
-        shift = self.lse.to(flat.dtype).repeat(len(final))[:, None]
-        rows = max(1, _CHUNK // len(self.parts[0][0]))
-        logs = torch.cat([self._log_sum_exp(x, s) for x, s in zip(flat.split(rows), shift.split(rows), strict=True)])
-        rounded = shift[:, 0].double() - self.lse.repeat(len(final))
-        return (logs + rounded).view(final.shape[:2])
-
-    def _log_sum_exp(self, x: Float[Tensor, "row d_model"], shift: Float[Tensor, "row 1"]) -> Float[Tensor, " row"]:
-        """Returns lse(y - shift) of each row, in float64."""
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for W, b in self.parts:
-            total += linear(x, W, b).sub_(shift).exp_().sum(-1)
-        if bool(torch.isfinite(total).all()) and bool((total > 0).all()):
-            return total.log()
-        # logits so far from the clean ones that the exponentials leave the range of floats
-        logits = torch.cat([linear(x, W, b).sub_(shift) for W, b in self.parts], -1)
-        return logits.double().logsumexp(-1)
+        return (logs + self.rest - drift).mean(-1)
 
 
-class LogitsCost:
+def _log_sum_exp(parts: Callable[[], Iterator[Float[Tensor, "row pair words"]]]) -> Float[Tensor, "row pair"]:
+    """Returns the log of the sum of exponentials over all parts, in float64; the parts are overwritten."""
+    total = torch.stack([x.exp_().sum(-1) for x in parts()]).double().sum(0)
+    if bool(torch.isfinite(total).all()) and bool((total > 0).all()):
+        return total.log()
+    # logits so far from the clean ones that the exponentials leave the range of floats
+    return torch.cat(list(parts()), -1).double().logsumexp(-1)
+
+
+class LogitsCost(Cost):
     """Computes any other metric from all logits; see `cost_of`."""
 
     def __init__(

@@ -10,17 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sa_lens.circuits.graph import Node
+from sa_lens.circuits.running.removal_costs import Near
+from sa_lens.core.nodes import InsideMLP
 
 
 class Row(NamedTuple):
     """One removal in a block."""
 
-    to: int
-    """Input of the graph."""
-    source: int
-    """Source of the graph."""
-    stays_out: bool
-    """Whether the rows after it have this edge removed too."""
+    edges: Sequence[tuple[int, int]]
+    """Input and source of each edge that is removed; usually one."""
+    stays_out: bool = True
+    """Whether the rows after it have these edges removed too."""
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Live:
     """Mask of its units: as given at the metric position, ones elsewhere; None in the clean stream."""
     out: Tensor | None = None
     """`z` of a head `[row, d_head]`, output of an MLP `[row, d_model]`."""
+    inside: InsideMLP | None = None
+    """Present values inside an MLP; None until an estimate needs them."""
 
 
 class Changed(NamedTuple):
@@ -54,8 +56,15 @@ class Changed(NamedTuple):
     version: dict[int, list[int]]
     """For each entry of `x`, the version that each row has; 0 is the present value. If an input is missing, each row
     has its own version."""
-    out: Float[Tensor, "removal row ..."] | None
+    out: Float[Tensor, "removal row ..."] | None = None
     """The change of `out`."""
+    inside: InsideMLP | None = None
+    """Values inside an MLP after the only removal of a block; None in a block of several."""
+
+    @classmethod
+    def nothing(cls) -> Changed:
+        """Returns no change, to which changes can be added."""
+        return cls({}, {}, {})
 
 
 @dataclass
@@ -67,6 +76,8 @@ class Block:
     """What the rows change, by node, in the order of computation."""
     costs: list[float] = field(default_factory=list)
     """The metric after each row's removal."""
+    near: Near | None = None
+    """The state of the metric after the only removal of a block; None in a block of several."""
 
 
 def versions_by_row(rows: Sequence[Row], own: list[int]) -> list[int]:

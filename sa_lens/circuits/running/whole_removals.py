@@ -51,11 +51,12 @@ class WholeRuns:
         masks, out = [], self.present.clone()
         for row in rows:
             mask = out.clone()
-            mask[row.to, row.source] = False
+            for to, source in row.edges:
+                mask[to, source] = False
             masks.append(mask)
             if row.stays_out:
                 out = mask
-        self.work += sum(self._layers(row.to) for row in rows)
+        self.work += sum(self._layers(row.edges[0][0]) for row in rows)
         return Block(rows, {}, self._costs(masks))
 
     def _layers(self, to: int) -> int:
@@ -70,5 +71,6 @@ class WholeRuns:
     def accept(self, block: Block, last: int, removed: Sequence[int]) -> None:
         """Makes a row of a block the present state; see `Recomputation.accept`."""
         for r in removed:
-            self.present[block.rows[r].to, block.rows[r].source] = False
+            for to, source in block.rows[r].edges:
+                self.present[to, source] = False
         self.circuits.keep_only(self.present)

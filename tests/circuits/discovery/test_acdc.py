@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from micro import gated, plain, token_pairs
 from twins import SlowRuns, slow_acdc
 
-from sa_lens.circuits.discovery.acdc import AMBIGUOUS, acdc, visiting_order
+from sa_lens.circuits.discovery.acdc import AMBIGUOUS, MARGIN, _Search, acdc, visiting_order
 from sa_lens.circuits.graph import Circuit, Edge, Graph
 from sa_lens.circuits.metrics import logit_difference
+from sa_lens.circuits.running import edge_removals
 from sa_lens.circuits.running.circuit_by_hooks import run_circuit
 from sa_lens.circuits.running.edge_removals import Recomputation
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.core.products import faster_dtype
 from sa_lens.stopping import Interrupted
 
 DOUBLE = {"dtype": torch.float64}
@@ -83,6 +86,80 @@ def test_same_decisions_in_float32_on_prompts_of_several_lengths(stream: str) ->
     for ablation in ("resample", "mean"):
         found = assert_same(model, pairs, 0.02, 1e-5, stream=stream, ablation=ablation, masks=masks)
         assert found.ambiguous == 0
+
+
+def use_estimates(patch: pytest.MonkeyPatch, dtype: torch.dtype, error: float = 0.0) -> list[int]:
+    """Lets estimates decide in small models too; returns the numbers of edges that they removed together.
+
+    Args:
+        dtype: type of their products.
+        error: by how much the estimates of a block are off, too low and too high in turns.
+    """
+    removed: list[int] = []
+    estimate, remove = Recomputation.estimate, _Search.remove
+
+    def with_error(engine: Any, rows: Any) -> list[float]:
+        return [cost - error * (-1) ** r for r, cost in enumerate(estimate(engine, rows))]
+
+    def counted(search: Any, places: Any, *args: Any) -> bool:
+        accepted = remove(search, places, *args)
+        removed.append(len(places) if accepted else 0)
+        return accepted
+
+    patch.setattr(edge_removals, "faster_dtype", lambda x: dtype)
+    patch.setattr(edge_removals, "WIDE", 0)
+    patch.setattr(sys.modules[acdc.__module__], "FEW", 1)
+    patch.setattr(Recomputation, "estimate", with_error)
+    patch.setattr(_Search, "remove", counted)
+    return removed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization_type": "LNPre"},
+        {"normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 6, "gated_mlp": True},
+        {"attn_only": True, "n_layers": 3},
+        {"parallel_attn_mlp": True, "act_fn": "relu"},
+    ],
+    ids=str,
+)
+def test_estimates_that_are_not_rounded_are_exact(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = use_estimates(monkeypatch, torch.float64)
+    for tau in (0.3, 0.05):
+        assert_same(plain(**{**SMALL, "n_layers": 3, **changes}), token_pairs(n=3, lengths=(6, 7)), tau, 1e-9)
+    assert sum(removed) > 5
+
+
+@pytest.mark.parametrize("metric", ["kl", "logit_difference"])
+def test_estimates_in_the_ablated_stream(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = gated(n_layers=3, **SMALL), token_pairs(n=3)
+    exact = acdc(model, pairs, 0.2, stream="ablated", masks="frozen", metric=metric, progress=False)
+    removed = use_estimates(monkeypatch, torch.float64)
+    found = acdc(model, pairs, 0.2, stream="ablated", masks="frozen", metric=metric, progress=False)
+    assert set(found.circuit) == set(exact.circuit)
+    assert (found.circuit.scores - exact.circuit.scores).nan_to_num(0).abs().max() < 1e-9
+    assert sum(removed) > 5
+
+
+@pytest.mark.skipif(faster_dtype(torch.zeros(1)) is None, reason="this processor has no fast bfloat16")
+@pytest.mark.parametrize("seed", range(3))
+def test_same_decisions_by_estimates_in_bfloat16(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = use_estimates(monkeypatch, torch.bfloat16)
+    model = plain(n_layers=3, n_heads=2, gated_mlp=True, act_fn="silu", seed=seed)
+    found = assert_same(model, token_pairs(n=5, lengths=(6, 8)), 0.1, MARGIN * 0.1)
+    assert sum(removed) > 5
+    exact = acdc(model, token_pairs(n=5, lengths=(6, 8)), 0.1, progress=False)
+    assert abs(found.value - exact.value) < 1e-5
+
+
+@pytest.mark.parametrize("error", [0.5, 1.1, 20.0])
+def test_estimates_that_are_off_do_not_decide(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    tau = 0.1
+    removed = use_estimates(monkeypatch, torch.float64, error * MARGIN / 5 * tau)
+    assert_same(plain(**SMALL), token_pairs(n=3), tau, 1e-9 if error > 1 else MARGIN * tau)
+    assert removed
+    assert (max(removed) == 0) == (error > 1)
 
 
 def test_a_deep_model_in_which_many_edges_are_never_run() -> None:
