@@ -104,7 +104,7 @@ class _MLPWeights(NamedTuple):
     into: list[tuple[Tensor, Tensor]]
     """W_in and, in a gated MLP, W_gate, each with its bias."""
     b_post: Tensor | None
-    """Added after the activation, in a gated MLP."""
+    """Added after the activation, in a gated MLP; None if it is zero."""
     out: tuple[Tensor, Tensor]
     act: Callable[[Tensor], Tensor]
 
@@ -314,7 +314,7 @@ class NodeFunctions:
         gated = self.cfg.gated_mlp
         return _MLPWeights(
             into=[read("W_in"), read("W_gate")] if gated else [read("W_in", b_in)],
-            b_post=b_in if gated else None,
+            b_post=b_in if gated and bool(b_in.any()) else None,
             out=(W_out.T.contiguous(), b_out),
             # the fused form of GELU equals TransformerLens's up to rounding; other activations are the module's own
             act=ACTIVATIONS[self.cfg.act_fn] if self.cfg.act_fn in _FUSED_GELU else _block(model, layer).mlp.act_fn,

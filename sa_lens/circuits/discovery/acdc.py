@@ -62,8 +62,8 @@ MARGIN = 0.25
 FEW = 32
 """Smallest number of edges for which estimates are worth their preparation."""
 
-TOGETHER = 64
-"""Number of removals after which the exact metric is computed, where estimates decide."""
+TOGETHER = 96
+"""Number of removals by estimates after which the exact metric is computed at the latest."""
 
 SAME = 1e-4
 """Largest relative difference between the full graph's metric now and in the search that is resumed."""
@@ -440,8 +440,9 @@ def _screen(search: _Search, queue: list[Place], engine: Recomputation) -> None:
         accepted: list[Place] = []
         costs = [search.state.value]
         while len(accepted) < TOGETHER:
-            after = queue[done + len(accepted) :]
-            places = list(takewhile(lambda place: place not in doubtful, after[: engine.largest_block // 2]))
+            first = done + len(accepted)
+            size = max(engine.largest_block // 2, min(engine.largest_block, len(accepted)))
+            places = list(takewhile(lambda place: place not in doubtful, queue[first : first + size]))
             if not places:
                 break
             estimates = search.estimate(accepted, places)
