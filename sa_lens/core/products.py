@@ -20,15 +20,19 @@ _ONE_DNN = (
 )
 
 
+_FAST_BFLOAT16 = _ONE_DNN is not None and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def linear(
     x: Float[Tensor, "... in"], W: Float[Tensor, "out in"], b: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "... out"]:
     """Returns `x W^T + b`, like `torch.nn.functional.linear`.
 
-    float32 and bfloat16 on an x86 processor go through oneDNN where no gradients are recorded.
+    float32 on an x86 processor goes through oneDNN where no gradients are recorded, and so does bfloat16 if the
+    processor has instructions for it.
     """
-    fits = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if _ONE_DNN is None or not fits or not len(x):
+    fits = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _FAST_BFLOAT16)
+    if _ONE_DNN is None or not fits or x.device.type != "cpu" or torch.is_grad_enabled() or not len(x):
         return F.linear(x, W, b)
     return _ONE_DNN(x, W, b, "none", [], "")
 
@@ -40,13 +44,11 @@ def product(x: Float[Tensor, "... in"], W: Float[Tensor, "in out"]) -> Float[Ten
 
 def faster_dtype(x: Tensor) -> torch.dtype | None:
     """Returns bfloat16 if its products are faster than those of `x` on this processor, else None."""
-    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    fast = x.dtype == torch.float32 and x.device.type == "cpu" and _ONE_DNN is not None and has_bfloat16()
-    return torch.bfloat16 if fast else None
+    return torch.bfloat16 if _FAST_BFLOAT16 and x.dtype == torch.float32 and x.device.type == "cpu" else None
 
 
 def packed(W: Float[Tensor, "out in"], dtype: torch.dtype) -> Tensor:
     """Returns a matrix in another type for `linear`, in bfloat16 in the layout that oneDNN multiplies fastest."""
     rounded = W.to(dtype)
-    fits = _ONE_DNN is not None and dtype == torch.bfloat16
+    fits = _FAST_BFLOAT16 and dtype == torch.bfloat16
     return torch.ops.mkldnn._reorder_linear_weight(rounded, 4096) if fits else rounded

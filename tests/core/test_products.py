@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sa_lens.core import products
-from sa_lens.core.products import linear, product
+from sa_lens.core.products import faster_dtype, linear, packed, product
 
 
 def near(found: Tensor, x: Tensor, W: Tensor, b: Tensor | float = 0.0) -> bool:
@@ -28,6 +28,24 @@ def test_products_without_gradients(rows: tuple[int, ...], dtype: torch.dtype) -
         wide = torch.randn(*rows, 9, dtype=dtype)
         assert near(product(wide[..., 1:8], W), wide[..., 1:8], W)
     assert linear(x, W.T).shape == (*rows, 4)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_products_of_rounded_numbers(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_FAST_BFLOAT16", fast and products._FAST_BFLOAT16)
+    torch.manual_seed(0)
+    x, W = torch.randn(2, 3, 7).bfloat16(), torch.randn(4, 7).bfloat16()
+    with torch.inference_mode():
+        y = linear(x, packed(W.float(), torch.bfloat16))
+    exact = x.double() @ W.double().T
+    assert (y.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert torch.equal(packed(W.double(), torch.float64), W.double())
+
+
+def test_only_float32_has_a_faster_type() -> None:
+    assert faster_dtype(torch.zeros(1)) in (torch.bfloat16, None)
+    assert faster_dtype(torch.zeros(1, dtype=torch.float64)) is None
+    assert faster_dtype(torch.zeros(1, dtype=torch.bfloat16)) is None
 
 
 def test_gradients_flow_where_they_are_recorded() -> None:
