@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,23 @@ def main() -> None:
     even = circuits.tasks.ioi(model.tokenizer, 8 * chosen.pairs, words="tinystories")
     even = even.subset((even.lengths == even.lengths[0]).nonzero()[:8, 0])
     exp = circuits.Experiment(model, pairs)
-    ranking = circuits.eap_ig(exp, steps=3, progress=False)
+
+    @cache
+    def ranking() -> circuits.Circuit:
+        return circuits.eap_ig(exp, steps=3, progress=False)
+
     analyses: dict[str, Callable[[], Any]] = {
         "eap-ig": lambda: f"{len(circuits.eap_ig(exp, steps=3))} edges",
-        "curve": lambda: f"{len(circuits.faithfulness(exp, ranking, order='absolute', levels=()).points)} points",
-        "exact": lambda: f"{len(circuits.exact_effects(exp, ranking.keep(500)))} edges",
+        "curve": lambda: f"{len(circuits.faithfulness(exp, ranking(), order='absolute', levels=()).points)} points",
+        "exact": lambda: f"{len(circuits.exact_effects(exp, ranking().keep(500)))} edges",
         "patch": lambda: f"{len(circuits.patch(exp.on(even), 'heads', positions='each'))} patches, {len(even)} pairs",
-        "draw": lambda: draw(ranking.keep(200)),
+        "draw": lambda: draw(ranking().keep(200)),
         "acdc": lambda: acdc(exp, chosen.minutes),
         "acdc-live": lambda: acdc(exp.replace(stream="ablated", masks="live"), chosen.minutes),
     }
     for name in chosen.only:
+        if name in ("curve", "exact", "draw"):
+            ranking()  # not a part of what is timed
         wall, cpu = time.perf_counter(), time.process_time()
         said = analyses[name]()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
