@@ -290,7 +290,7 @@ def test_linear_cross_entropy_in_16_bits(dtype: torch.dtype, n_words: int) -> No
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-@pytest.mark.parametrize(("width", "k"), [(12, 1), (12, 5), (12, 12)])
+@pytest.mark.parametrize(("width", "k"), [(12, 1), (12, 5), (12, 12), (256, 3)])
 def test_nan_scores_give_a_mask_of_nan_in_their_rows_alone(kind: str, width: int, k: int) -> None:
     cfg = GateConfig(kind=kind)  # type: ignore[arg-type]
     scores = torch.randn(6, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
