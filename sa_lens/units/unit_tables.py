@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.config import Stream, check_whole
@@ -274,6 +274,7 @@ class _SublayerTally:
         centres = (torch.arange(len(self.positions), device=fires.device) + 0.5) / len(self.positions)
         top = counts[:-1].max(0)
         never = torch.full_like(fires, torch.nan)
+        negligible = self.moments.negligible()
         columns = {
             "live": self.rule.live(self.sublayer),
             "mask_rate": self.kept / n if self.kept is not None else never,
@@ -282,9 +283,9 @@ class _SublayerTally:
             "threshold": self.threshold,
             "mean": self.moments.mean(),
             "std": self.moments.variance().sqrt(),
-            "kurtosis": self.moments.kurtosis(),
-            "hoyer": hoyer_from_sums(n, self.moments.absolute(), self.moments.squares()),
-            "gini": gini(self.sample),
+            "kurtosis": self.moments.kurtosis().masked_fill(negligible, torch.nan),
+            "hoyer": self.moments.hoyer().masked_fill(negligible, torch.nan),
+            "gini": gini(self.sample).masked_fill(negligible.to(self.sample.device), torch.nan),
             "effective_tokens": effective_number(counts),
             "top_token": torch.where(fires > 0, vocabulary.tokens.to(top.indices.device)[top.indices], -1),
             "top_token_share": top.values / fires,
@@ -388,10 +389,11 @@ class Moments:
         self.shift: Tensor | None = None
         self.sums = torch.zeros(0)
         """`[5, unit]`: of the shifted values to the powers 1 to 4, and of the absolute values."""
+        self.precision = 0.0
 
     def add(self, x: Float[Tensor, "token unit"]) -> None:
         if self.shift is None:
-            self.shift = x.mean(0)
+            self.shift, self.precision = x.mean(0), torch.finfo(x.dtype).eps
             self.sums = torch.zeros(5, x.shape[1], dtype=torch.float64, device=x.device)
         ones = torch.ones(1, len(x), dtype=x.dtype, device=x.device)
         # a product with ones sums columns several times faster than a reduction; d is overwritten to save memory
@@ -417,6 +419,19 @@ class Moments:
     def absolute(self) -> Float[Tensor, " unit"]:
         """Returns the sum of the absolute values."""
         return self.sums[4]
+
+    def hoyer(self) -> Float[Tensor, " unit"]:
+        """Returns Hoyer's sparsity of the values; NaN where all are zero."""
+        return hoyer_from_sums(self.n, self.absolute(), self.squares())
+
+    def negligible(self) -> Bool[Tensor, " unit"]:
+        """Whether all values of a unit are rounding errors, as those of a GELU far below zero are.
+
+        Their root mean square is then below that of the largest unit times the precision of the values. Whether such
+        values are zero, and how they are distributed, differs between processors.
+        """
+        size = (self.squares() / self.n).sqrt()
+        return size <= 8 * self.precision * size.max()
 
     def kurtosis(self) -> Float[Tensor, " unit"]:
         """Returns the excess kurtosis (0 for a normal distribution).
@@ -475,8 +490,12 @@ class CoActivation:
         return torch.where(either > 0, self.counts / either.clamp(min=1), 0)
 
     def partners(self, n: int) -> tuple[Float[Tensor, "unit partner"], Int[Tensor, "unit partner"]]:
-        """Returns the `n` largest Jaccard indices of each unit, and the indices in `units` of these other units."""
+        """Returns the `n` largest Jaccard indices of each unit, and the indices in `units` of these other units.
+
+        Among equal ones the lower index comes first, on every device.
+        """
         other = self.jaccard().clone()
         other.fill_diagonal_(-1)
-        top = other.topk(min(n, len(other) - 1), dim=1)
-        return top.values, top.indices
+        values, index = other.sort(dim=1, descending=True, stable=True)
+        n = min(n, len(other) - 1)
+        return values[:, :n], index[:, :n]

@@ -3,15 +3,19 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
+import sa_lens as sa
+from sa_lens.core import norms_and_activations
 from sa_lens.core.unit import Sublayer, unit_counts
 from sa_lens.statistics import gini, hoyer
 from sa_lens.units import unit_tables
 from sa_lens.units.activations import TOKENS_AT_ONCE
 from sa_lens.units.firing import calibrate
+from sa_lens.units.labels import label_stories
 from sa_lens.units.unit_tables import CoActivation, Moments, TokenClasses, TokenTally, specialization, word_classes
 
 CLASSES = TokenClasses(("low", "planted", "high"), torch.tensor([0] * 3 + [1] * 5 + [2] * 16))
@@ -237,6 +241,30 @@ def test_no_kurtosis_where_the_fourth_power_underflows(x):
     assert moments.kurtosis()[0].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_that_are_rounding_errors_of_the_largest_unit_are_negligible(dtype):
+    eps, moments = torch.finfo(dtype).eps, Moments()
+    values = torch.randn(500, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    moments.add(values * torch.tensor([1.0, 100 * eps, 2 * eps, 0.0], dtype=dtype))
+    assert moments.negligible().tolist() == [False, False, True, True]
+
+
+def test_the_table_does_not_depend_on_how_gelu_is_rounded(monkeypatch):
+    # far below zero, GELU is a small multiple of the rounding error, zero or not according to the processor
+    model = sa.SelfAblatingTransformer.from_pretrained("stories-local").double()
+    tokens = label_stories(model.tokenizer, 24, n_ctx=64, seed=1).tokens[:12]
+    rules = calibrate(model, tokens, ("clean", "ablated"), progress=False)
+    expected = specialization(model, tokens, rules, progress=False).table
+
+    def without_cancellation(x):
+        return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3))
+
+    monkeypatch.setitem(norms_and_activations.ACTIVATIONS, "gelu_new", without_cancellation)
+    found = specialization(model, tokens, rules, progress=False).table
+    assert expected.hoyer.isna().any()
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_token_tally_and_pairs_agree_with_loops():
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(0, 5, (60,), generator=generator)
@@ -259,3 +287,9 @@ def test_token_tally_and_pairs_agree_with_loops():
     values, places = company.partners(2)
     assert (places != torch.arange(4)[:, None]).all()
     assert (values[:, 0] >= values[:, 1]).all()
+
+
+def test_of_equally_good_partners_the_lower_index_comes_first():
+    company = CoActivation(torch.arange(40), [str(unit) for unit in range(40)])
+    company.add(torch.ones(3, 40, dtype=torch.float64))
+    assert company.partners(3)[1].tolist() == [[i for i in range(4) if i != unit][:3] for unit in range(40)]
