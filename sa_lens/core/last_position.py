@@ -9,7 +9,7 @@ the last position. A pass has three lanes: `earlier` holds the positions before 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -126,9 +126,9 @@ def run_edited(
     ablated: bool,
     before: Sequence[KeysAndValues],
     masks: Sequence[LayerMasks] | None = None,
+    copies: Int[Tensor, " prompt"] | None = None,
     start: int = 0,
     entering: Mapping[Lane, Tensor] | None = None,
-    added: Mapping[Lane, Tensor] | None = None,
 ) -> LastPass:
     """Runs prompts with edited inputs, of which some earlier positions are known; gradients follow the caller's mode.
 
@@ -136,11 +136,11 @@ def run_edited(
         prompts: with those earlier positions that are to be run.
         before: keys and values of the others.
         masks: masks of the ablated lane; None takes those of the gates, with the gradients of their surrogates.
+        copies: prompt of `before` and `masks` that each prompt is a copy of; None: they are the same.
         start: first layer to run. Gates that read the end of an edited clean stream need 0.
         entering: residual stream that enters this layer, by lane; None: the embedding.
-        added: what is added to the residual stream after the attention of this layer, by lane.
     """
-    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before, start, entering, added)
+    run = _Run(model, functions, prompts, functions.cfg.n_layers, reads, before, copies, start, entering)
     run.run_clean()
     if ablated:
         run.run_ablated(masks)
@@ -161,13 +161,14 @@ class _Run:
         layers: int,
         reads: Reads | None = None,
         before: Sequence[KeysAndValues] | None = None,
+        copies: Int[Tensor, " prompt"] | None = None,
         start: int = 0,
         entering: Mapping[Lane, Tensor] | None = None,
-        added: Mapping[Lane, Tensor] | None = None,
     ) -> None:
         self.model, self.functions, self.prompts, self.layers = model, functions, prompts, layers
         self.reads = reads if reads is not None else read_as_it_is
-        self.before, self.start, self.entering, self.added = before, start, entering, added
+        self.before, self.start, self.entering = before, start, entering
+        self.copies: Any = slice(None) if copies is None else copies
         self.result = LastPass({}, {}, {}, {}, [], [])
         self.resid_pre: list[Tensor] = []
         """Clean residual stream that enters each layer that runs, at the last position."""
@@ -179,17 +180,16 @@ class _Run:
             self.resid_pre.append(last)
             top = layer == self.layers - 1
             # no query of the top layer looks back from an earlier position
-            own = self.functions.project_all(layer, self.reads("earlier", layer, "heads", earlier), 1 if top else 0)
-            k, v = (self._pad(x) for x in own[-2:])
-            k = self.functions.rotate(layer, 1, k)
-            if self.before is not None:
-                known = torch.ones_like(k[0, ..., :1], dtype=torch.bool)
-                known[self.prompts.prompt, self.prompts.pos] = False
-                k, v = (torch.where(known, old, x) for old, x in zip(self.before[layer], (k, v), strict=True))
+            *q, k, v = self.functions.project_all(
+                layer, self.reads("earlier", layer, "heads", earlier), 1 if top else 0
+            )
+            k = self.functions.rotate(layer, 1, k, self.prompts.pos)
+            known = (None, None) if self.before is None else self.before[layer]
+            k, v = (self._pad(x, old) for x, old in zip((k, v), known, strict=True))
             self.result.keys_and_values.append((k, v))
             if not top:
-                q = self.functions.rotate(layer, 0, self._pad(own[0]))
-                z = self.functions.attend(layer, q, k, v)[:, self.prompts.prompt, self.prompts.pos]
+                padded = self._pad(self.functions.rotate(layer, 0, q[0], self.prompts.pos))
+                z = self.functions.attend(layer, padded, k, v)[:, self.prompts.prompt, self.prompts.pos]
                 earlier = self._rest("earlier", layer, earlier, z.transpose(0, 1), (None, None))
             last = self._at_last("clean", layer, last, (None, None))
         self.result.final["clean"] = self.reads("clean", self.layers, "logits", last)
@@ -200,18 +200,28 @@ class _Run:
         for layer in range(self.start, self.layers):
             end = self.result.final["clean"] if gates.reads_global else None
             local = x if gates.reads_ablated else self.resid_pre[layer - self.start]
-            masks = gate_masks(self.model, layer, local, end) if given is None else given[layer]
+            masks = gate_masks(self.model, layer, local, end) if given is None else self._copied(given[layer])
             self.result.masks.append(masks)
             x = self._at_last("ablated", layer, x, masks)
         self.result.final["ablated"] = self.reads("ablated", self.layers, "logits", x)
+
+    def _copied(self, masks: LayerMasks) -> LayerMasks:
+        attn, mlp = (None if mask is None else mask[self.copies] for mask in masks)
+        return attn, mlp
 
     def _begin(self, lane: Lane) -> Tensor:
         for parts in (self.result.z, self.result.post, self.result.mlp_out):
             parts[lane] = []
         return self.prompts.rows(lane, self.prompts.embed) if self.entering is None else self.entering[lane]
 
-    def _pad(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "head prompt pos d_head"]:
-        padded = x.new_zeros(len(x), len(self.prompts.last), self.functions.length, x.shape[-1])
+    def _pad(
+        self, x: Float[Tensor, "head row d_head"], known: Float[Tensor, "head any pos d_head"] | None = None
+    ) -> Float[Tensor, "head prompt pos d_head"]:
+        """Returns queries, keys or values at all positions, with those that are known where no row is given."""
+        if known is None:
+            padded = x.new_zeros(len(x), len(self.prompts.last), self.functions.length, x.shape[-1])
+        else:
+            padded = known[:, self.copies].clone()
         padded[:, self.prompts.prompt, self.prompts.pos] = x
         return padded
 
@@ -234,8 +244,6 @@ class _Run:
         z = z if masks[0] is None else z * masks[0]
         self.result.z[lane].append(z)
         after = x + product(z.flatten(1), self.functions.W_O[layer].flatten(0, 1)) + self.functions.b_O[layer]
-        if self.added is not None and layer == self.start:
-            after = after + self.added[lane]
         if cfg.attn_only:
             return after
         read = self.reads(lane, layer, "mlp", x if cfg.parallel_attn_mlp else after)

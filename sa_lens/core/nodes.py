@@ -116,6 +116,8 @@ class _Rotation(NamedTuple):
     sin: Float[Tensor, "pos d_head"]
     partner: Int[Tensor, " d_head"]
     """The entry with which each entry is rotated."""
+    halves: bool
+    """Whether the partner of each entry is half of the vector away."""
 
 
 class NodeFunctions:
@@ -130,6 +132,8 @@ class NodeFunctions:
         cfg = model.cfg
         self.cfg = cfg
         self.length = length
+        self.group = cfg.n_heads // (cfg.n_key_value_heads or cfg.n_heads)
+        """Number of heads that share keys and values."""
         layers = range(cfg.n_layers)
         heads: list[tuple[Tensor, Tensor]] = []
         for layer in layers:
@@ -178,17 +182,23 @@ class NodeFunctions:
 
     def project_all(
         self, layer: int, x: Float[Tensor, "row d_model"] | Float[Tensor, "port head row d_model"], first: int = 0
-    ) -> Float[Tensor, "port head row d_head"]:
+    ) -> Sequence[Float[Tensor, "head row d_head"]]:
         """Returns queries, keys and values of all heads of a layer from one or three inputs, before any rotation.
 
         Args:
             first: first port to compute.
         """
-        W, b = self.W_qkv[layer][first:], self.b_qkv[layer][first:]
         if x.ndim == 4:
-            return self.normalise(x[first:]) @ W.mT + b[:, :, None]
-        y = linear(self.normalise(x), W.flatten(0, 2), b.flatten())
-        return y.view(len(x), *b.shape).permute(1, 2, 0, 3)
+            W, b = self.W_qkv[layer][first:], self.b_qkv[layer][first:]
+            return (self.normalise(x[first:]) @ W.mT + b[:, :, None]).unbind()
+        normed, ports = self.normalise(x), []
+        for port in range(first, 3):
+            # heads of a group share keys and values
+            size = self.group if port else 1
+            W, b = self.W_qkv[layer][port, ::size], self.b_qkv[layer][port, ::size]
+            y = linear(normed, W.flatten(0, 1), b.flatten()).view(len(x), *b.shape)
+            ports.append(y.repeat_interleave(size, 1).transpose(0, 1) if size > 1 else y.transpose(0, 1))
+        return ports
 
     def rotate(
         self, layer: int, port: int, y: Float[Tensor, "... row d_head"], position: Int[Tensor, ...] | None = None
@@ -202,7 +212,8 @@ class NodeFunctions:
         if rotation is None or port == 2:
             return y
         where = slice(y.shape[-2]) if position is None else position
-        return y * rotation.cos[where] + y[..., rotation.partner] * rotation.sin[where]
+        other = y.roll(y.shape[-1] // 2, -1) if rotation.halves else y[..., rotation.partner]
+        return torch.addcmul(y * rotation.cos[where], other, rotation.sin[where])
 
     def attend(
         self,
@@ -336,7 +347,8 @@ class NodeFunctions:
         off = turned * (1 - basis[:, None])
         partner = off.abs().amax(1).argmax(0)
         every = torch.arange(len(partner), device=partner.device)
-        return _Rotation(turned[every, :, every].T.contiguous(), off[partner, :, every].T.contiguous(), partner)
+        halves = torch.equal(partner, every.roll(len(partner) // 2))
+        return _Rotation(turned[every, :, every].T.contiguous(), off[partner, :, every].T.contiguous(), partner, halves)
 
 
 def gate_masks(

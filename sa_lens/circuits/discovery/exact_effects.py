@@ -25,8 +25,6 @@ from sa_lens.circuits.running.many_circuits import CircuitLogits
 from sa_lens.circuits.running.recorded_passes import (
     PassesOfPairs,
     outputs,
-    repeat_keys,
-    repeat_masks,
     streams_by_lane,
     write_to_stream,
 )
@@ -154,8 +152,9 @@ class _Runs:
             Prompts.of(embed.repeat(n, 1, 1), last.repeat(n), first.repeat(n)),
             partial(self._read, block),
             ablated=self.exp.stream == "ablated",
-            before=repeat_keys(clean.keys_and_values, n),
-            masks=repeat_masks(clean.masks, n) if self.exp.masks != "live" else None,
+            before=clean.keys_and_values,
+            masks=None if self.exp.masks == "live" else clean.masks,
+            copies=torch.arange(len(last), device=last.device).repeat(n),
             start=start,
             # the earlier lane ends below the top layer
             entering={lane: x[min(below, max(x))].repeat(n, 1) for lane, x in self.streams.items()},

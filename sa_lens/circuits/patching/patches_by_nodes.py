@@ -1,7 +1,8 @@
 """Patches of what the residual stream adds up: heads, outputs of attention and MLPs, and the stream itself.
 
-Each changes the residual stream at one place by the difference of the two prompts. So a run starts at the layer of the
-patch, and at its position: everything below and before is that of the unpatched prompt.
+Each changes the residual stream at one place by the difference of the two prompts. So a run starts above the layer of
+the patch, and at its position: everything below and before is that of the unpatched prompt. Nothing runs for a pair
+whose prompts still agree at the position.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Node
-from sa_lens.circuits.running.recorded_passes import outputs, repeat_keys, repeat_masks, streams_by_lane
+from sa_lens.circuits.running.recorded_passes import outputs, streams_by_lane
 from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.core.last_position import (
     Lane,
@@ -84,6 +85,10 @@ class PatchedRuns:
             streams_by_lane(self.graph, self.functions, outputs(other, self.source)) if "resid" in what else {}
         )
         self.lanes: tuple[Lane, ...] = ("earlier", "clean", "ablated") if ablated else ("earlier", "clean")
+        self.differ = (base != source).float().argmax(1)
+        """First position at which the two prompts of each pair differ."""
+        self.logits = self.functions.logits(self.base.final[exp.stream])
+        """Logits of the unpatched prompts."""
 
     def sums(self, patches: Sequence[Patch], bar: tqdm[Any]) -> Float[Tensor, " patch"]:
         """Returns the sum of the metric over the pairs after each patch."""
@@ -93,70 +98,91 @@ class PatchedRuns:
         first = 0
         while first < len(patches):
             block = [p for p in patches[first : first + size] if p.layer == patches[first].layer]
-            logits = self.functions.logits(self._finals(block)).split(pairs)
-            sums += [float(self.exp.metric(x, self.pairs, self.clean_logits).double().sum()) for x in logits]
+            changed = torch.cat([self._changed_pairs(patch) for patch in block])
+            logits = self.logits.repeat(len(block), 1)
+            if changed.any():
+                logits[changed] = self.functions.logits(self._finals(block))
+            sums += [
+                float(self.exp.metric(x, self.pairs, self.clean_logits).double().sum()) for x in logits.split(pairs)
+            ]
             bar.update(len(block) * pairs)
             first += len(block)
         return torch.tensor(sums, dtype=torch.float64)
 
-    def _finals(self, block: Sequence[Patch]) -> Float[Tensor, "patch_pair d_model"]:
-        """Returns the final residual stream after each of some patches of one layer."""
-        n, layer, last, top = len(block), block[0].layer, self.prompts.last, self.graph.n_layers
-        start = layer + (self.what in ("resid_post", "mlp_out"))
+    def _changed_pairs(self, patch: Patch) -> Bool[Tensor, " pair"]:
+        """Returns which pairs a patch can change: those whose prompts differ at its position or before."""
+        return (
+            torch.ones_like(self.differ, dtype=torch.bool) if patch.position is None else patch.position >= self.differ
+        )
+
+    def _finals(self, block: Sequence[Patch]) -> Float[Tensor, "changed d_model"]:
+        """Returns the final residual stream after patches of one layer, of the pairs that each of them can change."""
+        layer, top = block[0].layer, self.graph.n_layers
+        start = layer + (self.what != "resid_pre")
         below = self.graph.sources_before(Node("head", start, 0) if start < top else Node("logits"))
-        firsts = [torch.zeros_like(last) if p.position is None else p.position for p in block]
+        pairs = [self._changed_pairs(patch).nonzero()[:, 0] for patch in block]
+        firsts = [self.differ if p.position is None else p.position for p in block]
         entering: dict[Lane, list[Tensor]] = {lane: [] for lane in self.lanes}
-        changes: dict[Lane, list[Tensor]] = {lane: [] for lane in self.lanes}
-        for patch, first in zip(block, firsts, strict=True):
+        for patch, chosen, first in zip(block, pairs, firsts, strict=True):
+            runs = torch.zeros_like(self.differ, dtype=torch.bool)
+            runs[chosen] = True
             for lane in self.lanes:
                 # the earlier lane ends below the top layer
-                x = self.streams[lane][min(below, max(self.streams[lane]))]
-                change = self._change(patch, lane)
-                change = torch.zeros_like(x) if change is None else change
+                x = self.streams[lane][min(below, max(self.streams[lane]))].clone()
                 pair, pos = self.prompts.prompt, self.prompts.pos
-                place = pos - first[pair] if lane == "earlier" else last - first
-                if patch.position is not None:
-                    change = change * (place == 0)[:, None]
-                entering[lane].append(x[place >= 0])
-                changes[lane].append(change[place >= 0])
-        into = {lane: torch.cat(parts) for lane, parts in entering.items()}
-        change_of = {lane: torch.cat(parts) for lane, parts in changes.items()}
-        in_the_middle = start == layer and self.what != "resid_pre"
-        if not in_the_middle:
-            into = {lane: x + change_of[lane] for lane, x in into.items()}
+                if lane != "earlier":
+                    pair, pos = torch.arange(len(runs), device=runs.device), self.prompts.last
+                changed = runs[pair] & ((pos >= first[pair]) if patch.position is None else (pos == first[pair]))
+                change = self._change(patch, lane, changed)
+                if change is not None:
+                    x[changed] += change
+                entering[lane].append(x[runs[pair] & (pos >= first[pair])])
+        every, first = torch.cat(pairs), torch.cat([f[p] for f, p in zip(firsts, pairs, strict=True)])
         return run_edited(
             *(self.exp.model, self.functions),
-            Prompts.of(self.prompts.embed.repeat(n, 1, 1), last.repeat(n), torch.cat(firsts)),
+            Prompts.of(self.prompts.embed[every], self.prompts.last[every], first),
             read_as_it_is,
             ablated=self.exp.stream == "ablated",
-            before=repeat_keys(self.base.keys_and_values, n),
-            masks=None if self.exp.masks == "live" else repeat_masks(self.base.masks, n),
+            before=self.base.keys_and_values,
+            masks=None if self.exp.masks == "live" else self.base.masks,
+            copies=every,
             start=start,
-            entering=into,
-            added=change_of if in_the_middle else None,
+            entering={lane: torch.cat(parts) for lane, parts in entering.items()},
         ).final[self.exp.stream]
 
-    def _change(self, patch: Patch, lane: Lane) -> Float[Tensor, "row d_model"] | None:
-        """Returns the other prompt's value minus the own one, in the residual stream; None where it comes too late."""
-        layer = patch.layer
-        if "resid" in self.what:
-            place = {"resid_pre": Node("head", layer, 0), "resid_mid": Node("mlp", layer)}.get(self.what)
+    def _change(self, patch: Patch, lane: Lane, rows: Bool[Tensor, " row"]) -> Float[Tensor, "changed d_model"] | None:
+        """Returns how a patch changes the residual stream that enters the next run layer; None if it comes too late.
+
+        Args:
+            rows: positions at which the patch acts.
+        """
+        layer, what = patch.layer, self.what
+        if "resid" in what:
+            place = {"resid_pre": Node("head", layer, 0), "resid_mid": Node("mlp", layer)}.get(what)
             if place is None:
                 place = Node("head", layer + 1, 0) if layer + 1 < self.graph.n_layers else Node("logits")
             n = self.graph.sources_before(place)
-            return self.source_streams[lane][n] - self.streams[lane][n] if n in self.streams[lane] else None
+            if n not in self.streams[lane]:
+                return None
+            change = self.source_streams[lane][n][rows] - self.streams[lane][n][rows]
+        else:
+            own, other = (self._values(run, lane, layer) for run in (self.base, self.source))
+            if own is None or other is None:
+                return None
+            change, W_O = other[rows] - own[rows], self.functions.W_O[layer]
+            match what:
+                case "heads":
+                    change = product(change[:, patch.head], W_O[patch.head])
+                case "attn_out":
+                    change = product(change.flatten(1), W_O.flatten(0, 1))
+        if what in ("resid_pre", "resid_post", "mlp_out") or self.graph.attn_only or self.graph.parallel:
+            return change
+        # the MLP of this layer reads the change
+        read = self.streams[lane][self.graph.sources_before(Node("mlp", layer))][rows] + change
+        mask = self.base.masks[layer][1] if lane == "ablated" else None
+        out = self.functions.mlp(layer, read, None if mask is None else mask[rows])
+        return change + out - self.base.mlp_out[lane][layer][rows]
 
-        def values(run: LastPass) -> Tensor | None:
-            by_layer = run.mlp_out[lane] if self.what == "mlp_out" else run.z[lane]
-            return by_layer[layer] if layer < len(by_layer) else None
-
-        own, other = values(self.base), values(self.source)
-        if own is None or other is None:
-            return None
-        W_O = self.functions.W_O[layer]
-        match self.what:
-            case "heads":
-                return product(other[:, patch.head] - own[:, patch.head], W_O[patch.head])
-            case "attn_out":
-                return product((other - own).flatten(1), W_O.flatten(0, 1))
-        return other - own
+    def _values(self, run: LastPass, lane: Lane, layer: int) -> Tensor | None:
+        by_layer = run.mlp_out[lane] if self.what == "mlp_out" else run.z[lane]
+        return by_layer[layer] if layer < len(by_layer) else None

@@ -18,10 +18,8 @@ from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Ablation, Stream
 from sa_lens.core.host import Host, device_of, in_stream, run_to_last
 from sa_lens.core.last_position import (
-    KeysAndValues,
     Lane,
     LastPass,
-    LayerMasks,
     Prompts,
     embed_prompts,
     run_to_position,
@@ -225,17 +223,3 @@ def streams_by_lane(
         )
         for lane, by_source in by_lane.items()
     }
-
-
-def repeat_masks(masks: Sequence[LayerMasks], times: int) -> list[LayerMasks]:
-    """Returns the masks of copies of the prompts."""
-
-    def repeated(mask: Tensor | None) -> Tensor | None:
-        return None if mask is None else mask.repeat(times, *[1] * (mask.ndim - 1))
-
-    return [(repeated(attn), repeated(mlp)) for attn, mlp in masks]
-
-
-def repeat_keys(before: Sequence[KeysAndValues], times: int) -> list[KeysAndValues]:
-    """Returns the keys and values of copies of the prompts."""
-    return [(k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1)) for k, v in before]

@@ -39,7 +39,7 @@ def test_equals_passes_of_the_whole_model(name: str, what: str, monkeypatch: pyt
     plainly = PatchedRuns.sums
     monkeypatch.setattr(PatchedRuns, "sums", lambda self, *args: (runs.append(1), plainly(self, *args))[1])
     for choice in choices:
-        for positions in ("all", [1, -1, -3]):
+        for positions in ("all", [0, 1, -1, -3]):
             for direction in ("noise", "denoise"):
                 options: dict[str, Any] = {**choice, "positions": positions, "direction": direction, "progress": False}
                 runs.clear()
