@@ -24,6 +24,7 @@ from sa_lens.circuits.tasks.pairs import PromptPairs
 from sa_lens.config import Ablation, Masks, Stream, check_choice
 from sa_lens.core.host import Hook, Host, in_stream, refuse_chosen_stream, require_hooks, streams_of
 from sa_lens.core.last_position import why_not_by_nodes
+from sa_lens.core.live_gates import why_not_local_gates
 from sa_lens.core.nodes import NodeFunctions
 from sa_lens.statistics import bootstrap_interval
 
@@ -232,9 +233,7 @@ class Experiment:
     @property
     def why_not_in_part(self) -> str | None:
         """Why each removed edge needs a pass of its own; None if many can be tried at once."""
-        if self.masks == "live":
-            return "live masks depend on the whole residual stream, so every edge can change which units stay"
-        return self.why_not_by_nodes
+        return self.why_not_by_nodes or (why_not_local_gates(self.model) if self.masks == "live" else None)
 
     @property
     def level_of_slow_runs(self) -> int:

@@ -260,8 +260,8 @@ class NodeFunctions:
         self,
         layer: int,
         before: InsideMLP,
-        x: Float[Tensor, "any row d_model"],
-        mask: Float[Tensor, "row d_mlp"] | None,
+        x: Float[Tensor, "any row d_model"] | None,
+        masks: tuple[Float[Tensor, "row d_mlp"] | None, Float[Tensor, "... row d_mlp"] | None],
         dtype: torch.dtype,
     ) -> Float[Tensor, "any row d_model"]:
         """Returns about how much an MLP's output changes if its input becomes `x`.
@@ -271,17 +271,29 @@ class NodeFunctions:
 
         Args:
             before: the values inside the MLP before the change.
+            x: None: the input stays as it is.
+            masks: its mask before and after the change, the same object if it stays as it is; None: no mask.
         """
         W_into, W_out = self._rounded(layer, dtype)
-        change = (self.normalise(x) - before.normed).to(dtype)
-        into = [linear(change, W) for W in W_into]
-        post = torch.empty_like(into[0])
+        mask, again = masks
+        into: list[Tensor] = []
+        if x is not None:
+            change = (self.normalise(x) - before.normed).to(dtype)
+            into = [linear(change, W) for W in W_into]
+        several = x if x is not None else again
+        assert several is not None
+        post = torch.empty(*several.shape[:-1], before.post.shape[-1], dtype=dtype, device=several.device)
         n = max(1, _CACHED // before.post.numel())
-        for part in (slice(i, i + n) for i in range(0, len(x), n)):
-            now = self._activate(layer, *(was + moved[part] for was, moved in zip(before.into, into, strict=True)))
-            now -= before.post
-            post[part] = now if mask is None else now * mask
-        return linear(post, W_out).to(x.dtype)
+        for part in (slice(i, i + n) for i in range(0, len(several), n)):
+            now = before.post
+            if into:
+                now = self._activate(layer, *(was + moved[part] for was, moved in zip(before.into, into, strict=True)))
+            if mask is None or again is None or again is mask:
+                now = now - before.post
+                post[part] = now if mask is None else now * mask
+            else:
+                post[part] = now * (again if again.ndim == mask.ndim else again[part]) - before.post * mask
+        return linear(post, W_out).to(before.post.dtype)
 
     def _rounded(self, layer: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
         """Returns the matrices of an MLP in another type, which are kept."""

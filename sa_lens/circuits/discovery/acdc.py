@@ -306,7 +306,7 @@ class _Search:
     @cached_property
     def _likely(self) -> Bool[Tensor, "input source"] | None:
         """Edges that are likely to stay: those of a large attribution score; None if the metric has no gradient."""
-        if isinstance(self._engine, WholeRuns):
+        if isinstance(self._engine, WholeRuns) or self.exp.masks == "live":
             return self.graph.exists
         began = perf_counter()
         try:

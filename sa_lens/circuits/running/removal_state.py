@@ -60,6 +60,8 @@ class Changed(NamedTuple):
     """The change of `out`."""
     inside: InsideMLP | None = None
     """Values inside an MLP after the only removal of a block; None in a block of several."""
+    mask: Float[Tensor, "removal pair width"] | None = None
+    """Its mask, if its gate chooses again; None: as it was."""
 
     @classmethod
     def nothing(cls) -> Changed:
@@ -72,8 +74,14 @@ class Block:
     """A block of removals that was tried."""
 
     rows: Sequence[Row]
-    changed: dict[Node, Changed]
-    """What the rows change, by node, in the order of computation."""
+    changed: dict[Node, Changed] = field(default_factory=dict)
+    """What the rows change in the stream of the metric, by node, in the order of computation."""
+    clean: dict[Node, Changed] = field(default_factory=dict)
+    """What they change in the clean stream that live gates read."""
+    moved: dict[int, Float[Tensor, "removal pair d_model"]] = field(default_factory=dict)
+    """What they change of the residual stream that the gates of a layer read, by layer."""
+    masks: dict[tuple[int, int], Float[Tensor, "removal pair unit"]] = field(default_factory=dict)
+    """Masks that gates choose again, by layer and kind: attention units (0) or neurons (1)."""
     costs: list[float] = field(default_factory=list)
     """The metric after each row's removal."""
     near: Near | None = None

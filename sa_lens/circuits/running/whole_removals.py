@@ -57,7 +57,7 @@ class WholeRuns:
             if row.stays_out:
                 out = mask
         self.work += sum(self._layers(row.edges[0][0]) for row in rows)
-        return Block(rows, {}, self._costs(masks))
+        return Block(rows, costs=self._costs(masks))
 
     def _layers(self, to: int) -> int:
         node, n = self.exp.graph.inputs[to].node, self.exp.graph.n_layers

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from micro import gated, plain, token_pairs
+from micro import config, gated, noisy, plain, token_pairs
 from twins import SlowRuns, slow_acdc
 
+import sa_lens as sa
 from sa_lens.circuits.discovery.acdc import AMBIGUOUS, MARGIN, _Search, acdc, visiting_order
 from sa_lens.circuits.graph import Circuit, Edge, Graph
 from sa_lens.circuits.metrics import logit_difference
@@ -167,14 +168,70 @@ def test_a_deep_model_in_which_many_edges_are_never_run() -> None:
     assert found.untouched > 100
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-def test_with_live_gates_every_edge_is_tried(scope: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("scope", ["global", "ablated"])
+def test_live_gates_that_read_all_layers_leave_no_shortcuts(scope: str, caplog: pytest.LogCaptureFixture) -> None:
     model = gated(scope, n_layers=2, n_heads=3, d_head=8, **DOUBLE)
     with caplog.at_level(logging.INFO):
         found = assert_same(model, token_pairs(n=3, lengths=(6, 7)), 0.05, 1e-9, stream="ablated", masks="live")
-    assert "live masks" in found.shortcuts
+    assert "live gates that read" in found.shortcuts
     assert "without shortcuts" in caplog.text
     assert found.untouched == 0
+
+
+LIVE: dict[str, Any] = {"stream": "ablated", "masks": "live"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_heads": 3, "d_head": 8},
+        {"n_layers": 3, "normalization_type": "LNPre"},
+        {"n_layers": 3, "normalization_type": "RMS", "positional_embedding_type": "rotary", "rotary_dim": 6},
+        {"n_layers": 3, "attn_only": True, "n_heads": 4},
+        {"n_layers": 3, "parallel_attn_mlp": True, "act_fn": "relu"},
+        {"n_heads": 4, "n_key_value_heads": 2, "gated_mlp": True, "act_fn": "silu"},
+    ],
+    ids=str,
+)
+def test_same_decisions_with_live_gates(changes: dict[str, Any]) -> None:
+    model = gated(**{**SMALL, **changes})
+    for tau in (0.2, 0.02):
+        found = assert_same(model, token_pairs(n=3, lengths=(6, 7)), tau, 1e-9, **LIVE)
+        assert found.shortcuts == "on"
+    assert (
+        found.circuit
+        != acdc(model, token_pairs(n=3, lengths=(6, 7)), tau, stream="ablated", masks="frozen", progress=False).circuit
+    )
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_same_decisions_with_live_gates_and_other_ablations(ablation: str) -> None:
+    assert assert_same(gated(**SMALL), token_pairs(n=3), 0.05, 1e-9, ablation=ablation, **LIVE).shortcuts == "on"
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        {"kind": "soft", "k_attn": 5, "k_mlp": 5},
+        {"attn_unit": "head", "k_attn": 1, "k_mlp": 5},
+        {"rank": 4, "k_attn": 5, "k_mlp": 5},
+        {"scores": "random-token", "k_attn": 5, "k_mlp": 5},
+    ],
+    ids=str,
+)
+def test_same_decisions_with_live_gates_of_other_kinds(gates: dict[str, Any]) -> None:
+    model = noisy(sa.SelfAblatingTransformer(config(**{**SMALL, "n_layers": 2}), sa.GateConfig("local", **gates)))
+    assert assert_same(model, token_pairs(n=3), 0.05, 1e-9, **LIVE).shortcuts == "on"
+
+
+def test_estimates_with_live_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = gated(n_layers=3, **SMALL), token_pairs(n=3, lengths=(6, 7))
+    exact = acdc(model, pairs, 0.05, progress=False, **LIVE)
+    removed = use_estimates(monkeypatch, torch.float64)
+    found = acdc(model, pairs, 0.05, progress=False, **LIVE)
+    assert set(found.circuit) == set(exact.circuit)
+    assert (found.circuit.scores - exact.circuit.scores).nan_to_num(0).abs().max() < 1e-9
+    assert sum(removed) > 5
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -278,14 +335,13 @@ def within_a_step(graph: Graph, decided: torch.Tensor) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", ["clean", "ablated"])
+@pytest.mark.parametrize(("stream", "masks"), [("clean", None), ("ablated", "frozen"), ("ablated", "live")])
 def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
-    stream: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    stream: Any, masks: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pairs = (gated if stream == "ablated" else plain)(**DOUBLE), token_pairs(n=3, lengths=(6, 7))
 
     def search(resume: Any = None) -> Any:
-        masks = "frozen" if stream == "ablated" else None
         return acdc(model, pairs, 0.05, stream=stream, masks=masks, progress=False, resume=resume)
 
     with monkeypatch.context() as patch:
@@ -315,15 +371,19 @@ def test_ctrl_c_before_any_block_keeps_what_is_decided_and_can_go_on(
     assert midway > 10, "too few interruptions within a step"
 
 
-def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pairs = plain(**DOUBLE), token_pairs(n=3)
-    whole = acdc(model, pairs, 0.05, progress=False)
+@pytest.mark.parametrize("live", [False, True])
+def test_a_search_that_is_interrupted_again_and_again_comes_to_the_same_end(
+    live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = (gated if live else plain)(**DOUBLE), token_pairs(n=3)
+    choices = LIVE if live else {}
+    whole = acdc(model, pairs, 0.05, progress=False, **choices)
     part, rounds = None, 0
     while part is None or not part.complete:
         with monkeypatch.context() as patch:
             stop_after(1, patch)
             try:
-                part = acdc(model, pairs, 0.05, progress=False, resume=part)
+                part = acdc(model, pairs, 0.05, progress=False, resume=part, **choices)
             except Interrupted as stop:
                 part = stop.result
         rounds += 1
