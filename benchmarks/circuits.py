@@ -1,6 +1,6 @@
 """Measures analyses of circuits on a real pretrained model: SmolLM2-135M-Instruct, whose graph has 123,211 edges.
 
-    python benchmarks/circuits.py                       # all of them; ACDC takes minutes, with live gates hours
+    python benchmarks/circuits.py                       # all of them; ACDC takes minutes, with live gates an hour
     python benchmarks/circuits.py --only curve exact    # some
     python benchmarks/circuits.py --only acdc --minutes 2   # the first two minutes, with the forecast of the rest
 
@@ -64,13 +64,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--minutes", type=float, help="stop ACDC after so many minutes")
+    parser.add_argument("--model", help="folder of this model with trained gates; without it they are random")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     torch.set_num_threads(chosen.threads)
     logging.disable(logging.WARNING)
-    model = sa.SelfAblatingTransformer.from_hugging_face(gguf_file(), sa.GateConfig(k_attn=64, k_mlp=192))
+    model = (
+        sa.SelfAblatingTransformer.from_pretrained(chosen.model)
+        if chosen.model
+        else sa.SelfAblatingTransformer.from_hugging_face(gguf_file(), sa.GateConfig(k_attn=64, k_mlp=192))
+    )
     pairs = circuits.tasks.ioi(model.tokenizer, chosen.pairs, words="tinystories")
     even = circuits.tasks.ioi(model.tokenizer, 8 * chosen.pairs, words="tinystories")
     even = even.subset((even.lengths == even.lengths[0]).nonzero()[:8, 0])

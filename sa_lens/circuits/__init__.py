@@ -28,7 +28,8 @@ and records; figures are in `sa_lens.views`. Costs are in passes over the prompt
 | `Circuit`, `Graph` | edges with scores: tables, files, set operations | none |
 | `run_circuit` | logits when only a circuit's edges carry the prompt | 2 passes |
 
-With live masks in the ablated stream `acdc` and `exact_effects` try edges one by one, not many at once.
+With live masks in the ablated stream `acdc` tries nearly every edge; if the gates also read the end of the clean stream
+or the ablated stream, `acdc` and `exact_effects` run more of the model for each.
 """  # noqa: E501
 
 from sa_lens.circuits import tasks

@@ -149,7 +149,8 @@ def acdc(
     """Finds a circuit by ACDC: removes each edge whose removal makes the metric worse by less than tau.
 
     The usual metric is `kl`: KL(unedited clean prompt || edited), full vocabulary, mean over pairs, in the same stream.
-    With another metric, tau limits how much worse its mean gets. With live masks every edge is tried.
+    With another metric, tau limits how much worse its mean gets. With live masks nearly every edge is tried, as
+    each may change which units stay.
 
     Args:
         tau: an edge stays if its removal makes the metric worse by tau or more; nats for `kl`.
