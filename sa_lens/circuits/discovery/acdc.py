@@ -417,8 +417,8 @@ def _step_by_step(search: _Search, places: list[Place], engine: Recomputation) -
     graph = search.graph
     for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
         step = list(group)
-        live = engine.enter(step)
         left = search.select_undecided(step)
+        live = engine.enter(step, compute=bool(left))
         dead = [place for place in left if graph.inputs[place[0]].node not in live]
         engine.drop(dead)
         search.discard(dead)

@@ -81,18 +81,24 @@ class Recomputation:
 
     # ------------------------------------------------------------------------------------------------------- steps
 
-    def enter(self, places: Iterable[tuple[int, int]]) -> set[Node]:
+    def enter(self, places: Iterable[tuple[int, int]], *, compute: bool = True) -> set[Node]:
         """Goes down to the next step, whose edges (input, source) are given; returns its live nodes.
 
         Their edges are all present, except those that an interrupted search removed before it was resumed. The present
         values of all live nodes are computed from scratch, the lowest first, so that rounding does not accumulate.
+
+        Args:
+            compute: False if no edge of the step is to be tried.
         """
         nodes = sorted({self.graph.inputs[to].node for to, _ in places}, key=lambda node: node[1:])
         self.lane.enter(nodes)
         live = set(self.lane.here)
         if self.gates is not None:
             live |= self.gates.enter(nodes)
-        self.lane.compute()
+        if compute:
+            if self.gates is not None:
+                self.gates.choose_all()
+            self.lane.compute()
         self.near = None
         return live
 
@@ -251,10 +257,14 @@ class _GatesOfSearch:
         """Present masks of the same gates."""
 
     def enter(self, nodes: Sequence[Node]) -> set[Node]:
-        """Goes down to the next step and lets all gates above it choose; returns the nodes that are live in it."""
+        """Goes down to the next step; returns the nodes that are live in it."""
         self.above = [*self.here, *self.above]
         self.clean.enter(nodes)
         self.here = [node for node in nodes if node in self.clean.here or node in self.end.here]
+        return set(self.here)
+
+    def choose_all(self) -> None:
+        """Computes the clean stream and lets all gates above the present step choose."""
         self.clean.compute()
         writes = self.clean.at_last.clone()
         for item in (*self.clean.here.values(), *self.clean.above):
@@ -262,7 +272,7 @@ class _GatesOfSearch:
                 assert item.out is not None
                 out = self.clean._write(item, self.clean._restrict_to_end(item.out))
                 writes[item.source] = out - self.clean._take_last(self.clean.carried[item.source])
-        lowest = nodes[0].layer if nodes[0].kind != "logits" else self.graph.n_layers
+        lowest = max((node.layer for node in self.here if node.kind != "logits"), default=self.graph.n_layers)
         self.resid, self.scores, self.masks = {}, {}, {}
         for layer, kind in sorted({_gate_of(item.node) for item in self.end.above if item.node.kind != "logits"}):
             if layer <= lowest:
@@ -275,7 +285,6 @@ class _GatesOfSearch:
         for item in self.end.above:
             if item.node.kind != "logits" and _gate_of(item.node) in self.masks:
                 item.mask = self._mask_of(item.node, self.masks[_gate_of(item.node)])
-        return set(self.here)
 
     def _mask_of(self, node: Node, mask: Float[Tensor, "... unit"]) -> Float[Tensor, "... width"]:
         """Returns a node's part of the mask of its layer."""

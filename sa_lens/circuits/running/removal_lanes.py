@@ -96,13 +96,11 @@ class RemovalLane:
             self._compute(item)
         for item in self.above:
             entering = self.base_at[self.graph.sources_before(item.node)]
+            item.x = [self._restrict(item, i, entering) for i in range(len(item.inputs))]
             for i, to in enumerate(item.inputs):
                 sources = self.present[to].nonzero()[:, 0].tolist()
-                x = self._restrict(item, i, entering)
-                x = x.clone() if sources else x
-                for source in sources:
-                    x += self._contribution(source, item, i)
-                item.x[i] = x
+                if sources:
+                    item.x[i] = sum((self._contribution(source, item, i) for source in sources), start=item.x[i])
             self._compute(item)
 
     def _live_node(self, node: Node) -> Live | None:
