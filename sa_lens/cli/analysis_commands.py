@@ -340,6 +340,7 @@ def report(
     text: str | None = None,
     stories: int = 12,
     units: int = 96,
+    tokens: int | None = None,
     tasks: tuple[str, ...] | None = None,
     title: MayBeEmpty | None = None,
     seed: int = 0,
@@ -357,6 +358,7 @@ def report(
         text: Stories to show instead: a file, or a dataset on the Hub. Figures stay those of the first run's text.
         stories: Stories to show.
         units: Units of each model to explain, with snippets.
+        tokens: Tokens to measure on; None: 110,000, and fewer for a model of more than 20 million parameters.
         tasks: ioi, pronoun, object, repeated or JSON files; None: ioi, and the others that a model can do.
         title: Heading; None: the names of the runs.
         seed: Seed of samples, prompts and explanations.
@@ -377,8 +379,7 @@ def report(
 
     from sa_lens.report import make_report, save
 
-    made = make_report(
-        runs, text=text, n_stories=stories, n_units=units, tasks=tasks, title=title, seed=seed, device=device
-    )
+    sizes = {"n_stories": stories, "n_units": units, "n_tokens": tokens}
+    made = make_report(runs, text=text, **sizes, tasks=tasks, title=title, seed=seed, device=device)
     path = save(made, out)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")

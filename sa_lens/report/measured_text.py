@@ -22,7 +22,11 @@ from sa_lens.training import text_of_run
 from sa_lens.views.wording import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000
-"""Tokens (of the first model's tokenizer) to measure on, and to set firing thresholds with."""
+"""Tokens (of the first model's tokenizer) to measure on, and to set firing thresholds with, below `LARGE`."""
+LARGE = 20_000_000
+"""Parameters from which on a model is measured on fewer tokens and prompts, because it reads them more slowly."""
+FEWEST = 16_000
+"""Tokens that even the largest model is measured on."""
 STORY_TOKENS = 128
 """Tokens of a story at most, in every model; longer ones are cut."""
 LEAST_BLOCKS = 12
@@ -57,7 +61,27 @@ class ModelText:
     """Blocks that set firing thresholds."""
 
 
-def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_stories: int) -> Texts:
+def tokens_to_measure(subjects: Sequence[Subject], n_tokens: int | None) -> int:
+    """Returns how many tokens models are measured on: as many as are asked for, else by the size of the largest.
+
+    Raises:
+        ValueError: too few tokens for blocks of the models' context.
+    """
+    least = math.ceil(LEAST_BLOCKS * max(subject.n_ctx for subject in subjects) * HELD_OUT / CALIBRATION)
+    if n_tokens is None:
+        in_proportion = HELD_OUT * LARGE // max(LARGE, *(subject.parameters for subject in subjects))
+        return min(HELD_OUT, max(FEWEST, least, in_proportion))
+    if n_tokens < least:
+        raise ValueError(
+            f"n_tokens={n_tokens:,} must be at least {least:,}, so that the third of them that sets firing thresholds "
+            f"is {LEAST_BLOCKS} blocks of the models' context"
+        )
+    return n_tokens
+
+
+def gather_texts(
+    subjects: Sequence[Subject], text: str | None, column: str, n_stories: int, n_tokens: int = HELD_OUT
+) -> Texts:
     """Returns the stories and the measured text of a report.
 
     All is measured on the validation text of the first run, with thresholds from its training text. A named text
@@ -67,13 +91,15 @@ def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_s
         text: path or dataset id; None: stories of the first run's validation text.
         column: column of `text` that holds the text.
         n_stories: stories to show at most, spread evenly over the text.
+        n_tokens: tokens to measure on at most; a third as many set thresholds.
 
     Raises:
         ValueError: a text without documents, or a first run that knows no text where none is named.
         FileNotFoundError: no such text.
     """
     first = subjects[0]
-    named = _read_documents(text, column) if text is not None else ()
+    thresholds = n_tokens * CALIBRATION // HELD_OUT
+    named = _read_documents(text, column, n_tokens + thresholds) if text is not None else ()
     try:
         own = text_of_run(first.run, first.model)
     except (ValueError, FileNotFoundError, HubUnreachable):
@@ -82,8 +108,8 @@ def gather_texts(subjects: Sequence[Subject], text: str | None, column: str, n_s
         calibration, held_out = _split(named)
         name = Path(text).name
     else:
-        calibration = _documents(own.train, own.tokenizer, CALIBRATION)
-        held_out = _documents(own.validation, own.tokenizer, HELD_OUT)
+        calibration = _documents(own.train, own.tokenizer, thresholds)
+        held_out = _documents(own.validation, own.tokenizer, n_tokens)
         name = f"validation text of {first.name}"
     stories = _stories(named or held_out, subjects, n_stories)
     return Texts(name, stories, held_out, calibration)
@@ -115,10 +141,10 @@ def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
     return ModelText(files["held_out"], held_out, calibration)
 
 
-def _read_documents(text: str, column: str) -> tuple[str, ...]:
+def _read_documents(text: str, column: str, n_tokens: int) -> tuple[str, ...]:
     """Returns the documents of a named text, no more than are needed."""
     source = open_source(text, column=column, progress=False)
-    documents, room = [], CHARACTERS * (HELD_OUT + CALIBRATION)
+    documents, room = [], CHARACTERS * n_tokens
     for document in source.read():
         documents.append(document[:room])
         room -= len(document)

@@ -46,11 +46,10 @@ def overview(subject: Subject, texts: Texts, evaluation: Evaluation, seed: int) 
 def _shape(subject: Subject) -> list[Fact]:
     cfg = subject.model.cfg
     neurons = "no MLP" if cfg.attn_only else f"{cfg.d_mlp:,} neurons"
-    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
     return [
         Fact("Transformer", f"{_count(cfg.n_layers, 'layer')} of {_count(cfg.n_heads, 'head')} and {neurons}", ""),
         Fact("Width", f"{cfg.d_model:,}, {cfg.d_head:,} per head", "Size of the residual stream, channels of a head."),
-        Fact("Parameters", f"{parameters:,}", "Gates included."),
+        Fact("Parameters", f"{subject.parameters:,}", "Gates included."),
         Fact("Context", f"{cfg.n_ctx:,} tokens", "Tokens that it reads at a time."),
         Fact("Vocabulary", f"{cfg.d_vocab:,} tokens", ""),
         _gates(subject),

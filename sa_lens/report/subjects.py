@@ -37,6 +37,11 @@ class Subject:
         return streams_of(self.model)
 
     @property
+    def parameters(self) -> int:
+        """How many numbers the model has, gates included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def n_ctx(self) -> int:
         """Tokens that it reads at once: those of its training, where they are known."""
         n_ctx = int(self.model.cfg.n_ctx)

@@ -22,8 +22,8 @@ from sa_lens.views.result_tables import MISSING
 from sa_lens.views.wording import METHODS
 from sa_lens.views.wording import TASKS as TITLES
 
-PAIRS = 64
-"""Prompts to find circuits with, and as many others to judge them on."""
+PAIRS, FEW_PAIRS = 64, 16
+"""Prompts to find circuits with, and as many others to judge them on; fewer in a large model."""
 MOST_EDGES = 400
 """Edges of a ranking that a page holds, more if its circuit is larger."""
 TAU = 0.01
@@ -73,17 +73,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
             raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}, nor a .json file of prompt pairs")
 
 
-def prompts_for(subject: Subject, task: str, seed: int) -> Prompts:
+def prompts_for(subject: Subject, task: str, seed: int, n_pairs: int = PAIRS) -> Prompts:
     """Returns the prompts of a task, the same for every model with the same tokenizer.
 
     A task whose words are no single tokens of the tokenizer has none, and says why.
+
+    Args:
+        n_pairs: prompts to find circuits with, and as many to judge them on.
 
     Raises:
         FileNotFoundError: a JSON file that is not there.
         ValueError: a JSON file that is none of prompts, or holds too few for this model.
     """
     try:
-        pairs = make_unseen(task, subject.tokenizer, 2 * PAIRS, seed, words=subject.words)
+        pairs = make_unseen(task, subject.tokenizer, 2 * n_pairs, seed, words=subject.words)
         find, report = pairs.split(seed)
         longest = int(pairs.lengths.max())
         if longest > subject.model.cfg.n_ctx:

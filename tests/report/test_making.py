@@ -14,6 +14,7 @@ from sa_lens.data.tokenizers import PART_OF_CHARACTER
 from sa_lens.report import Report, make_report, making, read, save, unit_pages
 from sa_lens.report.contents import ModelPage
 from sa_lens.report.making import Phases
+from sa_lens.report.subjects import Subject
 
 STRANGE = (
     "<script>alert('1')</script> & \"2\" &amp; {3}",
@@ -112,6 +113,18 @@ def test_same_seed_same_report_and_nothing_written(gated_run: Path, monkeypatch:
     assert first.models[0].tasks == ()
 
 
+def test_a_large_model_is_measured_on_less(gated_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_pages, "LABELLED", 60)
+    options = {"n_stories": 1, "n_units": 2, "tasks": ["ioi"], "progress": False}
+    usual = make_report([gated_run], **options, n_tokens=16_000)
+    monkeypatch.setattr(Subject, "parameters", 10**9)
+    less = make_report([gated_run], **options)
+    assert less.models[0].overview.losses == usual.models[0].overview.losses
+    assert less.models[0].units == usual.models[0].units
+    assert usual.models[0].tasks[0].skill.note.startswith("64 prompts")
+    assert less.models[0].tasks[0].skill.note.startswith("16 prompts")
+
+
 def test_strange_text_stays_text_and_a_run_may_lack_mlps_and_metrics(attention_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "stories.txt"
     path.write_text("\n".join(STRANGE), encoding="utf-8")
@@ -167,6 +180,7 @@ class TestBadInput:
         [
             ({"n_stories": 0}, "n_stories=0 must be at least 1"),
             ({"n_units": -1}, "n_units=-1 must be 0 or more"),
+            ({"n_tokens": 100}, "n_tokens=100 must be at least"),
             ({"tasks": ["chess"]}, "'chess' is none of ioi, pronoun, object, repeated"),
             ({"device": "abacus"}, "abacus"),
         ],
