@@ -379,7 +379,16 @@ def report(
 
     from sa_lens.report import make_report, save
 
-    sizes = {"n_stories": stories, "n_units": units, "n_tokens": tokens}
-    made = make_report(runs, text=text, **sizes, tasks=tasks, title=title, seed=seed, device=device)
+    made = make_report(
+        runs,
+        text=text,
+        n_stories=stories,
+        n_units=units,
+        n_tokens=tokens,
+        tasks=tasks,
+        title=title,
+        seed=seed,
+        device=device,
+    )
     path = save(made, out)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
