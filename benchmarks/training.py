@@ -10,7 +10,8 @@ the machine at that moment. Of both, the fastest of several counts, because othe
 used them too. On such a machine, `--threads 1 --clock cpu` measures the processor time of one thread, which does not
 include waiting.
 
-Peak memory is the resident set of the process on a CPU, and what torch allocated on a GPU.
+As in `train`, freed memory stays in the process. Peak memory is the resident set of the process on a CPU, and what
+torch allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +28,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-"""Environment of the inference rows, in which glibc keeps freed memory. Otherwise it returns the memory of large
-tensors and requests it again page by page. On a virtual machine this can take as long as the work and varies between
-calls."""
-
 
 LLAMA: dict[str, Any] = {
     "positional_embedding_type": "rotary",
@@ -248,8 +243,9 @@ def training_step(row: Row, model: Any) -> Callable[[], Any]:
     """Returns a function that makes one optimizer step."""
     import torch
 
-    from sa_lens.config import LossConfig
+    from sa_lens.config import LossConfig, TrainConfig
     from sa_lens.core import TwoStreamLoss
+    from sa_lens.training.optimizer import adamw, allocate_averages
     from sa_lens.training.recorded_step import RecordedStep
 
     loss: Any = TwoStreamLoss(
@@ -262,7 +258,9 @@ def training_step(row: Row, model: Any) -> Callable[[], Any]:
     if row.compiled:
         loss = torch.compile(loss)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+    optimizer = adamw(model, TrainConfig(lr=1e-3, weight_decay=0.0), fused=True)
+    if model.W_E.device.type == "cpu":
+        allocate_averages(optimizer)
     tokens = torch.randint(0, row.vocab, (row.batch, row.n_ctx + 1), device=model.W_E.device)
 
     recorded = RecordedStep(loss) if row.recorded else None
@@ -305,8 +303,6 @@ def in_process(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     command += ["--device", args.device, "--threads", str(args.threads), "--repeats", str(args.repeats)]
     command += ["--clock", args.clock]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    if row.name == "inference":
-        environment |= KEEP_MEMORY
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{row} failed:\n{done.stderr[-2000:]}")
@@ -373,7 +369,11 @@ def main() -> None:
     if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
         parser.error("--clock cpu counts one thread of a CPU: add --threads 1 --device cpu")
     if args.row:
-        print(json.dumps(measure(Row(**json.loads(args.row)), args.device, args.threads, args.repeats, args.clock)))
+        from sa_lens.core.freed_memory import kept_freed_memory
+
+        with kept_freed_memory():
+            record = measure(Row(**json.loads(args.row)), args.device, args.threads, args.repeats, args.clock)
+        print(json.dumps(record))
         return
     chosen = [row for row in rows(args.device) if not args.only or row.name in args.only]
     if not chosen:

@@ -128,11 +128,12 @@ def read(folder: Path) -> tuple[RunState, Tensors]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns AdamW's tensors as `<parameter>.<quantity>`, whole and on the CPU."""
+    """Returns AdamW's tensors as `<parameter>.<quantity>`, whole and on the CPU, of parameters that were stepped."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(p)]}.{quantity}": whole_tensor(value.detach()).cpu().contiguous().clone()
+        f"{names[id(p)]}.{quantity}": whole_tensor(value.detach()).cpu().contiguous()
         for p, quantities in optimizer.state.items()
+        if bool(quantities["step"] > 0)
         for quantity, value in quantities.items()
     }
 

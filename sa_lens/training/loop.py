@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sa_lens.config import RunConfig, to_dict
 from sa_lens.core import SelfAblatingTransformer, save_and_load
+from sa_lens.core.freed_memory import kept_freed_memory
 from sa_lens.core.save_and_load import complete_steps
 from sa_lens.data import ProcessPositions, training_loader, validation_blocks
 from sa_lens.data.sources import path_of
@@ -106,6 +107,8 @@ def train(
     check_tracker(run.train.tracker)
     with ExitStack() as stack:
         accelerator = stack.enter_context(open_accelerator(run, out, device))
+        if accelerator.device.type == "cpu":
+            stack.enter_context(kept_freed_memory())
         check_processes(accelerator.num_processes)
         micro_batches(run, accelerator.num_processes)
         if accelerator.is_main_process:

@@ -58,3 +58,15 @@ def adamw(model: nn.Module, cfg: TrainConfig, *, fused: bool) -> torch.optim.Ada
         eps=cfg.adam_eps,
         fused=fused,
     )
+
+
+def allocate_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the averages of a fused AdamW, which it would make in its first step.
+
+    On a CPU the activations and gradients of the first step would leave gaps between them, which later steps cannot
+    fill.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            averages = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32), **averages}

@@ -23,7 +23,7 @@ from sa_lens.data.whole_files import atomic_write, remove_leftovers
 from sa_lens.training import checkpoints, run_folder, run_text
 from sa_lens.training.gate_fit import fit_gates
 from sa_lens.training.narrow_base import NarrowBase
-from sa_lens.training.optimizer import adamw, choose_trained, gate_names
+from sa_lens.training.optimizer import adamw, allocate_averages, choose_trained, gate_names
 from sa_lens.training.processes import Environment
 from sa_lens.training.run_log import MetricsFile
 from sa_lens.training.schedule import learning_rate, trains_ablated
@@ -98,6 +98,8 @@ def set_up(run: RunConfig, out: Path, accelerator: Accelerator, *, resume: bool,
     optimizer = adamw(model, run.train, fused=accelerator.device.type in ("cpu", "cuda"))
     module, optimizer = accelerator.prepare(loss, optimizer)
     check_sharding(module)
+    if accelerator.device.type == "cpu" and accelerator.distributed_type != "FSDP":
+        allocate_averages(optimizer.optimizer)
     # a sharded loss has parameters of one type
     narrow = holds_narrow_base(run) and loss.path == "fused" and accelerator.distributed_type != "FSDP"
     narrow_base = NarrowBase(model, out) if narrow else None

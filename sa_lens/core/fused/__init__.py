@@ -5,7 +5,8 @@
     two_stream_attention.py     attention of both streams over the clean keys, a block of queries at a time
     selection.py                the top-k mask with the closed-form gradient of its surrogate
     cross_entropy.py            unembedding and cross-entropy, a chunk of rows at a time
-    operations.py               linear maps, tied embeddings, RMSNorm and gated neurons
+    linear_map.py               linear maps whose input is made again in the backward pass
+    operations.py               tied embeddings, RMSNorm and gated neurons
     unit_values.py              the values of the units of every layer, for statistics over many tokens
 
 Each is the same function as its readable counterpart by hooks (`streams.py`, `gate.py`, `losses.py`), which the tests

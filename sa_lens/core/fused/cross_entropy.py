@@ -119,14 +119,14 @@ def _losses_and_gradients(
     share = kept.to(at_least_float32(streams[0]).dtype) / kept.sum()
     targets = targets.clamp(min=0)
 
+    # laid out as the unembedding, which is transposed if it is tied; first, where the last step's was
+    grad_weight = torch.empty_like(weight) if want_weight else None
     table = weight if weight.dtype == dtype else weight.to(dtype).contiguous()
     bias = None if bias is None else at_least_float32(bias) * LOG2_E
     logits = weight.new_empty(size, n_words, dtype=dtype)
     losses = share.new_empty(len(streams), rows)
     sums = share.new_empty(size)
     grad_streams = [torch.empty_like(x) if want else None for x, want in zip(streams, want_streams, strict=True)]
-    # laid out as the unembedding, which is transposed if it is tied
-    grad_weight = torch.empty_like(weight) if want_weight else None
     grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
 
     # looking at Z waits for a GPU, so not there

@@ -1,8 +1,7 @@
-"""Linear maps, tied embeddings, RMSNorm and gated neurons whose gradients take less memory or time than PyTorch's."""
+"""Tied embeddings, RMSNorm and gated neurons whose gradients take less memory or time than PyTorch's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,48 +88,3 @@ class _ShiftedProduct(torch.autograd.Function):
         wants_shift, wants_a, wants_b = ctx.needs_input_grad
         of_shift = grad.flatten(0, -2).sum(0) if wants_shift else None
         return of_shift, grad * b if wants_a else None, grad * a if wants_b else None
-
-
-def side_by_side(weights: Sequence[Float[Tensor, "*head in out"]], dtype: torch.dtype) -> Float[Tensor, "in out"]:
-    """One matrix, whose rows may be by head, or several whose columns are by head as one, in another precision."""
-    narrow = [weight.to(dtype) for weight in weights]
-    return narrow[0].flatten(0, -2) if len(narrow) == 1 else torch.cat(narrow).transpose(0, 1).flatten(1)
-
-
-def linear(
-    x: Float[Tensor, "... in"],
-    weights: Sequence[Float[Tensor, "*head in out"]],
-    bias: Float[Tensor, " out"] | None,
-) -> Float[Tensor, "... out"]:
-    """`x @ weight + bias` in the precision of `x`, to which the backward pass converts the weights once more.
-
-    Kept until then, the converted weights of a large model take as much memory as its activations.
-    """
-    return _Linear.apply(x, bias, *weights)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, side_by_side(weights, x.dtype).T, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        wants_x, wants_bias, *wants_weights = ctx.needs_input_grad
-        grad = grads[0].flatten(0, -2)
-        of_x = torch.mm(grad, side_by_side(weights, x.dtype).T).view_as(x) if wants_x else None
-        of_weights: list[Tensor | None] = [None] * len(weights)
-        if any(wants_weights):
-            product = torch.mm(x.flatten(0, -2).T, grad)
-            if len(weights) == 1:
-                of_weights = [product.to(weights[0].dtype).view_as(weights[0])]
-            else:
-                by_head = product.unflatten(1, (-1, weights[0].shape[-1])).transpose(0, 1)
-                parts = by_head.split([len(weight) for weight in weights])
-                of_weights = [
-                    part.to(w.dtype, memory_format=torch.contiguous_format)
-                    for part, w in zip(parts, weights, strict=True)
-                ]
-        return of_x, grad.sum(0) if wants_bias else None, *of_weights

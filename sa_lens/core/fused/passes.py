@@ -8,6 +8,7 @@ run one after the other too, so that nothing is computed backwards through the c
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,14 +18,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
+from sa_lens.core.freed_memory import return_freed_memory
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
-from sa_lens.core.fused.operations import embed_and_unembed, linear, on_cpu, rms_norm, shifted_product, side_by_side
+from sa_lens.core.fused.linear_map import MaskOf, linear, side_by_side
+from sa_lens.core.fused.operations import embed_and_unembed, on_cpu, rms_norm, shifted_product
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
 from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.host import at_least_float32
 from sa_lens.core.loss_terms import reconstruction_loss
 from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
+
+MANY_PARAMETERS = 1 << 26
+"""Trained numbers from which the backward pass returns freed memory on its way."""
+
+Make = Callable[..., Tensor]
+"""A function of tensors alone, whose result is computed again in the backward pass."""
 
 
 class StreamLosses(NamedTuple):
@@ -125,7 +134,10 @@ class Passes:
         """Layer outputs and final output of both streams, in one doubled batch; local gates only."""
         resid = torch.stack([embedded, embedded])
         outputs = []
-        for block in self.model.blocks:
+        pauses = self._pauses(resid)
+        for layer, block in enumerate(self.model.blocks):
+            if layer in pauses:
+                resid.register_hook(_return_freed_memory)
             resid = self._run(self._joint_layer, block, resid)
             outputs.append(resid)
         outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
@@ -152,6 +164,17 @@ class Passes:
             outputs.append(resid)
         outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
         return outputs, records
+
+    def _pauses(self, resid: Tensor) -> tuple[int, ...]:
+        """Layers after whose backward pass the memory of the freed activations is returned.
+
+        Where there are many parameters, their gradients, which the backward pass makes, take more memory than the
+        activations that it frees, and do not fit into the gaps that these leave.
+        """
+        if not (resid.requires_grad and on_cpu(resid)):
+            return ()
+        n_layers, trained = len(self.model.blocks), sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (n_layers // 3, 2 * n_layers // 3) if trained >= MANY_PARAMETERS else ()
 
     def _run(self, layer: Callable[..., Any], *args: Any) -> Any:
         return checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
@@ -199,7 +222,7 @@ class Passes:
         biases = [attn.b_Q, getattr(attn, f"{own}b_K"), getattr(attn, f"{own}b_V")]
         bias = torch.cat(biases).flatten() if self.qkv_bias else None
         weights = [getattr(attn, name) for name in ("W_Q", f"{own}W_K", f"{own}W_V")]
-        qkv = self._linear(self.normalise(block.ln1, resid), weights, bias)
+        qkv = self._linear(*self._normalised(block.ln1, resid), weights, bias)
         return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(b) for b in biases], dim=-2)
 
     def _attend(
@@ -223,35 +246,68 @@ class Passes:
     def _rest(self, block: Any, resid: Tensor, z: Tensor, local: Tensor | None, final: Tensor | None) -> Tensor:
         """The layer from `z` on."""
         attn = block.attn
-        units = self.mask_units(block, "attn", z.flatten(-2), local, final)
-        after = resid + self._linear(units, [attn.W_O], attn.b_O)
+        after = resid + self._from_units(block, "attn", _itself, [z.flatten(-2)], local, final, attn.W_O, attn.b_O)
         if self.cfg.attn_only:
             return after
-        reads = resid if self.cfg.parallel_attn_mlp else after
-        neurons = self._neurons(block.mlp, self.normalise(block.ln2, reads))
-        post = self.mask_units(block, "mlp", neurons, local, final)
-        return after + self._linear(post, [block.mlp.W_out], block.mlp.b_out)
+        mlp, reads = block.mlp, resid if self.cfg.parallel_attn_mlp else after
+        neurons = self._neurons(mlp, *self._normalised(block.ln2, reads))
+        return after + self._from_units(block, "mlp", *neurons, local, final, mlp.W_out, mlp.b_out)
 
-    def _neurons(self, mlp: Any, x: Tensor) -> Tensor:
-        """The neurons of an MLP, before any mask."""
+    def _neurons(self, mlp: Any, make: Make, inputs: list[Tensor]) -> tuple[Make, list[Tensor]]:
+        """A function that makes the neurons of an MLP, and what it makes them of."""
         act = ACTIVATIONS[str(self.cfg.act_fn)]
         if not self.cfg.gated_mlp:
-            return act(self._linear(x, [mlp.W_in], mlp.b_in))
-        x = x.to(self.dtype)
-        gate, into = (self._linear(x, [weight], None) for weight in (mlp.W_gate, mlp.W_in))
-        return shifted_product(mlp.b_in.to(self.dtype), act(gate), into)
+            return act, [self._linear(make, inputs, [mlp.W_in], mlp.b_in)]
+        both = self._linear(make, inputs, [mlp.W_gate, mlp.W_in], None)
+        return partial(_gated_neurons, act), [mlp.b_in.to(self.dtype), both]
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def _linear(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
-        """`x @ weight + bias` in the precision of the products; several weights, by head, are side by side."""
-        x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
-        if not self._keep_weights:
-            return linear(x, weights, bias) if on_cpu(x) else F.linear(x, side_by_side(weights, self.dtype).T, bias)
+    def _linear(self, make: Make, inputs: list[Tensor], weights: list[Tensor], bias: Tensor | None) -> Tensor:
+        """`make(*inputs) @ weight + bias` in the precision of the products; several weights are side by side."""
+        if self._makes_again(inputs):
+            return self._made_again(make, inputs, weights, bias, None)
+        return self._product(make(*inputs), weights, bias)
+
+    def _from_units(
+        self,
+        block: Any,
+        kind: Literal["attn", "mlp"],
+        make: Make,
+        inputs: list[Tensor],
+        local: Tensor | None,
+        final: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Float[Tensor, "stream batch pos d_model"]:
+        """What the units of a layer, those of the last stream masked, add to the residual stream."""
+        if not self._makes_again(inputs):
+            return self._product(self.mask_units(block, kind, make(*inputs), local, final), [weight], bias)
+        mask = None
+        if local is not None:
+            gate = getattr(block, f"{kind}_gate")
+            mask = MaskOf(self.scores(gate, local, final), gate.k, gate.cfg)
+        return self._made_again(make, inputs, [weight], bias, mask)
+
+    def _makes_again(self, inputs: list[Tensor]) -> bool:
+        return torch.is_grad_enabled() and not self.recompute and on_cpu(inputs[0])
+
+    def _made_again(
+        self, make: Make, inputs: list[Tensor], weights: list[Tensor], bias: Tensor | None, mask: MaskOf | None
+    ) -> Tensor:
+        weights = [self._narrow(weights)] if self._keep_weights else weights
+        return linear(make, inputs, weights, None if bias is None else bias.to(self.dtype), self.dtype, mask)
+
+    def _product(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+        weight = self._narrow(weights) if self._keep_weights else side_by_side(weights, self.dtype)
+        return F.linear(x.to(self.dtype), weight.T, None if bias is None else bias.to(self.dtype))
+
+    def _narrow(self, weights: list[Tensor]) -> Float[Tensor, "in out"]:
+        """Weights side by side in the precision of the products, kept for the next pass."""
         key = id(weights[0])
         if key not in self._kept:
             self._kept[key] = side_by_side(weights, self.dtype)
-        return F.linear(x, self._kept[key].T, bias)
+        return self._kept[key]
 
     def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:
         """What `gate.project` computes, with rows of units."""
@@ -264,11 +320,14 @@ class Passes:
 
     def normalise(self, norm: Any, x: Tensor) -> Tensor:
         """What the model's normalisation module computes."""
+        make, inputs = self._normalised(norm, x)
+        return make(*inputs)
+
+    def _normalised(self, norm: Any, x: Tensor) -> tuple[Make, list[Tensor]]:
+        """A function that computes what the model's normalisation module does, and what it computes it of."""
         kind = self.cfg.normalization_type
-        weight, bias = norm.w if kind in ("LN", "RMS") else None, norm.b if kind == "LN" else None
-        if kind in ("RMS", "RMSPre") and on_cpu(x):
-            return rms_norm(x, weight, self.cfg.eps)
-        return normalise(x, kind, self.cfg.eps, weight, bias)
+        parameters = {"LN": ("w", "b"), "RMS": ("w",)}.get(str(kind), ())
+        return partial(_normalise, kind, self.cfg.eps), [x, *(getattr(norm, name) for name in parameters)]
 
     def cross_entropy(
         self, final: tuple[Tensor, ...], coefficients: tuple[float, ...], tokens: Tensor, targets: Tensor | None
@@ -281,3 +340,24 @@ class Passes:
         weight = unembed.W_U if self._unembedding is None else self._unembedding
         rows = tuple(x.flatten(0, 1) for x in final)
         return linear_cross_entropy(rows, weight, bias, targets.flatten(), coefficients, self.dtype)
+
+
+def _return_freed_memory(_grad: Tensor) -> None:
+    return_freed_memory()
+
+
+def _itself(z: Tensor) -> Tensor:
+    return z
+
+
+def _normalise(
+    kind: str | None, eps: float, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    if kind in ("RMS", "RMSPre") and on_cpu(x):
+        return rms_norm(x, weight, eps)
+    return normalise(x, kind, eps, weight, bias)
+
+
+def _gated_neurons(act: Callable[[Tensor], Tensor], shift: Tensor, gate_and_into: Tensor) -> Tensor:
+    gate, into = gate_and_into.chunk(2, -1)
+    return shifted_product(shift, act(gate), into)

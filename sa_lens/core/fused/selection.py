@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sa_lens.config import GateConfig
+from sa_lens.core import products
 from sa_lens.core.fused.operations import on_cpu
 from sa_lens.core.gate import EPS, top_k_mask, with_nan_rows
 
@@ -38,6 +39,8 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.dtype = dtype
         ctx.save_for_backward(x, weight)
+        if on_cpu(x):
+            return products.linear(x, weight.T, bias)
         return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
     @staticmethod
@@ -67,37 +70,59 @@ class _MaskedUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, scores: Tensor, k: int, cfg: GateConfig) -> Tensor:
         ctx.k, ctx.cfg = k, cfg
-        if k == scores.shape[-1]:
-            ctx.save_for_backward(values, scores)
-            return _last_masked(values, mask_of(scores, k, cfg))
-        edge = edge_of(scores, k)
+        mask, edge = mask_and_edge(scores, k, cfg)
         ctx.save_for_backward(values, scores, edge)
-        return _last_masked(values, _mask(scores, edge, k, cfg))
+        return last_masked(values, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
-        k, cfg = ctx.k, ctx.cfg
-        values, scores, *rest = ctx.saved_tensors
-        if not rest:
-            return grad, torch.zeros_like(scores), None, None
-        (edge,) = rest
         wants_values, wants_scores, *_ = ctx.needs_input_grad
-        grad_values = _last_masked(grad, _mask(scores, edge, k, cfg)) if wants_values else None
-        grad_scores = None
-        if wants_scores:
-            grad_mask = grad[-1].to(scores.dtype) * values[-1].to(scores.dtype)
-            if grad_mask.shape != scores.shape:
-                grad_mask = grad_mask.unflatten(-1, (scores.shape[-1], -1)).sum(-1)
-            grad_scores = surrogate_backward(grad_mask, scores, edge, k, cfg)
+        values, scores, edge = ctx.saved_tensors
+        wanted = wants_values, wants_scores
+        _, grad_values, grad_scores = masked_backward(grads[0], values, scores, edge, ctx.k, ctx.cfg, wanted)
         return grad_values, grad_scores, None, None
+
+
+def masked_backward(
+    grad: Float[Tensor, "stream row unit"] | None,
+    values: Float[Tensor, "stream row unit"],
+    scores: Float[Tensor, "row score"],
+    edge: Float[Tensor, "row 2"] | None,
+    k: int,
+    cfg: GateConfig,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The mask, and the gradients of the values and of the scores, over that of the masked values.
+
+    Args:
+        grad: may be None where nothing is wanted.
+        wanted: whether the gradient of the values, and that of the scores, is computed.
+    """
+    if edge is None:
+        mask, _ = mask_and_edge(scores, k, cfg)
+        return mask, grad if wanted[0] else None, torch.zeros_like(scores)
+    mask, grad_scores = _mask(scores, edge, k, cfg), None
+    if grad is not None and wanted[1]:
+        grad_mask = grad[-1].to(scores.dtype) * values[-1].to(scores.dtype)
+        if grad_mask.shape != scores.shape:
+            grad_mask = grad_mask.unflatten(-1, (scores.shape[-1], -1)).sum(-1)
+        grad_scores = surrogate_backward(grad_mask, scores, edge, k, cfg)
+    return mask, last_masked(grad, mask) if grad is not None and wanted[0] else None, grad_scores
+
+
+def mask_and_edge(
+    scores: Float[Tensor, "row score"], k: int, cfg: GateConfig
+) -> tuple[Tensor, Float[Tensor, "row 2"] | None]:
+    """The mask, and the k-th and the next score of each row, which do not exist if every unit is kept."""
+    if k == scores.shape[-1]:
+        return with_nan_rows(torch.ones_like(scores), scores), None
+    edge = edge_of(scores, k)
+    return _mask(scores, edge, k, cfg), edge
 
 
 def mask_of(scores: Float[Tensor, "row score"], k: int, cfg: GateConfig) -> Tensor:
     """What `gate_mask(scores, k, cfg)` gives, without gradients; it may be Boolean where the gate is hard."""
-    if k == scores.shape[-1]:
-        return with_nan_rows(torch.ones_like(scores), scores)
-    return _mask(scores, edge_of(scores, k), k, cfg)
+    return mask_and_edge(scores, k, cfg)[0]
 
 
 def edge_of(scores: Float[Tensor, "row score"], k: int) -> Float[Tensor, "row 2"]:
@@ -122,7 +147,7 @@ def _edge_index(scores: Float[Tensor, "row score"], edge: Float[Tensor, "row 2"]
     return torch.cat([(scores == column).to(torch.uint8).argmax(-1, keepdim=True) for column in columns], -1)
 
 
-def _last_masked(values: Tensor, mask: Tensor) -> Tensor:
+def last_masked(values: Tensor, mask: Tensor) -> Tensor:
     """Values of all streams, the last one's times a mask that has an entry for each unit or for each head."""
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     out[:-1] = values[:-1]

@@ -1,0 +1,118 @@
+"""Linear maps that keep what their input was made of, and make it again in the backward pass.
+
+A normalisation, an activation function and a mask take little time, so they are computed again. Kept until then, their
+results and the converted weights of a large model take more memory than all that is kept here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sa_lens.config import GateConfig
+from sa_lens.core import products
+from sa_lens.core.fused.selection import last_masked, mask_and_edge, masked_backward
+
+
+class MaskOf(NamedTuple):
+    """What the mask on the units of a layer is computed from, as in `masked_units`."""
+
+    scores: Float[Tensor, "row score"]
+    k: int
+    cfg: GateConfig
+
+
+def linear(
+    make: Callable[..., Float[Tensor, "stream batch pos in"]],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Float[Tensor, "*head in out"]],
+    bias: Float[Tensor, " out"] | None,
+    dtype: torch.dtype,
+    mask: MaskOf | None = None,
+) -> Float[Tensor, "stream batch pos out"]:
+    """`x @ weight + bias` in `dtype`, where x is `make(*inputs)`, or `masked_units` of it.
+
+    Args:
+        make: a function of the inputs alone.
+        weights: converted in the forward pass and once more in the backward pass; see `side_by_side`.
+    """
+    return _Linear.apply(make, dtype, weights, bias, *(mask or (None, 0, None)), *weights, *inputs)
+
+
+def side_by_side(weights: Sequence[Float[Tensor, "*head in out"]], dtype: torch.dtype) -> Float[Tensor, "in out"]:
+    """One matrix in another precision, whose rows may be by head; or several, whose columns may be by head, as one."""
+    if len(weights) == 1:
+        return weights[0].to(dtype).flatten(0, -2)
+    narrow = [weight.to(dtype) for weight in weights]
+    return torch.cat(narrow, 1) if narrow[0].dim() == 2 else torch.cat(narrow).transpose(0, 1).flatten(1)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        make: Callable[..., Tensor],
+        dtype: torch.dtype,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        scores: Tensor | None,
+        k: int,
+        cfg: GateConfig,
+        *weights_and_inputs: Tensor,
+    ) -> Tensor:
+        ctx.make, ctx.dtype, ctx.n_weights, ctx.k, ctx.cfg = make, dtype, len(weights), k, cfg
+        x, edge = make(*weights_and_inputs[len(weights) :]).to(dtype), None
+        if scores is not None:
+            mask, edge = mask_and_edge(scores, k, cfg)
+            x = last_masked(x.flatten(1, 2), mask).view_as(x)
+        ctx.save_for_backward(scores, edge, *weights_and_inputs)
+        return products.linear(x, side_by_side(weights, dtype).T, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scores, edge, *saved = ctx.saved_tensors
+        weights, inputs = saved[: ctx.n_weights], saved[ctx.n_weights :]
+        wants_bias, wants_scores, _, _, *wants = ctx.needs_input_grad[3:]
+        wants_weights, wants_inputs = wants[: ctx.n_weights], wants[ctx.n_weights :]
+        made_of = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, wants_inputs, strict=True)]
+        with torch.enable_grad():
+            made = ctx.make(*made_of).to(ctx.dtype)
+        grad, x, of_scores = grads[0].flatten(0, -2), made.detach(), None
+        of_x = None
+        if any(wants_inputs) or wants_scores:
+            of_x = torch.mm(grad, side_by_side(weights, ctx.dtype).T).view_as(x)
+        if scores is not None:
+            values = x.flatten(1, 2)
+            grad_masked, wanted = None if of_x is None else of_x.view_as(values), (any(wants_inputs), wants_scores)
+            mask, of_values, of_scores = masked_backward(grad_masked, values, scores, edge, ctx.k, ctx.cfg, wanted)
+            of_x = None if of_values is None else of_values.view_as(x)
+            x = last_masked(values, mask) if any(wants_weights) else x
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        if any(wants_weights):
+            of_weights = [*_gradients_of_weights(x.flatten(0, -2), grad, weights)]
+        leaves = [x for x in made_of if x.requires_grad]
+        of_inputs = iter(torch.autograd.grad(made, leaves, of_x) if leaves else ())
+        return (
+            *(None, None, None, grad.sum(0) if wants_bias else None, of_scores, None, None),
+            *of_weights,
+            *(next(of_inputs) if wants else None for wants in wants_inputs),
+        )
+
+
+def _gradients_of_weights(
+    x: Float[Tensor, "row in"], grad: Float[Tensor, "row out"], weights: Sequence[Float[Tensor, "*head in out"]]
+) -> list[Float[Tensor, "*head in out"]]:
+    """Gradients of the weights that `side_by_side` makes one matrix of."""
+    product = torch.mm(x.T, grad)
+    if len(weights) == 1:
+        return [product.to(weights[0].dtype).view_as(weights[0])]
+    if weights[0].dim() == 3:
+        by_head = product.unflatten(1, (-1, weights[0].shape[-1])).transpose(0, 1)
+        parts = by_head.split([len(weight) for weight in weights])
+    else:
+        parts = product.split([weight.shape[1] for weight in weights], 1)
+    return [part.to(w.dtype, memory_format=torch.contiguous_format) for part, w in zip(parts, weights, strict=True)]
