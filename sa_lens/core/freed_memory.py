@@ -1,7 +1,7 @@
 """What becomes of the memory of tensors that are freed, on CPUs under Linux.
 
 By default glibc returns the memory of large tensors to the system and requests it again page by page, which takes 3 to
-12 % of a training step. Elsewhere than with glibc, the functions here do nothing.
+12 % of a training step. Without glibc nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -25,27 +25,21 @@ def _glibc() -> Any:
 
 
 @contextmanager
-def kept_freed_memory() -> Iterator[None]:
-    """Keeps freed memory in the process for the tensors to come, within the context, and returns it at the end.
+def kept_freed_memory(*, kept: bool = True) -> Iterator[None]:
+    """Keeps memory that is freed within the context for the tensors to come, and returns it at the end.
 
     Afterwards glibc has the settings that it gives itself in a process that has freed a large tensor.
     """
     libc = _glibc()
-    if libc is None:
+    if libc is None or not kept:
         yield
         return
+    libc.malloc_trim(0)
     _set(libc, {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
     try:
         yield
     finally:
         _set(libc, {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 * _MIB, _M_TRIM_THRESHOLD: 64 * _MIB})
-        libc.malloc_trim(0)
-
-
-def return_freed_memory() -> None:
-    """Returns memory that no tensor occupies to the system."""
-    libc = _glibc()
-    if libc is not None:
         libc.malloc_trim(0)
 
 

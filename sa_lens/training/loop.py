@@ -107,8 +107,6 @@ def train(
     check_tracker(run.train.tracker)
     with ExitStack() as stack:
         accelerator = stack.enter_context(open_accelerator(run, out, device))
-        if accelerator.device.type == "cpu":
-            stack.enter_context(kept_freed_memory())
         check_processes(accelerator.num_processes)
         micro_batches(run, accelerator.num_processes)
         if accelerator.is_main_process:
@@ -167,7 +165,8 @@ def _train(
                 metrics.append({"kind": kind, "step": step, **values})
             accelerator.log({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
-    with stop_requests() as stop, _bar(cfg.steps, step, out, progress) as bar:
+    on_cpu = accelerator.device.type == "cpu"
+    with kept_freed_memory(kept=on_cpu), stop_requests() as stop, _bar(cfg.steps, step, out, progress) as bar:
         while True:
             last, paused_at = step == cfg.steps, time.perf_counter()
             stopping = _processes_stop(stop, step, cfg.log_every, accelerator)

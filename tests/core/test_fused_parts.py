@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sa_lens.config import GateConfig
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
+from sa_lens.core.fused.linear_map import MaskOf, linear
 from sa_lens.core.fused.operations import embed_and_unembed, rms_norm, shifted_product
 from sa_lens.core.fused.selection import edge_of, hard_mask, mask_of, masked_units
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
@@ -215,6 +216,42 @@ def test_rms_norm(with_weight: bool) -> None:
 def test_shifted_product() -> None:
     shift, a, b = random(8), random(3, 5, 8), random(3, 5, 8, seed=1)
     assert_same_gradients(shifted_product(shift, a, b), shift + a * b, [shift, a, b])
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("by_head", [True, False])
+@pytest.mark.parametrize("k", [None, 2, 6])
+def test_linear_map_whose_input_is_made_again(k: int | None, by_head: bool, kind: str) -> None:
+    a, b, bias = random(2, 3, 4, 6), random(2, 3, 4, 6, seed=1), random(8)
+    if by_head:
+        weights = [random(3, 6, 2), random(1, 6, 2)]
+        # columns are by head
+        whole = torch.cat([*weights[0], *weights[1]], 1)
+    else:
+        weights = [random(6, 5), random(6, 3)]
+        whole = torch.cat(weights, 1)
+    cfg, scores = GateConfig(kind=kind), random(12, 6, seed=2)
+    mask = None if k is None else MaskOf(scores, k, cfg)
+    # a mask of ones has no gradient
+    inputs = [a, b, scores] if k == 2 else [a, b]
+
+    def x() -> Tensor:
+        units = torch.tanh(a) * b
+        return units if k is None else torch.stack([units[0], units[1] * gate_mask(scores, k, cfg).view(3, 4, 6)])
+
+    found = linear(lambda a, b: torch.tanh(a) * b, [a, b], weights, bias, torch.float64, mask)
+    assert_same_gradients(found, x() @ whole + bias, [*inputs, *weights, bias])
+    # nothing is computed for what is frozen
+    frozen = [weight.detach() for weight in weights]
+    found = linear(lambda a, b: torch.tanh(a) * b, [a, b.detach()], frozen, None, torch.float64, mask)
+    assert_same_gradients(found, x() @ whole.detach(), [a])
+
+
+@pytest.mark.parametrize("rows", [(2, 3), (6,)])
+def test_linear_map_of_rows_by_head(rows: tuple[int, ...]) -> None:
+    x, weight = random(2, 3, 4, 6), random(*rows, 5)
+    found = linear(lambda x: x, [x], [weight], None, torch.float64)
+    assert_same_gradients(found, x @ weight.reshape(6, 5), [x, weight])
 
 
 @pytest.mark.parametrize("tied", [True, False])

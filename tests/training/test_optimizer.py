@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sa_lens.config import GateConfig, ModelConfig, TrainConfig
 from sa_lens.core import SelfAblatingTransformer
-from sa_lens.training.optimizer import adamw, choose_trained
+from sa_lens.training.checkpoints import optimizer_tensors
+from sa_lens.training.optimizer import adamw, allocate_averages, choose_trained
 
 SHAPE = ModelConfig(n_layers=1, d_model=8, n_heads=2, n_ctx=8, d_vocab=11)
 
@@ -73,3 +75,24 @@ def test_weight_decay_reaches_the_matrices_of_the_transformer_alone() -> None:
         assert group["weight_decay"] in (0.1, 0.0)
         assert group["betas"] == (0.8, 0.9)
         assert group["eps"] == 1e-6
+
+
+def test_averages_that_are_there_already_change_nothing() -> None:
+    steps = []
+    for allocated in (True, False):
+        torch.manual_seed(0)
+        gated = model(GateConfig(k_attn=2, k_mlp=2))
+        optimizer = adamw(gated, TrainConfig(), fused=True)
+        if allocated:
+            allocate_averages(optimizer)
+        assert not optimizer_tensors(gated, optimizer)
+        # the first step leaves the gates out
+        for trained in (list(gated.base_parameters()), list(gated.parameters())):
+            optimizer.zero_grad()
+            for parameter in trained:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            steps.append({**optimizer_tensors(gated, optimizer), **gated.state_dict()})
+    for a, b in zip(steps[:2], steps[2:], strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)

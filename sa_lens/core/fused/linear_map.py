@@ -78,6 +78,8 @@ class _Linear(torch.autograd.Function):
         weights, inputs = saved[: ctx.n_weights], saved[ctx.n_weights :]
         wants_bias, wants_scores, _, _, *wants = ctx.needs_input_grad[3:]
         wants_weights, wants_inputs = wants[: ctx.n_weights], wants[ctx.n_weights :]
+        # what stays takes its memory first, so that it does not end up behind what is freed
+        of_weights = [torch.empty_like(weight) for weight in weights] if any(wants_weights) else []
         made_of = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, wants_inputs, strict=True)]
         with torch.enable_grad():
             made = ctx.make(*made_of).to(ctx.dtype)
@@ -90,29 +92,28 @@ class _Linear(torch.autograd.Function):
             grad_masked, wanted = None if of_x is None else of_x.view_as(values), (any(wants_inputs), wants_scores)
             mask, of_values, of_scores = masked_backward(grad_masked, values, scores, edge, ctx.k, ctx.cfg, wanted)
             of_x = None if of_values is None else of_values.view_as(x)
-            x = last_masked(values, mask) if any(wants_weights) else x
-        of_weights: list[Tensor | None] = [None] * len(weights)
-        if any(wants_weights):
-            of_weights = [*_gradients_of_weights(x.flatten(0, -2), grad, weights)]
+            x = last_masked(values, mask) if of_weights else x
+        if of_weights:
+            product = torch.mm(x.flatten(0, -2).T, grad)
+            for gradient, part in zip(of_weights, _columns_of(product, weights), strict=True):
+                gradient.copy_(part)
+        wants_nothing: list[Tensor | None] = [None] * len(weights)
         leaves = [x for x in made_of if x.requires_grad]
         of_inputs = iter(torch.autograd.grad(made, leaves, of_x) if leaves else ())
         return (
             *(None, None, None, grad.sum(0) if wants_bias else None, of_scores, None, None),
-            *of_weights,
+            *(of_weights or wants_nothing),
             *(next(of_inputs) if wants else None for wants in wants_inputs),
         )
 
 
-def _gradients_of_weights(
-    x: Float[Tensor, "row in"], grad: Float[Tensor, "row out"], weights: Sequence[Float[Tensor, "*head in out"]]
-) -> list[Float[Tensor, "*head in out"]]:
-    """Gradients of the weights that `side_by_side` makes one matrix of."""
-    product = torch.mm(x.T, grad)
+def _columns_of(
+    matrix: Float[Tensor, "in out"], weights: Sequence[Float[Tensor, "*head in out"]]
+) -> Sequence[Float[Tensor, "*head in out"]]:
+    """Views of the parts of a matrix that `side_by_side` makes of the weights."""
     if len(weights) == 1:
-        return [product.to(weights[0].dtype).view_as(weights[0])]
-    if weights[0].dim() == 3:
-        by_head = product.unflatten(1, (-1, weights[0].shape[-1])).transpose(0, 1)
-        parts = by_head.split([len(weight) for weight in weights])
-    else:
-        parts = product.split([weight.shape[1] for weight in weights], 1)
-    return [part.to(w.dtype, memory_format=torch.contiguous_format) for part, w in zip(parts, weights, strict=True)]
+        return [matrix.view_as(weights[0])]
+    if weights[0].dim() == 2:
+        return matrix.split([weight.shape[1] for weight in weights], 1)
+    by_head = matrix.unflatten(1, (-1, weights[0].shape[-1])).transpose(0, 1)
+    return by_head.split([len(weight) for weight in weights])

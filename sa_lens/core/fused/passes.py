@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
-from sa_lens.core.freed_memory import return_freed_memory
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
 from sa_lens.core.fused.linear_map import MaskOf, linear, side_by_side
 from sa_lens.core.fused.operations import embed_and_unembed, on_cpu, rms_norm, shifted_product
@@ -28,9 +27,6 @@ from sa_lens.core.gated import GatedTransformer
 from sa_lens.core.host import at_least_float32
 from sa_lens.core.loss_terms import reconstruction_loss
 from sa_lens.core.norms_and_activations import ACTIVATIONS, normalise
-
-MANY_PARAMETERS = 1 << 26
-"""Trained numbers from which the backward pass returns freed memory on its way."""
 
 Make = Callable[..., Tensor]
 """A function of tensors alone, whose result is computed again in the backward pass."""
@@ -134,10 +130,7 @@ class Passes:
         """Layer outputs and final output of both streams, in one doubled batch; local gates only."""
         resid = torch.stack([embedded, embedded])
         outputs = []
-        pauses = self._pauses(resid)
-        for layer, block in enumerate(self.model.blocks):
-            if layer in pauses:
-                resid.register_hook(_return_freed_memory)
+        for block in self.model.blocks:
             resid = self._run(self._joint_layer, block, resid)
             outputs.append(resid)
         outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
@@ -164,17 +157,6 @@ class Passes:
             outputs.append(resid)
         outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
         return outputs, records
-
-    def _pauses(self, resid: Tensor) -> tuple[int, ...]:
-        """Layers after whose backward pass the memory of the freed activations is returned.
-
-        Where there are many parameters, their gradients, which the backward pass makes, take more memory than the
-        activations that it frees, and do not fit into the gaps that these leave.
-        """
-        if not (resid.requires_grad and on_cpu(resid)):
-            return ()
-        n_layers, trained = len(self.model.blocks), sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return (n_layers // 3, 2 * n_layers // 3) if trained >= MANY_PARAMETERS else ()
 
     def _run(self, layer: Callable[..., Any], *args: Any) -> Any:
         return checkpoint(layer, *args, use_reentrant=False) if self.recompute else layer(*args)
@@ -340,10 +322,6 @@ class Passes:
         weight = unembed.W_U if self._unembedding is None else self._unembedding
         rows = tuple(x.flatten(0, 1) for x in final)
         return linear_cross_entropy(rows, weight, bias, targets.flatten(), coefficients, self.dtype)
-
-
-def _return_freed_memory(_grad: Tensor) -> None:
-    return_freed_memory()
 
 
 def _itself(z: Tensor) -> Tensor:

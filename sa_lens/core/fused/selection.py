@@ -48,9 +48,12 @@ class _Scores(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        # what stays takes its memory first, so that it does not end up behind what is freed
+        grad_weight = torch.empty_like(weight) if wants_weight else None
         narrow = grad.to(ctx.dtype)
         grad_x = torch.mm(narrow, weight.T.to(ctx.dtype)).to(x.dtype) if wants_x else None
-        grad_weight = torch.mm(x.T.to(ctx.dtype), narrow).to(weight.dtype) if wants_weight else None
+        if grad_weight is not None:
+            grad_weight.copy_(torch.mm(x.T.to(ctx.dtype), narrow))
         return grad_x, grad_weight, grad.sum(0) if wants_bias else None, None
 
 
