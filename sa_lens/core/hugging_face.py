@@ -31,6 +31,10 @@ ARCHITECTURES = (
 """Architectures of `transformers` whose models gates fit, as the tests show."""
 
 
+_HOOKED_ONLY = {"BloomForCausalLM": "a LayerNorm on the embedding"}
+"""Those that the fused path of the loss does not cover, with the reason that it gives for the loaded model."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A model of `transformers` on disk, as its configuration describes it; weights are not read."""
@@ -61,6 +65,17 @@ class ModelFiles:
     """Whether positions are learned, so that the context cannot be cut."""
     config: Any
     """The configuration of `transformers`."""
+
+    @property
+    def why_not_fused(self) -> str | None:
+        """What the fused path of the loss does not cover of this model; None if it covers it."""
+        if self.architecture in _HOOKED_ONLY:
+            return _HOOKED_ONLY[self.architecture]
+        settings = self.path / "tokenizer_config.json"
+        if not (self.path.is_dir() and settings.is_file()):
+            return None
+        side = read_json(settings, remedy="fetch the model's files again").get("padding_side")
+        return "a tokenizer that pads on the left" if side == "left" else None
 
     def context(self, wanted: int) -> int:
         """The context of the HookedTransformer, if sequences of `wanted` tokens are to be run.

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import sa_lens as sa
 from sa_lens.core.bridge import LONGEST
+from sa_lens.core.fused import why_not_fused
 from sa_lens.core.hugging_face import ARCHITECTURES, is_hugging_face, read_files
 from sa_lens.data.tokenizers import is_gguf, load_tokenizer
 
@@ -69,6 +70,7 @@ def test_log_probabilities_are_those_of_transformers(folder: Path, family: str) 
     )
     assert files.d_head == cfg.d_head
     assert files.context(20) == cfg.n_ctx
+    assert files.why_not_fused == why_not_fused(gated)
     assert gated.to_str_tokens("cab", prepend_bos=True) == ["<|endoftext|>", "c", "a", "b"]
 
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_runs import MakeRun
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sa_lens import cli
-from sa_lens.config import DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
-from sa_lens.core import SelfAblatingTransformer
+from sa_lens.config import PRESETS, DataConfig, GateConfig, ModelConfig, RunConfig, TrainConfig
+from sa_lens.core import HookedTransformerConfig, SelfAblatingTransformer, TwoStreamLoss
+from sa_lens.core.architecture import hooked_config
 from sa_lens.core.initial_model import initial_model
 from sa_lens.training import plan, train
 from sa_lens.training.optimizer import choose_trained
@@ -70,8 +80,75 @@ def test_the_text_of_a_plan(llama: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "gates    local, k_attn 2, k_mlp 3, rank 4, 536 parameters, trained\n"
         "context  32 tokens (model.n_ctx), of up to 64; 4 sequences per step\n"
         "types    base held in bfloat16 (evaluated and saved in float32), gates float32, matrix products bfloat16\n"
-        "memory   about 0.6 GB on the fused path"
+        "memory   about 0.5 GB on the fused path"
     )
+
+
+def test_a_plan_says_why_hooks_are_taken(tmp_path: Path) -> None:
+    def end_of_plan(folder: Path, **settings: object) -> str:
+        fields = {"init": str(folder), "freeze": "base", "precision": "bf16"}
+        run = RunConfig(
+            model=ModelConfig(n_ctx=32),
+            gates=GateConfig(k_attn=2, k_mlp=3),
+            train=TrainConfig(**{**fields, **settings}),
+        )
+        planned = plan(run)
+        model = initial_model(folder, run.gates, n_ctx=32)
+        assert (planned.path, planned.why_hooked) == (plan(run, model).path, plan(run, model).why_hooked)
+        if settings.get("path", "auto") == "auto":
+            assert TwoStreamLoss(model).path == planned.path
+        return "\n".join(str(planned).splitlines()[-2:])
+
+    bloom = tmp_path / "bloom"
+    cfg = BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=4, seq_length=64)
+    BloomForCausalLM(cfg).save_pretrained(bloom)
+    types = "types    weights float32, matrix products bfloat16\n"
+    why = ", because the fused one does not cover a LayerNorm on the embedding"
+    assert end_of_plan(bloom) == f"{types}memory   about 0.5 GB on the hooked path{why}"
+
+    small = LlamaConfig(
+        **{"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 12},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    )
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "llama")
+    assert end_of_plan(tmp_path / "llama", path="hooked") == f"{types}memory   about 0.5 GB on the hooked path"
+    assert end_of_plan(tmp_path / "llama").endswith("memory   about 0.5 GB on the fused path")
+    vocabulary = {"a": 0, "<|endoftext|>": 1}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    end = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "pad", "unk")}
+    PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **end).save_pretrained(tmp_path / "llama")
+    assert end_of_plan(tmp_path / "llama").endswith("does not cover a tokenizer that pads on the left")
+
+
+SMOLLM2 = {
+    **{"n_layers": 30, "d_model": 576, "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "d_mlp": 1536},
+    **{"n_ctx": 128, "d_vocab": 49152, "positional_embedding_type": "rotary", "rotary_dim": 64, "act_fn": "silu"},
+    **{"normalization_type": "RMS", "final_rms": True, "gated_mlp": True, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "freeze", "batch_size", "measured"),
+    [
+        (ModelConfig(d_model=128, n_heads=16, n_ctx=256, d_vocab=50257), "none", 8, 1.01e9),
+        (dataclasses.replace(PRESETS["laptop"].model, d_vocab=4096), "none", 8, 0.72e9),
+        (SMOLLM2, "base", 2, 1.66e9),
+        (SMOLLM2, "none", 2, 3.49e9),
+    ],
+    ids=["paper", "laptop", "SmolLM2 frozen", "SmolLM2"],
+)
+def test_memory_is_near_what_was_measured(shape: Any, freeze: str, batch_size: int, measured: float) -> None:
+    """Peaks of `benchmarks/training.py`; a frozen base was held in bfloat16, as `train` does."""
+    if isinstance(shape, dict):
+        shape = HookedTransformerConfig(init_weights=False, **shape)
+    gates = GateConfig()
+    cfg = shape if isinstance(shape, HookedTransformerConfig) else hooked_config(shape)
+    cfg.init_weights = False
+    model = SelfAblatingTransformer(cfg, gates, device="meta")
+    fields = {"init": "stories-local", "freeze": "base"} if freeze == "base" else {}
+    train_config = TrainConfig(precision="bf16", batch_size=batch_size, **fields)
+    run = RunConfig(model=ModelConfig(n_ctx=model.cfg.n_ctx), gates=gates, train=train_config)
+    assert abs(plan(run, model).bytes / measured - 1) < 0.2
 
 
 def test_other_starting_points(make_run: MakeRun, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ _COVERAGE = Coverage(
 def why_not_fused(model: GatedTransformer) -> str | None:
     """The reason why this model must train on the hooked path; None if the fused one can run it."""
     reason = _COVERAGE.reason_against(model.cfg)
-    if reason is None and any(bool(model.get_parameter(name).any()) for name in model.zero_biases):
+    biases = [model.get_parameter(name) for name in model.zero_biases]
+    if reason is None and any(bool(bias.any()) for bias in biases if not bias.is_meta):
         return "biases that its configuration does not have"
     if reason is None and model.tokenizer is not None and model.tokenizer.padding_side == "left":
         return "a tokenizer that pads on the left"
