@@ -116,7 +116,7 @@ class Recomputation:
 
     def final_clean(self) -> Float[Tensor, "pair d_model"]:
         """Returns the final residual stream of the unedited clean prompts at the metric position."""
-        return self.lane._take_last(self.lane.full_at[len(self.graph.sources)])
+        return self.lane.take_last(self.lane.full_at[len(self.graph.sources)])
 
     @property
     def largest_block(self) -> int:
@@ -162,9 +162,9 @@ class Recomputation:
         block = Block(rows)
         if self.gates is None:
             for node, own in touched.items():
-                block.changed[node] = self.lane._remove(self.lane.here[node], rows, own, dtype)
+                block.changed[node] = self.lane.remove(self.lane.here[node], rows, own, dtype)
             for item in self.lane.above:
-                change = self.lane._follow(item, block.changed, dtype)
+                change = self.lane.follow(item, block.changed, dtype)
                 if change is not None:
                     block.changed[item.node] = change
         else:
@@ -270,8 +270,8 @@ class _GatesOfSearch:
         for item in (*self.clean.here.values(), *self.clean.above):
             if item.source >= 0:
                 assert item.out is not None
-                out = self.clean._write(item, self.clean._restrict_to_end(item.out))
-                writes[item.source] = out - self.clean._take_last(self.clean.carried[item.source])
+                out = self.clean.write(item, self.clean.restrict_to_end(item.out))
+                writes[item.source] = out - self.clean.take_last(self.clean.carried[item.source])
         lowest = max((node.layer for node in self.here if node.kind != "logits"), default=self.graph.n_layers)
         self.resid, self.scores, self.masks = {}, {}, {}
         for layer, kind in sorted({_gate_of(item.node) for item in self.end.above if item.node.kind != "logits"}):
@@ -279,7 +279,7 @@ class _GatesOfSearch:
                 continue
             if layer not in self.resid:
                 n = self.graph.sources_before(Node("head", layer, 0))
-                self.resid[layer] = self.clean._take_last(self.clean.base_at[n]) + writes[:n].sum(0)
+                self.resid[layer] = self.clean.take_last(self.clean.base_at[n]) + writes[:n].sum(0)
             self.scores[layer, kind] = self.functions.scores(layer, kind, self.resid[layer])
             self.masks[layer, kind] = self.functions.select(layer, kind, self.scores[layer, kind])
         for item in self.end.above:
@@ -301,7 +301,7 @@ class _GatesOfSearch:
         for lane, changed in ((clean, block.clean), (end, block.changed)):
             for node, own in touched.items():
                 if node in lane.here:
-                    changed[node] = lane._remove(lane.here[node], block.rows, own, dtype)
+                    changed[node] = lane.remove(lane.here[node], block.rows, own, dtype)
         items: tuple[dict[Node, Live], ...] = tuple({item.node: item for item in lane.above} for lane in (clean, end))
         layer = next(iter(touched)).layer
         moved, n_moved = None, 0
@@ -310,18 +310,18 @@ class _GatesOfSearch:
                 layer = node.layer
                 new = [(n, c.out) for n, c in [*block.clean.items()][n_moved:] if c.out is not None]
                 n_moved = len(block.clean)
-                written = clean._sum_written({n: clean._restrict_to_end(out) for n, out in new})
+                written = clean.sum_written({n: clean.restrict_to_end(out) for n, out in new})
                 moved = written if moved is None else moved if written is None else moved + written
                 if moved is not None:
                     self._choose_again(layer, moved, block)
             if node in items[0]:
-                change = clean._follow(items[0][node], block.clean, dtype)
+                change = clean.follow(items[0][node], block.clean, dtype)
                 if change is not None:
                     block.clean[node] = change
             if node in items[1]:
                 again = None if node.kind == "logits" else block.masks.get(_gate_of(node))
                 again = None if again is None else self._mask_of(node, again)
-                change = end._follow(items[1][node], block.changed, dtype, again)
+                change = end.follow(items[1][node], block.changed, dtype, again)
                 if change is not None:
                     block.changed[node] = change
         end.changed_below = {}

@@ -72,7 +72,7 @@ class RemovalLane:
             residual_streams(self.graph, list(x), self.functions.b_O) for x in (wrote, self.carried)
         )
         self.difference = wrote.sub_(self.carried)
-        self.at_last = self._take_last(self.difference)
+        self.at_last = self.take_last(self.difference)
         self.above: list[Live] = []
         """Live nodes above the present step, in the order of computation."""
         self.here: dict[Node, Live] = {}
@@ -116,11 +116,13 @@ class RemovalLane:
 
     # ------------------------------------------------------------------------------------------------------ values
 
-    def _take_last(self, x: Float[Tensor, "... row width"]) -> Float[Tensor, "... pair width"]:
+    def take_last(self, x: Float[Tensor, "... row width"]) -> Float[Tensor, "... pair width"]:
+        """Returns the metric position of values at all positions."""
         return x.index_select(-2, self.ends)
 
-    def _restrict_to_end(self, x: Tensor) -> Tensor:
-        return x if x.shape[-2] == len(self.ends) else self._take_last(x)
+    def restrict_to_end(self, x: Float[Tensor, "... any width"]) -> Float[Tensor, "... pair width"]:
+        """Returns the metric position of values at all positions or at this one alone."""
+        return x if x.shape[-2] == len(self.ends) else self.take_last(x)
 
     def _acts_everywhere(self, item: Live, i: int) -> bool:
         """Returns whether input i has an effect at all positions."""
@@ -128,7 +130,7 @@ class RemovalLane:
 
     def _restrict(self, item: Live, i: int, x: Tensor) -> Tensor:
         """Returns `x` at the positions at which input i has an effect."""
-        return x if self._acts_everywhere(item, i) else self._restrict_to_end(x)
+        return x if self._acts_everywhere(item, i) else self.restrict_to_end(x)
 
     def _differences(self, item: Live, i: int) -> Float[Tensor, "source row d_model"]:
         return self.difference if self._acts_everywhere(item, i) else self.at_last
@@ -146,10 +148,10 @@ class RemovalLane:
             return self._differences(item, i)[source]
         assert sender.out is not None
         out = self._restrict(item, i, sender.out)
-        written = self._write(sender, out)
+        written = self.write(sender, out)
         return written - self._restrict(item, i, self.carried[source])
 
-    def _write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
+    def write(self, item: Live, out: Tensor) -> Float[Tensor, "... pos d_model"]:
         """Returns what values (or changes) of `out` add to the residual stream."""
         if item.node.kind == "head":
             return product(out, self.functions.W_O[item.node.layer][item.node.head])
@@ -236,7 +238,7 @@ class RemovalLane:
 
     # ---------------------------------------------------------------------------------------------------- removals
 
-    def _remove(self, item: Live, rows: Sequence[Row], own: list[int], dtype: torch.dtype | None) -> Changed:
+    def remove(self, item: Live, rows: Sequence[Row], own: list[int], dtype: torch.dtype | None) -> Changed:
         """Returns what removals of a node's own edges change at this node."""
         result = Changed.nothing()
         for i, to in enumerate(item.inputs):
@@ -288,7 +290,7 @@ class RemovalLane:
             return change.qkv[i]
         return torch.cat([present[None], change.qkv[i]])[torch.tensor(index, device=present.device)]
 
-    def _follow(
+    def follow(
         self, item: Live, changed: dict[Node, Changed], dtype: torch.dtype | None, again: Tensor | None = None
     ) -> Changed | None:
         """Returns what the changes so far do to a node above, or None if none of them reaches it.
@@ -330,9 +332,9 @@ class RemovalLane:
             source = self.graph.source_index.get(node)
             if source is not None and present[source] and change.out is not None:
                 outs[node] = self._restrict(item, i, change.out[rows])
-        return self._sum_written(outs)
+        return self.sum_written(outs)
 
-    def _sum_written(self, outs: Mapping[Node, Tensor]) -> Float[Tensor, "block row d_model"] | None:
+    def sum_written(self, outs: Mapping[Node, Tensor]) -> Float[Tensor, "block row d_model"] | None:
         """Returns what changes of nodes add to the residual stream; None without any."""
         z, W, total = [], [], None
         for node, out in outs.items():
@@ -382,10 +384,7 @@ class RemovalLane:
 
 
 class EndLane(RemovalLane):
-    """The metric position of the ablated stream under live gates.
-
-    Keys and values of earlier positions are those of the clean lane.
-    """
+    """The metric position of the ablated stream under live gates; keys and values before it are clean."""
 
     def __init__(self, exp: Experiment, present: Bool[Tensor, "input source"]) -> None:
         super().__init__(exp, present, ("ablated",))
