@@ -239,18 +239,19 @@ def test_linear_map_whose_input_is_made_again(k: int | None, by_head: bool, kind
         units = torch.tanh(a) * b
         return units if k is None else torch.stack([units[0], units[1] * gate_mask(scores, k, cfg).view(3, 4, 6)])
 
-    found = linear(lambda a, b: torch.tanh(a) * b, [a, b], weights, bias, torch.float64, mask)
-    assert_same_gradients(found, x() @ whole + bias, [*inputs, *weights, bias])
+    bias = bias if by_head else None
+    found = torch.cat(linear(lambda a, b: torch.tanh(a) * b, [a, b], weights, bias, torch.float64, mask), -1)
+    assert_same_gradients(found, x() @ whole + (0 if bias is None else bias), [*inputs, *weights, *([bias] * by_head)])
     # nothing is computed for what is frozen
     frozen = [weight.detach() for weight in weights]
-    found = linear(lambda a, b: torch.tanh(a) * b, [a, b.detach()], frozen, None, torch.float64, mask)
+    found = torch.cat(linear(lambda a, b: torch.tanh(a) * b, [a, b.detach()], frozen, None, torch.float64, mask), -1)
     assert_same_gradients(found, x() @ whole.detach(), [a])
 
 
 @pytest.mark.parametrize("rows", [(2, 3), (6,)])
 def test_linear_map_of_rows_by_head(rows: tuple[int, ...]) -> None:
     x, weight = random(2, 3, 4, 6), random(*rows, 5)
-    found = linear(lambda x: x, [x], [weight], None, torch.float64)
+    (found,) = linear(lambda x: x, [x], [weight], None, torch.float64)
     assert_same_gradients(found, x @ weight.reshape(6, 5), [x, weight])
 
 

@@ -33,22 +33,22 @@ def linear(
     bias: Float[Tensor, " out"] | None,
     dtype: torch.dtype,
     mask: MaskOf | None = None,
-) -> Float[Tensor, "stream batch pos out"]:
-    """`x @ weight + bias` in `dtype`, where x is `make(*inputs)`, or `masked_units` of it.
+) -> tuple[Float[Tensor, "stream batch pos out"], ...]:
+    """`x @ weight + bias` in `dtype`, where x is `make(*inputs)`, or `masked_units` of it; one for each of `matrices`.
 
     Args:
         make: a function of the inputs alone.
-        weights: converted in the forward pass and once more in the backward pass; see `side_by_side`.
+        weights: converted in the forward pass and once more in the backward pass.
     """
     return _Linear.apply(make, dtype, weights, bias, *(mask or (None, 0, None)), *weights, *inputs)
 
 
-def side_by_side(weights: Sequence[Float[Tensor, "*head in out"]], dtype: torch.dtype) -> Float[Tensor, "in out"]:
-    """One matrix in another precision, whose rows may be by head; or several, whose columns may be by head, as one."""
-    if len(weights) == 1:
-        return weights[0].to(dtype).flatten(0, -2)
+def matrices(weights: Sequence[Float[Tensor, "*head in out"]], dtype: torch.dtype) -> list[Float[Tensor, "in out"]]:
+    """The weights in another precision; a single one may have rows by head, several with columns by head become one."""
     narrow = [weight.to(dtype) for weight in weights]
-    return torch.cat(narrow, 1) if narrow[0].dim() == 2 else torch.cat(narrow).transpose(0, 1).flatten(1)
+    if len(narrow) == 1:
+        return [narrow[0].flatten(0, -2)]
+    return narrow if narrow[0].dim() == 2 else [torch.cat(narrow).transpose(0, 1).flatten(1)]
 
 
 class _Linear(torch.autograd.Function):
@@ -63,14 +63,14 @@ class _Linear(torch.autograd.Function):
         k: int,
         cfg: GateConfig,
         *weights_and_inputs: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.make, ctx.dtype, ctx.n_weights, ctx.k, ctx.cfg = make, dtype, len(weights), k, cfg
         x, edge = make(*weights_and_inputs[len(weights) :]).to(dtype), None
         if scores is not None:
             mask, edge = mask_and_edge(scores, k, cfg)
             x = last_masked(x.flatten(1, 2), mask).view_as(x)
         ctx.save_for_backward(scores, edge, *weights_and_inputs)
-        return products.linear(x, side_by_side(weights, dtype).T, bias)
+        return tuple(products.linear(x, matrix.T, bias) for matrix in matrices(weights, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,10 +83,14 @@ class _Linear(torch.autograd.Function):
         made_of = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs, wants_inputs, strict=True)]
         with torch.enable_grad():
             made = ctx.make(*made_of).to(ctx.dtype)
-        grad, x, of_scores = grads[0].flatten(0, -2), made.detach(), None
+        rows, x, of_scores = [grad.flatten(0, -2) for grad in grads], made.detach(), None
         of_x = None
         if any(wants_inputs) or wants_scores:
-            of_x = torch.mm(grad, side_by_side(weights, ctx.dtype).T).view_as(x)
+            first, *others = zip(rows, matrices(weights, ctx.dtype), strict=True)
+            of_x = torch.mm(first[0], first[1].T)
+            for grad, matrix in others:
+                of_x.addmm_(grad, matrix.T)
+            of_x = of_x.view_as(x)
         if scores is not None:
             values = x.flatten(1, 2)
             grad_masked, wanted = None if of_x is None else of_x.view_as(values), (any(wants_inputs), wants_scores)
@@ -94,26 +98,23 @@ class _Linear(torch.autograd.Function):
             of_x = None if of_values is None else of_values.view_as(x)
             x = last_masked(values, mask) if of_weights else x
         if of_weights:
-            product = torch.mm(x.flatten(0, -2).T, grad)
-            for gradient, part in zip(of_weights, _columns_of(product, weights), strict=True):
-                gradient.copy_(part)
+            whole = [torch.mm(x.flatten(0, -2).T, grad) for grad in rows]
+            parts = whole if len(rows) == len(weights) else _by_head(whole[0], weights)
+            for gradient, part in zip(of_weights, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
         wants_nothing: list[Tensor | None] = [None] * len(weights)
         leaves = [x for x in made_of if x.requires_grad]
         of_inputs = iter(torch.autograd.grad(made, leaves, of_x) if leaves else ())
         return (
-            *(None, None, None, grad.sum(0) if wants_bias else None, of_scores, None, None),
+            *(None, None, None, rows[0].sum(0) if wants_bias else None, of_scores, None, None),
             *(of_weights or wants_nothing),
             *(next(of_inputs) if wants else None for wants in wants_inputs),
         )
 
 
-def _columns_of(
+def _by_head(
     matrix: Float[Tensor, "in out"], weights: Sequence[Float[Tensor, "*head in out"]]
 ) -> Sequence[Float[Tensor, "*head in out"]]:
-    """Views of the parts of a matrix that `side_by_side` makes of the weights."""
-    if len(weights) == 1:
-        return [matrix.view_as(weights[0])]
-    if weights[0].dim() == 2:
-        return matrix.split([weight.shape[1] for weight in weights], 1)
+    """Views of the parts of a matrix that `matrices` makes of the weights."""
     by_head = matrix.unflatten(1, (-1, weights[0].shape[-1])).transpose(0, 1)
     return by_head.split([len(weight) for weight in weights])

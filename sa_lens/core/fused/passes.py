@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sa_lens.config import LossConfig
 from sa_lens.core.fused.cross_entropy import linear_cross_entropy
-from sa_lens.core.fused.linear_map import MaskOf, linear, side_by_side
+from sa_lens.core.fused.linear_map import MaskOf, linear, matrices
 from sa_lens.core.fused.operations import embed_and_unembed, on_cpu, rms_norm, shifted_product
 from sa_lens.core.fused.selection import masked_units, scores_of
 from sa_lens.core.fused.two_stream_attention import Rotary, stream_attention
@@ -107,7 +107,7 @@ class Passes:
         self.qkv_bias = model.qkv_bias
         self._unembedding: Tensor | None = None
         self._keep_weights = keep_weights
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, list[Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------------ streams
 
@@ -204,7 +204,7 @@ class Passes:
         biases = [attn.b_Q, getattr(attn, f"{own}b_K"), getattr(attn, f"{own}b_V")]
         bias = torch.cat(biases).flatten() if self.qkv_bias else None
         weights = [getattr(attn, name) for name in ("W_Q", f"{own}W_K", f"{own}W_V")]
-        qkv = self._linear(*self._normalised(block.ln1, resid), weights, bias)
+        (qkv,) = self._linear(*self._normalised(block.ln1, resid), weights, bias)
         return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(b) for b in biases], dim=-2)
 
     def _attend(
@@ -239,14 +239,16 @@ class Passes:
         """A function that makes the neurons of an MLP, and what it makes them of."""
         act = ACTIVATIONS[str(self.cfg.act_fn)]
         if not self.cfg.gated_mlp:
-            return act, [self._linear(make, inputs, [mlp.W_in], mlp.b_in)]
-        both = self._linear(make, inputs, [mlp.W_gate, mlp.W_in], None)
-        return partial(_gated_neurons, act), [mlp.b_in.to(self.dtype), both]
+            return act, [*self._linear(make, inputs, [mlp.W_in], mlp.b_in)]
+        gate_and_into = self._linear(make, inputs, [mlp.W_gate, mlp.W_in], None)
+        return partial(_gated_neurons, act), [mlp.b_in.to(self.dtype), *gate_and_into]
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def _linear(self, make: Make, inputs: list[Tensor], weights: list[Tensor], bias: Tensor | None) -> Tensor:
-        """`make(*inputs) @ weight + bias` in the precision of the products; several weights are side by side."""
+    def _linear(
+        self, make: Make, inputs: list[Tensor], weights: list[Tensor], bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`make(*inputs) @ weight + bias` in the precision of the products, for each of `matrices`."""
         if self._makes_again(inputs):
             return self._made_again(make, inputs, weights, bias, None)
         return self._product(make(*inputs), weights, bias)
@@ -264,31 +266,33 @@ class Passes:
     ) -> Float[Tensor, "stream batch pos d_model"]:
         """What the units of a layer, those of the last stream masked, add to the residual stream."""
         if not self._makes_again(inputs):
-            return self._product(self.mask_units(block, kind, make(*inputs), local, final), [weight], bias)
+            return self._product(self.mask_units(block, kind, make(*inputs), local, final), [weight], bias)[0]
         mask = None
         if local is not None:
             gate = getattr(block, f"{kind}_gate")
             mask = MaskOf(self.scores(gate, local, final), gate.k, gate.cfg)
-        return self._made_again(make, inputs, [weight], bias, mask)
+        return self._made_again(make, inputs, [weight], bias, mask)[0]
 
     def _makes_again(self, inputs: list[Tensor]) -> bool:
         return torch.is_grad_enabled() and not self.recompute and on_cpu(inputs[0])
 
     def _made_again(
         self, make: Make, inputs: list[Tensor], weights: list[Tensor], bias: Tensor | None, mask: MaskOf | None
-    ) -> Tensor:
-        weights = [self._narrow(weights)] if self._keep_weights else weights
+    ) -> tuple[Tensor, ...]:
+        weights = self._matrices(weights) if self._keep_weights else weights
         return linear(make, inputs, weights, None if bias is None else bias.to(self.dtype), self.dtype, mask)
 
-    def _product(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
-        weight = self._narrow(weights) if self._keep_weights else side_by_side(weights, self.dtype)
-        return F.linear(x.to(self.dtype), weight.T, None if bias is None else bias.to(self.dtype))
+    def _product(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> tuple[Tensor, ...]:
+        x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        return tuple(F.linear(x, matrix.T, bias) for matrix in self._matrices(weights))
 
-    def _narrow(self, weights: list[Tensor]) -> Float[Tensor, "in out"]:
-        """Weights side by side in the precision of the products, kept for the next pass."""
+    def _matrices(self, weights: list[Tensor]) -> list[Float[Tensor, "in out"]]:
+        """Weights in the precision of the products, of a frozen base kept for the next pass."""
+        if not self._keep_weights:
+            return matrices(weights, self.dtype)
         key = id(weights[0])
         if key not in self._kept:
-            self._kept[key] = side_by_side(weights, self.dtype)
+            self._kept[key] = matrices(weights, self.dtype)
         return self._kept[key]
 
     def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:
@@ -336,6 +340,5 @@ def _normalise(
     return normalise(x, kind, eps, weight, bias)
 
 
-def _gated_neurons(act: Callable[[Tensor], Tensor], shift: Tensor, gate_and_into: Tensor) -> Tensor:
-    gate, into = gate_and_into.chunk(2, -1)
+def _gated_neurons(act: Callable[[Tensor], Tensor], shift: Tensor, gate: Tensor, into: Tensor) -> Tensor:
     return shifted_product(shift, act(gate), into)
