@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
             first, *others = zip(rows, matrices(weights, ctx.dtype), strict=True)
             of_x = torch.mm(first[0], first[1].T)
             for grad, matrix in others:
-                of_x.addmm_(grad, matrix.T)
+                of_x = torch.addmm(of_x, grad, matrix.T)
             of_x = of_x.view_as(x)
         if scores is not None:
             values = x.flatten(1, 2)
