@@ -12,6 +12,9 @@ from sa_lens.core import SelfAblatingTransformer
 from sa_lens.core.host import streams_of
 from sa_lens.training.trained_run import load_run, settings_of
 
+LONGEST = 256
+"""Tokens at once of a model whose training is not known; the context of a pretrained model may be far longer."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -44,8 +47,8 @@ class Subject:
     @property
     def n_ctx(self) -> int:
         """Tokens that it reads at once: those of its training, where they are known."""
-        n_ctx = int(self.model.cfg.n_ctx)
-        return n_ctx if self.settings is None else min(self.settings.model.n_ctx, n_ctx)
+        known = LONGEST if self.settings is None else self.settings.model.n_ctx
+        return min(known, int(self.model.cfg.n_ctx))
 
     @property
     def words(self) -> Words:

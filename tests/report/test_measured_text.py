@@ -85,6 +85,16 @@ def test_a_model_without_text_of_its_own_is_measured_on_the_named_one(gated: Sub
     encode_for(bare, found, tmp_path)
 
 
+def test_tokens_at_once(gated: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = Subject("bare", gated.run, gated.model, None)
+    assert gated.settings is not None
+    assert gated.n_ctx == gated.settings.model.n_ctx
+    assert bare.n_ctx == min(gated.model.cfg.n_ctx, 256)
+    monkeypatch.setattr(gated.model.cfg, "n_ctx", 2048)
+    assert bare.n_ctx == 256
+    assert gated.n_ctx == gated.settings.model.n_ctx
+
+
 def test_names_are_as_short_as_can_be_told_apart() -> None:
     assert distinct_names(["runs/local"]) == ("local",)
     assert distinct_names(["runs/local", "runs/dense"]) == ("local", "dense")
