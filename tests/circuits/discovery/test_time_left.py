@@ -83,8 +83,9 @@ def test_forecast_with_live_gates() -> None:
             acdc(gated(n_layers=4, n_heads=2, seed=seed), token_pairs(n=2), 0.05, stream="ablated", progress=False)
         for share, of_models in factors.items():
             of_models.append(clock.factor(share))
-    assert median(factors[0.1]) < 1.25
-    assert median(factors[0.5]) < 1.25
+    for of_models in factors.values():
+        assert median(of_models) < 1.25
+        assert max(of_models) < 1.5
 
 
 def test_forecast_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
