@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import pandas as pd
@@ -11,7 +13,19 @@ import torch
 from micro import gated, plain, token_pairs
 
 from sa_lens import circuits
-from sa_lens.circuits import Experiment, acdc, attribute_nodes, eap, eap_ig, faithfulness, patch, relp, skill
+from sa_lens.circuits import (
+    Experiment,
+    acdc,
+    attribute_nodes,
+    eap,
+    eap_ig,
+    experiment,
+    faithfulness,
+    patch,
+    relp,
+    skill,
+)
+from sa_lens.circuits.experiment import analysis
 from sa_lens.circuits.metrics import METRICS, Metric
 from sa_lens.circuits.running import recorded_passes
 from sa_lens.config import MetricName
@@ -52,6 +66,34 @@ def test_a_call_with_a_model_and_pairs_is_that_of_their_experiment() -> None:
     assert acdc(exp, 0.1, **QUIET).circuit == acdc(model, pairs, 0.1, **settings, **QUIET).circuit
     with pytest.raises(TypeError, match="eap takes an Experiment, or a model and PromptPairs"):
         eap(model)  # type: ignore[call-arg, arg-type]
+
+
+@pytest.mark.parametrize(("device", "wide", "kept"), [("cpu", 0, True), ("cpu", 1, False), ("cuda", 0, False)])
+def test_an_analysis_of_a_wide_model_on_a_cpu_keeps_freed_memory(
+    monkeypatch: pytest.MonkeyPatch, device: str, wide: int, kept: bool
+) -> None:
+    model, pairs = plain(n_layers=1), token_pairs(2)
+    log: list[bool | str] = []
+
+    @contextmanager
+    def context(*, kept: bool) -> Iterator[None]:
+        log.append(kept)
+        try:
+            yield
+        finally:
+            log.append("left")
+
+    @analysis
+    def fail(exp: Experiment) -> None:
+        log.append("inside")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "kept_freed_memory", context)
+    monkeypatch.setattr(experiment, "device_of", lambda _: torch.device(device))
+    monkeypatch.setattr(experiment, "WIDE", model.cfg.d_model + wide)
+    with pytest.raises(KeyboardInterrupt):
+        fail(model, pairs)
+    assert log == [kept, "inside", "left"]
 
 
 def test_the_stream_is_an_argument_and_not_the_context() -> None:

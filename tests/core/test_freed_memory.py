@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -30,16 +31,49 @@ with kept_freed_memory():
 print(faults())
 with kept_freed_memory(kept=False):
     print(faults())
+try:
+    with kept_freed_memory():
+        with kept_freed_memory(kept=False), kept_freed_memory():
+            print(faults())
+        print(faults())
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print(faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="without glibc nothing is set")
 def test_memory_is_taken_again_without_asking_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    before, kept, after, not_kept = map(int, done.stdout.split())
+    before, kept, after, not_kept, nested, outer, interrupted = map(int, done.stdout.split())
     pages = 160_000_000 // 65_536
-    assert kept < pages / 10
-    assert min(before, after, not_kept) >= pages
+    assert max(kept, nested, outer) < pages / 10
+    assert min(before, after, not_kept, interrupted) >= pages
+
+
+def test_memory_is_kept_until_the_last_thread_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def malloc_trim(self, _: int) -> None:
+            pass
+
+    kept: list[bool] = []
+    monkeypatch.setattr(freed_memory, "_glibc", Library)
+    monkeypatch.setattr(freed_memory, "_set", lambda _, options: kept.append(options[-4] == 0))
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with freed_memory.kept_freed_memory():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=stay)
+    with freed_memory.kept_freed_memory():
+        thread.start()
+        assert inside.wait(10)
+    assert kept == [True]
+    leave.set()
+    thread.join()
+    assert kept == [True, False]
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
