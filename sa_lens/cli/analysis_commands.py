@@ -339,9 +339,10 @@ def report(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
     text: str | None = None,
     stories: int = 12,
-    units: int = 96,
+    units: int | None = None,
     tokens: int | None = None,
     tasks: tuple[str, ...] | None = None,
+    methods: tuple[Method, ...] | None = None,
     title: MayBeEmpty | None = None,
     seed: int = 0,
     device: Device = "auto",
@@ -357,9 +358,10 @@ def report(
         out: File to write, ending in .html.
         text: Stories to show instead: a file, or a dataset on the Hub. Figures stay those of the first run's text.
         stories: Stories to show.
-        units: Units of each model to explain, with snippets.
+        units: Units of each model to explain, with snippets; None: 96, and 24 with more than 20 million parameters.
         tokens: Tokens to measure on; None: 110,000, and fewer for a model of more than 20 million parameters.
         tasks: ioi, pronoun, object, repeated or JSON files; None: ioi, and the others that a model can do.
+        methods: Find circuits: acdc, eap-ig, gate; None: all, but acdc not with more than 20 million parameters.
         title: Heading; None: the names of the runs.
         seed: Seed of samples, prompts and explanations.
         device: Where to run.
@@ -386,6 +388,7 @@ def report(
         n_units=units,
         n_tokens=tokens,
         tasks=tasks,
+        methods=methods,
         title=title,
         seed=seed,
         device=device,

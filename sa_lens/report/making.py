@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from sa_lens import __version__
+from sa_lens.config import Method
 from sa_lens.data.cache import cache_folder
 from sa_lens.data.whole_files import scratch_folder
 from sa_lens.report.contents import ModelPage, Report
-from sa_lens.report.measured_text import LARGE, ModelText, Texts, encode_for, gather_texts, tokens_to_measure
+from sa_lens.report.effort import Effort, effort_for
+from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather_texts
 from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison_tables
 from sa_lens.report.overview import loss_cells, measure_losses, overview, training_of
 from sa_lens.report.story_pages import story_page
 from sa_lens.report.subjects import Subject, open_subjects
-from sa_lens.report.task_pages import FEW_PAIRS, PAIRS, Prompts, able_streams, check_tasks, prompts_for, task_page
+from sa_lens.report.task_pages import Prompts, able_streams, check_tasks, prompts_for, task_page
 from sa_lens.report.unit_pages import unit_pages
 
 ALWAYS = "ioi"
@@ -35,9 +37,10 @@ def make_report(
     text: str | None = None,
     column: str = "text",
     n_stories: int = 12,
-    n_units: int = 96,
+    n_units: int | None = None,
     n_tokens: int | None = None,
     tasks: Sequence[str] | None = None,
+    methods: Sequence[Method] | None = None,
     title: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -47,44 +50,48 @@ def make_report(
 
     All models read the same stories and do the same tasks. Everything is measured on the validation text of the first
     run, with firing thresholds from its training text; each model reads it with its own tokenizer. If the first
-    model does not know its text, all of that comes from `text`.
+    model does not know its text, all of that comes from `text`. With a model of more than 20 million parameters less
+    is measured where nothing else is asked for, so that a report of 100 million takes minutes and not hours.
 
     Args:
         runs: run folders or Hub ids.
         text: path or dataset id of the stories to show, as `data.source`; None: from the first run's validation text.
         column: column of `text` that holds the text.
         n_stories: stories to show at most.
-        n_units: units of each model to explain, with snippets and histogram; figures are given for every unit.
-        n_tokens: tokens to measure on; a third as many set firing thresholds. None: 110,000; with a model of more than
-            20 million parameters fewer in proportion, but at least 16,000, and 16 prompts of a task instead of 64.
-        tasks: ioi, pronoun, object, repeated, or JSON files; None: ioi, and those others that a stream can do.
+        n_units: units of each model to explain, with snippets and histogram; figures are given for every unit. None:
+            96, and 24 with a large model, whose explanations are also fitted on fewer snippets.
+        n_tokens: tokens to measure on; a third as many set firing thresholds. None: 110,000; with a large model fewer
+            in proportion, but at least 16,000.
+        tasks: ioi, pronoun, object, repeated, or JSON files; None: ioi, and those others that a stream can do. They
+            have 64 prompts, and 16 with a large model.
+        methods: find circuits: acdc, eap-ig and gate (of the ablated stream). None: all, but acdc not with a large
+            model.
         title: heading; None: the names of the runs.
         seed: of samples, prompts, intervals and explanations: same seed, same report.
         device: auto, cpu, cuda or mps.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a number out of range, an unknown task, no runs or one run twice, a model without a tokenizer, a
-            text too short, or no text for a model that does not know its own.
+        ValueError: a number out of range, an unknown task or method, no runs or one run twice, a model without a
+            tokenizer, a text too short, or no text for a model that does not know its own.
         FileNotFoundError: no such run or text.
     """
     if isinstance(runs, str | Path):
         runs = [runs]
     if n_stories < 1:
         raise ValueError(f"n_stories={n_stories} must be at least 1")
-    if n_units < 0:
-        raise ValueError(f"n_units={n_units} must be 0 or more")
     if tasks is not None:
         check_tasks(tasks)
     subjects = open_subjects(runs, device)
-    texts = gather_texts(subjects, text, column, n_stories, tokens_to_measure(subjects, n_tokens))
+    effort = effort_for(subjects, n_tokens, methods, n_units)
+    texts = gather_texts(subjects, text, column, n_stories, effort.n_tokens)
     with scratch_folder(cache_folder(None) / "tokens") as folder:
         encoded = [encode_for(subject, texts, folder) for subject in subjects]
-        prompts = _prompts(subjects, tasks, seed)
+        prompts = _prompts(subjects, tasks, effort.n_pairs, seed)
         pages, cells = [], []
         with closing(Phases(subjects, [task.task for task in prompts[0]], progress)) as phases:
             for subject, own, of_subject in zip(subjects, encoded, prompts, strict=True):
-                page, of_page = _model(subject, texts, own, of_subject, n_units, seed, partial(phases.begin, subject))
+                page, of_page = _model(subject, texts, own, of_subject, effort, seed, partial(phases.begin, subject))
                 pages.append(page)
                 cells.append(of_page)
             phases.end()
@@ -98,11 +105,10 @@ def make_report(
     )
 
 
-def _prompts(subjects: Sequence[Subject], tasks: Sequence[str] | None, seed: int) -> list[list[Prompts]]:
+def _prompts(subjects: Sequence[Subject], tasks: Sequence[str] | None, n_pairs: int, seed: int) -> list[list[Prompts]]:
     """Returns the prompts of each model, task by task; if no tasks are chosen, of the tasks that a stream can do."""
     names = list(dict.fromkeys(tasks)) if tasks is not None else [ALWAYS, *OTHERS]
-    n_pairs = PAIRS if max(subject.parameters for subject in subjects) <= LARGE else FEW_PAIRS
-    made = [[prompts_for(subject, task, seed, n_pairs) for task in names] for subject in subjects]
+    made = [[prompts_for(subject, task, n_pairs, seed) for task in names] for subject in subjects]
     kept = [
         i
         for i, task in enumerate(names)
@@ -118,7 +124,7 @@ def _model(
     texts: Texts,
     text: ModelText,
     prompts: Sequence[Prompts],
-    n_units: int,
+    effort: Effort,
     seed: int,
     begin: Callable[[str], None],
 ) -> tuple[ModelPage, Cells]:
@@ -131,12 +137,12 @@ def _model(
     tasks = []
     for of_task in prompts:
         begin(of_task.task)
-        page, of_page = task_page(subject, of_task, seed)
+        page, of_page = task_page(subject, of_task, effort.methods, seed)
         tasks.append(page)
         for title, rows in of_page.items():
             cells.setdefault(title, {}).update(rows)
     mentioned = {unit.name for page in stories if page.gates is not None for unit in page.gates.units}
-    units, note, cells[UNITS] = unit_pages(subject, text, n_units, mentioned, seed, begin)
+    units, note, cells[UNITS] = unit_pages(subject, text, effort, mentioned, seed, begin)
     return ModelPage(subject.name, subject.streams, first, stories, tuple(tasks), units, note), cells
 
 

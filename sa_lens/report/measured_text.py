@@ -22,11 +22,7 @@ from sa_lens.training import text_of_run
 from sa_lens.views.wording import encode_text
 
 HELD_OUT, CALIBRATION = 110_000, 35_000
-"""Tokens (of the first model's tokenizer) to measure on, and to set firing thresholds with, below `LARGE`."""
-LARGE = 20_000_000
-"""Parameters from which on a model is measured on fewer tokens and prompts, because it reads them more slowly."""
-FEWEST = 16_000
-"""Tokens that even the largest model is measured on."""
+"""Tokens (of the first model's tokenizer) to measure on at most, and to set firing thresholds with."""
 STORY_TOKENS = 128
 """Tokens of a story at most, in every model; longer ones are cut."""
 LEAST_BLOCKS = 12
@@ -59,24 +55,6 @@ class ModelText:
     """The same in blocks of the model's n_ctx."""
     calibration_blocks: TextBlocks
     """Blocks that set firing thresholds."""
-
-
-def tokens_to_measure(subjects: Sequence[Subject], n_tokens: int | None) -> int:
-    """Returns how many tokens models are measured on: as many as are asked for, else by the size of the largest.
-
-    Raises:
-        ValueError: too few tokens for blocks of the models' context.
-    """
-    least = math.ceil(LEAST_BLOCKS * max(subject.n_ctx for subject in subjects) * HELD_OUT / CALIBRATION)
-    if n_tokens is None:
-        in_proportion = HELD_OUT * LARGE // max(LARGE, *(subject.parameters for subject in subjects))
-        return min(HELD_OUT, max(FEWEST, least, in_proportion))
-    if n_tokens < least:
-        raise ValueError(
-            f"n_tokens={n_tokens:,} must be at least {least:,}, so that the third of them that sets firing thresholds "
-            f"is {LEAST_BLOCKS} blocks of the models' context"
-        )
-    return n_tokens
 
 
 def gather_texts(

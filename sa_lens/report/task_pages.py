@@ -13,6 +13,7 @@ from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.circuits.tasks import TASKS, make_unseen
 from sa_lens.config import Method, Stream
 from sa_lens.report.contents import Ranking, TaskPage
+from sa_lens.report.effort import METHODS as CHOSEN
 from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.stopping import Interrupted
@@ -22,8 +23,6 @@ from sa_lens.views.result_tables import MISSING
 from sa_lens.views.wording import METHODS
 from sa_lens.views.wording import TASKS as TITLES
 
-PAIRS, FEW_PAIRS = 64, 16
-"""Prompts to find circuits with, and as many others to judge them on; fewer in a large model."""
 MOST_EDGES = 400
 """Edges of a ranking that a page holds, more if its circuit is larger."""
 TAU = 0.01
@@ -36,8 +35,6 @@ ABOUT = {
     "repeated": "Two names stand together, and later the first comes again: which name follows?",
 }
 """What each task asks."""
-CHOSEN: tuple[Method, ...] = ("acdc", "eap-ig", "gate")
-"""Methods that find circuits; only the ablated stream has a circuit of the gates."""
 SCALES: dict[Method, str] = {
     "acdc": "rise of KL when the edge goes, nats",
     "eap-ig": "share in the logit difference",
@@ -73,7 +70,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
             raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}, nor a .json file of prompt pairs")
 
 
-def prompts_for(subject: Subject, task: str, seed: int, n_pairs: int = PAIRS) -> Prompts:
+def prompts_for(subject: Subject, task: str, n_pairs: int, seed: int) -> Prompts:
     """Returns the prompts of a task, the same for every model with the same tokenizer.
 
     A task whose words are no single tokens of the tokenizer has none, and says why.
@@ -107,10 +104,13 @@ def able_streams(subject: Subject, prompts: Prompts) -> tuple[Stream, ...]:
     return tuple(stream for stream, able in zip(table["stream"], table["able"], strict=True) if able)
 
 
-def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, dict[str, dict[str, str]]]:
+def task_page(
+    subject: Subject, prompts: Prompts, methods: Sequence[Method], seed: int
+) -> tuple[TaskPage, dict[str, dict[str, str]]]:
     """Returns the page of a task, with skill and circuits, and the model's cells in the tables that compare models.
 
     Args:
+        methods: find circuits; `gate` finds one in the ablated stream alone.
         seed: of the intervals.
     """
     title = TITLES.get(prompts.task, Path(prompts.task).stem)
@@ -135,10 +135,15 @@ def task_page(subject: Subject, prompts: Prompts, seed: int) -> tuple[TaskPage, 
             cells[SKILL][f"{title}, {stream}"] = row[1]
         if not skills["able"].all():
             notes.append(_unable(skills[~skills["able"]]))
+        left_out = [METHODS[method] for method in CHOSEN if method not in methods]
+        if n_edges and left_out and skills["able"].any():
+            notes.append(f"Not searched by {' and '.join(left_out)}.")
         for stream in skills[skills["able"]]["stream"]:
             find = Experiment(subject.model, prompts.find, stream=stream, seed=seed)
             judge = find.on(prompts.report)
-            for method in _methods(stream) if n_edges else ():
+            for method in methods if n_edges else ():
+                if method == "gate" and stream == "clean":
+                    continue
                 result = _find(find, judge, method)
                 rankings.append(ranking(result, method, stream, title, len(prompts.find), len(prompts.report)))
                 needed = result.curve.edges_for(LEVEL).edges if result.curve is not None else None
@@ -164,10 +169,6 @@ def _find(find: Experiment, judge: Experiment, method: Method) -> FoundCircuit:
     except Interrupted as stop:
         # a report keeps nothing that could be resumed
         raise KeyboardInterrupt from stop
-
-
-def _methods(stream: Stream) -> tuple[Method, ...]:
-    return CHOSEN if stream == "ablated" else CHOSEN[:2]
 
 
 def _about(prompts: Prompts) -> str:

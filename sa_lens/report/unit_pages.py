@@ -10,6 +10,7 @@ from sa_lens.config import Stream
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data.blocks import TextBlocks
 from sa_lens.report.contents import Snippet, UnitPage, UnitStream
+from sa_lens.report.effort import Effort
 from sa_lens.report.measured_text import ModelText
 from sa_lens.report.model_tables import STREAMS, format_cell
 from sa_lens.report.subjects import Subject
@@ -39,14 +40,12 @@ BINS, COUNTED = 40, 20_000
 """Bins of a histogram, and tokens at which values are counted at most."""
 EXPLAINED = 30_000
 """Tokens that explanations are made from and judged on, half each."""
-FITTED, SUBSTITUTES = 10, 2
-"""Snippets that an explanation is fitted on, and likely tokens that are tried in each of their places."""
 
 
 def unit_pages(
     subject: Subject,
     text: ModelText,
-    n_units: int,
+    effort: Effort,
     mentioned: Collection[str],
     seed: int,
     begin: Callable[[str], object],
@@ -54,7 +53,7 @@ def unit_pages(
     """Returns a page for every unit that is live or mentioned, a note on how they were measured, and the model's cells.
 
     Args:
-        n_units: units to describe in detail.
+        effort: how many units to describe in detail, and how closely.
         mentioned: names of units that stories mention.
         seed: of explanations and labelled stories.
         begin: called with the name of each phase of the work.
@@ -66,9 +65,9 @@ def unit_pages(
     blocks = hold_units(model, text.held_out_blocks, streams, n_tokens=DESCRIBED, progress=False)
     sizes: dict[str, Any] = {"n_tokens": DESCRIBED, "coactivation_tokens": 0, "sample_tokens": 1}
     table = specialization(model, blocks, rules, streams, **sizes, progress=False).table
-    chosen = choose_units(table, n_units)
+    chosen = choose_units(table, effort.n_units)
     begin("closer look")
-    details = details_of(subject, blocks, rules, chosen, DESCRIBED, seed)
+    details = details_of(subject, blocks, rules, chosen, effort, DESCRIBED, seed)
     del blocks
     begin("labels")
     labels = _labels(subject, rules, seed)
@@ -200,6 +199,7 @@ def details_of(
     blocks: TextBlocks,
     rules: Mapping[Stream, Thresholds],
     units: Sequence[Unit],
+    effort: Effort,
     n_tokens: int,
     seed: int,
 ) -> dict[tuple[Unit, Stream], dict[str, Any]]:
@@ -209,6 +209,7 @@ def details_of(
     Args:
         blocks: text that the thresholds were not set on.
         units: which.
+        effort: how closely to look for explanations.
         n_tokens: tokens to read at most.
         seed: of the explanations.
     """
@@ -222,8 +223,8 @@ def details_of(
         rows = explain(
             *(subject.model, blocks, rules[stream], chosen),
             n_tokens=EXPLAINED,
-            snippets=FITTED,
-            substitutes=SUBSTITUTES,
+            snippets=effort.n_snippets,
+            substitutes=effort.n_substitutes,
             seed=seed,
             progress=False,
         ).table.to_dict("records")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa_lens.config import Stream, Which
 from sa_lens.core import SelfAblatingTransformer, TwoStreamLoss
-from sa_lens.core.fused import reads_fused
+from sa_lens.core.fused import fused_losses_and_masks, reads_fused
 from sa_lens.core.gate import Gate
 from sa_lens.core.loss_terms import cross_entropy
 from sa_lens.data import TokenFile, validation_blocks
@@ -130,11 +130,16 @@ def _losses_and_masks(
     fused: bool,
     clean_alone: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None, dict[str, list[Tensor]]]:
-    """Returns clean loss, ablated loss (None if it is left out) and masks of a batch."""
-    if fused or clean_alone:
+    """Returns clean loss, ablated loss (None if it is left out) and masks of a batch, by kind of gate and layer."""
+    if clean_alone or (fused and not model.gates.gated):
         loss = TwoStreamLoss(model, path="fused" if fused else "hooked", dtype=model.cfg.dtype)
-        terms = loss(tokens, targets, clean_alone=clean_alone)
-        return terms.clean, terms.ablated, {} if terms.ablated is None else model.record_masks(tokens)
+        return loss(tokens, targets, clean_alone=True).clean, None, {}
+    if fused:
+        losses, read = fused_losses_and_masks(model, tokens, targets)
+        masks = {
+            f"{kind}_gate": [read[place] for place in sorted(read) if place[1] == kind] for kind in ("attn", "mlp")
+        }
+        return losses.clean, losses.ablated, masks
     both = model.run_both_passes(tokens)
     clean = cross_entropy(both.clean_logits, tokens, targets)
     if both.ablated_logits is None:

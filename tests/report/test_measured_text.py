@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sa_lens.report.measured_text import LEAST_BLOCKS, STORY_TOKENS, encode_for, gather_texts, tokens_to_measure
+from sa_lens.report.measured_text import STORY_TOKENS, encode_for, gather_texts
 from sa_lens.report.subjects import Subject, distinct_names
 from sa_lens.training import text_of_run
 
@@ -32,21 +32,6 @@ def test_as_many_tokens_as_are_asked_for(gated: Subject, tmp_path: Path) -> None
     # whole documents, which are shorter than 200 tokens
     assert 2_200 <= found.held_out.n_tokens < 2_400
     assert 600 < found.calibration_blocks.n_tokens < 900
-
-
-def test_large_models_are_measured_on_fewer_tokens(gated: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    least = -(-LEAST_BLOCKS * gated.n_ctx * 110_000 // 35_000)
-    for parameters, n_tokens in {
-        10**6: 110_000,
-        2 * 10**7: 110_000,
-        4 * 10**7: 55_000,
-        10**10: max(16_000, least),
-    }.items():
-        monkeypatch.setattr(Subject, "parameters", parameters)
-        assert tokens_to_measure([gated], None) == n_tokens
-        assert tokens_to_measure([gated, gated], least) == least
-    with pytest.raises(ValueError, match=f"n_tokens=7 must be at least {least:,}, so that .* 12 blocks"):
-        tokens_to_measure([gated], 7)
 
 
 def test_named_stories_are_spread_over_the_text(gated: Subject, tmp_path: Path) -> None:

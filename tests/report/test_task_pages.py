@@ -8,6 +8,7 @@ import torch
 from sa_lens.circuits import Circuit, Graph, acdc, faithfulness, find_circuit, skill
 from sa_lens.report import Report, task_pages
 from sa_lens.report.contents import Ranking, TaskPage
+from sa_lens.report.effort import METHODS
 from sa_lens.report.subjects import Subject
 from sa_lens.report.task_pages import order_edges, prompts_for, task_page
 
@@ -41,7 +42,7 @@ def test_an_able_model_has_a_ranking_of_each_method(easy: TaskPage) -> None:
 
 
 def test_skill_is_that_of_the_prompts_to_judge_on(easy: TaskPage, gated: Subject, easy_task: str) -> None:
-    prompts = prompts_for(gated, easy_task, 0)
+    prompts = prompts_for(gated, easy_task, 64, 0)
     table = skill(gated.model, prompts.report)
     assert [row[0] for row in easy.skill.rows] == ["clean", "ablated"]
     for row, true in zip(easy.skill.rows, table.itertuples(), strict=True):
@@ -51,7 +52,7 @@ def test_skill_is_that_of_the_prompts_to_judge_on(easy: TaskPage, gated: Subject
 
 @pytest.mark.parametrize("stream", ["clean", "ablated"])
 def test_acdc_is_the_search_itself(easy: TaskPage, gated: Subject, easy_task: str, stream: str) -> None:
-    prompts = prompts_for(gated, easy_task, 0)
+    prompts = prompts_for(gated, easy_task, 64, 0)
     true = acdc(gated.model, prompts.find, 0.01, stream=stream, progress=False).circuit
     found = of(easy, "ACDC", stream)
     assert found.chosen == len(true)
@@ -63,7 +64,7 @@ def test_acdc_is_the_search_itself(easy: TaskPage, gated: Subject, easy_task: st
 
 
 def test_curves_and_sizes_are_those_of_direct_calls(easy: TaskPage, gated: Subject, easy_task: str) -> None:
-    prompts = prompts_for(gated, easy_task, 0)
+    prompts = prompts_for(gated, easy_task, 64, 0)
     live = {"stream": "ablated", "masks": "live", "progress": False}
     whole = find_circuit(gated.model, prompts.find, prompts.report, "gate", **live)
     found = of(easy, "gate circuit", "ablated")
@@ -102,8 +103,9 @@ def test_order_is_that_of_keep() -> None:
 
 def test_long_rankings_are_cut_and_say_so(gated: Subject, easy_task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_pages, "MOST_EDGES", 5)
-    monkeypatch.setattr(task_pages, "_methods", lambda *_: ("eap-ig",))
-    page, _ = task_page(gated, prompts_for(gated, easy_task, 0), 0)
+    page, _ = task_page(gated, prompts_for(gated, easy_task, 64, 0), ["eap-ig"], 0)
+    assert [one.method for one in page.rankings] == ["EAP-IG"] * len(page.rankings)
+    assert page.note.endswith("Not searched by ACDC and gate circuit.")
     for one in page.rankings:
         assert len(one.circuit.edges) == max(5, one.chosen)
         assert f"Shown are the first {len(one.circuit.edges)} of {one.circuit.n_edges} edges" in one.circuit.note
@@ -114,7 +116,7 @@ def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pyt
         raise ValueError("names are cut in pieces")
 
     monkeypatch.setattr(task_pages, "make_unseen", make)
-    page, cells = task_page(gated, prompts_for(gated, "ioi", 0), 0)
+    page, cells = task_page(gated, prompts_for(gated, "ioi", 64, 0), METHODS, 0)
     assert page.rankings == ()
     assert page.skill.rows == ()
     assert page.note == "No prompts of this task can be made for this model: names are cut in pieces."

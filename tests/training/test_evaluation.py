@@ -24,7 +24,7 @@ def model(**gates: object) -> SelfAblatingTransformer:
 
 
 @pytest.mark.parametrize("path", ["fused", "hooked"])
-@pytest.mark.parametrize("gates", [{}, {"scope": "global"}, {"attn_unit": "head", "k_attn": 1}])
+@pytest.mark.parametrize("gates", [{}, {"scope": "global"}, {"scores": "ablated"}, {"attn_unit": "head", "k_attn": 1}])
 def test_against_a_slow_twin(gates: dict[str, object], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gated = model(**gates)
     assert why_not_fused(gated) is None

@@ -7,7 +7,7 @@
     cross_entropy.py            unembedding and cross-entropy, a chunk of rows at a time
     linear_map.py               linear maps whose input is made again in the backward pass
     operations.py               tied embeddings, RMSNorm and gated neurons
-    unit_values.py              the values of the units of every layer, for statistics over many tokens
+    unit_values.py              losses, masks, and units of every layer, for statistics over many tokens
 
 Each is the same function as its readable counterpart by hooks (`streams.py`, `gate.py`, `losses.py`), which the tests
 hold it to. Nothing here waits for a GPU.
@@ -15,6 +15,6 @@ hold it to. Nothing here waits for a GPU.
 
 from sa_lens.core.fused.eligible_models import why_not_fused
 from sa_lens.core.fused.passes import fused_loss
-from sa_lens.core.fused.unit_values import fused_units, reads_fused
+from sa_lens.core.fused.unit_values import fused_losses_and_masks, fused_units, reads_fused
 
-__all__ = ["fused_loss", "fused_units", "reads_fused", "why_not_fused"]
+__all__ = ["fused_loss", "fused_losses_and_masks", "fused_units", "reads_fused", "why_not_fused"]

@@ -59,16 +59,32 @@ def fused_loss(
         dtype: of the matrix products; scores, top-k, surrogate, softmax and losses are float32 or wider.
         recompute: keep only each layer's input and compute the layer again in the backward pass.
     """
+    clean_alone = clean_alone or not model.gates.gated
+    passes = Passes(model, dtype, recompute and torch.is_grad_enabled(), keep_weights=frozen(model) and not clean_alone)
+    return losses_of(passes, cfg, tokens, targets, clean_alone)
+
+
+def frozen(model: GatedTransformer) -> bool:
+    """Whether nothing but the gates is trained."""
+    return not any(p.requires_grad for p in model.base_parameters())
+
+
+def losses_of(
+    passes: Passes,
+    cfg: LossConfig,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, "batch pos"] | None,
+    clean_alone: bool,
+) -> StreamLosses:
+    """Runs the passes and returns the loss terms, as `fused_loss` has them."""
+    model = passes.model
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(f"tokens have {tokens.shape[1]} positions, more than the model's n_ctx={model.cfg.n_ctx}")
-    clean_alone = clean_alone or not model.gates.gated
-    frozen = not any(p.requires_grad for p in model.base_parameters())
-    passes = Passes(model, dtype, recompute and torch.is_grad_enabled(), keep_weights=frozen and not clean_alone)
     embedded = passes.embed(tokens)
     if clean_alone:
         loss, *_ = passes.cross_entropy((passes.clean(embedded)[-1][0],), (1.0,), tokens, targets)
         return StreamLosses(loss, loss, None, None)
-    if model.gates.reads_global or frozen:
+    if model.gates.reads_global or frozen(model):
         clean, ablated = passes.one_after_the_other(embedded)
     else:
         clean, ablated = passes.together(embedded)

@@ -1,7 +1,8 @@
-"""Values of all units in both streams, and the masks, without hooks and without gradients.
+"""Values of all units in both streams, masks and losses, without hooks and without gradients.
 
-The same layers as in training, but every layer's `z` and `post` are kept after the mask. This is for analyses that read
-all units of many tokens; use hooks to edit values or to read anything else.
+The same layers as in training, but the masks are kept, and for `fused_units` every layer's `z` and `post` after the
+mask. This is for evaluation and for analyses that read all units of many tokens; use hooks to edit values or to read
+anything else.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sa_lens.config import Stream
+from sa_lens.config import LossConfig, Stream
 from sa_lens.core.fused.eligible_models import has_user_hooks, why_not_fused
-from sa_lens.core.fused.passes import Passes
+from sa_lens.core.fused.passes import Passes, StreamLosses, losses_of
 from sa_lens.core.fused.selection import mask_of
 from sa_lens.core.gated import GatedTransformer
+
+Masks = dict[tuple[int, str], Float[Tensor, "batch pos score"]]
+"""Masks by (layer, `attn` or `mlp`)."""
 
 
 class UnitValues(NamedTuple):
@@ -26,7 +30,7 @@ class UnitValues(NamedTuple):
     """Values in the clean stream."""
     ablated: dict[tuple[int, str], Float[Tensor, "batch pos unit"]]
     """Values in the ablated stream, after the mask; empty if only the clean one was run."""
-    masks: dict[tuple[int, str], Float[Tensor, "batch pos score"]]
+    masks: Masks
     """Masks, an entry for each unit or for each head."""
 
 
@@ -55,13 +59,30 @@ def fused_units(model: GatedTransformer, tokens: Int[Tensor, "batch pos"], strea
     return reader.values
 
 
-class _Reader(Passes):
-    """Passes that keep the units of every layer."""
+@torch.no_grad()
+def fused_losses_and_masks(
+    model: GatedTransformer, tokens: Int[Tensor, "batch pos"], targets: Int[Tensor, "batch pos"] | None = None
+) -> tuple[StreamLosses, Masks]:
+    """Losses of both streams of a gated model in its own precision, and the masks that they were computed with.
 
-    def __init__(self, model: GatedTransformer) -> None:
+    Args:
+        targets: the token to predict at each position; None: the next token, T - 1 predictions.
+
+    Raises:
+        ValueError: more tokens than the context holds.
+    """
+    reader = _Reader(model, keep_units=False)
+    return losses_of(reader, LossConfig(), tokens, targets, clean_alone=False), reader.values.masks
+
+
+class _Reader(Passes):
+    """Passes that keep the masks of every layer, and its units if asked to."""
+
+    def __init__(self, model: GatedTransformer, *, keep_units: bool = True) -> None:
         super().__init__(model, model.W_E.dtype, recompute=False)
         # a model that trains without biases may have been given some
         self.qkv_bias = True
+        self.keep_units = keep_units
         self.layer_of = {id(block): layer for layer, block in enumerate(model.blocks)}
         self.values = UnitValues({}, {}, {})
 
@@ -69,7 +90,7 @@ class _Reader(Passes):
         self, block: Any, kind: Literal["attn", "mlp"], units: Tensor, local: Tensor | None, final: Tensor | None
     ) -> Float[Tensor, "stream batch pos unit"]:
         place = self.layer_of[id(block)], kind
-        if local is None or len(units) == 2:
+        if self.keep_units and (local is None or len(units) == 2):
             self.values.clean[place] = units[0]
         if local is not None:
             gate = getattr(block, f"{kind}_gate")
@@ -77,5 +98,7 @@ class _Reader(Passes):
             mask = mask.unflatten(0, units.shape[1:3])
             # nothing else uses `units`, so the last stream can be masked in place
             units[-1].unflatten(-1, (mask.shape[-1], -1)).mul_(mask[..., None])
-            self.values.ablated[place], self.values.masks[place] = units[-1], mask
+            self.values.masks[place] = mask
+            if self.keep_units:
+                self.values.ablated[place] = units[-1]
         return units
