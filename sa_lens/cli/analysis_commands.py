@@ -338,7 +338,7 @@ def report(
     runs: Annotated[tuple[MayBeEmpty, ...], tyro.conf.arg(metavar="RUN [OTHER_RUN ...]"), tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
     text: str | None = None,
-    stories: int = 12,
+    stories: int | None = None,
     units: int | None = None,
     tokens: int | None = None,
     tasks: tuple[str, ...] | None = None,
@@ -357,7 +357,7 @@ def report(
         runs: Run folders, shipped models or Hub ids; their stories come from the first one's validation text.
         out: File to write, ending in .html.
         text: Stories to show instead: a file, or a dataset on the Hub. Figures stay those of the first run's text.
-        stories: Stories to show.
+        stories: Stories to show; None: 12, and 4 with more than 20 million parameters.
         units: Units of each model to explain, with snippets; None: 96, and 24 with more than 20 million parameters.
         tokens: Tokens to measure on; None: 110,000, and fewer for a model of more than 20 million parameters.
         tasks: ioi, pronoun, object, repeated or JSON files; None: ioi, and the others that a model can do.

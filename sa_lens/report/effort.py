@@ -22,6 +22,10 @@ METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "gate")
 class Effort:
     """How much is measured of each model of a report."""
 
+    n_stories: int
+    """Stories to show at most."""
+    n_samples: int
+    """Prompts that each stream continues."""
     n_tokens: int
     """Tokens (of the first model's tokenizer) to measure on; a third as many set firing thresholds."""
     n_pairs: int
@@ -38,6 +42,7 @@ class Effort:
 
 def effort_for(
     subjects: Sequence[Subject],
+    n_stories: int | None = None,
     n_tokens: int | None = None,
     methods: Sequence[Method] | None = None,
     n_units: int | None = None,
@@ -48,6 +53,8 @@ def effort_for(
         ValueError: a number out of range, too few tokens for blocks of the models' context, or a method that a report
             does not show.
     """
+    if n_stories is not None and n_stories < 1:
+        raise ValueError(f"n_stories={n_stories} must be at least 1")
     if n_units is not None and n_units < 0:
         raise ValueError(f"n_units={n_units} must be 0 or more")
     for method in methods or ():
@@ -67,6 +74,8 @@ def effort_for(
     if methods is None:
         methods = [method for method in METHODS if not (large and method == "acdc")]
     return Effort(
+        n_stories=n_stories if n_stories is not None else 4 if large else 12,
+        n_samples=2 if large else 3,
         n_tokens=n_tokens,
         n_pairs=16 if large else 64,
         methods=tuple(method for method in METHODS if method in methods),

@@ -36,7 +36,7 @@ def make_report(
     *,
     text: str | None = None,
     column: str = "text",
-    n_stories: int = 12,
+    n_stories: int | None = None,
     n_units: int | None = None,
     n_tokens: int | None = None,
     tasks: Sequence[str] | None = None,
@@ -57,7 +57,7 @@ def make_report(
         runs: run folders or Hub ids.
         text: path or dataset id of the stories to show, as `data.source`; None: from the first run's validation text.
         column: column of `text` that holds the text.
-        n_stories: stories to show at most.
+        n_stories: stories to show at most. None: 12, and 4 with a large model.
         n_units: units of each model to explain, with snippets and histogram; figures are given for every unit. None:
             96, and 24 with a large model, whose explanations are also fitted on fewer snippets.
         n_tokens: tokens to measure on; a third as many set firing thresholds. None: 110,000; with a large model fewer
@@ -78,13 +78,11 @@ def make_report(
     """
     if isinstance(runs, str | Path):
         runs = [runs]
-    if n_stories < 1:
-        raise ValueError(f"n_stories={n_stories} must be at least 1")
     if tasks is not None:
         check_tasks(tasks)
     subjects = open_subjects(runs, device)
-    effort = effort_for(subjects, n_tokens, methods, n_units)
-    texts = gather_texts(subjects, text, column, n_stories, effort.n_tokens)
+    effort = effort_for(subjects, n_stories, n_tokens, methods, n_units)
+    texts = gather_texts(subjects, text, column, effort.n_stories, effort.n_tokens)
     with scratch_folder(cache_folder(None) / "tokens") as folder:
         encoded = [encode_for(subject, texts, folder) for subject in subjects]
         prompts = _prompts(subjects, tasks, effort.n_pairs, seed)
@@ -130,7 +128,7 @@ def _model(
 ) -> tuple[ModelPage, Cells]:
     begin("losses")
     losses = measure_losses(subject, text)
-    first = overview(subject, texts, losses, seed)
+    first = overview(subject, texts, losses, effort.n_samples, seed)
     begin("stories")
     stories = tuple(story_page(subject, story) for story in texts.stories)
     cells: dict[str, dict[str, str]] = {LOSSES: loss_cells(losses)}

@@ -29,17 +29,18 @@ def measure_losses(subject: Subject, text: ModelText) -> Evaluation:
     return evaluate(subject.model, blocks, bytes_per_token=bytes_per_token(text.held_out))
 
 
-def overview(subject: Subject, texts: Texts, evaluation: Evaluation, seed: int) -> Overview:
+def overview(subject: Subject, texts: Texts, evaluation: Evaluation, n_samples: int, seed: int) -> Overview:
     """Returns the first page of a model.
 
     Args:
         evaluation: from `measure_losses`.
+        n_samples: prompts that each stream continues.
         seed: of the samples.
     """
     return Overview(
         facts=(*_shape(subject), *_training(subject), *_use(evaluation, texts)),
         losses=losses(evaluation),
-        samples=tuple(_samples(subject, texts.stories, seed)),
+        samples=tuple(_samples(subject, texts.stories, n_samples, seed)),
     )
 
 
@@ -167,9 +168,9 @@ def training_of(subjects: Sequence[Subject]) -> Curves | None:
     return replace(curves[0], lines=lines, moments=moments) if curves else None
 
 
-def _samples(subject: Subject, stories: Sequence[str], seed: int) -> list[Sample]:
+def _samples(subject: Subject, stories: Sequence[str], n_samples: int, seed: int) -> list[Sample]:
     """Returns what each stream writes: a text from its beginning, and two stories after their first words."""
-    prompts = ["", *dict.fromkeys(" ".join(story.split()[:PROMPT_WORDS]) for story in stories)][:3]
+    prompts = ["", *dict.fromkeys(" ".join(story.split()[:PROMPT_WORDS]) for story in stories)][:n_samples]
     room = subject.model.cfg.n_ctx - 1
     samples = []
     for prompt in prompts:

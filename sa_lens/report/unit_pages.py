@@ -67,6 +67,9 @@ def unit_pages(
     table = specialization(model, blocks, rules, streams, **sizes, progress=False).table
     chosen = choose_units(table, effort.n_units)
     begin("closer look")
+    if chosen:
+        # all units of a large model do not fit into memory, but these do
+        blocks = hold_units(model, blocks, streams, units=chosen, progress=False)
     details = details_of(subject, blocks, rules, chosen, effort, DESCRIBED, seed)
     del blocks
     begin("labels")
@@ -103,13 +106,12 @@ def choose_units(table: pd.DataFrame, n_units: int) -> list[Unit]:
         ]
         order = sorted(range(len(live)), key=lambda i: (-bits[i], live["unit"].iloc[i]))
         ordered[Sublayer(int(layer), site)] = [Unit(int(layer), site, int(live["unit"].iloc[i])) for i in order]
-    turns = [
-        units[turn]
-        for turn in range(max(map(len, ordered.values()), default=0))
-        for units in ordered.values()
-        if turn < len(units)
-    ]
-    return sorted(turns[:n_units])
+    chosen: list[Unit] = []
+    for turn in range(max(map(len, ordered.values()), default=0)):
+        units = [of_sublayer[turn] for of_sublayer in ordered.values() if turn < len(of_sublayer)]
+        room = min(n_units - len(chosen), len(units))
+        chosen += [units[i * len(units) // room] for i in range(room)]
+    return sorted(chosen)
 
 
 def _labels(subject: Subject, rules: Mapping[Stream, Thresholds], seed: int) -> pd.DataFrame | None:

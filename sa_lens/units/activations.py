@@ -5,7 +5,8 @@ The axis `unit` is one attention unit (an entry of `z`, heads flattened: unit = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from sa_lens.config import Stream
 from sa_lens.core.fused import fused_units, reads_fused
 from sa_lens.core.host import Host, at_least_float32, device_of, gate_hook_names, in_stream, streams_of
-from sa_lens.core.unit import Sublayer, unit_counts
+from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
 
@@ -42,22 +43,51 @@ class UnitBatch(NamedTuple):
 
 
 class HeldUnits(TextBlocks):
-    """Blocks whose units are in memory: `stream_units` yields them without running the model."""
+    """Blocks whose units are in memory: `stream_units` yields them without running the model.
 
-    def __init__(self, blocks: TextBlocks, batches: Sequence[UnitBatch]) -> None:
+    Args:
+        columns: the units of each sublayer that are in memory, where not all are; the others are yielded as NaN.
+        counts: how many units each sublayer has.
+    """
+
+    def __init__(
+        self,
+        blocks: TextBlocks,
+        batches: Sequence[UnitBatch],
+        columns: Mapping[Sublayer, Int[Tensor, " unit"]] | None,
+        counts: Mapping[Sublayer, int],
+    ) -> None:
         self.text, self.length, self.count, self.batches = blocks.text, blocks.length, blocks.count, batches
+        self.columns, self.counts = columns, counts
 
     def again(self, streams: Sequence[Stream], sublayers: Sequence[Sublayer]) -> Iterator[UnitBatch]:
-        """Yields the batches with these streams and sublayers."""
+        """Yields the batches with these streams and sublayers.
+
+        Raises:
+            ValueError: a sublayer of which no unit is in memory.
+        """
+        if self.columns is not None and not set(sublayers) <= set(self.columns):
+            raise ValueError(f"of these sublayers units are in memory: {', '.join(map(str, self.columns))}")
         for batch in self.batches:
             n = self.count - batch.first
             if n > 0:
                 yield UnitBatch(
                     batch.tokens[:n],
                     batch.first,
-                    {stream: {s: batch.values[stream][s][:n] for s in sublayers} for stream in streams},
-                    {s: batch.masks[s][:n] for s in sublayers if s in batch.masks and "ablated" in streams},
+                    {stream: {s: self._whole(s, batch.values[stream][s][:n]) for s in sublayers} for stream in streams},
+                    {
+                        s: self._whole(s, batch.masks[s][:n])
+                        for s in sublayers
+                        if s in batch.masks and "ablated" in streams
+                    },
                 )
+
+    def _whole(self, sublayer: Sublayer, held: Float[Tensor, "batch pos held"]) -> Float[Tensor, "batch pos unit"]:
+        if self.columns is None:
+            return held
+        whole = held.new_full((*held.shape[:2], self.counts[sublayer]), math.nan)
+        whole[..., self.columns[sublayer]] = held
+        return whole
 
 
 def chosen_streams(model: Host, streams: Stream | Sequence[Stream] | None) -> tuple[Stream, ...]:
@@ -134,6 +164,7 @@ def hold_units(
     blocks: TextBlocks,
     streams: Sequence[Stream],
     *,
+    units: Sequence[Unit] | None = None,
     n_tokens: int | None = None,
     memory: int = MEMORY,
     progress: bool = True,
@@ -141,14 +172,47 @@ def hold_units(
     """Reads the units of a text once and keeps them in memory, so that several analyses run the model only once.
 
     Args:
+        units: those to keep; None keeps all.
         memory: limit in bytes; a text whose units need more is returned without them.
     """
     blocks = text_blocks(model, blocks, n_tokens)
+    counts = unit_counts(model)
+    columns = None if units is None else columns_of(model, units)
+    n_units = sum(counts.values()) if columns is None else sum(map(len, columns.values()))
     # the masks are as many numbers as the values of one stream
-    numbers = blocks.n_tokens * sum(unit_counts(model).values()) * (len(streams) + ("ablated" in streams))
-    if 4 * numbers > memory:
+    numbers = blocks.n_tokens * n_units * (len(streams) + ("ablated" in streams))
+    if isinstance(blocks, HeldUnits) or 4 * numbers > memory:
         return blocks
-    return HeldUnits(blocks, list(stream_units(model, blocks, streams, progress=progress, name="reading")))
+    batches = stream_units(
+        model, blocks, streams, sublayers=None if columns is None else list(columns), progress=progress, name="reading"
+    )
+    if columns is not None:
+        batches = (_with_columns(batch, columns) for batch in batches)
+    return HeldUnits(blocks, list(batches), columns, counts)
+
+
+def columns_of(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
+    """Returns indices of units by sublayer, in the order in which they are named.
+
+    Raises:
+        ValueError: no unit, or a unit that the model does not have.
+    """
+    if not len(units):
+        raise ValueError("units is empty: name at least one unit, or None for all")
+    indices: dict[Sublayer, list[int]] = {}
+    for unit in units:
+        indices.setdefault(unit.sublayer, []).append(checked_unit(model, unit).index)
+    return {sublayer: torch.tensor(index) for sublayer, index in indices.items()}
+
+
+def _with_columns(batch: UnitBatch, columns: Mapping[Sublayer, Int[Tensor, " unit"]]) -> UnitBatch:
+    """Returns a batch with these units alone."""
+
+    def cut(units: UnitValues) -> UnitValues:
+        return {s: x[..., columns[s].to(x.device)] for s, x in units.items()}
+
+    values = {stream: cut(of_stream) for stream, of_stream in batch.values.items()}
+    return batch._replace(values=values, masks=cut(batch.masks))
 
 
 def _batches(

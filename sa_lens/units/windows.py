@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sa_lens.config import Stream
 from sa_lens.core.host import Host, device_of, refuse_chosen_stream
-from sa_lens.core.unit import Sublayer, Unit, checked_unit, unit_counts
+from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.data import TokenFile
 from sa_lens.data.blocks import TextBlocks
-from sa_lens.units.activations import HeldUnits, stream_units, text_blocks
+from sa_lens.units.activations import HeldUnits, columns_of, stream_units, text_blocks
 from sa_lens.units.firing import unit_scores
 
 BEFORE = 0.75
@@ -100,7 +100,7 @@ def snippets(
     blocks = text_blocks(model, text, n_tokens)
     counts = unit_counts(model)
     chosen = (
-        {sublayer: torch.arange(n) for sublayer, n in counts.items()} if units is None else _indices_of(model, units)
+        {sublayer: torch.arange(n) for sublayer, n in counts.items()} if units is None else columns_of(model, units)
     )
     if n_top < 1 or n_sample < 0:
         raise ValueError(f"n_top={n_top} must be at least 1 and n_sample={n_sample} at least 0")
@@ -130,15 +130,6 @@ def snippets(
         for sublayer, values in batch.values[stream].items():
             _fill(records[sublayer], read, batch.tokens.cpu(), values[..., indices[sublayer]].cpu())
     return records
-
-
-def _indices_of(model: Host, units: Sequence[Unit]) -> dict[Sublayer, Int[Tensor, " unit"]]:
-    if not len(units):
-        raise ValueError("units is empty: name at least one unit, or None for all")
-    indices: dict[Sublayer, list[int]] = {}
-    for unit in units:
-        indices.setdefault(unit.sublayer, []).append(checked_unit(model, unit).index)
-    return {sublayer: torch.tensor(index) for sublayer, index in indices.items()}
 
 
 def _choose_blocks(

@@ -179,6 +179,24 @@ def test_the_most_telling_units_come_first() -> None:
         assert [str(unit) for unit in choose_units(table, n_units)] == names
 
 
+def test_fewer_units_than_sublayers_are_spread_over_the_layers() -> None:
+    table = units_table(
+        [
+            (layer, site, unit, True, 0.1, 2.0 + unit)
+            for layer in range(3)
+            for site in ("attn", "mlp")
+            for unit in (0, 1)
+        ]
+    )
+    for n_units, names in {
+        2: ["L0.attn.0", "L1.mlp.0"],
+        3: ["L0.attn.0", "L1.attn.0", "L2.attn.0"],
+        4: ["L0.attn.0", "L0.mlp.0", "L1.mlp.0", "L2.attn.0"],
+        8: [f"L{layer}.{site}.0" for layer in range(3) for site in ("attn", "mlp")] + ["L0.attn.1", "L1.mlp.1"],
+    }.items():
+        assert [str(unit) for unit in choose_units(table, n_units)] == sorted(names)
+
+
 def test_units_that_stories_mention_are_listed_dead_or_not(report: Report) -> None:
     mentioned = {unit.name for story in report.models[0].stories if story.gates for unit in story.gates.units}
     for page in report.models[0].units:

@@ -5,7 +5,7 @@ import torch
 
 from sa_lens.core.unit import Sublayer, Unit, unit_counts
 from sa_lens.units import activations
-from sa_lens.units.activations import HeldUnits, hold_units, text_blocks
+from sa_lens.units.activations import HeldUnits, hold_units, stream_units, text_blocks
 from sa_lens.units.firing import unit_scores
 from sa_lens.units.windows import snippets
 
@@ -85,3 +85,27 @@ def test_a_text_that_was_read_once_gives_the_same(gated, text, memory, monkeypat
             for name in ("tokens", "peaks", "blocks", "starts", "quantiles"):
                 assert torch.equal(getattr(found[sublayer], name), getattr(record, name)), name
             torch.testing.assert_close(found[sublayer].values, record.values)
+
+
+def test_chosen_units_that_were_read_once_give_the_same(gated, text, monkeypatch):
+    units = [Unit(0, "mlp", 3), Unit(1, "attn", 2), Unit(0, "mlp", 1)]
+    options = {"n_top": 2, "n_sample": 3, "length": 8, "units": units, "progress": False}
+    expected = {stream: snippets(gated, text, stream, **options) for stream in ("clean", "ablated")}
+    read = list(stream_units(gated, text, ("clean", "ablated"), progress=False))
+    blocks = hold_units(gated, text_blocks(gated, text), ("clean", "ablated"), units=units, progress=False)
+    monkeypatch.setattr(activations, "read_units", lambda *_: pytest.fail("the model ran again"))
+    for stream, of_stream in expected.items():
+        found = snippets(gated, blocks, stream, **options)
+        for sublayer, record in of_stream.items():
+            assert torch.equal(found[sublayer].starts, record.starts)
+            torch.testing.assert_close(found[sublayer].values, record.values)
+    sublayers = [unit.sublayer for unit in units[:2]]
+    again = list(stream_units(gated, blocks, ("clean", "ablated"), sublayers=sublayers, progress=False))
+    for held, whole in zip(again, read, strict=True):
+        for unit in units:
+            mine, theirs = held.masks[unit.sublayer], whole.masks[unit.sublayer]
+            assert torch.equal(mine[..., unit.index], theirs[..., unit.index])
+            assert mine.shape == theirs.shape
+        assert held.values["clean"][units[0].sublayer].isnan().sum(-1).unique().tolist() == [18]
+    with pytest.raises(ValueError, match=r"of these sublayers units are in memory: .*mlp"):
+        list(stream_units(gated, blocks, "clean", progress=False))
