@@ -30,6 +30,8 @@ CALIBRATION, DESCRIBED = 30_000, 40_000
 """Tokens that set firing thresholds, and tokens that units are described on."""
 LABELLED = 600
 """Generated stories on which labels are compared with the units' firing."""
+MOST_LISTED = 5_000
+"""Live units to list, and besides them those that stories mention."""
 PROMOTED = 5
 """Tokens named that a unit promotes."""
 TOP, SAMPLE = 5, 3
@@ -75,8 +77,12 @@ def unit_pages(
     begin("labels")
     labels = _labels(subject, rules, seed)
     pages = _pages(subject, table, labels, details, mentioned)
+    n_live = len(table[table["live"]].drop_duplicates(["layer", "site", "unit"]))
+    which = "those that are live in a stream"
+    if n_live > MOST_LISTED:
+        which = f"{MOST_LISTED:,} of the {n_live:,} live ones, whose firing says most about the token"
     note = (
-        f"{len(pages):,} of {sum(unit_counts(model).values()):,} units are shown: those that are live in a stream, and "
+        f"{len(pages):,} of {sum(unit_counts(model).values()):,} units are shown: {which}, and "
         f"those in a story. Figures are of {table.attrs['n_tokens']:,} tokens of held-out text; a unit fires "
         f"above half of its 99.9th percentile on {table.attrs['n_calibration_tokens']:,} other tokens. "
         f"{len({unit for unit, _ in details})} units, spread evenly over sublayers, have details: "
@@ -132,18 +138,15 @@ def _pages(
     mentioned: Collection[str],
 ) -> tuple[UnitPage, ...]:
     rows, labelled = _by_unit(table), _by_unit(labels) if labels is not None else {}
+    listed = {unit for (unit, _), row in rows.items() if row["live"]}
+    if len(listed) > MOST_LISTED:
+        listed = {*choose_units(table, MOST_LISTED), *(unit for unit, _ in details)}
+    shown = sorted(listed | {Unit.parse(name) for name in mentioned})
     pages = []
-    for sublayer, count in unit_counts(subject.model).items():
-        shown = [
-            unit
-            for unit in (Unit(*sublayer, index) for index in range(count))
-            if str(unit) in mentioned or any(rows[unit, stream]["live"] for stream in subject.streams)
-        ]
-        promoted = promoted_tokens(subject.model, sublayer, [unit.index for unit in shown], PROMOTED)
-        for unit, promotes in zip(shown, promoted, strict=True):
-            places = [(unit, stream) for stream in subject.streams]
-            streams = tuple(_stream(rows[place], labelled.get(place, {}), details.get(place, {})) for place in places)
-            pages.append(UnitPage(str(unit), *unit, promotes, streams, unit.place_in_heads(subject.model.cfg.d_head)))
+    for unit, promotes in zip(shown, promoted_tokens(subject.model, shown, PROMOTED), strict=True):
+        places = [(unit, stream) for stream in subject.streams]
+        streams = tuple(_stream(rows[place], labelled.get(place, {}), details.get(place, {})) for place in places)
+        pages.append(UnitPage(str(unit), *unit, promotes, streams, unit.place_in_heads(subject.model.cfg.d_head)))
     return tuple(pages)
 
 

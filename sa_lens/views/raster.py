@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +23,10 @@ from sa_lens.views.wording import short_label
 
 WIDEST = 1500
 """Pixels of the widest raster."""
+MOST = 2_000
+"""Units of a raster, unless more are asked for."""
+UNITS_AT_ONCE = 1_024
+"""Units whose logits are in memory at a time."""
 
 
 def gate_raster(
@@ -29,6 +35,7 @@ def gate_raster(
     *,
     stream: Stream = "clean",
     top: int = 3,
+    most: int = MOST,
     title: str = "Units that stay, token by token",
 ) -> GateRaster:
     """Returns which units the gates keep at each token of a text, with their values.
@@ -37,10 +44,13 @@ def gate_raster(
         text: text, which gets one begin-of-text token, or tokens.
         stream: whose values to show; the masks are the same. In the ablated stream the value is the one after the mask.
         top: tokens to name for each unit: those whose logits it raises most, directly.
+        most: units to show; of more, each sublayer shows equally many, which at some token add the longest vectors to
+            the residual stream.
         title: heading.
 
     Raises:
-        ValueError: a model without gates, gates that are soft and drop nothing, or a text that the model cannot read.
+        ValueError: a model without gates, gates that are soft and drop nothing, a text that the model cannot read, or
+            a number out of range.
     """
     if not has_ablated_stream(model):
         raise ValueError(f"gate_raster needs gates, but this {type(model).__name__} has none")
@@ -48,60 +58,109 @@ def gate_raster(
         raise ValueError("gate_raster needs hard gates: soft ones weigh units and drop none")
     if top < 0:
         raise ValueError(f"top={top} tokens per unit: give 0 or more")
-    return gate_raster_of(read_streams(model, text, sublayers=list(unit_counts(model))), stream, top=top, title=title)
+    sublayers = list(unit_counts(model))
+    if most < len(sublayers):
+        raise ValueError(f"most={most} units: give at least {len(sublayers)}, one for each attention and MLP")
+    return gate_raster_of(read_streams(model, text, sublayers=sublayers), stream, top=top, most=most, title=title)
 
 
 def gate_raster_of(
-    reading: Reading, stream: Stream = "clean", *, top: int = 3, title: str = "Units that stay, token by token"
+    reading: Reading,
+    stream: Stream = "clean",
+    *,
+    top: int = 3,
+    most: int = MOST,
+    title: str = "Units that stay, token by token",
 ) -> GateRaster:
     """Returns the raster of a text that was read in both streams with all sublayers."""
-    model, units, kept = reading.model, [], 0
-    for sublayer, mask in reading.masks.items():
-        live = mask[0] > 0
-        kept += int(live[0].sum())
-        chosen = live.any(0).nonzero()[:, 0].tolist()
-        promoted = promoted_tokens(model, sublayer, chosen, top)
-        for index, names in zip(chosen, promoted, strict=True):
-            positions = live[:, index].nonzero()[:, 0]
-            units.append(
-                LiveUnit(
-                    name=str(Unit(*sublayer, index)),
-                    layer=sublayer.layer,
-                    site=sublayer.site,
-                    promotes=names,
-                    positions=tuple(positions.tolist()),
-                    values=tuple(map(short, reading.values[stream][sublayer][0, positions, index].tolist())),
-                    place=Unit(*sublayer, index).place_in_heads(model.cfg.d_head),
-                )
+    model, masks = reading.model, {sublayer: mask[0] > 0 for sublayer, mask in reading.masks.items()}
+    staying = {sublayer: live.any(0).nonzero()[:, 0] for sublayer, live in masks.items()}
+    shown = {
+        sublayer: _largest(model, sublayer, reading.values[stream][sublayer][0] * masks[sublayer], indices, room)
+        for (sublayer, indices), room in zip(
+            staying.items(), _shares(list(map(len, staying.values())), most), strict=True
+        )
+    }
+    units = [Unit(*sublayer, index) for sublayer, indices in shown.items() for index in indices]
+    lines = []
+    for unit, promotes in zip(units, promoted_tokens(model, units, top), strict=True):
+        positions = masks[unit.sublayer][:, unit.index].nonzero()[:, 0]
+        lines.append(
+            LiveUnit(
+                name=str(unit),
+                layer=unit.layer,
+                site=unit.site,
+                promotes=promotes,
+                positions=tuple(positions.tolist()),
+                values=tuple(map(short, reading.values[stream][unit.sublayer][0, positions, unit.index].tolist())),
+                place=unit.place_in_heads(model.cfg.d_head),
             )
-    total = sum(mask.shape[-1] for mask in reading.masks.values())
+        )
+    kept, total = sum(int(live[0].sum()) for live in masks.values()), sum(live.shape[-1] for live in masks.values())
+    n_staying = sum(map(len, staying.values()))
+    which = f"the {n_staying:,} that stay at one token or more"
+    if len(units) < n_staying:
+        which = f"{len(units):,} of {which}, which at some token add most to the residual stream"
     note = (
-        f"{kept} of {total:,} units stay at each token; shown are the {len(units):,} that stay at one token or more; "
+        f"{kept:,} of {total:,} units stay at each token; shown are {which}; "
         f"colour: value of the unit in the {stream} stream, over the root mean square (RMS) of the values shown of its "
         "sublayer"
     )
-    return GateRaster(title, note, reading.labels, tuple(units), f"value, {stream} stream")
+    return GateRaster(title, note, reading.labels, tuple(lines), f"value, {stream} stream")
 
 
-def promoted_tokens(model: Host, sublayer: Sublayer, units: list[int], top: int) -> list[tuple[str, ...]]:
-    """Returns for each unit the tokens whose logits it raises most, directly: its output weights, scaled by the final
-    LayerNorm's weight, times the unembedding less its mean over the vocabulary."""
+def _shares(counts: Sequence[int], most: int) -> list[int]:
+    """Returns how many of each count to take, equally many where there are enough, at most so many in all."""
+    shares, left = [0] * len(counts), most
+    for turn, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
+        shares[i] = min(counts[i], left // (len(counts) - turn))
+        left -= shares[i]
+    return shares
+
+
+def _largest(
+    model: Host, sublayer: Sublayer, values: Float[Tensor, "pos unit"], indices: Int[Tensor, " unit"], room: int
+) -> list[int]:
+    """Returns the units that at some token add the longest vectors to the residual stream, in their order."""
+    if len(indices) > room:
+        added = values[:, indices].abs().amax(0) * _output_weights(model, sublayer)[indices].float().norm(dim=-1)
+        indices = indices[added.sort(descending=True, stable=True).indices[:room]].sort().values
+    chosen: list[int] = indices.tolist()
+    return chosen
+
+
+def promoted_tokens(model: Host, units: Sequence[Unit], top: int) -> list[tuple[str, ...]]:
+    """Returns for each unit the tokens whose logits it raises most, directly.
+
+    These are the largest of its output weights, scaled by the final LayerNorm's weight, times the unembedding.
+    """
     if not units or not top:
         return [()] * len(units)
     with torch.no_grad():
-        if sublayer.site == "mlp":
-            out: Float[Tensor, "unit d_model"] = weight(model, f"blocks.{sublayer.layer}.mlp.W_out")
-        else:
-            out = weight(model, f"blocks.{sublayer.layer}.attn.W_O").flatten(0, 1)
-        directions = out[units].float()
+        unembed = weight(model, "unembed.W_U").float()
+        scale = None
         if "ln_final.hook_scale" in model.hook_dict:
             # absent where it is folded into the unembedding
             with suppress(ValueError):
-                directions = directions * weight(model, "ln_final.w").float()
-        unembed = weight(model, "unembed.W_U").float()
-        logits = directions @ (unembed - unembed.mean(-1, keepdim=True))
-        best = logits.topk(min(top, logits.shape[-1])).indices.tolist()
+                scale = weight(model, "ln_final.w").float()
+        best: list[list[int]] = []
+        for start in range(0, len(units), UNITS_AT_ONCE):
+            part = units[start : start + UNITS_AT_ONCE]
+            directions = torch.cat(
+                [
+                    _output_weights(model, sublayer)[[unit.index for unit in of_sublayer]].float()
+                    for sublayer, of_sublayer in groupby(part, lambda unit: unit.sublayer)
+                ]
+            )
+            logits = (directions if scale is None else directions * scale) @ unembed
+            best += logits.topk(min(top, logits.shape[-1])).indices.tolist()
     return [tuple(token_text(model.tokenizer, token) for token in row) for row in best]
+
+
+def _output_weights(model: Host, sublayer: Sublayer) -> Float[Tensor, "unit d_model"]:
+    if sublayer.site == "mlp":
+        return weight(model, f"blocks.{sublayer.layer}.mlp.W_out")
+    return weight(model, f"blocks.{sublayer.layer}.attn.W_O").flatten(0, 1)
 
 
 @draw.register

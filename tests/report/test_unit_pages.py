@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from sa_lens.report import Report
+from sa_lens.report import Report, unit_pages
 from sa_lens.report.contents import UnitPage
+from sa_lens.report.effort import effort_for
 from sa_lens.report.measured_text import encode_for, gather_texts
 from sa_lens.report.subjects import Subject
 from sa_lens.report.unit_pages import choose_units
-from sa_lens.units import Sublayer, Unit, calibrate, explain, label_stories, selectivity, specialization
+from sa_lens.units import Unit, calibrate, explain, label_stories, selectivity, specialization
 from sa_lens.views.raster import promoted_tokens
 
 STREAMS = ("clean", "ablated")
@@ -77,7 +78,7 @@ def test_labels_are_those_of_selectivity(report: Report, gated: Subject, rules) 
 
 def test_promoted_tokens(report: Report, gated: Subject) -> None:
     for page in report.models[0].units[::20]:
-        (true,) = promoted_tokens(gated.model, Sublayer(page.layer, page.site), [page.index], 5)
+        (true,) = promoted_tokens(gated.model, [Unit(page.layer, page.site, page.index)], 5)
         assert page.promotes == true
 
 
@@ -195,6 +196,26 @@ def test_fewer_units_than_sublayers_are_spread_over_the_layers() -> None:
         8: [f"L{layer}.{site}.0" for layer in range(3) for site in ("attn", "mlp")] + ["L0.attn.1", "L1.mlp.1"],
     }.items():
         assert [str(unit) for unit in choose_units(table, n_units)] == sorted(names)
+
+
+def test_of_very_many_units_the_most_telling_are_listed(
+    gated: Subject, text, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unit_pages, "MOST_LISTED", 10)
+    monkeypatch.setattr(unit_pages, "LABELLED", 60)
+    mentioned = {"L0.mlp.1", "L1.attn.0"}
+    pages, note, _ = unit_pages.unit_pages(gated, text, effort_for([gated], n_units=0), mentioned, 0, lambda _: None)
+    all_of_them = {page.name: page for page in report.models[0].units}
+    assert mentioned <= {page.name for page in pages}
+    assert 10 <= len(pages) <= 12
+    assert f"{len(pages)} of " in note
+    assert "10 of the " in note
+    telling = [page for page in pages if page.name not in mentioned]
+    assert {(page.layer, page.site) for page in telling} == {
+        (layer, site) for layer in (0, 1) for site in ("attn", "mlp")
+    }
+    for page in telling:
+        assert page.promotes == all_of_them[page.name].promotes
 
 
 def test_units_that_stories_mention_are_listed_dead_or_not(report: Report) -> None:

@@ -7,6 +7,7 @@ from characters import EVIL, TOKENS, caches
 import sa_lens as sa
 from sa_lens.core.unit import Unit
 from sa_lens.views import draw, gate_raster
+from sa_lens.views.raster import _shares
 from sa_lens.views.records import from_json, to_json
 
 
@@ -46,6 +47,31 @@ def test_promoted_tokens_are_those_of_the_output_weights(model):
     assert gate_raster(model, TOKENS, top=0).units[0].promotes == ()
 
 
+def test_of_many_units_those_that_add_most_are_shown(model):
+    whole = gate_raster(model, TOKENS)
+    less = gate_raster(model, TOKENS, most=20)
+    assert len(less.units) == 20 < len(whole.units)
+    assert f"20 of the {len(whole.units)} that stay at one token or more, which at some token add most" in less.note
+    by_sublayer = {}
+    for unit in whole.units:
+        w_out = model.W_out[unit.layer] if unit.site == "mlp" else model.W_O[unit.layer].flatten(0, 1)
+        longest = max(float((value * w_out[Unit.parse(unit.name).index]).norm()) for value in unit.values)
+        by_sublayer.setdefault((unit.layer, unit.site), []).append((longest, unit))
+    shares = {sublayer: sum((unit.layer, unit.site) == sublayer for unit in less.units) for sublayer in by_sublayer}
+    assert max(shares.values()) - min(shares.values()) <= 1
+    for sublayer, units in by_sublayer.items():
+        largest = sorted(units, key=lambda pair: -pair[0])[: shares[sublayer]]
+        shown = [unit for unit in less.units if (unit.layer, unit.site) == sublayer]
+        assert shown == [unit for unit in whole.units if unit in [unit for _, unit in largest]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "shares"), [([5, 5], 20, [5, 5]), ([9, 1, 9], 11, [5, 1, 5]), ([3, 0, 8, 2], 7, [2, 0, 3, 2])]
+)
+def test_a_sublayer_with_few_units_leaves_room_for_the_others(counts, most, shares):
+    assert _shares(counts, most) == shares
+
+
 def test_figure_has_a_cell_for_each_unit_that_stays(reader):
     record = gate_raster(reader, EVIL)
     (trace,) = draw(record).data
@@ -76,3 +102,5 @@ def test_refusals(plain_model):
         gate_raster(soft, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="top=-1"):
         gate_raster(sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=2, k_mlp=2)), torch.tensor([0, 1]), top=-1)
+    with pytest.raises(ValueError, match="most=1 units: give at least 2"):
+        gate_raster(sa.SelfAblatingTransformer(cfg, sa.GateConfig(k_attn=2, k_mlp=2)), torch.tensor([0, 1]), most=1)
