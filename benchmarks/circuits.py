@@ -5,8 +5,8 @@
     python benchmarks/circuits.py --only acdc --minutes 2   # the first two minutes, with the forecast of the rest
 
 The prompts are pairs of indirect-object identification in words that this model knows. Wall-clock time, processor time
-of all threads, and the peak memory of the process so far are printed after each. `real_model.py` says where the model
-comes from.
+of all threads, and the peak memory of the process so far are printed after each. After a whole search of ACDC, the line
+before says how its forecasts compare with the time that was left. `real_model.py` says where the model comes from.
 """
 
 from __future__ import annotations
@@ -18,16 +18,68 @@ import resource
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from real_model import gguf_file
 
 import sa_lens as sa
 from sa_lens import circuits, views
+from sa_lens.circuits.discovery.acdc import _Search
+
+LAST = 30
+"""Seconds before the end of a search in which its forecasts are not compared."""
+
+
+class Forecast(NamedTuple):
+    """What the bar of ACDC said."""
+
+    visited: float
+    """Share of the edges that were visited."""
+    now: float
+    """Wall-clock time in seconds."""
+    left: float
+    """Seconds that the rest was expected to take; NaN if this was not known yet."""
+
+
+@contextmanager
+def noted_forecasts() -> Iterator[list[Forecast]]:
+    """Collects the forecasts of ACDC within the context."""
+    forecasts: list[Forecast] = []
+    forecast = _Search.forecast
+
+    def noted(search: _Search) -> float:
+        left = forecast(search)
+        visited = 1 - float(search.state.rises[search.graph.exists].isnan().double().mean())
+        forecasts.append(Forecast(visited, time.perf_counter(), left))
+        return left
+
+    with mock.patch.object(_Search, "forecast", noted):
+        yield forecasts
+
+
+def compare_forecasts(forecasts: list[Forecast], end: float) -> str:
+    """Says how many times the time that was left the forecasts were, by the share of the edges that were visited.
+
+    Args:
+        end: wall-clock time when the search was complete.
+    """
+    ratios = {x.visited: x.left / (end - x.now) for x in forecasts if x.left > 0 and end - x.now > LAST}
+    tenths = dict.fromkeys(next((share for share in ratios if share >= n / 10), None) for n in range(1, 10))
+    factors = {share: max(ratio, 1 / ratio) for share, ratio in ratios.items() if share >= 0.1}
+    if not factors:
+        return f"no forecasts more than {LAST} s before the end"
+    said = ", ".join(f"{ratios[share]:.2f} at {share:.0%}" for share in tenths if share)
+    worst = max(factors, key=factors.__getitem__)
+    return (
+        f"forecast over time left: {said} of the edges; between a tenth of them and {LAST} s before the end at most a "
+        f"factor of {factors[worst]:.2f}, at {worst:.0%}"
+    )
 
 
 def acdc(exp: circuits.Experiment, minutes: float | None) -> str:
@@ -38,11 +90,15 @@ def acdc(exp: circuits.Experiment, minutes: float | None) -> str:
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 60 * (minutes or 0))
-    try:
-        found = circuits.acdc(exp, 0.01)
-    except KeyboardInterrupt as stopped:
-        found = stopped.result  # type: ignore[attr-defined]
+    with noted_forecasts() as forecasts:
+        try:
+            found = circuits.acdc(exp, 0.01)
+        except KeyboardInterrupt as stopped:
+            found = stopped.result  # type: ignore[attr-defined]
+    end = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, 0)
+    if found.complete:
+        print(compare_forecasts(forecasts, end), flush=True)
     return f"{found.visited:,} edges visited, {found.tried:,} tried, {int(found.circuit.mask.sum()):,} not removed"
 
 
