@@ -1,17 +1,15 @@
 """Attention of the clean and the ablated stream over the clean keys, without ever holding all scores.
 
 Query t of the clean stream sees the clean keys 0..t. Query t of the ablated stream sees the clean keys 0..t-1 and its
-own, so its scores have the shape of the clean stream's with the own score on the diagonal: one causal softmax serves
-both. All queries that share keys, those of both streams and of all heads of a group, are interleaved (axis `row`), so
-that one matrix product serves them all. They go through in blocks of positions: a block needs the keys up to its last
-position only, and no further back than the window, and its scores stay in the cache. The backward pass computes the
-scores again, and the pattern by the logarithm of each row's sum, which the forward pass keeps.
+own key, which has one score per query and is added to sums and results apart. All queries that share keys, those of
+both streams and of all heads of a group, are interleaved (axis `row`), so that one matrix product serves them all. They
+go through in blocks of positions: a block needs the keys up to its last position only, and no further back than the
+window, and its scores stay in the cache.
 
 Scores are in units of ln 2, because a CPU computes powers of two several times faster than a softmax, and rows are
-divided by their sums after the product with the values.
-
-Products whose result is as narrow as a head are written transposed, `[head, d_head, row or key]`: matrix libraries are
-several times faster at wide results.
+divided by their sums after the product with the values. The backward pass computes the scores again, the pattern P by
+the logarithm of each row's sum, and the gradient of the scores as P (dP - D), where D is the mean of dP that P weighs:
+the product of `z` and its gradient. D is subtracted within the product that gives dP, before anything is rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,14 +48,20 @@ class Rotary(NamedTuple):
     adjacent: bool
     """Whether pairs are neighbouring dimensions (GPT-J), or the first of each half (GPT-NeoX, Llama)."""
 
-    def turn_(self, x: Float[Tensor, "any row pos d_head"], *, back: bool = False) -> None:
-        """Turns the leading dimensions in place; `back`: the other way round, as gradients are."""
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
-        n = cos.shape[-1]
-        a, b = (x[..., : 2 * n : 2], x[..., 1 : 2 * n : 2]) if self.adjacent else (x[..., :n], x[..., n : 2 * n])
-        sign, before = -1 if back else 1, a.clone()
-        a.mul_(cos).addcmul_(b, sin, value=-sign)
-        b.mul_(cos).addcmul_(before, sin, value=sign)
+    def turned(
+        self, x: Float[Tensor, "*any pos head d_head"], factor: float, *, back: bool = False
+    ) -> Float[Tensor, "*any pos head d_head"]:
+        """The leading dimensions turned, all times a factor; `back`: the other way round, as gradients are."""
+        n = self.cos.shape[-1]
+        a, b = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if self.adjacent else (slice(n), slice(n, 2 * n))
+        cos, sin = ((table.to(x.dtype) * factor)[:, None] for table in (self.cos, self.sin))
+        # for every head, because a CPU multiplies long rows several times faster
+        factors = x.new_full(x.shape[-3:], factor)
+        factors[..., a] = factors[..., b] = cos
+        out, sign = x * factors, -1 if back else 1
+        out[..., a].addcmul_(x[..., b], sin, value=-sign)
+        out[..., b].addcmul_(x[..., a], sin, value=sign)
+        return out
 
 
 def stream_attention(
@@ -87,17 +92,20 @@ def stream_attention(
 
 
 class _Inputs(NamedTuple):
-    """Queries, keys and values by head, contiguous, in float32 or wider."""
+    """Queries and keys by head of keys, contiguous, in float32 or wider."""
 
     q: Float[Tensor, "batch_head pos row d_head"]
     """Turned, and scaled so that scores are in units of ln 2; rows are (stream, head of the group)."""
-    k: Float[Tensor, "batch_head d_head pos"]
-    v: Float[Tensor, "batch_head d_head pos"]
-    own_k: Float[Tensor, "batch_head d_head pos"] | None
-    own_v: Float[Tensor, "batch_head d_head pos"] | None
-    own_rows: int
-    """Number of rows of the ablated stream, the last ones."""
+    k: Float[Tensor, "batch_head pos d_head"]
+    own_k: Float[Tensor, "batch_head pos 1 d_head"] | None
+    own_scores: Float[Tensor, "batch_head pos own_row"] | None
+    """Scores of the ablated stream's queries, which are the last rows, and own keys."""
     window: int
+
+    def own(self, rows: Float[Tensor, "batch_head pos row *d_head"]) -> Float[Tensor, "batch_head pos own_row *d_head"]:
+        """The rows of the ablated stream; a view."""
+        assert self.own_scores is not None
+        return rows[:, :, -self.own_scores.shape[-1] :]
 
 
 class _Block(NamedTuple):
@@ -122,84 +130,83 @@ class _StreamAttention(torch.autograd.Function):
         rotary: Rotary | None,
     ) -> Tensor:
         ctx.options = scale, window, rotary
-        x = _by_head(q, k, v, own_k, own_v, *ctx.options)
-        narrow_v = x.v.to(q.dtype)
-        z, totals = _columns_of_rows(x), x.q.new_empty(x.q.shape[:3])
+        x, values = _by_head(q, k, own_k, *ctx.options), _by_group(v)
+        z, totals = torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3])
         largest = torch.empty_like(totals) if _must_shift(x) else None
         narrowed = _Narrowed(x, q.dtype)
         for block, scores in _scores(x):
             heads, queries, keys = block
             if largest is not None:
-                shift = scores.amax(-1)
-                scores.sub_(shift[..., None])
-                largest[heads, queries] = shift.view_as(largest[heads, queries])
+                shift = largest[heads, queries].copy_(scores.amax(-1).view_as(largest[heads, queries]))
+                if x.own_scores is not None:
+                    own = x.own(shift)
+                    own.copy_(torch.maximum(own, x.own_scores[heads, queries]))
+                scores.sub_(shift.flatten(1)[..., None])
             total = scores.exp2_().sum(-1)
             totals[heads, queries] = total.view_as(totals[heads, queries])
-            part = torch.bmm(narrow_v[heads, :, keys], narrowed(scores).transpose(1, 2))
-            z[heads, :, queries] = part.view_as(z[heads, :, queries])
-        z.div_(totals[:, None])
+            part = _product(narrowed(scores), values[heads, keys])
+            z[heads, queries] = part.view_as(z[heads, queries])
+        if x.own_scores is not None and own_v is not None:
+            own = torch.exp2(x.own_scores if largest is None else x.own_scores - x.own(largest))
+            x.own(totals).add_(own)
+            x.own(z).addcmul_(own[..., None], _by_group(own_v.to(z.dtype))[:, :, None])
+        z.div_(totals[..., None])
         norms = totals.log2_() if largest is None else totals.log2_().add_(largest)
-        own = _own_scores(x)
-        if own is not None and x.own_v is not None:
-            z[..., -x.own_rows :].addcmul_(_own_pattern(own, norms)[:, None], (x.own_v - x.v)[..., None])
-        ctx.save_for_backward(q, k, v, own_k, own_v, norms)
-        return _by_stream(z, q)
+        out = _by_stream(z.to(q.dtype), q)
+        ctx.save_for_backward(q, k, v, own_k, own_v, norms, out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, own_k, own_v, norms = ctx.saved_tensors
-        _, _, rotary = ctx.options
-        dtype = q.dtype
-        x = _by_head(q, k, v, own_k, own_v, *ctx.options)
-        grad = _rows(grads[0], k.shape[2], x.q.dtype)
-        queries_of_keys = x.q * LN_2
-        narrow_k, narrow_q, narrow_grad = x.k.to(dtype), queries_of_keys.to(dtype), grad.to(dtype)
-        grad_q = _columns_of_rows(x)
+        q, k, v, own_k, own_v, norms, z = ctx.saved_tensors
+        scale, _, rotary = ctx.options
+        x, groups = _by_head(q, k, own_k, *ctx.options), k.shape[2]
+        dtype, wide = q.dtype, x.q.dtype
+        grad = _by_row(grads[0], groups)
+        mean = _by_row((grads[0] * z).sum(-1, dtype=wide, keepdim=True), groups)
+        # in two parts, which together are as exact as the sums of the product
+        rounded = mean.to(dtype)
+        grad_and_mean = torch.cat([grad, -rounded, (rounded - mean).to(dtype)], -1)
+        values_and_ones = F.pad(_by_group(v), (0, 2), value=1)
+        keys_of_queries, queries_of_keys = x.k.to(dtype), (x.q * LN_2).to(dtype)
+        grad_q = torch.empty_like(x.q)
         wants_clean = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.v)) if wants_clean else (None, None)
-        own_scores, own_grad = _own_scores(x), _own_rows(grad, x)
-        own_grad_pattern = own_grad_scores = own_grad_k = own_grad_v = None
-        if x.own_v is not None:
-            own_grad_pattern = (own_grad * x.own_v[..., None]).sum(1)
-            own_grad_scores = torch.empty_like(own_grad_pattern)
-        narrowed, buffer = _Narrowed(x, dtype), x.q.new_empty(_block_elements(x))
+        grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.k)) if wants_clean else (None, None)
+        narrowed, buffer = _Narrowed(x, dtype), q.new_empty(_block_elements(x))
         for block, scores in _scores(x):
             heads, queries, keys = block
-            pattern = scores.sub_(norms[heads, queries].flatten(1, 2)[..., None]).exp2_()
-            grad_pattern = buffer[: pattern.numel()].view_as(pattern)
-            torch.bmm(grad[heads, queries].flatten(1, 2), x.v[heads, :, keys], out=grad_pattern)
-            if own_grad_pattern is not None:
-                _own_entries(grad_pattern, x).copy_(own_grad_pattern[heads, queries])
-            grad_scores = _softmax_backward_(grad_pattern, pattern)
-            if own_grad_scores is not None:
-                own_entries = _own_entries(grad_scores, x)
-                own_grad_scores[heads, queries] = own_entries
-                own_entries.zero_()
-                _own_entries(pattern, x).zero_()
-            narrow_scores = narrowed(grad_scores)
-            part = torch.bmm(narrow_k[heads, :, keys], narrow_scores.transpose(1, 2))
-            grad_q[heads, :, queries] = part.view_as(grad_q[heads, :, queries])
+            pattern = narrowed(scores.sub_(norms[heads, queries].flatten(1)[..., None]).exp2_())
+            grad_scores = buffer[: pattern.numel()].view_as(pattern)
+            grad_pattern = grad_and_mean[heads, queries].flatten(1, 2), values_and_ones[heads, keys].transpose(1, 2)
+            torch.bmm(*grad_pattern, out=grad_scores).mul_(pattern)
+            part = _product(grad_scores, keys_of_queries[heads, keys])
+            grad_q[heads, queries] = part.view_as(grad_q[heads, queries])
             if grad_k is not None and grad_v is not None:
-                by_column = narrow_q[heads, queries].flatten(1, 2).transpose(1, 2)
-                grad_k[heads, :, keys] += torch.bmm(by_column, narrow_scores)
-                by_column = narrow_grad[heads, queries].flatten(1, 2).transpose(1, 2)
-                grad_v[heads, :, keys] += torch.bmm(by_column, narrowed(pattern))
-        if own_grad_scores is not None and own_scores is not None and x.own_k is not None:
-            grad_q[..., -x.own_rows :].addcmul_(own_grad_scores[:, None], x.own_k[..., None])
-            own_grad_k = (own_grad_scores[:, None] * _own_rows(queries_of_keys, x)).sum(-1)
-            own_grad_v = (_own_pattern(own_scores, norms)[:, None] * own_grad).sum(-1)
+                transposed = grad_scores.transpose(1, 2), pattern.transpose(1, 2)
+                grad_k[heads, keys] += _product(transposed[0], queries_of_keys[heads, queries].flatten(1, 2))
+                grad_v[heads, keys] += _product(transposed[1], grad[heads, queries].flatten(1, 2))
+        own_grad_k = own_grad_v = None
+        if x.own_scores is not None and x.own_k is not None and own_v is not None:
+            own_pattern = torch.exp2(x.own_scores - x.own(norms))
+            own_grad = x.own(grad).to(wide)
+            own_grad_scores = (own_grad * _by_group(own_v.to(wide))[:, :, None]).sum(-1)
+            own_grad_scores.sub_(x.own(mean)[..., 0]).mul_(own_pattern)
+            x.own(grad_q).addcmul_(own_grad_scores[..., None], x.own_k)
+            own_grad_k = (own_grad_scores.mul_(LN_2)[..., None] * x.own(x.q)).sum(2)
+            own_grad_v = own_grad.mul_(own_pattern[..., None]).sum(2)
 
-        def back(x: Tensor | None, *, turned: bool = False) -> Tensor | None:
+        def back(x: Tensor | None, factor: float = 1, *, turned: bool = False) -> Tensor | None:
             if x is None:
                 return None
+            by_position = x.unflatten(0, (-1, groups)).transpose(1, 2)
             if turned and rotary is not None:
-                rotary.turn_(x.transpose(1, 2), back=True)
-            return x.unflatten(0, (q.shape[1], -1)).permute(0, 3, 1, 2).to(dtype)
+                by_position = rotary.turned(by_position, factor, back=True)
+            return by_position.to(dtype)
 
-        if rotary is not None:
-            rotary.turn_(grad_q.permute(0, 3, 2, 1), back=True)
+        grad_q = _by_stream(grad_q, q)
+        grad_q = grad_q.mul_(scale) if rotary is None else rotary.turned(grad_q, scale, back=True)
         to_keys_and_values = back(grad_k, turned=True), back(grad_v), back(own_grad_k, turned=True), back(own_grad_v)
-        return _by_stream(grad_q.mul_(ctx.options[0]), q), *to_keys_and_values, None, None, None
+        return grad_q.to(dtype), *to_keys_and_values, None, None, None
 
 
 class _Narrowed:
@@ -212,61 +219,56 @@ class _Narrowed:
         return block if self.buffer is None else self.buffer[: block.numel()].view_as(block).copy_(block)
 
 
-def _softmax_backward_(grad: Tensor, pattern: Tensor) -> Tensor:
-    """Gradient of the scores, over the gradient of the pattern."""
-    return torch.ops.aten._softmax_backward_data.out(grad, pattern, -1, pattern.dtype, grad_input=grad)
+def _product(
+    a: Float[Tensor, "batch_head left inner"], b: Float[Tensor, "batch_head inner d_head"]
+) -> Float[Tensor, "batch_head left d_head"]:
+    """`a @ b`, whose result is as narrow as a head."""
+    if a.dtype in (torch.bfloat16, torch.float16) or not on_cpu(a):
+        return torch.bmm(a, b)
+    # MKL is several times faster at wide results
+    return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
 
 
-def _rows(
-    x: Float[Tensor, "stream batch pos head d_head"], groups: int, dtype: torch.dtype
+def _by_row(
+    x: Float[Tensor, "stream batch pos head d_head"], groups: int
 ) -> Float[Tensor, "batch_head pos row d_head"]:
     """A copy, by heads of keys."""
     by_head = x.unflatten(3, (groups, -1)).permute(1, 3, 2, 0, 4, 5)
-    # in two passes, because a CPU converts several times faster what lies side by side
-    return by_head.clone(memory_format=torch.contiguous_format).to(dtype).flatten(3, 4).flatten(0, 1)
+    return by_head.clone(memory_format=torch.contiguous_format).flatten(3, 4).flatten(0, 1)
 
 
-def _columns_of_rows(x: _Inputs) -> Float[Tensor, "batch_head d_head pos row"]:
-    """Memory for a result that is shaped as the queries."""
-    heads, length, rows, d_head = x.q.shape
-    return x.q.new_empty(heads, d_head, length, rows)
+def _by_group(x: Float[Tensor, "batch pos kv_head d_head"]) -> Float[Tensor, "batch_head pos d_head"]:
+    """A copy, by heads of keys."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _by_stream(
-    x: Float[Tensor, "batch_head d_head pos row"], like: Float[Tensor, "stream batch pos head d_head"]
+    x: Float[Tensor, "batch_head pos row d_head"], like: Float[Tensor, "stream batch pos head d_head"]
 ) -> Float[Tensor, "stream batch pos head d_head"]:
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    by_position = x.to(like.dtype).permute(0, 2, 3, 1).contiguous()
-    by_group = by_position.unflatten(2, (like.shape[0], -1)).unflatten(0, (like.shape[1], -1)).permute(3, 0, 2, 1, 4, 5)
+    """A copy, by streams and heads."""
+    out = x.new_empty(like.shape)
+    by_group = x.unflatten(2, (like.shape[0], -1)).unflatten(0, (like.shape[1], -1)).permute(3, 0, 2, 1, 4, 5)
     out.view(by_group.shape).copy_(by_group)
     return out
 
 
 def _by_head(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    own_k: Tensor | None,
-    own_v: Tensor | None,
-    scale: float,
-    window: int | None,
-    rotary: Rotary | None,
+    q: Tensor, k: Tensor, own_k: Tensor | None, scale: float, window: int | None, rotary: Rotary | None
 ) -> _Inputs:
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
 
-    def columns(x: Tensor | None, *, turned: bool = False) -> Any:
-        if x is None:
-            return None
-        by_head = x.permute(0, 2, 3, 1).to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
-        if turned and rotary is not None:
-            rotary.turn_(by_head.transpose(1, 2))
-        return by_head
+    def turned(x: Tensor, factor: float = 1) -> Tensor:
+        # before anything is reordered, because a CPU converts several times faster what lies side by side
+        x = x.to(dtype)
+        if rotary is not None:
+            return rotary.turned(x, factor)
+        return x if factor == 1 else x * factor
 
-    rows = _rows(q, k.shape[2], dtype).mul_(scale / LN_2)
-    if rotary is not None:
-        rotary.turn_(rows.transpose(1, 2))
-    keys_and_values = columns(k, turned=True), columns(v), columns(own_k, turned=True), columns(own_v)
-    return _Inputs(rows, *keys_and_values, q.shape[3] // k.shape[2], q.shape[2] if window is None else window)
+    rows, keys, own_keys, own_scores = _by_row(turned(q, scale / LN_2), k.shape[2]), _by_group(turned(k)), None, None
+    if own_k is not None:
+        own_keys = _by_group(turned(own_k))[:, :, None]
+        own_scores = (rows[:, :, -(q.shape[3] // k.shape[2]) :] * own_keys).sum(-1)
+    return _Inputs(rows, keys, own_keys, own_scores, q.shape[2] if window is None else window)
 
 
 def _block_shape(x: _Inputs) -> tuple[int, int, int]:
@@ -285,12 +287,14 @@ def _block_elements(x: _Inputs) -> int:
 
 
 def _scores(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head query_row key"]]]:
-    """The scores of each block, in units of ln 2; they are overwritten by the next."""
+    """The scores of each block over the clean keys, in units of ln 2; they are overwritten by the next."""
     n_heads, length, rows, _ = x.q.shape
     group, size, _ = _block_shape(x)
     unseen = x.q.new_full((size, size), float("-inf")).triu_(1).repeat_interleave(rows, 0)
+    if x.own_scores is not None:
+        own = unseen.view(size, rows, size)[:, -x.own_scores.shape[-1] :]
+        own.diagonal(dim1=0, dim2=2).fill_(float("-inf"))
     buffer = x.q.new_empty(_block_elements(x))
-    own = _own_scores(x)
     for first_head in range(0, n_heads, group):
         heads = slice(first_head, min(first_head + group, n_heads))
         for start in range(0, length, size):
@@ -300,13 +304,11 @@ def _scores(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head quer
             q = x.q[heads, queries].flatten(1, 2)
             shape = (q.shape[0], n * rows, keys.stop - keys.start)
             scores = buffer[: math.prod(shape)].view(shape)
-            torch.bmm(q, x.k[heads, :, keys], out=scores)
+            torch.bmm(q, x.k[heads, keys].transpose(1, 2), out=scores)
             scores[..., -n:].add_(unseen[: n * rows, :n])
             if x.window < queries.stop:
                 past = scores.new_full((n, shape[2]), float("-inf")).tril_(start - keys.start - x.window)
                 scores.add_(past.repeat_interleave(rows, 0))
-            if own is not None:
-                _own_entries(scores, x).copy_(own[heads, queries])
             yield block, scores
 
 
@@ -315,31 +317,5 @@ def _must_shift(x: _Inputs) -> bool:
     # reading a number waits for a GPU, so not there
     if not on_cpu(x.q):
         return True
-    keys = torch.stack([keys.square().sum(1).amax() for keys in (x.k, x.own_k) if keys is not None]).amax()
-    return not bool(x.q.square().sum(-1).amax() * keys < LARGEST_EXPONENT**2)
-
-
-def _own_rows(
-    rows: Float[Tensor, "batch_head pos row d_head"], x: _Inputs
-) -> Float[Tensor, "batch_head d_head pos own_row"]:
-    """Rows of the ablated stream; a view."""
-    return rows[:, :, -x.own_rows :].permute(0, 3, 1, 2)
-
-
-def _own_scores(x: _Inputs) -> Float[Tensor, "batch_head pos own_row"] | None:
-    """Scores of the ablated stream's queries and own keys."""
-    return None if x.own_k is None else (_own_rows(x.q, x) * x.own_k[..., None]).sum(1)
-
-
-def _own_pattern(own_scores: Tensor, norms: Tensor) -> Float[Tensor, "batch_head pos own_row"]:
-    """The part of the pattern that belongs to own keys."""
-    return torch.exp2(own_scores - norms[..., -own_scores.shape[-1] :])
-
-
-def _own_entries(
-    block: Float[Tensor, "batch_head query_row key"], x: _Inputs
-) -> Float[Tensor, "batch_head pos own_row"]:
-    """Entries of the ablated stream whose key is the query's own position; a view."""
-    by_position = block.view(block.shape[0], -1, x.q.shape[2], block.shape[2])
-    own = by_position[:, :, -x.own_rows :, -by_position.shape[1] :]
-    return own.diagonal(dim1=1, dim2=3).transpose(1, 2)
+    lengths = [torch.linalg.vector_norm(x, dim=-1).amax() for x in (x.q, x.k, x.own_k) if x is not None]
+    return not bool(lengths[0] * torch.stack(lengths[1:]).amax() < LARGEST_EXPONENT)
