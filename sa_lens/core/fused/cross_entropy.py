@@ -148,8 +148,8 @@ def _losses_and_gradients(
             if grad_x is not None:
                 torch.mul(torch.mm(p, table.T), factor, out=grad_x[chunk])
             if grad_weight is not None:
-                _add_product_(grad_weight, (x[chunk] * factor).to(dtype), p, first=i == start == 0)
-            if grad_bias is not None:
+                _add_product_(grad_weight, grad_bias, x[chunk] * factor, factor, p, first=i == start == 0)
+            elif grad_bias is not None:
                 grad_bias.add_(torch.mv(p.T, factor[:, 0].to(dtype)))
     return torch.mv(losses, share), [grad_weight, grad_bias, *grad_streams]
 
@@ -204,21 +204,33 @@ def _exponentials_(
 
 def _add_product_(
     into: Float[Tensor, "d_model d_vocab"],
+    bias: Float[Tensor, " d_vocab"] | None,
     x: Float[Tensor, "row d_model"],
+    factor: Float[Tensor, "row 1"],
     p: Float[Tensor, "row d_vocab"],
     *,
     first: bool,
 ) -> None:
-    """`into += x.T @ p`, the product in the precision of `p`, the sum in that of `into`; the first one fills it."""
+    """`into += x.T @ p`, which the first product fills, and `bias += factor.T @ p`.
+
+    Products are in the precision of `p`, sums in that of `into` and `bias`.
+    """
     if p.dtype == into.dtype:
-        into.addmm_(x.T, p, beta=0 if first else 1)
+        into.addmm_(x.to(p.dtype).T, p, beta=0 if first else 1)
+        if bias is not None:
+            bias.add_(torch.mv(p.T, factor[:, 0].to(p.dtype)))
         return
     d_model, n_words = into.shape
+    # one more column takes a CPU far less time than a product of its own
+    x = (x if bias is None else torch.cat([x, factor], 1)).to(p.dtype)
     size = max(1, CACHED_ELEMENTS // d_model) if on_cpu(p) else n_words
-    partial = p.new_empty(d_model, size)
+    partial = p.new_empty(x.shape[1], size)
     for start in range(0, n_words, size):
         words = slice(start, min(start + size, n_words))
         product = torch.mm(x.T, p[:, words], out=partial[:, : words.stop - start])
+        of_weight = product[:d_model]
         # transposed alone, a part is added several times faster
-        part = product.T.contiguous().T if into.stride(0) == 1 else product
+        part = of_weight.T.contiguous().T if into.stride(0) == 1 else of_weight
         into[:, words] = part if first else into[:, words].add_(part)
+        if bias is not None:
+            bias[words].add_(product[d_model])
