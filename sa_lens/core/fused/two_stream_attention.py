@@ -108,14 +108,6 @@ class _Inputs(NamedTuple):
         return rows[:, :, -self.own_scores.shape[-1] :]
 
 
-class _Block(NamedTuple):
-    """Heads of keys, positions of queries, and the keys that these see."""
-
-    heads: slice
-    queries: slice
-    keys: slice
-
-
 class _StreamAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -134,8 +126,7 @@ class _StreamAttention(torch.autograd.Function):
         z, totals = torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3])
         largest = torch.empty_like(totals) if _must_shift(x) else None
         narrowed = _Narrowed(x, q.dtype)
-        for block, scores in _scores(x):
-            heads, queries, keys = block
+        for heads, queries, keys, scores in _scores(x, x.q, x.k):
             if largest is not None:
                 shift = largest[heads, queries].copy_(scores.amax(-1).view_as(largest[heads, queries]))
                 if x.own_scores is not None:
@@ -164,27 +155,23 @@ class _StreamAttention(torch.autograd.Function):
         dtype, wide = q.dtype, x.q.dtype
         grad = _by_row(grads[0], groups)
         mean = _by_row((grads[0] * z).sum(-1, dtype=wide, keepdim=True), groups)
-        # in two parts, which together are as exact as the sums of the product
-        rounded = mean.to(dtype)
-        grad_and_mean = torch.cat([grad, -rounded, (rounded - mean).to(dtype)], -1)
-        values_and_ones = F.pad(_by_group(v), (0, 2), value=1)
-        keys_of_queries, queries_of_keys = x.k.to(dtype), (x.q * LN_2).to(dtype)
+        grad_and_mean, values_and_ones = _with_rest(grad, -mean), F.pad(_by_group(v), (0, 2), value=1)
+        queries, keys = _with_rest(x.q.to(dtype), -norms[..., None]), F.pad(x.k.to(dtype), (0, 2), value=1)
         grad_q = torch.empty_like(x.q)
         wants_clean = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.k)) if wants_clean else (None, None)
-        narrowed, buffer = _Narrowed(x, dtype), q.new_empty(_block_elements(x))
-        for block, scores in _scores(x):
-            heads, queries, keys = block
-            pattern = narrowed(scores.sub_(norms[heads, queries].flatten(1)[..., None]).exp2_())
+        buffer = q.new_empty(_block_elements(x))
+        for heads, here, seen, exponents in _scores(x, queries, keys):
+            pattern = exponents.exp2_()
             grad_scores = buffer[: pattern.numel()].view_as(pattern)
-            grad_pattern = grad_and_mean[heads, queries].flatten(1, 2), values_and_ones[heads, keys].transpose(1, 2)
+            grad_pattern = grad_and_mean[heads, here].flatten(1, 2), values_and_ones[heads, seen].transpose(1, 2)
             torch.bmm(*grad_pattern, out=grad_scores).mul_(pattern)
-            part = _product(grad_scores, keys_of_queries[heads, keys])
-            grad_q[heads, queries] = part.view_as(grad_q[heads, queries])
+            part = _product(grad_scores, keys[heads, seen, :-2])
+            grad_q[heads, here] = part.view_as(grad_q[heads, here])
             if grad_k is not None and grad_v is not None:
                 transposed = grad_scores.transpose(1, 2), pattern.transpose(1, 2)
-                grad_k[heads, keys] += _product(transposed[0], queries_of_keys[heads, queries].flatten(1, 2))
-                grad_v[heads, keys] += _product(transposed[1], grad[heads, queries].flatten(1, 2))
+                grad_k[heads, seen] += _product(transposed[0], queries[heads, here, :, :-2].flatten(1, 2))
+                grad_v[heads, seen] += _product(transposed[1], grad[heads, here].flatten(1, 2))
         own_grad_k = own_grad_v = None
         if x.own_scores is not None and x.own_k is not None and own_v is not None:
             own_pattern = torch.exp2(x.own_scores - x.own(norms))
@@ -192,20 +179,20 @@ class _StreamAttention(torch.autograd.Function):
             own_grad_scores = (own_grad * _by_group(own_v.to(wide))[:, :, None]).sum(-1)
             own_grad_scores.sub_(x.own(mean)[..., 0]).mul_(own_pattern)
             x.own(grad_q).addcmul_(own_grad_scores[..., None], x.own_k)
-            own_grad_k = (own_grad_scores.mul_(LN_2)[..., None] * x.own(x.q)).sum(2)
+            own_grad_k = (own_grad_scores[..., None] * x.own(x.q)).sum(2)
             own_grad_v = own_grad.mul_(own_pattern[..., None]).sum(2)
 
-        def back(x: Tensor | None, factor: float = 1, *, turned: bool = False) -> Tensor | None:
+        def back(x: Tensor | None, factor: float = 1) -> Tensor | None:
             if x is None:
                 return None
             by_position = x.unflatten(0, (-1, groups)).transpose(1, 2)
-            if turned and rotary is not None:
-                by_position = rotary.turned(by_position, factor, back=True)
-            return by_position.to(dtype)
+            if rotary is not None and factor != 1:
+                return rotary.turned(by_position, factor, back=True).to(dtype)
+            return by_position.mul_(factor).to(dtype)
 
         grad_q = _by_stream(grad_q, q)
         grad_q = grad_q.mul_(scale) if rotary is None else rotary.turned(grad_q, scale, back=True)
-        to_keys_and_values = back(grad_k, turned=True), back(grad_v), back(own_grad_k, turned=True), back(own_grad_v)
+        to_keys_and_values = back(grad_k, LN_2), back(grad_v), back(own_grad_k, LN_2), back(own_grad_v)
         return grad_q.to(dtype), *to_keys_and_values, None, None, None
 
 
@@ -227,6 +214,14 @@ def _product(
         return torch.bmm(a, b)
     # MKL is several times faster at wide results
     return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
+
+
+def _with_rest(
+    rows: Float[Tensor, "*any length"], x: Float[Tensor, "*any 1"]
+) -> Float[Tensor, "*any length_and_2"]:
+    """The rows and a wider number in their precision: in two parts, whose sum is nearly exact."""
+    rounded = x.to(rows.dtype)
+    return torch.cat([rows, rounded, (x - rounded).to(rows.dtype)], -1)
 
 
 def _by_row(
@@ -286,30 +281,35 @@ def _block_elements(x: _Inputs) -> int:
     return math.prod(_block_shape(x)) * x.q.shape[2]
 
 
-def _scores(x: _Inputs) -> Iterator[tuple[_Block, Float[Tensor, "batch_head query_row key"]]]:
-    """The scores of each block over the clean keys, in units of ln 2; they are overwritten by the next."""
-    n_heads, length, rows, _ = x.q.shape
+def _scores(
+    x: _Inputs, q: Float[Tensor, "batch_head pos row length"], k: Float[Tensor, "batch_head pos length"]
+) -> Iterator[tuple[slice, slice, slice, Float[Tensor, "batch_head query_row key"]]]:
+    """Products of rows and clean keys in blocks, -inf where a row does not see the key; overwritten by the next.
+
+    Yields:
+        Heads of keys, positions of queries, the keys that these see, and the products.
+    """
+    n_heads, length, rows, _ = q.shape
     group, size, _ = _block_shape(x)
-    unseen = x.q.new_full((size, size), float("-inf")).triu_(1).repeat_interleave(rows, 0)
+    unseen = q.new_full((size, size), float("-inf")).triu_(1).repeat_interleave(rows, 0)
     if x.own_scores is not None:
         own = unseen.view(size, rows, size)[:, -x.own_scores.shape[-1] :]
         own.diagonal(dim1=0, dim2=2).fill_(float("-inf"))
-    buffer = x.q.new_empty(_block_elements(x))
+    buffer = q.new_empty(_block_elements(x))
     for first_head in range(0, n_heads, group):
         heads = slice(first_head, min(first_head + group, n_heads))
         for start in range(0, length, size):
             queries = slice(start, min(start + size, length))
             keys = slice(max(0, start - x.window + 1), queries.stop)
-            block, n = _Block(heads, queries, keys), queries.stop - start
-            q = x.q[heads, queries].flatten(1, 2)
-            shape = (q.shape[0], n * rows, keys.stop - keys.start)
+            n, of_queries = queries.stop - start, q[heads, queries].flatten(1, 2)
+            shape = (*of_queries.shape[:2], keys.stop - keys.start)
             scores = buffer[: math.prod(shape)].view(shape)
-            torch.bmm(q, x.k[heads, keys].transpose(1, 2), out=scores)
+            torch.bmm(of_queries, k[heads, keys].transpose(1, 2), out=scores)
             scores[..., -n:].add_(unseen[: n * rows, :n])
             if x.window < queries.stop:
                 past = scores.new_full((n, shape[2]), float("-inf")).tril_(start - keys.start - x.window)
                 scores.add_(past.repeat_interleave(rows, 0))
-            yield block, scores
+            yield heads, queries, keys, scores
 
 
 def _must_shift(x: _Inputs) -> bool:
