@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,20 @@ def attention_with_all_scores(
     return torch.stack(out)
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None, scale: float, **options: Any
+) -> Tensor:
+    """What is tested, with the arguments of `attention_with_all_scores`."""
+    groups = k.shape[2]
+    if own_k is None or own_v is None:
+        return stream_attention(torch.cat([q, k[None], v[None]], 3), None, groups, scale, **options)
+    if len(q) == 1:
+        of_ablated, clean = torch.cat([q, own_k[None], own_v[None]], 3), torch.cat([k, v], 2)
+        return stream_attention(of_ablated, clean, groups, scale, **options)
+    both = torch.cat([q, torch.stack([k, own_k]), torch.stack([v, own_v])], 3)
+    return stream_attention(both, None, groups, scale, **options)
+
+
 @pytest.mark.parametrize("length", [1, 5, 64, 70, 130])
 @pytest.mark.parametrize("streams", ["clean", "ablated", "both"])
 def test_attention(streams: str, length: int) -> None:
@@ -89,9 +104,7 @@ def test_attention(streams: str, length: int) -> None:
     inputs = [x for x in (q, k, v, *own) if x is not None]
     # the last one makes scores so large that the largest of each row is subtracted
     for scale in (1.0, 0.4, 6.0):
-        assert_same_gradients(
-            stream_attention(q, k, v, *own, scale), attention_with_all_scores(q, k, v, *own, scale), inputs
-        )
+        assert_same_gradients(attention(q, k, v, *own, scale), attention_with_all_scores(q, k, v, *own, scale), inputs)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -103,7 +116,7 @@ def test_attention_of_groups_within_a_window(streams: str, window: int | None, g
     k, v, *own = (random(1, length, groups, 4, seed=i) for i in range(1, 5))
     own = [None, None] if streams == "clean" else own
     inputs = [x for x in (q, k, v, *own) if x is not None]
-    found = stream_attention(q, k, v, *own, 0.4, window=window)
+    found = attention(q, k, v, *own, 0.4, window=window)
     assert_same_gradients(found, attention_with_all_scores(q, k, v, *own, 0.4, window=window), inputs)
 
 
@@ -115,27 +128,25 @@ def test_attention_with_rotary_positions(adjacent: bool, pairs: int, groups: int
     angles = random(length, pairs, seed=5, grad=False)
     rotary = Rotary(angles.cos(), angles.sin(), adjacent)
     q, (k, v, own_k, own_v) = random(2, 2, length, 3, 6), (random(2, length, groups, 6, seed=i) for i in range(1, 5))
-    kept = [x.detach().clone() for x in (q, k, v, own_k, own_v)]
-    found = stream_attention(q, k, v, own_k, own_v, 1.0, rotary=rotary)
+    found = attention(q, k, v, own_k, own_v, 1.0, rotary=rotary)
     expected = attention_with_all_scores(q, k, v, own_k, own_v, 1.0, rotary=rotary)
     assert_same_gradients(found, expected, [q, k, v, own_k, own_v])
-    assert all(torch.equal(x, before) for x, before in zip((q, k, v, own_k, own_v), kept, strict=True))
 
 
-def test_attention_leaves_inputs_that_are_contiguous_by_head_as_they_are() -> None:
-    """One prompt and one head: the copies that are turned in place would share their memory."""
-    rotary = Rotary(torch.zeros(3, 2), torch.ones(3, 2), adjacent=False)
-    q, k, v = (random(*shape, 1, 3, 1, 4, grad=False) for shape in ((1,), (), ()))
-    kept = q.clone(), k.clone()
-    stream_attention(q, k, v, None, None, 1.0, rotary=rotary)
-    assert torch.equal(q, kept[0])
-    assert torch.equal(k, kept[1])
+@pytest.mark.parametrize("rotary", [None, Rotary(torch.zeros(3, 2), torch.ones(3, 2), adjacent=False)])
+def test_attention_leaves_what_it_is_given_as_it_is(rotary: Rotary | None) -> None:
+    """One prompt and one head: whatever is reordered without a copy shares its memory."""
+    given = qkv, clean = random(1, 1, 3, 3, 4), random(1, 3, 2, 4)
+    grad = random(1, 1, 3, 1, 4, grad=False)
+    kept = [x.detach().clone() for x in (*given, grad)]
+    stream_attention(qkv, clean, 1, 1.0, rotary=rotary).backward(grad)
+    assert all(torch.equal(x, before) for x, before in zip((*given, grad), kept, strict=True))
 
 
 def test_attention_in_bfloat16_is_as_good_as_its_inputs() -> None:
     q, k, v, own_k, own_v = (random(2, 2, 40, 3, 4)[:n].squeeze(0).detach() for n in (2, 1, 1, 1, 1))
     expected = attention_with_all_scores(q, k, v, own_k, own_v, 1.0)
-    found = stream_attention(*(x.bfloat16() for x in (q, k, v, own_k, own_v)), 1.0)
+    found = attention(*(x.bfloat16() for x in (q, k, v, own_k, own_v)), 1.0)
     assert found.dtype == torch.bfloat16
     assert float((found.double() - expected).norm()) < 0.02 * float(expected.norm())
 

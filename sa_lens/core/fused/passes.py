@@ -100,9 +100,8 @@ class _Clean(NamedTuple):
     """What the ablated stream needs of a clean layer."""
 
     resid_pre: Float[Tensor, "stream batch pos d_model"]
-    k: Float[Tensor, "batch pos kv_head d_head"]
+    keys_and_values: Float[Tensor, "batch pos 2_kv_head d_head"]
     """Before any rotation."""
-    v: Float[Tensor, "batch pos kv_head d_head"]
 
 
 class Passes:
@@ -168,8 +167,8 @@ class Passes:
         outputs, records = [], []
         for block in self.model.blocks:
             before = resid
-            resid, k, v = self._run(self._clean_layer, block, resid)
-            records.append(_Clean(before, k, v))
+            resid, keys_and_values = self._run(self._clean_layer, block, resid)
+            records.append(_Clean(before, keys_and_values))
             outputs.append(resid)
         outputs.append(self.normalise(getattr(self.model, "ln_final", None), resid))
         return outputs, records
@@ -179,22 +178,19 @@ class Passes:
 
     # ------------------------------------------------------------------------------------------------------- layers
 
-    def _clean_layer(self, block: Any, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._qkv(block, resid)
-        z = self._attend(block.attn, q, k[0], v[0], None, None)
-        return self._rest(block, resid, z, None, None), k[0], v[0]
+    def _clean_layer(self, block: Any, resid: Tensor) -> tuple[Tensor, Tensor]:
+        qkv = self._qkv(block, resid)
+        z = self._attend(block.attn, qkv, None)
+        return self._rest(block, resid, z, None, None), qkv[0, ..., self.cfg.n_heads :, :]
 
     def _joint_layer(self, block: Any, resid: Tensor) -> Tensor:
-        q, k, v = self._qkv(block, resid)
-        (k_clean, k_own), (v_clean, v_own) = k.unbind(0), v.unbind(0)
-        z = self._attend(block.attn, q, k_clean, v_clean, k_own, v_own)
+        z = self._attend(block.attn, self._qkv(block, resid), None)
         return self._rest(block, resid, z, resid[-1 if self.model.gates.reads_ablated else 0], None)
 
     def _ablated_layer(
-        self, block: Any, resid: Tensor, clean_pre: Tensor, k: Tensor, v: Tensor, final: Tensor
+        self, block: Any, resid: Tensor, clean_pre: Tensor, keys_and_values: Tensor, final: Tensor
     ) -> Tensor:
-        q, own_k, own_v = self._qkv(block, resid)
-        z = self._attend(block.attn, q, k, v, own_k[0], own_v[0])
+        z = self._attend(block.attn, self._qkv(block, resid), keys_and_values)
         local = resid if self.model.gates.reads_ablated else clean_pre
         return self._rest(block, resid, z, local[0], final[0])
 
@@ -213,25 +209,24 @@ class Passes:
         gate = getattr(block, f"{kind}_gate")
         return masked_units(units.flatten(1, 2), self.scores(gate, local, final), gate.k, gate.cfg).view_as(units)
 
-    def _qkv(self, block: Any, resid: Tensor) -> tuple[Tensor, ...]:
+    def _qkv(self, block: Any, resid: Tensor) -> Float[Tensor, "stream batch pos head_and_2_kv_head d_head"]:
+        """Queries, keys and values; grouped keys and values are not repeated for the heads that share them."""
         attn = block.attn
-        # grouped keys and values are not repeated for the heads that share them
         own = "" if self.cfg.n_key_value_heads is None else "_"
         biases = [attn.b_Q, getattr(attn, f"{own}b_K"), getattr(attn, f"{own}b_V")]
         bias = torch.cat(biases).flatten() if self.qkv_bias else None
         weights = [getattr(attn, name) for name in ("W_Q", f"{own}W_K", f"{own}W_V")]
         (qkv,) = self._linear(*self._normalised(block.ln1, resid), weights, bias)
-        return qkv.unflatten(-1, (-1, self.cfg.d_head)).split([len(b) for b in biases], dim=-2)
+        return qkv.unflatten(-1, (-1, self.cfg.d_head))
 
-    def _attend(
-        self, attn: Any, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None
-    ) -> Float[Tensor, "stream batch pos head d_head"]:
+    def _attend(self, attn: Any, qkv: Tensor, clean: Tensor | None) -> Float[Tensor, "stream batch pos head d_head"]:
         """`z` of a layer, with its scale, its window and its rotary positions."""
         window = self.cfg.window_size if attn.attn_type == "local" else None
-        rotary = self._rotary(attn, q) if self.cfg.positional_embedding_type == "rotary" else None
-        return stream_attention(q, k, v, own_k, own_v, 1 / attn.attn_scale, window=window, rotary=rotary)
+        rotary = self._rotary(attn, qkv) if self.cfg.positional_embedding_type == "rotary" else None
+        groups = self.cfg.n_key_value_heads or self.cfg.n_heads
+        return stream_attention(qkv, clean, groups, 1 / attn.attn_scale, window=window, rotary=rotary)
 
-    def _rotary(self, attn: Any, q: Float[Tensor, "stream batch pos head d_head"]) -> Rotary:
+    def _rotary(self, attn: Any, q: Float[Tensor, "stream batch pos any d_head"]) -> Rotary:
         """The rotation of a layer, read off what it makes of the first dimension of each pair."""
         assert self.cfg.rotary_dim is not None
         adjacent, n = bool(self.cfg.rotary_adjacent_pairs), self.cfg.rotary_dim // 2

@@ -49,55 +49,68 @@ class Rotary(NamedTuple):
     """Whether pairs are neighbouring dimensions (GPT-J), or the first of each half (GPT-NeoX, Llama)."""
 
     def turned(
-        self, x: Float[Tensor, "*any pos head d_head"], factor: float, *, back: bool = False
+        self,
+        x: Float[Tensor, "*any pos head d_head"],
+        factors: Float[Tensor, "head 1"],
+        *,
+        back: bool = False,
     ) -> Float[Tensor, "*any pos head d_head"]:
-        """The leading dimensions turned, all times a factor; `back`: the other way round, as gradients are."""
-        n = self.cos.shape[-1]
+        """Heads times their factors, the leading dimensions turned; `back`: the other way round, as gradients are."""
+        n, sign = self.cos.shape[-1], -1 if back else 1
         a, b = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if self.adjacent else (slice(n), slice(n, 2 * n))
-        cos, sin = ((table.to(x.dtype) * factor)[:, None] for table in (self.cos, self.sin))
-        # for every head, because a CPU multiplies long rows several times faster
-        factors = x.new_full(x.shape[-3:], factor)
-        factors[..., a] = factors[..., b] = cos
-        out, sign = x * factors, -1 if back else 1
+        cos, sin = (table.to(x.dtype)[:, None] * factors for table in (self.cos, self.sin))
+        # for every head and dimension, because a CPU multiplies long rows several times faster
+        table = factors.expand(x.shape[-3:]).clone()
+        table[..., a] = table[..., b] = cos
+        out = x * table
         out[..., a].addcmul_(x[..., b], sin, value=-sign)
         out[..., b].addcmul_(x[..., a], sin, value=sign)
         return out
 
 
 def stream_attention(
-    q: Float[Tensor, "stream batch pos head d_head"],
-    k: Float[Tensor, "batch pos kv_head d_head"],
-    v: Float[Tensor, "batch pos kv_head d_head"],
-    own_k: Float[Tensor, "batch pos kv_head d_head"] | None,
-    own_v: Float[Tensor, "batch pos kv_head d_head"] | None,
+    qkv: Float[Tensor, "stream batch pos head_and_2_kv_head d_head"],
+    clean: Float[Tensor, "batch pos 2_kv_head d_head"] | None,
+    groups: int,
     scale: float,
     *,
     window: int | None = None,
     rotary: Rotary | None = None,
 ) -> Float[Tensor, "stream batch pos head d_head"]:
-    """`z` of the streams whose queries are given; with `own_k` and `own_v`, the last one is the ablated stream.
+    """`z` of the clean stream, of both, or of the ablated stream alone, whose clean keys and values are then given.
 
-    Scores and softmax are float32 or wider; the products with the pattern are in the inputs' precision.
+    Scores and softmax are float32 or wider. The products with the pattern, and the backward pass from the logarithm of
+    the pattern on, are in the inputs' precision.
 
     Args:
-        k: clean keys; each serves `head / kv_head` neighbouring heads.
-        v: clean values.
-        own_k: keys of the ablated stream; None: no ablated stream.
-        own_v: values of the ablated stream.
+        qkv: queries of all heads, then keys and values, each of which serves `head / kv_head` neighbouring heads; the
+            clean stream comes first.
+        clean: clean keys and values, if the clean stream is not in `qkv`.
+        groups: number of heads of keys.
         scale: what the scores are multiplied by.
         window: number of last positions that a query sees, its own included; None: all.
         rotary: of queries and keys; None: they stay as they are.
     """
-    return _StreamAttention.apply(q, k, v, own_k, own_v, scale, window, rotary)
+    return _StreamAttention.apply(qkv, clean, groups, scale, window, rotary)
+
+
+class _Options(NamedTuple):
+    groups: int
+    scale: float
+    window: int | None
+    rotary: Rotary | None
 
 
 class _Inputs(NamedTuple):
-    """Queries and keys by head of keys, contiguous, in float32 or wider."""
+    """By head of keys, contiguous; queries and keys in float32 or wider, values as they came."""
 
     q: Float[Tensor, "batch_head pos row d_head"]
     """Turned, and scaled so that scores are in units of ln 2; rows are (stream, head of the group)."""
     k: Float[Tensor, "batch_head pos d_head"]
+    v: Float[Tensor, "batch_head pos d_head"]
     own_k: Float[Tensor, "batch_head pos 1 d_head"] | None
+    """Keys of the ablated stream."""
+    own_v: Float[Tensor, "batch_head pos 1 d_head"] | None
     own_scores: Float[Tensor, "batch_head pos own_row"] | None
     """Scores of the ablated stream's queries, which are the last rows, and own keys."""
     window: int
@@ -112,20 +125,18 @@ class _StreamAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        own_k: Tensor | None,
-        own_v: Tensor | None,
+        qkv: Tensor,
+        clean: Tensor | None,
+        groups: int,
         scale: float,
         window: int | None,
         rotary: Rotary | None,
     ) -> Tensor:
-        ctx.options = scale, window, rotary
-        x, values = _by_head(q, k, own_k, *ctx.options), _by_group(v)
+        ctx.options = _Options(groups, scale, window, rotary)
+        x = _by_head(qkv, clean, ctx.options)
         z, totals = torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3])
         largest = torch.empty_like(totals) if _must_shift(x) else None
-        narrowed = _Narrowed(x, q.dtype)
+        narrowed = _Narrowed(x, qkv.dtype)
         for heads, queries, keys, scores in _scores(x, x.q, x.k):
             if largest is not None:
                 shift = largest[heads, queries].copy_(scores.amax(-1).view_as(largest[heads, queries]))
@@ -135,32 +146,33 @@ class _StreamAttention(torch.autograd.Function):
                 scores.sub_(shift.flatten(1)[..., None])
             total = scores.exp2_().sum(-1)
             totals[heads, queries] = total.view_as(totals[heads, queries])
-            part = _product(narrowed(scores), values[heads, keys])
+            part = _product(narrowed(scores), x.v[heads, keys])
             z[heads, queries] = part.view_as(z[heads, queries])
-        if x.own_scores is not None and own_v is not None:
+        if x.own_scores is not None and x.own_v is not None:
             own = torch.exp2(x.own_scores if largest is None else x.own_scores - x.own(largest))
             x.own(totals).add_(own)
-            x.own(z).addcmul_(own[..., None], _by_group(own_v.to(z.dtype))[:, :, None])
+            x.own(z).addcmul_(own[..., None], x.own_v.to(z.dtype))
         z.div_(totals[..., None])
         norms = totals.log2_() if largest is None else totals.log2_().add_(largest)
-        out = _by_stream(z.to(q.dtype), q)
-        ctx.save_for_backward(q, k, v, own_k, own_v, norms, out)
+        n_heads = qkv.shape[3] - 2 * groups
+        out = _by_stream(z.to(qkv.dtype), qkv.new_empty(*qkv.shape[:3], n_heads, qkv.shape[4]))
+        ctx.save_for_backward(qkv, clean, norms, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, own_k, own_v, norms, z = ctx.saved_tensors
-        scale, _, rotary = ctx.options
-        x, groups = _by_head(q, k, own_k, *ctx.options), k.shape[2]
-        dtype, wide = q.dtype, x.q.dtype
+        qkv, clean, norms, z = ctx.saved_tensors
+        groups, scale, _, rotary = ctx.options
+        x = _by_head(qkv, clean, ctx.options)
+        dtype, wide, n_batch = qkv.dtype, x.q.dtype, qkv.shape[1]
         grad = _by_row(grads[0], groups)
         mean = _by_row((grads[0] * z).sum(-1, dtype=wide, keepdim=True), groups)
-        grad_and_mean, values_and_ones = _with_rest(grad, -mean), F.pad(_by_group(v), (0, 2), value=1)
+        grad_and_mean, values_and_ones = _with_rest(grad, -mean), F.pad(x.v, (0, 2), value=1)
         queries, keys = _with_rest(x.q.to(dtype), -norms[..., None]), F.pad(x.k.to(dtype), (0, 2), value=1)
         grad_q = torch.empty_like(x.q)
-        wants_clean = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        wants_clean = clean is None or ctx.needs_input_grad[1]
         grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.k)) if wants_clean else (None, None)
-        buffer = q.new_empty(_block_elements(x))
+        buffer = qkv.new_empty(_block_elements(x))
         for heads, here, seen, exponents in _scores(x, queries, keys):
             pattern = exponents.exp2_()
             grad_scores = buffer[: pattern.numel()].view_as(pattern)
@@ -172,28 +184,34 @@ class _StreamAttention(torch.autograd.Function):
                 transposed = grad_scores.transpose(1, 2), pattern.transpose(1, 2)
                 grad_k[heads, seen] += _product(transposed[0], queries[heads, here, :, :-2].flatten(1, 2))
                 grad_v[heads, seen] += _product(transposed[1], grad[heads, here].flatten(1, 2))
-        own_grad_k = own_grad_v = None
-        if x.own_scores is not None and x.own_k is not None and own_v is not None:
+        of_keys_and_values = [(grad_k, grad_v)]
+        if x.own_scores is not None and x.own_k is not None and x.own_v is not None:
             own_pattern = torch.exp2(x.own_scores - x.own(norms))
             own_grad = x.own(grad).to(wide)
-            own_grad_scores = (own_grad * _by_group(own_v.to(wide))[:, :, None]).sum(-1)
+            own_grad_scores = (own_grad * x.own_v.to(wide)).sum(-1)
             own_grad_scores.sub_(x.own(mean)[..., 0]).mul_(own_pattern)
             x.own(grad_q).addcmul_(own_grad_scores[..., None], x.own_k)
             own_grad_k = (own_grad_scores[..., None] * x.own(x.q)).sum(2)
-            own_grad_v = own_grad.mul_(own_pattern[..., None]).sum(2)
+            of_keys_and_values.append((own_grad_k, own_grad.mul_(own_pattern[..., None]).sum(2)))
 
-        def back(x: Tensor | None, factor: float = 1) -> Tensor | None:
-            if x is None:
-                return None
-            by_position = x.unflatten(0, (-1, groups)).transpose(1, 2)
-            if rotary is not None and factor != 1:
-                return rotary.turned(by_position, factor, back=True).to(dtype)
-            return by_position.mul_(factor).to(dtype)
+        def gradient(like: Tensor, n_queries: int, of_keys_and_values: list[tuple[Tensor, Tensor]]) -> Tensor:
+            """Of queries, keys and values of some streams, or of keys and values alone."""
+            out, n = torch.empty_like(like, memory_format=torch.contiguous_format), n_queries + groups
+            straight = grad_q.new_empty(*like.shape[:3], n, like.shape[4])
+            if n_queries:
+                _by_stream(grad_q, straight[..., :n_queries, :])
+            for i, (of_keys, of_values) in enumerate(of_keys_and_values):
+                straight[i, ..., n_queries:, :] = of_keys.unflatten(0, (n_batch, -1)).transpose(1, 2)
+                out[i, ..., n:, :] = of_values.unflatten(0, (n_batch, -1)).transpose(1, 2)
+            out[..., :n, :] = _turned(straight, n_queries, scale, LN_2, rotary, back=True)
+            return out
 
-        grad_q = _by_stream(grad_q, q)
-        grad_q = grad_q.mul_(scale) if rotary is None else rotary.turned(grad_q, scale, back=True)
-        to_keys_and_values = back(grad_k, LN_2), back(grad_v), back(own_grad_k, LN_2), back(own_grad_v)
-        return grad_q.to(dtype), *to_keys_and_values, None, None, None
+        n_heads, of_clean = z.shape[3], None
+        if clean is not None:
+            *first, of_own = of_keys_and_values
+            of_clean = gradient(clean[None], 0, first)[0] if wants_clean else None
+            of_keys_and_values = [of_own]
+        return gradient(qkv, n_heads, of_keys_and_values), of_clean, None, None, None, None
 
 
 class _Narrowed:
@@ -216,9 +234,7 @@ def _product(
     return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
 
 
-def _with_rest(
-    rows: Float[Tensor, "*any length"], x: Float[Tensor, "*any 1"]
-) -> Float[Tensor, "*any length_and_2"]:
+def _with_rest(rows: Float[Tensor, "*any length"], x: Float[Tensor, "*any 1"]) -> Float[Tensor, "*any length_and_2"]:
     """The rows and a wider number in their precision: in two parts, whose sum is nearly exact."""
     rounded = x.to(rows.dtype)
     return torch.cat([rows, rounded, (x - rounded).to(rows.dtype)], -1)
@@ -238,32 +254,49 @@ def _by_group(x: Float[Tensor, "batch pos kv_head d_head"]) -> Float[Tensor, "ba
 
 
 def _by_stream(
-    x: Float[Tensor, "batch_head pos row d_head"], like: Float[Tensor, "stream batch pos head d_head"]
+    x: Float[Tensor, "batch_head pos row d_head"], out: Float[Tensor, "stream batch pos head d_head"]
 ) -> Float[Tensor, "stream batch pos head d_head"]:
-    """A copy, by streams and heads."""
-    out = x.new_empty(like.shape)
-    by_group = x.unflatten(2, (like.shape[0], -1)).unflatten(0, (like.shape[1], -1)).permute(3, 0, 2, 1, 4, 5)
-    out.view(by_group.shape).copy_(by_group)
+    """Copies rows to the streams and heads that they belong to."""
+    n_streams, n_batch = out.shape[:2]
+    by_group = x.unflatten(2, (n_streams, -1)).unflatten(0, (n_batch, -1)).permute(3, 0, 2, 1, 4, 5)
+    out.unflatten(3, by_group.shape[3:5]).copy_(by_group)
     return out
 
 
-def _by_head(
-    q: Tensor, k: Tensor, own_k: Tensor | None, scale: float, window: int | None, rotary: Rotary | None
-) -> _Inputs:
-    dtype = q.dtype if q.dtype == torch.float64 else torch.float32
+def _turned(
+    x: Float[Tensor, "*any pos head d_head"],
+    n_queries: int,
+    of_queries: float,
+    of_keys: float,
+    rotary: Rotary | None,
+    *,
+    back: bool = False,
+) -> Float[Tensor, "*any pos head d_head"]:
+    """Heads of queries and keys times their factors, and turned."""
+    factors = x.new_full((x.shape[-2], 1), of_keys)
+    factors[:n_queries] = of_queries
+    return x * factors if rotary is None else rotary.turned(x, factors, back=back)
 
-    def turned(x: Tensor, factor: float = 1) -> Tensor:
+
+def _by_head(qkv: Tensor, clean: Tensor | None, options: _Options) -> _Inputs:
+    groups, scale, window, rotary = options
+    dtype = qkv.dtype if qkv.dtype == torch.float64 else torch.float32
+    n = qkv.shape[3] - 2 * groups
+
+    def turned(x: Tensor, n_queries: int) -> Tensor:
         # before anything is reordered, because a CPU converts several times faster what lies side by side
-        x = x.to(dtype)
-        if rotary is not None:
-            return rotary.turned(x, factor)
-        return x if factor == 1 else x * factor
+        return _turned(x[..., : n_queries + groups, :].to(dtype), n_queries, scale / LN_2, 1, rotary)
 
-    rows, keys, own_keys, own_scores = _by_row(turned(q, scale / LN_2), k.shape[2]), _by_group(turned(k)), None, None
-    if own_k is not None:
-        own_keys = _by_group(turned(own_k))[:, :, None]
-        own_scores = (rows[:, :, -(q.shape[3] // k.shape[2]) :] * own_keys).sum(-1)
-    return _Inputs(rows, keys, own_keys, own_scores, q.shape[2] if window is None else window)
+    wide = turned(qkv, n)
+    rows = _by_row(wide[..., :n, :], groups)
+    k, v = (
+        (wide[0, ..., n:, :], qkv[0, ..., -groups:, :]) if clean is None else (turned(clean, 0), clean[..., groups:, :])
+    )
+    own_k = own_v = own_scores = None
+    if len(qkv) == 2 or clean is not None:
+        own_k, own_v = (_by_group(x)[:, :, None] for x in (wide[-1, ..., n:, :], qkv[-1, ..., -groups:, :]))
+        own_scores = (rows[:, :, -(n // groups) :] * own_k).sum(-1)
+    return _Inputs(rows, _by_group(k), _by_group(v), own_k, own_v, own_scores, window or qkv.shape[2])
 
 
 def _block_shape(x: _Inputs) -> tuple[int, int, int]:
