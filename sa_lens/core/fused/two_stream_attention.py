@@ -26,7 +26,10 @@ from torch import Tensor
 from sa_lens.core.fused.operations import on_cpu
 
 BLOCK = 64
-"""Positions whose queries go through at once."""
+"""Positions whose queries go through at once; half as many where these have `MANY_ROWS` or more."""
+
+MANY_ROWS = 512
+"""Fewer positions make more blocks, but fewer of their scores are of keys that a query does not see."""
 
 BLOCK_ELEMENTS = 1 << 20
 """Scores that a block of queries may hold, over all its heads, so that they stay in the cache of a CPU."""
@@ -136,7 +139,6 @@ class _StreamAttention(torch.autograd.Function):
         x = _by_head(qkv, clean, ctx.options)
         z, totals = torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3])
         largest = torch.empty_like(totals) if _must_shift(x) else None
-        narrowed = _Narrowed(x, qkv.dtype)
         for heads, queries, keys, scores in _scores(x, x.q, x.k):
             if largest is not None:
                 shift = largest[heads, queries].copy_(scores.amax(-1).view_as(largest[heads, queries]))
@@ -146,7 +148,7 @@ class _StreamAttention(torch.autograd.Function):
                 scores.sub_(shift.flatten(1)[..., None])
             total = scores.exp2_().sum(-1)
             totals[heads, queries] = total.view_as(totals[heads, queries])
-            part = _product(narrowed(scores), x.v[heads, keys])
+            part = _product(scores.to(qkv.dtype), x.v[heads, keys])
             z[heads, queries] = part.view_as(z[heads, queries])
         if x.own_scores is not None and x.own_v is not None:
             own = torch.exp2(x.own_scores if largest is None else x.own_scores - x.own(largest))
@@ -184,7 +186,7 @@ class _StreamAttention(torch.autograd.Function):
                 transposed = grad_scores.transpose(1, 2), pattern.transpose(1, 2)
                 grad_k[heads, seen] += _product(transposed[0], queries[heads, here, :, :-2].flatten(1, 2))
                 grad_v[heads, seen] += _product(transposed[1], grad[heads, here].flatten(1, 2))
-        of_keys_and_values = [(grad_k, grad_v)]
+        of_keys_and_values = [] if grad_k is None or grad_v is None else [(grad_k, grad_v)]
         if x.own_scores is not None and x.own_k is not None and x.own_v is not None:
             own_pattern = torch.exp2(x.own_scores - x.own(norms))
             own_grad = x.own(grad).to(wide)
@@ -206,22 +208,12 @@ class _StreamAttention(torch.autograd.Function):
             out[..., :n, :] = _turned(straight, n_queries, scale, LN_2, rotary, back=True)
             return out
 
-        n_heads, of_clean = z.shape[3], None
+        of_clean = None
         if clean is not None:
-            *first, of_own = of_keys_and_values
-            of_clean = gradient(clean[None], 0, first)[0] if wants_clean else None
+            *earlier, of_own = of_keys_and_values
+            of_clean = gradient(clean[None], 0, earlier)[0] if earlier else None
             of_keys_and_values = [of_own]
-        return gradient(qkv, n_heads, of_keys_and_values), of_clean, None, None, None, None
-
-
-class _Narrowed:
-    """Blocks in the precision of the products; each overwrites the one before."""
-
-    def __init__(self, x: _Inputs, dtype: torch.dtype) -> None:
-        self.buffer = None if dtype == x.q.dtype else x.q.new_empty(_block_elements(x), dtype=dtype)
-
-    def __call__(self, block: Tensor) -> Tensor:
-        return block if self.buffer is None else self.buffer[: block.numel()].view_as(block).copy_(block)
+        return gradient(qkv, z.shape[3], of_keys_and_values), of_clean, None, None, None, None
 
 
 def _product(
@@ -303,7 +295,8 @@ def _block_shape(x: _Inputs) -> tuple[int, int, int]:
     """Heads, positions and keys of the largest block."""
     n_heads, length, rows, _ = x.q.shape
     on_cpu = x.q.device.type == "cpu"
-    size, elements = (BLOCK, BLOCK_ELEMENTS) if on_cpu else (GPU_BLOCK, GPU_BLOCK_ELEMENTS)
+    block = BLOCK // 2 if BLOCK * rows >= MANY_ROWS else BLOCK
+    size, elements = (block, BLOCK_ELEMENTS) if on_cpu else (GPU_BLOCK, GPU_BLOCK_ELEMENTS)
     size = min(size, length)
     width = min(length, size + x.window - 1)
     return max(1, min(n_heads, elements // (size * rows * width))), size, width
