@@ -144,11 +144,17 @@ def test_attention_leaves_what_it_is_given_as_it_is(rotary: Rotary | None) -> No
 
 
 def test_attention_in_bfloat16_is_as_good_as_its_inputs() -> None:
-    q, k, v, own_k, own_v = (random(2, 2, 40, 3, 4)[:n].squeeze(0).detach() for n in (2, 1, 1, 1, 1))
-    expected = attention_with_all_scores(q, k, v, own_k, own_v, 1.0)
-    found = attention(*(x.bfloat16() for x in (q, k, v, own_k, own_v)), 1.0)
+    inputs = [
+        x.detach().requires_grad_() for x in (random(2, 2, 40, 3, 4), *(random(2, 40, 3, 4, seed=i) for i in range(4)))
+    ]
+    expected = attention_with_all_scores(*inputs, 1.0)
+    found = attention(*(x.bfloat16() for x in inputs), 1.0)
     assert found.dtype == torch.bfloat16
-    assert float((found.double() - expected).norm()) < 0.02 * float(expected.norm())
+    grad = random(*expected.shape, seed=9, grad=False)
+    gradients = (torch.autograd.grad(z, inputs, grad.to(z.dtype)) for z in (found, expected))
+    pairs = [(found.detach(), expected.detach()), *zip(*gradients, strict=True)]
+    for narrow, exact in pairs:
+        assert float((narrow - exact).norm()) < 0.02 * float(exact.norm())
 
 
 @pytest.mark.parametrize(

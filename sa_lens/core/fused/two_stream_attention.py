@@ -54,15 +54,19 @@ class Rotary(NamedTuple):
     def turned(
         self,
         x: Float[Tensor, "*any pos head d_head"],
-        factors: Float[Tensor, "head 1"],
+        factors: Float[Tensor, "head d_head"],
         *,
         back: bool = False,
     ) -> Float[Tensor, "*any pos head d_head"]:
-        """Heads times their factors, the leading dimensions turned; `back`: the other way round, as gradients are."""
+        """The leading dimensions of each head turned, all of them times its factor.
+
+        Args:
+            factors: equal in all dimensions of a head.
+            back: the other way round, as gradients are turned.
+        """
         n, sign = self.cos.shape[-1], -1 if back else 1
         a, b = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if self.adjacent else (slice(n), slice(n, 2 * n))
-        cos, sin = (table.to(x.dtype)[:, None] * factors for table in (self.cos, self.sin))
-        # for every head and dimension, because a CPU multiplies long rows several times faster
+        cos, sin = (table.to(x.dtype)[:, None] * factors[:, :1] for table in (self.cos, self.sin))
         table = factors.expand(x.shape[-3:]).clone()
         table[..., a] = table[..., b] = cos
         out = x * table
@@ -204,7 +208,7 @@ class _StreamAttention(torch.autograd.Function):
                 _by_stream(grad_q, straight[..., :n_queries, :])
             for i, (of_keys, of_values) in enumerate(of_keys_and_values):
                 straight[i, ..., n_queries:, :] = of_keys.unflatten(0, (n_batch, -1)).transpose(1, 2)
-                out[i, ..., n:, :] = of_values.unflatten(0, (n_batch, -1)).transpose(1, 2)
+                out[i, ..., n:, :] = of_values.to(dtype).unflatten(0, (n_batch, -1)).transpose(1, 2)
             out[..., :n, :] = _turned(straight, n_queries, scale, LN_2, rotary, back=True)
             return out
 
@@ -265,7 +269,8 @@ def _turned(
     back: bool = False,
 ) -> Float[Tensor, "*any pos head d_head"]:
     """Heads of queries and keys times their factors, and turned."""
-    factors = x.new_full((x.shape[-2], 1), of_keys)
+    # for every dimension, because a CPU multiplies long rows several times faster
+    factors = x.new_full(x.shape[-2:], of_keys)
     factors[:n_queries] = of_queries
     return x * factors if rotary is None else rotary.turned(x, factors, back=back)
 
