@@ -157,7 +157,7 @@ class Ranking:
     circuit: CircuitMap
     """Its edges, the most important first; the note says how they were found."""
     chosen: int
-    """Number of edges that the method's own rule keeps, at which the slider starts."""
+    """Number of edges that the method's own rule keeps, at which the slider starts if `circuit` has so many."""
     curve: Curves | None
     """Faithfulness by number of edges; None where it is not defined."""
 

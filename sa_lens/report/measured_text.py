@@ -25,10 +25,10 @@ HELD_OUT, CALIBRATION = 110_000, 35_000
 """Tokens (of the first model's tokenizer) to measure on at most, and to set firing thresholds with."""
 STORY_TOKENS = 128
 """Tokens of a story at most, in every model; longer ones are cut."""
+CHARACTERS = 6
+"""Characters per token, a high estimate, which limits how much of a long document is encoded."""
 LEAST_BLOCKS = 12
 """Blocks that each part of the text must have."""
-CHARACTERS = 6
-"""Characters per token, a high estimate, which limits how much of a named text is read."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def gather_texts(
     """
     first = subjects[0]
     thresholds = n_tokens * CALIBRATION // HELD_OUT
-    named = _read_documents(text, column, n_tokens + thresholds) if text is not None else ()
+    named = _read_documents(text, column, first.tokenizer, n_tokens + thresholds) if text is not None else ()
     try:
         own = text_of_run(first.run, first.model)
     except (ValueError, FileNotFoundError, HubUnreachable):
@@ -119,13 +119,17 @@ def encode_for(subject: Subject, texts: Texts, folder: Path) -> ModelText:
     return ModelText(files["held_out"], held_out, calibration)
 
 
-def _read_documents(text: str, column: str, n_tokens: int) -> tuple[str, ...]:
-    """Returns the documents of a named text, no more than are needed."""
-    source = open_source(text, column=column, progress=False)
-    documents, room = [], CHARACTERS * n_tokens
-    for document in source.read():
-        documents.append(document[:room])
-        room -= len(document)
+def _read_documents(text: str, column: str, tokenizer: Any, n_tokens: int) -> tuple[str, ...]:
+    """Returns the documents of a named text that have so many tokens and a tenth more, the last of them cut.
+
+    It is divided by its characters, so with just as many tokens one of the parts could have too few.
+    """
+    documents, room = [], n_tokens + n_tokens // 10
+    for document in open_source(text, column=column, progress=False).read():
+        document = document[: CHARACTERS * room]
+        n = len(encode_text(tokenizer, document))
+        documents.append(document if n <= room else document[: _seam(document, len(document) * room // n)])
+        room -= n
         if room <= 0:
             break
     if not documents:

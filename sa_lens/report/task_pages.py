@@ -23,8 +23,8 @@ from sa_lens.views.result_tables import MISSING
 from sa_lens.views.wording import METHODS
 from sa_lens.views.wording import TASKS as TITLES
 
-MOST_EDGES = 400
-"""Edges of a ranking that a page holds, more if its circuit is larger."""
+MOST_EDGES, MOST_OF_CIRCUIT = 400, 2_000
+"""Edges of a ranking that a page holds, and up to so many if its circuit is larger."""
 TAU = 0.01
 """ACDC's threshold, nats."""
 
@@ -185,7 +185,9 @@ def _skill_table(rows: Any) -> Table:
 def ranking(result: FoundCircuit, method: Method, stream: Stream, task: str, n_find: int, n_report: int) -> Ranking:
     """Returns a circuit that was found as a ranking, its edges in the order in which they join it."""
     graph = result.ranking.graph
-    edges = order_edges(result.ranking, absolute=method != "acdc")[: max(MOST_EDGES, len(result.circuit))]
+    edges = order_edges(result.ranking, absolute=method != "acdc")[
+        : max(MOST_EDGES, min(MOST_OF_CIRCUIT, len(result.circuit)))
+    ]
     circuit = CircuitMap(
         title=f"{task}, {METHODS[method]}, {stream} stream",
         note=_note(result, method, n_find, n_report, len(edges)),

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 from synthetic import EVIL, report, single_report, story_tokens, unit_names
@@ -154,6 +155,19 @@ def test_clicking_a_token_shows_what_happens_there(visit):
         assert shown
         assert {name.replace("-", " ") for name in shown} <= stays
     assert page.evaluate("location.hash") == "#stories/gated%2Fone/1/11"
+
+
+def test_what_is_missing_leaves_no_word_behind(visit):
+    page = visit(f"stories/{quote(report().models[1].name, safe='')}/1/0")
+    assert page.locator(".story-details h3").inner_text().startswith("Token 0:")
+    assert page.locator(".numbers-of-token").count() == 0
+    assert "null" not in page.locator(".story-details").inner_text().split()
+    plain = [unit for unit in report().models[0].units if not any(one.explanation for one in unit.streams)]
+    assert plain
+    for unit in plain[:3]:
+        page = visit(f"unit/gated%2Fone/{unit.name}")
+        page.wait_for_selector(f".unit-name:has-text('{unit.name}')")
+        assert "null" not in page.locator("#section-units").inner_text().split()
 
 
 def test_the_units_of_a_layer_unfold(visit):

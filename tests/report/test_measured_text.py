@@ -70,6 +70,20 @@ def test_a_model_without_text_of_its_own_is_measured_on_the_named_one(gated: Sub
     encode_for(bare, found, tmp_path)
 
 
+def test_a_long_text_is_read_as_far_as_it_is_needed(gated: Subject, tmp_path: Path) -> None:
+    bare = Subject("bare", str(gated.model.save_pretrained(tmp_path / "bare")), gated.model, None)
+    sentence = "Anna and Ben ran to the lake, and there were birds. "
+    many, one = tmp_path / "many.txt", tmp_path / "one.txt"
+    many.write_text("\n".join([sentence] * 2_000))
+    one.write_text(sentence * 2_000)
+    for path in (many, one):
+        texts = gather_texts([bare], str(path), "text", 3, 2_200)
+        assert len(texts.held_out[0]) <= len(path.read_text()) // 2
+        files = encode_for(bare, texts, tmp_path)
+        assert 2_200 <= files.held_out.n_tokens < 2_600
+        assert 700 <= files.calibration_blocks.n_tokens < 900
+
+
 def test_tokens_at_once(gated: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = Subject("bare", gated.run, gated.model, None)
     assert gated.settings is not None

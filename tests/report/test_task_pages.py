@@ -111,6 +111,14 @@ def test_long_rankings_are_cut_and_say_so(gated: Subject, easy_task: str, monkey
         assert f"Shown are the first {len(one.circuit.edges)} of {one.circuit.n_edges} edges" in one.circuit.note
 
 
+def test_a_very_large_circuit_is_cut_as_well(gated: Subject, easy_task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_pages, "MOST_EDGES", 2)
+    monkeypatch.setattr(task_pages, "MOST_OF_CIRCUIT", 3)
+    page, _ = task_page(gated, prompts_for(gated, easy_task, 64, 0), ["eap-ig"], 0)
+    assert [len(one.circuit.edges) for one in page.rankings] == [min(3, max(2, one.chosen)) for one in page.rankings]
+    assert any(one.chosen > 3 for one in page.rankings)
+
+
 def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(*_: object, **__: object) -> None:
         raise ValueError("names are cut in pieces")

@@ -42,6 +42,9 @@ function unitsThatStay({ units, counts, gaps, values }, known) {
 
 // --------------------------------------------------------------------------------------------------------- controls
 
+// Replaces what an element holds. Parts that are null are left out, where the browser would write "null".
+const refill = (element, ...parts) => element.replaceChildren(...parts.filter((part) => part !== null));
+
 // A control with its label.
 function field(label, control, kind = "") {
   control.id = "control-" + labels++;

@@ -103,7 +103,8 @@ function showStory() {
   });
   tokens.addEventListener("keydown", moveToken);
   explorer.legend = h("div", { class: "legends" });
-  text.replaceChildren(
+  refill(
+    text,
     h("h3", {}, h("bdi", {}, data.title)),
     data.tracks.length ? picker("Colour by", data.tracks.map((track) => [track.name, track.name]), shownTrack(data).name, colourBy) : null,
     explorer.legend,
@@ -184,7 +185,8 @@ function revealToken() {
 function showToken() {
   const { data, token, parts } = explorer;
   const numbers = data.tracks.filter((track) => track.values[token] !== null);
-  parts.details.replaceChildren(
+  refill(
+    parts.details,
     h("h3", {}, `Token ${token}: `, tokenLabel(data.tokens[token])),
     numbers.length ? h("p", { class: "numbers-of-token" }, numbers.map((track) => h("span", {}, `${track.name} `, h("b", {}, figure3(track.values[token])), h("span", { class: "faint" }, ` ${track.scale}`)))) : null,
     predictionsBlock(data, token),

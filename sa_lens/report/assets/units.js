@@ -175,7 +175,8 @@ async function openUnit(model, id) {
   showModel(model);
   const at = table.rows.findIndex((row) => row.unit === unit);
   const step = (words, to) => (at >= 0 && table.rows[to] ? h("a", { href: unitAddress(model, table.rows[to].unit.name), rel: to < at ? "prev" : "next" }, words) : h("span", { class: "faint" }, words));
-  one.replaceChildren(
+  refill(
+    one,
     h("p", { class: "unit-nav controls" }, backToAll(), step("← unit before", at - 1), step("unit after →", at + 1), at >= 0 ? h("span", { class: "faint" }, `${count(at + 1)} of ${count(table.rows.length)} in the table`) : null),
     h("h3", { tabindex: "-1", class: "unit-name" }, unit.name, several() ? h("span", { class: "faint" }, ` of ${report.models[model].name}`) : null),
     h("p", {}, `${siteWords[unit.site]} ${unit.index} of layer ${unit.layer}${unit.place ? ` (${unit.place})` : ""}. `, unit.promotes.length ? ["It raises the logits of ", chips(unit.promotes), "most, directly."] : "No tokens that it promotes are known."),

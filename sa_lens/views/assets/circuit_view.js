@@ -20,7 +20,7 @@ class CircuitView {
     const id = "size-" + labels++;
     this.slider = h("input", { id, type: "range", min: 0, max: this.sizes.length - 1, step: 1, class: "size" });
     this.exact = h("input", { type: "number", min: 0, max: total, step: 1, "aria-label": "Number of edges, exactly" });
-    const back = h("button", { type: "button", class: "plain" }, `As found: ${count(chosen)}`);
+    const back = h("button", { type: "button", class: "plain" }, chosen > total ? `All shown: ${count(total)}` : `As found: ${count(chosen)}`);
     this.output = h("output", { "aria-live": "polite" });
     this.edges = h("div", {});
     this.graph = new Graph(circuit, { ...look, picked: () => this.listEdges() });
