@@ -307,7 +307,7 @@ class _Search:
     @cached_property
     def _likely(self) -> Bool[Tensor, "input source"] | None:
         """Edges that are likely to stay: those of a large attribution score; None if the metric has no gradient."""
-        if isinstance(self._engine, WholeRuns) or self.exp.masks == "live":
+        if isinstance(self._engine, WholeRuns):
             return self.graph.exists
         began = perf_counter()
         try:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sa_lens.circuits.experiment import Experiment
 from sa_lens.circuits.graph import Node
-from sa_lens.circuits.running.expected_work import expected_work
+from sa_lens.circuits.running.expected_work import expected_work, work_of_tries
 from sa_lens.circuits.running.removal_costs import Near, cost_of
 from sa_lens.circuits.running.removal_lanes import EndLane, RemovalLane
 from sa_lens.circuits.running.removal_state import Block, Live, Row
@@ -73,7 +73,9 @@ class Recomputation:
         self.metric_work = float(self.functions.W_U.numel() * len(self.lane.last))
         self.cost = cost_of(exp.metric, self.functions, exp.pairs.subset(order), clean)
         self.work = 0.0
-        """Work of all tries so far, about one multiplication per unit; with live gates, the number of layers."""
+        """Work of all tries so far, about one multiplication per unit; with live gates, the work expected of them."""
+        self.tries: dict[Node, float] = {}
+        """With live gates, the work that is expected of a try of an edge into each node of the present step."""
         self.rounded_to = faster_dtype(self.lane.difference) if self.functions.cfg.d_model >= WIDE else None
         """Type of the products of estimates; None if estimates would not be faster."""
         self.near: Near | None = None
@@ -100,6 +102,10 @@ class Recomputation:
                 self.gates.choose_all()
             self.lane.compute()
         self.near = None
+        if self.gates is not None:
+            above = torch.tensor(self.graph.n_sources) > self.graph.sources_before(nodes[0])
+            kept = self.present & above[:, None]
+            self.tries = work_of_tries(self.graph, kept, self.work_of, self.metric_work, live_gates=True)
         return live
 
     def drop(self, places: Sequence[tuple[int, int]]) -> None:
@@ -184,16 +190,12 @@ class Recomputation:
     def _count(self, block: Block, *, estimated: bool) -> None:
         """Adds up the work of a block."""
         if self.gates is not None:
-            self.work += sum(map(self._layers_above, (row.edges[0][0] for row in block.rows)))
+            self.work += sum(self.tries[self.graph.inputs[row.edges[0][0]].node] for row in block.rows)
             return
         live = {item.node: item for item in (*self.lane.here.values(), *self.lane.above)}
         nodes, metric = _ESTIMATED if estimated else (1.0, 1.0)
         nodes *= sum(self.work_of(node, live[node].everywhere) for node in block.changed)
         self.work += len(block.rows) * (metric * self.metric_work + nodes)
-
-    def _layers_above(self, to: int) -> int:
-        node = self.graph.inputs[to].node
-        return 1 if node.kind == "logits" else 1 + self.graph.n_layers - node.layer
 
     def work_of(self, node: Node, everywhere: bool) -> float:
         """Returns the work of a node in one try, at all positions or at the metric position."""
@@ -209,16 +211,14 @@ class Recomputation:
         Args:
             likely: edges that are likely to be kept once they are visited.
         """
-        if self.gates is not None:
-            left = (self.graph.exists & ~visited).sum(1).tolist()
-            return float(sum(n * self._layers_above(to) for to, n in enumerate(left)))
-        kept = self.present & (visited | likely)
-        nodes, metric = (1.0, 1.0) if self.rounded_to is None else _ESTIMATED
+        kept, live_gates = self.present & (visited | likely), self.gates is not None
+        # with live gates, the work of all tries so far is not counted as that of estimates either
+        nodes, metric = (1.0, 1.0) if self.rounded_to is None or live_gates else _ESTIMATED
 
         def work_of(node: Node, everywhere: bool) -> float:
             return nodes * self.work_of(node, everywhere)
 
-        return expected_work(self.graph, kept, visited, work_of, metric * self.metric_work)
+        return expected_work(self.graph, kept, visited, work_of, metric * self.metric_work, live_gates=live_gates)
 
     def accept(self, block: Block, last: int, removed: Sequence[int]) -> None:
         """Makes a row of a block the present state.

@@ -14,18 +14,33 @@ from micro import gated, plain, token_pairs
 from sa_lens.circuits.discovery.acdc import _Search, acdc
 from sa_lens.circuits.graph import Graph, Node
 from sa_lens.circuits.running.edge_removals import Recomputation
-from sa_lens.circuits.running.expected_work import REACHED, expected_work
+from sa_lens.circuits.running.expected_work import REACHED, REACHED_BY_MASKS, expected_work
+from sa_lens.circuits.running.removal_state import Block
 from sa_lens.circuits.running.whole_removals import WholeRuns
 from sa_lens.stopping import Interrupted
 
 MODULE = sys.modules["sa_lens.circuits.discovery.acdc"]
 
 
-class Clock:
-    """A clock that the tries of a search advance."""
+def computed(engine: Recomputation, block: Block) -> float:
+    """Work of all that a block with live gates computed again."""
+    assert engine.gates is not None
+    work = engine.metric_work
+    for lane, changed in ((engine.gates.clean, block.clean), (engine.lane, block.changed)):
+        live = {item.node: item for item in (*lane.here.values(), *lane.above)}
+        work += sum(engine.work_of(node, live[node].everywhere) for node in changed)
+    return len(block.rows) * work
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
+
+class Clock:
+    """A clock that the tries of a search advance.
+
+    Args:
+        by_nodes: whether it counts what is computed again under live gates, and not the work that the search counts.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, by_nodes: bool = False) -> None:
+        self.now, self.by_nodes = 0.0, by_nodes
         self.said: list[tuple[float, float, float]] = []
         """Share of the edges that are visited, time and forecast, after each decision."""
         patch.setattr(MODULE, "perf_counter", lambda: self.now)
@@ -44,7 +59,7 @@ class Clock:
         def try_removals(engine: Any, rows: Any) -> Any:
             before = engine.work
             block = plainly(engine, rows)
-            self.now += engine.work - before
+            self.now += computed(engine, block) if self.by_nodes else engine.work - before
             return block
 
         return try_removals
@@ -86,6 +101,20 @@ def test_forecast_with_live_gates() -> None:
     for of_models in factors.values():
         assert median(of_models) < 1.25
         assert max(of_models) < 1.5
+
+
+def test_forecast_with_live_gates_of_what_is_computed() -> None:
+    factors: dict[float, list[float]] = {0.1: [], 0.5: []}
+    for seed in range(5, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            clock = Clock(patch, by_nodes=True)
+            acdc(gated(n_layers=4, n_heads=2, seed=seed), token_pairs(n=2), 0.05, stream="ablated", progress=False)
+        for share, of_models in factors.items():
+            of_models.append(clock.factor(share))
+            assert of_models[-1] < clock.factor(share, per_edge=True) / 2
+    for of_models in factors.values():
+        assert median(of_models) < 1.2
+        assert max(of_models) < 1.6
 
 
 def test_forecast_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +167,6 @@ def test_work_left_counts_the_tries_of_receivers_with_a_path_and_what_lies_above
     by_hand = 6 * (1 + 10) + 3 * 4 * (1 + 10 + REACHED * 10) + 3 * (1 + 100 + REACHED * 20)
     assert abs(expected_work(graph, kept, visited, work, 1.0) - by_hand) < 1e-9
     assert expected_work(graph, kept, graph.exists, work, 1.0) == 0
+    # live gates also read a1.h1, m0 and a0.h0
+    by_masks = 3 * 4 * (1 + 10 + REACHED_BY_MASKS * 10) + 2 * 3 * (1 + 10 + REACHED_BY_MASKS * 20)
+    assert abs(expected_work(graph, kept, visited, work, 1.0, live_gates=True) - by_hand - by_masks) < 1e-9
