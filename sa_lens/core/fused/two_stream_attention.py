@@ -109,7 +109,7 @@ class _Options(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """By head of keys, contiguous; queries and keys in float32 or wider, values as they came."""
+    """By head of keys, contiguous; values as they came, and queries and keys likewise or in float32 or wider."""
 
     q: Float[Tensor, "batch_head pos row d_head"]
     """Turned, and scaled so that scores are in units of ln 2; rows are (stream, head of the group)."""
@@ -162,48 +162,51 @@ class _StreamAttention(torch.autograd.Function):
         norms = totals.log2_() if largest is None else totals.log2_().add_(largest)
         n_heads = qkv.shape[3] - 2 * groups
         out = _by_stream(z.to(qkv.dtype), qkv.new_empty(*qkv.shape[:3], n_heads, qkv.shape[4]))
-        ctx.save_for_backward(qkv, clean, norms, out)
+        # as large as what they were made of, which need not be kept
+        ctx.save_for_backward(*(None if t is None else t.to(qkv.dtype) for t in x[:5]), x.own_scores, norms, out)
+        ctx.has_clean = clean is None
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, clean, norms, z = ctx.saved_tensors
-        groups, scale, _, rotary = ctx.options
-        x = _by_head(qkv, clean, ctx.options)
-        dtype, wide, n_batch = qkv.dtype, x.q.dtype, qkv.shape[1]
+        *saved, norms, z = ctx.saved_tensors
+        groups, scale, window, rotary = ctx.options
+        x = _Inputs(*saved, window or z.shape[2])
+        dtype, wide, n_batch = z.dtype, norms.dtype, z.shape[1]
         grad = _by_row(grads[0], groups)
         mean = _by_row((grads[0] * z).sum(-1, dtype=wide, keepdim=True), groups)
         grad_and_mean, values_and_ones = _with_rest(grad, -mean), F.pad(x.v, (0, 2), value=1)
-        queries, keys = _with_rest(x.q.to(dtype), -norms[..., None]), F.pad(x.k.to(dtype), (0, 2), value=1)
-        grad_q = torch.empty_like(x.q)
-        wants_clean = clean is None or ctx.needs_input_grad[1]
-        grad_k, grad_v = (torch.zeros_like(x.k), torch.zeros_like(x.k)) if wants_clean else (None, None)
-        buffer = qkv.new_empty(_block_elements(x))
+        queries, keys = _with_rest(x.q, -norms[..., None]), F.pad(x.k, (0, 2), value=1)
+        grad_q = torch.empty_like(x.q, dtype=wide)
+        wants_clean = ctx.has_clean or ctx.needs_input_grad[1]
+        grad_k, grad_v = (torch.zeros_like(x.k, dtype=wide) if wants_clean else None for _ in range(2))
+        buffer = z.new_empty(_block_elements(x))
         for heads, here, seen, exponents in _scores(x, queries, keys):
             pattern = exponents.exp2_()
             grad_scores = buffer[: pattern.numel()].view_as(pattern)
             grad_pattern = grad_and_mean[heads, here].flatten(1, 2), values_and_ones[heads, seen].transpose(1, 2)
             torch.bmm(*grad_pattern, out=grad_scores).mul_(pattern)
-            part = _product(grad_scores, keys[heads, seen, :-2])
+            part = _product(grad_scores, x.k[heads, seen])
             grad_q[heads, here] = part.view_as(grad_q[heads, here])
             if grad_k is not None and grad_v is not None:
                 transposed = grad_scores.transpose(1, 2), pattern.transpose(1, 2)
-                grad_k[heads, seen] += _product(transposed[0], queries[heads, here, :, :-2].flatten(1, 2))
+                grad_k[heads, seen] += _product(transposed[0], x.q[heads, here].flatten(1, 2))
                 grad_v[heads, seen] += _product(transposed[1], grad[heads, here].flatten(1, 2))
         of_keys_and_values = [] if grad_k is None or grad_v is None else [(grad_k, grad_v)]
         if x.own_scores is not None and x.own_k is not None and x.own_v is not None:
             own_pattern = torch.exp2(x.own_scores - x.own(norms))
-            own_grad = x.own(grad).to(wide)
+            own_grad, own_q = x.own(grad).to(wide), x.own(x.q).to(wide)
             own_grad_scores = (own_grad * x.own_v.to(wide)).sum(-1)
             own_grad_scores.sub_(x.own(mean)[..., 0]).mul_(own_pattern)
-            x.own(grad_q).addcmul_(own_grad_scores[..., None], x.own_k)
-            own_grad_k = (own_grad_scores[..., None] * x.own(x.q)).sum(2)
+            x.own(grad_q).addcmul_(own_grad_scores[..., None], x.own_k.to(wide))
+            own_grad_k = (own_grad_scores[..., None] * own_q).sum(2)
             of_keys_and_values.append((own_grad_k, own_grad.mul_(own_pattern[..., None]).sum(2)))
 
-        def gradient(like: Tensor, n_queries: int, of_keys_and_values: list[tuple[Tensor, Tensor]]) -> Tensor:
+        def gradient(n_streams: int, n_queries: int, of_keys_and_values: list[tuple[Tensor, Tensor]]) -> Tensor:
             """Of queries, keys and values of some streams, or of keys and values alone."""
-            out, n = torch.empty_like(like, memory_format=torch.contiguous_format), n_queries + groups
-            straight = grad_q.new_empty(*like.shape[:3], n, like.shape[4])
+            n = n_queries + groups
+            out = z.new_empty(n_streams, *z.shape[1:3], n + groups, z.shape[4])
+            straight = torch.empty_like(out[..., :n, :], dtype=wide, memory_format=torch.contiguous_format)
             if n_queries:
                 _by_stream(grad_q, straight[..., :n_queries, :])
             for i, (of_keys, of_values) in enumerate(of_keys_and_values):
@@ -213,11 +216,11 @@ class _StreamAttention(torch.autograd.Function):
             return out
 
         of_clean = None
-        if clean is not None:
+        if not ctx.has_clean:
             *earlier, of_own = of_keys_and_values
-            of_clean = gradient(clean[None], 0, earlier)[0] if earlier else None
+            of_clean = gradient(1, 0, earlier)[0] if earlier else None
             of_keys_and_values = [of_own]
-        return gradient(qkv, z.shape[3], of_keys_and_values), of_clean, None, None, None, None
+        return gradient(len(z), z.shape[3], of_keys_and_values), of_clean, None, None, None, None
 
 
 def _product(
