@@ -169,9 +169,9 @@ class _StreamAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, norms, z = ctx.saved_tensors
+        q, k, v, own_k, own_v, own_scores, norms, z = ctx.saved_tensors
         groups, scale, window, rotary = ctx.options
-        x = _Inputs(*saved, window or z.shape[2])
+        x = _Inputs(q, k, v, own_k, own_v, own_scores, window or z.shape[2])
         dtype, wide, n_batch = z.dtype, norms.dtype, z.shape[1]
         grad = _by_row(grads[0], groups)
         mean = _by_row((grads[0] * z).sum(-1, dtype=wide, keepdim=True), groups)
