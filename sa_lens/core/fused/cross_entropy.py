@@ -121,7 +121,7 @@ def _losses_and_gradients(
 
     # laid out as the unembedding, which is transposed if it is tied; first, where the last step's was
     grad_weight = torch.empty_like(weight) if want_weight else None
-    table = weight if weight.dtype == dtype else weight.to(dtype).contiguous()
+    table = weight.to(dtype)
     bias = None if bias is None else at_least_float32(bias) * LOG2_E
     logits = weight.new_empty(size, n_words, dtype=dtype)
     losses = share.new_empty(len(streams), rows)
