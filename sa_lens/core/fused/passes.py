@@ -241,13 +241,13 @@ class Passes:
         attn = block.attn
         added = self._from_units(block, "attn", _itself, [z.flatten(-2)], local, final, attn.W_O, attn.b_O)
         # converted before, because a CPU adds numbers of different precision several times slower
-        after = resid + added.to(resid.dtype)
+        after = added.to(resid.dtype).add_(resid)
         if self.cfg.attn_only:
             return after
         mlp, reads = block.mlp, resid if self.cfg.parallel_attn_mlp else after
         neurons = self._neurons(mlp, *self._normalised(block.ln2, reads))
         added = self._from_units(block, "mlp", *neurons, local, final, mlp.W_out, mlp.b_out)
-        return after + added.to(resid.dtype)
+        return added.to(resid.dtype).add_(after)
 
     def _neurons(self, mlp: Any, make: Make, inputs: list[Tensor]) -> tuple[Make, list[Tensor]]:
         """A function that makes the neurons of an MLP, and what it makes them of."""

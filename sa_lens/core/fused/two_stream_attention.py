@@ -140,6 +140,11 @@ class _StreamAttention(torch.autograd.Function):
         rotary: Rotary | None,
     ) -> Tensor:
         ctx.options = _Options(groups, scale, window, rotary)
+        # what stays takes its memory first, so that it does not end up behind what is freed
+        n_streams, n_batch, length, n_heads, d_head = *qkv.shape[:3], qkv.shape[3] - 2 * groups, qkv.shape[4]
+        out = qkv.new_empty(n_streams, n_batch, length, n_heads, d_head)
+        kept_q = qkv.new_empty(n_batch * groups, length, n_streams * n_heads // groups, d_head)
+        kept = [kept_q, *(kept_q.new_empty(n_batch * groups, length, d_head) for _ in range(4))]
         x = _by_head(qkv, clean, ctx.options)
         z, totals = torch.empty_like(x.q), x.q.new_empty(x.q.shape[:3])
         largest = torch.empty_like(totals) if _must_shift(x) else None
@@ -160,10 +165,9 @@ class _StreamAttention(torch.autograd.Function):
             x.own(z).addcmul_(own[..., None], x.own_v.to(z.dtype))
         z.div_(totals[..., None])
         norms = totals.log2_() if largest is None else totals.log2_().add_(largest)
-        n_heads = qkv.shape[3] - 2 * groups
-        out = _by_stream(z.to(qkv.dtype), qkv.new_empty(*qkv.shape[:3], n_heads, qkv.shape[4]))
-        # as large as what they were made of, which need not be kept
-        ctx.save_for_backward(*(None if t is None else t.to(qkv.dtype) for t in x[:5]), x.own_scores, norms, out)
+        _by_stream(z.to(qkv.dtype), out)
+        kept = [None if t is None else keep.view_as(t).copy_(t) for keep, t in zip(kept, x[:5], strict=True)]
+        ctx.save_for_backward(*kept, x.own_scores, norms, out)
         ctx.has_clean = clean is None
         return out
 
