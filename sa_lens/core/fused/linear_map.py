@@ -6,7 +6,7 @@ results and the converted weights of a large model take more memory than all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +43,16 @@ def linear(
     return _Linear.apply(make, dtype, weights, bias, *(mask or (None, 0, None)), *weights, *inputs)
 
 
-def matrices(weights: Sequence[Float[Tensor, "*head in out"]], dtype: torch.dtype) -> list[Float[Tensor, "in out"]]:
-    """The weights in another precision; a single one may have rows by head, several with columns by head become one."""
-    narrow = [weight.to(dtype) for weight in weights]
-    if len(narrow) == 1:
-        return [narrow[0].flatten(0, -2)]
-    return narrow if narrow[0].dim() == 2 else [torch.cat(narrow).transpose(0, 1).flatten(1)]
+def matrices(weights: Sequence[Float[Tensor, "*head in out"]], dtype: torch.dtype) -> Iterator[Float[Tensor, "in out"]]:
+    """The weights in another precision; a single one may have rows by head, several with columns by head become one.
+
+    Each is converted when its turn comes, so that few take memory at once.
+    """
+    if len(weights) > 1 and weights[0].dim() > 2:
+        yield torch.cat([weight.to(dtype) for weight in weights]).transpose(0, 1).flatten(1)
+        return
+    for weight in weights:
+        yield weight.to(dtype).flatten(0, -2)
 
 
 class _Linear(torch.autograd.Function):
@@ -86,11 +90,9 @@ class _Linear(torch.autograd.Function):
         rows, x, of_scores = [grad.flatten(0, -2) for grad in grads], made.detach(), None
         of_x = None
         if any(wants_inputs) or wants_scores:
-            first, *others = zip(rows, matrices(weights, ctx.dtype), strict=True)
-            of_x = torch.mm(first[0], first[1].T)
-            for grad, matrix in others:
-                of_x = torch.addmm(of_x, grad, matrix.T)
-            of_x = of_x.view_as(x)
+            for grad, matrix in zip(rows, matrices(weights, ctx.dtype), strict=True):
+                of_x = torch.mm(grad, matrix.T) if of_x is None else torch.addmm(of_x, grad, matrix.T)
+            of_x = None if of_x is None else of_x.view_as(x)
         if scores is not None:
             values = x.flatten(1, 2)
             grad_masked, wanted = None if of_x is None else of_x.view_as(values), (any(wants_inputs), wants_scores)
@@ -98,8 +100,8 @@ class _Linear(torch.autograd.Function):
             of_x = None if of_values is None else of_values.view_as(x)
             x = last_masked(values, mask) if of_weights else x
         if of_weights:
-            whole = [torch.mm(x.flatten(0, -2).T, grad) for grad in rows]
-            parts = whole if len(rows) == len(weights) else _by_head(whole[0], weights)
+            whole = (torch.mm(x.flatten(0, -2).T, grad) for grad in rows)
+            parts = whole if len(rows) == len(weights) else _by_head(next(whole), weights)
             for gradient, part in zip(of_weights, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
         wants_nothing: list[Tensor | None] = [None] * len(weights)

@@ -303,10 +303,10 @@ class Passes:
     def _matrices(self, weights: list[Tensor]) -> list[Float[Tensor, "in out"]]:
         """Weights in the precision of the products, of a frozen base kept for the next pass."""
         if not self._keep_weights:
-            return matrices(weights, self.dtype)
+            return list(matrices(weights, self.dtype))
         key = id(weights[0])
         if key not in self._kept:
-            self._kept[key] = matrices(weights, self.dtype)
+            self._kept[key] = list(matrices(weights, self.dtype))
         return self._kept[key]
 
     def scores(self, gate: Any, local: Tensor, final: Tensor | None) -> Float[Tensor, "row score"]:

@@ -166,8 +166,8 @@ class _StreamAttention(torch.autograd.Function):
         z.div_(totals[..., None])
         norms = totals.log2_() if largest is None else totals.log2_().add_(largest)
         _by_stream(z.to(qkv.dtype), out)
-        kept = [None if t is None else keep.view_as(t).copy_(t) for keep, t in zip(kept, x[:5], strict=True)]
-        ctx.save_for_backward(*kept, x.own_scores, norms, out)
+        saved = [None if t is None else keep.view_as(t).copy_(t) for keep, t in zip(kept, x[:5], strict=True)]
+        ctx.save_for_backward(*saved, x.own_scores, norms, out)
         ctx.has_clean = clean is None
         return out
 
