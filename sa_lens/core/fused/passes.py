@@ -240,14 +240,13 @@ class Passes:
         """The layer from `z` on."""
         attn = block.attn
         added = self._from_units(block, "attn", _itself, [z.flatten(-2)], local, final, attn.W_O, attn.b_O)
-        # converted before, because a CPU adds numbers of different precision several times slower
-        after = added.to(resid.dtype).add_(resid)
+        after = _sum(resid, added)
         if self.cfg.attn_only:
             return after
         mlp, reads = block.mlp, resid if self.cfg.parallel_attn_mlp else after
         neurons = self._neurons(mlp, *self._normalised(block.ln2, reads))
         added = self._from_units(block, "mlp", *neurons, local, final, mlp.W_out, mlp.b_out)
-        return added.to(resid.dtype).add_(after)
+        return _sum(after, added)
 
     def _neurons(self, mlp: Any, make: Make, inputs: list[Tensor]) -> tuple[Make, list[Tensor]]:
         """A function that makes the neurons of an MLP, and what it makes them of."""
@@ -340,6 +339,11 @@ class Passes:
         weight = unembed.W_U if self._unembedding is None else self._unembedding
         rows = tuple(x.flatten(0, 1) for x in final)
         return linear_cross_entropy(rows, weight, bias, targets.flatten(), coefficients, self.dtype)
+
+
+def _sum(resid: Tensor, added: Tensor) -> Tensor:
+    # a CPU adds numbers of different precision several times slower
+    return resid + added if added.dtype == resid.dtype else added.to(resid.dtype).add_(resid)
 
 
 def _itself(z: Tensor) -> Tensor:
