@@ -136,6 +136,7 @@ def _gates(gates: GateRaster, place: dict[tuple[Any, ...], int]) -> dict[str, An
     return {
         "note": gates.note,
         "scale": gates.scale,
+        "left_out": gates.left_out,
         "units": [place[unit.name, unit.layer, unit.site, unit.promotes] for unit in gates.units],
         "counts": [len(unit.positions) for unit in gates.units],
         "gaps": [gap for row in gaps for gap in row],

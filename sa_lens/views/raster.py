@@ -106,7 +106,9 @@ def gate_raster_of(
         f"colour: value of the unit in the {stream} stream, over the root mean square (RMS) of the values shown of its "
         "sublayer"
     )
-    return GateRaster(title, note, reading.labels, tuple(lines), f"value, {stream} stream")
+    return GateRaster(
+        title, note, reading.labels, tuple(lines), f"value, {stream} stream", left_out=n_staying - len(units)
+    )
 
 
 def _shares(counts: Sequence[int], most: int) -> list[int]:

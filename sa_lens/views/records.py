@@ -185,6 +185,8 @@ class GateRaster(OfText):
     """Layer by layer, attention units first."""
     scale: str
     """What the values mean."""
+    left_out: int = 0
+    """How many more units stay at one token or more, but add less to the residual stream than those shown."""
 
 
 @dataclass(frozen=True)

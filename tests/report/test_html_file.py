@@ -170,6 +170,17 @@ def test_what_is_missing_leaves_no_word_behind(visit):
         assert "null" not in page.locator("#section-units").inner_text().split()
 
 
+def test_a_story_says_that_only_some_units_are_shown(visit, tmp_path):
+    model = single_report().models[0]
+    story = model.stories[0]
+    cut = replace(model, stories=(replace(story, gates=replace(story.gates, left_out=31_000)),))
+    page = visit("stories", file=save(replace(single_report(), models=(cut,)), tmp_path / "cut.html"))
+    page.locator("[data-token='4']").first.click()
+    words = page.locator(".story-details").inner_text()
+    assert f"Shown are the {len(story.gates.units)} units that add most to the story; 31,000 more stay" in words
+    assert re.search(r"layer 0, neurons: \d+ of those shown stay", words)
+
+
 def test_the_units_of_a_layer_unfold(visit):
     page = visit("stories/gated%2Fone/1/4")
     layer = page.locator(".layer-units", has_text="layer 0, neurons")

@@ -51,6 +51,7 @@ def test_of_many_units_those_that_add_most_are_shown(model):
     whole = gate_raster(model, TOKENS)
     less = gate_raster(model, TOKENS, most=20)
     assert len(less.units) == 20 < len(whole.units)
+    assert (whole.left_out, less.left_out) == (0, len(whole.units) - 20)
     assert f"20 of the {len(whole.units)} that stay at one token or more, which at some token add most" in less.note
     by_sublayer = {}
     for unit in whole.units:

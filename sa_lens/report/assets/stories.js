@@ -308,7 +308,7 @@ function staysBlock(data, at) {
     const most = Math.abs(members[0].value) || 1;
     const rest = members.length - FEW;
     return h("div", { class: "layer-units" },
-      h("h5", {}, `${key}: ${members.length} stay`),
+      h("h5", {}, `${key}: ${members.length} ${data.gates.left_out ? "of those shown " : ""}stay`),
       h("ul", {}, (whole ? members : members.slice(0, FEW)).map((one) => unitRow(one, most))),
       rest > 0
         ? h("button", { type: "button", class: "plain controls", "aria-expanded": String(whole), onclick: () => {
@@ -320,7 +320,8 @@ function staysBlock(data, at) {
         : null,
     );
   });
-  return part("Units that stay", `Units that the gates keep at this token, the largest values first (${data.gates.scale}); what a unit fires on follows the tokens that it promotes, and its name leads to its page.`, h("div", { class: "stays" }, blocks.length ? blocks : h("p", { class: "note" }, "No unit stays at this token.")));
+  const some = data.gates.left_out ? ` Shown are the ${count(data.gates.units.length)} units that add most to the story; ${count(data.gates.left_out)} more stay at one token or another.` : "";
+  return part("Units that stay", `Units that the gates keep at this token, the largest values first (${data.gates.scale}).${some} What a unit fires on follows the tokens that it promotes, and its name leads to its page.`, h("div", { class: "stays" }, blocks.length ? blocks : h("p", { class: "note" }, "No unit stays at this token.")));
 }
 
 function unitRow({ unit, value }, most) {
