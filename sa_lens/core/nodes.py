@@ -85,6 +85,9 @@ def why_not_single_nodes(model: Host) -> str | None:
 _CACHED = 2**18
 """Number of neurons that are computed at a time, so that they stay in a processor's cache."""
 
+_NEGLIGIBLE = 1e-5
+"""Part of the squared change of an MLP's input that an estimate neglects, at the positions with the least of it."""
+
 _FUSED_GELU = ("gelu_new", "gelu_fast")
 """Activations that torch computes in one operation, and TransformerLens in several."""
 
@@ -263,6 +266,7 @@ class NodeFunctions:
         x: Float[Tensor, "any row d_model"] | None,
         masks: tuple[Float[Tensor, "row d_mlp"] | None, Float[Tensor, "... row d_mlp"] | None],
         dtype: torch.dtype,
+        always: Int[Tensor, " few"] | None = None,
     ) -> Float[Tensor, "any row d_model"]:
         """Returns about how much an MLP's output changes if its input becomes `x`.
 
@@ -273,12 +277,22 @@ class NodeFunctions:
             before: the values inside the MLP before the change.
             x: None: the input stays as it is.
             masks: its mask before and after the change, the same object if it stays as it is; None: no mask.
+            always: rows that are computed however little they change; None: all rows. If products are rounded, the
+                change of other rows may be returned as zero, see `_NEGLIGIBLE`.
         """
         W_into, W_out = self._rounded(layer, dtype)
         mask, again = masks
         into: list[Tensor] = []
         if x is not None:
-            change = (self.normalise(x) - before.normed).to(dtype)
+            change = self.normalise(x) - before.normed
+            if always is not None and mask is again and dtype != x.dtype:
+                rows = _rows_that_change(change, always)
+                if len(rows) < len(before.normed):
+                    few = InsideMLP(before.normed[rows], tuple(y[rows] for y in before.into), before.post[rows])
+                    mask = None if mask is None else mask[rows]
+                    changed = self.mlp_change(layer, few, x[:, rows], (mask, mask), dtype)
+                    return torch.zeros_like(x).index_copy_(1, rows, changed)
+            change = change.to(dtype)
             into = [linear(change, W) for W in W_into]
         several = x if x is not None else again
         assert several is not None
@@ -361,6 +375,19 @@ class NodeFunctions:
         every = torch.arange(len(partner), device=partner.device)
         halves = torch.equal(partner, every.roll(len(partner) // 2))
         return _Rotation(turned[every, :, every].T.contiguous(), off[partner, :, every].T.contiguous(), partner, halves)
+
+
+def _rows_that_change(
+    change: Float[Tensor, "any row d_model"], always: Int[Tensor, " few"]
+) -> Int[Tensor, " rows_that_change"]:
+    """Returns the rows that hold all but a negligible part of each change, or all rows if they are nearly all."""
+    size = torch.linalg.vector_norm(change, dim=-1).square()
+    share = (size / size.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).amax(0)
+    share[always] = torch.inf
+    by_size = share.sort()
+    n = int((by_size.values.cumsum(0) < _NEGLIGIBLE).sum())
+    # to gather the others costs time
+    return by_size.indices[n if 8 * n > len(share) else 0 :].sort().values
 
 
 def gate_masks(

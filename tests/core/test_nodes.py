@@ -89,3 +89,37 @@ def test_prompts_of_several_lengths_to_their_last_positions(shape: str, scope: s
             final = cache[f"blocks.{cfg.n_layers - 1}.hook_resid_post"][:, -1]
             assert torch.allclose(found.final[stream][own], final, rtol=0, atol=1e-10)
         first += len(tokens)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rounded_estimates_neglect_rows_that_hardly_change(masked: bool) -> None:
+    functions = NodeFunctions(plain_model(dtype=torch.float64), 4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, functions.cfg.d_model, dtype=torch.float64, generator=generator)
+    change = torch.randn(3, *x.shape, dtype=torch.float64, generator=generator)
+    change[:, [1, 4, 5]] *= 1e-4
+    # row 8 changes in one of the removals only
+    change[:2, 8] = 0
+    mask = torch.rand(10, functions.cfg.d_mlp or 0, dtype=torch.float64, generator=generator) if masked else None
+    ones = torch.ones_like(mask) if mask is not None else None
+    with torch.no_grad():
+        before = functions.inside_mlp(1, x)
+
+        def check(again: torch.Tensor | None, dtype: torch.dtype, neglected: list[int], always: list[int]) -> None:
+            rows = torch.tensor(always) if always else None
+            few = functions.mlp_change(1, before, x + change, (mask, again), dtype, rows)
+            every = functions.mlp(1, x + change, again) - functions.mlp(1, x, mask)
+            assert every.abs().amax((0, 2)).min() > 1e-7
+            assert (~few.any(-1).any(0)).nonzero()[:, 0].tolist() == neglected
+            every[:, neglected] = 0
+            assert torch.allclose(few, every, rtol=1e-5, atol=1e-6)
+
+        check(mask, torch.float32, [1, 5], always=[4])
+        check(mask, torch.float32, [], always=[])
+        check(mask, torch.float64, [], always=[4])
+        if masked:
+            # masks change where the input does not
+            check(ones, torch.float32, [], always=[4])
+        # one row of ten is not worth it
+        change[:, 5] *= 1e4
+        check(mask, torch.float32, [], always=[4])

@@ -151,6 +151,7 @@ class Recomputation:
 
         Changes of MLPs and logits are computed from products that are rounded to a narrow type. What is rounded is the
         change, not the value, so that the error is a small part of the change.
+        At positions at which the input of an MLP hardly changes, that change is neglected.
         """
         assert self.rounded_to is not None
         self.near = self.near or self.cost.near(self.functions.normalise(self._logits().x[0]))

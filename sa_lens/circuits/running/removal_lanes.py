@@ -213,7 +213,8 @@ class RemovalLane:
         mask = item.mask if again is None else again
         if dtype is not None:
             item.inside = item.inside or f.inside_mlp(layer, item.x[0])
-            return f.mlp_change(layer, item.inside, x, (item.mask, mask), dtype), None
+            always = self.ends if item.everywhere else None
+            return f.mlp_change(layer, item.inside, x, (item.mask, mask), dtype, always), None
         if x is None:
             inside = item.inside = item.inside or f.inside_mlp(layer, item.x[0])
         elif len(x) == 1:
