@@ -83,3 +83,23 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with freed_memory.kept_freed_memory():
         pass
     freed_memory._glibc.cache_clear()
+
+
+def test_what_is_free_is_returned_within_a_context_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        trimmed = 0
+
+        def malloc_trim(self, _: int) -> None:
+            Library.trimmed += 1
+
+    monkeypatch.setattr(freed_memory, "_glibc", Library)
+    monkeypatch.setattr(freed_memory, "_set", lambda *_: None)
+    freed_memory.return_freed_memory()
+    assert Library.trimmed == 0
+    with freed_memory.kept_freed_memory():
+        before = Library.trimmed
+        freed_memory.return_freed_memory()
+        assert Library.trimmed == before + 1
+    after = Library.trimmed
+    freed_memory.return_freed_memory()
+    assert Library.trimmed == after

@@ -44,6 +44,7 @@ from sa_lens.circuits.running.edge_removals import Recomputation
 from sa_lens.circuits.running.removal_state import Block, Row
 from sa_lens.circuits.running.whole_removals import WholeRuns
 from sa_lens.circuits.tasks.pairs import PromptPairs
+from sa_lens.core.freed_memory import return_freed_memory
 from sa_lens.core.host import fingerprint_of, hash_of
 from sa_lens.stopping import Interrupted
 
@@ -425,6 +426,7 @@ def _step_by_step(search: _Search, places: list[Place], engine: Recomputation) -
         queue = [place for place in left if graph.inputs[place[0]].node in live]
         decide = _decide if engine.rounded_to is None or len(queue) < FEW else _screen
         decide(search, queue, engine)
+        return_freed_memory()
 
 
 def _screen(search: _Search, queue: list[Place], engine: Recomputation) -> None:
