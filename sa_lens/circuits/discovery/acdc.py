@@ -69,6 +69,9 @@ TOGETHER = 96
 SAME = 1e-4
 """Largest relative difference between the full graph's metric now and in the search that is resumed."""
 
+STEPS_TO_RETURN = 10
+"""Steps after which freed memory is returned; between them it stays for the tensors to come."""
+
 Place = tuple[int, int]
 """(input, source) of an edge."""
 
@@ -416,7 +419,9 @@ def _check_finite(value: float) -> None:
 def _step_by_step(search: _Search, places: list[Place], engine: Recomputation) -> None:
     """Decides step by step, after edges into nodes without a path to the logits are removed without a run."""
     graph = search.graph
-    for _, group in groupby(places, key=lambda place: graph.n_sources[place[0]]):
+    for turn, (_, group) in enumerate(groupby(places, key=lambda place: graph.n_sources[place[0]])):
+        if turn % STEPS_TO_RETURN == 0:
+            return_freed_memory()
         step = list(group)
         left = search.select_undecided(step)
         live = engine.enter(step, compute=bool(left))
@@ -426,7 +431,6 @@ def _step_by_step(search: _Search, places: list[Place], engine: Recomputation) -
         queue = [place for place in left if graph.inputs[place[0]].node in live]
         decide = _decide if engine.rounded_to is None or len(queue) < FEW else _screen
         decide(search, queue, engine)
-        return_freed_memory()
 
 
 def _screen(search: _Search, queue: list[Place], engine: Recomputation) -> None:
