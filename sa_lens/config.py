@@ -54,6 +54,8 @@ Words = Literal["stories", "tinystories"]
 Method = Literal["acdc", "eap", "eap-ig", "relp", "exact", "gate"]
 """How to find a circuit. `acdc` decides edge by edge. The others rank all edges: `eap`, `eap-ig` and `relp` by
 gradients, `exact` by the effect of removing each edge alone, `gate` by the model's own masks."""
+ReportMethod = Literal["acdc", "eap-ig", "gate"]
+"""A method whose circuits a report shows; only the ablated stream has a circuit of the gates."""
 Ablation = Literal["resample", "zero", "mean"]
 """What an edge outside the circuit carries: its source's activation on the corrupt prompt; zero; or the mean of the
 activations on the corrupt prompts of the same length, position by position."""

@@ -22,7 +22,7 @@ from sa_lens.cli.argument_checks import (
 )
 from sa_lens.cli.prompt_arguments import load_for_prompts
 from sa_lens.cli.starting import start
-from sa_lens.config import Ablation, Device, GridName, Masks, Method, SAEPreset, Stream, Words
+from sa_lens.config import Ablation, Device, GridName, Masks, Method, ReportMethod, SAEPreset, Stream, Words
 from sa_lens.places import output_file, output_folder
 from sa_lens.stopping import Interrupted
 
@@ -342,7 +342,7 @@ def report(
     units: int | None = None,
     tokens: int | None = None,
     tasks: tuple[str, ...] | None = None,
-    methods: tuple[Method, ...] | None = None,
+    methods: tuple[ReportMethod, ...] | None = None,
     title: MayBeEmpty | None = None,
     seed: int = 0,
     device: Device = "auto",

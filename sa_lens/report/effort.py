@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from sa_lens.config import Method
+from sa_lens.config import ReportMethod, check_choice
 from sa_lens.report.measured_text import CALIBRATION, HELD_OUT, LEAST_BLOCKS
 from sa_lens.report.subjects import Subject
 
@@ -14,8 +15,8 @@ LARGE = 20_000_000
 """Parameters above which a model counts as large."""
 FEWEST = 16_000
 """Tokens that even the largest model is measured on."""
-METHODS: tuple[Method, ...] = ("acdc", "eap-ig", "gate")
-"""Methods that can find circuits; only the ablated stream has a circuit of the gates."""
+CHOSEN: tuple[ReportMethod, ...] = get_args(ReportMethod)
+"""Methods that can find circuits."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Effort:
     """Tokens (of the first model's tokenizer) to measure on; a third as many set firing thresholds."""
     n_pairs: int
     """Prompts to find circuits with, and as many others to judge them on."""
-    methods: tuple[Method, ...]
+    methods: tuple[ReportMethod, ...]
     """Methods that find circuits."""
     n_units: int
     """Units of each model to explain."""
@@ -40,26 +41,34 @@ class Effort:
     """Likely tokens that are tried in each place of a snippet."""
 
 
-def effort_for(
-    subjects: Sequence[Subject],
-    n_stories: int | None = None,
-    n_tokens: int | None = None,
-    methods: Sequence[Method] | None = None,
-    n_units: int | None = None,
-) -> Effort:
-    """Returns what is asked for, and what is not, by the size of the largest model.
+def check_effort(
+    n_stories: int | None = None, methods: Sequence[ReportMethod] | None = None, n_units: int | None = None
+) -> None:
+    """Refuses what no model can be measured with, before one is loaded.
 
     Raises:
-        ValueError: a number out of range, too few tokens for blocks of the models' context, or a method that a report
-            does not show.
+        ValueError: a number out of range, or a method that a report does not show.
     """
     if n_stories is not None and n_stories < 1:
         raise ValueError(f"n_stories={n_stories} must be at least 1")
     if n_units is not None and n_units < 0:
         raise ValueError(f"n_units={n_units} must be 0 or more")
     for method in methods or ():
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} must be one of {', '.join(METHODS)}")
+        check_choice("method", method, ReportMethod)
+
+
+def effort_for(
+    subjects: Sequence[Subject],
+    n_stories: int | None = None,
+    n_tokens: int | None = None,
+    methods: Sequence[ReportMethod] | None = None,
+    n_units: int | None = None,
+) -> Effort:
+    """Returns what is asked for, and what is not, by the size of the largest model.
+
+    Raises:
+        ValueError: too few tokens for blocks of the models' context.
+    """
     parameters = max(subject.parameters for subject in subjects)
     least = math.ceil(LEAST_BLOCKS * max(subject.n_ctx for subject in subjects) * HELD_OUT / CALIBRATION)
     if n_tokens is None:
@@ -72,13 +81,13 @@ def effort_for(
         )
     large = parameters > LARGE
     if methods is None:
-        methods = [method for method in METHODS if not (large and method == "acdc")]
+        methods = [method for method in CHOSEN if not (large and method == "acdc")]
     return Effort(
         n_stories=n_stories if n_stories is not None else 4 if large else 12,
         n_samples=2 if large else 3,
         n_tokens=n_tokens,
         n_pairs=16 if large else 64,
-        methods=tuple(method for method in METHODS if method in methods),
+        methods=tuple(method for method in CHOSEN if method in methods),
         n_units=n_units if n_units is not None else 24 if large else 96,
         n_snippets=4 if large else 10,
         n_substitutes=1 if large else 2,

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from sa_lens import __version__
-from sa_lens.config import Method
+from sa_lens.config import ReportMethod
 from sa_lens.data.cache import cache_folder
 from sa_lens.data.whole_files import scratch_folder
 from sa_lens.report.contents import ModelPage, Report
-from sa_lens.report.effort import Effort, effort_for
+from sa_lens.report.effort import Effort, check_effort, effort_for
 from sa_lens.report.measured_text import ModelText, Texts, encode_for, gather_texts
 from sa_lens.report.model_tables import LOSSES, UNITS, Cells, comparison_tables
 from sa_lens.report.overview import loss_cells, measure_losses, overview, training_of
@@ -40,7 +40,7 @@ def make_report(
     n_units: int | None = None,
     n_tokens: int | None = None,
     tasks: Sequence[str] | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[ReportMethod] | None = None,
     title: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -51,15 +51,15 @@ def make_report(
     All models read the same stories and do the same tasks. Everything is measured on the validation text of the first
     run, with firing thresholds from its training text; each model reads it with its own tokenizer. If the first
     model does not know its text, all of that comes from `text`. With a model of more than 20 million parameters less
-    is measured where nothing else is asked for, so that a report of 100 million takes minutes and not hours.
+    is measured where nothing else is asked for, so that its report takes minutes and not hours.
 
     Args:
         runs: run folders or Hub ids.
         text: path or dataset id of the stories to show, as `data.source`; None: from the first run's validation text.
         column: column of `text` that holds the text.
         n_stories: stories to show at most. None: 12, and 4 with a large model.
-        n_units: units of each model to explain, with snippets and histogram; figures are given for every unit. None:
-            96, and 24 with a large model, whose explanations are also fitted on fewer snippets.
+        n_units: units of each model to explain, with snippets and histogram; figures are given for every unit that is
+            listed. None: 96, and 24 with a large model, whose explanations are also fitted on fewer snippets.
         n_tokens: tokens to measure on; a third as many set firing thresholds. None: 110,000; with a large model fewer
             in proportion, but at least 16,000.
         tasks: ioi, pronoun, object, repeated, or JSON files; None: ioi, and those others that a stream can do. They
@@ -78,6 +78,7 @@ def make_report(
     """
     if isinstance(runs, str | Path):
         runs = [runs]
+    check_effort(n_stories, methods, n_units)
     if tasks is not None:
         check_tasks(tasks)
     subjects = open_subjects(runs, device)

@@ -11,9 +11,9 @@ from sa_lens.circuits import Circuit, Experiment, Graph, PromptPairs, find_circu
 from sa_lens.circuits.find_and_judge import LEVEL, FoundCircuit
 from sa_lens.circuits.metrics import SKILL_BAR
 from sa_lens.circuits.tasks import TASKS, make_unseen
-from sa_lens.config import Method, Stream
+from sa_lens.config import ReportMethod, Stream
 from sa_lens.report.contents import Ranking, TaskPage
-from sa_lens.report.effort import METHODS as CHOSEN
+from sa_lens.report.effort import CHOSEN
 from sa_lens.report.model_tables import KEPT, NEEDED, SKILL, STREAMS, format_cell
 from sa_lens.report.subjects import Subject
 from sa_lens.stopping import Interrupted
@@ -35,7 +35,7 @@ ABOUT = {
     "repeated": "Two names stand together, and later the first comes again: which name follows?",
 }
 """What each task asks."""
-SCALES: dict[Method, str] = {
+SCALES: dict[ReportMethod, str] = {
     "acdc": "rise of KL when the edge goes, nats",
     "eap-ig": "share in the logit difference",
     "gate": "share of units that stay, source times destination",
@@ -105,7 +105,7 @@ def able_streams(subject: Subject, prompts: Prompts) -> tuple[Stream, ...]:
 
 
 def task_page(
-    subject: Subject, prompts: Prompts, methods: Sequence[Method], seed: int
+    subject: Subject, prompts: Prompts, methods: Sequence[ReportMethod], seed: int
 ) -> tuple[TaskPage, dict[str, dict[str, str]]]:
     """Returns the page of a task, with skill and circuits, and the model's cells in the tables that compare models.
 
@@ -163,7 +163,7 @@ def _unable(rows: Any) -> str:
     )
 
 
-def _find(find: Experiment, judge: Experiment, method: Method) -> FoundCircuit:
+def _find(find: Experiment, judge: Experiment, method: ReportMethod) -> FoundCircuit:
     try:
         return find_circuit(find, judge, method, tau=TAU, progress=False)
     except Interrupted as stop:
@@ -182,7 +182,9 @@ def _skill_table(rows: Any) -> Table:
     return comparison_table(rows, "Skill", note=note, columns=columns)
 
 
-def ranking(result: FoundCircuit, method: Method, stream: Stream, task: str, n_find: int, n_report: int) -> Ranking:
+def ranking(
+    result: FoundCircuit, method: ReportMethod, stream: Stream, task: str, n_find: int, n_report: int
+) -> Ranking:
     """Returns a circuit that was found as a ranking, its edges in the order in which they join it."""
     graph = result.ranking.graph
     edges = order_edges(result.ranking, absolute=method != "acdc")[
@@ -213,7 +215,7 @@ def order_edges(circuit: Circuit, *, absolute: bool) -> list[CircuitEdge]:
     ]
 
 
-def _note(result: FoundCircuit, method: Method, n_find: int, n_report: int, shown: int) -> str:
+def _note(result: FoundCircuit, method: ReportMethod, n_find: int, n_report: int, shown: int) -> str:
     how = {
         "acdc": f"Edge by edge, an edge goes if KL rises by less than tau = {TAU:g} nats without it",
         "eap-ig": f"Integrated gradients of the logit difference; the fewest edges tried with f ≥ {LEVEL:g}",
@@ -233,7 +235,7 @@ def _note(result: FoundCircuit, method: Method, n_find: int, n_report: int, show
     return ". ".join(parts) + "."
 
 
-def _curve(result: FoundCircuit, method: Method) -> Curves | None:
+def _curve(result: FoundCircuit, method: ReportMethod) -> Curves | None:
     """Faithfulness along the order of the ranking; None where it is not defined."""
     if result.curve is None:
         return None

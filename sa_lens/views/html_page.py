@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import webbrowser
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -218,15 +219,15 @@ def scripts_to_carry(libraries: Iterable[Library]) -> str:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-class Picture:
+class Picture(ABC):
     """Something drawn: the last line of a notebook's cell shows it, and so does `show`; `save` writes it to a file."""
 
     libraries: tuple[Library, ...] = ()
     """Scripts that draw it."""
 
+    @abstractmethod
     def fragment(self) -> str:
         """Returns the picture as HTML without the libraries, which the page must hold."""
-        raise NotImplementedError
 
     def html(self) -> str:
         """Returns the picture as HTML with all it needs inside."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sa_lens.report.effort import Effort, effort_for
+from sa_lens.report.effort import Effort, check_effort, effort_for
 from sa_lens.report.measured_text import LEAST_BLOCKS
 from sa_lens.report.subjects import Subject
 
@@ -35,8 +35,8 @@ def test_what_cannot_be_done(gated: Subject) -> None:
     with pytest.raises(ValueError, match=f"n_tokens=7 must be at least {least:,}, so that .* 12 blocks"):
         effort_for([gated], n_tokens=7)
     with pytest.raises(ValueError, match="n_stories=0 must be at least 1"):
-        effort_for([gated], n_stories=0)
+        check_effort(n_stories=0)
     with pytest.raises(ValueError, match="n_units=-1 must be 0 or more"):
-        effort_for([gated], n_units=-1)
-    with pytest.raises(ValueError, match="method 'relp' must be one of acdc, eap-ig, gate"):
-        effort_for([gated], methods=["relp"])
+        check_effort(n_units=-1)
+    with pytest.raises(ValueError, match="method='relp' is not one of 'acdc', 'eap-ig', 'gate'"):
+        check_effort(methods=["relp"])

@@ -189,7 +189,7 @@ class TestBadInput:
             ({"n_stories": 0}, "n_stories=0 must be at least 1"),
             ({"n_units": -1}, "n_units=-1 must be 0 or more"),
             ({"n_tokens": 100}, "n_tokens=100 must be at least"),
-            ({"methods": ["relp"]}, "method 'relp' must be one of acdc, eap-ig, gate"),
+            ({"methods": ["relp"]}, "method='relp' is not one of 'acdc', 'eap-ig', 'gate'"),
             ({"tasks": ["chess"]}, "'chess' is none of ioi, pronoun, object, repeated"),
             ({"device": "abacus"}, "abacus"),
         ],
@@ -197,6 +197,14 @@ class TestBadInput:
     def test_options(self, gated_run: Path, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_report([gated_run], progress=False, **options)
+
+    @pytest.mark.parametrize(
+        "options", [{"n_stories": 0}, {"n_units": -1}, {"methods": ["relp"]}, {"tasks": ["chess"]}]
+    )
+    def test_options_before_a_model_is_loaded(self, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(making, "open_subjects", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(ValueError, match=r"must be|is not one of|is none of"):
+            make_report(["stories-local"], progress=False, **options)
 
     def test_runs(self, gated_run: Path, without_tokenizer: Path) -> None:
         with pytest.raises(ValueError, match="runs is empty"):

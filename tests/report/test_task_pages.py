@@ -8,7 +8,7 @@ import torch
 from sa_lens.circuits import Circuit, Graph, acdc, faithfulness, find_circuit, skill
 from sa_lens.report import Report, task_pages
 from sa_lens.report.contents import Ranking, TaskPage
-from sa_lens.report.effort import METHODS
+from sa_lens.report.effort import CHOSEN
 from sa_lens.report.subjects import Subject
 from sa_lens.report.task_pages import order_edges, prompts_for, task_page
 
@@ -124,7 +124,7 @@ def test_prompts_that_cannot_be_made_are_a_note(gated: Subject, monkeypatch: pyt
         raise ValueError("names are cut in pieces")
 
     monkeypatch.setattr(task_pages, "make_unseen", make)
-    page, cells = task_page(gated, prompts_for(gated, "ioi", 64, 0), METHODS, 0)
+    page, cells = task_page(gated, prompts_for(gated, "ioi", 64, 0), CHOSEN, 0)
     assert page.rankings == ()
     assert page.skill.rows == ()
     assert page.note == "No prompts of this task can be made for this model: names are cut in pieces."

@@ -466,6 +466,17 @@ def test_a_dense_model_does_not_go_on_from_a_gated_one_of_the_same_shape() -> No
         acdc(plain(n_layers=1), pairs, 0.05, progress=False, resume=found)
 
 
+def test_freed_memory_is_returned_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, returned = sys.modules[acdc.__module__], []
+    monkeypatch.setattr(module, "STEPS_TO_RETURN", 3)
+    monkeypatch.setattr(module, "return_freed_memory", lambda: returned.append(None))
+    model = plain(n_layers=3)
+    acdc(model, token_pairs(n=2), 0.05, progress=False)
+    steps = len(set(Graph.from_model(model).n_sources))
+    assert steps == 7
+    assert len(returned) == 3
+
+
 def test_ctrl_c_in_passes_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from sa_lens.circuits.running.many_circuits import CircuitLogits
 
